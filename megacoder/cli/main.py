@@ -1,0 +1,76 @@
+"""The `megacoder` command: a table of sub-commands, each a small module that is imported only when it runs.
+
+`python -m megacoder` and the worker that torchrun starts come through here too. Errors meant for the user leave as
+one line on stderr; under torchrun only as many lines as there are failing ranks.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module with a `main(argv)`, what it does)
+    "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+}
+"""Sub-commands in the order in which `--help` shows them."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one sub-command; exits with 0, or with the error's code after one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(words)
+    except MegacoderError as error:
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", 130)
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    if words[0] == "--version":
+        _print_version(verbose="--verbose" in words[1:])
+        return
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if name in COMMANDS:
+            importlib.import_module(COMMANDS[name][0]).main(words[size:])
+            return
+    match = nearest(words[0], [name.split()[0] for name in COMMANDS])
+    hint = f"did you mean {match!r}? " if match else ""
+    raise ConfigError(f"unknown command {words[0]!r}; {hint}see megacoder --help")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megacoder COMMAND [OPTIONS]   (megacoder COMMAND --help for its options)", "", *rows, "",
+         "  --version [--verbose]  the version, and which optional parts are built"]
+    )  # fmt: skip
+
+
+def _print_version(*, verbose: bool) -> None:
+    print(f"megacoder {__version__}")
+    if verbose:
+        from megacoder.core.device import describe_parts
+
+        for part, state in describe_parts():
+            print(f"  {part:<14} {state}")
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"megacoder: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

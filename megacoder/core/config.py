@@ -1,0 +1,176 @@
+"""One way to fill a dataclass: its defaults, then a TOML file, then the command line.
+
+Every component owns a frozen keyword-only dataclass beside the class it builds; commands compose them. `tyro` turns
+the dataclass into options with dotted names (`--optimizer.lr 3e-4`); this module adds what it leaves out: TOML, an
+unknown key that names the nearest known one, and errors on one line instead of a drawn box.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
+
+T = TypeVar("T")
+
+
+def parse_args(cls: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Parses `argv` into `cls`, a dataclass whose field docstrings become the help text.
+
+    Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
+    Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
+    """
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            config, unknown = (
+                tyro.cli(cls, args=list(argv), prog=prog, default=default, return_unknown_args=True)
+                if default is not None
+                else tyro.cli(cls, args=list(argv), prog=prog, return_unknown_args=True)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(f"{_undraw(drawn.getvalue())}; see {prog} --help") from None
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], _option_names(cls))}; see {prog} --help")
+    return config
+
+
+def load_toml(cls: type[T], path: Path) -> T:
+    """Reads `path` into `cls`; ConfigError names the file and the key, value or line at fault."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    return from_dict(cls, table, where=str(path))
+
+
+def from_dict(cls: type[T], table: dict[str, Any], *, where: str) -> T:
+    """Builds `cls` from nested plain values; unknown keys and wrong types are ConfigErrors that begin with `where`."""
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{_suggest(key, known)}")
+    try:
+        return cls(**{key: _coerce(known[key], value, f"{where}: {key}") for key, value in table.items()})
+    except TypeError as error:  # a required field is missing
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as nested plain values that `from_dict` reads back; None fields are left out."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            plain[field.name] = to_dict(value)
+        elif isinstance(value, Path):
+            plain[field.name] = str(value)
+        elif isinstance(value, tuple):
+            plain[field.name] = [str(item) if isinstance(item, Path) else item for item in value]
+        elif value is not None:
+            plain[field.name] = value
+    return plain
+
+
+def to_toml(config: Any) -> str:
+    """The resolved configuration as TOML, scalars first and one table per nested dataclass."""
+    return "\n".join(_toml_lines(to_dict(config), prefix="")) + "\n"
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name that `name` was most probably meant to be, or None."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _suggest(name: str, known: typing.Iterable[str]) -> str:
+    match = nearest(name, known)
+    return f" (did you mean {match!r}?)" if match else ""
+
+
+def _option_names(cls: Any, prefix: str = "--") -> list[str]:
+    hints = typing.get_type_hints(cls)
+    names = []
+    for field in dataclasses.fields(cls):
+        option = f"{prefix}{field.name.replace('_', '-')}"
+        names += (
+            _option_names(hints[field.name], f"{option}.") if dataclasses.is_dataclass(hints[field.name]) else [option]
+        )
+    return names
+
+
+def _coerce(expected: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(expected)
+    if origin is typing.Annotated:
+        return _coerce(typing.get_args(expected)[0], value, where)
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} = {value!r}: expected a table")
+        return from_dict(expected, value, where=where)  # type: ignore[arg-type]
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(expected) if option is not type(None)]
+        return _coerce(options[0], value, where) if len(options) == 1 else value
+    if origin is typing.Literal:
+        if value not in typing.get_args(expected):
+            raise ConfigError(f"{where} = {value!r}: expected one of {', '.join(map(repr, typing.get_args(expected)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} = {value!r}: expected a list")
+        return tuple(_coerce(typing.get_args(expected)[0], item, where) for item in value)
+    if expected is Path and isinstance(value, str):
+        return Path(value)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(expected, type) and (
+        not isinstance(value, expected) or (expected is int and isinstance(value, bool))
+    ):
+        raise ConfigError(f"{where} = {value!r}: expected {expected.__name__}")
+    return value
+
+
+def _toml_lines(table: dict[str, Any], prefix: str) -> list[str]:
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):  # TOML's basic strings escape as JSON does, and DEL besides
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _undraw(box: str) -> str:
+    """The first paragraph of an error that tyro draws as a box with a title, on one line."""
+    body = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │")
+        if re.fullmatch(r"[─╰╯]*", text):
+            break
+        body.append(text)
+    return " ".join(body) or box.strip()

@@ -1,0 +1,95 @@
+"""What a person sees while long work runs: a rich progress bar on a terminal, plain lines elsewhere.
+
+One interface for every command, so that a log file never holds cursor codes and a terminal never scrolls away.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["ProgressBar", "progress", "say", "table"]
+
+
+class ProgressBar(Protocol):
+    """Handed out by `progress`."""
+
+    def update(self, completed: float, note: str = "") -> None:
+        """Moves to `completed` units; `note` is shown behind the bar."""
+
+
+@contextmanager
+def progress(title: str, total: float, *, quiet: bool = False, every_seconds: float = 10.0) -> Iterator[ProgressBar]:
+    """A progress bar over `total` units with elapsed and remaining time.
+
+    Off a terminal it prints a line every `every_seconds` and one at the end; `quiet` prints nothing (ranks other
+    than the first).
+    """
+    if quiet:
+        yield _Silent()
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            yield _Bar(bars, bars.add_task(title, total=total, note=""))
+    else:
+        lines = _Lines(title, total, every_seconds)
+        yield lines
+        lines.finish()
+
+
+def say(text: str) -> None:
+    """A line for the person who started the command, on stderr so that stdout stays for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table on stdout; the first column left-aligned, the rest right-aligned."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+
+
+class _Silent:
+    def update(self, completed: float, note: str = "") -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self.bars, self.task = bars, task
+
+    def update(self, completed: float, note: str = "") -> None:
+        self.bars.update(self.task, completed=completed, note=note)
+
+
+class _Lines:
+    def __init__(self, title: str, total: float, every_seconds: float) -> None:
+        self.title, self.total, self.every_seconds = title, total, every_seconds
+        self.start = self.last = time.monotonic()
+        self.completed, self.note = 0.0, ""
+
+    def update(self, completed: float, note: str = "") -> None:
+        self.completed, self.note = completed, note
+        if time.monotonic() - self.last >= self.every_seconds:
+            self._print()
+
+    def finish(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        self.last = time.monotonic()
+        share = self.completed / self.total if self.total else 1.0
+        elapsed = self.last - self.start
+        left = elapsed / share - elapsed if share else float("nan")
+        say(f"{self.title}: {share:4.0%}  {elapsed:.0f} s, {left:.0f} s left  {self.note}".rstrip())

@@ -1,0 +1,31 @@
+"""Errors that a user can act on: one line that quotes the offending value and says what to do.
+
+The command line prints exactly that line and exits with `exit_code`; anything else that escapes is a bug and keeps
+its traceback.
+"""
+
+__all__ = ["ConfigError", "CorpusError", "DataError", "FormatError", "MegacoderError"]
+
+
+class MegacoderError(Exception):
+    """Base of every error caused by input, configuration or the machine rather than by a bug."""
+
+    exit_code = 1
+
+
+class ConfigError(MegacoderError):
+    """An option, a TOML file or a combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(MegacoderError):
+    """Training or evaluation data that is missing, empty or does not fit its description."""
+
+
+class CorpusError(DataError):
+    """Source folders that hold nothing to learn from."""
+
+
+class FormatError(DataError):
+    """A file that is not what its name says: wrong magic, version, size or checksum."""

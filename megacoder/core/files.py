@@ -1,0 +1,93 @@
+"""Writing files so that a reader never sees half of one.
+
+Everything that this library leaves on disk goes through `replacing` (or `replacing_dir`): the content is written to a
+temporary name beside the target, flushed to the device, then renamed over it. A crash, a full disk or Ctrl-C leaves
+either the old file or the new one, and the temporary is removed on every exit that Python still sees.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["fsync_path", "remove_stale_temporaries", "replacing", "replacing_dir", "write_json", "write_text"]
+
+_SUFFIX = ".tmp-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write; on success it is fsynced and renamed to `path`, on any error removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{_SUFFIX}{os.getpid()}")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_dir(path: Path) -> Iterator[Path]:
+    """Like `replacing` for a folder: files are fsynced, then the folder takes its name in one rename.
+
+    An existing folder of that name is replaced only after the new one is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{_SUFFIX}{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for child in temporary.rglob("*"):
+            fsync_path(child)
+        fsync_path(temporary)
+        if path.exists():  # a folder cannot be renamed over a non-empty one
+            old = path.with_name(f"{path.name}{_SUFFIX}old-{os.getpid()}")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        fsync_path(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically replaces `path` with `text` in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically replaces `path` with `value` as indented JSON, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_stale_temporaries(folder: Path) -> list[Path]:
+    """Removes what a killed writer left directly in `folder`; returns what was removed.
+
+    Only for a folder that this process owns: a live writer's temporary would go too.
+    """
+    stale = sorted(child for child in folder.glob(f"*{_SUFFIX}*")) if folder.is_dir() else []
+    for child in stale:
+        if child.is_dir():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink(missing_ok=True)
+    return stale
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file's content, or a folder's entries, to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The one place that looks at the machine: which device, which dtype is faster on it, which optional parts are there."""
+"""The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built here."""
 
 import importlib.util
 import os

@@ -1,1 +1,1 @@
-
+"""Weights on disk: training checkpoints and Hugging Face folders."""

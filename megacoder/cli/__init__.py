@@ -1,1 +1,1 @@
-
+"""One small module per command."""

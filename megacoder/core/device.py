@@ -1,4 +1,4 @@
-"""The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built here."""
+"""The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built."""
 
 import importlib.util
 import os

@@ -1,1 +1,1 @@
-
+"""The training loop, its schedule and its logs."""

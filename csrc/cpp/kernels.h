@@ -1,0 +1,47 @@
+// The table of CPU kernels that every instruction set fills in (see kernels.inc) and the module picks from at import.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace megacoder {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int64_t kRowBlocks = 64;       // partial sums of the norm's weight gradient
+constexpr int64_t kVocabBlock = 4096;    // terms summed in fp32 before they join the fp64 total
+constexpr int64_t kNormBlock = 1 << 16;  // elements per partial sum of the gradient norm
+
+template <class T>
+struct TypedKernels {
+  void (*rms_norm_forward)(const T*, const T*, const T*, T*, T*, float*, int64_t, int64_t, float);
+  void (*rms_norm_backward)(const T*, const T*, const T*, const float*, const T*, T*, float*, int64_t, int64_t);
+  void (*rope)(T*, const float*, const float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float);
+  void (*swiglu_forward)(const T*, T*, int64_t, int64_t);
+  void (*swiglu_backward)(const T*, T*, T*, int64_t, int64_t);
+  void (*cross_entropy)(T*, const int64_t*, float*, int64_t, int64_t, int64_t);
+  void (*attention_softmax)(T*, float*, int64_t, int64_t, int64_t, int64_t, float);
+  void (*attention_softmax_backward)(T*, T*, const float*, const float*, int64_t, int64_t, int64_t, int64_t, float);
+  void (*adamw)(float*, float*, float*, const float*, T*, int64_t, float, float, float, float, float, float, float, float);
+  void (*accumulate)(float*, const T*, int64_t);
+};
+
+struct Kernels {
+  const char* isa;
+  TypedKernels<float> fp32;
+  TypedKernels<bf16> bf16_;
+  double (*sum_of_squares)(const float*, int64_t);
+};
+
+namespace baseline { const Kernels& kernels(); }
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MEGACODER_X86 1
+namespace avx2 { const Kernels& kernels(); }
+namespace avx512 { const Kernels& kernels(); }
+#endif
+
+}  // namespace megacoder

@@ -1,0 +1,122 @@
+// Python's door to the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs neither
+// torch's headers nor its ABI; megacoder/ops checks dtype, contiguity and shape before it calls.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using megacoder::bf16;
+using megacoder::Kernels;
+
+namespace {
+
+const Kernels& choose() {
+#ifdef MEGACODER_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return megacoder::avx512::kernels();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return megacoder::avx2::kernels();
+#endif
+  return megacoder::baseline::kernels();
+}
+
+const Kernels& table = choose();
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+// Calls `body` with the typed table and a null pointer of the element type.
+template <class Body>
+void typed(bool is_bf16, Body body) {
+  if (is_bf16) body(table.bf16_, static_cast<bf16*>(nullptr));
+  else body(table.fp32, static_cast<float*>(nullptr));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, m) {
+  m.doc() = "Fused CPU kernels; addresses in, nothing out. See csrc/cpp/kernels.inc.";
+  m.attr("isa") = table.isa;
+  const py::call_guard<py::gil_scoped_release> nogil;
+
+  m.def("rms_norm_forward", [](bool b, Address x, Address residual, Address weight, Address summed, Address out,
+                               Address rstd, int64_t rows, int64_t dim, float eps) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.rms_norm_forward(at<T>(x), at<T>(residual), at<T>(weight), at<T>(summed), at<T>(out), at<float>(rstd), rows,
+                         dim, eps);
+    });
+  }, nogil);
+  m.def("rms_norm_backward", [](bool b, Address grad_out, Address x, Address weight, Address rstd,
+                                Address grad_residual, Address grad_x, Address grad_weight, int64_t rows, int64_t dim) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.rms_norm_backward(at<T>(grad_out), at<T>(x), at<T>(weight), at<float>(rstd), at<T>(grad_residual),
+                          at<T>(grad_x), at<float>(grad_weight), rows, dim);
+    });
+  }, nogil);
+  m.def("rope", [](bool b, Address qkv, Address cosine, Address sine, Address positions, int64_t rows,
+                   int64_t row_stride, int64_t heads, int64_t head_dim, float sign) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.rope(at<T>(qkv), at<float>(cosine), at<float>(sine), at<int64_t>(positions), rows, row_stride, heads, head_dim,
+             sign);
+    });
+  }, nogil);
+  m.def("swiglu_forward", [](bool b, Address gate_up, Address out, int64_t rows, int64_t dim) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.swiglu_forward(at<T>(gate_up), at<T>(out), rows, dim);
+    });
+  }, nogil);
+  m.def("swiglu_backward", [](bool b, Address grad_out, Address gate_up, Address activation, int64_t rows,
+                              int64_t dim) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.swiglu_backward(at<T>(grad_out), at<T>(gate_up), at<T>(activation), rows, dim);
+    });
+  }, nogil);
+  m.def("cross_entropy", [](bool b, Address logits, Address labels, Address loss, int64_t rows, int64_t width,
+                            int64_t vocab) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.cross_entropy(at<T>(logits), at<int64_t>(labels), at<float>(loss), rows, width, vocab);
+    });
+  }, nogil);
+  m.def("attention_softmax", [](bool b, Address scores, Address lse, int64_t rows, int64_t queries, int64_t keys,
+                                int64_t visible, float scale) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.attention_softmax(at<T>(scores), at<float>(lse), rows, queries, keys, visible, scale);
+    });
+  }, nogil);
+  m.def("attention_softmax_backward", [](bool b, Address scores, Address grad, Address lse, Address delta, int64_t rows,
+                                         int64_t queries, int64_t keys, int64_t visible, float scale) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.attention_softmax_backward(at<T>(scores), at<T>(grad), at<float>(lse), at<float>(delta), rows, queries, keys,
+                                   visible, scale);
+    });
+  }, nogil);
+  m.def("adamw", [](bool b, Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weight,
+                    int64_t count, float grad_scale, float lr, float beta1, float beta2, float eps, float decay,
+                    float correction1, float correction2) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.adamw(at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<T>(weight), count,
+              grad_scale, lr, beta1, beta2, eps, decay, correction1, correction2);
+    });
+  }, nogil);
+  m.def("accumulate", [](bool b, Address total, Address addend, int64_t count) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.accumulate(at<float>(total), at<T>(addend), count);
+    });
+  }, nogil);
+  m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
+        nogil);
+}

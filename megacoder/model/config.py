@@ -1,0 +1,75 @@
+"""The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly)."""
+
+from dataclasses import dataclass
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["ModelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Pre-RMSNorm, SwiGLU, RoPE, grouped queries, no biases (arXiv:2401.14196, Table 2). Defaults: the 1.3B model."""
+
+    vocab_size: int = 32256
+    """ids the tokenizer can produce; the weights have `padded_vocab_size` rows"""
+    hidden_size: int = 2048
+    """model dim D"""
+    intermediate_size: int = 5504
+    """feed-forward dim F"""
+    num_hidden_layers: int = 24
+    """decoder layers"""
+    num_attention_heads: int = 16
+    """query heads H"""
+    num_key_value_heads: int = 16
+    """key-value heads G; H is a multiple of it"""
+    head_dim: int = 128
+    """dim of a head K; H * K need not be hidden_size"""
+    rms_norm_eps: float = 1e-6
+    """inside the root of RMSNorm"""
+    rope_theta: float = 100000.0
+    """RoPE base"""
+    rope_factor: float = 1.0
+    """linear position interpolation: positions are divided by it; DeepSeek-Coder's 16K models use 4"""
+    max_position_embeddings: int = 16384
+    """longest sequence the model is meant for"""
+    tie_word_embeddings: bool = False
+    """whether the head shares the embedding's weights"""
+    init_std: float = 0.006
+    """standard deviation of every matrix at the start (arXiv:2401.02954, 2.2)"""
+    vocab_multiple: int = 128
+    """rows of embedding and head are padded to a multiple of it; padding is never predicted nor exported"""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_multiple"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"model.num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim = {self.head_dim}: RoPE rotates pairs, so it must be even")
+        for name in ("rope_theta", "rope_factor", "rms_norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be positive")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def num_matmul_params(self) -> int:
+        """Weights that take part in a matrix product for every token: all but the embedding and the norms."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """All weights as exported, padding not counted."""
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return self.num_matmul_params + embedding + (2 * self.num_hidden_layers + 1) * self.hidden_size

@@ -1,0 +1,183 @@
+"""The transformer's training step by hand: forward and backward halves called explicitly, no autograd.
+
+Legend: B sequences, S tokens, T = B * S, D model dim, C fused QKV dim, F feed-forward dim. The parameters are those of
+`megacoder.model.transformer.Transformer`, which is the reference: same loss, same gradients.
+
+What this buys over autograd: it chooses what is saved (a layer keeps its two normed inputs, fused QKV, attention output
+and gate-up; nothing twice), fuses residual adds into the norms, overwrites buffers in place, and adds every weight
+gradient straight into `param.grad`, which is a view of the flat fp32 buffer. Weight gradients go through
+`WeightGradients`, so that a pipeline schedule can postpone them behind the input gradients of other microbatches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megacoder.model.transformer import DecoderLayer, Linear, RopeTables, Transformer
+from megacoder.ops.attention import attention_backward, attention_forward
+from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_with_grads
+from megacoder.ops.linear import accumulate_weight_grad
+from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from megacoder.ops.rope import apply_rope_
+from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
+
+__all__ = ["SavedLayer", "WeightGradients", "forward_backward", "layer_backward", "layer_forward"]
+
+
+@dataclass(slots=True)
+class SavedLayer:
+    """What one layer's forward keeps for its backward; tensors are (T, ...) and belong to this microbatch alone."""
+
+    attn_input: Tensor
+    """residual stream before the layer (T, D)"""
+    attn_normed: Tensor
+    attn_rstd: Tensor
+    qkv: Tensor
+    """rotated queries and keys, values (T, C)"""
+    attn_out: Tensor
+    """(B, S, H, K)"""
+    lse: Tensor
+    mlp_input: Tensor
+    """residual stream after attention (T, D)"""
+    mlp_normed: Tensor
+    mlp_rstd: Tensor
+    gate_up: Tensor
+    """(T, 2F); the backward overwrites it"""
+
+
+@dataclass(slots=True)
+class WeightGradients:
+    """Runs weight-gradient products at once, or keeps them for `run` when `postponed` (the W of zero-bubble schedules)."""
+
+    postponed: bool = False
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+
+    def add(self, linear: Linear, grad_out_TO: Tensor, x_TI: Tensor) -> None:
+        """grad += grad_out^T x, now or later; the caller must not change either tensor before then."""
+        if self.postponed:
+            self.waiting.append(lambda: accumulate_weight_grad(grad_of(linear.weight), grad_out_TO, x_TI))
+        else:
+            accumulate_weight_grad(grad_of(linear.weight), grad_out_TO, x_TI)
+
+    def run(self) -> None:
+        """Computes what waits, in the order in which it was added."""
+        for product in self.waiting:
+            product()
+        self.waiting.clear()
+
+
+def grad_of(param: nn.Parameter) -> Tensor:
+    """The fp32 gradient buffer of `param`; RuntimeError where none was attached."""
+    if param.grad is None:
+        raise RuntimeError("a parameter has no gradient buffer; wrap the model in FlatParameters first")
+    return param.grad
+
+
+def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
+    """One microbatch: returns its loss sum and adds its gradients (of the sum) into every `param.grad`."""
+    batch, length = tokens_BS.shape
+    positions_T = torch.arange(length, device=tokens_BS.device).repeat(batch)
+    rope = model.rope(tokens_BS.device)
+    weight_grads = WeightGradients()
+
+    stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight.detach()), None
+    saved: list[SavedLayer] = []
+    for layer in model.layers:
+        stream, residual, kept = layer_forward(layer, stream, residual, rope, positions_T, batch)
+        saved.append(kept)
+    normed, summed, rstd = rms_norm_forward(stream, model.norm.weight.detach(), model.norm.eps, residual_TD=residual)
+
+    head = model.lm_head.weight
+    loss, grad = linear_cross_entropy_with_grads(
+        normed, head.detach(), labels_BS.flatten(), vocab=model.config.vocab_size, grad_weight_WD=grad_of(head)
+    )
+
+    weight = model.norm.weight
+    grad = rms_norm_backward(grad, summed, weight.detach(), rstd, grad_weight_D=grad_of(weight))
+    for layer in reversed(model.layers):
+        grad = layer_backward(layer, grad, saved.pop(), rope, positions_T, weight_grads)
+    grad_of(model.embed_tokens.weight).index_add_(0, tokens_BS.flatten(), grad.float())
+    return loss
+
+
+def layer_forward(
+    layer: DecoderLayer,
+    stream_TD: Tensor,
+    residual_TD: Tensor | None,
+    rope: RopeTables,
+    positions_T: Tensor,
+    batch: int,
+) -> tuple[Tensor, Tensor, SavedLayer]:
+    """(stream, residual, saved): the layer's output is stream + residual, added inside the next norm."""
+    attn, mlp = layer.self_attn, layer.mlp
+    norm = layer.input_layernorm
+    attn_normed, attn_input, attn_rstd = rms_norm_forward(
+        stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD
+    )
+    qkv_TC = attn_normed @ attn.qkv_proj.weight.detach().t()
+    rotated = attn.num_heads + attn.num_kv_heads
+    apply_rope_(qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
+    attn_out_BSHK, lse = attention_forward(*_heads(layer, qkv_TC, batch))
+    stream_TD = attn_out_BSHK.view(qkv_TC.shape[0], -1) @ attn.o_proj.weight.detach().t()
+
+    norm = layer.post_attention_layernorm
+    mlp_normed, mlp_input, mlp_rstd = rms_norm_forward(
+        stream_TD, norm.weight.detach(), norm.eps, residual_TD=attn_input
+    )
+    gate_up_T2F = mlp_normed @ mlp.gate_up_proj.weight.detach().t()
+    stream_TD = swiglu_forward(gate_up_T2F) @ mlp.down_proj.weight.detach().t()
+    saved = SavedLayer(
+        attn_input, attn_normed, attn_rstd, qkv_TC, attn_out_BSHK, lse, mlp_input, mlp_normed, mlp_rstd, gate_up_T2F
+    )
+    return stream_TD, mlp_input, saved
+
+
+def layer_backward(
+    layer: DecoderLayer,
+    grad_TD: Tensor,
+    saved: SavedLayer,
+    rope: RopeTables,
+    positions_T: Tensor,
+    weight_grads: WeightGradients,
+) -> Tensor:
+    """Gradient of the layer's output -> gradient of its input; consumes `saved`."""
+    attn, mlp = layer.self_attn, layer.mlp
+    batch = saved.attn_out.shape[0]
+    grad_act_TF = grad_TD @ mlp.down_proj.weight.detach()
+    activation_TF = swiglu_backward_(grad_act_TF, saved.gate_up)
+    weight_grads.add(mlp.down_proj, grad_TD, activation_TF)
+    grad_normed = saved.gate_up @ mlp.gate_up_proj.weight.detach()
+    weight_grads.add(mlp.gate_up_proj, saved.gate_up, saved.mlp_normed)
+    weight = layer.post_attention_layernorm.weight
+    grad_TD = rms_norm_backward(
+        grad_normed, saved.mlp_input, weight.detach(), saved.mlp_rstd,
+        grad_weight_D=grad_of(weight), grad_residual_TD=grad_TD,
+    )  # fmt: skip
+
+    grad_attn_BSHK = (grad_TD @ attn.o_proj.weight.detach()).view(saved.attn_out.shape)
+    weight_grads.add(attn.o_proj, grad_TD, saved.attn_out.view(grad_TD.shape[0], -1))
+    grad_qkv_TC = torch.empty_like(saved.qkv)
+    heads = _heads(layer, saved.qkv, batch)
+    grads = attention_backward(grad_attn_BSHK, *heads, saved.attn_out, saved.lse)
+    for target, grad in zip(_heads(layer, grad_qkv_TC, batch), grads, strict=True):
+        target.copy_(grad)
+    rotated = attn.num_heads + attn.num_kv_heads
+    apply_rope_(grad_qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim, inverse=True)
+    grad_normed = grad_qkv_TC @ attn.qkv_proj.weight.detach()
+    weight_grads.add(attn.qkv_proj, grad_qkv_TC, saved.attn_normed)
+    weight = layer.input_layernorm.weight
+    return rms_norm_backward(
+        grad_normed, saved.attn_input, weight.detach(), saved.attn_rstd,
+        grad_weight_D=grad_of(weight), grad_residual_TD=grad_TD,
+    )  # fmt: skip
+
+
+def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, S, K), (B, G, S, K), (B, G, S, K) views of fused rows."""
+    attn = layer.self_attn
+    split = qkv_TC.view(batch, -1, attn.num_heads + 2 * attn.num_kv_heads, attn.head_dim).transpose(1, 2)
+    q, k, v = split.split([attn.num_heads, attn.num_kv_heads, attn.num_kv_heads], dim=1)
+    return q, k, v

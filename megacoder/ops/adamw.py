@@ -1,0 +1,68 @@
+"""AdamW (arXiv:1711.05101) on flat fp32 buffers, and the gradient norm that precedes it.
+
+State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
+same pass. `grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacoder.ops.cpp import address, kernels_for
+
+__all__ = ["AdamWConfig", "adamw_", "sum_of_squares"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """Hyper-parameters; the defaults are DeepSeek-Coder's (arXiv:2401.14196, 3.4; arXiv:2401.02954, 2.3)."""
+
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled decay, applied to matrices and embeddings, not to norms"""
+
+
+def adamw_(
+    weight: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    config: AdamWConfig,
+    lr: float,
+    step: int,
+    grad_scale: float,
+    decayed: bool,
+) -> None:
+    """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype."""
+    decay = config.weight_decay if decayed else 0.0
+    correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        kernels.adamw(
+            weight.dtype == torch.bfloat16, address(master), address(exp_avg), address(exp_avg_sq), address(grad),
+            address(weight), weight.numel(), grad_scale, lr, config.beta1, config.beta2, config.eps, decay,
+            correction1, correction2,
+        )  # fmt: skip
+        return
+    scaled = grad * grad_scale
+    exp_avg.lerp_(scaled, 1 - config.beta1)
+    exp_avg_sq.mul_(config.beta2).addcmul_(scaled, scaled, value=1 - config.beta2)
+    master.mul_(1 - lr * decay)
+    master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(config.eps), value=-lr / correction1)
+    weight.copy_(master)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """fp64 scalar; the order of summation does not depend on the number of threads."""
+    kernels = kernels_for(values)
+    if kernels is not None and values.dtype == torch.float32:
+        return torch.tensor(kernels.sum_of_squares(address(values), values.numel()), dtype=torch.float64)
+    return values.double().pow(2).sum()

@@ -1,0 +1,39 @@
+"""The door to the compiled CPU kernels (csrc/cpp): which tensors they take, and how their addresses are passed.
+
+The extension is optional. `kernels_for` returns None where it is missing or does not apply, and the caller then takes
+its torch path; nothing else in the library asks whether it is there.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["address", "kernels_for"]
+
+
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("megacoder._cpp")
+    except ImportError:
+        return None
+
+
+_cpp = _load()
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The compiled kernels if they are built and take `tensor`'s device and dtype (CPU; float32 or bfloat16)."""
+    if _cpp is not None and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16):
+        return _cpp
+    return None
+
+
+def address(tensor: Tensor | None) -> int:
+    """A contiguous tensor's address, 0 for None; the kernels see nothing else of a tensor."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise ValueError(f"kernel buffers are contiguous; got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+    return tensor.data_ptr()

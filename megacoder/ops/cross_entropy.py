@@ -1,0 +1,93 @@
+"""Linear cross-entropy: the output head and its loss in one pass over chunks of tokens.
+
+Legend: T tokens, D model dim, W output rows (the vocabulary and its padding), C tokens of one chunk.
+Full logits in fp32 would be the largest tensor of a step (4.2 GB at W=32,256, 8 x 4,096 tokens); here a chunk's logits
+live once, in the storage dtype, and are overwritten by their own gradient, from which both matrix gradients follow at
+once. Nothing is kept for a backward.
+
+The loss is a sum over tokens: means are formed once, over the global batch, where the update is made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.linear import accumulate_weight_grad
+
+__all__ = ["IGNORE_INDEX", "LossSum", "cross_entropy_", "linear_cross_entropy", "linear_cross_entropy_with_grads"]
+
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on."""
+
+CHUNK_ELEMENTS = 1 << 25
+"""Logits per chunk: 1,040 tokens at W=32,256; enough for full GEMM speed, too few to make the peak of memory."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What a microbatch contributes to the loss of the global batch."""
+
+    total: Tensor
+    """sum of token losses, nats, fp64 scalar"""
+    num_tokens: int
+    """labels that were not IGNORE_INDEX"""
+
+
+def linear_cross_entropy(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int) -> Tensor:
+    """Reference, differentiable by torch: the sum of token losses over the first `vocab` of W output rows."""
+    logits = F.linear(x_TD, weight_WD[:vocab])
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        labels_T,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+
+
+def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor:
+    """Token losses (C,) fp32; overwrites the logits by softmax - onehot.
+
+    The gradient is zero in the W - vocab columns of padding and where the label is IGNORE_INDEX.
+    """
+    kernels = kernels_for(logits_CW)
+    if kernels is None:
+        wide = logits_CW[:, :vocab].float()
+        log_sum = torch.logsumexp(wide, dim=-1)
+        counted = labels_C != IGNORE_INDEX
+        rows, targets = torch.arange(len(labels_C), device=labels_C.device), labels_C.clamp_min(0)
+        loss_C = torch.where(counted, log_sum - wide[rows, targets], 0.0)
+        grad = torch.exp(wide - log_sum[:, None])
+        grad[rows, targets] -= 1.0
+        logits_CW.zero_()[:, :vocab] = grad * counted[:, None]
+        return loss_C
+    loss_C = torch.empty(len(labels_C), dtype=torch.float32)
+    kernels.cross_entropy(
+        logits_CW.dtype == torch.bfloat16, address(logits_CW), address(labels_C), address(loss_C),
+        *logits_CW.shape, vocab,
+    )  # fmt: skip
+    return loss_C
+
+
+def linear_cross_entropy_with_grads(
+    x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int, grad_weight_WD: Tensor
+) -> tuple[LossSum, Tensor]:
+    """The loss sum and d(sum)/dx (T, D); adds d(sum)/dweight into fp32 `grad_weight_WD`.
+
+    IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel.
+    """
+    counted = labels_T != IGNORE_INDEX
+    outside = counted & ((labels_T < 0) | (labels_T >= vocab))
+    if bool(outside.any()):
+        raise IndexError(f"label {int(labels_T[outside][0])} is outside the vocabulary of {vocab} ids")
+    grad_x_TD = torch.empty_like(x_TD)
+    total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    chunk = max(1, CHUNK_ELEMENTS // weight_WD.shape[0])
+    for x_CD, labels_C, grad_x_CD in zip(x_TD.split(chunk), labels_T.split(chunk), grad_x_TD.split(chunk), strict=True):
+        logits_CW = x_CD @ weight_WD.t()
+        total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
+        torch.mm(logits_CW, weight_WD, out=grad_x_CD)
+        accumulate_weight_grad(grad_weight_WD, logits_CW, x_CD)
+    return LossSum(total, int(counted.sum())), grad_x_TD

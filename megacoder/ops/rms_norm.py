@@ -1,0 +1,65 @@
+"""RMSNorm (arXiv:1910.07467), y = x / sqrt(mean(x^2) + eps) * w, with the residual add folded in.
+
+Legend: T tokens, D model dim. Statistics are fp32 whatever the storage; `rstd_T` is all that the backward needs
+besides the input. The residual gradient joins in the same pass, so that a block's backward reads it once.
+"""
+
+import torch
+from torch import Tensor
+
+from megacoder.ops.cpp import address, kernels_for
+
+__all__ = ["rms_norm", "rms_norm_backward", "rms_norm_forward"]
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Reference, differentiable by torch; x is (..., D), fp32 inside (fp64 for fp64), the result has x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight_D).to(x.dtype)
+
+
+def rms_norm_forward(
+    x_TD: Tensor, weight_D: Tensor, eps: float, *, residual_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y_TD, h_TD, rstd_T), where h = x + residual is what was normalised (x itself without a residual)."""
+    kernels = kernels_for(x_TD)
+    rows, dim = x_TD.shape
+    if kernels is None:
+        h_TD = x_TD if residual_TD is None else x_TD + residual_TD
+        wide = h_TD.float()
+        rstd_T = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+        return (wide * rstd_T[:, None] * weight_D).to(x_TD.dtype), h_TD, rstd_T
+    y_TD, rstd_T = torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
+    h_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
+    kernels.rms_norm_forward(
+        x_TD.dtype == torch.bfloat16, address(x_TD), address(residual_TD), address(weight_D), address(h_TD),
+        address(y_TD), address(rstd_T), rows, dim, eps,
+    )  # fmt: skip
+    return y_TD, h_TD, rstd_T
+
+
+def rms_norm_backward(
+    grad_y_TD: Tensor,
+    h_TD: Tensor,
+    weight_D: Tensor,
+    rstd_T: Tensor,
+    *,
+    grad_weight_D: Tensor,
+    grad_residual_TD: Tensor | None = None,
+) -> Tensor:
+    """Returns grad_h_TD (+ grad_residual_TD if given) and adds the weight's gradient into fp32 `grad_weight_D`."""
+    kernels = kernels_for(grad_y_TD)
+    if kernels is None:
+        wide_dy, wide_h = grad_y_TD.float(), h_TD.float()
+        normed = wide_h * rstd_T[:, None]
+        grad_weight_D += (wide_dy * normed).sum(0)
+        scaled = wide_dy * weight_D
+        grad = rstd_T[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+        return (grad if grad_residual_TD is None else grad + grad_residual_TD).to(h_TD.dtype)
+    rows, dim = h_TD.shape
+    grad_h_TD = torch.empty_like(h_TD)
+    kernels.rms_norm_backward(
+        h_TD.dtype == torch.bfloat16, address(grad_y_TD), address(h_TD), address(weight_D), address(rstd_T),
+        address(grad_residual_TD), address(grad_h_TD), address(grad_weight_D), rows, dim,
+    )  # fmt: skip
+    return grad_h_TD

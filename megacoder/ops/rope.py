@@ -1,0 +1,49 @@
+"""Rotary position embedding (arXiv:2104.09864) in Hugging Face's rotate-half convention.
+
+Legend: T tokens, H heads, K head dim, P positions in the table. Angle = (position / factor) * theta^(-2i/K); `factor`
+is linear position interpolation (arXiv:2306.15595), with which DeepSeek-Coder reached 16K. The tables are fp32 and the
+rotation happens in fp32. Rotation is orthogonal, so its backward is the rotation by the opposite angle.
+"""
+
+import torch
+from torch import Tensor
+
+from megacoder.ops.cpp import address, kernels_for
+
+__all__ = ["apply_rope", "apply_rope_", "rope_tables"]
+
+
+def rope_tables(num_positions: int, head_dim: int, *, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (P, K/2) fp32; angles are formed in fp64 so that large positions keep their phase."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64) / factor, frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x_THK: Tensor, cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor) -> Tensor:
+    """Reference, differentiable by torch: rotates every head of each token to its position."""
+    cos, sin = cos_PK2[positions_T][:, None], sin_PK2[positions_T][:, None]
+    low, high = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x_THK.dtype)
+
+
+def apply_rope_(
+    qkv_TC: Tensor,
+    cos_PK2: Tensor,
+    sin_PK2: Tensor,
+    positions_T: Tensor,
+    *,
+    num_heads: int,
+    head_dim: int,
+    inverse: bool = False,
+) -> None:
+    """Rotates in place the first `num_heads` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward."""
+    kernels = kernels_for(qkv_TC)
+    if kernels is None:
+        heads = qkv_TC[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+        heads.copy_(apply_rope(heads, cos_PK2, -sin_PK2 if inverse else sin_PK2, positions_T))
+        return
+    kernels.rope(
+        qkv_TC.dtype == torch.bfloat16, address(qkv_TC), address(cos_PK2), address(sin_PK2), address(positions_T),
+        qkv_TC.shape[0], qkv_TC.shape[1], num_heads, head_dim, -1.0 if inverse else 1.0,
+    )  # fmt: skip

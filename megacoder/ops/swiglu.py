@@ -1,0 +1,48 @@
+"""SwiGLU (arXiv:2002.05202): silu(gate) * up, on the one tensor [gate | up] that a fused projection produces.
+
+Legend: T tokens, F feed-forward dim. The activation is not kept for the backward: the backward reads gate and up
+anyway, overwrites them with their gradients, and gives the activation back for the down projection's weight gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megacoder.ops.cpp import address, kernels_for
+
+__all__ = ["swiglu", "swiglu_backward_", "swiglu_forward"]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Reference, differentiable by torch: (..., 2F) -> (..., F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_forward(gate_up_T2F: Tensor) -> Tensor:
+    """(T, 2F) -> (T, F)."""
+    kernels = kernels_for(gate_up_T2F)
+    if kernels is None:
+        return swiglu(gate_up_T2F)
+    rows, width = gate_up_T2F.shape
+    out_TF = gate_up_T2F.new_empty(rows, width // 2)
+    kernels.swiglu_forward(gate_up_T2F.dtype == torch.bfloat16, address(gate_up_T2F), address(out_TF), rows, width // 2)
+    return out_TF
+
+
+def swiglu_backward_(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
+    """Overwrites `gate_up_T2F` by its gradient and returns the recomputed activation (T, F)."""
+    kernels = kernels_for(gate_up_T2F)
+    rows, width = gate_up_T2F.shape
+    if kernels is None:
+        gate, up = gate_up_T2F.float().chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu, grad = gate * sigmoid, grad_TF.float()
+        activation = (silu * up).to(gate_up_T2F.dtype)
+        gate_up_T2F.copy_(torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1))
+        return activation
+    activation = torch.empty_like(grad_TF)
+    kernels.swiglu_backward(
+        grad_TF.dtype == torch.bfloat16, address(grad_TF), address(gate_up_T2F), address(activation), rows, width // 2
+    )
+    return activation

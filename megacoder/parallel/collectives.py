@@ -1,0 +1,85 @@
+"""The one module that talks to torch.distributed: NCCL on GPUs, gloo on CPUs, nothing at all in a world of one.
+
+Every collective takes its group as an argument. `group=None` means a world of one: each function is then the identity,
+so that callers have a single code path.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacoder.core.errors import MegacoderError
+
+__all__ = ["World", "all_gather_into", "all_reduce_sum", "broadcast_from_first", "reduce_scatter_sum", "start_world"]
+
+
+class World:
+    """This process's place among the ranks of a run; `group` is None in a world of one."""
+
+    def __init__(
+        self, rank: int, size: int, local_rank: int, device: torch.device, group: dist.ProcessGroup | None
+    ) -> None:
+        self.rank, self.size, self.local_rank, self.device, self.group = rank, size, local_rank, device, group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run: prints, logs, writes."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leaves the process group; call on the way out of a successful run."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
+
+def start_world(device_type: str, *, timeout_seconds: float = 600.0) -> World:
+    """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise MegacoderError(
+                f"rank {local_rank} of this node has no GPU: {torch.cuda.device_count()} found; start fewer processes"
+            )
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return World(0, 1, 0, device, None)
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=device if device_type == "cuda" else None,
+    )
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD)
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sums `tensor` over the group, in place, the same bits on every rank."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+
+
+def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
+    """shard = this rank's slice of the sum of every rank's `full`; len(full) = group size * len(shard)."""
+    if group is None:
+        if shard.data_ptr() != full.data_ptr():
+            shard.copy_(full)
+        return
+    dist.reduce_scatter_tensor(shard, full, group=group)
+
+
+def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> None:
+    """full = every rank's `shard` in rank order; `shard` may be this rank's slice of `full`."""
+    if group is None:
+        if shard.data_ptr() != full.data_ptr():
+            full.copy_(shard)
+        return
+    dist.all_gather_into_tensor(full, shard, group=group)
+
+
+def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Overwrites `tensor` by the first rank's."""
+    if group is not None:
+        dist.broadcast(tensor, group=group, group_src=0)

@@ -50,7 +50,7 @@ class SavedLayer:
 
 @dataclass(slots=True)
 class WeightGradients:
-    """Runs weight-gradient products at once, or keeps them for `run` when `postponed` (the W of zero-bubble schedules)."""
+    """Runs weight-gradient products at once, or keeps them for `run` when `postponed` (the W of zero bubble)."""
 
     postponed: bool = False
     waiting: list[Callable[[], None]] = field(default_factory=list)

@@ -8,7 +8,8 @@ on a full disk). Asks of the file system what training needs anyway: that all ra
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ def write_part(
     state: dict[str, Any],
 ) -> None:
     """Writes one rank's file, then its part: a manifest of that file alone."""
-    sums = write_tensor_file(temporary / file, plan.stored, data)
-    part = Manifest(step=step, layout=layout, state=state, files={file: sums}, tensors=plan.entries)
-    _write_whole(_part_path(temporary, file), encode_manifest(part))
+    with _noticing_its_end(temporary):
+        sums = write_tensor_file(temporary / file, plan.stored, data)
+        part = Manifest(step=step, layout=layout, state=state, files={file: sums}, tensors=plan.entries)
+        _write_whole(_part_path(temporary, file), encode_manifest(part))
 
 
 def commit(temporary: Path, num_ranks: int, *, timeout_seconds: float) -> Path:
@@ -49,19 +51,13 @@ def commit(temporary: Path, num_ranks: int, *, timeout_seconds: float) -> Path:
     Raises CheckpointError when a rank gives up or is not done in time, or the parts do not cover every tensor.
     """
     parts = [_part_path(temporary, rank_file_name(rank, num_ranks)) for rank in range(num_ranks)]
-    for pause in _pauses(timeout_seconds):
-        names = _names_in(temporary)
-        missing = [part.stem for part in parts if part.name not in names]
-        if not missing:
-            break
-        if pause is None:
-            raise CheckpointError(f"{missing[0]} and {len(missing) - 1} others were not done in {timeout_seconds:g} s")
-        time.sleep(pause)
-    merged = merge_manifests([read_manifest(part) for part in parts])
-    for part in parts:
-        part.unlink()
-    _write_whole(temporary / MANIFEST, encode_manifest(merged))
-    return publish(temporary)
+    with _noticing_its_end(temporary):
+        _await_parts(temporary, parts, timeout_seconds)
+        merged = merge_manifests([read_manifest(part) for part in parts])
+        for part in parts:
+            part.unlink()
+        _write_whole(temporary / MANIFEST, encode_manifest(merged))
+        return publish(temporary)
 
 
 def await_outcome(temporary: Path, *, timeout_seconds: float) -> None:
@@ -77,7 +73,7 @@ def await_outcome(temporary: Path, *, timeout_seconds: float) -> None:
         time.sleep(pause)
 
 
-def _pauses(timeout_seconds: float) -> Iterable[float | None]:
+def _pauses(timeout_seconds: float) -> Iterator[float | None]:
     """Seconds to sleep before each further look, growing to one, and None at the last."""
     deadline = time.monotonic() + timeout_seconds
     pause = 0.01
@@ -87,11 +83,26 @@ def _pauses(timeout_seconds: float) -> Iterable[float | None]:
     yield None
 
 
-def _names_in(temporary: Path) -> set[str]:
+@contextmanager
+def _noticing_its_end(temporary: Path) -> Iterator[None]:
+    """Says what it means when the folder in which a rank is at work is no longer there."""
     try:
-        return set(os.listdir(temporary))
+        yield
     except FileNotFoundError:
+        if temporary.exists():
+            raise
         raise CheckpointError("another rank gave up; its own error says why") from None
+
+
+def _await_parts(temporary: Path, parts: list[Path], timeout_seconds: float) -> None:
+    for pause in _pauses(timeout_seconds):
+        names = set(os.listdir(temporary))
+        missing = [part.stem for part in parts if part.name not in names]
+        if not missing:
+            return
+        if pause is None:
+            raise CheckpointError(f"{missing[0]} and {len(missing) - 1} others were not done in {timeout_seconds:g} s")
+        time.sleep(pause)
 
 
 def _part_path(temporary: Path, file: str) -> Path:

@@ -28,6 +28,8 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 def step_name(step: int) -> str:
     """The folder name of a step's checkpoint; names sort as steps do below 10^8 steps."""
+    if step < 0:
+        raise ValueError(f"step {step}: steps count from 0")
     return f"step-{step:08d}"
 
 

@@ -119,4 +119,5 @@ class Staging:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    # A tensor of one element or none is contiguous with any stride, but a view of other width wants a stride of 1.
+    return tensor.as_strided(tensor.shape, (1,)).view(torch.uint8).numpy().data

@@ -147,10 +147,9 @@ class CheckpointReader:
             part = Box(
                 tuple(a - b for a, b in zip(copy.overlap.offsets, piece.box.offsets, strict=True)), copy.overlap.sizes
             )
-            self._file(piece.file).read(
-                StoredTensor(piece.key, entry.dtype, piece.box.sizes), part,
-                targets[copy.target][copy.overlap.inside(target)],
-            )  # fmt: skip
+            index: Any = (*copy.overlap.inside(target), ...)  # with the dots a 0-d part is a view, too
+            stored_tensor = StoredTensor(piece.key, entry.dtype, piece.box.sizes)
+            self._file(piece.file).read(stored_tensor, part, targets[copy.target][index])
 
 
 def verify_checkpoint(folder: Path) -> list[str]:

@@ -1,0 +1,80 @@
+"""`megacoder checkpoint inspect` and `verify` as a person and a script meet them."""
+
+import json
+import random
+
+import pytest
+from checkpoint_cases import lay_out, make_tensors, save_as_ranks
+
+from megacoder.cli.main import main
+
+
+@pytest.fixture
+def root(tmp_path):
+    for step in (10, 20):
+        save_as_ranks(tmp_path, step, lay_out(make_tensors(), tp=1, dp=2, random=random.Random(0)), {"cursor": 5})
+    return tmp_path
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr)."""
+    code = 0
+    try:
+        main(["checkpoint", *map(str, words)])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_inspect_shows_the_newest_as_a_table(root, capsys):
+    code, out, _ = run(capsys, "inspect", root)
+    assert code == 0
+    assert "step 20; ranks 2" in " ".join(out.split())
+    elements = 1 + 7 + 45 + 4 + 60
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        row = next(line for line in out.splitlines() if f" {kind} " in line)
+        assert [word for word in row.split() if word.isdigit()][:3] == ["6", str(elements), str(4 * elements)]
+    assert "rank-00001-of-00002.safetensors" in out
+
+
+def test_inspect_as_json(root, capsys):
+    code, out, _ = run(capsys, "inspect", root / "step-00000010", "--json")
+    assert code == 0
+    whole = json.loads(out)
+    assert (whole["step"], whole["layout"], whole["state"]) == (10, {"ranks": 2}, {"cursor": 5})
+    assert whole["kinds"]["exp_avg"]["tensors"] == 6
+    assert {"kind": "weight", "name": "scalar", "shape": [], "dtype": "F32", "pieces": 1} in whole["tensors"]
+    assert list(whole["files"]) == ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
+
+
+def test_verify_says_that_all_is_well(root, capsys):
+    code, out, err = run(capsys, "verify", root)
+    assert (code, err) == (0, "")
+    assert [line.split(": ")[1] for line in out.splitlines()] == ["every byte is as it was written"] * 2
+
+
+def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
+    path = root / "step-00000010" / "rank-00001-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (root / "step-00000020" / "rank-00000-of-00002.safetensors").unlink()
+    code, out, err = run(capsys, "verify", root)
+    assert code == 1
+    assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
+    assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
+    assert err == f"megacoder: 2 faults in {root}, listed above; load another checkpoint\n"
+    assert run(capsys, "verify", root / "step-00000010")[0] == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_folder_without_checkpoints_exits_with_1(tmp_path, capsys, command):
+    code, out, err = run(capsys, command, tmp_path / "absent")
+    assert code == 1
+    assert "absent" in out + err
+    assert err.count("\n") == 1
+
+
+def test_help_lists_the_commands(capsys):
+    main(["--help"])
+    assert "checkpoint verify" in capsys.readouterr().out

@@ -4,7 +4,12 @@ import json
 import random
 
 import pytest
-from checkpoint_cases import lay_out, make_tensors, save_as_ranks
+from checkpoint_cases import (
+    lay_out,
+    make_tensors,
+    no_flush,  # noqa: F401
+    save_as_ranks,
+)
 
 from megacoder.cli.main import main
 
@@ -63,7 +68,7 @@ def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
     assert code == 1
     assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
     assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
-    assert err == f"megacoder: 2 faults in {root}, listed above; load another checkpoint\n"
+    assert err == f"megacoder: {root}: damaged, as listed above; load another checkpoint\n"
     assert run(capsys, "verify", root / "step-00000010")[0] == 1
 
 

@@ -101,7 +101,9 @@ def _await_parts(temporary: Path, parts: list[Path], timeout_seconds: float) -> 
         if not missing:
             return
         if pause is None:
-            raise CheckpointError(f"{missing[0]} and {len(missing) - 1} others were not done in {timeout_seconds:g} s")
+            raise CheckpointError(
+                f"{len(missing)} of {len(parts)} ranks were not done in {timeout_seconds:g} s, {missing[0]} the first"
+            )
         time.sleep(pause)
 
 

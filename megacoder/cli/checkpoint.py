@@ -75,4 +75,4 @@ def verify(argv: Sequence[str]) -> None:
         faults += found
         print("\n".join(found or [f"{folder}: every byte is as it was written"]))
     if faults:
-        raise CheckpointError(f"{len(faults)} faults in {args.dir}, listed above; load another checkpoint")
+        raise CheckpointError(f"{args.dir}: damaged, as listed above; load another checkpoint")

@@ -21,7 +21,7 @@ _DEVICE_CHUNK = 1 << 24
 """Elements fetched from a device at a time by a save that stages nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fragment:
     """Elements [start, stop) of the row-major flattening of the box `region` of a global tensor."""
 

@@ -42,9 +42,6 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' name of a dtype -> torch's."""
 
-_RAW: dict[int, np.dtype[Any]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
-"""What bytes are moved as: NumPy has no bfloat16, and a copy needs only the width."""
-
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -148,7 +145,10 @@ class TensorFile:
         self._begin = self._parse_header({tensor.key: tensor for tensor in tensors})
 
     def read(self, tensor: StoredTensor, part: Box, out: np.ndarray) -> None:
-        """Fills `out`, of shape part.sizes, by a part of a tensor; its items are integers as wide as the dtype."""
+        """Fills `out`, of shape part.sizes, by a part of a tensor; its items are integers as wide as the dtype.
+
+        A copy needs only the width, and NumPy has no bfloat16.
+        """
         width = DTYPES[tensor.dtype].itemsize
         begin = self._begin[tensor.key]
         # From the first element of the part to its last, in the flattened tensor.
@@ -156,7 +156,7 @@ class TensorFile:
         first = sum(offset * stride for offset, stride in zip(part.offsets, strides, strict=True))
         last = sum((end - 1) * stride for end, stride in zip(part.ends, strides, strict=True))
         self._check(begin + first * width, begin + (last + 1) * width)
-        flat = np.frombuffer(self._bytes[begin : begin + tensor.num_bytes], dtype=_RAW[width])
+        flat = np.frombuffer(self._bytes[begin : begin + tensor.num_bytes], dtype=out.dtype)
         np.copyto(out, flat.reshape(tensor.shape)[part.inside(Box.whole(tensor.shape))])
 
     def check_all(self) -> None:

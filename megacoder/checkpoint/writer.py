@@ -85,12 +85,13 @@ class CheckpointWriter:
             state=_plain(state, "state"),
         )
         self._num_saves += 1
-        self._make_folder(job)
         if self.config.asynchronous:
-            data = [self._staging.copy_out(job.plan.fragments)]
-            self._thread = threading.Thread(target=self._run, args=(job, data), name="checkpoint", daemon=True)
+            staged = [self._staging.copy_out(job.plan.fragments)]
+            self._make_folder(job)
+            self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)
             self._thread.start()
         else:
+            self._make_folder(job)
             self._run(job, live_bytes(job.plan.fragments))
             self._settle()
         return time.perf_counter() - begin

@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -27,19 +28,20 @@ __all__ = ["from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_tom
 T = TypeVar("T")
 
 
-def parse_args(cls: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
-    """Parses `argv` into `cls`, a dataclass whose field docstrings become the help text.
+def parse_args(cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None) -> T:
+    """Parses `argv` (by default the process's own) into `cls`, a dataclass whose field docstrings become the help text.
 
     Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
     Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
             config, unknown = (
-                tyro.cli(cls, args=list(argv), prog=prog, default=default, return_unknown_args=True)
+                tyro.cli(cls, args=words, prog=prog, default=default, return_unknown_args=True)
                 if default is not None
-                else tyro.cli(cls, args=list(argv), prog=prog, return_unknown_args=True)
+                else tyro.cli(cls, args=words, prog=prog, return_unknown_args=True)
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -123,6 +123,10 @@ class Transformer(nn.Module):
         )
         self._rope = RopeTables(cos, sin)  # not a buffer: `.to(dtype)` must not round it
 
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
     def rope(self, device: torch.device) -> RopeTables:
         """The rotary tables on `device`, in fp32 whatever the model's dtype."""
         if self._rope.cos.device != device:
@@ -135,7 +139,7 @@ class Transformer(nn.Module):
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         x_BSD = F.embedding(tokens_BS, self.embed_tokens.weight)
         rope = self.rope(x_BSD.device)
-        for layer in self.layers:
+        for layer in self.decoder_layers():
             x_BSD = layer(x_BSD, rope, positions_BS)
         return self.norm(x_BSD)
 

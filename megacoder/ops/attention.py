@@ -70,13 +70,15 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q (B, H, S, K), grad_k, grad_v (B, G, S, K)); gradients of shared heads are summed over their queries."""
     batch, heads, length, dim = q_BHSK.shape
-    expanded = _expand(heads, k_BGSK, v_BGSK)
+    k_BHSK, v_BHSK = _expand(heads, k_BGSK, v_BGSK)
     grad_out_BHSK = grad_out_BSHK.transpose(1, 2)
     kernels = kernels_for(q_BHSK)
     if kernels is None:
-        grad_q, grad_k, grad_v = _torch_backward(grad_out_BHSK, q_BHSK, *expanded, out_BSHK.transpose(1, 2), lse_BHS)
+        grad_q, grad_k, grad_v = _torch_backward(
+            grad_out_BHSK, q_BHSK, k_BHSK, v_BHSK, out_BSHK.transpose(1, 2), lse_BHS
+        )
         return grad_q, _sum_groups(grad_k, k_BGSK), _sum_groups(grad_v, v_BGSK)
-    q_NSK, k_NSK, v_NSK, grad_out_NSK = _merge(q_BHSK, *expanded, grad_out_BHSK)
+    q_NSK, k_NSK, v_NSK, grad_out_NSK = _merge(q_BHSK, k_BHSK, v_BHSK, grad_out_BHSK)
     delta_NS = (grad_out_BSHK.float() * out_BSHK.float()).sum(-1).transpose(1, 2).flatten(0, 1).contiguous()
     lse_NS = lse_BHS.flatten(0, 1)
     grad_q_NSK, grad_k_NSK, grad_v_NSK = torch.empty_like(q_NSK), torch.zeros_like(k_NSK), torch.zeros_like(v_NSK)

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with a `main(argv)`, what it does)
+    "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
 }
 """Sub-commands in the order in which `--help` shows them."""

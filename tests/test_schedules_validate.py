@@ -74,6 +74,12 @@ def test_a_deadlock_names_every_blocked_rank():
     )
 
 
+def test_a_wide_deadlock_stays_readable():
+    ranks = ["F0.0 B0.0 F1.0 B1.0"] * 5 + ["F1.0 B1.0 F0.0 B0.0"]
+    with pytest.raises(ScheduleError, match=r"deadlock: rank 0 at B0\.0 .*; rank 3 at B0\.0 [^;]*; and 2 more$"):
+        check_schedule(schedule_of(StageMap.loop(6), 2, *ranks))
+
+
 @pytest.mark.parametrize("stages", [((0, 1), (2,)), ((0,), (0,)), ((1,), (2,)), ((),), ()])
 def test_a_stage_map_holds_each_stage_once(stages):
     with pytest.raises(ScheduleError, match="exactly once"):

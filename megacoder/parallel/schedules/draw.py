@@ -17,30 +17,37 @@ _COLOURS: dict[Op, tuple[int, int, int]] = {
 }
 _MEANING: dict[Op, str] = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
 _IDLE = (240, 240, 240)
-_MARGIN, _ROW, _GAP = 20, 30, 4
+_MARGIN, _SPACE, _ROW, _GAP = 20, 14, 30, 4  # pixels
 _MAX_WIDTH = 12_000  # pixels of time; beyond that boxes get thinner and lose their numbers
 
 
 def draw(timeline: Timeline, path: Path) -> None:
     """Writes the timeline as `path` (.svg or .png); later chunks of a rank are drawn in darker shades."""
     schedule = timeline.schedule
-    digits = text_width(str(schedule.num_microbatches - 1))
-    shortest = min(
-        end - start for row in zip(timeline.start, timeline.end, strict=True) for start, end in zip(*row, strict=True)
-    )
-    scale = min((digits + 10) / shortest, _MAX_WIDTH / timeline.makespan)
-    title, legend = _title(timeline), _legend_width(timeline)
-    left = _MARGIN + text_width(f"rank {schedule.num_ranks - 1}") + 12
-    right = left + timeline.makespan * scale
-    top = _MARGIN + TEXT_HEIGHT + 16
+    title, label = _title(timeline), f"rank {schedule.num_ranks - 1}"
+    left = _MARGIN + text_width(label) + _SPACE
+    top = _MARGIN + TEXT_HEIGHT + _SPACE
     bottom = top + schedule.num_ranks * (_ROW + _GAP)
-    width = max(right, _MARGIN + text_width(title), _MARGIN + legend) + _MARGIN
-    picture = Picture(width=round(width), height=bottom + 12 + TEXT_HEIGHT + _MARGIN)
+    scale = _scale(timeline)
+    picture = Picture(width=0, height=bottom + _SPACE + TEXT_HEIGHT + _MARGIN)
     picture.texts.append(Text(x=_MARGIN, y=_MARGIN, text=title))
     for rank in range(schedule.num_ranks):
         _draw_rank(picture, timeline, rank, left=left, y=top + rank * (_ROW + _GAP), scale=scale)
-    _draw_legend(picture, timeline, y=bottom + 12)
+    legend_right = _draw_legend(picture, timeline, y=bottom + _SPACE)
+    right = max(left + timeline.makespan * scale, _MARGIN + text_width(title), legend_right)
+    picture.width = round(right) + _MARGIN
     picture.write(path)
+
+
+def _scale(timeline: Timeline) -> float:
+    """Pixels per unit of time: the shortest action has room for its number, unless the whole gets too wide."""
+    widest_number = text_width(str(timeline.schedule.num_microbatches - 1))
+    shortest = min(
+        end - start
+        for starts, ends in zip(timeline.start, timeline.end, strict=True)
+        for start, end in zip(starts, ends, strict=True)
+    )
+    return min((widest_number + 10) / shortest, _MAX_WIDTH / timeline.makespan)
 
 
 def _title(timeline: Timeline) -> str:
@@ -56,7 +63,7 @@ def _title(timeline: Timeline) -> str:
 def _draw_rank(picture: Picture, timeline: Timeline, rank: int, *, left: float, y: int, scale: float) -> None:
     schedule = timeline.schedule
     text_y = y + (_ROW - TEXT_HEIGHT) / 2
-    picture.texts.append(Text(x=left - 12, y=text_y, text=f"rank {rank}", anchor="end"))
+    picture.texts.append(Text(x=left - _SPACE, y=text_y, text=f"rank {rank}", anchor="end"))
     picture.boxes.append(Box(x=left, y=y, width=timeline.makespan * scale, height=_ROW, colour=_IDLE))
     for action, start, end in zip(schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True):
         width = (end - start) * scale
@@ -68,26 +75,23 @@ def _draw_rank(picture: Picture, timeline: Timeline, rank: int, *, left: float, 
             picture.texts.append(Text(x=x, y=text_y, text=str(action.microbatch), anchor="middle"))
 
 
-def _legend(timeline: Timeline) -> list[tuple[Op, str]]:
-    used = {action.op for actions in timeline.schedule.ranks for action in actions}
-    return [(op, f"{op} {_MEANING[op]}") for op in _COLOURS if op in used]
-
-
-def _legend_width(timeline: Timeline) -> int:
-    swatches = timeline.schedule.num_chunks * TEXT_HEIGHT
-    return sum(swatches + 8 + text_width(text) + 32 for _, text in _legend(timeline))
-
-
-def _draw_legend(picture: Picture, timeline: Timeline, *, y: int) -> None:
-    x = _MARGIN
+def _draw_legend(picture: Picture, timeline: Timeline, *, y: int) -> int:
+    """Swatches of every chunk and the meaning of each letter in use; returns where the last text ends."""
     num_chunks = timeline.schedule.num_chunks
-    for op, text in _legend(timeline):
+    used = {action.op for actions in timeline.schedule.ranks for action in actions}
+    x = end = _MARGIN
+    for op, meaning in _MEANING.items():
+        if op not in used:
+            continue
         for chunk in range(num_chunks):
             colour = _shade(op, chunk, num_chunks)
             picture.boxes.append(Box(x=x, y=y, width=TEXT_HEIGHT, height=TEXT_HEIGHT, colour=colour))
             x += TEXT_HEIGHT
+        text = f"{op} {meaning}"
         picture.texts.append(Text(x=x + 8, y=y, text=text))
-        x += 8 + text_width(text) + 32
+        end = x + 8 + text_width(text)
+        x = end + 2 * _SPACE
+    return end
 
 
 def _shade(op: Op, chunk: int, num_chunks: int) -> tuple[int, int, int]:

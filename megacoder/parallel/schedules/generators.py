@@ -84,7 +84,8 @@ def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-V: two chunks per rank in a V, no bubble with the memory of 1F1B (arXiv:2401.10241, section 6).
 
     With tF = tI = tW no rank waits between its first and its last action; ranks start one tF apart and end likewise,
-    so that a step whose end they share idles (p-1)tF. Every rank holds min(2p, 2m) chunks at most, as 1F1B's first.
+    so that a step whose end they share idles (p-1)tF. No rank holds more than min(2p, 2m) chunks, which is what the
+    first rank of 1F1B holds.
     """
     p, n = num_ranks, max(num_microbatches, 2 * num_ranks - 1)
 
@@ -101,9 +102,9 @@ def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
 def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     """DualPipeV: DualPipe cut in half, a forward beside every backward (DeepSeek-V3, arXiv:2412.19437, 3.2.1).
 
-    The phases are those of the figure in github.com/deepseek-ai/DualPipe. Its published idle time is
-    (p-1)(F&B + tB - 3tW), where a pair F&B delivers nothing before both are done. A runner that delivers a forward
-    when that forward is done, as the simulator assumes, idles (p-1)tF when tF = tI = tW. Holds 2p+1 chunks.
+    Phases and figures are those of github.com/deepseek-ai/DualPipe: idle (PP/2 - 1)(F&B + tB - 3tW) with PP = 2p
+    stages, where a pair F&B delivers nothing before both are done. A runner that delivers the forward when it is done,
+    as the simulator does, idles only (p-1)tF; both hold for tF = tI = tW. Holds at most 2p + 1 chunks.
     """
     p, n = num_ranks, max(num_microbatches, 2 * num_ranks)
 
@@ -133,9 +134,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 _NUM_CHUNKS = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "zbv": 2, "dualpipev": 2}
 
 
-def build_schedule(
-    name: str, *, num_ranks: int, num_microbatches: int, num_chunks: int | None = None
-) -> Schedule:  # fmt: skip
+def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, num_chunks: int | None = None) -> Schedule:
     """The schedule called `name`; ConfigError says which argument cannot work.
 
     `num_chunks` is a choice for `interleaved` only (2 unless given); for the others it may repeat what they fix.

@@ -16,7 +16,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor, deadlock
 from megacoder.parallel.schedules.simulate import Costs, Timeline, simulate
 
 __all__ = ["Exchange", "Instruction", "Program", "Recv", "Send", "build_program", "check_program"]
@@ -63,8 +63,7 @@ def build_program(schedule: Schedule, costs: Costs | None = None) -> Program:
     """Places the transfers of a valid schedule by the timeline that `costs` (all equal unless given) predict."""
     timeline = simulate(schedule, costs or Costs.uniform(schedule.stage_map.num_stages))
     ranks: list[list[Action | Send | Recv]] = [[] for _ in range(schedule.num_ranks)]
-    for event in _global_sequence(timeline):
-        rank, item = event
+    for rank, item in _global_sequence(timeline):
         if isinstance(item, Action):
             ranks[rank].append(item)
         else:
@@ -103,7 +102,7 @@ def check_program(program: Program) -> None:
         runnable += [head, peer]
     blocked = [f"rank {head.rank} at {head.transfer}" for head in heads if head.transfer is not None]
     if blocked:
-        raise ScheduleError(f"{name}: deadlock of transfers: {'; '.join(blocked)}")
+        raise deadlock(f"{name}: deadlock of transfers", blocked)
 
 
 def _global_sequence(timeline: Timeline) -> list[tuple[int, Action | Tensor]]:

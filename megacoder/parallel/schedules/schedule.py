@@ -18,13 +18,19 @@ from typing import Literal, NamedTuple
 
 from megacoder.core.errors import MegacoderError
 
-__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "Tensor"]
+__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "Tensor", "deadlock"]
 
 Op = Literal["F", "B", "I", "W"]
 
 
 class ScheduleError(MegacoderError):
     """A list of actions that cannot train: wrong order, something missing or double, or a deadlock."""
+
+
+def deadlock(what: str, blocked: list[str]) -> ScheduleError:
+    """The error for ranks that wait for each other; names the first four of them."""
+    more = f"; and {len(blocked) - 4} more" if len(blocked) > 4 else ""
+    return ScheduleError(f"{what}: {'; '.join(blocked[:4])}{more}")
 
 
 class Action(NamedTuple):

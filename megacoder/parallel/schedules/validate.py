@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor, deadlock
 
 __all__ = ["Live", "Step", "check_schedule", "execution_order", "live_activations", "peak_live"]
 
@@ -81,7 +81,7 @@ def execution_order(schedule: Schedule) -> Iterator[Step]:
             f"{tensor.microbatch} into stage {tensor.stage}"
             for tensor, rank in sorted(waiting.items(), key=lambda item: item[1])
         ]
-        raise ScheduleError(f"{schedule.name}: deadlock: {'; '.join(frontier)}")
+        raise deadlock(f"{schedule.name}: deadlock", frontier)
 
 
 def live_activations(actions: Sequence[Action]) -> Iterator[Live]:

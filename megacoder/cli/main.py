@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with a `main(argv)`, what it does)
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

@@ -20,6 +20,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
     "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
+    # name: (module with a `main(argv)`, or module:function; what it does)
+    "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
+    "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 
@@ -48,7 +51,8 @@ def _dispatch(words: list[str]) -> None:
     for size in (2, 1):
         name = " ".join(words[:size])
         if name in COMMANDS:
-            importlib.import_module(COMMANDS[name][0]).main(words[size:])
+            module, _, function = COMMANDS[name][0].partition(":")
+            getattr(importlib.import_module(module), function or "main")(words[size:])
             return
     match = nearest(words[0], [name.split()[0] for name in COMMANDS])
     hint = f"did you mean {match!r}? " if match else ""

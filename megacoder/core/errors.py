@@ -4,7 +4,7 @@ The command line prints exactly that line and exits with `exit_code`; anything e
 its traceback.
 """
 
-__all__ = ["ConfigError", "CorpusError", "DataError", "FormatError", "MegacoderError"]
+__all__ = ["CheckpointError", "ConfigError", "CorpusError", "DataError", "FormatError", "MegacoderError"]
 
 
 class MegacoderError(Exception):
@@ -29,3 +29,7 @@ class CorpusError(DataError):
 
 class FormatError(DataError):
     """A file that is not what its name says: wrong magic, version, size or checksum."""
+
+
+class CheckpointError(MegacoderError):
+    """A checkpoint that cannot be written, is not whole, or does not hold what is asked of it."""

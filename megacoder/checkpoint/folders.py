@@ -1,0 +1,166 @@
+"""The folder that holds a run's checkpoints: names, `latest`, which one is whole, publication and rotation.
+
+A checkpoint gets its name `step-00001000` in one rename, after everything in it is on the device; before that it has
+a temporary name, unlike in every attempt, that no reader looks at. `latest` names the newest and moves last. So at
+any moment a kill leaves the older checkpoint, the new one, or both; never half of one under a real name.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megacoder.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megacoder.checkpoint.tensor_file import size_fault
+from megacoder.core.console import say
+from megacoder.core.errors import CheckpointError
+from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
+
+__all__ = [
+    "discard", "find_checkpoint", "folder_faults", "open_checkpoint", "publish", "recover", "rotate", "step_folders",
+    "step_name", "temporary_for",
+]  # fmt: skip
+
+LATEST = "latest"
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint; names sort as steps do below 10^8 steps."""
+    return f"step-{step:08d}"
+
+
+def step_folders(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every published checkpoint in `root`, whole or not, oldest first."""
+    children = root.iterdir() if root.is_dir() else ()
+    matches = [(_STEP_NAME.fullmatch(child.name), child) for child in children]
+    return sorted((int(match.group(1)), child) for match, child in matches if match)
+
+
+def open_checkpoint(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that `folder_faults` finds nothing wrong with; else CheckpointError, the first."""
+    manifest = read_manifest(folder / MANIFEST)
+    faults = folder_faults(folder, manifest)
+    if faults:
+        raise CheckpointError(faults[0])
+    return manifest
+
+
+def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """A line for each file of a checkpoint that is missing, cut off, not a file, or not in the manifest."""
+    faults = [size_fault(folder / name, sums.size) for name, sums in manifest.files.items()]
+    match = _STEP_NAME.fullmatch(folder.name)
+    if match and int(match.group(1)) != manifest.step:
+        faults.append(f"{folder / MANIFEST}: of step {manifest.step}, not of the folder's step")
+    for child in sorted(folder.iterdir()):
+        if child.name != MANIFEST and child.name not in manifest.files:
+            faults.append(f"{child}: not part of the checkpoint; move it elsewhere")
+    return [fault for fault in faults if fault is not None]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself when it is a checkpoint; else the one that its `latest` names, else its newest whole one.
+
+    Says so on stderr when what `latest` names is not whole. Raises CheckpointError when there is none.
+    """
+    if _STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder of checkpoints")
+    candidates = [folder for _, folder in reversed(step_folders(path))]
+    try:
+        named = path / (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named in candidates:
+        candidates.remove(named)
+        candidates.insert(0, named)
+    elif named is not None:
+        say(f"{path / LATEST} names no checkpoint here; looking for the newest whole one")
+    for folder in candidates:
+        try:
+            open_checkpoint(folder)
+        except CheckpointError as error:
+            say(f"passing over {folder.name}: {error}")
+        else:
+            return folder
+    raise CheckpointError(f"{path}: holds no whole checkpoint")
+
+
+def recover(root: Path) -> None:
+    """Makes `root` ready for a new writer after a kill at any moment; only for the one process that writes there.
+
+    Puts back a checkpoint that was about to be replaced by another of the same step, and removes what else a killed
+    writer left.
+    """
+    for child in root.glob("step-*.tmp-*-replaced"):
+        final = child.with_name(child.name.split(".")[0])
+        if not final.exists():
+            os.rename(child, final)
+    remove_stale_temporaries(root)
+
+
+def temporary_for(root: Path, step: int, attempt: str) -> Path:
+    """Where one attempt at saving a step is written."""
+    return root / f"{step_name(step)}.tmp-{attempt}"
+
+
+def publish(temporary: Path) -> Path:
+    """Gives a finished temporary folder its real name and moves `latest`; returns the real path.
+
+    A folder of that name (the step was reached before, and the run then went on from an older one) is replaced.
+    """
+    final = temporary.with_name(temporary.name.split(".")[0])
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    fsync_path(temporary)
+    if final.exists():  # a folder cannot be renamed over another; after a kill in between, `recover` puts it back
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    fsync_path(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Removes a temporary folder in which other ranks may be writing: under another name, so that they notice."""
+    doomed = temporary.with_name(f"{temporary.name}-failed")
+    try:
+        os.rename(temporary, doomed)
+    except OSError:  # another rank was first, or it was never made
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(root: Path, *, step: int, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Removes the checkpoints that need not be kept, seen from the one just saved at `step`; returns them.
+
+    Kept are the `keep_last` newest whole ones and those whose step is a multiple of `keep_every`. Left alone are
+    later steps, which belong to a run that went on from an older checkpoint, and broken ones among the newest.
+    """
+    removed, whole = [], 0
+    for number, folder in reversed(step_folders(root)):
+        if number > step:
+            continue
+        if whole < keep_last:
+            whole += _is_whole(folder)
+        elif keep_every is None or number % keep_every != 0:
+            doomed = folder.with_name(f"{folder.name}.tmp-rotated")  # never half of it under a real name
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            removed.append(folder)
+    return removed
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True

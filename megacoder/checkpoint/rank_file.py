@@ -1,0 +1,122 @@
+"""What one rank puts into a checkpoint: fragments of tensors, laid out as the tensors of one file.
+
+A fragment is what a ZeRO rank owns of a weight or of its optimizer state: a range of the flattened tensor, or of the
+flattened shard where tensor parallelism has cut it first. Each becomes a few boxes whose bytes follow each other as
+they do in the fragment, so a file's data is its fragments end to end, with nothing to rearrange.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacoder.checkpoint.boxes import Box, boxes_of_range
+from megacoder.checkpoint.manifest import Piece, TensorEntry
+from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
+
+__all__ = ["Fragment", "RankFile", "Staging", "live_bytes", "plan_rank_file"]
+
+_DEVICE_CHUNK = 1 << 24
+"""Elements fetched from a device at a time by a save that stages nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """Elements [start, stop) of the row-major flattening of the box `region` of a global tensor."""
+
+    name: str
+    """the weight's Hugging Face name"""
+    kind: str
+    """weight, exp_avg or exp_avg_sq"""
+    global_shape: tuple[int, ...]
+    """shape of the whole tensor"""
+    region: Box
+    """this rank's shard of it; Box.whole(global_shape) without tensor parallelism"""
+    start: int
+    """first element of the flattened region"""
+    stop: int
+    """one past the last; a fragment may be empty"""
+    data: Tensor
+    """(stop - start,), contiguous, on any device: read by a save, filled by a load"""
+
+    def __post_init__(self) -> None:
+        if not self.region.lies_in(self.global_shape):
+            raise ValueError(f"{self}: the region is no box of the tensor")
+        if not 0 <= self.start <= self.stop <= self.region.volume:
+            raise ValueError(f"{self}: no such range of {self.region.volume} elements")
+        if self.data.shape != (self.stop - self.start,) or not self.data.is_contiguous():
+            raise ValueError(f"{self}: data of shape {tuple(self.data.shape)} and stride {self.data.stride()}")
+
+    def __str__(self) -> str:
+        shape = list(self.global_shape)
+        return f"{self.kind} of {self.name}, elements {self.start} to {self.stop} of {self.region} of {shape}"
+
+    def boxes(self) -> list[Box]:
+        """The fragment as boxes of the global tensor, contiguous in `data` one after the other."""
+        return boxes_of_range(self.region, self.start, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFile:
+    """The plan of a rank's file."""
+
+    fragments: list[Fragment]
+    """in the order of the file's data"""
+    stored: list[StoredTensor]
+    """the file's tensors, in that order"""
+    entries: dict[tuple[str, str], TensorEntry]
+    """(kind, name) -> the pieces of that tensor in this file"""
+
+
+def plan_rank_file(file: str, fragments: Sequence[Fragment]) -> RankFile:
+    """Lays fragments out in a file called `file`: widest dtypes first, so that every tensor is aligned."""
+    ordered = sorted(fragments, key=lambda fragment: -fragment.data.itemsize)
+    stored: list[StoredTensor] = []
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    for fragment in ordered:
+        dtype = dtype_name(fragment.data.dtype)
+        known = entries.get((fragment.kind, fragment.name), TensorEntry(fragment.global_shape, dtype, ()))
+        if (known.shape, known.dtype) != (fragment.global_shape, dtype):
+            raise ValueError(f"{fragment} is {dtype}, an earlier fragment {known.dtype} of {list(known.shape)}")
+        pieces = [
+            Piece(box, file, f"{fragment.kind}/{fragment.name}/{index}")
+            for index, box in enumerate(fragment.boxes(), start=len(known.pieces))
+        ]
+        stored += [StoredTensor(piece.key, dtype, piece.box.sizes) for piece in pieces]
+        entries[fragment.kind, fragment.name] = TensorEntry(fragment.global_shape, dtype, (*known.pieces, *pieces))
+    return RankFile(fragments=ordered, stored=stored, entries=entries)
+
+
+def live_bytes(fragments: Sequence[Fragment]) -> Iterator[memoryview]:
+    """The fragments' bytes straight from their tensors; what is on a device comes over in chunks."""
+    for fragment in fragments:
+        for chunk in fragment.data.detach().split(_DEVICE_CHUNK):
+            yield _bytes_of(chunk.cpu())
+
+
+class Staging:
+    """Host memory that a rank's state is copied to, kept from one save to the next: fresh pages cost twice a copy."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy_out(self, fragments: Sequence[Fragment]) -> memoryview:
+        """The fragments' bytes, end to end; valid until the next call. The tensors may change on return."""
+        devices = {fragment.data.device for fragment in fragments if fragment.data.is_cuda}
+        size = sum(fragment.data.nbytes for fragment in fragments)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # give the old one back first
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=bool(devices))
+        position = 0
+        for fragment in fragments:
+            target = self._buffer[position : position + fragment.data.nbytes].view(fragment.data.dtype)
+            target.copy_(fragment.data.detach(), non_blocking=True)
+            position += fragment.data.nbytes
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return _bytes_of(self._buffer[:size])
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())

@@ -1,0 +1,165 @@
+"""Loading: any range of any tensor, from a checkpoint written in any layout.
+
+Which rank wrote what does not matter: the boxes wanted are intersected with the boxes stored, the plan must cover
+every element wanted exactly once, and only those bytes are read, after their checksums have been seen to be right.
+A tensor that is missing, of another shape or dtype, or damaged is an error that names it; nothing is ever filled in.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megacoder.checkpoint.boxes import Box, plan_copies
+from megacoder.checkpoint.folders import find_checkpoint, folder_faults, open_checkpoint
+from megacoder.checkpoint.manifest import MANIFEST, TensorEntry, read_manifest
+from megacoder.checkpoint.rank_file import Fragment
+from megacoder.checkpoint.tensor_file import DTYPES, StoredTensor, TensorFile, dtype_name
+from megacoder.core.config import nearest
+from megacoder.core.errors import CheckpointError
+
+__all__ = ["CheckpointReader", "verify_checkpoint"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Item size -> a dtype that NumPy has, too."""
+
+_MOST_MAPPED = 128
+"""Files mapped at a time: each mapping holds a descriptor, of which a process may often have 1,024."""
+
+
+class CheckpointReader:
+    """A whole checkpoint, open for reading."""
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        """Opens the checkpoint at `path`, or the newest whole one in the folder of checkpoints `path`.
+
+        Raises CheckpointError naming the file when one is missing, cut off or not part of it. `verify=False` leaves
+        out the checksums of the tensor files, not of the manifest.
+        """
+        self.folder = find_checkpoint(path)
+        self._manifest = open_checkpoint(self.folder)
+        self._stored = self._manifest.tensors_by_file()
+        self._unchecked = {
+            name: set(range(len(sums.crc32)) if verify else ()) for name, sums in self._manifest.files.items()
+        }
+        self._mapped: dict[str, TensorFile] = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._manifest.step
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the training loop handed to `save`."""
+        return self._manifest.state
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the run that wrote this was laid out."""
+        return self._manifest.layout
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Name -> bytes."""
+        return {name: sums.size for name, sums in self._manifest.files.items()}
+
+    def tensors(self) -> dict[tuple[str, str], TensorEntry]:
+        """(kind, name) -> global shape, dtype and pieces."""
+        return self._manifest.tensors
+
+    def read(self, fragment: Fragment) -> None:
+        """Fills `fragment.data`. CheckpointError names the tensor that is not there as asked, or the file at fault."""
+        what = f"{fragment.kind} of {fragment.name}"
+        entry = self._entry(fragment.kind, fragment.name)
+        if entry.shape != fragment.global_shape:
+            raise CheckpointError(
+                f"{self.folder}: {what} has shape {list(entry.shape)}, the model's has {list(fragment.global_shape)}"
+            )
+        if entry.dtype != dtype_name(fragment.data.dtype):
+            raise CheckpointError(
+                f"{self.folder}: {what} is stored as {entry.dtype}, asked for as {dtype_name(fragment.data.dtype)}"
+            )
+        host = fragment.data.detach()
+        if host.device.type != "cpu":
+            host = torch.empty_like(host, device="cpu")
+        self._fill(entry, fragment.boxes(), host.view(_INTEGERS[host.itemsize]).numpy(), what)
+        if host.device != fragment.data.device:
+            fragment.data.detach().copy_(host)
+
+    def read_all(self, fragments: Iterable[Fragment]) -> None:
+        """Fills every fragment."""
+        for fragment in fragments:
+            self.read(fragment)
+
+    def read_tensor(self, name: str, kind: str = "weight") -> Tensor:
+        """A whole global tensor."""
+        entry = self._entry(kind, name)
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        region = Box.whole(entry.shape)
+        self.read(
+            Fragment(
+                name=name, kind=kind, global_shape=entry.shape, region=region, start=0, stop=region.volume,
+                data=tensor.view(-1),
+            )
+        )  # fmt: skip
+        return tensor
+
+    def verify(self) -> list[str]:
+        """A line for each file whose header or checksums are wrong, and for each tensor that is not covered exactly."""
+        faults = []
+        for name in self.files:
+            try:
+                self._file(name).check_all()
+            except CheckpointError as error:
+                faults.append(str(error))
+        return faults + [f"{self.folder / MANIFEST}: {fault}" for fault in self._manifest.cover_faults()]
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._mapped:
+            if len(self._mapped) == _MOST_MAPPED:
+                self._mapped.pop(next(iter(self._mapped)))
+            self._mapped[name] = TensorFile(
+                self.folder / name, self._manifest.files[name], self._stored[name], self._unchecked[name]
+            )
+        return self._mapped[name]
+
+    def _entry(self, kind: str, name: str) -> TensorEntry:
+        entry = self._manifest.tensors.get((kind, name))
+        if entry is None:
+            close = nearest(name, [known for other, known in self._manifest.tensors if other == kind])
+            hint = f"; the nearest is {close}" if close else f"; it has no tensor of kind {kind!r}"
+            raise CheckpointError(f"{self.folder / MANIFEST}: no {kind} of {name}{hint}")
+        return entry
+
+    def _fill(self, entry: TensorEntry, wanted: list[Box], flat: np.ndarray, what: str) -> None:
+        """Fills `flat`, the wanted boxes end to end."""
+        ends = np.cumsum([box.volume for box in wanted])
+        targets = [
+            flat[end - box.volume : end].reshape(box.sizes) for box, end in zip(wanted, ends.tolist(), strict=True)
+        ]
+        stored = [piece.box for piece in entry.pieces]
+        for copy in plan_copies(wanted, stored, tensor=f"{self.folder / MANIFEST}: {what}"):
+            piece, target = entry.pieces[copy.source], wanted[copy.target]
+            part = Box(
+                tuple(a - b for a, b in zip(copy.overlap.offsets, piece.box.offsets, strict=True)), copy.overlap.sizes
+            )
+            self._file(piece.file).read(
+                StoredTensor(piece.key, entry.dtype, piece.box.sizes), part,
+                targets[copy.target][copy.overlap.inside(target)],
+            )  # fmt: skip
+
+
+def verify_checkpoint(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, a line for each file or tensor at fault; empty when nothing is.
+
+    Reads every byte. Its files are looked into only when they are all there.
+    """
+    try:
+        faults = folder_faults(folder, read_manifest(folder / MANIFEST))
+        return faults or CheckpointReader(folder).verify()
+    except CheckpointError as error:
+        return [str(error)]

@@ -1,0 +1,175 @@
+"""Saving: each rank writes what it owns, in the background, and the training loop pays for one copy in memory.
+
+`save` copies the fragments into host memory and returns; a thread writes them and the first rank's thread commits
+once every rank's file is whole (`commit.py`). At most one save is in flight: the next one first waits for it, so a
+disk that is too slow slows training instead of filling memory. What went wrong in the background is raised by the
+next `save` or `wait`, on all ranks, which agree on it by a collective on the main thread. No failure touches an
+earlier checkpoint.
+"""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
+from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
+from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
+from megacoder.core.errors import CheckpointError, ConfigError
+from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first
+
+__all__ = ["CheckpointConfig", "CheckpointWriter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How checkpoints are written and which are kept."""
+
+    asynchronous: bool = True
+    """write in the background, from a copy of the state in host memory"""
+    keep_last: int = 3
+    """newest checkpoints to keep"""
+    keep_every: int | None = None
+    """keep those whose step is a multiple of this, too"""
+    timeout_seconds: float = 1800.0
+    """longest that a rank waits for the others' files before it gives a save up"""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigError(f"keep_last = {self.keep_last}: at least one checkpoint is kept")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(f"keep_every = {self.keep_every}: must be positive; leave it out to keep none for good")
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds = {self.timeout_seconds}: must be positive")
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run; all ranks make one and make the same calls."""
+
+    def __init__(self, root: Path, world: World, config: CheckpointConfig) -> None:
+        """Takes `root` over: makes it, and clears away what a killed run left. Make it before reading from `root`."""
+        self.root, self.world, self.config = root, world, config
+        attempts = torch.zeros(1, dtype=torch.int64, device=world.device)
+        if world.is_first:
+            root.mkdir(parents=True, exist_ok=True)
+            recover(root)
+            attempts.fill_(secrets.randbits(48))
+        broadcast_from_first(attempts, world.group)
+        self._attempts = f"{int(attempts.item()):012x}"
+        self._num_saves = 0
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, fragments: Sequence[Fragment], *, state: dict[str, Any], layout: dict[str, Any]) -> float:
+        """Saves the state after `step` steps; returns the seconds for which it held training up.
+
+        Over all ranks the fragments must cover every tensor exactly once. `state` (what the loop needs to go on) and
+        `layout` (for people) are plain JSON values; the first rank's are kept. Raises CheckpointError, on all ranks,
+        if this save (synchronous) or the one before it (asynchronous; this one is then not begun) has failed.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        job = _Job(
+            step=step,
+            temporary=temporary_for(self.root, step, f"{self._attempts}-{self._num_saves}"),
+            plan=plan_rank_file(rank_file_name(self.world.rank, self.world.size), fragments),
+            layout=_plain(layout, "layout"),
+            state=_plain(state, "state"),
+        )
+        self._num_saves += 1
+        self._make_folder(job)
+        if self.config.asynchronous:
+            data = [self._staging.copy_out(job.plan.fragments)]
+            self._thread = threading.Thread(target=self._run, args=(job, data), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._run(job, live_bytes(job.plan.fragments))
+            self._settle()
+        return time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Returns when the save in flight, if any, is on disk; raises what went wrong with it, on all ranks."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._settle()
+
+    def _make_folder(self, job: "_Job") -> None:
+        """Made by one rank before any writes, so that a rank can tell a folder given up from one not made yet."""
+        if self.world.is_first:
+            try:
+                job.temporary.mkdir()
+            except OSError as error:
+                self._error = _describe(job, error)
+        self._settle()
+
+    def _run(self, job: "_Job", data: Iterable[memoryview]) -> None:
+        """Writes and commits; runs in the background, where an exception has nobody to go to."""
+        try:
+            file, timeout = rank_file_name(self.world.rank, self.world.size), self.config.timeout_seconds
+            write_part(job.temporary, file, job.plan, data, step=job.step, layout=job.layout, state=job.state)
+            if self.world.is_first:
+                commit(job.temporary, self.world.size, timeout_seconds=timeout)
+                rotate(self.root, step=job.step, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+            else:
+                await_outcome(job.temporary, timeout_seconds=timeout)
+        except BaseException as error:
+            discard(job.temporary)
+            if not isinstance(error, Exception):  # Ctrl-C during a synchronous save
+                raise
+            self._error = _describe(job, error)
+
+    def _settle(self) -> None:
+        """Raises this rank's error, if any, or that another rank has one; on the main thread, on all ranks at once."""
+        error, self._error = self._error, None
+        failures = torch.tensor([error is not None], dtype=torch.int32, device=self.world.device)
+        all_reduce_sum(failures, self.world.group)
+        if error is not None:
+            raise error
+        if failures.item():
+            raise CheckpointError("a checkpoint was not saved: another rank failed; its own error says why")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One rank's share of one save."""
+
+    step: int
+    temporary: Path
+    plan: RankFile
+    layout: dict[str, Any]
+    state: dict[str, Any]
+
+
+def _plain(value: dict[str, Any], what: str) -> dict[str, Any]:
+    """A copy, by way of JSON, so that the caller may go on changing its own and a load gives back the same."""
+    try:
+        copy = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} of a checkpoint is not plain JSON: {error}") from None
+    if copy != value:
+        changed = next((key for key in value if copy.get(key) != value[key]), None)
+        raise CheckpointError(
+            f"{what} of a checkpoint is not plain JSON: {changed!r} would come back different; "
+            "use lists for tuples and strings for keys"
+        )
+    return copy
+
+
+def _describe(job: _Job, error: Exception) -> Exception:
+    """The line for the user; an error that is a bug stays as it is."""
+    if isinstance(error, OSError):
+        reason = f"{error.filename or job.temporary}: {os.strerror(error.errno) if error.errno else error}"
+    elif isinstance(error, CheckpointError):
+        reason = str(error)
+    else:
+        return error
+    return CheckpointError(f"saving step {job.step} failed: {reason}; earlier checkpoints are untouched")

@@ -25,7 +25,7 @@ from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import DIGEST_BYTES, later_copies
-from megacoder.corpus.folder import WORK, claim_folder, keep_only, remove_corpus
+from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.scan import ScanTask, scan_shard
@@ -67,6 +67,7 @@ def build_corpus(
             return report
         _run(scan_shard, scans, "reading", config.workers, quiet)
         writes, split_unit = _plan_writes(scans, config)
+        (config.out / REPORT_NAME).unlink(missing_ok=True)  # from here on, shards of an earlier corpus are replaced
         accounts, files = Accounts(dropped={name: {} for name in STAGES}), {}
         for shard_accounts, shard_files in _run(write_shard, writes, "writing", config.workers, quiet):
             accounts.merge(shard_accounts)
@@ -77,7 +78,7 @@ def build_corpus(
         with disk_errors(config.out):
             save_report(report, config.out)
         keep_only(config.out, files, PARTS)
-        return report
+        return load_report(config.out)
 
 
 def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> list[ScanTask]:
@@ -111,7 +112,7 @@ def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> lis
 
 
 def _finished(out: Path, key: str) -> CorpusReport | None:
-    """The report of a corpus that is whole and belongs to `key`; a corpus of other inputs is given up."""
+    """The report of a corpus that is whole and belongs to `key`."""
     try:
         report = load_report(out)
     except DataError:
@@ -119,7 +120,6 @@ def _finished(out: Path, key: str) -> CorpusReport | None:
     if report.key == key and all((out / name).is_file() for name in report.files):
         return report
     say(f"{out}: the inputs have changed since it was built, or a file is missing; building again")
-    (out / REPORT_NAME).unlink()
     return None
 
 
@@ -153,7 +153,7 @@ def _plan_writes(scans: Sequence[ScanTask], config: CorpusConfig) -> tuple[list[
     kept = [table.take(np.setdiff1d(shard, copied)) for table, shard, copied in zip(tables, rows, copies, strict=True)]
     if not any(len(table) for table in kept):
         reasons = Counter(reason for table in tables for reason in table["reason"].drop_null().to_pylist())
-        remove_corpus(config.out, PARTS)
+        give_up(config.out, keep=(config.out / REPORT_NAME).exists())
         raise CorpusError(_nothing_left(reasons))
     sizes = _sum_by(kept, "repo")
     unit = "repository" if len(sizes) > 1 else "file"

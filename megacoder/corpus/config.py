@@ -59,4 +59,5 @@ class CorpusConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all but where it goes and how many processes make it."""
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers")}
-        return plain | {"input": [os.path.realpath(folder) for folder in self.input], "format": FORMAT}
+        inputs = sorted({os.path.realpath(folder) for folder in self.input})
+        return plain | {"input": inputs, "languages": sorted(set(self.languages)), "format": FORMAT}

@@ -50,7 +50,8 @@ class Document:
 class Stage(Protocol):
     """One step of a run; must be pure, since shards are redone after a crash and in any order."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, document: Document) -> Document | Dropped: ...
 

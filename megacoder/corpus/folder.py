@@ -13,7 +13,7 @@ from megacoder.core.errors import ConfigError, CorpusError
 from megacoder.core.files import remove_stale_temporaries, write_json
 from megacoder.corpus.shards import disk_errors
 
-__all__ = ["WORK", "claim_folder", "keep_only", "remove_corpus"]
+__all__ = ["WORK", "claim_folder", "give_up", "keep_only"]
 
 WORK = "work"
 """Sub-folder for what a build needs only until it ends."""
@@ -57,12 +57,13 @@ def keep_only(out: Path, files: Collection[str], parts: Collection[str]) -> None
     shutil.rmtree(out / WORK, ignore_errors=True)
 
 
-def remove_corpus(out: Path, parts: Collection[str]) -> None:
-    """Removes all that a build wrote, and `out` itself if nothing else is in it."""
-    keep_only(out, (), parts)
-    (out / _CONFIG).unlink(missing_ok=True)
-    if not any(out.iterdir()):
-        out.rmdir()
+def give_up(out: Path, *, keep: bool) -> None:
+    """Removes what a build wrote that came to nothing; `keep` says that an earlier corpus is here and stays."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    if not keep:
+        (out / _CONFIG).unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def _check_identity(out: Path, identity: dict[str, Any]) -> None:

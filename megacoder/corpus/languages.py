@@ -8,7 +8,7 @@ out rather than guessed: `.m` (Objective-C, MATLAB, Mathematica), `.t` (Perl tes
 
 from dataclasses import dataclass
 
-__all__ = ["DATA_LANGUAGES", "LANGUAGES", "Language", "comment", "language_of"]
+__all__ = ["DATA_LANGUAGES", "LANGUAGES", "Language", "as_comment", "language_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class Language:
     name: str
     extensions: tuple[str, ...]
     """lower case, without the dot"""
-    filenames: tuple[str, ...] = ()
+    filenames: tuple[str, ...]
     """whole names, lower case"""
-    comment: tuple[str, str] = ("# ", "")
+    comment: tuple[str, str]
     """what opens and closes a comment that fills a line"""
 
 
@@ -34,8 +34,8 @@ _TAGS = ("<!-- ", " -->")
 _APOSTROPHE = ("' ", "")
 _HASH = ("# ", "")
 
-# name: (extensions, comment[, whole file names])
-_TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]] = {
+# name: (extensions, how a comment opens and closes), in the order of the paper's Table 1
+_TABLE: dict[str, tuple[str, tuple[str, str]]] = {
     "Ada": ("adb ads ada", _DASHES),
     "Agda": ("agda", _DASHES),
     "Alloy": ("als", _SLASHES),
@@ -49,14 +49,14 @@ _TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]
     "C": ("c h", _SLASHES),
     "C#": ("cs csx cake", _SLASHES),
     "Clojure": ("clj cljs cljc", _SEMICOLONS),
-    "CMake": ("cmake", _HASH, "cmakelists.txt"),
+    "CMake": ("cmake", _HASH),
     "CoffeeScript": ("coffee cson iced", _HASH),
     "Common Lisp": ("lisp lsp cl asd", _SEMICOLONS),
     "C++": ("cpp cc cxx c++ hpp hh hxx h++ inl ipp tcc tpp", _SLASHES),
     "CSS": ("css", _BLOCK),
     "CUDA": ("cu cuh", _SLASHES),
     "Dart": ("dart", _SLASHES),
-    "Dockerfile": ("dockerfile", _HASH, "dockerfile containerfile"),
+    "Dockerfile": ("dockerfile", _HASH),
     "Elixir": ("ex exs", _HASH),
     "Elm": ("elm", _DASHES),
     "Emacs Lisp": ("el emacs", _SEMICOLONS),
@@ -65,7 +65,7 @@ _TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]
     "Fortran": ("f90 f95 f03 f08 f for ftn f77", ("! ", "")),
     "GLSL": ("glsl vert frag geom comp tesc tese", _SLASHES),
     "Go": ("go", _SLASHES),
-    "Groovy": ("groovy gradle gvy", _SLASHES, "jenkinsfile"),
+    "Groovy": ("groovy gradle gvy", _SLASHES),
     "Haskell": ("hs", _DASHES),
     "HTML": ("html htm xhtml", _TAGS),
     "Idris": ("idr", _DASHES),
@@ -82,7 +82,7 @@ _TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]
     "Literate CoffeeScript": ("litcoffee", _HASH),
     "Literate Haskell": ("lhs", _PERCENT),
     "Lua": ("lua", _DASHES),
-    "Makefile": ("mk mak make", _HASH, "makefile gnumakefile"),
+    "Makefile": ("mk mak make", _HASH),
     "Maple": ("mpl", _HASH),
     "Mathematica": ("nb wl wls wlt", _ML),
     "MATLAB": ("matlab", _PERCENT),
@@ -97,7 +97,7 @@ _TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]
     "R": ("r rsx", _HASH),
     "Racket": ("rkt rktd rktl scrbl", _SEMICOLONS),
     "RMarkdown": ("rmd", _TAGS),
-    "Ruby": ("rb rake gemspec ru podspec thor", _HASH, "rakefile gemfile podfile vagrantfile"),
+    "Ruby": ("rb rake gemspec ru podspec thor", _HASH),
     "Rust": ("rs", _SLASHES),
     "SAS": ("sas", _BLOCK),
     "Scala": ("scala sbt sc", _SLASHES),
@@ -125,13 +125,24 @@ _TABLE: dict[str, tuple[str, tuple[str, str]] | tuple[str, tuple[str, str], str]
     "Zig": ("zig", _SLASHES),
 }
 
+_FILENAMES = {
+    "CMake": "cmakelists.txt",
+    "Dockerfile": "dockerfile containerfile",
+    "Groovy": "jenkinsfile",
+    "Makefile": "makefile gnumakefile",
+    "Ruby": "rakefile gemfile podfile vagrantfile",
+}
+
 LANGUAGES: dict[str, Language] = {
     name: Language(
-        name=name, extensions=tuple(row[0].split()), comment=row[1], filenames=tuple(row[2].split()) if row[2:] else ()
+        name=name,
+        extensions=tuple(extensions.split()),
+        filenames=tuple(_FILENAMES.get(name, "").split()),
+        comment=comment,
     )
-    for name, row in _TABLE.items()
+    for name, (extensions, comment) in _TABLE.items()
 }
-"""By name, in the order of the paper's Table 1."""
+"""By name."""
 
 DATA_LANGUAGES = frozenset({"JSON", "YAML"})
 """Languages whose files alone do not make a folder a repository."""
@@ -148,7 +159,7 @@ def language_of(path: str) -> str | None:
     return by_extension or _BY_FILENAME.get(name)
 
 
-def comment(line: str, language: str) -> str:
+def as_comment(line: str, language: str) -> str:
     """`line` as a comment of `language`."""
     opening, closing = LANGUAGES[language].comment
     return f"{opening}{line}{closing}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megacoder.core.errors import ConfigError
-from megacoder.corpus.languages import comment
+from megacoder.corpus.languages import as_comment
 from megacoder.corpus.order import connected_subgraphs, dependency_order
 
 __all__ = ["SampleConfig", "plan_samples", "render"]
@@ -39,7 +39,7 @@ class SampleConfig:
 
 def render(path: str, text: str, language: str, style: Literal["hash", "language"]) -> str:
     """The file as it stands in a sample: path comment, text, and a line end where the text lacks one."""
-    header = f"# {path}" if style == "hash" else comment(path, language)
+    header = f"# {path}" if style == "hash" else as_comment(path, language)
     return f"{header}\n{text}" if text.endswith("\n") else f"{header}\n{text}\n"
 
 

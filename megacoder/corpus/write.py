@@ -1,6 +1,6 @@
 """The second pass over a shard: order the files of each repository, write its samples and the record of its drops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -140,7 +140,7 @@ def _plan(
 ) -> list[list[int]]:
     sizes: list[int] = []
 
-    def files():  # one reading of the texts serves both sizes and dependencies
+    def files() -> Iterator[tuple[str, str]]:  # one reading of the texts serves both sizes and dependencies
         for row, path, _ in documents:
             text = texts[row]
             sizes.append(len(render(path, text, repo.languages[path], config.samples.comments).encode()))

@@ -42,7 +42,7 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' name of a dtype -> torch's."""
 
-_RAW = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_RAW: dict[int, np.dtype] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 """What bytes are moved as: NumPy has no bfloat16, and a copy needs only the width."""
 
 

@@ -16,13 +16,12 @@ from megacoder.version import __version__
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    # name: (module with a `main(argv)`, what it does)
+    # name: (module with a `main(argv)`, or module:function; what it does)
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
     "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
     "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
-    # name: (module with a `main(argv)`, or module:function; what it does)
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
 }

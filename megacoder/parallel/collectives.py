@@ -27,6 +27,11 @@ __all__ = [
 ]
 
 
+# torch 2.13 deprecated the names that are all that 2.11 has.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class World:
     """This process's place among the ranks of a run; `group` is None in a world of one."""
 
@@ -78,7 +83,7 @@ def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | N
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return
-    dist.reduce_scatter_tensor(shard, full, group=group)
+    _reduce_scatter(shard, full, group=group)
 
 
 def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -87,7 +92,7 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return
-    dist.all_gather_into_tensor(full, shard, group=group)
+    _all_gather(full, shard, group=group)
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
@@ -96,11 +101,11 @@ def gather_json(value: Any, world: World) -> list[Any]:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
     lengths = torch.zeros(world.size, dtype=torch.int64, device=world.device)
-    dist.all_gather_into_tensor(lengths, lengths.new_tensor([data.numel()]), group=world.group)
+    _all_gather(lengths, lengths.new_tensor([data.numel()]), group=world.group)
     padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=world.device)
     padded[: data.numel()] = data
     gathered = padded.new_empty(world.size, padded.numel())
-    dist.all_gather_into_tensor(gathered.view(-1), padded, group=world.group)
+    _all_gather(gathered.view(-1), padded, group=world.group)
     rows = zip(gathered.cpu().numpy(), lengths.tolist(), strict=True)
     return [json.loads(row[:length].tobytes()) for row, length in rows]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import ConfigError
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
@@ -61,8 +62,8 @@ class RunConfig:
     """of weights and activations; auto measures which is faster on this machine. Gradients and state are fp32"""
     checkpoint_every: int = 200
     """steps between checkpoints; one more is written at the end"""
-    keep_checkpoints: int = 2
-    """newest checkpoints kept"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """how checkpoints are written and kept"""
     eval_every: int = 100
     """steps between held-out losses; one more is measured at the end"""
     eval_batches: int = 8
@@ -73,7 +74,7 @@ class RunConfig:
     """a collective that takes longer ends the run"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints",
+        for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every",
                      "eval_every", "eval_batches", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")

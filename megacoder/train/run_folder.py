@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from megacoder.checkpoint.boxes import Box
-from megacoder.checkpoint.load import CheckpointReader
-from megacoder.checkpoint.save import CheckpointWriter, Fragment
+from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.rank_file import Fragment
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import load_toml, to_dict, to_toml
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_text
@@ -24,7 +26,7 @@ from megacoder.train.config import RunConfig
 __all__ = ["RunFolder"]
 
 FREE_TO_CHANGE = {
-    "output", "device", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every",
+    "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "micro_batch_size", "timeout_seconds",
 }  # fmt: skip
 """Settings that do not decide what a run computes, and may differ when it goes on."""
@@ -41,16 +43,15 @@ class RunFolder:
         barrier(world.group)  # every rank has read the old file before the first writes a new one
         if world.is_first:
             write_text(path, to_toml(config))
-        self.checkpoints = CheckpointWriter(config.output / "checkpoints", world, keep_last=config.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(config.output / "checkpoints", world, config.checkpoint)
 
     def resume(self, model: Transformer, optimizer: Zero1AdamW, batches: Prefetcher) -> int:
         """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run."""
         root = self.config.output / "checkpoints"
-        if not CheckpointReader.exists(root):
+        if not step_folders(root):
             return 0
         reader = CheckpointReader(root)
-        for part in _fragments(model, optimizer):
-            reader.read(part.name, part.kind, part.region, part.start, part.stop, part.data)
+        reader.read_all(_fragments(model, optimizer))
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
@@ -78,7 +79,7 @@ def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
     for owned in optimizer.owned:
         for piece in pieces[owned.slot.name]:
             shape = tuple(piece.view.shape)
-            first = piece.view.storage_offset() - owned.slot.param.storage_offset()
+            first = int(piece.view.storage_offset() - owned.slot.param.storage_offset())
             start, stop = max(owned.start, first), min(owned.stop, first + piece.view.numel())
             if start >= stop:
                 continue

@@ -17,6 +17,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with a `main(argv)`, what it does)
+    "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
+    "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
 }
 """Sub-commands in the order in which `--help` shows them."""

@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
     "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "generate": ("megacoder.cli.generate", "continue a text"),
+    "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
+    "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
+    "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

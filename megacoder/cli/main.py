@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
+    "generate": ("megacoder.cli.generate", "continue a text"),
+    "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
+    "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
+    "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

@@ -18,6 +18,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with a `main(argv)`, what it does)
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
+    "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

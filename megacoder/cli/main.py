@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
     "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
+    "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
+    "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

@@ -76,23 +76,24 @@ class IndexedDataset:
         self._pointers = np.frombuffer(index, "<i8", self.num_sequences, pointers_at)
         self.document_offsets = np.frombuffer(index, "<i8", num_offsets, documents_at)
         """int64 (documents + 1,): the first sequence of each document, and S at the end"""
-        self._tokens = np.frombuffer(_map(bin_path(self.prefix)), np.uint8)
-        self._check()
-        self._tokens = self._tokens.view(self.dtype)
+        content = np.frombuffer(_map(bin_path(self.prefix)), np.uint8)
+        self._check(len(content))
+        self.tokens = content.view(self.dtype)
+        """all tokens, document after document"""
 
     @property
     def num_tokens(self) -> int:
-        return len(self._tokens)
+        return len(self.tokens)
 
     def sequence(self, index: int) -> np.ndarray:
         """The tokens of sequence `index` in the file's dtype, a read-only view."""
         start = self._start(index)
-        return self._tokens[start : start + int(self.sequence_lengths[index])]
+        return self.tokens[start : start + int(self.sequence_lengths[index])]
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of all sequences of document `index`, a read-only view."""
         sequences = self.document_sequences(index)
-        return self._tokens[self._start(sequences.start) : self._start(sequences.stop)]
+        return self.tokens[self._start(sequences.start) : self._start(sequences.stop)]
 
     def document_sequences(self, index: int) -> range:
         """The numbers of the sequences that make up document `index`."""
@@ -107,7 +108,7 @@ class IndexedDataset:
             raise IndexError(f"sequence {sequence} of {self.num_sequences}")
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
-    def _check(self) -> None:
+    def _check(self, bin_size: int) -> None:
         """Compares every entry of the index with its neighbours and with the size of `.bin`, a chunk at a time."""
         path, expected = idx_path(self.prefix), 0
         for start in range(0, self.num_sequences, _CHUNK):
@@ -120,9 +121,9 @@ class IndexedDataset:
                 wrong = start + int(np.argmax(pointers != np.concatenate([[expected], ends[:-1]])))
                 raise FormatError(f"{path}: byte offset of sequence {wrong} is not the sum of the lengths before it")
             expected = int(ends[-1])
-        if expected != len(self._tokens):
+        if expected != bin_size:
             raise FormatError(
-                f"{bin_path(self.prefix)}: {len(self._tokens):,} bytes, but the index describes {expected:,}; "
+                f"{bin_path(self.prefix)}: {bin_size:,} bytes, but the index describes {expected:,}; "
                 "a truncated copy, or files of two datasets"
             )
         offsets = self.document_offsets

@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from megacoder.core.errors import ConfigError, FormatError
-from megacoder.core.files import replacing_dir
+from megacoder.core.files import write_json, write_text
 
 __all__ = ["SPECIAL_TOKENS", "Tokenizer", "train_tokenizer"]
 
@@ -86,11 +86,12 @@ class Tokenizer:
             raise FormatError(f"{file}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that `load` and Hugging Face's `AutoTokenizer` read; the latter puts BOS in front."""
-        with replacing_dir(folder) as temporary:
-            (temporary / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-            config = json.dumps(_HUGGING_FACE_CONFIG, indent=2, ensure_ascii=False) + "\n"
-            (temporary / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        """Writes what `load` and Hugging Face's `AutoTokenizer` read, beside whatever is in `folder` already.
+
+        Hugging Face's tokenizer puts BOS in front; `encode` does not.
+        """
+        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, taken literally: no BOS, and no control id whatever the text contains."""

@@ -15,7 +15,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import tyro
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
+__all__ = ["check_same", "from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
 
 T = TypeVar("T")
 
@@ -97,10 +97,28 @@ def to_toml(config: Any) -> str:
     return "\n".join(_toml_lines(to_dict(config), prefix="")) + "\n"
 
 
+def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str) -> None:
+    """ConfigError naming the first setting in which two configs of one class differ; `free` fields may differ."""
+    for field in dataclasses.fields(old):  # type: ignore[arg-type]
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if before != after and field.name not in free:
+            key, was, now = _first_difference(field.name, before, after)
+            raise ConfigError(f"{where} was made with {key} = {was!r}, not {now!r}; {advice}")
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     """The known name that `name` was most probably meant to be, or None."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+        for field in dataclasses.fields(before):
+            was, now = getattr(before, field.name), getattr(after, field.name)
+            if was != now:
+                return _first_difference(f"{name}.{field.name}", was, now)
+    return name, before, after
 
 
 def _suggest(name: str, known: typing.Iterable[str]) -> str:

@@ -4,17 +4,18 @@ State goes to disk in parameter space, under Hugging Face names, so that any num
 writes the ranges of each weight that its slice of the flat buffers holds, and reads the ranges that it holds now.
 """
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
-from megacoder.core.config import load_toml, to_dict, to_toml
-from megacoder.core.errors import ConfigError
+from megacoder.core.config import check_same, load_toml, to_dict, to_toml
 from megacoder.core.files import write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
@@ -23,7 +24,7 @@ from megacoder.parallel.collectives import World, barrier, gather_json
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.config import RunConfig
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "load_weights"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
@@ -39,7 +40,8 @@ class RunFolder:
         self.config, self.world = config, world
         path = config.output / "run.toml"
         if path.exists():
-            _check_same(load_toml(RunConfig, path), config, str(path))
+            old = load_toml(RunConfig, path)
+            check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
         barrier(world.group)  # every rank has read the old file before the first writes a new one
         if world.is_first:
             write_text(path, to_toml(config))
@@ -71,6 +73,17 @@ class RunFolder:
         self.checkpoints.wait()
 
 
+@torch.no_grad()
+def load_weights(model: Transformer, checkpoints: Path) -> int:
+    """Fills `model` from the master weights of a checkpoint, or of the newest in a folder of them; returns its step."""
+    reader = CheckpointReader(checkpoints)
+    for param in model.parameters():
+        param.zero_()  # the rows that pad the vocabulary are in no file
+    for piece in weight_pieces(model):
+        piece.view.copy_(reader.read_tensor(piece.hf_name))
+    return reader.step
+
+
 def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
     """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any."""
     pieces: dict[str, list[WeightPiece]] = defaultdict(list)
@@ -89,20 +102,3 @@ def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
                     name=piece.hf_name, kind=kind, global_shape=shape, region=Box.whole(shape),
                     start=start - first, stop=stop - first, data=values[offset : offset + stop - start],
                 )  # fmt: skip
-
-
-def _check_same(old: RunConfig, new: RunConfig, where: str) -> None:
-    for field in dataclasses.fields(RunConfig):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and field.name not in FREE_TO_CHANGE:
-            key, was, now = _first_difference(field.name, before, after)
-            raise ConfigError(f"{where} holds another run: {key} was {was!r} and is now {now!r}; choose another output")
-
-
-def _first_difference(name: str, before: object, after: object) -> tuple[str, object, object]:
-    if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-        for field in dataclasses.fields(before):
-            was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now:
-                return _first_difference(f"{name}.{field.name}", was, now)
-    return name, before, after

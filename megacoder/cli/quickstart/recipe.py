@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megacoder.core.device import Machine, faster_dtype
+from megacoder.core.device import Machine
 from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
@@ -67,9 +67,9 @@ def choose_recipe(machine: Machine, minutes: float) -> Recipe:
 
 def run_config(
     recipe: Recipe,
-    machine: Machine,
     *,
     steps: int,
+    dtype: torch.dtype,
     vocab_size: int,
     output: Path,
     train: Path,
@@ -78,7 +78,6 @@ def run_config(
     seed: int,
 ) -> RunConfig:
     """The training run, as `megacoder train` reads it."""
-    dtype = faster_dtype(machine)
     every = max(1, steps // 8)
     return RunConfig(
         output=output,

@@ -8,19 +8,21 @@ of a folder are fixed by its first run.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.corpus_report import print_report
 from megacoder.cli.eval_infill import print_summary
 from megacoder.cli.quickstart.options import Places, QuickstartOptions
 from megacoder.cli.quickstart.recipe import choose_recipe, run_config, seconds_per_step, steps_within
 from megacoder.cli.quickstart.report import write_report
-from megacoder.core.config import check_same, load_toml, parse_args, to_toml
+from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
 from megacoder.core.console import say, table
-from megacoder.core.device import Machine, probe
+from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.core.files import write_json, write_text
 from megacoder.corpus.accounts import CorpusReport
 from megacoder.corpus.build import build_corpus
@@ -29,7 +31,7 @@ from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_training import TrainTokenizerConfig, train_from_files
-from megacoder.evaluate.bits_per_byte import HeldOutScore, measure_bits_per_byte, training_token_counts
+from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts
 from megacoder.evaluate.held_out import read_source_files, sample_texts
 from megacoder.evaluate.infill import (
     InfillResult,
@@ -75,6 +77,7 @@ def run_quickstart(options: QuickstartOptions) -> None:
     evaluation = _stage("7/7 evaluation", lambda: make_evaluation(places, config))
     write_report(places, machine, nproc=nproc)
     _show(evaluation, places)
+    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
 
 
 def claim(places: Places, options: QuickstartOptions) -> None:
@@ -122,17 +125,98 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     """run.toml, made once: with --steps as given, or as many as fit into --minutes on this machine."""
     if places.run_config.exists():
         return load_toml(RunConfig, places.run_config)
-    recipe = choose_recipe(machine, options.minutes)
-    config = run_config(
-        recipe, machine, steps=1, vocab_size=Tokenizer.load(places.tokenizer).vocab_size, output=places.run,
-        train=places.train_data, valid=places.heldout_data, tokenizer=places.tokenizer, seed=options.seed,
+    with_steps = partial(
+        run_config, choose_recipe(machine, options.minutes), dtype=faster_dtype(machine), output=places.run,
+        vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
+        train=places.train_data, valid=places.heldout_data, seed=options.seed,
     )  # fmt: skip
+    config = with_steps(steps=1)
     config.check_ranks(nproc)
     steps = options.steps or steps_within(options.minutes, seconds_per_step(config, machine, nproc=nproc))
-    config = recipe.with_steps(config, steps)
+    config = with_steps(steps=steps)
     write_text(places.run_config, to_toml(config))
     say(
         f"{config.model.num_params / 1e6:.1f}M parameters in {config.dtype}, {steps:,} steps of "
         f"{config.global_batch_size} x {config.data.stream.seq_length} tokens on {nproc} processes"
     )
     return config
+
+
+def make_training(places: Places, config: RunConfig, nproc: int) -> None:
+    """The run, on `nproc` processes that torchrun's launcher starts."""
+    if _trained_steps(places) < config.steps:
+        launch_workers(["train", str(places.run_config)], nproc=nproc)
+
+
+def make_export(places: Places, config: RunConfig) -> None:
+    """The last checkpoint as a Hugging Face folder in fp32."""
+    if not (places.model / "config.json").exists():
+        model = Transformer(config.model)
+        load_weights(model, places.run / "checkpoints")
+        export_model(model, places.model, tokenizer_folder=places.tokenizer)
+
+
+def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
+    """Scores of the exported model; everything that the report says about quality is computed here."""
+    if places.evaluation.exists():
+        return dict(json.loads(places.evaluation.read_text(encoding="utf-8")))
+    model, tokenizer = import_with_tokenizer(places.model, device=probe().device_type)
+    held_out = list(read_source_files([places.corpus / "heldout"]))
+    score = measure_bits_per_byte(
+        model, tokenizer, sample_texts(held_out),
+        token_counts=training_token_counts(IndexedDataset(places.train_data), tokenizer),
+    )  # fmt: skip
+    results = fill_lines(model, tokenizer, choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed))
+    frequent_line = most_frequent_line(read_source_files([places.corpus / "train"]))
+    summary = summarise(results, frequent_line=frequent_line)
+    write_text(places.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
+    evaluation = {
+        "held_out": asdict(score),
+        "infill": asdict(summary),
+        "most_frequent_line": frequent_line,
+        "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
+        "largest_logit_difference": largest_logit_difference(
+            model, places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
+        ),
+    }
+    write_json(places.evaluation, evaluation)
+    return evaluation
+
+
+def _trained_steps(places: Places) -> int:
+    checkpoints = places.run / "checkpoints"
+    return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
+
+
+def _around(result: InfillResult, context: int = 6) -> dict[str, Any]:
+    """A hole with the lines next to it, for people to look at."""
+    before, after = result.task.prefix.splitlines(), result.task.suffix.splitlines()[1:]
+    return result.row() | {"before": before[-context:], "after": after[:context]}
+
+
+def _show(evaluation: dict[str, Any], places: Places) -> None:
+    print()
+    for hole in evaluation["shown"]:
+        print(f"--- {hole['repo']}/{hole['path']}, line {hole['line']}")
+        print("\n".join(f"      | {line}" for line in hole["before"][-3:]))
+        print(f"model | {hole['completion'].rstrip()}")
+        print(f"truth | {hole['truth'].rstrip()}")
+        print("\n".join(f"      | {line}" for line in hole["after"][:2]))
+        print()
+    held_out, infill = evaluation["held_out"], evaluation["infill"]
+    table(
+        f"Held-out files ({held_out['num_bytes'] / 1e6:.2f} MB): bits per byte, lower is better",
+        ["model", "xz -9", "unigram"],
+        [[f"{held_out[name]:.3f}" for name in ("model", "xz", "unigram")]],
+    )
+    difference = evaluation["largest_logit_difference"]
+    checked = "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")
+
+
+def _stage(title: str, make: Callable[[], Any]) -> Any:
+    say(f"\n== {title}")
+    start = time.perf_counter()
+    made = make()
+    say(f"   {time.perf_counter() - start:.1f} s")
+    return made

@@ -17,9 +17,21 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with a `main(argv)`, or module:function; what it does)
+    "quickstart": ("megacoder.cli.quickstart", "the whole job, from sources on this machine to infilled code"),
+    "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
+    "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
+    "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
+    "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
+    "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
+    "checkpoint export": ("megacoder.cli.checkpoint_export", "a run's weights as a Hugging Face folder"),
+    "generate": ("megacoder.cli.generate", "continue a text"),
+    "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
+    "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
+    "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""
 

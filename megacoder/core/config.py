@@ -11,10 +11,11 @@ import difflib
 import io
 import json
 import re
+import sys
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,24 +23,25 @@ import tyro
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
+__all__ = ["check_same", "from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
 
 T = TypeVar("T")
 
 
-def parse_args(cls: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
-    """Parses `argv` into `cls`, a dataclass whose field docstrings become the help text.
+def parse_args(cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None) -> T:
+    """Parses `argv` (by default the process's own) into `cls`, a dataclass whose field docstrings become the help text.
 
     Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
     Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
             config, unknown = (
-                tyro.cli(cls, args=list(argv), prog=prog, default=default, return_unknown_args=True)
+                tyro.cli(cls, args=words, prog=prog, default=default, return_unknown_args=True)
                 if default is not None
-                else tyro.cli(cls, args=list(argv), prog=prog, return_unknown_args=True)
+                else tyro.cli(cls, args=words, prog=prog, return_unknown_args=True)
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -95,10 +97,28 @@ def to_toml(config: Any) -> str:
     return "\n".join(_toml_lines(to_dict(config), prefix="")) + "\n"
 
 
+def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str) -> None:
+    """ConfigError naming the first setting in which two configs of one class differ; `free` fields may differ."""
+    for field in dataclasses.fields(old):  # type: ignore[arg-type]
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if before != after and field.name not in free:
+            key, was, now = _first_difference(field.name, before, after)
+            raise ConfigError(f"{where} was made with {key} = {was!r}, not {now!r}; {advice}")
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     """The known name that `name` was most probably meant to be, or None."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+        for field in dataclasses.fields(before):
+            was, now = getattr(before, field.name), getattr(after, field.name)
+            if was != now:
+                return _first_difference(f"{name}.{field.name}", was, now)
+    return name, before, after
 
 
 def _suggest(name: str, known: typing.Iterable[str]) -> str:

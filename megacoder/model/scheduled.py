@@ -85,7 +85,7 @@ def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -
 
     stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight.detach()), None
     saved: list[SavedLayer] = []
-    for layer in model.layers:
+    for layer in model.decoder_layers():
         stream, residual, kept = layer_forward(layer, stream, residual, rope, positions_T, batch)
         saved.append(kept)
     normed, summed, rstd = rms_norm_forward(stream, model.norm.weight.detach(), model.norm.eps, residual_TD=residual)
@@ -97,7 +97,7 @@ def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -
 
     weight = model.norm.weight
     grad = rms_norm_backward(grad, summed, weight.detach(), rstd, grad_weight_D=grad_of(weight))
-    for layer in reversed(model.layers):
+    for layer in reversed(model.decoder_layers()):
         grad = layer_backward(layer, grad, saved.pop(), rope, positions_T, weight_grads)
     grad_of(model.embed_tokens.weight).index_add_(0, tokens_BS.flatten(), grad.float())
     return loss

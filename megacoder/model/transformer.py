@@ -6,14 +6,16 @@ key and value projections are one matrix, gate and up another, because one large
 `weight_pieces` gives them back under Hugging Face's names, as views.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacoder.model.config import ModelConfig
+from megacoder.model.kv_cache import KVCache, LayerCache
 from megacoder.ops.attention import attention
 from megacoder.ops.cross_entropy import linear_cross_entropy
 from megacoder.ops.rms_norm import rms_norm
@@ -66,14 +68,17 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, [("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)])
         self.o_proj = Linear(query, [("o_proj", config.hidden_size)])
 
-    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x_BSD).view(batch * length, -1, self.head_dim)
         qk = apply_rope(qkv[:, :rotated], rope.cos, rope.sin, positions_BS.flatten())
         q, k = qk.view(batch, length, rotated, -1).transpose(1, 2).split([self.num_heads, self.num_kv_heads], dim=1)
         v = qkv[:, rotated:].view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
-        out_BHSK = attention(q, k, v)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.append(k, v)
+        out_BHSK = attention(q, k, v, mask=mask)
         return self.o_proj(out_BHSK.transpose(1, 2).flatten(2))
 
 
@@ -100,8 +105,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS)
+    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS, cache)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -123,20 +128,30 @@ class Transformer(nn.Module):
         )
         self._rope = RopeTables(cos, sin)  # not a buffer: `.to(dtype)` must not round it
 
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
     def rope(self, device: torch.device) -> RopeTables:
         """The rotary tables on `device`, in fp32 whatever the model's dtype."""
         if self._rope.cos.device != device:
             self._rope = RopeTables(self._rope.cos.to(device), self._rope.sin.to(device))
         return self._rope
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        """Token ids -> final hidden states (B, S, D), normalised; positions count from 0 unless given."""
-        if positions_BS is None:
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Token ids -> final hidden states (B, S, D), normalised; positions count from 0 unless given.
+
+        With a cache, `tokens_BS` continue the tokens that it holds, and it knows their positions.
+        """
+        layer_caches: Iterable[LayerCache | None] = repeat(None)
+        if cache is not None:
+            positions_BS, layer_caches = cache.advance(tokens_BS.shape[1]), cache.layers
+        elif positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         x_BSD = F.embedding(tokens_BS, self.embed_tokens.weight)
         rope = self.rope(x_BSD.device)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, rope, positions_BS)
+        for layer, layer_cache in zip(self.decoder_layers(), layer_caches, strict=False):
+            x_BSD = layer(x_BSD, rope, positions_BS, layer_cache)
         return self.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:

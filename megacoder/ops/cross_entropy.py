@@ -55,6 +55,7 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
     kernels = kernels_for(logits_CW)
     if kernels is None:
         wide = logits_CW[:, :vocab].float()
+        wide = wide - wide.amax(-1, keepdim=True)  # so that a huge largest logit does not swallow the sum's digits
         log_sum = torch.logsumexp(wide, dim=-1)
         counted = labels_C != IGNORE_INDEX
         rows, targets = torch.arange(len(labels_C), device=labels_C.device), labels_C.clamp_min(0)

@@ -5,7 +5,9 @@ so that callers have a single code path.
 """
 
 import datetime
+import json
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,21 @@ from torch import Tensor
 
 from megacoder.core.errors import MegacoderError
 
-__all__ = ["World", "all_gather_into", "all_reduce_sum", "broadcast_from_first", "reduce_scatter_sum", "start_world"]
+__all__ = [
+    "World",
+    "all_gather_into",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_from_first",
+    "gather_json",
+    "reduce_scatter_sum",
+    "start_world",
+]
+
+
+# torch 2.13 deprecated the names that are all that 2.11 has.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class World:
@@ -67,7 +83,7 @@ def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | N
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return
-    dist.reduce_scatter_tensor(shard, full, group=group)
+    _reduce_scatter(shard, full, group=group)
 
 
 def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -76,7 +92,28 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return
-    dist.all_gather_into_tensor(full, shard, group=group)
+    _all_gather(full, shard, group=group)
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """Every rank's `value` in rank order, on every rank; as JSON, since pickled objects would be code."""
+    if world.group is None:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    lengths = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    _all_gather(lengths, lengths.new_tensor([data.numel()]), group=world.group)
+    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=world.device)
+    padded[: data.numel()] = data
+    gathered = padded.new_empty(world.size, padded.numel())
+    _all_gather(gathered.view(-1), padded, group=world.group)
+    rows = zip(gathered.cpu().numpy(), lengths.tolist(), strict=True)
+    return [json.loads(row[:length].tobytes()) for row, length in rows]
+
+
+def barrier(group: dist.ProcessGroup | None) -> None:
+    """Returns once every rank of the group has called it."""
+    if group is not None:
+        dist.barrier(group=group)
 
 
 def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -1,0 +1,88 @@
+"""`megacoder eval infill`: single-line infilling on held-out files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.core.config import parse_args
+from megacoder.core.console import table
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import write_text
+from megacoder.evaluate.held_out import read_source_files
+from megacoder.evaluate.infill import (
+    MAX_NEW_TOKENS,
+    InfillScore,
+    InfillSummary,
+    choose_tasks,
+    fill_lines,
+    most_frequent_line,
+    summarise,
+)
+
+__all__ = ["main", "print_summary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalInfillArgs:
+    """Remove lines from held-out files and let the model fill them in."""
+
+    model: Path
+    """Hugging Face folder with a tokenizer, as an export writes it"""
+    data: tuple[Path, ...]
+    """held-out Parquet files, or folders of them, as `corpus build` writes them"""
+    train: tuple[Path, ...] = ()
+    """the training corpus' Parquet files or folders, for the baseline of its most frequent line"""
+    num_tasks: int = 200
+    """lines to fill in, from as many files as possible"""
+    seed: int = 0
+    """which lines"""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """room for an answer"""
+    batch_size: int = 32
+    """answers generated at a time"""
+    out: Path | None = None
+    """JSONL file for every line, its truth and the answer"""
+    json: bool = False
+    """print the summary as JSON"""
+    dtype: ComputeDtype = "stored"
+    """what to compute in"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_tasks", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the scores beside the baselines."""
+    args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill")
+    tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
+    frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
+    model, tokenizer = load_model(args.model, args.dtype)
+    prompt_room(model, args.max_new_tokens)
+    results = fill_lines(model, tokenizer, tasks, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    if args.out is not None:
+        write_text(args.out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
+    summary = summarise(results, frequent_line=frequent_line)
+    if args.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print_summary(summary)
+
+
+def print_summary(summary: InfillSummary) -> None:
+    """The scores as a table on stdout."""
+    rows = [("model", summary.model), ("the line above, repeated", summary.line_above)]
+    if summary.most_frequent_line is not None:
+        rows.append(("the most frequent line", summary.most_frequent_line))
+    table(
+        f"Single-line infilling: {summary.num_tasks:,} lines of {summary.num_files:,} held-out files",
+        ["", "exact match", "edit similarity"],
+        [[name, *_cells(score)] for name, score in rows],
+    )
+
+
+def _cells(score: InfillScore) -> list[str]:
+    return [f"{score.exact_match:.1%}", f"{score.edit_similarity:.1%}"]

@@ -1,0 +1,56 @@
+"""`megacoder eval perplexity`: held-out bits per byte."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megacoder.cli.model_folder import ComputeDtype, load_model
+from megacoder.core.config import parse_args
+from megacoder.core.console import table
+from megacoder.data.indexed import IndexedDataset
+from megacoder.evaluate.bits_per_byte import HeldOutScore, measure_bits_per_byte, training_token_counts
+from megacoder.evaluate.held_out import read_source_files, sample_texts
+
+__all__ = ["main", "print_score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPerplexityArgs:
+    """Bits per byte of held-out text, beside those of xz and of a unigram model."""
+
+    model: Path
+    """Hugging Face folder with a tokenizer, as an export writes it"""
+    data: tuple[Path, ...]
+    """held-out Parquet files, or folders of them, as `corpus build` writes them"""
+    train: Path | None = None
+    """PREFIX of the training tokens' PREFIX.bin and PREFIX.idx, for the unigram model"""
+    window: int | None = None
+    """most tokens that a prediction sees; the model's longest by default"""
+    json: bool = False
+    """print the result as JSON"""
+    dtype: ComputeDtype = "stored"
+    """what to compute in"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the bits per byte."""
+    args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity")
+    documents = sample_texts(read_source_files(args.data))
+    model, tokenizer = load_model(args.model, args.dtype)
+    counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
+    score = measure_bits_per_byte(model, tokenizer, documents, window=args.window, token_counts=counts)
+    if args.json:
+        print(json.dumps(asdict(score) | {"perplexity": score.perplexity}))
+    else:
+        print_score(score)
+
+
+def print_score(score: HeldOutScore) -> None:
+    """The bits per byte as a table on stdout."""
+    rows = [["model", f"{score.model:.4f}"], ["xz -9", f"{score.xz:.4f}"]]
+    if score.unigram is not None:
+        rows.append(["unigram tokens", f"{score.unigram:.4f}"])
+    title = f"Held-out text: {score.num_documents:,} documents, {score.num_bytes:,} bytes, {score.num_tokens:,} tokens"
+    table(title, ["", "bits per byte"], rows)
+    print(f"perplexity per token {score.perplexity:.3f}, windows of {score.window:,} tokens")

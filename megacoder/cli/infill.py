@@ -1,0 +1,75 @@
+"""`megacoder infill`: fills in what a file leaves open, a `<FILL>` mark or one of its lines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.core.config import parse_args
+from megacoder.core.console import say
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.evaluate.generate import generate
+from megacoder.evaluate.prompts import infill_prompt
+
+__all__ = ["main"]
+
+_MARK = "<FILL>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfillArgs:
+    """Fill in a line or a <FILL> mark of a file; the file stays as it is."""
+
+    file: tyro.conf.Positional[Path]
+    """source file, with one <FILL> mark unless --line is given"""
+    model: Path
+    """Hugging Face folder with a tokenizer, as an export writes it"""
+    line: int | None = None
+    """number of the line to write anew, from 1; the answer ends with the line"""
+    max_new_tokens: int = 128
+    """stop after so many tokens, if the model has not ended the answer before"""
+    dtype: ComputeDtype = "stored"
+    """what to compute in"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints what was filled in, alone, on stdout."""
+    args = parse_args(InfillArgs, argv, prog="megacoder infill")
+    text = _read(args.file)
+    prefix, suffix = _around_mark(args.file, text) if args.line is None else _around_line(args.file, text, args.line)
+    model, tokenizer = load_model(args.model, args.dtype)
+    prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=prompt_room(model, args.max_new_tokens))
+    if prompt.num_dropped_lines:
+        say(f"{args.file} does not fit into the model: its farthest {prompt.num_dropped_lines} lines are left out")
+    stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
+    [tokens] = generate(model, [prompt.tokens], max_new_tokens=args.max_new_tokens, stop_ids=stop_ids)
+    print(tokenizer.decode(tokens))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(f"{path}: not readable: {reason}") from None
+
+
+def _around_mark(path: Path, text: str) -> tuple[str, str]:
+    parts = text.split(_MARK)
+    if len(parts) == 1:
+        raise DataError(f"{path}: no {_MARK} mark in it; put one where code is missing, or name a line with --line")
+    if len(parts) > 2:
+        raise DataError(f"{path}: {len(parts) - 1} {_MARK} marks; exactly one can be filled in")
+    return parts[0], parts[1]
+
+
+def _around_line(path: Path, text: str, line: int) -> tuple[str, str]:
+    lines = text.removesuffix("\n").split("\n")
+    if not 1 <= line <= len(lines):
+        raise ConfigError(f"--line {line}: {path} has lines 1 to {len(lines)}")
+    start = sum(len(before) + 1 for before in lines[: line - 1])
+    return text[:start], text[start + len(lines[line - 1]) :]

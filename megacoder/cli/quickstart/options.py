@@ -1,0 +1,104 @@
+"""What the quickstart can be told, and where it puts things."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["Places", "QuickstartOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """From repositories on this machine to a model that fills in code; run again to go on where it stopped."""
+
+    out: Path = Path("quickstart")
+    """folder for everything it makes"""
+    input: tuple[Path, ...] = ()
+    """folders of repositories; without any, the standard library and the packages installed here"""
+    minutes: float = 5.0
+    """training time to aim for; the other stages take some minutes more"""
+    steps: int | None = None
+    """updates, instead of as many as fit into --minutes; two runs of equal steps are equal to the last bit"""
+    vocab_size: int = 8192
+    """ids of the tokenizer that come from training; the paper has 32,000"""
+    nproc: int | None = None
+    """training processes; without, one per GPU, or 2 on a CPU"""
+    max_repo_megabytes: float = 8.0
+    """of a larger repository, a part of this size is taken, so that none outweighs all others"""
+    seed: int = 1234
+    """of weights, order and fill-in-the-middle"""
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ConfigError(f"--minutes {self.minutes:g}: must be positive")
+        for name in ("steps", "nproc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+        if self.vocab_size < 512:
+            raise ConfigError(f"--vocab-size {self.vocab_size}: must be at least 512 (256 bytes and some merges)")
+        if not self.max_repo_megabytes > 0:
+            raise ConfigError(f"--max-repo-megabytes {self.max_repo_megabytes:g}: must be positive")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The parts of the output folder."""
+
+    root: Path
+
+    @property
+    def options(self) -> Path:
+        """The options that this folder belongs to."""
+        return self.root / "quickstart.toml"
+
+    @property
+    def corpus(self) -> Path:
+        """Documents in Parquet, train/ and heldout/."""
+        return self.root / "corpus"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Tokenizer folder."""
+        return self.root / "tokenizer"
+
+    @property
+    def train_data(self) -> Path:
+        """Prefix of the training tokens."""
+        return self.root / "data" / "train"
+
+    @property
+    def heldout_data(self) -> Path:
+        """Prefix of the held-out tokens."""
+        return self.root / "data" / "heldout"
+
+    @property
+    def run_config(self) -> Path:
+        """What `megacoder train` is started with."""
+        return self.root / "run.toml"
+
+    @property
+    def run(self) -> Path:
+        """Logs and checkpoints of the training run."""
+        return self.root / "run"
+
+    @property
+    def model(self) -> Path:
+        """The export, a Hugging Face folder."""
+        return self.root / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores."""
+        return self.root / "evaluation.json"
+
+    @property
+    def infills(self) -> Path:
+        """Every infilling task with its answer."""
+        return self.root / "infill.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.root / "report.html"

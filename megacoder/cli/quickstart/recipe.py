@@ -1,0 +1,144 @@
+"""Which model for this machine and this time: a shape, a batch and a number of steps that fit.
+
+On a CPU a few million parameters learn most in a few minutes: a larger model sees too few tokens. The number of steps
+follows from the measured time of a microbatch, rounded down to a coarse ladder, so that a machine's noise seldom
+changes it; it is then written into run.toml and stays.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megacoder.core.device import Machine
+from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.data.fim import FimConfig
+from megacoder.data.stream import StreamConfig
+from megacoder.model.config import ModelConfig
+from megacoder.model.init import init_weights
+from megacoder.model.scheduled import forward_backward
+from megacoder.model.transformer import Transformer
+from megacoder.ops.adamw import AdamWConfig
+from megacoder.parallel.flat import FlatParameters
+from megacoder.train.config import DataConfig, RunConfig
+from megacoder.train.schedule import ScheduleConfig
+
+__all__ = ["Recipe", "choose_recipe", "run_config", "seconds_per_step", "steps_within"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A model and how it is trained."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    peak_lr: float
+
+
+SMALL = Recipe(
+    hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
+    head_dim=64, seq_length=256, global_batch_size=32, micro_batch_size=16, peak_lr=6e-3,
+)  # fmt: skip
+MEDIUM = Recipe(
+    hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+    head_dim=64, seq_length=512, global_batch_size=32, micro_batch_size=8, peak_lr=3e-3,
+)  # fmt: skip
+LARGE = Recipe(
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
+    head_dim=64, seq_length=1024, global_batch_size=128, micro_batch_size=16, peak_lr=1e-3,
+)  # fmt: skip
+
+
+def choose_recipe(machine: Machine, minutes: float) -> Recipe:
+    """LARGE where there is a GPU; on a CPU MEDIUM from an hour on."""
+    if machine.device_type == "cuda":
+        return LARGE
+    return SMALL if minutes < 60 else MEDIUM
+
+
+def run_config(
+    recipe: Recipe,
+    *,
+    steps: int,
+    dtype: torch.dtype,
+    vocab_size: int,
+    output: Path,
+    train: Path,
+    valid: Path,
+    tokenizer: Path,
+    seed: int,
+) -> RunConfig:
+    """The training run, as `megacoder train` reads it."""
+    every = max(1, steps // 8)
+    return RunConfig(
+        output=output,
+        data=DataConfig(
+            train=train,
+            valid=valid,
+            tokenizer=tokenizer,
+            stream=StreamConfig(seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5)),
+        ),
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_hidden_layers,
+            num_attention_heads=recipe.num_attention_heads,
+            num_key_value_heads=recipe.num_key_value_heads,
+            head_dim=recipe.head_dim,
+            rope_theta=10000.0,
+            max_position_embeddings=recipe.seq_length,
+            init_std=0.02,  # 0.006 is for models a hundred times as wide
+        ),
+        optimizer=AdamWConfig(),
+        schedule=ScheduleConfig(kind="three_stage", peak_lr=recipe.peak_lr, warmup_steps=max(1, min(50, steps // 10))),
+        steps=steps,
+        global_batch_size=recipe.global_batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        checkpoint_every=every,
+        checkpoint=CheckpointConfig(keep_last=2),
+        eval_every=every,
+        eval_batches=4,
+        seed=seed,
+    )
+
+
+def seconds_per_step(config: RunConfig, machine: Machine, *, nproc: int) -> float:
+    """Time of one update on one of `nproc` ranks, from a few microbatches run here with a rank's share of the cores."""
+    device = torch.device(machine.device_type)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, machine.num_cores // nproc))
+    try:
+        model = Transformer(config.model)
+        init_weights(model, seed=0)
+        FlatParameters(model.named_parameters(), dtype=getattr(torch, config.dtype), device=device)
+        length = config.data.stream.seq_length
+        tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, length), device=device)
+        best = math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            forward_backward(model, tokens, tokens).total.item()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best * config.global_batch_size / (config.micro_batch_size * nproc)
+
+
+def steps_within(minutes: float, seconds: float, *, overhead: float = 1.2) -> int:
+    """Steps of `seconds` each that fit into `minutes`, rounded down to 1, 1.5, 2, 3, 5 or 7 times a power of ten.
+
+    `overhead` covers what a microbatch alone does not show: update, communication, held-out losses, neighbours.
+    """
+    fits = max(1.0, 60 * minutes / (seconds * overhead))
+    magnitude = 10.0 ** math.floor(math.log10(fits))
+    return max(1, int(magnitude * max(factor for factor in (1, 1.5, 2, 3, 5, 7) if factor * magnitude <= fits)))

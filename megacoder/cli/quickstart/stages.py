@@ -1,0 +1,222 @@
+"""The stages, in order, each skipped when its output is there already.
+
+Every stage is a command of its own (`corpus build`, `tokenizer train`, `preprocess`, `train`, `checkpoint export`,
+`eval`) and writes its output whole or not at all, so that after Ctrl-C or a crash the same command goes on. The options
+of a folder are fixed by its first run.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.cli.corpus_report import print_report
+from megacoder.cli.eval_infill import print_summary
+from megacoder.cli.quickstart.options import Places, QuickstartOptions
+from megacoder.cli.quickstart.recipe import choose_recipe, run_config, seconds_per_step, steps_within
+from megacoder.cli.quickstart.report import write_report
+from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
+from megacoder.core.console import say, table
+from megacoder.core.device import Machine, faster_dtype, probe
+from megacoder.core.files import write_json, write_text
+from megacoder.corpus.accounts import CorpusReport
+from megacoder.corpus.build import build_corpus
+from megacoder.corpus.config import CorpusConfig
+from megacoder.data.indexed import IndexedDataset
+from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import TrainTokenizerConfig, train_from_files
+from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts
+from megacoder.evaluate.held_out import read_source_files, sample_texts
+from megacoder.evaluate.infill import (
+    InfillResult,
+    InfillSummary,
+    choose_tasks,
+    fill_lines,
+    most_frequent_line,
+    summarise,
+)
+from megacoder.evaluate.transformers_check import largest_logit_difference
+from megacoder.model.huggingface import export_model, import_with_tokenizer
+from megacoder.model.transformer import Transformer
+from megacoder.train.config import RunConfig
+from megacoder.train.launch import launch_workers
+from megacoder.train.run_folder import load_weights
+
+__all__ = ["main", "run_quickstart"]
+
+NUM_INFILL_TASKS = 200
+"""Held-out lines that the model is asked for."""
+SHOWN_INFILLS = 3
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs or resumes every stage; ends with three infilled holes and the place of the report."""
+    run_quickstart(parse_args(QuickstartOptions, argv, prog="megacoder quickstart"))
+
+
+def run_quickstart(options: QuickstartOptions) -> None:
+    """See `main`; the Python entry."""
+    places, machine = Places(options.out), probe()
+    claim(places, options)
+    say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
+
+    corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
+    print_report(corpus, max_repositories=8)
+    _stage("2/7 tokenizer", lambda: make_tokenizer(options, places))
+    _stage("3/7 tokens", lambda: make_tokens(options, places))
+    nproc = options.nproc or (machine.num_devices if machine.device_type == "cuda" else 2)
+    config = _stage("4/7 recipe", lambda: make_run_config(options, places, machine, nproc))
+    _stage("5/7 training", lambda: make_training(places, config, nproc))
+    _stage("6/7 export", lambda: make_export(places, config))
+    evaluation = _stage("7/7 evaluation", lambda: make_evaluation(places, config))
+    write_report(places, machine, nproc=nproc)
+    _show(evaluation, places)
+    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
+
+
+def claim(places: Places, options: QuickstartOptions) -> None:
+    """Fixes the options of a new folder; ConfigError where it was begun with others."""
+    if places.options.exists():
+        old = load_toml(QuickstartOptions, places.options)
+        check_same(old, options, where=str(places.options), free={"out"}, advice="choose another --out")
+    else:
+        write_text(places.options, to_toml(options))
+
+
+def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
+    """Filtered, deduplicated, ordered Python documents."""
+    limit = int(options.max_repo_megabytes * 1e6)
+    # Without --input the sources are installed Python packages; a user's folder may hold any language.
+    languages = () if options.input else ("Python",)
+    return build_corpus(
+        CorpusConfig(
+            out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True
+        )
+    )
+
+
+def make_tokenizer(options: QuickstartOptions, places: Places) -> None:
+    """A BPE of the training documents."""
+    if not (places.tokenizer / "tokenizer.json").exists():
+        train_from_files(
+            TrainTokenizerConfig(
+                input=(places.corpus / "train",), output=places.tokenizer, vocab_size=options.vocab_size, sample_mb=24
+            )
+        )
+
+
+def make_tokens(options: QuickstartOptions, places: Places) -> None:
+    """Indexed binaries of both parts."""
+    for part, prefix in (("train", places.train_data), ("heldout", places.heldout_data)):
+        preprocess(
+            PreprocessConfig(
+                input=(places.corpus / part,), tokenizer=places.tokenizer, output=prefix, document_key="sample"
+            )
+        )
+
+
+def make_run_config(options: QuickstartOptions, places: Places, machine: Machine, nproc: int) -> RunConfig:
+    """run.toml, made once: with --steps as given, or as many as fit into --minutes on this machine."""
+    if places.run_config.exists():
+        return load_toml(RunConfig, places.run_config)
+    with_steps = partial(
+        run_config, choose_recipe(machine, options.minutes), dtype=faster_dtype(machine), output=places.run,
+        vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
+        train=places.train_data, valid=places.heldout_data, seed=options.seed,
+    )  # fmt: skip
+    config = with_steps(steps=1)
+    config.check_ranks(nproc)
+    steps = options.steps or steps_within(options.minutes, seconds_per_step(config, machine, nproc=nproc))
+    config = with_steps(steps=steps)
+    write_text(places.run_config, to_toml(config))
+    say(
+        f"{config.model.num_params / 1e6:.1f}M parameters in {config.dtype}, {steps:,} steps of "
+        f"{config.global_batch_size} x {config.data.stream.seq_length} tokens on {nproc} processes"
+    )
+    return config
+
+
+def make_training(places: Places, config: RunConfig, nproc: int) -> None:
+    """The run, on `nproc` processes that torchrun's launcher starts."""
+    if _trained_steps(places) < config.steps:
+        launch_workers(["train", str(places.run_config)], nproc=nproc)
+
+
+def make_export(places: Places, config: RunConfig) -> None:
+    """The last checkpoint as a Hugging Face folder in fp32."""
+    if not (places.model / "config.json").exists():
+        model = Transformer(config.model)
+        load_weights(model, places.run / "checkpoints")
+        export_model(model, places.model, tokenizer_folder=places.tokenizer)
+
+
+def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
+    """Scores of the exported model; everything that the report says about quality is computed here."""
+    if places.evaluation.exists():
+        return dict(json.loads(places.evaluation.read_text(encoding="utf-8")))
+    model, tokenizer = import_with_tokenizer(places.model, device=probe().device_type)
+    held_out = list(read_source_files([places.corpus / "heldout"]))
+    score = measure_bits_per_byte(
+        model, tokenizer, sample_texts(held_out),
+        token_counts=training_token_counts(IndexedDataset(places.train_data), tokenizer),
+    )  # fmt: skip
+    results = fill_lines(model, tokenizer, choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed))
+    frequent_line = most_frequent_line(read_source_files([places.corpus / "train"]))
+    summary = summarise(results, frequent_line=frequent_line)
+    write_text(places.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
+    evaluation = {
+        "held_out": asdict(score),
+        "infill": asdict(summary),
+        "most_frequent_line": frequent_line,
+        "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
+        "largest_logit_difference": largest_logit_difference(
+            model, places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
+        ),
+    }
+    write_json(places.evaluation, evaluation)
+    return evaluation
+
+
+def _trained_steps(places: Places) -> int:
+    checkpoints = places.run / "checkpoints"
+    return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
+
+
+def _around(result: InfillResult, context: int = 6) -> dict[str, Any]:
+    """A hole with the lines next to it, for people to look at."""
+    before, after = result.task.prefix.splitlines(), result.task.suffix.splitlines()[1:]
+    return result.row() | {"before": before[-context:], "after": after[:context]}
+
+
+def _show(evaluation: dict[str, Any], places: Places) -> None:
+    print()
+    for hole in evaluation["shown"]:
+        print(f"--- {hole['repo']}/{hole['path']}, line {hole['line']}")
+        print("\n".join(f"      | {line}" for line in hole["before"][-3:]))
+        print(f"model | {hole['completion'].rstrip()}")
+        print(f"truth | {hole['truth'].rstrip()}")
+        print("\n".join(f"      | {line}" for line in hole["after"][:2]))
+        print()
+    held_out, infill = evaluation["held_out"], evaluation["infill"]
+    table(
+        f"Held-out files ({held_out['num_bytes'] / 1e6:.2f} MB): bits per byte, lower is better",
+        ["model", "xz -9", "unigram"],
+        [[f"{held_out[name]:.3f}" for name in ("model", "xz", "unigram")]],
+    )
+    difference = evaluation["largest_logit_difference"]
+    checked = "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")
+
+
+def _stage(title: str, make: Callable[[], Any]) -> Any:
+    say(f"\n== {title}")
+    start = time.perf_counter()
+    made = make()
+    say(f"   {time.perf_counter() - start:.1f} s")
+    return made

@@ -1,0 +1,195 @@
+"""A corpus from repositories, in two passes over shards of whole repositories.
+
+*Scan* reads each shard's files, runs the document stages and leaves texts, digests and drops in one Parquet file. The
+global steps then see a few columns of all shards: exact dedup, the held-out split. *Write* orders the files of each
+repository and writes samples, and the record of every drop.
+
+A shard task is a pure function of its inputs and is marked as done with a key over inputs and configuration, so that
+after a crash the same command goes on where it stopped, and the output is the same for any number of workers.
+`corpus.json` is written last and says that the corpus is whole.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacoder.core.console import progress, say
+from megacoder.core.errors import CorpusError, DataError
+from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
+from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.dedup import DIGEST_BYTES, later_copies
+from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
+from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.pool import run_tasks
+from megacoder.corpus.scan import ScanTask, scan_shard
+from megacoder.corpus.shards import disk_errors
+from megacoder.corpus.sources import Inventory, Repository, find_repositories, inventory, machine_repositories
+from megacoder.corpus.split import choose_heldout
+from megacoder.corpus.write import PARTS, WriteTask, write_shard
+
+__all__ = ["STAGES", "build_corpus"]
+
+STAGES = ("read", "rules", "generated", "dedup")
+"""Where a file can be dropped, in order."""
+
+
+class _Task(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+Task = TypeVar("Task", bound=_Task)
+Result = TypeVar("Result")
+
+
+def build_corpus(
+    config: CorpusConfig, *, repositories: Sequence[Repository] | None = None, quiet: bool = False
+) -> CorpusReport:
+    """Writes `train/`, `heldout/`, `dropped/` and `corpus.json` into `config.out`; what is finished there stays.
+
+    `repositories`, with unique names, take the place of those that `config.input` names. CorpusError if there is
+    nothing to read or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus.
+    """
+    if repositories is None:
+        repositories = find_repositories(config.input) if config.input else machine_repositories()
+    identity = config.identity()
+    with claim_folder(config.out, identity, PARTS):
+        scans = _plan_scans(sorted(repositories, key=lambda repository: repository.name), config)
+        key = _hash([scan.key for scan in scans])
+        if (report := _finished(config.out, key)) is not None:
+            return report
+        _run(scan_shard, scans, "reading", config.workers, quiet)
+        writes, split_unit = _plan_writes(scans, config)
+        (config.out / REPORT_NAME).unlink(missing_ok=True)  # from here on, shards of an earlier corpus are replaced
+        accounts, files = Accounts(dropped={name: {} for name in STAGES}), {}
+        for shard_accounts, shard_files in _run(write_shard, writes, "writing", config.workers, quiet):
+            accounts.merge(shard_accounts)
+            files.update(shard_files)
+        report = CorpusReport(
+            key=key, config=identity, split_unit=split_unit, accounts=accounts, files=dict(sorted(files.items()))
+        )
+        with disk_errors(config.out):
+            save_report(report, config.out)
+        keep_only(config.out, files, PARTS)
+        return load_report(config.out)
+
+
+def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> list[ScanTask]:
+    """Consecutive repositories share a shard up to `shard_bytes`; the cut depends on the inputs alone."""
+    shards: list[list[tuple[Repository, Inventory]]] = []
+    room = 0
+    for repository in repositories:
+        found = inventory(
+            repository,
+            languages=config.languages or tuple(LANGUAGES),
+            max_file_bytes=config.max_file_bytes,
+            exclude=config.out,
+        )
+        size = min(found.size, config.max_repo_bytes or found.size)
+        if not shards or size > room:
+            shards.append([])
+            room = config.shard_bytes
+        shards[-1].append((repository, found))
+        room -= size
+    identity = config.identity()
+    return [
+        ScanTask(
+            key=_hash([identity, [[repr(repository), found.fingerprint] for repository, found in shard]]),
+            repositories=tuple(repository for repository, _ in shard),
+            size=sum(min(found.size, config.max_repo_bytes or found.size) for _, found in shard),
+            target=config.out / WORK / f"scanned-{index:05d}.parquet",
+            config=config,
+        )
+        for index, shard in enumerate(shards)
+    ]
+
+
+def _finished(out: Path, key: str) -> CorpusReport | None:
+    """The report of a corpus that is whole and belongs to `key`."""
+    try:
+        report = load_report(out)
+    except DataError:
+        return None
+    if report.key == key and all((out / name).is_file() for name in report.files):
+        return report
+    say(f"{out}: the inputs have changed since it was built, or a file is missing; building again")
+    return None
+
+
+def _run(
+    function: Callable[[Task], Result], tasks: Sequence[Task], title: str, workers: int, quiet: bool
+) -> list[Result]:
+    """Runs shard tasks, the largest first, under a progress bar over bytes; results in the order of `tasks`."""
+    sizes = [task.size for task in tasks]
+    order = sorted(range(len(tasks)), key=lambda index: -sizes[index])
+    completed = 0
+    with progress(f"corpus: {title}", sum(sizes), quiet=quiet) as bar:
+
+        def done(task: Task) -> None:
+            nonlocal completed
+            completed += task.size
+            bar.update(completed, f"{completed / 1e6:.0f} MB")
+
+        results = run_tasks(function, [tasks[index] for index in order], workers=workers, done=done)
+    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+
+def _plan_writes(scans: Sequence[ScanTask], config: CorpusConfig) -> tuple[list[WriteTask], str]:
+    """The global steps: which documents are copies, which repositories (or files, of a single one) are held out."""
+    tables = [pq.read_table(scan.target, columns=["repo", "path", "size", "reason", "digest"]) for scan in scans]
+    rows = [np.flatnonzero(table["digest"].is_valid().to_numpy()) for table in tables]
+    digests = [
+        np.frombuffer(b"".join(table["digest"].drop_null().to_pylist()), np.uint8).reshape(-1, DIGEST_BYTES)
+        for table in tables
+    ]
+    copies = [shard[copied] for shard, copied in zip(rows, later_copies(digests), strict=True)]
+    kept = [table.take(np.setdiff1d(shard, copied)) for table, shard, copied in zip(tables, rows, copies, strict=True)]
+    if not any(len(table) for table in kept):
+        reasons = Counter(reason for table in tables for reason in table["reason"].drop_null().to_pylist())
+        give_up(config.out, keep=(config.out / REPORT_NAME).exists())
+        raise CorpusError(_nothing_left(reasons))
+    sizes = _sum_by(kept, "repo")
+    unit = "repository" if len(sizes) > 1 else "file"
+    heldout = choose_heldout(sizes if unit == "repository" else _sum_by(kept, "path"), config.heldout)
+    writes = []
+    for index, (scan, table, copied) in enumerate(zip(scans, kept, copies, strict=True)):
+        units = heldout.intersection(table["repo" if unit == "repository" else "path"].to_pylist())
+        writes.append(
+            WriteTask(
+                key=_hash([scan.key, copied.tolist(), unit, sorted(units)]),
+                scanned=scan.target,
+                size=sum(table["size"].to_pylist()),
+                name=f"{index:05d}",
+                copies=copied,
+                heldout=units,
+                by_file=unit == "file",
+                config=config,
+            )
+        )
+    return writes, unit if heldout else "none"
+
+
+def _nothing_left(reasons: Counter[str]) -> str:
+    if not reasons:
+        return "the inputs hold no files"
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    return f"nothing is left to learn from: all {reasons.total()} files were dropped ({listed})"
+
+
+def _sum_by(tables: Sequence[pa.Table], column: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for table in tables:
+        for name, size in zip(table[column].to_pylist(), table["size"].to_pylist(), strict=True):
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

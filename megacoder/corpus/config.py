@@ -1,0 +1,63 @@
+"""What a corpus build can be told, and which of it decides the output."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megacoder.core.config import nearest, to_dict
+from megacoder.core.errors import ConfigError
+from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.rules import RuleThresholds
+from megacoder.corpus.samples import SampleConfig
+from megacoder.corpus.split import SplitConfig
+
+__all__ = ["CorpusConfig"]
+
+FORMAT = 1  # raised when the same inputs and configuration begin to give another output
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Repositories -> filtered, deduplicated, ordered documents."""
+
+    out: Path
+    """folder for the corpus"""
+    input: tuple[Path, ...] = ()
+    """repositories, or folders of repositories; without any, the standard library and the packages installed here"""
+    workers: int = 0
+    """processes; 0 takes one per core. The output is the same for any number"""
+    languages: tuple[str, ...] = ()
+    """only these; without any, all 87 of the paper"""
+    max_file_bytes: int = 1 << 20
+    """larger files are not read"""
+    max_repo_bytes: int | None = None
+    """of a larger repository, whole folders are drawn up to this size"""
+    drop_generated: bool = False
+    """drop files whose first lines say that a program wrote them; the paper does not"""
+    rules: RuleThresholds = field(default_factory=RuleThresholds)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    heldout: SplitConfig = field(default_factory=SplitConfig)
+    seed: int = 0
+    """for the random order of files and the choice of folders in a large repository"""
+    shard_bytes: int = 64 << 20
+    """repositories are worked on together up to this size; a larger one alone"""
+
+    def __post_init__(self) -> None:
+        for name in self.languages:
+            if name not in LANGUAGES:
+                match = nearest(name, LANGUAGES)
+                hint = f"did you mean {match!r}?" if match else f"known are {', '.join(LANGUAGES)}"
+                raise ConfigError(f"unknown language {name!r}; {hint}")
+        for option in ("max_file_bytes", "max_repo_bytes", "shard_bytes"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigError(f"{option} = {value}: must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers = {self.workers}: must be at least 0")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the output, as plain values: all but where it goes and how many processes make it."""
+        plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers")}
+        inputs = sorted({os.path.realpath(folder) for folder in self.input})
+        return plain | {"input": inputs, "languages": sorted(set(self.languages)), "format": FORMAT}

@@ -1,0 +1,92 @@
+"""The output folder: one build at a time, one configuration, nothing left that is not part of the corpus."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megacoder.core.errors import ConfigError, CorpusError
+from megacoder.core.files import remove_stale_temporaries, write_json
+from megacoder.corpus.shards import disk_errors
+
+__all__ = ["WORK", "claim_folder", "give_up", "keep_only"]
+
+WORK = "work"
+"""Sub-folder for what a build needs only until it ends."""
+
+_CONFIG = "config.json"
+
+
+@contextmanager
+def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) -> Iterator[None]:
+    """Holds `out` for a build with this `identity`, and clears what a killed one left half-written in `parts`.
+
+    ConfigError if it holds a corpus of another identity, with the first key that differs, or something else entirely;
+    CorpusError while another build holds it.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CorpusError(f"{str(out)!r}: another build is writing here") from None
+        _check_identity(out, identity)
+        for folder in (out, out / WORK, *(out / part for part in parts)):
+            remove_stale_temporaries(folder)
+        with disk_errors(out):
+            write_json(out / _CONFIG, identity)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def keep_only(out: Path, files: Collection[str], parts: Collection[str]) -> None:
+    """Removes the work folder, and from `parts` all but `files`: shards left from an earlier state of the inputs."""
+    for part in parts:
+        for path in sorted((out / part).glob("*")):
+            if f"{part}/{path.name}" not in files:
+                path.unlink()
+        if (out / part).is_dir() and not any((out / part).iterdir()):
+            (out / part).rmdir()
+    shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def give_up(out: Path, *, keep: bool) -> None:
+    """Removes what a build wrote that came to nothing; `keep` says that an earlier corpus is here and stays."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    if not keep:
+        (out / _CONFIG).unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def _check_identity(out: Path, identity: dict[str, Any]) -> None:
+    try:
+        found = json.loads((out / _CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if foreign := sorted(child.name for child in out.iterdir() if not child.name.startswith(_CONFIG)):
+            raise ConfigError(
+                f"{str(out)!r} is not empty and holds no corpus ({foreign[0]}); choose another --out"
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out / _CONFIG}: not readable ({error}); choose another --out") from None
+    here, wanted = _flat(found), _flat(json.loads(json.dumps(identity)))
+    for key in sorted({*here, *wanted}):
+        if here.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"{str(out)!r} was built with {key} = {here.get(key)!r}, not {wanted.get(key)!r}; "
+                "choose another --out, or remove that folder"
+            )
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(table, dict):
+        return {prefix.rstrip("."): table}
+    return {key: value for name, inner in table.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

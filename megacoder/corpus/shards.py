@@ -1,0 +1,133 @@
+"""Parquet files of files: written by bytes a row group, read back by row without holding a repository in memory.
+
+Row groups are bounded by bytes, not rows, so that memory is bounded whatever the files; zstd level 3 is the size of
+level 9 within a fifth at four times its speed.
+"""
+
+import bisect
+import errno
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacoder.core.errors import CorpusError
+from megacoder.core.files import replacing, write_json
+
+__all__ = [
+    "CORPUS_SCHEMA", "DROPPED_SCHEMA", "SCAN_SCHEMA", "TextReader", "disk_errors", "finished", "parquet_writer",
+    "redoing",
+]  # fmt: skip
+
+_FILE = [("repo", pa.string()), ("path", pa.string()), ("language", pa.string())]
+_DROP = [("stage", pa.string()), ("reason", pa.string())]
+
+SCAN_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP, ("digest", pa.binary(16)), ("text", pa.string())])
+"""What scanning leaves for the global steps; `text` and `digest` are null in rows of dropped files."""
+CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, ("content", pa.string())])
+"""One row per file; the rows of a sample are contiguous, and their contents concatenate to its text."""
+DROPPED_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP])
+
+_ROW_GROUP_BYTES = 4 << 20
+_CACHED_ROW_GROUPS = 16
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[tuple[Any, ...], int], None]]:
+    """Yields `add(row, size)`; the file takes its name when the block ends without an error.
+
+    `size` is the row's weight in bytes, by which row groups are cut.
+    """
+    with (
+        disk_errors(path),
+        replacing(path) as temporary,
+        open(temporary, "wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", compression_level=3) as writer,
+    ):
+        rows: list[tuple[Any, ...]] = []
+        pending = 0
+
+        def flush() -> None:
+            nonlocal pending
+            columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_table(pa.table(arrays, schema=schema), row_group_size=max(len(rows), 1))
+            rows.clear()
+            pending = 0
+
+        def add(row: tuple[Any, ...], size: int) -> None:
+            nonlocal pending
+            rows.append(row)
+            pending += size + 64  # the row's share of names and numbers
+            if pending >= _ROW_GROUP_BYTES:
+                flush()
+
+        yield add
+        flush()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an operating system error while `path` is written into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space and run the same command again" if full else "choose another --out"
+        raise CorpusError(f"{path}: not written: {error.strerror or error}; {advice}") from None
+
+
+class TextReader:
+    """Random access to one string column of a Parquet file, holding only a few row groups."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self._file = pq.ParquetFile(path)
+        self._column = column
+        self._starts = [0]
+        for group in range(self._file.num_row_groups):
+            self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+
+    def __getitem__(self, row: int) -> str:
+        group = bisect.bisect_right(self._starts, row) - 1
+        if group not in self._cache:
+            if len(self._cache) == _CACHED_ROW_GROUPS:
+                self._cache.popitem(last=False)
+            self._cache[group] = self._file.read_row_group(group, columns=[self._column]).column(0)
+        self._cache.move_to_end(group)
+        return self._cache[group][row - self._starts[group]].as_py()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finished(target: Path, key: str) -> dict[str, Any] | None:
+    """What the task for `target` left with `redoing`, if it ended with this `key`."""
+    try:
+        marker = json.loads(_marker(target).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if marker["key"] == key else None
+
+
+@contextmanager
+def redoing(target: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Marks `target` as finished with `key` when the block ends; the dictionary yielded is kept with the mark.
+
+    The old mark goes first, so that a crash in between never pairs it with new data.
+    """
+    marker = _marker(target)
+    marker.unlink(missing_ok=True)
+    result: dict[str, Any] = {"key": key}
+    yield result
+    with disk_errors(marker):
+        write_json(marker, result)
+
+
+def _marker(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")

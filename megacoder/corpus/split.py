@@ -1,0 +1,51 @@
+"""The held-out part: whole repositories, so that no file of a held-out project was trained on.
+
+Names are drawn in the order of a keyed hash, so the choice depends on neither input order nor workers. A draw that
+would pass the target is skipped, and draws of at most a quarter of the target go first: one large repository never
+becomes the whole held-out set while smaller ones can share it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["SplitConfig", "choose_heldout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """How much is held out."""
+
+    fraction: float = 0.05
+    """share of the bytes; 0 holds nothing out"""
+    max_bytes: int = 2_000_000
+    """upper limit, whatever the share"""
+    seed: int = 0
+    """another seed holds out other repositories"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ConfigError(f"held-out fraction = {self.fraction}: must be at least 0 and below 1")
+        if self.max_bytes < 1:
+            raise ConfigError(f"held-out max-bytes = {self.max_bytes}: must be at least 1")
+
+
+def choose_heldout(sizes: Mapping[str, int], config: SplitConfig) -> frozenset[str]:
+    """Which of the units `sizes` (name -> bytes) to hold out.
+
+    The bytes held out come close to the target from below. Where even the smallest unit is above it, that one is
+    taken: of two or more units at least one is held out and at least one is left, unless the fraction is 0.
+    """
+    if config.fraction == 0 or len(sizes) < 2:
+        return frozenset()
+    room = target = min(config.fraction * sum(sizes.values()), config.max_bytes)
+    drawn = sorted(sizes, key=lambda name: hashlib.sha256(f"{config.seed}:{name}".encode()).digest())
+    chosen: set[str] = set()
+    for largest in (target / 4, target):
+        for name in drawn:
+            if name not in chosen and sizes[name] <= min(largest, room):
+                chosen.add(name)
+                room -= sizes[name]
+    return frozenset(chosen or {min(drawn, key=lambda name: sizes[name])})

@@ -1,0 +1,151 @@
+"""The second pass over a shard: order the files of each repository, write its samples and the record of its drops."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from megacoder.corpus.accounts import Accounts
+from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.dependencies import repository_dependencies
+from megacoder.corpus.documents import Dropped
+from megacoder.corpus.samples import plan_samples, render
+from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
+
+__all__ = ["PARTS", "WriteTask", "write_shard"]
+
+PARTS = {"train": CORPUS_SCHEMA, "heldout": CORPUS_SCHEMA, "dropped": DROPPED_SCHEMA}
+"""Sub-folders of a corpus and what their Parquet files hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteTask:
+    """One shard's second pass."""
+
+    key: str
+    """hash of the first pass's key and of what the global steps decided"""
+    scanned: Path
+    """the first pass's result"""
+    size: int
+    """bytes of the documents"""
+    name: str
+    """of the Parquet files written, one in each of `PARTS` at most"""
+    copies: np.ndarray
+    """rows of `scanned` that are dropped as duplicates"""
+    heldout: frozenset[str]
+    """names of the repositories held out, or paths where `by_file`"""
+    by_file: bool
+    config: CorpusConfig
+
+    @property
+    def marker(self) -> Path:
+        """What the finished task is remembered by."""
+        return self.scanned.with_name(f"written-{self.name}")
+
+
+def write_shard(task: WriteTask) -> tuple[Accounts, dict[str, int]]:
+    """Writes the shard's part of the corpus, unless done with the same key; its accounts, and files -> rows."""
+    if done := finished(task.marker, task.key):
+        return Accounts.from_plain(done["accounts"]), done["files"]
+    accounts, rows = Accounts(), dict.fromkeys(PARTS, 0)
+    with redoing(task.marker, task.key) as result:
+        with ExitStack() as stack:
+            writers: dict[str, Callable[[tuple[Any, ...], int], None]] = {}
+
+            def add(part: str, row: tuple[Any, ...], size: int) -> None:
+                if part not in writers:
+                    path = task.config.out / part / f"{task.name}.parquet"
+                    writers[part] = stack.enter_context(parquet_writer(path, PARTS[part]))
+                writers[part](row, size)
+                rows[part] += 1
+
+            texts = stack.enter_context(closing(TextReader(task.scanned, "text")))
+            for repo in _repositories(task):
+                _write_repository(repo, texts, task, accounts, add)
+        files = {f"{part}/{task.name}.parquet": count for part, count in rows.items() if count}
+        result.update(accounts=accounts.to_plain(), files=files)
+    return accounts, files
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Repository:
+    name: str
+    languages: dict[str, str]
+    """every path with a known language"""
+    documents: list[tuple[int, str, int]]
+    """(row, path, bytes on disk), in path order"""
+    dropped: list[Dropped]
+
+
+def _repositories(task: WriteTask) -> list[_Repository]:
+    columns = ["repo", "path", "language", "size", "stage", "reason"]
+    table = pq.read_table(task.scanned, columns=columns)
+    copies = set(task.copies.tolist())
+    found = []
+    for name, rows in groupby(
+        enumerate(zip(*(table[column].to_pylist() for column in columns), strict=True)), key=lambda row: row[1][0]
+    ):
+        repo = _Repository(name=name, languages={}, documents=[], dropped=[])
+        for row, (_, path, language, size, stage, reason) in rows:
+            if language is not None:
+                repo.languages[path] = language
+            if row in copies:
+                stage, reason = "dedup", "copy of another file"
+            if stage is None:
+                repo.documents.append((row, path, size))
+            else:
+                repo.dropped.append(
+                    Dropped(repo=name, path=path, language=language, size=size, stage=stage, reason=reason)
+                )
+        found.append(repo)
+    return found
+
+
+def _write_repository(
+    repo: _Repository,
+    texts: TextReader,
+    task: WriteTask,
+    accounts: Accounts,
+    add: Callable[[str, tuple[Any, ...], int], None],
+) -> None:
+    for item in repo.dropped:
+        accounts.drop(item)
+        add("dropped", (item.repo, item.path, item.language, item.size, item.stage, item.reason), 0)
+    num_samples = 0
+    for part in ("train", "heldout"):
+        held = part == "heldout"
+        documents = [
+            item for item in repo.documents if ((item[1] if task.by_file else repo.name) in task.heldout) == held
+        ]
+        for sample in _plan(repo, documents, texts, task.config):
+            accounts.multi_file_samples += len(sample) > 1
+            for row, path, size in (documents[node] for node in sample):
+                language = repo.languages[path]
+                content = render(path, texts[row], language, task.config.samples.comments)
+                num_bytes = len(content.encode())
+                add(part, (f"{repo.name}/{num_samples:05d}", repo.name, path, language, content), num_bytes)
+                accounts.keep(repo.name, language, size, heldout=held)
+                accounts.written += num_bytes
+            num_samples += 1
+    accounts.repository(repo.name).samples = num_samples
+
+
+def _plan(
+    repo: _Repository, documents: list[tuple[int, str, int]], texts: TextReader, config: CorpusConfig
+) -> list[list[int]]:
+    sizes: list[int] = []
+
+    def files() -> Iterator[tuple[str, str]]:  # one reading of the texts serves both sizes and dependencies
+        for row, path, _ in documents:
+            text = texts[row]
+            sizes.append(len(render(path, text, repo.languages[path], config.samples.comments).encode()))
+            yield path, text
+
+    depends_on = repository_dependencies(repo.languages, files())
+    paths = [path for _, path, _ in documents]
+    return plan_samples(paths, sizes, depends_on, config.samples, key=f"{config.seed}:{repo.name}")

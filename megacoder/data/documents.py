@@ -1,0 +1,133 @@
+"""Rows of Parquet and JSONL files as documents: lists of texts, one for each file of a sample.
+
+Rows that follow each other with the same document key are the files of one document; without a key each row is one.
+Every fault of the input is one line with the place where it is.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError, DataError, FormatError
+
+__all__ = ["SUFFIXES", "DocumentReader", "find_inputs"]
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
+"""Names of input files end with one of these."""
+
+_ROWS_AT_ONCE = 256
+
+
+def find_inputs(paths: Iterable[Path]) -> list[Path]:
+    """The input files in `paths`, folders searched and sorted by name; DataError if a path has none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            if not inside:
+                raise DataError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
+            found += inside
+        elif not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        elif not path.name.endswith(SUFFIXES):
+            raise DataError(f"{path}: expected a name that ends with {', '.join(SUFFIXES)}, or a folder of such files")
+        else:
+            found.append(path)
+    if not found:
+        raise ConfigError("no input; give --input one or more files or folders")
+    return found
+
+
+class DocumentReader:
+    """Iterates over the documents of one file; `fraction` says how much of the file has been read."""
+
+    def __init__(self, path: Path, *, text_key: str, document_key: str | None = None) -> None:
+        self.path, self.text_key, self.document_key = path, text_key, document_key
+        self.fraction = 0.0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """Texts of the files of each document. Raises DataError or FormatError that names the file and the row."""
+        rows = self._parquet_rows() if self.path.suffix == ".parquet" else self._json_rows()
+        document: list[str] = []
+        open_key: Any = None
+        try:
+            for place, (text, key) in rows:
+                self._check_text(place, text)
+                if document and (self.document_key is None or key != open_key):
+                    yield document
+                    document = []
+                document.append(text)
+                open_key = key
+        except OSError as error:  # pyarrow's errors about damaged files are OSErrors or ValueErrors
+            raise FormatError(f"{self.path}: not readable: {error}") from None
+        if document:
+            yield document
+        self.fraction = 1.0
+
+    def _check_text(self, place: str, text: Any) -> None:
+        if not isinstance(text, str):
+            raise DataError(f"{place}: {self.text_key!r} is {text!r}, expected text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, which is no Unicode") from None
+
+    def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        try:
+            with pq.ParquetFile(self.path) as file:
+                columns = [self.text_key, *([self.document_key] if self.document_key is not None else [])]
+                for column in columns:
+                    self._check_key(str(self.path), "column", column, file.schema_arrow.names)
+                done = 0
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                    texts = batch.column(self.text_key).to_pylist()
+                    keys = batch.column(self.document_key).to_pylist() if self.document_key else [None] * len(texts)
+                    for row, pair in enumerate(zip(texts, keys, strict=True), start=done):
+                        yield f"{self.path}: row {row}", pair
+                    done += len(texts)
+                    self.fraction = done / file.metadata.num_rows
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: a text from row {done} on is not UTF-8 ({error.reason})") from None
+        except pa.ArrowInvalid as error:
+            raise FormatError(f"{self.path}: not readable as Parquet: {error}") from None
+
+    def _json_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        size = max(self.path.stat().st_size, 1)
+        with self.path.open("rb") as raw:
+            compressed = self.path.suffix == ".zst"
+            lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")) if compressed else raw
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{self.path}:{number}"
+                    row = _parse_row(place, line)
+                    for key in (self.text_key, self.document_key):
+                        if key is not None:
+                            self._check_key(place, "key", key, row)
+                    yield place, (row[self.text_key], self.document_key and row[self.document_key])
+                self.fraction = raw.tell() / size
+
+    def _check_key(self, place: str, kind: str, key: str, known: Iterable[str]) -> None:
+        if key not in known:
+            match = nearest(key, known)
+            hint = f"did you mean {match!r}?" if match else f"there are {', '.join(map(repr, known)) or 'none'}"
+            raise DataError(f"{place}: no {kind} {key!r}; {hint}")
+
+
+def _parse_row(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: malformed JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: malformed JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected a JSON object, not {type(row).__name__}")
+    return row

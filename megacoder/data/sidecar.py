@@ -1,0 +1,67 @@
+"""`PREFIX.json` beside `PREFIX.bin` and `PREFIX.idx`: what the dataset was made of, and with which tokenizer.
+
+Megatron's format says nothing about the tokenizer, and ids of another one train a model on noise without any error.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacoder.core.config import from_dict, to_dict
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.files import write_json
+from megacoder.data.indexed import IndexedDataset
+from megacoder.data.tokenizer import Tokenizer
+
+__all__ = ["Sidecar", "open_dataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The content of `PREFIX.json`."""
+
+    documents: int
+    """documents, each ended by EOS"""
+    sequences: int
+    """files of the documents"""
+    tokens: int
+    """ids, EOS included"""
+    bytes: int
+    """of text in UTF-8"""
+    tokenizer: str
+    """the tokenizer's digest"""
+    text_key: str
+    """column or key of the text"""
+    document_key: str | None = None
+    """column or key that rows of one document share"""
+    inputs: tuple[str, ...]
+    """path, size and time of change of each input file, in order"""
+
+    @staticmethod
+    def path(prefix: Path) -> Path:
+        return prefix.with_name(prefix.name + ".json")
+
+    @classmethod
+    def read(cls, prefix: Path) -> "Sidecar | None":
+        """The sidecar of a dataset, or None where it has none, as one written by another program."""
+        path = cls.path(prefix)
+        if not path.exists():
+            return None
+        try:
+            return from_dict(cls, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        except (ValueError, ConfigError) as error:
+            raise FormatError(f"{path}: not a dataset's description: {error}") from None
+
+    def write(self, prefix: Path) -> None:
+        write_json(self.path(prefix), to_dict(self))
+
+
+def open_dataset(prefix: Path, tokenizer: Tokenizer) -> IndexedDataset:
+    """Opens a dataset for use with `tokenizer`; ConfigError where it was made with another one."""
+    sidecar = Sidecar.read(prefix)
+    if sidecar is not None and sidecar.tokenizer != tokenizer.digest:
+        raise ConfigError(
+            f"{prefix}: made with the tokenizer {sidecar.tokenizer[:12]}, not with this one ({tokenizer.digest[:12]}); "
+            "preprocess again, or give the tokenizer that it was made with"
+        )
+    return IndexedDataset(prefix)

@@ -1,0 +1,216 @@
+"""DeepSeek-Coder's byte-level BPE: the published pre-tokenizer, every byte in the alphabet, control ids out of reach.
+
+Text goes through five splits in a fixed order and then through bytes, so that a line break is always a token of its
+own. The rest of the data path leans on that: lines tokenise independently of each other.
+
+Two faults of the published tokenizer are not repeated. Its alphabet was read off the corpus, so that 13 bytes were
+missing and came back as literal characters (u-umlaut decodes to a broken byte); ours starts from all 256. And source
+text that contains a control token's string became that control id; here `encode` takes every text literally, and
+control ids are put in by those who mean them (`bos_id`, `fim_begin_id`, ...).
+
+Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1), its tokenizer.json, llama.cpp's
+LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.files import write_json, write_text
+
+__all__ = ["SPECIAL_TOKENS", "Tokenizer", "train_tokenizer"]
+
+SPECIAL_TOKENS = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "fim_hole": "<｜fim▁hole｜>",
+    "fim_begin": "<｜fim▁begin｜>",
+    "fim_end": "<｜fim▁end｜>",
+    "pad": "<pad>",
+    "user": "<|User|>",
+    "assistant": "<|Assistant|>",
+    "eot": "<|EOT|>",
+}
+"""Control tokens by name, in the order of their ids. Bars are U+FF5C and gaps U+2581, except in the ASCII four."""
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
+    string's), `digest` is a SHA-256 over everything that decides the ids.
+    """
+
+    def __init__(self, definition: str) -> None:
+        """`definition` is the text of a tokenizer.json. Raises FormatError where that is not such a tokenizer."""
+        self._definition = definition = _with_literal_controls(definition)
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # the library raises bare Exceptions
+            raise FormatError(f"not a tokenizer: {error}") from None
+        self._backend.encode_special_tokens = True
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
+        self.bos_id = self._control_id("bos")
+        self.eos_id = self._control_id("eos")
+        self.fim_hole_id = self._control_id("fim_hole")
+        self.fim_begin_id = self._control_id("fim_begin")
+        self.fim_end_id = self._control_id("fim_end")
+        self.pad_id = self._control_id("pad")
+        self.user_id = self._control_id("user")
+        self.assistant_id = self._control_id("assistant")
+        self.eot_id = self._control_id("eot")
+        self.token_bytes = self._byte_table()
+        self.digest = _digest(json.loads(self._backend.to_str()))
+        self._check_line_breaks()
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a tokenizer folder, or the tokenizer.json in it; FormatError names what is wrong with the file."""
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            definition = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
+        try:
+            return cls(definition)
+        except FormatError as error:
+            raise FormatError(f"{file}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` and Hugging Face's `AutoTokenizer` read, beside whatever is in `folder` already.
+
+        Hugging Face's tokenizer puts BOS in front; `encode` does not.
+        """
+        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, taken literally: no BOS, and no control id whatever the text contains."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores unless TOKENIZERS_PARALLELISM=false."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes that `ids` stand for, control tokens as their strings."""
+        return b"".join([self.token_bytes[index] for index in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """`decode_bytes` as text; bytes that are no UTF-8, as in a half character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def characters_per_token(self) -> np.ndarray:
+        """int32 (vocab_size,): characters that begin in each token, that is bytes other than UTF-8 continuations."""
+        return np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in self.token_bytes], dtype=np.int32)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
+        return Tokenizer, (self._definition,)
+
+    def _control_id(self, name: str) -> int:
+        index = self._backend.token_to_id(SPECIAL_TOKENS[name])
+        if index is None:
+            raise FormatError(f"no control token {SPECIAL_TOKENS[name]!r}; is this a DeepSeek-Coder tokenizer?")
+        return index
+
+    def _byte_table(self) -> list[bytes]:
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
+        table = []
+        for index in range(self.vocab_size):
+            token = self._backend.id_to_token(index)
+            if token is None:
+                raise FormatError(f"id {index} of {self.vocab_size} has no token")
+            try:
+                table.append(token.encode() if index in added else bytes([byte_of[character] for character in token]))
+            except KeyError:
+                raise FormatError(f"token {token!r} (id {index}) is not byte-level") from None
+        return table
+
+    def _check_line_breaks(self) -> None:
+        splitter = self._backend.pre_tokenizer
+        pieces = [piece for piece, _ in splitter.pre_tokenize_str("x \n\n  y\r\nz")] if splitter is not None else []
+        if [piece for piece in pieces if "Ċ" in piece or "č" in piece] != ["Ċ", "Ċ", "č", "Ċ"]:
+            raise FormatError("its line breaks are not tokens of their own; fill-in-the-middle needs them to be")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Trains `vocab_size` regular tokens on `texts` and appends the control tokens; deterministic.
+
+    Fewer tokens come out where the texts hold no more pairs to merge. Raises ConfigError if `vocab_size` cannot hold
+    the 256 bytes.
+    """
+    if vocab_size < 256:
+        raise ConfigError(f"vocab_size {vocab_size}: at least 256, one token for each byte")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = _pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS.values()])
+    bos = SPECIAL_TOKENS["bos"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    return Tokenizer(backend.to_str())
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    isolated = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"]
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in isolated),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_HUGGING_FACE_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": SPECIAL_TOKENS["bos"],
+    "eos_token": SPECIAL_TOKENS["eos"],
+    "pad_token": SPECIAL_TOKENS["pad"],
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 16384,
+}
+
+
+def _with_literal_controls(definition: str) -> str:
+    """Marks the control tokens special: `encode_special_tokens` shields text only from those that are.
+
+    DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id.
+    """
+    try:
+        parsed = json.loads(definition)
+        for token in parsed["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in SPECIAL_TOKENS.values()
+    except (ValueError, KeyError, TypeError):
+        raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
+    return json.dumps(parsed, ensure_ascii=False)
+
+
+def _digest(parsed: dict[str, Any]) -> str:
+    decisive = {key: parsed[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    decisive["added_tokens"] = [(token["id"], token["content"]) for token in parsed["added_tokens"]]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else the next character from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]

@@ -1,0 +1,71 @@
+"""Held-out source files as `megacoder corpus build` writes them: Parquet, one row per file.
+
+A row's content begins with the comment that names its path; rows of one sample follow each other, and their contents
+concatenate to what a model is trained on as one document.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacoder.core.errors import DataError, FormatError
+
+__all__ = ["SourceFile", "read_source_files", "sample_texts"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """One row."""
+
+    sample: str
+    """files with the same sample are one training document"""
+    repo: str
+    path: str
+    """within the repository"""
+    language: str
+    """a name of `megacoder.corpus.languages`"""
+    content: str
+    """path comment and text"""
+
+
+_COLUMNS = list(SourceFile.__dataclass_fields__)
+
+
+def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
+    """The files in `paths`, Parquet files or folders of them, in order.
+
+    Raises DataError for a path with nothing in it and FormatError for a file that is no such Parquet file.
+    """
+    for shard in [shard for path in paths for shard in _shards(path)]:
+        try:
+            with pq.ParquetFile(shard) as file:
+                missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
+                if missing:
+                    raise FormatError(f"{shard}: no column {missing[0]!r}; expected what `corpus build` writes")
+                for batch in file.iter_batches(batch_size=256, columns=_COLUMNS):
+                    for row in batch.to_pylist():
+                        if not all(isinstance(value, str) for value in row.values()):
+                            raise FormatError(f"{shard}: a row whose columns are not all text: {str(row)[:80]}")
+                        yield SourceFile(**row)
+        except (OSError, pa.ArrowException) as error:
+            raise FormatError(f"{shard}: not readable as Parquet: {error}") from None
+
+
+def sample_texts(files: Iterable[SourceFile]) -> list[str]:
+    """The documents that `files` make up: the contents of each sample, concatenated."""
+    return ["".join(file.content for file in group) for _, group in groupby(files, key=lambda file: file.sample)]
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.is_dir():
+        shards = sorted(path.rglob("*.parquet"))
+        if not shards:
+            raise DataError(f"{path}: no .parquet files in this folder")
+        return shards
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    return [path]

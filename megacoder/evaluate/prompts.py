@@ -1,0 +1,74 @@
+"""Prompts within the model's context: what does not fit is cut at line borders, the lines farthest from the gap first.
+
+Every line break is a token of its own, so that lines tokenise independently: a text without some of its lines has the
+tokens it had, without those lines'.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megacoder.core.errors import DataError
+from megacoder.data.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "completion_prompt", "infill_prompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model continues."""
+
+    tokens: list[int]
+    num_dropped_lines: int
+    """lines of the text that did not fit"""
+
+
+def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Prompt:
+    """BOS and the last lines of `text`. Raises DataError if not even the last line fits."""
+    lines = _encode_lines(tokenizer, text)
+    kept = _take(reversed(lines), max_tokens - 1)
+    if lines and not kept:
+        raise DataError(f"the last line of the prompt has {len(lines[-1])} tokens; there is room for {max_tokens - 1}")
+    return Prompt(
+        tokens=[tokenizer.bos_id, *(token for line in reversed(kept) for token in line)],
+        num_dropped_lines=len(lines) - len(kept),
+    )
+
+
+def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int) -> Prompt:
+    """BOS, `<fim_begin> prefix <fim_hole> suffix <fim_end>`; the model continues with the middle and EOS.
+
+    This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; what one does
+    not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
+    """
+    room = max_tokens - 4
+    if room < 0:
+        raise DataError(f"a prompt of {max_tokens} tokens cannot hold the 4 control tokens of an infilling prompt")
+    before, after = _encode_lines(tokenizer, prefix), _encode_lines(tokenizer, suffix)
+    suffix_lines = _take(after, max(room // 2, room - sum(map(len, before))))
+    prefix_lines = _take(reversed(before), room - sum(map(len, suffix_lines)))[::-1]
+    return Prompt(
+        tokens=[
+            tokenizer.bos_id,
+            tokenizer.fim_begin_id, *(token for line in prefix_lines for token in line),
+            tokenizer.fim_hole_id, *(token for line in suffix_lines for token in line),
+            tokenizer.fim_end_id,
+        ],
+        num_dropped_lines=len(before) + len(after) - len(prefix_lines) - len(suffix_lines),
+    )  # fmt: skip
+
+
+def _encode_lines(tokenizer: Tokenizer, text: str) -> list[list[int]]:
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]  # what follows the last line break, perhaps nothing
+    return [tokens for tokens in tokenizer.encode_batch(lines) if tokens]
+
+
+def _take(lines: Iterable[list[int]], room: int) -> list[list[int]]:
+    """The first of `lines` that fit into `room` tokens together."""
+    taken = []
+    for line in lines:
+        room -= len(line)
+        if room < 0:
+            break
+        taken.append(line)
+    return taken

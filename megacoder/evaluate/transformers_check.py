@@ -1,0 +1,27 @@
+"""Does the exported folder mean to transformers what it means to us?"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megacoder.model.transformer import Transformer
+
+__all__ = ["largest_logit_difference"]
+
+
+@torch.inference_mode()
+def largest_logit_difference(model: Transformer, folder: Path, tokens: Sequence[int]) -> float | None:
+    """Largest absolute difference in fp32 of the logits of `tokens` between `model` and `folder` in transformers.
+
+    None where transformers is not installed (`pip install megacoder[hf]`).
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([list(tokens)])
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = model.to("cpu", torch.float32)
+    return float((ours.logits(ours(ids)) - peer(input_ids=ids).logits).abs().max())

@@ -1,0 +1,212 @@
+"""The transformer as a Hugging Face folder, `LlamaForCausalLM`, there and back without a changed bit.
+
+`transformers`, vLLM and llama.cpp load what `export_model` writes; `import_model` reads what they and DeepSeek publish.
+Names are already Hugging Face's (`weight_pieces`); what differs is that the vocabulary's padding stays at home, and how
+RoPE is written down. transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`: both are
+written. A reader that misses the scaling produces garbage in silence, so here whatever is not understood is refused.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacoder.checkpoint.huggingface import MAX_SHARD_BYTES, TensorFolder, read_config, write_model_folder
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.model.config import ModelConfig
+from megacoder.model.transformer import Transformer, weight_pieces
+
+__all__ = ["config_from_huggingface", "config_to_huggingface", "export_model", "import_model", "import_with_tokenizer"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""What every model of ours has; a folder that says otherwise is not one."""
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Sizes that have no default in transformers' own reading, or a default that nobody means."""
+
+
+def export_model(
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_folder: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes `folder`, replacing an older one only when whole; memory beyond the model is about one shard.
+
+    `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its two files come along, and
+    the ids of BOS, EOS and padding stand in the configuration. Raises ConfigError for what transformers would refuse.
+    """
+    dtype = model.lm_head.weight.dtype if dtype is None else dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
+    config = model.config
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
+            "transformers refuses to load such a model"
+        )
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    files: dict[str, str] = {}
+    if tokenizer_folder is not None:
+        tokenizer = Tokenizer.load(tokenizer_folder)
+        _check_vocabulary(tokenizer, config, tokenizer_folder)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        files = _tokenizer_files(tokenizer_folder, config)
+    write_model_folder(
+        folder,
+        config=config_to_huggingface(config, dtype) | ids,
+        generation_config={"do_sample": False} | ids,
+        tensors=((piece.hf_name, piece.view.to("cpu", dtype, copy=True)) for piece in weight_pieces(model)),
+        files=files,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+@torch.no_grad()
+def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """The model of a Hugging Face folder, in the dtype that its config.json names unless given.
+
+    Raises FormatError, in one line with the file, key or tensor at fault, for a folder that is not whole or holds
+    another architecture.
+    """
+    table = read_config(folder)
+    config = config_from_huggingface(table, where=str(folder / "config.json"))
+    stored = table.get("torch_dtype") or table.get("dtype") or "float32"
+    if stored not in _DTYPES:
+        raise FormatError(f"{folder / 'config.json'}: torch_dtype {stored!r} is none of {', '.join(_DTYPES)}")
+    with _default_dtype(dtype or _DTYPES[stored]):
+        model = Transformer(config)
+    for param in model.parameters():
+        param.zero_()  # the rows that pad the vocabulary are in no file
+    views = {piece.hf_name: piece.view for piece in weight_pieces(model)}
+    ignored = ["rotary_emb.inv_freq"]  # older folders hold this table, which config.json implies
+    if config.tie_word_embeddings:
+        ignored.append("lm_head.weight")
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    for name, tensor in TensorFolder(folder).read(shapes, ignored=ignored):
+        views[name].copy_(tensor)
+    return model.to(device)
+
+
+def import_with_tokenizer(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Transformer, Tokenizer]:
+    """The model of a Hugging Face folder and the tokenizer beside it; FormatError where they do not fit together."""
+    model = import_model(folder, dtype=dtype, device=device)
+    tokenizer = Tokenizer.load(folder)
+    _check_vocabulary(tokenizer, model.config, folder)
+    return model, tokenizer
+
+
+def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of `config`, without the tokenizer's ids."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_factor != 1.0:
+        rope = {"rope_type": "linear", "factor": config.rope_factor}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_factor == 1.0 else rope | {"type": "linear"},
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.init_std,
+        "attention_dropout": 0.0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **_FIXED,
+    }
+
+
+def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig:
+    """The ModelConfig of a config.json; FormatError, beginning with `where`, for what we have not."""
+    architectures = table.get("architectures") or ["none named"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise FormatError(f"{where}: architecture {architectures[0]!r}; only 'LlamaForCausalLM' can be loaded")
+    for key, value in _FIXED.items():
+        if table.get(key, value) != value:
+            raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
+    if table.get("quantization_config") is not None:
+        raise FormatError(f"{where}: the weights are quantised; only plain float weights can be loaded")
+    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{where}: rope_scaling = {rope!r}: expected an object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "linear"):
+        raise FormatError(f"{where}: RoPE of type {rope_type!r}; only 'default' and 'linear' can be loaded")
+    rope = {"rope_theta": table.get("rope_theta")} | rope
+    sizes = {key: _read(table, key, where) for key in _REQUIRED}
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    try:
+        return ModelConfig(
+            **sizes,
+            num_key_value_heads=_read(table, "num_key_value_heads", where, default=heads),
+            head_dim=_read(table, "head_dim", where, default=hidden // max(heads, 1)),
+            rms_norm_eps=_read(table, "rms_norm_eps", where, default=1e-6),
+            rope_theta=_read(rope, "rope_theta", where, default=10000.0),
+            rope_factor=_read(rope, "factor", where, default=1.0) if rope_type == "linear" else 1.0,
+            max_position_embeddings=_read(table, "max_position_embeddings", where, default=2048),
+            tie_word_embeddings=bool(table.get("tie_word_embeddings")),
+            init_std=_read(table, "initializer_range", where, default=0.02),
+        )
+    except ConfigError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:
+    """A number of the type of `default`, an integer without one; an absent key or null means the default."""
+    value = default if table.get(key) is None else table[key]
+    if value is None:
+        raise FormatError(f"{where}: {key} is missing")
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(0 if default is None else default):
+        raise FormatError(f"{where}: {key} = {value!r}: expected a number")
+    return value
+
+
+def _tokenizer_files(folder: Path, config: ModelConfig) -> dict[str, str]:
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings["model_max_length"] = config.max_position_embeddings
+        definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{folder}: not a tokenizer folder: {error}") from None
+    return {
+        "tokenizer.json": definition,
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise FormatError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are born in `dtype`, so that a bf16 model never takes the memory of an fp32 one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,134 @@
+"""Which layers each stage gets. A model is a row of slots: embedding, layers, head; stages cut it into runs.
+
+The embedding opens the first stage and the head closes the last; no stage is empty, but the first may hold the
+embedding alone and the last the head alone. So S stages need S - 2 layers at least.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["LayerCosts", "Placement", "place_by_cost", "place_evenly", "place_explicitly"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """Time of each kind of slot, in any unit (measured or computed FLOPs); with a large vocabulary the head leads."""
+
+    embedding: float
+    """a lookup: usually close to 0"""
+    layer: float
+    """one transformer layer"""
+    head: float
+    """the final norm, the projection to the vocabulary and the loss"""
+
+    def __post_init__(self) -> None:
+        if not (self.embedding >= 0 and self.layer > 0 and self.head >= 0):
+            raise ConfigError(f"{self}: the layer's cost must be above 0, the others at least 0")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many layers each stage holds, first stage first."""
+
+    layers_per_stage: tuple[int, ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers_per_stage)
+
+    def layers(self, stage: int) -> range:
+        """The layers of `stage`, by their index in the model."""
+        first = sum(self.layers_per_stage[:stage])
+        return range(first, first + self.layers_per_stage[stage])
+
+    def has_embedding(self, stage: int) -> bool:
+        return stage == 0
+
+    def has_head(self, stage: int) -> bool:
+        return stage == self.num_stages - 1
+
+    def stage_costs(self, costs: LayerCosts) -> tuple[float, ...]:
+        """Time of each stage."""
+        return tuple(
+            count * costs.layer + self.has_embedding(stage) * costs.embedding + self.has_head(stage) * costs.head
+            for stage, count in enumerate(self.layers_per_stage)
+        )
+
+
+def place_evenly(num_layers: int, num_stages: int) -> Placement:
+    """Equal numbers of layers; what does not divide goes to the middle, as the ends have embedding and head.
+
+    DeepSeek-Coder 33B in 16 stages: 62 layers are 3, 4 x 14, 3, the 64 slots of the model in fours.
+    """
+    _check_fit(num_layers, num_stages)
+    base, extra = divmod(num_layers, num_stages)
+    # later stages first: in 1F1B-like schedules they hold fewer live activations; the head's stage last of all
+    takers = [*reversed(range(1, num_stages - 1)), 0, num_stages - 1][:extra]
+    return Placement(tuple(base + (stage in takers) for stage in range(num_stages)))
+
+
+def place_explicitly(num_layers: int, layers_per_stage: Sequence[int], *, num_stages: int) -> Placement:
+    """The numbers given, if they are a placement of `num_layers` in `num_stages`; else ConfigError with the nearest."""
+    counts = list(layers_per_stage)
+    where = f"layers per stage {counts}"
+    _check_fit(num_layers, num_stages)
+    nearest = f"nearest that works: {list(place_evenly(num_layers, num_stages).layers_per_stage)}"
+    if len(counts) != num_stages:
+        raise ConfigError(f"{where}: {len(counts)} numbers for {num_stages} stages; {nearest}")
+    if any(count < 0 for count in counts) or 0 in counts[1:-1]:
+        raise ConfigError(f"{where}: only the first and the last stage can be without layers; {nearest}")
+    if sum(counts) != num_layers:
+        raise ConfigError(f"{where}: places {sum(counts)} layers of {num_layers}; {nearest}")
+    return Placement(tuple(counts))
+
+
+def place_by_cost(num_layers: int, num_stages: int, *, costs: LayerCosts) -> Placement:
+    """The placement whose slowest stage is fastest; among those the most even one (least sum of squared costs).
+
+    The slowest stage sets the pace of a pipeline: every other one waits for it once per microbatch.
+    Takes time O(num_stages * num_layers**2).
+    """
+    _check_fit(num_layers, num_stages)
+    slots = [costs.embedding, *[costs.layer] * num_layers, costs.head]
+    slowest, _ = _best_cuts(slots, num_stages, max)
+    limit = slowest * (1 + 1e-9)  # the same sum in another order may round differently
+    _, cuts = _best_cuts(slots, num_stages, lambda total, stage: total + stage**2 if stage <= limit else math.inf)
+    sizes = [end - begin for begin, end in pairwise(cuts)]
+    sizes[0] -= 1  # the embedding's slot
+    sizes[-1] -= 1  # the head's
+    return Placement(tuple(sizes))
+
+
+def _best_cuts(
+    slots: Sequence[float], num_parts: int, combine: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """Cuts `slots` into non-empty runs; minimises `combine` folded over their sums. Returns (minimum, the cuts)."""
+    before = list(accumulate(slots, initial=0.0))
+    best = [0.0] + [math.inf] * len(slots)  # best[end]: minimum for the first `end` slots in the parts so far
+    begins: list[list[int]] = []
+    for part in range(1, num_parts + 1):
+        row, begin_of = [math.inf] * (len(slots) + 1), [0] * (len(slots) + 1)
+        for end in range(part, len(slots) - num_parts + part + 1):
+            row[end], begin_of[end] = min(
+                (combine(best[begin], before[end] - before[begin]), begin) for begin in range(part - 1, end)
+            )
+        best = row
+        begins.append(begin_of)
+    cuts = [len(slots)]
+    for begin_of in reversed(begins):
+        cuts.append(begin_of[cuts[-1]])
+    return best[-1], cuts[::-1]
+
+
+def _check_fit(num_layers: int, num_stages: int) -> None:
+    if num_layers < 1 or num_stages < 1:
+        raise ConfigError(f"{num_layers} layers in {num_stages} stages: needs at least 1 of each")
+    if num_stages > num_layers + 2:
+        raise ConfigError(
+            f"{num_stages} stages for {num_layers} layers: embedding, layers and head fill at most {num_layers + 2}; "
+            f"nearest that works: {num_layers + 2} stages, one layer each"
+        )

@@ -1,0 +1,95 @@
+"""The run: one TOML file that composes the configs of the parts.
+
+A relative path is relative to the folder that the command runs in. `output` receives `run.toml` (the resolved whole),
+`metrics.jsonl`, TensorBoard events and `checkpoints/`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.errors import ConfigError
+from megacoder.data.stream import StreamConfig
+from megacoder.model.config import ModelConfig
+from megacoder.ops.adamw import AdamWConfig
+from megacoder.train.schedule import ScheduleConfig
+
+__all__ = ["DataConfig", "RunConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read."""
+
+    train: Path
+    """prefix of the training .bin/.idx"""
+    valid: Path | None = None
+    """prefix of held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
+    tokenizer: Path
+    """tokenizer folder"""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """order, packing and fill-in-the-middle"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    output: Path
+    """folder of the run"""
+    data: DataConfig
+    """training and held-out data"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """shape of the model; vocab_size is that of the tokenizer"""
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    """AdamW"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """learning rate"""
+    steps: int = 1000
+    """updates"""
+    global_batch_size: int = 64
+    """sequences per update, over all ranks"""
+    micro_batch_size: int = 8
+    """sequences per forward and backward on one rank"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to it"""
+    seed: int = 1234
+    """of the initial weights (the data's order has its own)"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes GPUs where there are any"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of weights and activations; auto measures which is faster on this machine. Gradients and state are fp32"""
+    checkpoint_every: int = 200
+    """steps between checkpoints; one more is written at the end"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """how checkpoints are written and kept"""
+    eval_every: int = 100
+    """steps between held-out losses; one more is measured at the end"""
+    eval_batches: int = 8
+    """global batches per held-out loss"""
+    log_every: int = 1
+    """steps between lines of metrics"""
+    timeout_seconds: float = 600.0
+    """a collective that takes longer ends the run"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every",
+                     "eval_every", "eval_batches", "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("max_grad_norm", "timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
+        if length > limit:
+            raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
+
+    def check_ranks(self, dp: int) -> int:
+        """Microbatches per rank and update with `dp` data-parallel ranks; ConfigError where they do not divide."""
+        if self.global_batch_size % (dp * self.micro_batch_size):
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of {dp} ranks x "
+                f"micro_batch_size = {self.micro_batch_size}"
+            )
+        return self.global_batch_size // (dp * self.micro_batch_size)

@@ -1,0 +1,42 @@
+"""Starting torchrun from inside: `megacoder train RUN.toml --nproc 2` is `torchrun --nproc-per-node 2 -m megacoder ...`
+
+torchrun's own launcher is called as a library, so that a worker's failure ends in one line here and not in a report of
+the launcher's innards: the worker has already said what was wrong.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from megacoder.core.errors import MegacoderError
+
+__all__ = ["WorkerFailed", "launch_workers"]
+
+
+class WorkerFailed(MegacoderError):
+    """A rank ended with an error, which it has printed itself."""
+
+
+def launch_workers(arguments: Sequence[str], *, nproc: int) -> None:
+    """Runs `python -m megacoder ARGUMENTS` on `nproc` ranks of this machine and waits for them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, max_restarts=0, monitor_interval=0.1,
+        run_id="megacoder", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-m", "megacoder", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        failed = WorkerFailed(
+            f"rank {rank} of {nproc} ended with exit code {failure.exitcode}; its own message is above"
+        )
+        failed.exit_code = failure.exitcode if failure.exitcode > 0 else 1
+        raise failed from None
+    except SignalException as error:
+        raise SystemExit(130 if error.sigval == signal.SIGINT else 128 + error.sigval) from None

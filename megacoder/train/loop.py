@@ -1,0 +1,205 @@
+"""The training loop: batches in, updates out, everything else around that.
+
+One loop for every layout. A step is: microbatches through the hand-scheduled forward and backward, which add gradient
+sums into the flat buffer; one small all-reduce of (loss sum, tokens, asked to stop); one ZeRO-1 update, which divides
+by the tokens of the whole global batch. Loss and update are thereby the same for any number of ranks and microbatches.
+
+SIGINT and SIGTERM are answered at the next step's end, on all ranks alike: checkpoint, then exit.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from megacoder.core.console import progress, say
+from megacoder.core.device import faster_dtype, probe
+from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
+from megacoder.data.indexed import IndexedDataset
+from megacoder.data.prefetch import Prefetcher
+from megacoder.data.stream import Batch, TokenStream
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.model.init import init_weights
+from megacoder.model.scheduled import forward_backward
+from megacoder.model.transformer import Transformer
+from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first, start_world
+from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.zero import Zero1AdamW
+from megacoder.train.config import RunConfig
+from megacoder.train.metrics_log import MetricsLog
+from megacoder.train.run_folder import RunFolder
+from megacoder.train.schedule import learning_rate
+from megacoder.train.validation import HeldOut
+
+__all__ = ["Interrupted", "Trainer", "train"]
+
+MAX_SKIPPED_STEPS = 20
+"""Updates skipped in a row, for a gradient that is not finite, after which a run ends."""
+
+
+class Interrupted(MegacoderError):
+    """The run was asked to stop and has written a checkpoint."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did, the same on every rank."""
+
+    loss: float
+    """mean over the global batch's trained tokens, nats"""
+    num_tokens: int
+    """trained tokens of the global batch"""
+    grad_norm: float
+    """before clipping; inf where the update was skipped"""
+    stop: bool
+    """a rank was asked to stop"""
+
+
+def train(config: RunConfig) -> None:
+    """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
+    machine = probe()
+    device_type = machine.device_type if config.device == "auto" else config.device
+    if device_type == "cuda" and machine.device_type != "cuda":
+        raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
+    if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
+        torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    world = start_world(device_type, timeout_seconds=config.timeout_seconds)
+    Trainer(config, world).run()
+    world.close()
+
+
+class Trainer:
+    """Everything one rank holds during a run."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.num_microbatches = config.check_ranks(world.size)
+        self.folder = RunFolder(config, world)
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
+                f"{tokenizer.vocab_size} ids; set model.vocab_size to that"
+            )
+        stream = TokenStream(
+            IndexedDataset(config.data.train), tokenizer, config.data.stream,
+            global_batch_size=config.global_batch_size, dp_rank=world.rank, dp_size=world.size,
+        )  # fmt: skip
+        self.batches = Prefetcher(stream)
+        self.held_out = HeldOut(config, tokenizer, world) if config.data.valid is not None else None
+
+        self.dtype = self._resolve_dtype()
+        self.model = Transformer(config.model)
+        init_weights(self.model, seed=config.seed)
+        self.flat = FlatParameters(
+            self.model.named_parameters(), dtype=self.dtype, device=world.device, num_shards=world.size
+        )
+        self.optimizer = Zero1AdamW(self.flat, world, config.optimizer)
+        self.step = self.folder.resume(self.model, self.optimizer, self.batches)
+        self.skipped_in_a_row = 0
+        self._stop_asked = False
+
+    def run(self) -> None:
+        """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it."""
+        config = self.config
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
+        try:
+            with self.batches, progress("train", config.steps, quiet=not self.world.is_first) as bar:
+                bar.update(self.step)
+                while self.step < config.steps:
+                    began = time.perf_counter()
+                    result = self.update()
+                    self.step += 1
+                    seconds = time.perf_counter() - began
+                    held_out = self._maybe_held_out()
+                    if log is not None:
+                        bar.update(self.step, f"loss {result.loss:.3f}  {result.num_tokens / seconds:,.0f} tokens/s")
+                        if self.step % config.log_every == 0 or held_out:
+                            log.write(self.step, {**self._metrics(result, seconds), **held_out})
+                    if result.stop and self.step < config.steps:
+                        self._checkpoint()
+                        raise Interrupted(f"stopped at step {self.step} with a checkpoint; the same command goes on")
+                    if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                        self._checkpoint()
+            self.folder.finish()
+        finally:
+            if log is not None:
+                log.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def update(self) -> StepResult:
+        """One global batch and one optimizer step."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        num_tokens = 0
+        for tokens, labels in self._microbatches(self.batches.next_batch()):
+            loss = forward_backward(self.model, tokens, labels)
+            total += loss.total
+            num_tokens += loss.num_tokens
+        sums = torch.stack([total, total.new_tensor(num_tokens), total.new_tensor(self._stop_asked)])
+        all_reduce_sum(sums, self.world.group)
+        loss_sum, counted, stop = sums.tolist()
+        step = self.optimizer.num_updates + 1
+        grad_norm = self.optimizer.step(
+            lr=learning_rate(self.step + 1, self.config.steps, self.config.schedule),
+            num_tokens=max(1, int(counted)),
+            max_grad_norm=self.config.max_grad_norm,
+        )
+        self.skipped_in_a_row = 0 if self.optimizer.num_updates == step else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise MegacoderError(
+                f"step {self.step + 1}: the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower "
+                f"schedule.peak_lr = {self.config.schedule.peak_lr} or go back to an earlier checkpoint"
+            )
+        return StepResult(loss_sum / max(1.0, counted), int(counted), grad_norm, stop > 0)
+
+    def _microbatches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        size, device = self.config.micro_batch_size, self.world.device
+        tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+        return list(zip(tokens.split(size), labels.split(size), strict=True))
+
+    def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
+        model, length = self.config.model, self.config.data.stream.seq_length
+        attention = attention_flops_per_token(
+            layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
+            seq_length=length, causal=True,
+        )  # fmt: skip
+        sequence_tokens = self.config.global_batch_size * length
+        return {
+            "loss": result.loss,
+            "lr": learning_rate(self.step, self.config.steps, self.config.schedule),
+            "grad_norm": result.grad_norm,
+            "tokens": self.step * sequence_tokens,
+            "tokens_per_second": sequence_tokens / seconds,
+            "tflops": training_flops_per_token(model.num_matmul_params, attention) * sequence_tokens / seconds / 1e12,
+        }
+
+    def _maybe_held_out(self) -> dict[str, float]:
+        due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
+        return {"held_out_loss": self.held_out.loss(self.model)} if self.held_out is not None and due else {}
+
+    def _checkpoint(self) -> None:
+        self.folder.save(self.step, self.model, self.optimizer, self.batches)
+
+    def _resolve_dtype(self) -> torch.dtype:
+        """The dtype of the config, or the faster one as the first rank measures it, on all ranks alike."""
+        if self.config.dtype != "auto":
+            return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+        is_bf16 = torch.zeros((), device=self.world.device)
+        if self.world.is_first:
+            is_bf16.fill_(faster_dtype(probe()) == torch.bfloat16)
+        broadcast_from_first(is_bf16, self.world.group)
+        return torch.bfloat16 if is_bf16.item() else torch.float32
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.world.is_first and not self._stop_asked:
+            say(f"{signal.Signals(number).name}: writing a checkpoint after this step")
+        self._stop_asked = True

@@ -1,0 +1,104 @@
+"""The folder of a run: its resolved configuration, which a later start must match, and its checkpoints.
+
+State goes to disk in parameter space, under Hugging Face names, so that any number of ranks can go on from it: a rank
+writes the ranges of each weight that its slice of the flat buffers holds, and reads the ranges that it holds now.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megacoder.checkpoint.boxes import Box
+from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.rank_file import Fragment
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.checkpoint.writer import CheckpointWriter
+from megacoder.core.config import check_same, load_toml, to_dict, to_toml
+from megacoder.core.files import write_text
+from megacoder.data.prefetch import Prefetcher
+from megacoder.data.stream import merge_states
+from megacoder.model.transformer import Transformer, WeightPiece, weight_pieces
+from megacoder.parallel.collectives import World, barrier, gather_json
+from megacoder.parallel.zero import Zero1AdamW
+from megacoder.train.config import RunConfig
+
+__all__ = ["RunFolder", "load_weights"]
+
+FREE_TO_CHANGE = {
+    "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
+    "micro_batch_size", "timeout_seconds",
+}  # fmt: skip
+"""Settings that do not decide what a run computes, and may differ when it goes on."""
+
+
+class RunFolder:
+    """`config.output`; creating it checks that what is there belongs to the same run."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        path = config.output / "run.toml"
+        if path.exists():
+            old = load_toml(RunConfig, path)
+            check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
+        barrier(world.group)  # every rank has read the old file before the first writes a new one
+        if world.is_first:
+            write_text(path, to_toml(config))
+        self.checkpoints = CheckpointWriter(config.output / "checkpoints", world, config.checkpoint)
+
+    def resume(self, model: Transformer, optimizer: Zero1AdamW, batches: Prefetcher) -> int:
+        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run."""
+        root = self.config.output / "checkpoints"
+        if not step_folders(root):
+            return 0
+        reader = CheckpointReader(root)
+        reader.read_all(_fragments(model, optimizer))
+        optimizer.publish_master()
+        optimizer.num_updates = reader.state["num_updates"]
+        batches.load_state_dict(reader.state["data"])
+        return reader.step
+
+    def save(self, step: int, model: Transformer, optimizer: Zero1AdamW, batches: Prefetcher) -> None:
+        """Starts a checkpoint; it is on disk after the next `save` or `finish`."""
+        state = {
+            "num_updates": optimizer.num_updates,
+            "data": merge_states(gather_json(batches.state_dict(), self.world)),
+            "config": to_dict(self.config),
+        }
+        self.checkpoints.save(step, list(_fragments(model, optimizer)), state=state, layout={"dp": self.world.size})
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole."""
+        self.checkpoints.wait()
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, checkpoints: Path) -> int:
+    """Fills `model` from the master weights of a checkpoint, or of the newest in a folder of them; returns its step."""
+    reader = CheckpointReader(checkpoints)
+    for param in model.parameters():
+        param.zero_()  # the rows that pad the vocabulary are in no file
+    for piece in weight_pieces(model):
+        piece.view.copy_(reader.read_tensor(piece.hf_name))
+    return reader.step
+
+
+def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
+    """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any."""
+    pieces: dict[str, list[WeightPiece]] = defaultdict(list)
+    for piece in weight_pieces(model):
+        pieces[piece.param_name].append(piece)
+    for owned in optimizer.owned:
+        for piece in pieces[owned.slot.name]:
+            shape = tuple(piece.view.shape)
+            first = int(piece.view.storage_offset() - owned.slot.param.storage_offset())
+            start, stop = max(owned.start, first), min(owned.stop, first + piece.view.numel())
+            if start >= stop:
+                continue
+            offset = owned.offset + start - owned.start
+            for kind, values in optimizer.state().items():
+                yield Fragment(
+                    name=piece.hf_name, kind=kind, global_shape=shape, region=Box.whole(shape),
+                    start=start - first, stop=stop - first, data=values[offset : offset + stop - start],
+                )  # fmt: skip

@@ -1,0 +1,21 @@
+"""Shared by all tests: two threads at most, so that results and time do not depend on the machine's size."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def backend(request, monkeypatch):
+    """Runs a test once with the compiled kernels and once on the torch path that replaces them."""
+    from megacoder.ops import cpp
+
+    if request.param == "torch":
+        monkeypatch.setattr(cpp, "_cpp", None)
+    elif cpp._cpp is None:
+        pytest.skip("the C++ kernels are not built here")
+    return request.param

@@ -1,0 +1,393 @@
+"""The whole build: accounts that add up, the same output however it is made, and every way it can go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from megacoder.cli.main import main
+from megacoder.core.errors import ConfigError, CorpusError, FormatError
+from megacoder.corpus import shards
+from megacoder.corpus.accounts import load_report
+from megacoder.corpus.build import build_corpus
+from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.folder import claim_folder
+from megacoder.corpus.samples import SampleConfig
+from megacoder.corpus.sources import Repository
+from megacoder.corpus.split import SplitConfig
+
+CODE = "def {name}():\n    return '{name} is the name of this function'\n"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.fixture
+def repos(tmp_path):
+    """Eight repositories: a chain of imports, duplicates within and across them, and files that every rule drops."""
+    root = tmp_path / "repos"
+    for index in range(8):
+        name = f"repo{index}"
+        write(root / name / "pkg/__init__.py", f"from pkg.top import *  # {name}\n")
+        write(root / name / "pkg/top.py", f"from . import base\n{CODE.format(name=name)}")
+        write(root / name / "pkg/base.py", CODE.format(name=f"{name}_base"))
+        write(root / name / "setup.py", CODE.format(name="the_same_everywhere"))
+        write(root / name / "main.rb", f"puts 'hello from {name}'\n")
+    write(root / "repo1/copy.py", CODE.format(name="repo0_base"))
+    write(root / "repo2/digits.py", "1" * 90)
+    write(root / "repo2/wide.py", "a" * 1500)
+    write(root / "repo2/empty/__init__.py", "")
+    write(root / "repo2/binary.py", b"a\0b")
+    write(root / "repo2/data.json", '{"a": "too short"}')
+    write(root / "repo2/README.md", "# readme\n")
+    return root
+
+
+def config(repos, tmp_path, **options):
+    return CorpusConfig(**({"input": (repos,), "out": tmp_path / "out", "workers": 1, "shard_bytes": 600} | options))
+
+
+def tree(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def rows(out, part):
+    return [row for path in sorted((out / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_what_comes_in_is_kept_or_dropped_by_count_and_by_bytes(repos, tmp_path):
+    report = build_corpus(config(repos, tmp_path), quiet=True)
+    accounts, out = report.accounts, tmp_path / "out"
+    on_disk = [path.stat().st_size for path in repos.rglob("*") if path.is_file()]
+    dropped = [count for reasons in accounts.dropped.values() for count in reasons.values()]
+    assert (accounts.seen.files, accounts.seen.bytes) == (len(on_disk), sum(on_disk))
+    assert accounts.kept.files + sum(count.files for count in dropped) == len(on_disk)
+    assert accounts.kept.bytes + sum(count.bytes for count in dropped) == sum(on_disk)
+    assert {stage: {reason: count.files for reason, count in reasons.items()} for stage, reasons in
+            accounts.dropped.items() if reasons} == {
+        "read": {"binary": 1, "language unknown": 1},
+        "rules": {
+            "under 25% letters": 1, "mean line over 100 characters": 1, "empty": 1,
+            "data file outside 50 to 5000 characters": 1,
+        },
+        "dedup": {"copy of another file": 8},
+    }  # fmt: skip
+    # the records agree with the counts, and every file is in exactly one of the three parts
+    recorded = rows(out, "dropped")
+    assert Counter((row["stage"], row["reason"]) for row in recorded) == Counter(
+        {
+            (stage, reason): count.files
+            for stage, reasons in accounts.dropped.items()
+            for reason, count in reasons.items()
+        }
+    )
+    kept = rows(out, "train") + rows(out, "heldout")
+    listed = [(row["repo"], row["path"]) for row in kept + recorded]
+    assert sorted(listed) == sorted(
+        (path.relative_to(repos).parts[0], "/".join(path.relative_to(repos).parts[1:]))
+        for path in repos.rglob("*")
+        if path.is_file()
+    )
+    assert len(kept) == accounts.kept.files
+    assert sum(len(row["content"].encode()) for row in kept) == accounts.written
+    assert {name: count.files for name, count in accounts.languages.items()} == {"Python": 25, "Ruby": 8}
+
+
+def test_samples_are_contiguous_ordered_and_carry_path_comments(repos, tmp_path):
+    build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0)), quiet=True)
+    train = rows(tmp_path / "out", "train")
+    ids = [row["sample"] for row in train]
+    assert len(set(ids)) == sum(1 for before, after in zip([None, *ids], ids, strict=False) if before != after)
+    sample = [row for row in train if row["sample"] == "repo3/00001"]
+    assert [row["path"] for row in sample] == ["pkg/base.py", "pkg/top.py", "pkg/__init__.py"]
+    assert "".join(row["content"] for row in sample).startswith("# pkg/base.py\ndef repo3_base")
+    assert next(row for row in train if row["path"] == "main.rb")["content"].startswith("# main.rb\nputs")
+    assert not (tmp_path / "out/heldout").exists()
+
+
+def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    kept = rows(tmp_path / "out", "train") + rows(tmp_path / "out", "heldout")
+    assert [row["repo"] for row in kept if row["path"] == "setup.py"] == ["repo0"]
+    assert not any(row["path"] == "copy.py" for row in kept)
+
+
+def test_held_out_repositories_are_whole(repos, tmp_path):
+    report = build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
+    train, held = ({row["repo"] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout"))
+    assert report.split_unit == "repository"
+    assert held == {name for name, row in report.accounts.repositories.items() if row.heldout.files}
+    assert held
+    assert train
+    assert not held & train
+
+
+def test_a_single_repository_is_split_by_file(repos, tmp_path):
+    report = build_corpus(config(repos / "repo0", tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
+    train, held = (rows(tmp_path / "out", part) for part in ("train", "heldout"))
+    assert report.split_unit == "file"
+    assert len(train) + len(held) == 5
+    assert held
+    assert train
+    one = tmp_path / "one"
+    write(one / "a.py", CODE.format(name="alone"))
+    assert build_corpus(config(one, tmp_path, out=tmp_path / "out1"), quiet=True).split_unit == "none"
+
+
+def test_the_output_is_the_same_for_any_workers_input_order_and_place(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    expected = tree(tmp_path / "out")
+    parts = [path for path in expected if path.startswith("train/")]
+    assert len(parts) > 2
+    halves = [tmp_path / "half0", tmp_path / "half1"]
+    build_corpus(config(repos, tmp_path, out=tmp_path / "out2", workers=2), quiet=True)
+    assert tree(tmp_path / "out2") == expected
+    for index, repo in enumerate(sorted(repos.iterdir())):
+        halves[index % 2].mkdir(exist_ok=True)
+        repo.rename(halves[index % 2] / repo.name)
+    for out, inputs in (("out3", halves), ("out4", halves[::-1])):
+        build_corpus(config(repos, tmp_path, out=tmp_path / out, input=tuple(inputs)), quiet=True)
+    assert tree(tmp_path / "out3") == tree(tmp_path / "out4")
+    assert {path: data for path, data in tree(tmp_path / "out3").items() if path.endswith(".parquet")} == {
+        path: data for path, data in expected.items() if path.endswith(".parquet")
+    }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megacoder.corpus.build import build_corpus
+from megacoder.corpus.config import CorpusConfig
+real, left = os.replace, [int(sys.argv[3])]
+def replace(*args):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)  # the file is written, its name not yet taken
+    real(*args)
+os.replace = replace
+build_corpus(CorpusConfig(input=(Path(sys.argv[1]),), out=Path(sys.argv[2]), workers=1, shard_bytes=600), quiet=True)
+"""
+
+
+def test_after_kill_9_the_same_command_gives_the_same_output(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    expected = tree(tmp_path / "out")
+    out = tmp_path / "killed"
+    for writes in (1, 4, 9, 12, 14, 18):  # each run gets further than the one before, which it builds on
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), str(writes)], timeout=60)
+        assert ended.returncode == -signal.SIGKILL
+        assert not (out / "corpus.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in (out / "work").glob("scanned-*.parquet")}
+    assert len(done) > 4
+    assert list(out.rglob("*.tmp-*"))
+    build_corpus(config(repos, tmp_path, out=out), quiet=True)
+    assert tree(out) == expected
+
+
+def test_finished_shards_are_not_done_again(repos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("megacoder.corpus.build.write_shard", _fail)
+        with pytest.raises(RuntimeError):
+            build_corpus(config(repos, tmp_path), quiet=True)
+    monkeypatch.setattr("megacoder.corpus.scan.parquet_writer", _fail)
+    report = build_corpus(config(repos, tmp_path), quiet=True)
+    monkeypatch.setattr("megacoder.corpus.write.parquet_writer", _fail)
+    before = tree(tmp_path / "out")
+    assert build_corpus(config(repos, tmp_path), quiet=True) == report
+    assert tree(tmp_path / "out") == before
+
+
+def _fail(*args, **kwargs):
+    raise RuntimeError("must not be called again")
+
+
+def test_changed_inputs_are_built_again_and_leave_no_stale_shard(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    for index in range(3, 8):
+        for path in sorted((repos / f"repo{index}").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    write(repos / "repo0/new.py", CODE.format(name="new"))
+    build_corpus(config(repos, tmp_path), quiet=True)
+    build_corpus(config(repos, tmp_path, out=tmp_path / "fresh"), quiet=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_missing_output_file_is_made_again(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    expected = tree(tmp_path / "out")
+    next((tmp_path / "out/train").glob("*.parquet")).unlink()
+    build_corpus(config(repos, tmp_path), quiet=True)
+    assert tree(tmp_path / "out") == expected
+
+
+ORPHANS = """
+import os, sys, time
+from megacoder.corpus.pool import run_tasks
+def task(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    time.sleep(60)
+if __name__ == "__main__":
+    run_tasks(task, [sys.argv[1]] * 2, workers=2, done=lambda task: None)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "orphans.py"), str(tmp_path / "pids")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    _wait(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    _wait(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
+
+
+def _wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    before = tree(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"samples\.order = 'topo', not 'path'"):
+        build_corpus(config(repos, tmp_path, samples=SampleConfig(order="path")), quiet=True)
+    with pytest.raises(ConfigError, match=r"max_repo_bytes = None, not 5000"):
+        build_corpus(config(repos, tmp_path, max_repo_bytes=5000), quiet=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):
+    write(tmp_path / "out/thesis.tmp-1", "do not delete")
+    with pytest.raises(ConfigError, match=r"not empty.*thesis"):
+        build_corpus(config(repos, tmp_path), quiet=True)
+    assert list(tree(tmp_path / "out")) == ["thesis.tmp-1"]
+
+
+def test_one_build_at_a_time(repos, tmp_path):
+    with claim_folder(tmp_path / "out", {}, ()), pytest.raises(CorpusError, match="another build"):
+        build_corpus(config(repos, tmp_path), quiet=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(repos, tmp_path, monkeypatch):
+    def open_full(path, mode):
+        Path(path).touch()
+        return open("/dev/full", mode)  # every write to it fails with ENOSPC
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "open", open_full, raising=False)
+        with pytest.raises(CorpusError, match="No space left on device; free some space") as caught:
+            build_corpus(config(repos, tmp_path), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert sorted(tree(tmp_path / "out")) == ["config.json"]
+    build_corpus(config(repos, tmp_path), quiet=True)
+    build_corpus(config(repos, tmp_path, out=tmp_path / "fresh"), quiet=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_where_everything_is_dropped_the_reasons_are_given_and_nothing_is_left(tmp_path):
+    for index in range(3):
+        write(tmp_path / f"repos/a/{index}.py", "1" * 50)
+    write(tmp_path / "repos/a/notes.txt", "notes")
+    with pytest.raises(CorpusError, match=r"all 4 files were dropped \(3 under 25% letters, 1 language unknown\)"):
+        build_corpus(config(tmp_path / "repos", tmp_path), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_come_to_nothing_leave_a_finished_corpus_alone(repos, tmp_path):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    before = tree(tmp_path / "out")
+    for path in repos.rglob("*"):
+        if path.is_file():
+            path.write_text("")
+    with pytest.raises(CorpusError, match="nothing is left"):
+        build_corpus(config(repos, tmp_path), quiet=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_no_files_at_all(tmp_path):
+    (tmp_path / "repos/a").mkdir(parents=True)
+    with pytest.raises(CorpusError, match="hold no files"):
+        build_corpus(config(tmp_path / "repos", tmp_path), quiet=True)
+
+
+def test_repositories_can_be_given(repos, tmp_path):
+    given = [Repository(name="b", root=repos / "repo1", prefix="b/"), Repository(name="a", root=repos / "repo0")]
+    report = build_corpus(config(repos, tmp_path, input=()), repositories=given, quiet=True)
+    assert list(report.accounts.repositories) == ["a", "b"]
+    paths = {row["path"] for part in ("train", "heldout") for row in rows(tmp_path / "out", part) if row["repo"] == "b"}
+    assert "b/pkg/top.py" in paths
+
+
+def test_the_corpus_inside_a_repository_is_not_read(repos, tmp_path):
+    write(repos / "repo0/out/copy.py", CODE.format(name="repo7"))
+    options = {"out": repos / "repo0/out"}
+    (repos / "repo0/out/copy.py").unlink()
+    first = build_corpus(config(repos, tmp_path, **options), quiet=True)
+    assert build_corpus(config(repos, tmp_path, **options), quiet=True) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"languages": ("Pyhton",)}, "did you mean 'Python'"),
+        ({"max_file_bytes": 0}, "max_file_bytes = 0"),
+        ({"max_repo_bytes": 0}, "max_repo_bytes = 0"),
+        ({"workers": -1}, "workers = -1"),
+    ],
+)
+def test_bad_options(tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        CorpusConfig(out=tmp_path, **options)
+
+
+def test_a_report_reads_back_and_a_damaged_one_is_named(repos, tmp_path):
+    report = build_corpus(config(repos, tmp_path), quiet=True)
+    assert load_report(tmp_path / "out").accounts.to_plain() == report.accounts.to_plain()
+    with pytest.raises(CorpusError, match="no finished corpus"):
+        load_report(tmp_path)
+    (tmp_path / "out/corpus.json").write_text("{}")
+    with pytest.raises(FormatError, match="not a corpus report"):
+        load_report(tmp_path / "out")
+
+
+def test_the_commands(repos, tmp_path, capsys):
+    build = ["corpus", "build", "--input", str(repos), "--out", str(tmp_path / "out"), "--workers", "1"]
+    main(build)
+    built = capsys.readouterr()
+    assert "rules: empty" in built.out
+    assert "Ruby" in built.out
+    main(["corpus", "report", str(tmp_path / "out")])
+    assert capsys.readouterr().out == built.out
+    main(["corpus", "report", str(tmp_path / "out"), "--json"])
+    assert capsys.readouterr().out == (tmp_path / "out/corpus.json").read_text()
+    for argv, says in [
+        ([*build, "--samples.order", "path"], "samples.order"),
+        (["corpus", "build", "--input", str(tmp_path / "nowhere"), "--out", "x"], "no such folder"),
+        (["corpus", "report", str(tmp_path)], "no finished corpus"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert says in error[0]

@@ -1,0 +1,65 @@
+"""The two global steps: exact dedup keeps the first, the split holds out repositories near its target."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacoder.core.errors import ConfigError
+from megacoder.corpus.dedup import digest, later_copies
+from megacoder.corpus.split import SplitConfig, choose_heldout
+
+
+def digests(texts):
+    return np.frombuffer(b"".join(map(digest, texts)), np.uint8).reshape(-1, 16)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=6), max_size=5))
+def test_dedup_keeps_the_first_of_equal_texts(shards):
+    seen: set[str] = set()
+    expected = [[text in seen or seen.add(text) is not None for text in shard] for shard in shards]
+    assert [copies.tolist() for copies in later_copies([digests(shard) for shard in shards])] == expected
+
+
+def test_a_digest_tells_texts_apart():
+    assert len({digest(text) for text in ("", "a", "b", "a\n", "é")}) == 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 1000), min_size=2, max_size=30),
+    st.floats(0.001, 0.9),
+    st.integers(0, 3),
+)
+def test_some_but_never_all_is_held_out(sizes, fraction, seed):
+    config = SplitConfig(fraction=fraction, seed=seed, max_bytes=10_000)
+    held = choose_heldout(sizes, config)
+    assert 0 < len(held) < len(sizes)
+    target = min(fraction * sum(sizes.values()), 10_000)
+    assert sum(sizes[name] for name in held) <= max(target, min(sizes.values()))
+    assert held == choose_heldout(dict(reversed(sizes.items())), config)
+
+
+def test_the_target_is_met_and_no_large_repository_fills_it():
+    sizes = {f"repo{index}": 1000 for index in range(100)} | {"huge": 5000}
+    held = choose_heldout(sizes, SplitConfig(fraction=0.05))
+    assert sum(sizes[name] for name in held) == 5000
+    assert "huge" not in held
+    assert held != choose_heldout(sizes, SplitConfig(fraction=0.05, seed=1))
+    assert len(choose_heldout(sizes, SplitConfig(fraction=0.05, max_bytes=2500))) == 2
+
+
+def test_where_all_are_larger_than_the_target_the_smallest_is_held_out():
+    assert choose_heldout({"a": 100, "b": 90, "c": 110}, SplitConfig(fraction=0.05)) == {"b"}
+
+
+def test_nothing_is_held_out_on_request_or_of_a_single_unit():
+    assert choose_heldout({"a": 1, "b": 1}, SplitConfig(fraction=0)) == frozenset()
+    assert choose_heldout({"a": 1}, SplitConfig()) == frozenset()
+
+
+@pytest.mark.parametrize("options", [{"fraction": 1.0}, {"fraction": -0.1}, {"max_bytes": 0}])
+def test_bad_settings(options):
+    with pytest.raises(ConfigError, match="held-out"):
+        SplitConfig(**options)

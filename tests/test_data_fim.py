@@ -1,0 +1,148 @@
+"""Fill-in-the-middle: equal to cutting and encoding the text in full, a function of its arguments, fair."""
+
+import numpy as np
+import pytest
+from data_samples import NASTY_TEXTS, small_tokenizer, source_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.fim import FillInTheMiddle, FimConfig
+
+ALWAYS = FimConfig(rate=1.0)
+
+
+def fim(config=ALWAYS, seed=7):
+    return FillInTheMiddle(config, small_tokenizer(), seed=seed)
+
+
+def ids_of(text, *, eos=False, dtype=np.uint16):
+    tokenizer = small_tokenizer()
+    return np.array(tokenizer.encode(text) + [tokenizer.eos_id] * eos, dtype=dtype)
+
+
+def parts_of(ids):
+    """(prefix, suffix, middle) as ids, from a PSM example."""
+    tokenizer, ids = small_tokenizer(), list(ids)
+    hole, end = ids.index(tokenizer.fim_hole_id), ids.index(tokenizer.fim_end_id)
+    assert ids[0] == tokenizer.fim_begin_id
+    assert ids[-1] == tokenizer.eos_id
+    return ids[1:hole], ids[hole + 1 : end], ids[end + 1 : -1]
+
+
+def assert_equals_full_encoding(text, ids):
+    """The parts join to `text`, and each part's ids are those of encoding that part in full."""
+    tokenizer = small_tokenizer()
+    prefix, suffix, middle = parts_of(ids)
+    texts = [
+        tokenizer.decode_bytes(part).decode("utf-8") for part in (prefix, middle, suffix)
+    ]  # strict: whole characters
+    assert "".join(texts) == text
+    assert [prefix, middle, suffix] == [tokenizer.encode(part) for part in texts]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(0, 2**40))
+def test_any_text_is_cut_as_if_encoded_in_full(text, file):
+    assert_equals_full_encoding(text, fim()(ids_of(text), epoch=0, file=file))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="a \n\r\té中👍1+", min_size=1, max_size=12), st.integers(0, 2**40))
+def test_line_breaks_and_wide_characters_are_cut_right(text, file):
+    assert_equals_full_encoding(text, fim()(ids_of(text), epoch=0, file=file))
+
+
+@pytest.mark.parametrize("text", [*source_texts(), *NASTY_TEXTS[1:]])
+def test_source_files_are_cut_as_if_encoded_in_full(text):
+    ids = ids_of(text, eos=True)
+    for epoch in range(4):
+        assert_equals_full_encoding(text, fim()(ids, epoch=epoch, file=3))
+
+
+def test_every_pair_of_cuts_in_a_short_text():
+    text = "é = 👍🏽\n\n\rdef f():\n  中 "
+    ids, transform = ids_of(text), fim()
+    ends = np.cumsum(transform._characters[ids])
+    for first in range(len(text) + 1):
+        for last in range(first, len(text) + 1):
+            parts = transform._split(ids, ends, first, last)
+            expected = [text[:first], text[first:last], text[last:]]
+            assert [np.concatenate(runs).astype(int).tolist() for runs in parts] == [
+                small_tokenizer().encode(part) for part in expected
+            ]
+
+
+def test_spm_puts_prefix_and_middle_after_the_suffix():
+    ids, tokenizer = ids_of(source_texts()[0], eos=True), small_tokenizer()
+    begin, hole, end = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
+    prefix, suffix, middle = parts_of(fim()(ids, epoch=0, file=5))
+    spm = fim(FimConfig(rate=1.0, spm_rate=1.0))(ids, epoch=0, file=5)
+    assert spm.tolist() == [begin, hole, *suffix, end, *prefix, *middle, tokenizer.eos_id]
+
+
+def test_result_depends_on_arguments_alone():
+    ids, transform = ids_of(source_texts()[0]), fim()
+    keys = [(epoch, file) for epoch in (0, 1) for file in (0, 1, 2**33)]
+    forward = [transform(ids, epoch=epoch, file=file).tolist() for epoch, file in keys]
+    backward = [fim()(ids, epoch=epoch, file=file).tolist() for epoch, file in reversed(keys)]
+    assert forward == backward[::-1]
+    assert len({tuple(result) for result in forward}) == len(keys)
+    assert fim(seed=8)(ids, epoch=0, file=0).tolist() != forward[0]
+
+
+def test_draws_are_pinned():
+    """The examples of a run are part of its record: another version of this code or of NumPy must draw the same."""
+    draws = fim(seed=1234)._draw(2, 56)
+    assert draws == (0.15735934472304558, 0.25394448673126946, 7699738783993654518, 15890919322204625355)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_dtype_is_kept_and_untouched_files_are_not_copied(dtype):
+    ids = ids_of("x = 1\n", eos=True, dtype=dtype)
+    assert fim()(ids, epoch=0, file=0).dtype == dtype
+    assert fim(FimConfig(rate=0.0))(ids, epoch=0, file=0) is ids
+
+
+def test_an_empty_file_stays():
+    for ids in (ids_of(""), ids_of("", eos=True)):
+        assert fim()(ids, epoch=0, file=0) is ids
+
+
+def test_rates_are_kept():
+    """Binomial counts over 4,000 files, five standard deviations; a PSM example starts as SPM does 1 time in 150."""
+    ids, transform = ids_of(source_texts()[0][:300]), fim(FimConfig(rate=0.3, spm_rate=0.2))
+    begin, hole = small_tokenizer().fim_begin_id, small_tokenizer().fim_hole_id
+    results = [transform(ids, epoch=0, file=file) for file in range(4000)]
+    transformed = [result for result in results if result[0] == begin]
+    assert abs(len(transformed) - 1200) < 5 * np.sqrt(4000 * 0.3 * 0.7)
+    share = 0.2 + 0.8 / 150
+    assert abs(sum(result[1] == hole for result in transformed) - share * len(transformed)) < 5 * np.sqrt(200)
+
+
+def test_cuts_are_uniform_over_characters():
+    """Chi-square of the two cuts over the 8 places of a text of 7 characters in more tokens."""
+    text, files = "é\n中👍b\ré", 4000
+    ids, transform, counts = ids_of(text), fim(), np.zeros((8, 8))
+    for file in range(files):
+        prefix, _, middle = parts_of(transform(ids, epoch=0, file=file))
+        first = len(small_tokenizer().decode(prefix))
+        counts[first, first + len(small_tokenizer().decode(middle))] += 1
+    expected = np.triu(np.full((8, 8), files / 32)) - np.diag(np.full(8, files / 64))  # two orders for distinct cuts
+    used = expected > 0
+    chi_square = ((counts[used] - expected[used]) ** 2 / expected[used]).sum()
+    assert counts[~used].sum() == 0
+    assert chi_square < 35 + 5 * np.sqrt(2 * 35)
+
+
+@pytest.mark.parametrize("field", ["rate", "spm_rate"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_rates_out_of_range_are_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"fim.{field} = {value}"):
+        FimConfig(**{field: value})
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    half = ids_of("é" * 50)[1::2]  # continuation bytes without their first ones
+    with pytest.raises(DataError, match="file 4 of the dataset is no UTF-8"):
+        fim()(np.concatenate([ids_of("ab"), half]), epoch=0, file=4)

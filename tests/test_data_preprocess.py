@@ -1,0 +1,237 @@
+"""Preprocessing: exact content, identical for any number of workers, resumed after a kill, refused where unfit."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
+
+from megacoder.cli.main import main
+from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.data import preprocess as module
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.sidecar import Sidecar, open_dataset
+from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three input files of a few documents, a tokenizer folder, and the documents in order."""
+    texts = [*NASTY_TEXTS, *(text[:3000] for text in source_texts(20))]
+    samples = [index // 3 for index in range(len(texts))]
+    rows = [{"content": text, "sample": sample} for text, sample in zip(texts, samples, strict=True)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", rows[:12])
+    write_jsonl(folder / "b.jsonl", [])
+    write_jsonl(folder / "c.jsonl", rows[12:])
+    small_tokenizer().save(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def config_of(folder, *, output="out", **options):
+    options = {"document_key": "sample", "workers": 1, "input": (folder / "in",), **options}
+    return PreprocessConfig(tokenizer=folder / "tokenizer", output=folder / output, **options)
+
+
+def pair(folder, name="out"):
+    return bin_path(folder / name).read_bytes(), idx_path(folder / name).read_bytes()
+
+
+def test_documents_files_and_eos_are_as_described(corpus):
+    sidecar = preprocess(config_of(corpus))
+    dataset, tokenizer = IndexedDataset(corpus / "out"), small_tokenizer()
+    rows = [json.loads(line) for name in "ac" for line in (corpus / "in" / f"{name}.jsonl").open()]
+    assert dataset.num_documents == 10
+    assert dataset.num_sequences == len(rows) == 30
+    for document in range(10):
+        texts = [row["content"] for row in rows if row["sample"] == document]
+        ids = [tokenizer.encode(text) for text in texts]
+        ids[-1].append(tokenizer.eos_id)
+        assert [dataset.sequence(i).tolist() for i in dataset.document_sequences(document)] == ids
+    assert sidecar == Sidecar.read(corpus / "out")
+    assert (sidecar.documents, sidecar.sequences, sidecar.tokens) == (10, 30, dataset.num_tokens)
+    assert sidecar.bytes == sum(len(row["content"].encode()) for row in rows)
+    assert sidecar.tokenizer == tokenizer.digest
+    assert {path.name for path in corpus.iterdir()} == {"in", "tokenizer", "out.bin", "out.idx", "out.json"}
+
+
+def test_without_a_key_each_row_is_a_document(corpus):
+    assert preprocess(config_of(corpus, document_key=None)).documents == 30
+
+
+def test_any_number_of_workers_writes_the_same_bytes(corpus, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 2000)  # so that there are many pieces
+    preprocess(config_of(corpus))
+    preprocess(config_of(corpus, output="three", workers=3))
+    assert pair(corpus, "three") == pair(corpus)
+
+
+def test_a_second_run_does_nothing(corpus, monkeypatch):
+    first = preprocess(config_of(corpus))
+    monkeypatch.setattr(module, "_write_parts", None)
+    assert preprocess(config_of(corpus, workers=2)) == first
+
+
+@pytest.mark.parametrize("change", ["text_key", "document_key", "tokenizer", "inputs"])
+def test_another_configuration_is_refused(corpus, change):
+    preprocess(config_of(corpus))
+    options = {}
+    if change == "tokenizer":
+        train_tokenizer(source_texts(3), vocab_size=600).save(corpus / "tokenizer")
+    elif change == "inputs":
+        write_jsonl(corpus / "in" / "b.jsonl", [{"content": "more", "sample": 0}])
+    else:
+        options[change] = "path"
+    with pytest.raises(ConfigError, match=f"out.json: made with another {change}"):
+        preprocess(config_of(corpus, **options))
+
+
+def test_a_dataset_of_another_program_is_not_overwritten(corpus):
+    with IndexedDatasetWriter(corpus / "out", dtype=np.uint16) as writer:
+        writer.add_document([np.arange(3)])
+    before = pair(corpus)
+    with pytest.raises(ConfigError, match=r"out.idx: made by another program"):
+        preprocess(config_of(corpus))
+    assert pair(corpus) == before
+
+
+def read_inputs(monkeypatch):
+    """Records the names of the input files that are read from now on."""
+    names, original = [], module.DocumentReader
+
+    def recording(path, **options):
+        names.append(path.name)
+        return original(path, **options)
+
+    monkeypatch.setattr(module, "DocumentReader", recording)
+    return names
+
+
+def test_finished_files_are_not_read_again_after_an_error(corpus, monkeypatch):
+    broken = corpus / "in" / "b.jsonl"
+    broken.write_text('{"content": "x", "sample": 9}\n{"content": \n')
+    with pytest.raises(DataError, match=r"b.jsonl:2: malformed JSON"):
+        preprocess(config_of(corpus))
+    assert not idx_path(corpus / "out").exists()
+    broken.write_text("")
+    names = read_inputs(monkeypatch)
+    preprocess(config_of(corpus))
+    assert names == ["b.jsonl", "c.jsonl"]
+    preprocess(config_of(corpus, output="clean"))
+    assert pair(corpus) == pair(corpus, "clean")
+
+
+def test_a_damaged_part_is_made_again(corpus):
+    (corpus / "in" / "c.jsonl").write_text("{")
+    with pytest.raises(DataError):
+        preprocess(config_of(corpus))
+    for part in (corpus / "out.parts").glob("*.bin"):
+        part.write_bytes(part.read_bytes()[:-1])
+    write_jsonl(corpus / "in" / "c.jsonl", [{"content": "x", "sample": 1}])
+    preprocess(config_of(corpus))
+    preprocess(config_of(corpus, output="clean"))
+    assert pair(corpus) == pair(corpus, "clean")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on(corpus, monkeypatch, workers):
+    rows = [{"content": f"{index}\n{text}", "sample": index} for index, text in enumerate(source_texts(30))]
+    write_jsonl(corpus / "in" / "z.jsonl", rows)
+    command = [
+        sys.executable, "-m", "megacoder", "preprocess", "--input", str(corpus / "in"), "--document-key", "sample",
+        "--tokenizer", str(corpus / "tokenizer"), "--output", str(corpus / "out"), "--workers", str(workers),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        while len(list((corpus / "out.parts").glob("*.idx"))) < 3:
+            assert run.poll() is None, "ended before it could be killed"
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert not idx_path(corpus / "out").exists()
+    wait_until_gone(run.pid)
+    names = read_inputs(monkeypatch)
+    preprocess(config_of(corpus))
+    assert names == ["z.jsonl"]
+    preprocess(config_of(corpus, output="clean"))
+    assert pair(corpus) == pair(corpus, "clean")
+    assert sorted(path.name for path in corpus.glob("out*")) == ["out.bin", "out.idx", "out.json"]
+
+
+def wait_until_gone(group):
+    """Workers notice that their parent was killed; without that they would stay until this times out."""
+    for _ in range(1000):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    pytest.fail("workers outlived their parent")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(corpus):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # stands in for a full device: write() fails
+    try:
+        with pytest.raises(DataError, match="File too large; finished files are kept"):
+            preprocess(config_of(corpus))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(corpus.glob("out.*.tmp*")) == []
+    preprocess(config_of(corpus))
+    assert open_dataset(corpus / "out", small_tokenizer()).num_documents == 10
+
+
+def test_input_without_documents_is_refused(corpus):
+    with pytest.raises(DataError, match=r"no documents in .*b.jsonl"):
+        preprocess(config_of(corpus, input=(corpus / "in" / "b.jsonl",)))
+    with pytest.raises(DataError, match=r"c.jsonl:1: no key 'text'"):
+        preprocess(config_of(corpus, input=(corpus / "in" / "c.jsonl",), text_key="text", output="other"))
+    assert not (corpus / "other.parts").exists()
+    with pytest.raises(ConfigError, match="workers = 0"):
+        config_of(corpus, workers=0)
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(corpus):
+    preprocess(config_of(corpus))
+    other = train_tokenizer(source_texts(3), vocab_size=600)
+    with pytest.raises(ConfigError, match=f"out: made with the tokenizer {small_tokenizer().digest[:12]}, not with"):
+        open_dataset(corpus / "out", other)
+    Sidecar.path(corpus / "out").write_text('{"documents": 1}')
+    with pytest.raises(FormatError, match=r"out.json: not a dataset's description"):
+        open_dataset(corpus / "out", small_tokenizer())
+    Sidecar.path(corpus / "out").unlink()  # as from Megatron: nothing to compare with
+    assert open_dataset(corpus / "out", other).num_documents == 10
+
+
+def test_the_commands_from_files_to_a_report(corpus, capsys):
+    paths = ["--input", str(corpus / "in"), "--output"]
+    main(["tokenizer", "train", *paths, str(corpus / "tok"), "--vocab-size", "400"])
+    assert Tokenizer.load(corpus / "tok").num_regular_tokens == 400
+    main(["preprocess", *paths, str(corpus / "set"), "--tokenizer", str(corpus / "tok"), "--workers", "1"])
+    capsys.readouterr()
+    main(["data", "inspect", str(corpus / "set"), "--tokenizer", str(corpus / "tok"), "--json", "--documents", "2"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["documents"], report["sequences"], report["dtype"]) == (30, 30, "uint16")
+    assert report["tokens_per_document"]["< 2"] == 1  # EOS behind the empty text
+    assert sum(report["tokens_per_document"].values()) == 30
+    assert list(report["beginnings"]) == ["0", "15"]
+    assert report["beginnings"]["15"].startswith(source_texts()[5][:20])
+    main(["data", "inspect", str(corpus / "set"), "--tokenizer", str(corpus / "tok")])
+    assert "--- document 10\n" in capsys.readouterr().out
+
+
+def test_a_sample_too_small_for_the_vocabulary_is_said(corpus, capsys):
+    paths = ["--input", str(corpus / "in" / "a.jsonl"), "--output", str(corpus / "tok")]
+    main(["tokenizer", "train", *paths, "--vocab-size", "30000"])
+    assert "holds no more than" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["tokenizer", "train", "--input", str(corpus / "in" / "b.jsonl"), "--output", str(corpus / "tok")])
+    assert "megacoder: no documents in" in capsys.readouterr().err

@@ -1,0 +1,273 @@
+"""The token stream: one order for any number of ranks, exact epochs, resume anywhere, errors that reach the reader."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from data_samples import small_tokenizer, source_texts
+
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.fim import FillInTheMiddle, FimConfig
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megacoder.data.permutation import permute
+from megacoder.data.prefetch import Prefetcher
+from megacoder.data.stream import StreamConfig, TokenStream, merge_states
+
+NO_FIM = FimConfig(rate=0.0)
+
+
+def write(prefix, documents):
+    """`documents` hold lists of ids; EOS is put behind the last sequence of each, as preprocessing does."""
+    with IndexedDatasetWriter(prefix, dtype=np.uint16) as writer:
+        for sequences in documents:
+            ended = [*sequences[:-1], [*sequences[-1], small_tokenizer().eos_id]] if sequences else []
+            writer.add_document([np.array(sequence, dtype=np.uint16) for sequence in ended])
+    return IndexedDataset(prefix)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Source files as documents of one to three files."""
+    ids = [small_tokenizer().encode(text[:2000]) for text in source_texts(30)]
+    groups = [ids[start : start + 1 + start % 3] for start in range(0, len(ids), 2)]
+    return write(tmp_path_factory.mktemp("sources") / "set", groups)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """37 documents of ASCII tokens in one or two files; some files are empty, and one document has none."""
+    rng = np.random.default_rng(0)
+    documents = [[rng.integers(0, 90, rng.integers(0, 21)).tolist() for _ in range(1 + i % 2)] for i in range(36)]
+    return write(tmp_path_factory.mktemp("numbered") / "set", [*documents[:9], [], *documents[9:]])
+
+
+def stream(dataset, *, batch=8, dp_rank=0, dp_size=1, seq_length=64, **config):
+    config = StreamConfig(seq_length=seq_length, **config)
+    return TokenStream(
+        dataset, small_tokenizer(), config, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size
+    )  # fmt: skip
+
+
+def ranks(dataset, dp_size, **options):
+    return [stream(dataset, dp_rank=rank, dp_size=dp_size, **options) for rank in range(dp_size)]
+
+
+def global_batch(streams):
+    """Tokens and labels of one step of all ranks, ordered by the number of the window in the run."""
+    batches = [one.next_batch() for one in streams]
+    both = [torch.cat([batch.tokens, batch.labels], dim=1) for batch in batches]
+    return torch.stack(both, dim=1).flatten(0, 1)  # the run starts at window 0, so ranks take turns
+
+
+def digests(streams, steps):
+    return [hashlib.sha256(global_batch(streams).numpy().tobytes()).hexdigest() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("num_streams", [2, 8, 1024])
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+def test_tokens_do_not_depend_on_the_number_of_ranks(sources, dp_size, num_streams):
+    """num_streams 2 and the 15 documents (so 8 streams) make ranks share streams as well."""
+    alone = digests(ranks(sources, 1, num_streams=num_streams), 12)
+    assert digests(ranks(sources, dp_size, num_streams=num_streams), 12) == alone
+    assert len(set(alone)) == 12
+
+
+@pytest.mark.parametrize("dp_size", [3, 6, 12])
+def test_any_number_of_ranks_that_divides_the_batch_will_do(sources, dp_size):
+    assert digests(ranks(sources, dp_size, batch=12), 8) == digests(ranks(sources, 1, batch=12), 8)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 2), (8, 1), (2, 8)])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_run_stops_and_resumes_on_any_number_of_ranks(sources, before, after, steps):
+    whole = digests(ranks(sources, 1), steps + 6)
+    first = ranks(sources, before)
+    assert digests(first, steps) == whole[:steps]
+    state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
+    second = ranks(sources, after)
+    for one in second:
+        one.load_state_dict(state)
+    assert digests(second, 6) == whole[steps:]
+
+
+def test_the_batch_size_may_change_on_resume(sources):
+    small, large = ranks(sources, 1, batch=4), ranks(sources, 1, batch=12)
+    taken = [global_batch(small), global_batch(small)]
+    large[0].load_state_dict(small[0].state_dict())
+    taken.append(global_batch(large))
+    assert torch.equal(torch.cat(taken), global_batch(ranks(sources, 1, batch=20)))
+
+
+def test_a_rank_reads_only_its_share_of_the_streams(numbered):
+    state = stream(numbered, dp_rank=1, dp_size=4, num_streams=16).state_dict()
+    assert [position[0] for position in state["streams"]] == [1, 5, 9, 13]
+    with pytest.raises(DataError, match="lacks stream 0; merge"):
+        stream(numbered, dp_rank=0, dp_size=4, num_streams=16).load_state_dict(state)
+
+
+def documents_served(dataset, steps, **config):
+    """The documents of each logical stream, as tuples of ids between BOS and EOS, from the windows alone."""
+    one = stream(dataset, batch=config["num_streams"], seq_length=16, fim=NO_FIM, **config)
+    windows = torch.stack([one.next_batch().tokens for _ in range(steps)], dim=1)  # (V, steps, S)
+    bos = small_tokenizer().bos_id
+    served = []
+    for row in windows.flatten(1).tolist():
+        edges = [place for place, token in enumerate(row) if token == bos]
+        served.append([tuple(row[a:b]) for a, b in itertools.pairwise(edges)])
+    return served
+
+
+@pytest.mark.parametrize("num_streams", [1, 4, 32])
+def test_no_token_is_lost_or_repeated_within_an_epoch(numbered, num_streams):
+    bos, size = small_tokenizer().bos_id, numbered.num_documents
+    contents = [numbered.document(index).tolist() for index in range(size)]
+    expected = Counter((bos, *content) for content in contents if content)
+    order = [permute(np.arange(size), size, seed=1234, epoch=epoch) for epoch in range(3)]
+    served = documents_served(numbered, 40 * 64 // num_streams, num_streams=num_streams)
+    for epoch in range(3):
+        seen = Counter()
+        for index, documents in enumerate(served):
+            positions = [p for p in range(index, 3 * size, num_streams) if contents[order[p // size][p % size]]]
+            seen.update(d for d, p in zip(documents, positions, strict=False) if p // size == epoch)
+        assert seen == expected
+
+
+def test_there_are_never_more_streams_than_documents(numbered, sources):
+    assert stream(numbered).num_streams == 32
+    assert stream(sources).num_streams == 8
+
+
+def test_epochs_and_seeds_have_other_orders(numbered):
+    first, other = (documents_served(numbered, 200, num_streams=1, seed=seed)[0] for seed in (1234, 1235))
+    assert first[:36] != other[:36]
+    assert first[:36] != first[36:72]
+    assert Counter(first[:36]) == Counter(first[36:72]) == Counter(other[:36])
+
+
+def test_windows_share_one_token_and_labels_are_the_next(sources):
+    one = stream(sources, num_streams=1, batch=6, seq_length=50)
+    batch, bos = one.next_batch(), small_tokenizer().bos_id
+    tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
+    assert (batch.tokens.shape, batch.tokens.dtype, batch.labels.dtype) == ((6, 50), torch.int64, torch.int64)
+    inside = tokens[1:] != bos
+    assert torch.equal(labels[:-1][inside], tokens[1:][inside])
+    assert (labels[:-1][~inside] == -100).all()
+
+
+def test_documents_hold_their_files_and_one_eos_at_the_end(sources):
+    """With rate 1 every file of a document is transformed in place, ends with EOS, and none is doubled."""
+    tokenizer = small_tokenizer()
+    one = stream(sources, num_streams=1, batch=400, fim=FimConfig(rate=1.0))
+    tokens = one.next_batch().tokens.flatten().tolist()
+    transform = FillInTheMiddle(FimConfig(rate=1.0), tokenizer, seed=1234)
+    at, documents = 0, 0
+    while at < len(tokens) - 6000:
+        number, epoch = one._streams[0]._source.deal(0, documents)[0]
+        expected = [tokenizer.bos_id]
+        for sequence in sources.document_sequences(number):
+            expected += transform(sources.sequence(sequence), epoch=epoch, file=sequence).tolist()
+        assert tokens[at : at + len(expected)] == expected
+        at, documents = at + len(expected), documents + 1
+    assert documents > 5
+    pairs = set(itertools.pairwise(tokens))
+    assert (tokenizer.eos_id, tokenizer.eos_id) not in pairs
+    assert (tokenizer.eos_id, tokenizer.fim_begin_id) in pairs  # a further file of the same document
+
+
+def test_bos_can_be_left_out(numbered):
+    tokenizer = small_tokenizer()
+    batch = stream(numbered, add_bos=False, fim=NO_FIM).next_batch()
+    assert (batch.tokens != tokenizer.bos_id).all()
+    assert (batch.labels[batch.tokens == tokenizer.eos_id] == -100).all()
+
+
+def test_one_document_and_long_windows_will_do(tmp_path):
+    one = write(tmp_path / "one", [[[1, 2, 3]]])
+    tokenizer = small_tokenizer()
+    batch = stream(one, batch=1, seq_length=12, fim=NO_FIM).next_batch()
+    cycle = [tokenizer.bos_id, 1, 2, 3, tokenizer.eos_id]
+    assert batch.tokens[0].tolist() == [*cycle, *cycle, *cycle[:2]]
+    assert batch.labels[0].tolist() == [*cycle[1:], -100, *cycle[1:], -100, *cycle[1:3]]
+
+
+def test_a_dataset_without_tokens_is_refused(tmp_path):
+    with pytest.raises(DataError, match="empty: a dataset without tokens"):
+        stream(write(tmp_path / "empty", [[], []]))
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    with pytest.raises(DataError, match="sequence 0 has ids outside the tokenizer's 1,033"):
+        stream(write(tmp_path / "other", [[[1, 1033]]])).next_batch()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_streams": 3}, "num_streams = 3: a power of two"),
+        ({"num_streams": 0}, "num_streams = 0"),
+        ({"seq_length": 0}, "seq_length = 0"),
+        ({"batch": 9, "dp_size": 2}, "global_batch_size 9: a multiple of the 2"),
+        ({"batch": 0}, "global_batch_size 0"),
+        ({"dp_rank": 2, "dp_size": 2}, "dp_rank 2 of dp_size 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(numbered, options, message):
+    with pytest.raises(ConfigError, match=message):
+        stream(numbered, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 1, but .* was made with 1234"),
+        ({"add_bos": False}, "add_bos is False"),
+        ({"fim": NO_FIM}, r"fim is \{'rate': 0.0"),
+        ({"num_streams": 4}, "num_streams is 4, but .* with 32"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(numbered, change, message):
+    with pytest.raises(ConfigError, match=message):
+        stream(numbered, **change).load_state_dict(stream(numbered).state_dict())
+
+
+def test_a_state_of_another_dataset_is_refused(numbered, sources):
+    with pytest.raises(ConfigError, match="documents is 15, but"):
+        stream(sources).load_state_dict(stream(numbered).state_dict())
+
+
+def test_states_of_different_steps_do_not_merge(numbered):
+    first, second = ranks(numbered, 2)
+    first.next_batch()
+    with pytest.raises(DataError, match=r"different windows: \[0, 8\]"):
+        merge_states([first.state_dict(), second.state_dict()])
+
+
+def test_prefetching_changes_nothing_and_its_state_is_the_consumers(sources):
+    plain = stream(sources)
+    with Prefetcher(stream(sources), depth=3) as ahead:
+        for _ in range(5):
+            assert torch.equal(ahead.next_batch().tokens, plain.next_batch().tokens)
+        assert ahead.state_dict() == plain.state_dict()
+        state = ahead.state_dict()
+        expected = plain.next_batch().tokens
+        assert torch.equal(ahead.next_batch().tokens, expected)
+        ahead.load_state_dict(state)
+        assert torch.equal(ahead.next_batch().tokens, expected)
+        ahead.close()  # and on from where the consumer stopped
+        assert torch.equal(ahead.next_batch().tokens, plain.next_batch().tokens)
+
+
+def test_an_error_in_the_background_reaches_the_consumer(tmp_path):
+    tokens = np.arange(64, dtype=np.uint16)
+    tokens[40] = 60_000
+    with IndexedDatasetWriter(tmp_path / "bad", dtype=np.uint16) as writer:
+        writer.add_documents(tokens, [8] * 8, [1] * 8)
+    bad = stream(IndexedDataset(tmp_path / "bad"), batch=1, seq_length=8, num_streams=1, fim=NO_FIM)
+    with Prefetcher(bad) as ahead:
+        for _ in range(2):  # and stays an error
+            with pytest.raises(DataError, match="sequence 5 has ids outside"):
+                [ahead.next_batch() for _ in range(20)]

@@ -1,0 +1,141 @@
+"""The commands that run a model, from an exported folder to what they print, and one line for what cannot work."""
+
+import json
+
+import numpy as np
+import pytest
+from evaluation_samples import make_model, make_tokenizer, overfit, source_files, write_shard
+
+from megacoder.cli.main import main
+from megacoder.data.indexed import IndexedDatasetWriter
+from megacoder.evaluate.infill import choose_tasks
+from megacoder.evaluate.prompts import completion_prompt, infill_prompt
+from megacoder.model.huggingface import export_model
+
+TASK = choose_tasks(source_files(), num_tasks=1)[0]
+COMPLETION = ("def total(", "items):\n    pass\n")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `model`, overfitted on one hole and one completion, and the shard `heldout/0.parquet`."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = make_tokenizer()
+    tokenizer.save(home / "tokenizer")
+    model = make_model(tokenizer)
+    hole = infill_prompt(tokenizer, TASK.prefix, TASK.suffix, max_tokens=256).tokens
+    text = completion_prompt(tokenizer, COMPLETION[0], max_tokens=256).tokens
+    answers = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in (TASK.truth, COMPLETION[1])]
+    overfit(model, [(hole, answers[0]), (text, answers[1])], steps=40)
+    export_model(model, home / "model", tokenizer_folder=home / "tokenizer")
+    (home / "heldout").mkdir()
+    write_shard(home / "heldout" / "0.parquet", source_files())
+    return home
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate(home, capsys):
+    code, out, _ = run(capsys, "generate", "--model", home / "model", "--prompt", COMPLETION[0])
+    assert (code, out) == (0, COMPLETION[1] + "\n")
+
+
+def test_generate_leaves_out_what_does_not_fit_and_says_so(home, capsys):
+    prompt = "x = 1\n" * 100 + COMPLETION[0]
+    code, _, err = run(capsys, "generate", "--model", home / "model", "--prompt", prompt, "--max-new-tokens", "8")
+    assert code == 0
+    assert "does not fit into the model: its first" in err
+
+
+def test_infill_a_mark_or_a_line(home, capsys):
+    marked, whole = home / "marked.py", home / "whole.py"
+    marked.write_text(TASK.prefix + "<FILL>" + TASK.suffix)
+    whole.write_text(TASK.prefix + "to be replaced" + TASK.suffix)
+    for words in ([marked], [whole, "--line", TASK.line]):
+        code, out, err = run(capsys, "infill", *words, "--model", home / "model", "--max-new-tokens", "60")
+        assert (code, out, err) == (0, TASK.truth + "\n", "")
+
+
+def test_eval_infill(home, capsys):
+    words = ["eval", "infill", "--model", home / "model", "--data", home / "heldout", "--num-tasks", "3"]
+    code, out, _ = run(capsys, *words, "--train", home / "heldout", "--out", home / "rows.jsonl", "--json")
+    summary = json.loads(out)
+    assert (code, summary["num_tasks"], summary["num_files"]) == (0, 3, 3)
+    assert summary["model"]["exact_match"] >= 1 / 3
+    assert summary["most_frequent_line"]["edit_similarity"] > 0
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    assert rows[0] == {
+        "repo": TASK.repo, "path": TASK.path, "line": TASK.line, "truth": TASK.truth, "completion": TASK.truth,
+        "exact_match": True, "edit_similarity": 1.0,
+    }  # fmt: skip
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "3 lines of 3 held-out files" in out
+    assert "most frequent line" not in out
+
+
+def test_eval_perplexity(home, capsys):
+    with IndexedDatasetWriter(home / "train", dtype=np.dtype("uint16")) as writer:
+        writer.add_document([np.array([1, 2, 3], dtype=np.uint16)])
+    words = ["eval", "perplexity", "--model", home / "model", "--data", home / "heldout", "--train", home / "train"]
+    code, out, _ = run(capsys, *words, "--json")
+    score = json.loads(out)
+    assert code == 0
+    assert score["num_documents"] == 2
+    assert score["num_bytes"] == sum(len(file.content) for file in source_files())
+    assert 0 < score["xz"] < score["unigram"]
+    code, out, _ = run(capsys, *words, "--window", "64")
+    assert code == 0
+    assert "windows of 64 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("infill nowhere.py --model model", "nowhere.py: no such file"),
+        ("infill heldout --model model", "not readable: Is a directory"),
+        ("infill latin.py --model model", "latin.py: not readable: not UTF-8"),
+        ("infill none.py --model model", "none.py: no <FILL> mark in it"),
+        ("infill twice.py --model model", "twice.py: 2 <FILL> marks"),
+        ("infill none.py --line 0 --model model", "--line 0: none.py has lines 1 to 2"),
+        ("infill none.py --line 3 --model model", "--line 3: none.py has lines 1 to 2"),
+        ("infill none.py --line 1 --model gone", "gone: no such folder"),
+        ("infill none.py --line 1 --model heldout", "config.json: no such file"),
+        ("generate --model bare --prompt x", "tokenizer.json: No such file"),
+        ("generate --model mixed --prompt x", "they do not belong together"),
+        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 319"),
+        ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
+        ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
+        ("generate --model model", "--prompt"),
+        ("eval infill --model model --data tokenizer", "no .parquet files"),
+        ("eval infill --model model --data heldout --num-tasks 0", "--num-tasks 0"),
+        ("eval perplexity --model model --data gone", "gone: no such file or folder"),
+        ("eval perplexity --model model --data heldout --train gone", "gone.idx"),
+        ("eval perplexity --model model --data heldout --window 1", "window = 1: from 2"),
+    ],
+)
+def test_bad_input_is_one_line(home, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(home)
+    (home / "latin.py").write_bytes(b"x = '\xe9'\n")
+    (home / "none.py").write_text("x = 1\ny = 2\n")
+    (home / "twice.py").write_text("<FILL>\n<FILL>\n")
+    tokenizer = make_tokenizer()
+    if not (home / "bare").exists():
+        export_model(make_model(tokenizer), home / "bare")
+        export_model(make_model(tokenizer, vocab_size=300), home / "mixed")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (home / "mixed" / name).write_text((home / "tokenizer" / name).read_text())
+    code, out, err = run(capsys, *words.split())
+    assert code != 0
+    assert out == ""
+    assert message in err
+    assert err.startswith("megacoder: ")
+    assert err.count("\n") == 1

@@ -1,0 +1,140 @@
+"""Greedy generation equals transformers' token for token; cache, padding and company in the batch change nothing."""
+
+import pytest
+import torch
+
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.evaluate.generate import Sampling, generate
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import export_model
+from megacoder.model.init import init_weights
+from megacoder.model.kv_cache import KVCache
+from megacoder.model.transformer import Transformer
+
+SHAPES = {
+    "all heads": {"num_key_value_heads": 4},
+    "grouped queries, linear rope": {"num_key_value_heads": 2, "rope_factor": 4.0},
+    "one kv head, odd vocabulary": {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 131},
+}
+
+
+def make_model(**changes) -> Transformer:
+    sizes = {
+        "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 96, "init_std": 0.15,
+    }  # fmt: skip
+    model = Transformer(ModelConfig(**(sizes | changes)))
+    init_weights(model, seed=3)
+    return model
+
+
+def make_prompts(lengths, vocab=101) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def without_cache(model, prompt, count) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model.logits(model(torch.tensor([tokens]))[:, -1]).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_greedy_equals_transformers_in_a_padded_batch(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model, prompts = make_model(**changes), make_prompts([3, 17, 9, 1, 17])
+    export_model(model, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    expected = theirs.generate(tokens, attention_mask=mask, max_new_tokens=60, do_sample=False, pad_token_id=0)
+    assert generate(model, prompts, max_new_tokens=60) == expected[:, width:].tolist()
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_the_cache_and_the_batch_change_nothing(changes):
+    model, prompts = make_model(**changes), make_prompts([5, 30, 12, 1, 8])
+    expected = [without_cache(model, prompt, 40) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=40) == expected
+    assert generate(model, prompts, max_new_tokens=40, batch_size=2) == expected
+
+
+def test_a_cache_filled_in_pieces_gives_the_hidden_states_of_one_pass():
+    model, tokens = make_model(), torch.tensor(make_prompts([20, 20]))
+    cache = KVCache(model.config, [20, 20], capacity=24, like=model.norm.weight)
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in tokens.split([7, 1, 12], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
+
+
+def test_generation_stops_before_a_stop_id_while_others_go_on():
+    model, prompts = make_model(), make_prompts([4, 11, 6, 9, 2, 13])
+    full = generate(model, prompts, max_new_tokens=30)
+    stops = {tokens[place * 5] for place, tokens in enumerate(full[:4])}
+    expected = []
+    for tokens in full:
+        ends = [index for index, token in enumerate(tokens) if token in stops]
+        expected.append(tokens[: ends[0]] if ends else tokens)
+    assert len({len(tokens) for tokens in expected}) > 2  # the batch shrinks on the way
+    assert generate(model, prompts, max_new_tokens=30, stop_ids=stops) == expected
+
+
+def test_samples_are_a_function_of_seed_and_place():
+    model, prompts = make_model(), make_prompts([4, 9, 4])
+    sampling = Sampling(temperature=1.0, seed=5)
+    drawn = generate(model, prompts, max_new_tokens=20, sampling=sampling)
+    assert drawn == generate(model, prompts, max_new_tokens=20, sampling=sampling, batch_size=1)
+    assert drawn[0] != generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1.0, seed=6))[0]
+    same_prompt = generate(model, [prompts[0]] * 2, max_new_tokens=20, sampling=sampling)
+    assert same_prompt[0] == drawn[0] != same_prompt[1]
+    greedy = generate(model, prompts, max_new_tokens=20)
+    assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1.0, top_p=1e-6)) == greedy
+    assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1e-4)) == greedy
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_samples_follow_the_models_probabilities(top_p):
+    model, prompt = make_model(vocab_size=8, init_std=0.05), [1, 2, 3]
+    with torch.no_grad():
+        probabilities = model.logits(model(torch.tensor([prompt]))[0, -1]).softmax(-1)
+    if top_p < 1:
+        likeliest = probabilities.sort(descending=True)
+        kept = int((likeliest.values.cumsum(-1) < top_p).sum()) + 1
+        probabilities = torch.zeros(8).scatter(0, likeliest.indices[:kept], likeliest.values[:kept])
+        probabilities /= probabilities.sum()
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    drawn = generate(model, [prompt] * 3000, max_new_tokens=1, sampling=sampling, batch_size=3000)
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=8)
+    assert counts[probabilities == 0].sum() == 0
+    torch.testing.assert_close(counts / 3000, probabilities, rtol=0, atol=0.03)
+
+
+def test_no_prompts_and_no_tokens():
+    assert generate(make_model(), [], max_new_tokens=5) == []
+    assert generate(make_model(), [[1], [2, 3]], max_new_tokens=0) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt 1 is empty"),
+        ([5, 101], "prompt 1 holds token 101, but the model knows 101 tokens"),
+        ([-1], "holds token -1"),
+        ([1] * 90, "prompt 1 has 90 tokens; with 7 new ones it does not fit into the model's 96 positions"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(prompt, message):
+    with pytest.raises(DataError, match=message):
+        generate(make_model(), [[1], prompt], max_new_tokens=7)
+    assert len(generate(make_model(), [[1] * 89], max_new_tokens=7)[0]) == 7
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_sampling_settings_are_checked(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Sampling(**settings)

@@ -1,0 +1,225 @@
+"""An exported folder is the same model in transformers, and comes back without a changed bit."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megacoder.checkpoint.huggingface import TensorFolder, write_model_folder
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.tokenizer import train_tokenizer
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer
+
+SHAPES = {
+    "grouped queries": {"num_key_value_heads": 2},
+    "one kv head, linear rope": {"num_key_value_heads": 1, "rope_factor": 4.0, "rope_theta": 100000.0},
+    "head_dim of its own": {"num_key_value_heads": 4, "head_dim": 24, "rope_theta": 500000.0},
+    "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
+}
+
+
+def make_model(**changes) -> Transformer:
+    sizes = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0, "max_position_embeddings": 64, "init_std": 0.2,
+    }  # fmt: skip
+    model = Transformer(ModelConfig(**(sizes | changes)))
+    init_weights(model, seed=1)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    export_model(make_model(), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_transformers_computes_equal_logits(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(**changes)
+    export_model(model, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, expected = model.logits(model(tokens)), theirs(tokens).logits
+    assert expected.std() > 0.5  # the weights are large enough for a wrong position or norm to show
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_transformers_wrote_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+        rope_theta=5000.0, rope_scaling={"rope_type": "linear", "factor": 4.0},
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "hf")
+    model = import_model(tmp_path / "hf")
+    assert (model.config.rope_factor, model.config.rope_theta) == (4.0, 5000.0)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_import_of_export_changes_no_bit(tmp_path, changes, dtype, max_shard_bytes):
+    model = make_model(**changes).to(dtype)
+    export_model(model, tmp_path / "hf", max_shard_bytes=max_shard_bytes)
+    again = import_model(tmp_path / "hf")
+    assert again.config == model.config
+    assert [(name, param.dtype) for name, param in again.named_parameters()] == [
+        (name, dtype) for name, _ in model.named_parameters()
+    ]
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_shards_and_index(tmp_path):
+    tensors = {name: torch.full((10,), value) for name, value in [("a", 1.0), ("b", 2.0), ("c", 3.0)]}
+    tensors["big"] = torch.zeros(50)
+    write_model_folder(tmp_path / "hf", config={}, generation_config={}, tensors=tensors.items(), max_shard_bytes=80)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    first, second, third = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
+    assert index == {
+        "metadata": {"total_size": 320}, "weight_map": {"a": first, "b": first, "c": second, "big": third}
+    }  # fmt: skip
+    assert sorted(load_file(tmp_path / "hf" / first)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path / "hf")) == [
+        "config.json", "generation_config.json", first, second, third, "model.safetensors.index.json"
+    ]  # fmt: skip
+
+
+def test_a_failed_export_leaves_the_old_folder(folder):
+    before = load_file(folder / "model.safetensors")
+
+    def tensors():
+        yield "a", torch.zeros(1)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_model_folder(folder, config={}, generation_config={}, tensors=tensors())
+    assert load_file(folder / "model.safetensors").keys() == before.keys()
+    assert os.listdir(folder.parent) == ["hf"]
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, vocab_size=260)
+    tokenizer.save(tmp_path / "tokenizer")
+    export_model(make_model(vocab_size=300), tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
+    _, again = import_with_tokenizer(tmp_path / "hf")
+    assert again.digest == tokenizer.digest
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((tmp_path / "hf" / name).read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.model_max_length == 64
+    assert theirs("def f").input_ids == [tokenizer.bos_id, *tokenizer.encode("def f")]
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(tmp_path):
+    train_tokenizer(["x"], vocab_size=256).save(tmp_path / "tokenizer")
+    with pytest.raises(FormatError, match="has 265 tokens, the model knows 97"):
+        export_model(make_model(), tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
+    assert not (tmp_path / "hf").exists()
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel'"),
+        ({"architectures": None}, "architecture 'none named'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": -4}}, "rope_factor = -4.0: must be positive"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": 2.5}, r"num_hidden_layers = 2\.5"),
+        ({"num_attention_heads": 3}, "num_attention_heads = 3 is not a multiple"),
+        ({"torch_dtype": "int8"}, "torch_dtype 'int8'"),
+        ({"vocab_size": 98}, r"model.embed_tokens.weight has shape \[97, 64\]; config.json implies \[98, 64\]"),
+        ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 1}, "tensor model.layers.1.* has no place"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(FormatError, match=message) as caught:
+        import_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_old_style_scaling_and_rotary_tables_are_read(folder):
+    edit_config(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=100000)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, folder / "model.safetensors")
+    config = import_model(folder).config
+    assert (config.rope_factor, config.rope_theta) == (4.0, 100000.0)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path):
+    with pytest.raises(FormatError, match="nowhere: no such folder"):
+        import_model(tmp_path / "nowhere")
+    (folder / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(FormatError, match=r"config\.json: no such file"):
+        import_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(FormatError, match="not readable as JSON"):
+        import_model(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match="expected a JSON object, got list"):
+        import_model(folder)
+    (tmp_path / "config.json").rename(folder / "config.json")
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(FormatError, match=r"model\.safetensors: not readable as safetensors"):
+        import_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"neither model\.safetensors nor"):
+        import_model(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(FormatError, match="only pickled weights"):
+        import_model(folder)
+
+
+def test_faulty_shards_are_named(tmp_path):
+    export_model(make_model(), tmp_path / "hf", max_shard_bytes=50_000)
+    index_path = tmp_path / "hf" / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shapes = {"lm_head.weight": (97, 64)}
+    moved = {"weight_map": {"lm_head.weight": index["weight_map"]["model.embed_tokens.weight"]}}
+    index_path.write_text(json.dumps(moved))
+    with pytest.raises(FormatError, match=r"00001-of-.*: tensor lm_head.weight is missing"):
+        TensorFolder(tmp_path / "hf").read(shapes)
+    for weight_map in (None, {"lm_head.weight": "../elsewhere.safetensors"}, {"lm_head.weight": 1}):
+        index_path.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(FormatError, match="no 'weight_map'"):
+            TensorFolder(tmp_path / "hf")
+    index_path.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
+    with pytest.raises(FormatError, match=r"gone\.safetensors: not readable"):
+        TensorFolder(tmp_path / "hf").read(shapes)
+
+
+def test_exports_that_transformers_would_refuse(tmp_path):
+    with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
+        export_model(make_model(num_attention_heads=3, num_key_value_heads=1), tmp_path / "hf")
+    with pytest.raises(ConfigError, match=r"dtype torch\.float16"):
+        export_model(make_model(), tmp_path / "hf", dtype=torch.float16)
+    assert os.listdir(tmp_path) == []

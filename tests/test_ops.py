@@ -1,0 +1,179 @@
+"""Every op's halves against its plain reference in fp64: forward, every gradient, odd sizes, both backends."""
+
+import pytest
+import torch
+
+from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
+from megacoder.ops.attention import attention, attention_backward, attention_forward, attention_reference
+from megacoder.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_with_grads
+from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
+from megacoder.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def randn(*shape, dtype=torch.float64, seed=0, scale=1.0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return values.to(dtype)
+
+
+def assert_near(actual, expected, dtype, factor=1.0):
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 7), (65, 192), (200, 33)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(rows, dim, dtype, with_residual):
+    x, weight, grad = (
+        randn(rows, dim, dtype=dtype),
+        randn(dim, dtype=dtype, seed=1),
+        randn(rows, dim, dtype=dtype, seed=2),
+    )
+    residual = randn(rows, dim, dtype=dtype, seed=3) if with_residual else None
+    summed = x if residual is None else x + residual
+
+    wide, wide_weight = summed.double().requires_grad_(), weight.double().requires_grad_()
+    expected = rms_norm(wide, wide_weight, 1e-6)
+    expected.backward(grad.double())
+
+    y, h, rstd = rms_norm_forward(x, weight, 1e-6, residual_TD=residual)
+    grad_weight = torch.ones(dim)  # gradients are added to what is there
+    grad_h = rms_norm_backward(grad, h, weight, rstd, grad_weight_D=grad_weight, grad_residual_TD=residual)
+    assert torch.equal(h, summed)
+    assert_near(y, expected.detach(), dtype)
+    expected_grad = wide.grad if residual is None else wide.grad + residual.double()
+    assert (grad_h.double() - expected_grad).norm() <= TOLERANCE[dtype] * grad.double().norm() * rstd.max() * 4
+    assert_near(grad_weight, 1 + wide_weight.grad, torch.float32, factor=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_rotates_in_place_and_back(dtype):
+    cos, sin = rope_tables(50, 6, theta=10000.0, factor=4.0)
+    qkv, positions = randn(9, 5 * 6, dtype=dtype), torch.tensor([0, 1, 2, 49, 4, 0, 1, 30, 7])
+    expected = apply_rope(qkv.double()[:, :18].unflatten(1, (3, 6)), cos.double(), sin.double(), positions).flatten(1)
+    rotated = qkv.clone()
+    apply_rope_(rotated, cos, sin, positions, num_heads=3, head_dim=6)
+    assert_near(rotated[:, :18], expected, dtype)
+    assert torch.equal(rotated[:, 18:], qkv[:, 18:])
+    apply_rope_(rotated, cos, sin, positions, num_heads=3, head_dim=6, inverse=True)
+    assert_near(rotated, qkv.double(), dtype)
+
+
+def test_linear_scaling_divides_positions():
+    plain, _ = rope_tables(4, 8, theta=100000.0)
+    scaled, _ = rope_tables(16, 8, theta=100000.0, factor=4.0)
+    assert torch.equal(scaled[::4], plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (5, 17), (33, 512)])
+def test_swiglu(rows, dim, dtype):
+    gate_up, grad = randn(rows, 2 * dim, dtype=dtype, scale=3), randn(rows, dim, dtype=dtype, seed=1)
+    wide = gate_up.double().requires_grad_()
+    expected = swiglu(wide)
+    expected.backward(grad.double())
+    assert_near(swiglu_forward(gate_up), expected.detach(), dtype)
+    overwritten = gate_up.clone()
+    assert_near(swiglu_backward_(grad, overwritten), expected.detach(), dtype)
+    assert_near(overwritten, wide.grad, dtype)
+
+
+def test_swiglu_of_huge_gates_is_finite():
+    gate_up = torch.tensor([[1e30, -1e30, 90.0, -90.0, 1.0, 1.0, 1.0, 1.0]])
+    assert torch.allclose(swiglu_forward(gate_up), torch.tensor([[1e30, 0.0, 90.0, 0.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(2, 2, 5), (4, 2, 70), (3, 1, 300), (2, 2, 1)])
+def test_attention(heads, kv_heads, length, dtype):
+    q, k, v = (randn(2, n, length, 16, dtype=dtype, seed=s) for s, n in enumerate((heads, kv_heads, kv_heads)))
+    grad = randn(2, length, heads, 16, dtype=dtype, seed=5)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = attention_reference(*wide)
+    expected.backward(grad.double().transpose(1, 2))
+
+    out, lse = attention_forward(q, k, v)
+    assert_near(out.transpose(1, 2), expected.detach(), dtype)
+    for actual, reference in zip(attention_backward(grad, q, k, v, out, lse), wide, strict=True):
+        scale = max(reference.grad.norm(), 0.1 * grad.double().norm())  # q's and k's gradients vanish at length 1
+        assert (actual.double() - reference.grad).norm() <= 3 * TOLERANCE[dtype] * scale
+    assert_near(attention(q, k, v), expected.detach(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 37, 128])
+def test_linear_cross_entropy(vocab, dtype, monkeypatch):
+    monkeypatch.setattr("megacoder.ops.cross_entropy.CHUNK_ELEMENTS", 128 * 7)  # several chunks, the last one ragged
+    x, weight = randn(23, 12, dtype=dtype), randn(128, 12, dtype=dtype, seed=1)
+    labels = torch.arange(23) % vocab
+    labels[::5] = IGNORE_INDEX
+    wide, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected = linear_cross_entropy(wide, wide_weight, labels, vocab=vocab)
+    expected.backward()
+
+    grad_weight = torch.zeros(128, 12)
+    loss, grad_x = linear_cross_entropy_with_grads(x, weight, labels, vocab=vocab, grad_weight_WD=grad_weight)
+    assert loss.num_tokens == int((labels != IGNORE_INDEX).sum())
+    assert loss.total.item() == pytest.approx(expected.item(), rel=TOLERANCE[dtype], abs=1e-5)
+    assert (grad_x.double() - wide.grad).norm() <= 3 * TOLERANCE[dtype] * max(wide.grad.norm(), 1e-3)
+    assert (grad_weight.double() - wide_weight.grad).norm() <= 3 * TOLERANCE[dtype] * max(wide_weight.grad.norm(), 1e-3)
+    assert not grad_weight[vocab:].any(), "padding must receive no gradient"
+
+
+def test_cross_entropy_of_huge_logits_and_of_nothing():
+    x, weight = torch.full((2, 4), 1e3), torch.eye(4) * 1e3
+    loss, grad = linear_cross_entropy_with_grads(
+        x, weight, torch.tensor([1, 2]), vocab=4, grad_weight_WD=torch.zeros(4, 4)
+    )
+    assert loss.total.item() == pytest.approx(2 * torch.log(torch.tensor(4.0)).item(), rel=1e-6)
+    assert torch.isfinite(grad).all()
+    ignored = torch.full((2,), IGNORE_INDEX)
+    loss, grad = linear_cross_entropy_with_grads(x, weight, ignored, vocab=4, grad_weight_WD=torch.zeros(4, 4))
+    assert (loss.total.item(), loss.num_tokens) == (0.0, 0)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_outside_the_vocabulary_is_refused(label):
+    with pytest.raises(IndexError, match=f"label {label} is outside the vocabulary of 4 ids"):
+        linear_cross_entropy_with_grads(
+            torch.ones(1, 2), torch.ones(8, 2), torch.tensor([label]), vocab=4, grad_weight_WD=torch.zeros(8, 2)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw_follows_torch_for_100_steps(dtype):
+    start = randn(1001).float()
+    reference = torch.nn.Parameter(start.double())
+    peer = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    weight, master = start.to(dtype), start.clone()
+    exp_avg, exp_avg_sq = torch.zeros(1001), torch.zeros(1001)
+    for step in range(1, 101):
+        grad = randn(1001, seed=step).float()
+        reference.grad = grad.double() * 0.5
+        peer.step()
+        adamw_(
+            weight, master, exp_avg, exp_avg_sq, grad,
+            config=AdamWConfig(), lr=1e-2, step=step, grad_scale=0.5, decayed=True,
+        )  # fmt: skip
+    assert_near(master, reference.detach(), torch.float32)
+    assert torch.equal(weight, master.to(dtype))
+
+
+def test_sum_of_squares_does_not_depend_on_threads():
+    values = randn(200_001).float()
+    threads = torch.get_num_threads()
+    totals = set()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        totals.add(sum_of_squares(values).item())
+    torch.set_num_threads(threads)
+    assert len(totals) == 1
+    assert totals.pop() == pytest.approx(values.double().pow(2).sum().item(), rel=1e-12)

@@ -71,8 +71,8 @@ class Batch:
 class TokenStream:
     """Serves the windows of one data-parallel rank, step after step, without end.
 
-    With `dp_size` dividing V (which has no other reason to be a power of two) each rank reads 1/dp of the streams;
-    otherwise ranks share streams, and each walks over the others' windows.
+    Where `dp_size` divides V each rank reads 1/dp of the streams; otherwise ranks share streams, and each walks over
+    the windows of the others in them.
     """
 
     def __init__(

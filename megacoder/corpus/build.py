@@ -101,7 +101,7 @@ def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> lis
     identity = config.identity()
     return [
         ScanTask(
-            key=_hash([identity, [[repr(repository), found.fingerprint] for repository, found in shard]]),
+            key=_hash([identity, [[repository.identity(), found.fingerprint] for repository, found in shard]]),
             repositories=tuple(repository for repository, _ in shard),
             size=sum(min(found.size, config.max_repo_bytes or found.size) for _, found in shard),
             target=config.out / WORK / f"scanned-{index:05d}.parquet",

@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.documents import Document, Dropped
@@ -44,6 +45,10 @@ class Repository:
     """folder name -> the reason why files below such a folder are left out"""
     not_walked: frozenset[str] = _NOT_WALKED
     """names of folders that are not looked at and not counted"""
+
+    def identity(self) -> list[Any]:
+        """The fields as plain values, the same in every process."""
+        return [self.name, str(self.root), self.prefix, sorted(self.skip_folders.items()), sorted(self.not_walked)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

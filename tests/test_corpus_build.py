@@ -18,6 +18,7 @@ from megacoder.corpus.accounts import load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.folder import claim_folder
+from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.samples import SampleConfig
 from megacoder.corpus.sources import Repository
 from megacoder.corpus.split import SplitConfig
@@ -181,14 +182,13 @@ def test_after_kill_9_the_same_command_gives_the_same_output(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
     expected = tree(tmp_path / "out")
     out = tmp_path / "killed"
-    for writes in (1, 4, 9, 12, 14, 18):  # each run gets further than the one before, which it builds on
-        ended = subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), str(writes)], timeout=60)
-        assert ended.returncode == -signal.SIGKILL
+    ended = []
+    while not ended or ended[-1] == -signal.SIGKILL:  # eight writes take each run a little further than the one before
+        assert len(ended) < 20, "a run does not go on from the one before"
         assert not (out / "corpus.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in (out / "work").glob("scanned-*.parquet")}
-    assert len(done) > 4
-    assert list(out.rglob("*.tmp-*"))
-    build_corpus(config(repos, tmp_path, out=out), quiet=True)
+        ended.append(subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), "8"], timeout=60).returncode)
+    assert ended[-1] == 0
+    assert len(ended) > 3
     assert tree(out) == expected
 
 
@@ -250,6 +250,21 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     parent.kill()
     parent.wait()
     _wait(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
+
+
+def _kill_worker(task):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(CorpusError, match="fewer --workers"):
+        run_tasks(_kill_worker, [0, 1], workers=2, done=print)
+
+
+def test_results_come_in_the_order_of_the_tasks():
+    done = []
+    assert run_tasks(abs, [-3, -1, -2], workers=2, done=done.append) == [3, 1, 2]
+    assert sorted(done) == [-3, -2, -1]
 
 
 def _wait(condition, seconds=60):
@@ -334,6 +349,8 @@ def test_repositories_can_be_given(repos, tmp_path):
     given = [Repository(name="b", root=repos / "repo1", prefix="b/"), Repository(name="a", root=repos / "repo0")]
     report = build_corpus(config(repos, tmp_path, input=()), repositories=given, quiet=True)
     assert list(report.accounts.repositories) == ["a", "b"]
+    with pytest.raises(ConfigError, match="two repositories are called 'a'"):
+        build_corpus(config(repos, tmp_path), repositories=[given[1], given[1]], quiet=True)
     paths = {row["path"] for part in ("train", "heldout") for row in rows(tmp_path / "out", part) if row["repo"] == "b"}
     assert "b/pkg/top.py" in paths
 
@@ -381,7 +398,7 @@ def test_the_commands(repos, tmp_path, capsys):
     main(["corpus", "report", str(tmp_path / "out"), "--json"])
     assert capsys.readouterr().out == (tmp_path / "out/corpus.json").read_text()
     for argv, says in [
-        ([*build, "--samples.order", "path"], "samples.order"),
+        ([*build, "--order", "path"], "samples.order = 'topo', not 'path'"),
         (["corpus", "build", "--input", str(tmp_path / "nowhere"), "--out", "x"], "no such folder"),
         (["corpus", "report", str(tmp_path)], "no finished corpus"),
     ]:

@@ -78,11 +78,17 @@ def test_without_cycles_dependencies_come_first():
         ("r'''\\\nimport a\n'''\n", []),
         ("print 'python 2'\nimport a\n", [("a", None)]),
         ("important = 1\nfromage = 2\nyield_from = 3\n", []),
-        ("'''never closed\nimport a\n", [("a", None)]),
+        ("'''never closed\nimport a\n", []),
+        ("from a import (b, c\n", [("a", "b"), ("a", "c")]),
     ],
 )
 def test_imports_in_text(text, imports):
     assert list(python_imports(text)) == imports
+
+
+@pytest.mark.parametrize("hostile", ['\\"""', '"', "from a import (\n", "from ", "\n\t" * 2, "'\\\n"])
+def test_text_that_invites_backtracking_is_lexed_in_linear_time(hostile):
+    list(python_imports(hostile * (500_000 // len(hostile))))  # quadratic time would be the whole suite's limit
 
 
 def dependencies(paths, path, text):
@@ -148,7 +154,7 @@ def ast_edges(files):
     return edges
 
 
-@pytest.mark.parametrize("package", ["networkx", "rich", "huggingface_hub"])
+@pytest.mark.parametrize("package", ["networkx", "rich"])
 def test_edges_of_real_packages(package):
     root = Path(find_spec(package).origin).parent
     files = {f"{package}/{path.relative_to(root).as_posix()}": path.read_text() for path in sorted(root.rglob("*.py"))}

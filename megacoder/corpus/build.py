@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,16 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacoder.core.console import progress, say
-from megacoder.core.errors import CorpusError, DataError
+from megacoder.core.errors import ConfigError, CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import DIGEST_BYTES, later_copies
 from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
-from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.scan import ScanTask, scan_shard
 from megacoder.corpus.shards import disk_errors
-from megacoder.corpus.sources import Inventory, Repository, find_repositories, inventory, machine_repositories
+from megacoder.corpus.sources import Repository, find_repositories, inventory, machine_repositories
 from megacoder.corpus.split import choose_heldout
 from megacoder.corpus.write import PARTS, WriteTask, write_shard
 
@@ -55,15 +55,21 @@ def build_corpus(
     """Writes `train/`, `heldout/`, `dropped/` and `corpus.json` into `config.out`; what is finished there stays.
 
     `repositories`, with unique names, take the place of those that `config.input` names. CorpusError if there is
-    nothing to read or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus.
+    nothing to read or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus
+    or two repositories have one name.
     """
     if repositories is None:
         repositories = find_repositories(config.input) if config.input else machine_repositories()
+    repositories = sorted(repositories, key=lambda repository: repository.name)
+    for before, after in pairwise(repositories):
+        if before.name == after.name:
+            raise ConfigError(f"two repositories are called {after.name!r}: {before.root} and {after.root}")
     identity = config.identity()
     with claim_folder(config.out, identity, PARTS):
-        scans = _plan_scans(sorted(repositories, key=lambda repository: repository.name), config)
+        scans = _plan_scans(repositories, config)
         key = _hash([scan.key for scan in scans])
         if (report := _finished(config.out, key)) is not None:
+            keep_only(config.out, report.files, PARTS)
             return report
         _run(scan_shard, scans, "reading", config.workers, quiet)
         writes, split_unit = _plan_writes(scans, config)
@@ -83,31 +89,31 @@ def build_corpus(
 
 def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> list[ScanTask]:
     """Consecutive repositories share a shard up to `shard_bytes`; the cut depends on the inputs alone."""
-    shards: list[list[tuple[Repository, Inventory]]] = []
-    room = 0
+    shards: list[list[tuple[Repository, str]]] = []
+    sizes: list[int] = []
     for repository in repositories:
         found = inventory(
             repository,
-            languages=config.languages or tuple(LANGUAGES),
+            languages=config.selected_languages,
             max_file_bytes=config.max_file_bytes,
             exclude=config.out,
         )
-        size = min(found.size, config.max_repo_bytes or found.size)
-        if not shards or size > room:
+        size = found.size if config.max_repo_bytes is None else min(found.size, config.max_repo_bytes)
+        if not shards or sizes[-1] + size > config.shard_bytes:
             shards.append([])
-            room = config.shard_bytes
-        shards[-1].append((repository, found))
-        room -= size
+            sizes.append(0)
+        shards[-1].append((repository, found.fingerprint))
+        sizes[-1] += size
     identity = config.identity()
     return [
         ScanTask(
-            key=_hash([identity, [[repr(repository), found.fingerprint] for repository, found in shard]]),
+            key=_hash([identity, [[repository.identity(), fingerprint] for repository, fingerprint in shard]]),
             repositories=tuple(repository for repository, _ in shard),
-            size=sum(min(found.size, config.max_repo_bytes or found.size) for _, found in shard),
+            size=size,
             target=config.out / WORK / f"scanned-{index:05d}.parquet",
             config=config,
         )
-        for index, shard in enumerate(shards)
+        for index, (shard, size) in enumerate(zip(shards, sizes, strict=True))
     ]
 
 

@@ -40,7 +40,7 @@ class CorpusConfig:
     heldout: SplitConfig = field(default_factory=SplitConfig)
     seed: int = 0
     """for the random order of files and the choice of folders in a large repository"""
-    shard_bytes: int = 64 << 20
+    shard_bytes: int = 16 << 20
     """repositories are worked on together up to this size; a larger one alone"""
 
     def __post_init__(self) -> None:
@@ -56,8 +56,15 @@ class CorpusConfig:
         if self.workers < 0:
             raise ConfigError(f"workers = {self.workers}: must be at least 0")
 
+    @property
+    def selected_languages(self) -> frozenset[str]:
+        """The languages to read."""
+        return frozenset(self.languages if self.languages else LANGUAGES)
+
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all but where it goes and how many processes make it."""
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers")}
-        inputs = sorted({os.path.realpath(folder) for folder in self.input})
+        inputs = sorted(
+            {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
+        )
         return plain | {"input": inputs, "languages": sorted(set(self.languages)), "format": FORMAT}

@@ -27,7 +27,7 @@ class GeneratedFiles:
     name: str = "generated"
 
     def __call__(self, document: Document) -> Document | Dropped:
-        return document.dropped(self.name, "generated") if says_generated(document.text) else document
+        return document.dropped(self.name, "a program wrote it") if says_generated(document.text) else document
 
 
 def says_generated(text: str) -> bool:

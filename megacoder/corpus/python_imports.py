@@ -15,14 +15,16 @@ from collections.abc import Collection, Iterator
 
 __all__ = ["PythonImports", "python_imports"]
 
-_STRING = r"""(?:"{3}[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+"{3}|'{3}[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'{3}
+# Whatever is never closed runs to the end of the text: a second try at each quote would take quadratic time.
+_STRING = r"""(?:"{3}[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+(?:"{3}|\Z)
+               |'{3}[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+(?:'{3}|\Z)
                |"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|'[^'\\\n]*+(?:\\.[^'\\\n]*+)*+')"""
 _TOKEN = re.compile(
     rf"""{_STRING}
     |\#[^\n]*+
     |[\n:;][ \t]*+(?:
         from[ \t]*+(?P<origin>(?<=[ \t])[\w.]++|\.[\w.]*+)(?:[ \t]|\\\n)*+import\b(?:[ \t]|\\\n)*+
-            (?P<names>\((?:[^)\#]|\#[^\n]*+)*+\)|(?:[^\n;\#\\]|\\\n)++)
+            (?P<names>\((?:[^)\#]|\#[^\n]*+)*+(?:\)|\Z)|(?:[^\n;\#\\]|\\\n)++)
         |import[ \t]++(?P<modules>(?:[^\n;\#\\]|\\\n)++)
     )""",
     re.VERBOSE | re.DOTALL,

@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.languages import as_comment
@@ -23,7 +25,7 @@ __all__ = ["SampleConfig", "plan_samples", "render"]
 class SampleConfig:
     """How files become samples."""
 
-    order: Literal["topo", "random", "path"] = "topo"
+    order: Annotated[Literal["topo", "random", "path"], tyro.conf.arg(aliases=["--order"])] = "topo"
     """order of the files in a sample: dependencies first (the paper), shuffled (as in DeepSeek-Coder-V2), or by path"""
     max_bytes: int = 32768
     """a group of files above this size does not become one sample"""

@@ -7,7 +7,6 @@ from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import digest
 from megacoder.corpus.documents import Dropped, Stage, run_stages
 from megacoder.corpus.generated import GeneratedFiles
-from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.rules import PaperRules
 from megacoder.corpus.shards import SCAN_SCHEMA, finished, parquet_writer, redoing
 from megacoder.corpus.sources import Repository, read_repository
@@ -47,7 +46,7 @@ def scan_shard(task: ScanTask) -> None:
         for repository in task.repositories:
             items = read_repository(
                 repository,
-                languages=config.languages or tuple(LANGUAGES),
+                languages=config.selected_languages,
                 max_file_bytes=config.max_file_bytes,
                 max_repo_bytes=config.max_repo_bytes,
                 exclude=config.out,

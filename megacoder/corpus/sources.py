@@ -1,7 +1,7 @@
 """Where files come from: folders of repositories, and what Python has installed on this machine.
 
-A repository is a name and a root. Walking it yields entries in path order without opening a file; reading yields every
-entry as a document or as a drop with its reason. Nothing outside the root is ever read: a symbolic link is a reason,
+A repository is a name and a root. Walking it opens no file; reading yields every file as a document or as a drop with
+its reason. Nothing outside the root is ever read: a symbolic link is a reason,
 not a way, which also rules out loops. Version control metadata and byte-code caches are no part of a repository.
 """
 
@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.documents import Document, Dropped
@@ -24,8 +25,8 @@ __all__ = [
 
 _NOT_WALKED = frozenset({".git", ".hg", ".svn", "__pycache__"})
 _MACHINE_SKIPS = {
-    **dict.fromkeys(("test", "tests", "idle_test", "_pyinstaller"), "test suite"),
-    **dict.fromkeys(("_vendor", "_vendored", "vendored", "third_party", "_vendored_packages"), "vendored copy"),
+    **dict.fromkeys(("test", "tests", "idle_test"), "test suite"),
+    **dict.fromkeys(("_vendor", "_vendored", "vendored", "third_party"), "vendored copy"),
 }
 """An interpreter's packages carry tests that outweigh the code, and copies of one another."""
 
@@ -44,6 +45,10 @@ class Repository:
     """folder name -> the reason why files below such a folder are left out"""
     not_walked: frozenset[str] = _NOT_WALKED
     """names of folders that are not looked at and not counted"""
+
+    def identity(self) -> list[Any]:
+        """The fields as plain values, the same in every process."""
+        return [self.name, str(self.root), self.prefix, sorted(self.skip_folders.items()), sorted(self.not_walked)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +120,8 @@ def walk(repository: Repository, *, exclude: Path | None = None) -> Iterator[Ent
     if not os.path.isdir(root) or os.path.islink(root):
         yield _entry(os.path.basename(root), root)
         return
-    passed_over = os.path.abspath(exclude) if exclude else None
-    pending = [(root, "")]
+    passed_over = None if exclude is None else os.path.realpath(exclude)
+    pending = [(os.path.realpath(root), "")]
     while pending:
         folder, relative = pending.pop()
         try:
@@ -237,10 +242,9 @@ def _name_reason(
         return "language not selected"
     if not entry.path.isprintable():  # undecodable bytes, or a line break that would end a path comment
         return "name not printable"
-    if repository.skip_folders:
-        for folder in entry.path.split("/")[:-1]:
-            if folder in repository.skip_folders:
-                return repository.skip_folders[folder]
+    for folder in entry.path.split("/")[:-1]:
+        if folder in repository.skip_folders:
+            return repository.skip_folders[folder]
     return f"over {max_file_bytes} bytes" if entry.size > max_file_bytes else None
 
 

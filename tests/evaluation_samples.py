@@ -12,6 +12,7 @@ from megacoder.evaluate.held_out import SourceFile
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
+from megacoder.ops.adamw import AdamWConfig, adamw_
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 
 FUNCTION = """\
@@ -63,7 +64,7 @@ def make_model(tokenizer: Tokenizer, **changes) -> Transformer:
 
 def overfit(model: Transformer, examples: list[tuple[list[int], list[int]]], *, steps: int) -> None:
     """Trains on (prompt, answer) pairs, the loss on the answers alone, until they are known by heart."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    states = [[param.detach().clone().flatten(), *torch.zeros(2, param.numel())] for param in model.parameters()]
     width = max(len(prompt) + len(answer) for prompt, answer in examples)
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -71,9 +72,12 @@ def overfit(model: Transformer, examples: list[tuple[list[int], list[int]]], *, 
         tokens[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
     order = random.Random(0)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         rows = order.sample(range(len(examples)), k=min(8, len(examples)))
-        loss = model.loss(tokens[rows], labels[rows]) / (labels[rows] != IGNORE_INDEX).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        model.zero_grad()
+        (model.loss(tokens[rows], labels[rows]) / (labels[rows] != IGNORE_INDEX).sum()).backward()
+        for param, state in zip(model.parameters(), states, strict=True):
+            adamw_(
+                param.detach().view(-1), *state, param.grad.view(-1),
+                config=AdamWConfig(), lr=3e-3, step=step, grad_scale=1.0, decayed=False,
+            )  # fmt: skip

@@ -94,7 +94,7 @@ def test_eval_perplexity(home, capsys):
     assert 0 < score["xz"] < score["unigram"]
     code, out, _ = run(capsys, *words, "--window", "64")
     assert code == 0
-    assert "windows of 64 tokens" in out
+    assert "tokens in windows of 64;" in out
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,7 @@ def test_eval_perplexity(home, capsys):
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
         ("generate --model model", "--prompt"),
         ("eval infill --model model --data tokenizer", "no .parquet files"),
+        ("eval infill --model model --data", "no held-out data"),
         ("eval infill --model model --data heldout --num-tasks 0", "--num-tasks 0"),
         ("eval perplexity --model model --data gone", "gone: no such file or folder"),
         ("eval perplexity --model model --data heldout --train gone", "gone.idx"),

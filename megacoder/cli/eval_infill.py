@@ -78,10 +78,11 @@ def print_summary(summary: InfillSummary) -> None:
     if summary.most_frequent_line is not None:
         rows.append(("the most frequent line", summary.most_frequent_line))
     table(
-        f"Single-line infilling: {summary.num_tasks:,} lines of {summary.num_files:,} held-out files",
+        "Single-line infilling",
         ["", "exact match", "edit similarity"],
         [[name, *_cells(score)] for name, score in rows],
     )
+    print(f"{summary.num_tasks:,} lines of {summary.num_files:,} held-out files")
 
 
 def _cells(score: InfillScore) -> list[str]:

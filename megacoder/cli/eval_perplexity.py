@@ -51,6 +51,8 @@ def print_score(score: HeldOutScore) -> None:
     rows = [["model", f"{score.model:.4f}"], ["xz -9", f"{score.xz:.4f}"]]
     if score.unigram is not None:
         rows.append(["unigram tokens", f"{score.unigram:.4f}"])
-    title = f"Held-out text: {score.num_documents:,} documents, {score.num_bytes:,} bytes, {score.num_tokens:,} tokens"
-    table(title, ["", "bits per byte"], rows)
-    print(f"perplexity per token {score.perplexity:.3f}, windows of {score.window:,} tokens")
+    table("Held-out text", ["", "bits per byte"], rows)
+    print(
+        f"{score.num_documents:,} documents, {score.num_bytes:,} bytes, {score.num_tokens:,} tokens in windows of "
+        f"{score.window:,}; perplexity per token {score.perplexity:.3f}"
+    )

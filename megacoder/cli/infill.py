@@ -27,7 +27,7 @@ class InfillArgs:
     model: Path
     """Hugging Face folder with a tokenizer, as an export writes it"""
     line: int | None = None
-    """number of the line to write anew, from 1; the answer ends with the line"""
+    """the line to write anew, from 1; the answer ends with the line"""
     max_new_tokens: int = 128
     """stop after so many tokens, if the model has not ended the answer before"""
     dtype: ComputeDtype = "stored"

@@ -130,7 +130,7 @@ def training_token_counts(dataset: IndexedDataset, tokenizer: Tokenizer) -> np.n
     return counts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _model_bits(model: Transformer, documents: Sequence[np.ndarray], window: int, quiet: bool) -> float:
     passes = [(ids, *span) for ids in documents for span in windows(len(ids), window)]
     passes.sort(

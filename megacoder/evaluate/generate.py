@@ -39,7 +39,7 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p}: must be above 0 and at most 1")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: rotary tables that move to a GPU here must serve training later
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

@@ -38,9 +38,12 @@ _COLUMNS = list(SourceFile.__dataclass_fields__)
 def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
     """The files in `paths`, Parquet files or folders of them, in order.
 
-    Raises DataError for a path with nothing in it and FormatError for a file that is no such Parquet file.
+    Raises DataError for no path or one with nothing in it, and FormatError for a file that is no such Parquet file.
     """
-    for shard in [shard for path in paths for shard in _shards(path)]:
+    shards = [shard for path in paths for shard in _shards(path)]
+    if not shards:
+        raise DataError("no held-out data: name Parquet files, or folders of them, as `corpus build` writes them")
+    for shard in shards:
         try:
             with pq.ParquetFile(shard) as file:
                 missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megacoder.core.config import nearest
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
 from megacoder.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _dispatch(words)
     except MegacoderError as error:
+        # What every rank meets alike is said once, by the first.
+        if isinstance(error, AlikeOnAllRanks) and os.environ.get("RANK", "0") != "0":
+            sys.exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

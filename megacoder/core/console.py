@@ -77,7 +77,7 @@ class _Lines:
     def __init__(self, title: str, total: float, every_seconds: float) -> None:
         self.title, self.total, self.every_seconds = title, total, every_seconds
         self.start = self.last = time.monotonic()
-        self.completed, self.note = 0.0, ""
+        self.completed, self.note, self.printed = 0.0, "", -1.0
 
     def update(self, completed: float, note: str = "") -> None:
         self.completed, self.note = completed, note
@@ -85,10 +85,11 @@ class _Lines:
             self._print()
 
     def finish(self) -> None:
-        self._print()
+        if self.completed != self.printed:
+            self._print()
 
     def _print(self) -> None:
-        self.last = time.monotonic()
+        self.last, self.printed = time.monotonic(), self.completed
         share = self.completed / self.total if self.total else 1.0
         elapsed = self.last - self.start
         left = elapsed / share - elapsed if share else float("nan")

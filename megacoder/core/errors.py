@@ -4,7 +4,15 @@ The command line prints exactly that line and exits with `exit_code`; anything e
 its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "CorpusError", "DataError", "FormatError", "MegacoderError"]
+__all__ = [
+    "AlikeOnAllRanks",
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "DataError",
+    "FormatError",
+    "MegacoderError",
+]
 
 
 class MegacoderError(Exception):
@@ -13,7 +21,11 @@ class MegacoderError(Exception):
     exit_code = 1
 
 
-class ConfigError(MegacoderError):
+class AlikeOnAllRanks(MegacoderError):
+    """An error that every rank of a run meets at the same place, so that one of them is enough to say it."""
+
+
+class ConfigError(AlikeOnAllRanks):
     """An option, a TOML file or a combination of settings that cannot work."""
 
     exit_code = 2

@@ -7,17 +7,16 @@ where the stream puts one in front of documents, after each EOS where it does no
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED_LABEL", "cu_seqlens", "document_starts", "next_token_labels", "position_ids"]
+from megacoder.ops.cross_entropy import IGNORE_INDEX
 
-IGNORED_LABEL = -100
-"""The label that a loss leaves out, as in torch.nn.functional.cross_entropy."""
+__all__ = ["cu_seqlens", "document_starts", "next_token_labels", "position_ids"]
 
 
 def next_token_labels(windows: Tensor, *, bos_id: int | None, eos_id: int) -> Tensor:
-    """(B, S + 1) tokens -> (B, S) labels: the next token, or IGNORED_LABEL where that begins another document."""
+    """(B, S + 1) tokens -> (B, S) labels: the next token, or IGNORE_INDEX where that begins another document."""
     labels = windows[:, 1:].clone()
     crosses = windows[:, :-1] == eos_id if bos_id is None else labels == bos_id
-    return labels.masked_fill_(crosses, IGNORED_LABEL)
+    return labels.masked_fill_(crosses, IGNORE_INDEX)
 
 
 def document_starts(tokens: Tensor, *, bos_id: int | None, eos_id: int) -> Tensor:

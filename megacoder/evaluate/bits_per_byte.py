@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megacoder.core.console import progress
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.model.scheduled import forward_loss
 from megacoder.model.transformer import Transformer
-from megacoder.ops.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from megacoder.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = ["HeldOutScore", "measure_bits_per_byte", "training_token_counts", "unigram_bits", "windows", "xz_bits"]
 
@@ -150,23 +150,11 @@ def _model_bits(model: Transformer, documents: Sequence[np.ndarray], window: int
 
 
 def _batch_nats(model: Transformer, batch: Sequence[tuple[np.ndarray, int, int, int]]) -> float:
-    device = model.lm_head.weight.device
     width = batch[0][2] - batch[0][1]
     tokens_BS = torch.zeros(len(batch), width, dtype=torch.long)
-    labels_BS, counted_BS = torch.zeros_like(tokens_BS), torch.zeros_like(tokens_BS, dtype=torch.bool)
+    labels_BS = torch.full_like(tokens_BS, IGNORE_INDEX)
     for row, (ids, start, stop, counted) in enumerate(batch):
         tokens_BS[row, : stop - start] = torch.from_numpy(ids[start:stop])
-        labels_BS[row, : stop - start] = torch.from_numpy(ids[start + 1 : stop + 1])
-        counted_BS[row, counted - start - 1 : stop - start] = True
-    counted_BS = counted_BS.to(device)
-    hidden_TD, labels_T = model(tokens_BS.to(device))[counted_BS], labels_BS.to(device)[counted_BS]
-    return sum(_nats(model, *chunk) for chunk in _chunks(hidden_TD, labels_T, model.config.vocab_size))
-
-
-def _nats(model: Transformer, hidden_TD: Tensor, labels_T: Tensor) -> float:
-    return float(linear_cross_entropy(hidden_TD, model.lm_head.weight, labels_T, vocab=model.config.vocab_size))
-
-
-def _chunks(hidden_TD: Tensor, labels_T: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK_ELEMENTS // vocab)
-    return zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
+        labels_BS[row, counted - start - 1 : stop - start] = torch.from_numpy(ids[counted : stop + 1])
+    device = model.lm_head.weight.device
+    return forward_loss(model, tokens_BS.to(device), labels_BS.to(device)).total.item()

@@ -20,7 +20,9 @@ def largest_logit_difference(model: Transformer, folder: Path, tokens: Sequence[
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     ids = torch.tensor([list(tokens)])
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = model.to("cpu", torch.float32)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from megacoder.model.transformer import DecoderLayer, Linear, RopeTables, Transformer
 from megacoder.ops.attention import attention_backward, attention_forward
-from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_with_grads
+from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_sum, linear_cross_entropy_with_grads
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 
-__all__ = ["SavedLayer", "WeightGradients", "forward_backward", "layer_backward", "layer_forward"]
+__all__ = ["SavedLayer", "WeightGradients", "forward_backward", "forward_loss", "layer_backward", "layer_forward"]
 
 
 @dataclass(slots=True)
@@ -101,6 +101,21 @@ def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -
         grad = layer_backward(layer, grad, saved.pop(), rope, positions_T, weight_grads)
     grad_of(model.embed_tokens.weight).index_add_(0, tokens_BS.flatten(), grad.float())
     return loss
+
+
+@torch.no_grad()
+def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
+    """The loss sum of one microbatch, for evaluation: the same halves, nothing kept."""
+    batch, length = tokens_BS.shape
+    positions_T = torch.arange(length, device=tokens_BS.device).repeat(batch)
+    rope = model.rope(tokens_BS.device)
+    stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight), None
+    for layer in model.decoder_layers():
+        stream, residual, _ = layer_forward(layer, stream, residual, rope, positions_T, batch)
+    normed, _, _ = rms_norm_forward(stream, model.norm.weight.detach(), model.norm.eps, residual_TD=residual)
+    return linear_cross_entropy_sum(
+        normed, model.lm_head.weight.detach(), labels_BS.flatten(), vocab=model.config.vocab_size
+    )
 
 
 def layer_forward(

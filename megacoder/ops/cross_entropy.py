@@ -17,7 +17,14 @@ from torch import Tensor
 from megacoder.ops.cpp import address, kernels_for
 from megacoder.ops.linear import accumulate_weight_grad
 
-__all__ = ["IGNORE_INDEX", "LossSum", "cross_entropy_", "linear_cross_entropy", "linear_cross_entropy_with_grads"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LossSum",
+    "cross_entropy_",
+    "linear_cross_entropy",
+    "linear_cross_entropy_sum",
+    "linear_cross_entropy_with_grads",
+]
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
@@ -79,10 +86,7 @@ def linear_cross_entropy_with_grads(
 
     IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel.
     """
-    counted = labels_T != IGNORE_INDEX
-    outside = counted & ((labels_T < 0) | (labels_T >= vocab))
-    if bool(outside.any()):
-        raise IndexError(f"label {int(labels_T[outside][0])} is outside the vocabulary of {vocab} ids")
+    num_tokens = _check_labels(labels_T, vocab)
     grad_x_TD = torch.empty_like(x_TD)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
     chunk = max(1, CHUNK_ELEMENTS // weight_WD.shape[0])
@@ -91,4 +95,23 @@ def linear_cross_entropy_with_grads(
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
         torch.mm(logits_CW, weight_WD, out=grad_x_CD)
         accumulate_weight_grad(grad_weight_WD, logits_CW, x_CD)
-    return LossSum(total, int(counted.sum())), grad_x_TD
+    return LossSum(total, num_tokens), grad_x_TD
+
+
+def linear_cross_entropy_sum(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int) -> LossSum:
+    """The loss sum alone, for evaluation; the same chunks, the same errors."""
+    num_tokens = _check_labels(labels_T, vocab)
+    total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    chunk = max(1, CHUNK_ELEMENTS // weight_WD.shape[0])
+    for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
+        total += cross_entropy_(x_CD @ weight_WD.t(), labels_C, vocab=vocab).sum(dtype=torch.float64)
+    return LossSum(total, num_tokens)
+
+
+def _check_labels(labels_T: Tensor, vocab: int) -> int:
+    """How many labels are trained on."""
+    counted = labels_T != IGNORE_INDEX
+    outside = counted & ((labels_T < 0) | (labels_T >= vocab))
+    if bool(outside.any()):
+        raise IndexError(f"label {int(labels_T[outside][0])} is outside the vocabulary of {vocab} ids")
+    return int(counted.sum())

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megacoder.core.console import progress, say
 from megacoder.core.device import faster_dtype, probe
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
-from megacoder.data.indexed import IndexedDataset
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.init import init_weights
@@ -42,7 +42,7 @@ MAX_SKIPPED_STEPS = 20
 """Updates skipped in a row, for a gradient that is not finite, after which a run ends."""
 
 
-class Interrupted(MegacoderError):
+class Interrupted(AlikeOnAllRanks):
     """The run was asked to stop and has written a checkpoint."""
 
     exit_code = 130
@@ -89,7 +89,7 @@ class Trainer:
                 f"{tokenizer.vocab_size} ids; set model.vocab_size to that"
             )
         stream = TokenStream(
-            IndexedDataset(config.data.train), tokenizer, config.data.stream,
+            open_dataset(config.data.train, tokenizer), tokenizer, config.data.stream,
             global_batch_size=config.global_batch_size, dp_rank=world.rank, dp_size=world.size,
         )  # fmt: skip
         self.batches = Prefetcher(stream)

@@ -6,18 +6,15 @@ import torch
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.fim import FimConfig
-from megacoder.data.indexed import IndexedDataset
+from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import TokenStream
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.model.scheduled import forward_loss
 from megacoder.model.transformer import Transformer
-from megacoder.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from megacoder.parallel.collectives import World, all_reduce_sum
 from megacoder.train.config import RunConfig
 
 __all__ = ["HeldOut"]
-
-CHUNK_TOKENS = 1024
-"""Tokens whose logits are held at a time."""
 
 
 class HeldOut:
@@ -28,24 +25,20 @@ class HeldOut:
             raise ConfigError("data.valid is not set, so there is no held-out loss to measure")
         plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
         stream = TokenStream(
-            IndexedDataset(config.data.valid), tokenizer, plain,
+            open_dataset(config.data.valid, tokenizer), tokenizer, plain,
             global_batch_size=config.global_batch_size, dp_rank=world.rank, dp_size=world.size,
         )  # fmt: skip
         self.world, self.micro_batch_size = world, config.micro_batch_size
         self.batches = [stream.next_batch() for _ in range(config.eval_batches)]
 
-    @torch.no_grad()
     def loss(self, model: Transformer) -> float:
         """Mean loss over all ranks' tokens, nats."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in self.batches:
             tokens, labels = batch.tokens.to(self.world.device), batch.labels.to(self.world.device)
-            sums[1] += (labels != IGNORE_INDEX).sum()
             pairs = zip(tokens.split(self.micro_batch_size), labels.split(self.micro_batch_size), strict=True)
             for micro_tokens, micro_labels in pairs:
-                hidden = model(micro_tokens).flatten(0, 1)
-                chunks = zip(hidden.split(CHUNK_TOKENS), micro_labels.flatten().split(CHUNK_TOKENS), strict=True)
-                for x, targets in chunks:
-                    sums[0] += linear_cross_entropy(x, model.lm_head.weight, targets, vocab=model.config.vocab_size)
+                loss = forward_loss(model, micro_tokens, micro_labels)
+                sums += torch.stack([loss.total, loss.total.new_tensor(loss.num_tokens)])
         all_reduce_sum(sums, self.world.group)
         return (sums[0] / sums[1].clamp_min(1)).item()

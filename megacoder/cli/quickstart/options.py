@@ -24,7 +24,7 @@ class QuickstartOptions:
     """ids of the tokenizer that come from training; the paper has 32,000"""
     nproc: int | None = None
     """training processes; without, one per GPU, or 2 on a CPU"""
-    max_repo_megabytes: float = 8.0
+    max_repo_megabytes: float = 4.0
     """of a larger repository, a part of this size is taken, so that none outweighs all others"""
     seed: int = 1234
     """of weights, order and fill-in-the-middle"""

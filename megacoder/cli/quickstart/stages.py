@@ -27,6 +27,8 @@ from megacoder.core.files import write_json, write_text
 from megacoder.corpus.accounts import CorpusReport
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.samples import SampleConfig
+from megacoder.corpus.split import SplitConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import Tokenizer
@@ -50,6 +52,8 @@ from megacoder.train.run_folder import load_weights
 
 __all__ = ["main", "run_quickstart"]
 
+HELD_OUT_BYTES = 1_000_000
+"""Enough for a stable figure, little enough to score in half a minute."""
 NUM_INFILL_TASKS = 200
 """Held-out lines that the model is asked for."""
 SHOWN_INFILLS = 3
@@ -96,8 +100,9 @@ def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
     languages = () if options.input else ("Python",)
     return build_corpus(
         CorpusConfig(
-            out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True
-        )
+            out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
+            samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
+        )  # fmt: skip
     )
 
 

@@ -1,7 +1,7 @@
 """Builds the optional CPU kernels; everything else is declared in pyproject.toml.
 
 Without a compiler the install still succeeds: `optional=True` turns a failed build into a warning, and the package
-then runs on its NumPy and torch paths (`megacoder --version --verbose` says which parts are built).
+then runs on its torch paths (`megacoder --version --verbose` says which parts are built).
 """
 
 import sys

@@ -66,6 +66,9 @@ def _dispatch(words: list[str]) -> None:
             module, _, function = COMMANDS[name][0].partition(":")
             getattr(importlib.import_module(module), function or "main")(words[size:])
             return
+    group = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if group:
+        raise ConfigError(f"{words[0]!r} goes with a second word: {', '.join(group)}")
     match = nearest(words[0], [name.split()[0] for name in COMMANDS])
     hint = f"did you mean {match!r}? " if match else ""
     raise ConfigError(f"unknown command {words[0]!r}; {hint}see megacoder --help")

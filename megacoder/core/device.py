@@ -55,7 +55,7 @@ def faster_dtype(machine: Machine, *, rows: int = 2048, width: int = 512, trials
 
 
 def cpp_extension() -> str | None:
-    """Path of the compiled helpers, or None where the package was installed without a compiler."""
+    """Path of the compiled CPU kernels, or None where the package was installed without a compiler."""
     spec = importlib.util.find_spec("megacoder._cpp")
     return spec.origin if spec else None
 
@@ -67,7 +67,7 @@ def describe_parts() -> list[tuple[str, str]]:
     return [
         ("torch", torch.__version__),
         ("device", f"{machine.device_name} ({machine.num_devices} x {machine.device_type}, {machine.num_cores} cores)"),
-        ("C++ helpers", cpp_extension() or "not built; the NumPy and torch paths are used"),
+        ("C++ kernels", cpp_extension() or "not built; the torch paths are used"),
         *optional,
     ]
 

@@ -1,0 +1,81 @@
+"""The command line: every command answers --help, mistakes are one line with the nearest right thing."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from megacoder.cli.main import COMMANDS, main
+from megacoder.version import __version__
+
+
+def run(argv, capsys):
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    code, out, _ = run([*command.split(), "--help"], capsys)
+    assert code == 0
+    assert "usage" in out.lower()
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = run([], capsys)
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_one_line(command, capsys):
+    first = ["nothing.toml"] if command == "train" else []
+    code, _, err = run([*command.split(), *first, "--no-such-option"], capsys)
+    assert code == 2
+    assert err.startswith("megacoder: ")
+    assert err.count("\n") == 1
+
+
+def test_the_nearest_option_is_named(capsys):
+    assert "did you mean '--minutes'?" in run(["quickstart", "--minuts", "3"], capsys)[2]
+
+
+@pytest.mark.parametrize(("word", "hint"), [("quikstart", "quickstart"), ("corpsu", "corpus")])
+def test_an_unknown_command_names_the_nearest(word, hint, capsys):
+    code, _, err = run([word], capsys)
+    assert code == 2
+    assert f"unknown command {word!r}; did you mean {hint!r}?" in err
+
+
+def test_a_group_without_its_second_word_lists_them(capsys):
+    code, _, err = run(["eval"], capsys)
+    assert code == 2
+    assert "eval infill" in err
+    assert "eval perplexity" in err
+
+
+def test_version(capsys):
+    code, out, _ = run(["--version"], capsys)
+    assert (code, out) == (0, f"megacoder {__version__}\n")
+    out = run(["--version", "--verbose"], capsys)[1]
+    assert "torch" in out
+    assert "C++ kernels" in out
+
+
+def test_python_dash_m(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-m", "megacoder", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert shown.stdout == f"megacoder {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_table_points_at_functions(command):
+    module, _, function = COMMANDS[command][0].partition(":")
+    assert callable(getattr(importlib.import_module(module), function or "main"))

@@ -1,0 +1,243 @@
+"""The training loop: the same run for any number of ranks, resumed equals uninterrupted, stops cleanly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from train_cases import make_case
+
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.parallel.collectives import World
+from megacoder.train.config import RunConfig
+from megacoder.train.loop import Interrupted, Trainer, train
+from megacoder.train.metrics_log import MetricsLog, read_metrics
+from megacoder.train.schedule import ScheduleConfig, learning_rate
+
+TIMES = {"tokens_per_second", "tflops"}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("run"))
+
+
+def curve(folder):
+    """Everything that is logged but times."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def launch(toml, *arguments, nproc=2):
+    command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", str(nproc), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def alone(case):
+    """The uninterrupted run in this process."""
+    config = case.config("alone")
+    train(config)
+    return config.output
+
+
+def test_a_run_learns_and_logs(alone):
+    rows = read_metrics(alone / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    held_out = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+    assert list(held_out) == [1, 4, 8]
+    assert held_out[8] < held_out[1]
+    assert rows[-1]["tokens"] == 8 * 8 * 32
+    assert CheckpointReader(alone / "checkpoints").step == 8
+
+
+def test_tensorboard_reads_what_was_logged(alone):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(alone / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    rows = read_metrics(alone / "metrics.jsonl")
+    assert logged == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
+
+
+def test_the_same_seed_gives_the_same_bits(case, alone):
+    config = case.config("again")
+    train(config)
+    assert curve(config.output) == curve(alone)
+
+
+def test_two_ranks_under_torchrun_equal_one_process(case, alone):
+    toml = case.toml("two")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megacoder",
+    ]
+    done = subprocess.run([*command, "train", str(toml)], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for ours, reference in zip(curve(case.folder / "two"), curve(alone), strict=True):
+        assert ours == {key: pytest.approx(value, rel=2e-5) for key, value in reference.items()}
+    reader, expected = (CheckpointReader(folder / "checkpoints") for folder in (case.folder / "two", alone))
+    for kind, name in expected.tensors():
+        ours, reference = reader.read_tensor(name, kind), expected.read_tensor(name, kind)
+        assert (ours - reference).norm() <= 1e-4 * reference.norm() + 1e-9, (kind, name)
+
+
+def test_microbatches_do_not_change_the_run(case, alone):
+    config = case.config("whole", micro_batch_size=8)
+    train(config)
+    for ours, reference in zip(curve(config.output), curve(alone), strict=True):
+        assert ours == {key: pytest.approx(value, rel=2e-5) for key, value in reference.items()}
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
+    config = case.config(f"stopped-{stop_at}")
+    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    update = trainer.update
+
+    def update_and_ask():
+        if trainer.step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update()
+
+    trainer.update = update_and_ask
+    with pytest.raises(Interrupted, match=f"stopped at step {stop_at} "):
+        trainer.run()
+    trainer.folder.finish()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [row["step"] for row in curve(config.output)] == list(range(1, stop_at + 1))
+    train(config)
+    assert curve(config.output) == curve(alone)
+    ours, expected = (CheckpointReader(folder / "checkpoints") for folder in (config.output, alone))
+    for kind, name in expected.tensors():
+        assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
+
+
+def test_a_crash_between_checkpoints_repeats_its_steps_only(case, alone):
+    config = case.config("crashed")
+    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    update = trainer.update
+
+    def crash():
+        if trainer.step == 4:
+            raise RuntimeError("power cut")
+        return update()
+
+    trainer.update = crash
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.run()
+    trainer.folder.finish()
+    train(config)
+    assert curve(config.output) == curve(alone)
+
+
+def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone):
+    toml = case.toml("signalled", steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2))
+    command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = case.folder / "signalled" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, stderr
+    assert stderr.count("stopped at step") == 1
+    step = CheckpointReader(case.folder / "signalled" / "checkpoints").step
+    assert step == read_metrics(metrics)[-1]["step"] >= 3
+    resumed = Trainer(
+        case.config("signalled", steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)),
+        World(0, 1, 0, torch.device("cpu"), None),
+    )
+    assert resumed.step == step
+    assert math.isfinite(resumed.update().loss)
+
+
+def test_a_folder_of_another_run_is_refused(case, alone):
+    with pytest.raises(ConfigError, match=r"schedule.peak_lr = 0.01, not 0.02; choose another output"):
+        train(case.config("alone", schedule=ScheduleConfig(peak_lr=0.02, warmup_steps=2)))
+    train(case.config("alone", log_every=2, eval_every=100))  # finished: nothing to do, and nothing to refuse
+
+
+def test_a_worker_error_is_said_once_and_ends_the_launcher(case):
+    done = launch(case.toml("refused"), "--model.vocab-size", "999")
+    assert done.returncode == 2
+    assert done.stderr.count("model.vocab_size = 999") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
+    done = launch(case.toml("three"), nproc=3)
+    assert done.returncode == 2
+    assert done.stderr == "megacoder: global_batch_size = 8 is not a multiple of 3 ranks x micro_batch_size = 2\n"
+    assert not (case.folder / "three").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
+        ({"schedule": {"peak_lr": -1.0}}, "peak_lr = -1.0"),
+        ({"data": {"stream": {"seq_length": 128}}}, "seq_length = 128 exceeds model.max_position_embeddings = 64"),
+    ],
+)
+def test_settings_out_of_range_are_refused(case, changes, message):
+    from megacoder.core.config import from_dict, to_dict
+
+    table = to_dict(case.config("x"))
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            nested = next(iter(value))
+            table[key][nested] = (
+                {**table[key][nested], **value[nested]} if isinstance(value[nested], dict) else value[nested]
+            )
+        else:
+            table[key] = value
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, table, where="run.toml")
+
+
+def test_damaged_data_is_refused_with_the_file_named(case, tmp_path):
+    damaged = make_case(tmp_path)
+    path = tmp_path / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(FormatError, match=r"train\.bin"):
+        train(damaged.config("run"))
+
+
+def test_three_stage_schedule():
+    config = ScheduleConfig(peak_lr=1.0, warmup_steps=10)
+    rates = [learning_rate(step, 100, config) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert set(rates[10:80]) == {1.0}
+    assert rates[80:90] == pytest.approx([math.sqrt(0.1)] * 10)
+    assert rates[90:] == pytest.approx([0.1] * 10)
+    cosine = ScheduleConfig(kind="cosine", peak_lr=1.0, warmup_steps=0)
+    assert learning_rate(100, 100, cosine) == pytest.approx(0.1)
+    assert learning_rate(1, 100, ScheduleConfig(kind="constant", peak_lr=0.5, warmup_steps=0)) == 0.5
+
+
+def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path, resume_step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "lo')  # a crash in the middle of a line
+    MetricsLog(tmp_path, resume_step=2).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]

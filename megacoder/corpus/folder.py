@@ -39,8 +39,9 @@ def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) ->
         _check_identity(out, identity)
         for folder in (out, out / WORK, *(out / part for part in parts)):
             remove_stale_temporaries(folder)
-        with disk_errors(out):
-            write_json(out / _CONFIG, identity)
+        if not (out / _CONFIG).exists():
+            with disk_errors(out):
+                write_json(out / _CONFIG, identity)
         yield
     finally:
         os.close(descriptor)

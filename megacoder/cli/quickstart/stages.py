@@ -67,10 +67,12 @@ def main(argv: Sequence[str]) -> None:
 def run_quickstart(options: QuickstartOptions) -> None:
     """See `main`; the Python entry."""
     places, machine = Places(options.out), probe()
-    claim(places, options)
+    check_options(places, options)
     say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
 
     corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
+    if not places.options.exists():  # only now: a folder that began with a mistake stays free
+        write_text(places.options, to_toml(options))
     print_report(corpus, max_repositories=8)
     _stage("2/7 tokenizer", lambda: make_tokenizer(options, places))
     _stage("3/7 tokens", lambda: make_tokens(options, places))
@@ -84,13 +86,11 @@ def run_quickstart(options: QuickstartOptions) -> None:
     print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
 
 
-def claim(places: Places, options: QuickstartOptions) -> None:
-    """Fixes the options of a new folder; ConfigError where it was begun with others."""
+def check_options(places: Places, options: QuickstartOptions) -> None:
+    """ConfigError where the folder was begun with other options."""
     if places.options.exists():
         old = load_toml(QuickstartOptions, places.options)
         check_same(old, options, where=str(places.options), free={"out"}, advice="choose another --out")
-    else:
-        write_text(places.options, to_toml(options))
 
 
 def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:

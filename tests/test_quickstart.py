@@ -1,0 +1,195 @@
+"""The whole job in small: every stage, resumed after an interruption, refused where it cannot work."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+from train_cases import functions
+
+from megacoder.cli.quickstart.options import QuickstartOptions
+from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, steps_within
+from megacoder.core.device import Machine, faster_dtype, probe
+from megacoder.core.errors import ConfigError
+from megacoder.train.metrics_log import read_metrics
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "megacoder", "quickstart", *map(str, arguments)]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Four repositories of small Python files that import each other."""
+    root = tmp_path_factory.mktemp("sources")
+    for index, name in enumerate(["alpha", "beta", "gamma", "delta"]):
+        package = root / name / name
+        package.mkdir(parents=True)
+        for number, text in enumerate(functions(12, first=20 * index)):
+            uses = f"from {name}.part{number - 1} import add_{20 * index + number - 1}\n\n\n" if number else ""
+            (package / f"part{number}.py").write_text(uses + text)
+    return root
+
+
+def arguments(sources, out):
+    return ["--input", sources, "--out", out, "--steps", 6, "--vocab-size", 512, "--nproc", 2]
+
+
+@pytest.fixture(scope="module")
+def finished(sources, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "q"
+    done = run(*arguments(sources, out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def curve(out):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(out / "run" / "metrics.jsonl")]
+
+
+def test_every_stage_leaves_its_output(finished):
+    out, done = finished
+    for path in ("corpus/corpus.json", "tokenizer/tokenizer.json", "data/train.bin", "data/heldout.idx", "run.toml",
+                 "run/metrics.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+                 "evaluation.json", "infill.jsonl", "report.html"):  # fmt: skip
+        assert (out / path).stat().st_size > 0, path
+    assert [step for step, _, _ in curve(out)] == [1, 2, 3, 4, 5, 6]
+    assert done.stdout.count("truth |") == 3
+    difference = float(re.search(r"logits differ by ([0-9.e+-]+)", done.stdout).group(1))
+    assert difference < 1e-4
+
+
+def test_the_report_is_one_whole_file(finished):
+    class Checker(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.fetched = [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.fetched += [value for key, value in attributes if key in ("src", "href")]
+            if tag not in ("meta", "line", "polyline"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag not in ("line", "polyline"):
+                assert self.open.pop() == tag
+
+    text = (finished[0] / "report.html").read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert (checker.open, checker.fetched) == ([], [])
+    assert "xz -9" in text
+    assert text.count("<svg") == 2
+
+
+def test_a_second_run_does_nothing_again(sources, finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
+    assert run(*arguments(sources, out)).returncode == 0
+    after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
+    assert {path for path in before if before[path] != after.get(path)} <= {out / "report.html"}
+    assert before.keys() == after.keys()
+
+
+def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_run(sources, finished, tmp_path):
+    out = tmp_path / "q"
+    for landmark in ("corpus/corpus.json", "data/train.idx", "run/checkpoints/latest"):
+        process = subprocess.Popen(command(*arguments(sources, out)), stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not (out / landmark).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode in (0, 130), stderr
+        assert "Traceback" not in stderr
+    assert run(*arguments(sources, out)).returncode == 0
+    assert curve(out) == curve(finished[0])
+    assert not list(out.rglob("*.tmp-*"))
+
+
+def test_a_folder_of_other_options_is_refused(sources, finished):
+    out, _ = finished
+    done = run("--input", sources, "--out", out, "--steps", 7, "--vocab-size", 512, "--nproc", 2)
+    assert done.returncode == 2
+    assert done.stderr == f"megacoder: {out}/quickstart.toml was made with steps = 6, not 7; choose another --out\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "neither source files"),
+        (lambda root: (root / "notes.txt").write_text("no code"), "neither source files"),
+        (lambda root: (root / "binary.py").write_bytes(b"\x00\x01" * 100), "binary|NUL"),
+        (lambda root: (root / "latin.py").write_bytes(b"x = '\xe9'\n" * 30), "UTF-8"),
+    ],
+    ids=["empty", "no source", "binary", "not UTF-8"],
+)
+def test_sources_with_nothing_to_learn_from_are_refused(tmp_path, make, message):
+    root = tmp_path / "sources"
+    root.mkdir()
+    make(root)
+    done = run("--input", root, "--out", tmp_path / "q", "--steps", 2)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("megacoder: ")
+    assert re.search(message, line), line
+    assert not [path for path in (tmp_path / "q").rglob("*") if path.is_file()]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    done = run("--input", tmp_path / "nowhere", "--out", tmp_path / "q")
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="a small tmpfs needs root")
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(sources, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        done = run(*arguments(sources, disk / "q"))
+        assert done.returncode not in (0, 130)
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(disk.rglob("*.tmp-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_steps_fall_on_a_coarse_ladder():
+    assert [steps_within(1, seconds, overhead=1.0) for seconds in (0.6, 0.59, 0.41, 0.39, 7, 100)] == [
+        100, 100, 100, 150, 7, 1
+    ]  # fmt: skip
+
+
+def test_the_recipe_follows_machine_and_time():
+    cpu = Machine(device_type="cpu", device_name="x", num_devices=1, num_cores=2)
+    assert choose_recipe(cpu, 5) is SMALL
+    assert choose_recipe(cpu, 90) is MEDIUM
+    gpu = Machine(device_type="cuda", device_name="x", num_devices=1, num_cores=2)
+    assert choose_recipe(gpu, 5).hidden_size > MEDIUM.hidden_size
+
+
+def test_the_faster_dtype_is_one_of_two():
+    assert str(faster_dtype(probe(), trials=2)) in ("torch.float32", "torch.bfloat16")
+
+
+@pytest.mark.parametrize(
+    "option", [{"minutes": 0.0}, {"steps": 0}, {"nproc": 0}, {"vocab_size": 10}, {"max_repo_megabytes": -1.0}]
+)
+def test_options_out_of_range_quote_the_value(option):
+    with pytest.raises(ConfigError, match=f"{next(iter(option.values())):g}"):
+        QuickstartOptions(**option)

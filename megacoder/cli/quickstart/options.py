@@ -16,7 +16,7 @@ class QuickstartOptions:
     """folder for everything it makes"""
     input: tuple[Path, ...] = ()
     """folders of repositories; without any, the standard library and the packages installed here"""
-    minutes: float = 5.0
+    minutes: float = 6.0
     """training time to aim for; the other stages take some minutes more"""
     steps: int | None = None
     """updates, instead of as many as fit into --minutes; two runs of equal steps are equal to the last bit"""

@@ -46,11 +46,11 @@ class Recipe:
 
 SMALL = Recipe(
     hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
-    head_dim=64, seq_length=256, global_batch_size=32, micro_batch_size=16, peak_lr=6e-3,
+    head_dim=64, seq_length=256, global_batch_size=16, micro_batch_size=8, peak_lr=2.5e-3,
 )  # fmt: skip
 MEDIUM = Recipe(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-    head_dim=64, seq_length=512, global_batch_size=32, micro_batch_size=8, peak_lr=3e-3,
+    head_dim=64, seq_length=512, global_batch_size=16, micro_batch_size=8, peak_lr=1.5e-3,
 )  # fmt: skip
 LARGE = Recipe(
     hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,

@@ -1,5 +1,7 @@
 """Fill-in-the-middle: equal to cutting and encoding the text in full, a function of its arguments, fair."""
 
+import itertools
+
 import numpy as np
 import pytest
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts
@@ -93,7 +95,7 @@ def test_result_depends_on_arguments_alone():
 
 def test_draws_are_pinned():
     """The examples of a run are part of its record: another version of this code or of NumPy must draw the same."""
-    draws = fim(seed=1234)._draw(2, 56)
+    draws = fim(seed=1234)._draw(2, 56, 0)
     assert draws == (0.15735934472304558, 0.25394448673126946, 7699738783993654518, 15890919322204625355)
 
 
@@ -146,3 +148,36 @@ def test_ids_of_another_tokenizer_are_refused():
     half = ids_of("é" * 50)[1::2]  # continuation bytes without their first ones
     with pytest.raises(DataError, match="file 4 of the dataset is no UTF-8"):
         fim()(np.concatenate([ids_of("ab"), half]), epoch=0, file=4)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 40, 10_000])
+@pytest.mark.parametrize("text", source_texts()[:3])
+def test_parts_of_a_file_are_transformed_each_by_itself(text, limit):
+    ids, tokenizer = ids_of(text, eos=True), small_tokenizer()
+    config = FimConfig(rate=1.0, context_tokens=limit)
+    parts = list(fim(config)._parts(ids, limit))
+    assert np.array_equal(np.concatenate(parts), ids)
+    parts[-1] = parts[-1][:-1]  # EOS
+    line_break = tokenizer.encode("\n")[0]
+    for part, following in itertools.pairwise(parts):
+        assert part[-1] == line_break
+        next_line = np.flatnonzero(following == line_break)
+        assert len(part) + (next_line[0] + 1 if len(next_line) else len(following)) > limit, "a part could hold more"
+        assert len(part) <= limit or np.count_nonzero(part == line_break) == 1
+
+    seen = fim(config)(ids, epoch=0, file=5).tolist()
+    ends = [place + 1 for place, token in enumerate(seen) if token == tokenizer.eos_id]
+    examples = [seen[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+    for example, part in zip(examples, parts, strict=True):
+        assert_equals_full_encoding(tokenizer.decode(part), example)
+
+
+def test_parts_are_drawn_for_one_by_one():
+    ids, tokenizer = ids_of("x = 1\n" * 400), small_tokenizer()
+    halves = fim(FimConfig(rate=0.5, context_tokens=len(ids) // 100))(ids, epoch=0, file=1)
+    assert 25 <= np.count_nonzero(halves == tokenizer.fim_hole_id) <= 75
+
+
+def test_a_part_of_no_tokens_is_refused():
+    with pytest.raises(ConfigError, match="context_tokens = 0"):
+        FimConfig(context_tokens=0)

@@ -40,6 +40,8 @@ class EvalInfillArgs:
     """which lines"""
     max_new_tokens: int = MAX_NEW_TOKENS
     """room for an answer"""
+    max_prompt_tokens: int | None = None
+    """longest prompt, where the model was trained on parts of files (data.stream.fim.context_tokens)"""
     batch_size: int = 32
     """answers generated at a time"""
     out: Path | None = None
@@ -62,7 +64,14 @@ def main(argv: Sequence[str]) -> None:
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
     model, tokenizer = load_model(args.model, args.dtype)
     prompt_room(model, args.max_new_tokens)
-    results = fill_lines(model, tokenizer, tasks, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    results = fill_lines(
+        model,
+        tokenizer,
+        tasks,
+        max_new_tokens=args.max_new_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        batch_size=args.batch_size,
+    )
     if args.out is not None:
         write_text(args.out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
     summary = summarise(results, frequent_line=frequent_line)

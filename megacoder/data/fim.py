@@ -13,10 +13,15 @@ the file would cost a hundred times the rest of the data path. But every line br
 tokenise independently: only the one or two lines that are cut are decoded, cut and encoded again, and the result
 equals encoding each part in full.
 
+A file much longer than the model's context never shows its prefix, suffix and middle together: cut into windows, the
+structure is lost (Bavarian et al., section 3). For short contexts `context_tokens` therefore cuts files at line borders
+into parts that are drawn for and transformed each by itself.
+
 Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, document level; Bavarian et al.
 (arXiv:2207.14255).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +42,16 @@ class FimConfig:
     """share of files that are transformed, 0 to 1"""
     spm_rate: float = 0.0
     """share of the transformed files in suffix-prefix-middle order, 0 to 1; the paper uses none"""
+    context_tokens: int | None = None
+    """transform parts of a file of at most this many tokens (a longer line is a part); None takes files whole"""
 
     def __post_init__(self) -> None:
         for name in ("rate", "spm_rate"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"fim.{name} = {value}: a share from 0 to 1")
+        if self.context_tokens is not None and self.context_tokens < 1:
+            raise ConfigError(f"fim.context_tokens = {self.context_tokens}: at least 1")
 
 
 class FillInTheMiddle:
@@ -59,8 +68,30 @@ class FillInTheMiddle:
         `tokens` are the ids of one whole file, with or without EOS at the end; `file` is its number in the dataset.
         Neither order nor number of calls matters. An empty file stays as it is.
         """
+        if self.config.rate == 0.0:
+            return tokens
+        limit = self.config.context_tokens
+        if limit is None or len(tokens) <= limit:
+            return self._transform(tokens, epoch=epoch, file=file, part=0)
+        parts = enumerate(self._parts(tokens, limit))
+        return np.concatenate([self._transform(part, epoch=epoch, file=file, part=index) for index, part in parts])
+
+    def _parts(self, tokens: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+        """As many whole lines as fit into `limit` at a time, and one where that is longer; EOS stays with the last."""
+        length = len(tokens) - int(tokens[-1] == self.tokenizer.eos_id)
+        ends = np.unique(np.append(np.flatnonzero(self._breaks_line[tokens[:length]]) + 1, length))
+        start = 0
+        while start < length:
+            last = max(int(np.searchsorted(ends, start + limit, side="right")) - 1, 0)
+            if ends[last] <= start:
+                last += 1
+            stop = int(ends[last])
+            yield tokens[start:stop] if stop < length else tokens[start:]
+            start = stop
+
+    def _transform(self, tokens: np.ndarray, *, epoch: int, file: int, part: int) -> np.ndarray:
         content = tokens[:-1] if len(tokens) and tokens[-1] == self.tokenizer.eos_id else tokens
-        chosen, order, cut_a, cut_b = self._draw(epoch, file)
+        chosen, order, cut_a, cut_b = self._draw(epoch, file, part)
         if len(content) == 0 or chosen >= self.config.rate:
             return tokens
         ends = np.cumsum(self._characters[content], dtype=np.int64)  # characters up to and with each token
@@ -79,9 +110,9 @@ class FillInTheMiddle:
             runs = [begin, *prefix, hole, *suffix, end, *middle, eos]
         return np.concatenate([np.asarray(run, dtype=tokens.dtype) for run in runs])
 
-    def _draw(self, epoch: int, file: int) -> tuple[float, float, int, int]:
+    def _draw(self, epoch: int, file: int, part: int) -> tuple[float, float, int, int]:
         """Two uniform numbers in [0, 1) and two in [0, 2^64), from raw bits: NumPy keeps those across versions."""
-        key, counter = (np.array(words, dtype=np.uint64) for words in ([self.seed % 2**64, epoch], [0, 0, 0, file]))
+        key, counter = (np.array(words, dtype=np.uint64) for words in ([self.seed % 2**64, epoch], [0, 0, part, file]))
         chosen, order, cut_a, cut_b = np.random.Philox(key=key, counter=counter).random_raw(4).tolist()
         return (chosen >> 11) * 2.0**-53, (order >> 11) * 2.0**-53, cut_a, cut_b
 

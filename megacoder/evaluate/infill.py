@@ -126,11 +126,16 @@ def fill_lines(
     tasks: Sequence[InfillTask],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    max_prompt_tokens: int | None = None,
     batch_size: int = 32,
     quiet: bool = False,
 ) -> list[InfillResult]:
-    """The model's answer to each task, scored; files that are too long for the model lose their farthest lines."""
+    """The model's answer to each task, scored; files that are too long for the model lose their farthest lines.
+
+    `max_prompt_tokens` keeps prompts within what the model was trained to fill in (`FimConfig.context_tokens`).
+    """
     room = model.config.max_position_embeddings - max_new_tokens
+    room = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     prompts = [infill_prompt(tokenizer, task.prefix, task.suffix, max_tokens=room).tokens for task in tasks]
     stop_ids = {tokenizer.eos_id, *tokenizer.encode("\n")}
     results: dict[int, InfillResult] = {}

@@ -39,6 +39,7 @@ class Recipe:
     num_key_value_heads: int
     head_dim: int
     seq_length: int
+    fim_context: int
     global_batch_size: int
     micro_batch_size: int
     peak_lr: float
@@ -46,15 +47,15 @@ class Recipe:
 
 SMALL = Recipe(
     hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
-    head_dim=64, seq_length=256, global_batch_size=16, micro_batch_size=8, peak_lr=2.5e-3,
+    head_dim=64, seq_length=512, fim_context=192, global_batch_size=8, micro_batch_size=4, peak_lr=2.5e-3,
 )  # fmt: skip
 MEDIUM = Recipe(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-    head_dim=64, seq_length=512, global_batch_size=16, micro_batch_size=8, peak_lr=1.5e-3,
+    head_dim=64, seq_length=512, fim_context=192, global_batch_size=16, micro_batch_size=8, peak_lr=1.5e-3,
 )  # fmt: skip
 LARGE = Recipe(
     hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-    head_dim=64, seq_length=1024, global_batch_size=128, micro_batch_size=16, peak_lr=1e-3,
+    head_dim=64, seq_length=1024, fim_context=512, global_batch_size=128, micro_batch_size=16, peak_lr=1e-3,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def run_config(
             train=train,
             valid=valid,
             tokenizer=tokenizer,
-            stream=StreamConfig(seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5)),
+            stream=StreamConfig(seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context)),
         ),
         model=ModelConfig(
             vocab_size=vocab_size,

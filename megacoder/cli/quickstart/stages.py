@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
@@ -44,7 +45,7 @@ from megacoder.evaluate.infill import (
     summarise,
 )
 from megacoder.evaluate.transformers_check import largest_logit_difference
-from megacoder.model.huggingface import export_model, import_with_tokenizer
+from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
 from megacoder.model.transformer import Transformer
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import launch_workers
@@ -165,13 +166,15 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
     """Scores of the exported model; everything that the report says about quality is computed here."""
     if places.evaluation.exists():
         return dict(json.loads(places.evaluation.read_text(encoding="utf-8")))
-    model, tokenizer = import_with_tokenizer(places.model, device=probe().device_type)
+    dtype, device = getattr(torch, config.dtype), probe().device_type
+    model, tokenizer = import_with_tokenizer(places.model, dtype=dtype, device=device)
     held_out = list(read_source_files([places.corpus / "heldout"]))
     score = measure_bits_per_byte(
         model, tokenizer, sample_texts(held_out),
         token_counts=training_token_counts(IndexedDataset(places.train_data), tokenizer),
     )  # fmt: skip
-    results = fill_lines(model, tokenizer, choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed))
+    tasks = choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed)
+    results = fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
     frequent_line = most_frequent_line(read_source_files([places.corpus / "train"]))
     summary = summarise(results, frequent_line=frequent_line)
     write_text(places.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
@@ -181,7 +184,7 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
         "most_frequent_line": frequent_line,
         "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
         "largest_logit_difference": largest_logit_difference(
-            model, places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
+            import_model(places.model, dtype=torch.float32), places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
         ),
     }
     write_json(places.evaluation, evaluation)

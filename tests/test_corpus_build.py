@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megacoder.cli.main import main
-from megacoder.core.errors import ConfigError, CorpusError, FormatError
+from megacoder.core.errors import ConfigError, CorpusError, FormatError, MegacoderError
 from megacoder.corpus import shards
 from megacoder.corpus.accounts import load_report
 from megacoder.corpus.build import build_corpus
@@ -299,7 +299,7 @@ def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):
 
 
 def test_one_build_at_a_time(repos, tmp_path):
-    with claim_folder(tmp_path / "out", {}, ()), pytest.raises(CorpusError, match="another build"):
+    with claim_folder(tmp_path / "out", {}, ()), pytest.raises(MegacoderError, match="another build"):
         build_corpus(config(repos, tmp_path), quiet=True)
 
 

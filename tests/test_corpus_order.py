@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.c_includes import CIncludes
-from megacoder.corpus.dependencies import parsed_languages, repository_dependencies
+from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
 from megacoder.corpus.order import connected_subgraphs, dependency_order
 from megacoder.corpus.python_imports import PythonImports, python_imports
 from megacoder.corpus.samples import SampleConfig, plan_samples, render
@@ -186,7 +186,7 @@ def test_languages_do_not_depend_on_one_another():
     languages = {"a.py": "Python", "b.c": "C", "c.h": "C", "d.rb": "Ruby"}
     files = [("a.py", "import c"), ("b.c", '#include "c.h"'), ("c.h", ""), ("d.rb", "require 'a'")]
     assert repository_dependencies(languages, files) == [set(), {2}, set(), set()]
-    assert {"Python", "C", "C++", "CUDA"} == parsed_languages()
+    assert {"Python", "C", "C++", "CUDA"} == frozenset().union(*(resolver.languages for resolver in RESOLVERS))
 
 
 PATHS = ["a.py", "b.py", "c.py", "d.py"]

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from megacoder.core import files
-from megacoder.core.files import remove_stale_temporaries, replacing, replacing_dir, write_json, write_text
+from megacoder.core.errors import MegacoderError
+from megacoder.core.files import exclusive, remove_stale_temporaries, replacing, replacing_dir, write_json, write_text
 
 
 def names(folder):
@@ -77,3 +78,12 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     removed = remove_stale_temporaries(tmp_path)
     assert names(tmp_path) == ["kept.json"]
     assert len(removed) == 2
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    with exclusive(tmp_path, what="run"):
+        holder = exclusive(tmp_path, what="run")
+        with pytest.raises(MegacoderError, match="another run is working here"):
+            holder.__enter__()
+    with exclusive(tmp_path, what="run"):
+        pass

@@ -6,7 +6,7 @@ import torch
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.scheduled import forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.flat import FlatParameters
@@ -148,3 +148,20 @@ def test_published_sizes():
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
+
+
+def test_sequences_longer_than_the_rotary_tables_are_refused():
+    model = build(tiny(max_position_embeddings=16))
+    tokens = torch.zeros(1, 17, dtype=torch.long)
+    with pytest.raises(ValueError, match="sequences of 17 tokens; the model has 16 positions"):
+        forward_loss(model, tokens, tokens)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("backend")
+def test_forward_loss_equals_the_plain_model(shape):
+    config = tiny(**SHAPES[shape])
+    model, (tokens, labels) = build(config), batch_of(config)
+    loss = forward_loss(model, tokens, labels)
+    assert loss.num_tokens == 55
+    assert loss.total.item() == pytest.approx(model.loss(tokens, labels).item(), rel=1e-6)

@@ -1,5 +1,6 @@
 """The whole job in small: every stage, resumed after an interruption, refused where it cannot work."""
 
+import math
 import os
 import re
 import signal
@@ -108,11 +109,22 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_run(sources, 
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
-        assert process.returncode in (0, 130), stderr
+        assert process.returncode == 130, stderr
         assert "Traceback" not in stderr
     assert run(*arguments(sources, out)).returncode == 0
     assert curve(out) == curve(finished[0])
     assert not list(out.rglob("*.tmp-*"))
+
+
+def test_packages_that_come_and_go_do_not_disturb_a_finished_folder(finished, sources):
+    added = sources / "newcomer"
+    added.mkdir()
+    (added / "module.py").write_text("def newcomer():\n    return 'came later'\n" * 20)
+    try:
+        assert run(*arguments(sources, finished[0])).returncode == 0
+    finally:
+        (added / "module.py").unlink()
+        added.rmdir()
 
 
 def test_a_folder_of_other_options_is_refused(sources, finished):
@@ -125,7 +137,7 @@ def test_a_folder_of_other_options_is_refused(sources, finished):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: None, "no |empty"),
+        (lambda root: None, "is empty"),
         (lambda root: (root / "notes.txt").write_text("no code"), "neither source files"),
         (lambda root: (root / "binary.py").write_bytes(b"\x00\x01" * 100), "binary|NUL"),
         (lambda root: (root / "latin.py").write_bytes(b"x = '\xe9'\n" * 30), "UTF-8"),
@@ -151,19 +163,21 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="a small tmpfs needs root")
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(sources, tmp_path):
+@pytest.mark.parametrize("kilobytes", [40, 160, 1500])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(sources, tmp_path, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
         done = run(*arguments(sources, disk / "q"))
         assert done.returncode not in (0, 130)
-        assert "No space left" in done.stderr
+        assert "No space left" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+        assert sum("No space left" in line for line in done.stderr.splitlines()) == 1, done.stderr
         assert not list(disk.rglob("*.tmp-*"))
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -188,7 +202,15 @@ def test_the_faster_dtype_is_one_of_two():
 
 
 @pytest.mark.parametrize(
-    "option", [{"minutes": 0.0}, {"steps": 0}, {"nproc": 0}, {"vocab_size": 10}, {"max_repo_megabytes": -1.0}]
+    "option",
+    [
+        {"minutes": 0.0},
+        {"minutes": math.inf},
+        {"steps": 0},
+        {"nproc": 0},
+        {"vocab_size": 10},
+        {"max_repo_megabytes": -1.0},
+    ],
 )
 def test_options_out_of_range_quote_the_value(option):
     with pytest.raises(ConfigError, match=f"{next(iter(option.values())):g}"):

@@ -13,7 +13,9 @@ import torch
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
-from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.config import load_toml
+from megacoder.core.errors import ConfigError, FormatError, MegacoderError
+from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -117,7 +119,7 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     trainer.update = update_and_ask
     with pytest.raises(Interrupted, match=f"stopped at step {stop_at} "):
         trainer.run()
-    trainer.folder.finish()
+    assert CheckpointReader(config.output / "checkpoints").step == stop_at, "what it says it wrote is on disk by now"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert [row["step"] for row in curve(config.output)] == list(range(1, stop_at + 1))
     train(config)
@@ -125,6 +127,26 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     ours, expected = (CheckpointReader(folder / "checkpoints") for folder in (config.output, alone))
     for kind, name in expected.tensors():
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
+
+
+def test_two_runs_in_one_folder_are_refused(case):
+    config = case.config("held")
+    first = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    with pytest.raises(MegacoderError, match="another run is working here"):
+        train(config)
+    first.folder.finish()
+    train(config)
+
+
+def test_auto_dtype_is_recorded_and_kept(case):
+    config = case.config("auto", dtype="auto", steps=1)
+    train(config)
+    recorded = load_toml(RunConfig, config.output / "run.toml").dtype
+    assert recorded in ("bfloat16", "float32")
+    other = "float32" if recorded == "bfloat16" else "bfloat16"
+    with pytest.raises(ConfigError, match=f"dtype = '{recorded}', not '{other}'"):
+        train(case.config("auto", dtype=other, steps=1))
+    train(config)
 
 
 def test_a_crash_between_checkpoints_repeats_its_steps_only(case, alone):
@@ -177,6 +199,7 @@ def test_a_worker_error_is_said_once_and_ends_the_launcher(case):
     done = launch(case.toml("refused"), "--model.vocab-size", "999")
     assert done.returncode == 2
     assert done.stderr.count("model.vocab_size = 999") == 1
+    assert not (case.folder / "refused").exists(), "a refusal must not bar the corrected run"
     assert "Traceback" not in done.stderr
 
 
@@ -241,3 +264,19 @@ def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
         lines.write('{"step": 4, "lo')  # a crash in the middle of a line
     MetricsLog(tmp_path, resume_step=2).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])
+def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(FormatError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": math.nan}, {"weight_decay": -1.0}]
+)
+def test_optimizer_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        AdamWConfig(**setting)

@@ -25,7 +25,7 @@ import torch
 import megacoder
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
-from megacoder.core.device import cpp_extension, probe
+from megacoder.core.device import cpp_kernels, probe
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.scheduled import forward_backward
@@ -212,7 +212,7 @@ def main() -> None:
         machine = {
             "processor": probe().device_name, "system": platform.platform(), "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__, "megacoder": megacoder.__version__,
-            "commit": commit(), "kernels": str(cpp_extension() is not None),
+            "commit": commit(), "kernels": cpp_kernels(),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }  # fmt: skip
         record = {"machine": machine, "options": {k: str(v) for k, v in asdict(options).items()}, "results": results}

@@ -1,5 +1,5 @@
 // Python's door to the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs neither
-// torch's headers nor its ABI; megacoder/ops checks dtype, contiguity and shape before it calls.
+// torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

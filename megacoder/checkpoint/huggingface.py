@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.core.files import replacing_dir
 
 __all__ = ["MAX_SHARD_BYTES", "TensorFolder", "read_config", "write_model_folder"]
@@ -123,7 +123,10 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shar
     for shard in _shards(tensors, max_shard_bytes):
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps what the system said, a full disk for one
+            raise CheckpointError(f"{folder.parent}: cannot write the model: {error}") from None
         del shard  # else it would live on while the next one is gathered
     if len(shards) == 1:
         (folder / "shard-1").rename(folder / _SINGLE)

@@ -36,8 +36,8 @@ class ExportArgs:
 def main(argv: Sequence[str]) -> None:
     """Exports one checkpoint."""
     args = parse_args(ExportArgs, argv, prog="megacoder checkpoint export")
-    if args.dst.exists() and not (args.dst / "config.json").exists():
-        raise ConfigError(f"{args.dst} exists and is no model folder; choose another")
+    if args.dst.exists():
+        raise ConfigError(f"{args.dst} exists already; choose another folder, or remove it first")
     config = load_toml(RunConfig, args.run / "run.toml")
     checkpoints = args.run / "checkpoints"
     model = Transformer(config.model)

@@ -8,7 +8,7 @@ import tyro
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
-from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, Count, load_report
+from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
 
 __all__ = ["main", "print_report"]
 
@@ -41,16 +41,11 @@ def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
         "Kept, by language",
         ["language", "size", "files", "share"],
         [
-            [name, _megabytes(count), f"{count.files:,}", f"{count.bytes / accounts.kept.bytes:.2%}"]
+            [name, count.megabytes, f"{count.files:,}", f"{count.bytes / accounts.kept.bytes:.2%}"]
             for name, count in languages
         ],
     )
-    rows = [["seen", *_cells(accounts.seen)]]
-    for stage, reasons in accounts.dropped.items():
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1].files):
-            rows.append([f"- {stage}: {reason}", *_cells(count)])
-    rows.append(["= kept", *_cells(accounts.kept)])
-    rows.append([f"  of it held out, by {report.split_unit}", *_cells(accounts.heldout)])
+    rows = [[name, f"{count.files:,}", count.megabytes] for name, count in accounts.rows(report.split_unit)]
     table("Files", ["", "files", "size"], rows)
     largest = sorted(accounts.repositories.items(), key=lambda item: -item[1].kept.bytes)
     table(
@@ -58,7 +53,7 @@ def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
         ["repository", "files seen", "kept", "size", "samples", "part"],
         [
             [
-                name, f"{row.seen.files:,}", f"{row.kept.files:,}", _megabytes(row.kept), f"{row.samples:,}",
+                name, f"{row.seen.files:,}", f"{row.kept.files:,}", row.kept.megabytes, f"{row.samples:,}",
                 "" if not row.heldout.files else "held out" if row.heldout == row.kept else "split",
             ]
             for name, row in largest[:max_repositories]
@@ -68,11 +63,3 @@ def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
         f"{accounts.num_samples:,} samples, {accounts.multi_file_samples:,} of several files; "
         f"{accounts.written / 1e6:.1f} MB with path comments"
     )
-
-
-def _cells(count: Count) -> list[str]:
-    return [f"{count.files:,}", _megabytes(count)]
-
-
-def _megabytes(count: Count) -> str:
-    return f"{count.bytes / 1e6:,.2f} MB"

@@ -42,15 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _dispatch(words)
     except MegacoderError as error:
-        # What every rank meets alike is said once, by the first.
-        if isinstance(error, AlikeOnAllRanks) and os.environ.get("RANK", "0") != "0":
+        # What every rank of a machine meets alike is said once, by its first.
+        if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", 130)
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
 
 
 def _dispatch(words: list[str]) -> None:

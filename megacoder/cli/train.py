@@ -42,7 +42,7 @@ def _take_nproc(words: list[str]) -> tuple[int | None, list[str]]:
     for index, word in enumerate(words):
         if word == "--nproc" or word.startswith("--nproc="):
             text = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")
-            if not text.isdigit() or int(text) < 1:
+            if not text.isdecimal() or int(text) < 1:
                 raise ConfigError(f"--nproc {text!r}: expected a number of processes, at least 1")
             return int(text), words[:index] + words[index + 1 + ("=" not in word) :]
     return None, words

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,8 +25,10 @@ class ProgressBar(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: float, *, quiet: bool = False, every_seconds: float = 10.0) -> Iterator[ProgressBar]:
-    """A progress bar over `total` units with elapsed and remaining time.
+def progress(
+    title: str, total: float, *, start: int = 0, quiet: bool = False, every_seconds: float = 10.0
+) -> Iterator[ProgressBar]:
+    """A progress bar over `total` units, `start` of them done before, with elapsed and remaining time.
 
     Off a terminal it prints a line every `every_seconds` and one at the end; `quiet` prints nothing (ranks other
     than the first).
@@ -38,9 +41,9 @@ def progress(title: str, total: float, *, quiet: bool = False, every_seconds: fl
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True)) as bars:
-            yield _Bar(bars, bars.add_task(title, total=total, note=""))
+            yield _Bar(bars, bars.add_task(title, total=total, completed=start, note=""))
     else:
-        lines = _Lines(title, total, every_seconds)
+        lines = _Lines(title, total, start, every_seconds)
         yield lines
         lines.finish()
 
@@ -56,7 +59,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 120).print(drawn)
 
 
@@ -74,10 +77,10 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, title: str, total: float, every_seconds: float) -> None:
-        self.title, self.total, self.every_seconds = title, total, every_seconds
+    def __init__(self, title: str, total: float, done_before: int, every_seconds: float) -> None:
+        self.title, self.total, self.done_before, self.every_seconds = title, total, done_before, every_seconds
         self.start = self.last = time.monotonic()
-        self.completed, self.note, self.printed = 0.0, "", -1.0
+        self.completed, self.note, self.printed = float(done_before), "", -1.0
 
     def update(self, completed: float, note: str = "") -> None:
         self.completed, self.note = completed, note
@@ -91,6 +94,6 @@ class _Lines:
     def _print(self) -> None:
         self.last, self.printed = time.monotonic(), self.completed
         share = self.completed / self.total if self.total else 1.0
-        elapsed = self.last - self.start
-        left = elapsed / share - elapsed if share else float("nan")
-        say(f"{self.title}: {share:4.0%}  {elapsed:.0f} s, {left:.0f} s left  {self.note}".rstrip())
+        elapsed, done = self.last - self.start, self.completed - self.done_before
+        left = f", {elapsed / done * (self.total - self.completed):.0f} s left" if done else ""
+        say(f"{self.title}: {share:4.0%}  {elapsed:.0f} s{left}  {self.note}".rstrip())

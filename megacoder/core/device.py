@@ -1,5 +1,6 @@
 """The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built."""
 
+import importlib
 import importlib.util
 import os
 import time
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Machine", "cpp_extension", "describe_parts", "faster_dtype", "probe"]
+__all__ = ["Machine", "cpp_kernels", "describe_parts", "faster_dtype", "probe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +55,25 @@ def faster_dtype(machine: Machine, *, rows: int = 2048, width: int = 512, trials
     return min(best, key=lambda dtype: best[dtype])
 
 
-def cpp_extension() -> str | None:
-    """Path of the compiled CPU kernels, or None where the package was installed without a compiler."""
-    spec = importlib.util.find_spec("megacoder._cpp")
-    return spec.origin if spec else None
+def cpp_kernels() -> str:
+    """Which compiled CPU kernels run here, or why none do."""
+    try:
+        return f"{importlib.import_module('megacoder._cpp').isa}"
+    except ModuleNotFoundError:
+        return "not built; the torch paths are used"
+    except ImportError as error:
+        return f"not loadable ({error}); the torch paths are used"
 
 
 def describe_parts() -> list[tuple[str, str]]:
     """(part, state) rows for `megacoder --version --verbose`."""
     machine = probe()
-    optional = [(name, _installed(name)) for name in ("triton", "flash_attn", "apex", "transformers")]
     return [
         ("torch", torch.__version__),
         ("device", f"{machine.device_name} ({machine.num_devices} x {machine.device_type}, {machine.num_cores} cores)"),
-        ("C++ kernels", cpp_extension() or "not built; the torch paths are used"),
-        *optional,
+        ("C++ kernels", cpp_kernels()),
+        ("transformers", "installed" if importlib.util.find_spec("transformers") else "not installed (optional)"),
     ]
-
-
-def _installed(name: str) -> str:
-    return "installed" if importlib.util.find_spec(name) else "not installed (optional)"
 
 
 def _cpu_name() -> str:

@@ -22,7 +22,7 @@ class MegacoderError(Exception):
 
 
 class AlikeOnAllRanks(MegacoderError):
-    """An error that every rank of a run meets at the same place, so that one of them is enough to say it."""
+    """An error that every rank of a machine meets at the same place, so that one of them is enough to say it."""
 
 
 class ConfigError(AlikeOnAllRanks):

@@ -5,6 +5,7 @@ temporary name beside the target, flushed to the device, then renamed over it. A
 either the old file or the new one, and the temporary is removed on every exit that Python still sees.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fsync_path", "remove_stale_temporaries", "replacing", "replacing_dir", "write_json", "write_text"]
+from megacoder.core.errors import MegacoderError
+
+__all__ = [
+    "exclusive",
+    "fsync_path",
+    "remove_stale_temporaries",
+    "replacing",
+    "replacing_dir",
+    "write_json",
+    "write_text",
+]
 
 _SUFFIX = ".tmp-"
 
@@ -36,7 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_dir(path: Path) -> Iterator[Path]:
     """Like `replacing` for a folder: files are fsynced, then the folder takes its name in one rename.
 
-    An existing folder of that name is replaced only after the new one is whole.
+    An existing folder of that name gives way only when the new one is whole; a crash between the two renames leaves
+    neither under that name, never half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}{_SUFFIX}{os.getpid()}")
@@ -82,6 +94,23 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
         else:
             child.unlink(missing_ok=True)
     return stale
+
+
+@contextmanager
+def exclusive(folder: Path, *, what: str) -> Iterator[None]:
+    """Holds `folder` for this process, MegacoderError where another does; the system frees it when a process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MegacoderError(
+                f"{folder}: another {what} is working here; wait for it, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_path(path: Path) -> None:

@@ -26,6 +26,11 @@ class Count:
     files: int = 0
     bytes: int = 0
 
+    @property
+    def megabytes(self) -> str:
+        """The bytes, for people."""
+        return f"{self.bytes / 1e6:,.2f} MB"
+
     def add(self, size: int, files: int = 1) -> None:
         """Counts `files` more files of `size` bytes together."""
         self.files += files
@@ -106,10 +111,13 @@ class Accounts:
         """Training and held-out samples together."""
         return sum(repository.samples for repository in self.repositories.values())
 
-    def main_reasons(self, limit: int = 3) -> str:
-        """The most frequent reasons for drops, on one line."""
-        counts = [(count.files, reason) for reasons in self.dropped.values() for reason, count in reasons.items()]
-        return ", ".join(f"{files} {reason}" for files, reason in sorted(counts, reverse=True)[:limit])
+    def rows(self, split_unit: str) -> list[tuple[str, Count]]:
+        """The account of every file, for a table: seen, what each stage dropped and why, kept, held out."""
+        rows = [("seen", self.seen)]
+        for stage, reasons in self.dropped.items():
+            ordered = sorted(reasons.items(), key=lambda item: -item[1].files)
+            rows += [(f"- {stage}: {reason}", count) for reason, count in ordered]
+        return [*rows, ("= kept", self.kept), (f"  of it held out, by {split_unit}", self.heldout)]
 
     def to_plain(self) -> dict[str, Any]:
         """As nested plain values for JSON, totals included; `from_plain` reads it back."""

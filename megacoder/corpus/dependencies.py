@@ -10,7 +10,7 @@ from typing import Protocol
 from megacoder.corpus.c_includes import CIncludes
 from megacoder.corpus.python_imports import PythonImports
 
-__all__ = ["RESOLVERS", "Resolver", "parsed_languages", "repository_dependencies"]
+__all__ = ["RESOLVERS", "Resolver", "repository_dependencies"]
 
 
 class Resolver(Protocol):
@@ -26,11 +26,6 @@ class Resolver(Protocol):
 
 
 RESOLVERS: tuple[type[Resolver], ...] = (PythonImports, CIncludes)
-
-
-def parsed_languages() -> frozenset[str]:
-    """The languages whose files are put in dependency order."""
-    return frozenset().union(*(resolver.languages for resolver in RESOLVERS))
 
 
 def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[str, str]]) -> list[set[int]]:

@@ -1,16 +1,14 @@
 """The output folder: one build at a time, one configuration, nothing left that is not part of the corpus."""
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megacoder.core.errors import ConfigError, CorpusError
-from megacoder.core.files import remove_stale_temporaries, write_json
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import exclusive, remove_stale_temporaries, write_json
 from megacoder.corpus.shards import disk_errors
 
 __all__ = ["WORK", "claim_folder", "give_up", "keep_only"]
@@ -30,12 +28,7 @@ def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) ->
     """
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CorpusError(f"{str(out)!r}: another build is writing here") from None
+    with exclusive(out, what="build"):
         _check_identity(out, identity)
         for folder in (out, out / WORK, *(out / part for part in parts)):
             remove_stale_temporaries(folder)
@@ -43,8 +36,6 @@ def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) ->
             with disk_errors(out):
                 write_json(out / _CONFIG, identity)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def keep_only(out: Path, files: Collection[str], parts: Collection[str]) -> None:

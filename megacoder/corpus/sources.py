@@ -84,8 +84,10 @@ def find_repositories(inputs: Sequence[Path]) -> list[Repository]:
     roots = sorted({root for folder in inputs for root in _roots(Path(os.path.realpath(folder)))})
     names = dict.fromkeys(roots, 1)
     while len(taken := _by_name(names)) < len(roots):
-        for group in taken.values():
+        for name, group in taken.items():
             if len(group) > 1:
+                if all(names[root] >= len(root.parts) for root in group):
+                    raise CorpusError(f"{len(group)} folders cannot be told apart by name ({name!r}); rename one")
                 names.update({root: names[root] + 1 for root in group})
     return sorted((Repository(name=name, root=group[0]) for name, group in taken.items()), key=lambda found: found.name)
 

@@ -90,8 +90,10 @@ class Tokenizer:
 
         Hugging Face's tokenizer puts BOS in front; `encode` does not.
         """
-        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
+        write_text(
+            folder / "tokenizer.json", self._backend.to_str(pretty=True)
+        )  # last: it says that the folder is whole
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, taken literally: no BOS, and no control id whatever the text contains."""

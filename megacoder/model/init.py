@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, Hugging Face name): the same whatever the layout, dtype or fusing.
+"""Initial weights as a function of (seed, Hugging Face name): the same whatever the layout and the fusing.
 
 Every named weight is drawn whole, in fp32, on the CPU, from a generator keyed by its name; a rank that owns a part
 slices. Drawing a 32,256 x 7,168 embedding takes about a second, once per run.

@@ -78,8 +78,7 @@ def grad_of(param: nn.Parameter) -> Tensor:
 
 def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
     """One microbatch: returns its loss sum and adds its gradients (of the sum) into every `param.grad`."""
-    batch, length = tokens_BS.shape
-    positions_T = torch.arange(length, device=tokens_BS.device).repeat(batch)
+    batch, positions_T = len(tokens_BS), _positions(model, tokens_BS)
     rope = model.rope(tokens_BS.device)
     weight_grads = WeightGradients()
 
@@ -106,8 +105,7 @@ def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -
 @torch.no_grad()
 def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
     """The loss sum of one microbatch, for evaluation: the same halves, nothing kept."""
-    batch, length = tokens_BS.shape
-    positions_T = torch.arange(length, device=tokens_BS.device).repeat(batch)
+    batch, positions_T = len(tokens_BS), _positions(model, tokens_BS)
     rope = model.rope(tokens_BS.device)
     stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight), None
     for layer in model.decoder_layers():
@@ -188,6 +186,16 @@ def layer_backward(
         grad_normed, saved.attn_input, weight.detach(), saved.attn_rstd,
         grad_weight_D=grad_of(weight), grad_residual_TD=grad_TD,
     )  # fmt: skip
+
+
+def _positions(model: Transformer, tokens_BS: Tensor) -> Tensor:
+    """(T,) positions of every token; ValueError for sequences longer than the rotary tables."""
+    batch, length = tokens_BS.shape
+    if length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"sequences of {length} tokens; the model has {model.config.max_position_embeddings} positions"
+        )
+    return torch.arange(length, device=tokens_BS.device).repeat(batch)
 
 
 def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,11 +4,13 @@ State is three fp32 vectors (master weights, both moments); the model's own weig
 same pass. `grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megacoder.core.errors import ConfigError
 from megacoder.ops.cpp import address, kernels_for
 
 __all__ = ["AdamWConfig", "adamw_", "sum_of_squares"]
@@ -26,6 +28,15 @@ class AdamWConfig:
     """added to the root of the second moment"""
     weight_decay: float = 0.1
     """decoupled decay, applied to matrices and embeddings, not to norms"""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name} = {getattr(self, name)}: at least 0 and below 1")
+        if not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps = {self.eps}: must be positive and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"optimizer.weight_decay = {self.weight_decay}: at least 0 and finite")
 
 
 def adamw_(
@@ -46,10 +57,10 @@ def adamw_(
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
     kernels = kernels_for(weight)
     if kernels is not None:
+        state = [address(t, torch.float32, weight.numel()) for t in (master, exp_avg, exp_avg_sq, grad)]
         kernels.adamw(
-            weight.dtype == torch.bfloat16, address(master), address(exp_avg), address(exp_avg_sq), address(grad),
-            address(weight), weight.numel(), grad_scale, lr, config.beta1, config.beta2, config.eps, decay,
-            correction1, correction2,
+            weight.dtype == torch.bfloat16, *state, address(weight, weight.dtype), weight.numel(), grad_scale, lr,
+            config.beta1, config.beta2, config.eps, decay, correction1, correction2,
         )  # fmt: skip
         return
     scaled = grad * grad_scale
@@ -64,5 +75,5 @@ def sum_of_squares(values: Tensor) -> Tensor:
     """fp64 scalar; the order of summation does not depend on the number of threads."""
     kernels = kernels_for(values)
     if kernels is not None and values.dtype == torch.float32:
-        return torch.tensor(kernels.sum_of_squares(address(values), values.numel()), dtype=torch.float64)
+        return torch.tensor(kernels.sum_of_squares(address(values, torch.float32), values.numel()), dtype=torch.float64)
     return values.double().pow(2).sum()

@@ -65,8 +65,8 @@ def attention_forward(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[T
         scores = torch.bmm(q_NSK[rows, first:last], k_NSK[rows, :last].mT)
         lse = scores.new_empty(scores.shape[:2], dtype=torch.float32)
         kernels.attention_softmax(
-            scores.dtype == torch.bfloat16, address(scores), address(lse), lse.numel(), last - first, last, first + 1,
-            dim**-0.5,
+            scores.dtype == torch.bfloat16, address(scores, scores.dtype), address(lse, torch.float32), lse.numel(),
+            last - first, last, first + 1, dim**-0.5,
         )  # fmt: skip
         out_NSK[rows, first:last] = torch.bmm(scores, v_NSK[rows, :last])
         lse_NS[rows, first:last] = lse
@@ -96,7 +96,9 @@ def attention_backward(
         scores, grad_scores = torch.bmm(q, k.mT), torch.bmm(grad_out, v.mT)
         lse, delta = lse_NS[rows, first:last].contiguous(), delta_NS[rows, first:last].contiguous()
         kernels.attention_softmax_backward(
-            scores.dtype == torch.bfloat16, address(scores), address(grad_scores), address(lse), address(delta),
+            scores.dtype == torch.bfloat16, address(scores, scores.dtype),
+            address(grad_scores, scores.dtype, *scores.shape), address(lse, torch.float32),
+            address(delta, torch.float32),
             lse.numel(), last - first, last, first + 1, dim**-0.5,
         )  # fmt: skip
         grad_q_NSK[rows, first:last] = torch.bmm(grad_scores, k)

@@ -30,10 +30,16 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
     return None
 
 
-def address(tensor: Tensor | None) -> int:
-    """A contiguous tensor's address, 0 for None; the kernels see nothing else of a tensor."""
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
+    """A tensor's address, 0 for None. The kernels see nothing else of it: what they take for granted is checked here.
+
+    Raises ValueError unless the tensor is contiguous, on the CPU, of `dtype`, and of `shape` where that is given.
+    """
     if tensor is None:
         return 0
-    if not tensor.is_contiguous():
-        raise ValueError(f"kernel buffers are contiguous; got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+    if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.is_cuda or (shape and tensor.shape != shape):
+        raise ValueError(
+            f"a kernel takes contiguous {dtype} {list(shape) or ''}; got {tensor.dtype} {list(tensor.shape)} with "
+            f"strides {list(tensor.stride())} on {tensor.device}"
+        )
     return tensor.data_ptr()

@@ -73,7 +73,8 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
         return loss_C
     loss_C = torch.empty(len(labels_C), dtype=torch.float32)
     kernels.cross_entropy(
-        logits_CW.dtype == torch.bfloat16, address(logits_CW), address(labels_C), address(loss_C),
+        logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype),
+        address(labels_C, torch.int64, len(logits_CW)), address(loss_C, torch.float32),
         *logits_CW.shape, vocab,
     )  # fmt: skip
     return loss_C

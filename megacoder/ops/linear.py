@@ -25,4 +25,7 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Tensor, x_TI: Te
     if kernels is None:
         grad_weight_OI += partial_OI
     else:
-        kernels.accumulate(True, address(grad_weight_OI), address(partial_OI), partial_OI.numel())
+        kernels.accumulate(
+            True, address(grad_weight_OI, torch.float32, *partial_OI.shape), address(partial_OI, torch.bfloat16),
+            partial_OI.numel(),
+        )  # fmt: skip

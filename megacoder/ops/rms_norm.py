@@ -23,7 +23,7 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y_TD, h_TD, rstd_T), where h = x + residual is what was normalised (x itself without a residual)."""
     kernels = kernels_for(x_TD)
-    rows, dim = x_TD.shape
+    (rows, dim), dtype = x_TD.shape, x_TD.dtype
     if kernels is None:
         h_TD = x_TD if residual_TD is None else x_TD + residual_TD
         wide = h_TD.float()
@@ -32,8 +32,9 @@ def rms_norm_forward(
     y_TD, rstd_T = torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
     h_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
     kernels.rms_norm_forward(
-        x_TD.dtype == torch.bfloat16, address(x_TD), address(residual_TD), address(weight_D), address(h_TD),
-        address(y_TD), address(rstd_T), rows, dim, eps,
+        dtype == torch.bfloat16, address(x_TD, dtype), address(residual_TD, dtype, rows, dim),
+        address(weight_D, dtype, dim), address(h_TD, dtype), address(y_TD, dtype), address(rstd_T, torch.float32),
+        rows, dim, eps,
     )  # fmt: skip
     return y_TD, h_TD, rstd_T
 
@@ -56,10 +57,12 @@ def rms_norm_backward(
         scaled = wide_dy * weight_D
         grad = rstd_T[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
         return (grad if grad_residual_TD is None else grad + grad_residual_TD).to(h_TD.dtype)
-    rows, dim = h_TD.shape
+    (rows, dim), dtype = h_TD.shape, h_TD.dtype
     grad_h_TD = torch.empty_like(h_TD)
     kernels.rms_norm_backward(
-        h_TD.dtype == torch.bfloat16, address(grad_y_TD), address(h_TD), address(weight_D), address(rstd_T),
-        address(grad_residual_TD), address(grad_h_TD), address(grad_weight_D), rows, dim,
+        dtype == torch.bfloat16, address(grad_y_TD, dtype, rows, dim), address(h_TD, dtype),
+        address(weight_D, dtype, dim), address(rstd_T, torch.float32, rows),
+        address(grad_residual_TD, dtype, rows, dim), address(grad_h_TD, dtype),
+        address(grad_weight_D, torch.float32, dim), rows, dim,
     )  # fmt: skip
     return grad_h_TD

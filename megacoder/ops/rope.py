@@ -37,13 +37,18 @@ def apply_rope_(
     head_dim: int,
     inverse: bool = False,
 ) -> None:
-    """Rotates in place the first `num_heads` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward."""
+    """Rotates in place the first `num_heads` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward.
+
+    Every position must lie in the table: the kernel does not look.
+    """
     kernels = kernels_for(qkv_TC)
     if kernels is None:
         heads = qkv_TC[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
         heads.copy_(apply_rope(heads, cos_PK2, -sin_PK2 if inverse else sin_PK2, positions_T))
         return
+    table, rows = (len(cos_PK2), head_dim // 2), len(qkv_TC)
     kernels.rope(
-        qkv_TC.dtype == torch.bfloat16, address(qkv_TC), address(cos_PK2), address(sin_PK2), address(positions_T),
+        qkv_TC.dtype == torch.bfloat16, address(qkv_TC, qkv_TC.dtype), address(cos_PK2, torch.float32, *table),
+        address(sin_PK2, torch.float32, *table), address(positions_T, torch.int64, rows),
         qkv_TC.shape[0], qkv_TC.shape[1], num_heads, head_dim, -1.0 if inverse else 1.0,
     )  # fmt: skip

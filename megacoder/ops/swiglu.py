@@ -26,7 +26,10 @@ def swiglu_forward(gate_up_T2F: Tensor) -> Tensor:
         return swiglu(gate_up_T2F)
     rows, width = gate_up_T2F.shape
     out_TF = gate_up_T2F.new_empty(rows, width // 2)
-    kernels.swiglu_forward(gate_up_T2F.dtype == torch.bfloat16, address(gate_up_T2F), address(out_TF), rows, width // 2)
+    dtype = gate_up_T2F.dtype
+    kernels.swiglu_forward(
+        dtype == torch.bfloat16, address(gate_up_T2F, dtype), address(out_TF, dtype), rows, width // 2
+    )
     return out_TF
 
 
@@ -41,8 +44,9 @@ def swiglu_backward_(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
         activation = (silu * up).to(gate_up_T2F.dtype)
         gate_up_T2F.copy_(torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1))
         return activation
-    activation = torch.empty_like(grad_TF)
+    activation, dtype = torch.empty_like(grad_TF), gate_up_T2F.dtype
     kernels.swiglu_backward(
-        grad_TF.dtype == torch.bfloat16, address(grad_TF), address(gate_up_T2F), address(activation), rows, width // 2
-    )
+        dtype == torch.bfloat16, address(grad_TF, dtype, rows, width // 2), address(gate_up_T2F, dtype),
+        address(activation, dtype), rows, width // 2,
+    )  # fmt: skip
     return activation

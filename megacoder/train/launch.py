@@ -34,9 +34,10 @@ def launch_workers(arguments: Sequence[str], *, nproc: int) -> None:
         elastic_launch(config, entrypoint=sys.executable)("-m", "megacoder", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        failed = WorkerFailed(
-            f"rank {rank} of {nproc} ended with exit code {failure.exitcode}; its own message is above"
-        )
+        how = f"exit code {failure.exitcode}; its own message is above"
+        if failure.exitcode < 0:
+            how = f"{signal.Signals(-failure.exitcode).name}; if nobody sent it, look for a lack of memory"
+        failed = WorkerFailed(f"rank {rank} of {nproc} ended with {how}")
         failed.exit_code = failure.exitcode if failure.exitcode > 0 else 1
         raise failed from None
     except SignalException as error:

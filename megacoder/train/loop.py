@@ -10,12 +10,14 @@ SIGINT and SIGTERM are answered at the next step's end, on all ranks alike: chec
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megacoder.core.config import load_toml
 from megacoder.core.console import progress, say
 from megacoder.core.device import faster_dtype, probe
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
@@ -68,6 +70,8 @@ def train(config: RunConfig) -> None:
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
         raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
+    if device_type == "cuda" and config.dtype == "float32":
+        raise ConfigError('dtype = "float32" on a GPU: its attention has no such backward yet; use dtype = "bfloat16"')
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     world = start_world(device_type, timeout_seconds=config.timeout_seconds)
@@ -79,9 +83,9 @@ class Trainer:
     """Everything one rank holds during a run."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
+        config = replace(config, dtype=_resolve_dtype(config, world))
         self.config, self.world = config, world
         self.num_microbatches = config.check_ranks(world.size)
-        self.folder = RunFolder(config, world)
         tokenizer = Tokenizer.load(config.data.tokenizer)
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
@@ -95,12 +99,13 @@ class Trainer:
         self.batches = Prefetcher(stream)
         self.held_out = HeldOut(config, tokenizer, world) if config.data.valid is not None else None
 
-        self.dtype = self._resolve_dtype()
+        self.folder = RunFolder(config, world)  # after all that can be wrong with the data: a refusal leaves no folder
         self.model = Transformer(config.model)
         init_weights(self.model, seed=config.seed)
         self.flat = FlatParameters(
-            self.model.named_parameters(), dtype=self.dtype, device=world.device, num_shards=world.size
-        )
+            self.model.named_parameters(), dtype=getattr(torch, config.dtype), device=world.device,
+            num_shards=world.size,
+        )  # fmt: skip
         self.optimizer = Zero1AdamW(self.flat, world, config.optimizer)
         self.step = self.folder.resume(self.model, self.optimizer, self.batches)
         self.skipped_in_a_row = 0
@@ -112,20 +117,20 @@ class Trainer:
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
         try:
-            with self.batches, progress("train", config.steps, quiet=not self.world.is_first) as bar:
-                bar.update(self.step)
+            with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
                 while self.step < config.steps:
                     began = time.perf_counter()
                     result = self.update()
                     self.step += 1
                     seconds = time.perf_counter() - began
-                    held_out = self._maybe_held_out()
+                    held_out = {} if result.stop else self._maybe_held_out()
                     if log is not None:
                         bar.update(self.step, f"loss {result.loss:.3f}  {result.num_tokens / seconds:,.0f} tokens/s")
                         if self.step % config.log_every == 0 or held_out:
                             log.write(self.step, {**self._metrics(result, seconds), **held_out})
                     if result.stop and self.step < config.steps:
                         self._checkpoint()
+                        self.folder.finish()
                         raise Interrupted(f"stopped at step {self.step} with a checkpoint; the same command goes on")
                     if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                         self._checkpoint()
@@ -189,17 +194,23 @@ class Trainer:
     def _checkpoint(self) -> None:
         self.folder.save(self.step, self.model, self.optimizer, self.batches)
 
-    def _resolve_dtype(self) -> torch.dtype:
-        """The dtype of the config, or the faster one as the first rank measures it, on all ranks alike."""
-        if self.config.dtype != "auto":
-            return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
-        is_bf16 = torch.zeros((), device=self.world.device)
-        if self.world.is_first:
-            is_bf16.fill_(faster_dtype(probe()) == torch.bfloat16)
-        broadcast_from_first(is_bf16, self.world.group)
-        return torch.bfloat16 if is_bf16.item() else torch.float32
-
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.world.is_first and not self._stop_asked:
             say(f"{signal.Signals(number).name}: writing a checkpoint after this step")
         self._stop_asked = True
+
+
+def _resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:
+    """The config's dtype; for `auto` what the run began with, or the faster one as the first rank measures it."""
+    if config.dtype != "auto":
+        return config.dtype
+    begun = config.output / "run.toml"
+    is_bf16 = torch.zeros((), device=world.device)
+    if world.is_first:
+        is_bf16.fill_(
+            load_toml(RunConfig, begun).dtype == "bfloat16"
+            if begun.exists()
+            else faster_dtype(probe()) == torch.bfloat16
+        )
+    broadcast_from_first(is_bf16, world.group)
+    return "bfloat16" if is_bf16.item() else "float32"

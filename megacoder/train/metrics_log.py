@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megacoder.core.errors import FormatError
 from megacoder.core.files import write_text
 
 __all__ = ["MetricsLog", "read_metrics"]
@@ -40,13 +41,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a crash is left out."""
+    """The lines of a metrics file, none if there is no file; a last line cut off by a crash is left out.
+
+    Raises FormatError with the number of any other line that is not one of ours.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut off
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            raise FormatError(
+                f"{path}:{number}: not a line of metrics; move the file away to go on without it"
+            ) from None
     return rows

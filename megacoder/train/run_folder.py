@@ -6,6 +6,7 @@ writes the ranges of each weight that its slice of the flat buffers holds, and r
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, load_toml, to_dict, to_toml
-from megacoder.core.files import write_text
+from megacoder.core.files import exclusive, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
 from megacoder.model.transformer import Transformer, WeightPiece, weight_pieces
@@ -30,7 +31,7 @@ FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "micro_batch_size", "timeout_seconds",
 }  # fmt: skip
-"""Settings that do not decide what a run computes, and may differ when it goes on."""
+"""Settings that may differ when a run goes on: they change nothing, or (device, micro_batch_size) only rounding."""
 
 
 class RunFolder:
@@ -38,6 +39,9 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
+        self._held = ExitStack()
+        if world.is_first:
+            self._held.enter_context(exclusive(config.output, what="run"))
         path = config.output / "run.toml"
         if path.exists():
             old = load_toml(RunConfig, path)
@@ -69,8 +73,9 @@ class RunFolder:
         self.checkpoints.save(step, list(_fragments(model, optimizer)), state=state, layout={"dp": self.world.size})
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is whole."""
+        """Waits until the last checkpoint is whole, and lets the folder go."""
         self.checkpoints.wait()
+        self._held.close()
 
 
 @torch.no_grad()

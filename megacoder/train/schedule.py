@@ -25,7 +25,7 @@ class ScheduleConfig:
     """steps of linear warm-up"""
 
     def __post_init__(self) -> None:
-        if not self.peak_lr > 0:
+        if not 0 < self.peak_lr < math.inf:
             raise ConfigError(f"schedule.peak_lr = {self.peak_lr}: must be positive")
         if self.warmup_steps < 0:
             raise ConfigError(f"schedule.warmup_steps = {self.warmup_steps}: must not be negative")

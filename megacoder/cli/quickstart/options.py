@@ -1,5 +1,6 @@
 """What the quickstart can be told, and where it puts things."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ class QuickstartOptions:
     """From repositories on this machine to a model that fills in code; run again to go on where it stopped."""
 
     out: Path = Path("quickstart")
-    """folder for everything it makes"""
+    """folder for everything it makes; it stays where it was made"""
     input: tuple[Path, ...] = ()
     """folders of repositories; without any, the standard library and the packages installed here"""
     minutes: float = 6.0
     """training time to aim for; the other stages take some minutes more"""
     steps: int | None = None
-    """updates, instead of as many as fit into --minutes; two runs of equal steps are equal to the last bit"""
+    """updates, instead of as many as fit into --minutes; with it, two runs on one machine are equal to the last bit"""
     vocab_size: int = 8192
     """ids of the tokenizer that come from training; the paper has 32,000"""
     nproc: int | None = None
@@ -30,7 +31,7 @@ class QuickstartOptions:
     """of weights, order and fill-in-the-middle"""
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0:
+        if not 0 < self.minutes < math.inf:
             raise ConfigError(f"--minutes {self.minutes:g}: must be positive")
         for name in ("steps", "nproc"):
             value = getattr(self, name)
@@ -38,7 +39,7 @@ class QuickstartOptions:
                 raise ConfigError(f"--{name} {value}: must be at least 1")
         if self.vocab_size < 512:
             raise ConfigError(f"--vocab-size {self.vocab_size}: must be at least 512 (256 bytes and some merges)")
-        if not self.max_repo_megabytes > 0:
+        if not 0 < self.max_repo_megabytes < math.inf:
             raise ConfigError(f"--max-repo-megabytes {self.max_repo_megabytes:g}: must be positive")
 
 

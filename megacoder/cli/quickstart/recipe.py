@@ -70,6 +70,7 @@ def run_config(
     recipe: Recipe,
     *,
     steps: int,
+    nproc: int,
     dtype: torch.dtype,
     vocab_size: int,
     output: Path,
@@ -80,6 +81,8 @@ def run_config(
 ) -> RunConfig:
     """The training run, as `megacoder train` reads it."""
     every = max(1, steps // 8)
+    per_rank = max(1, round(recipe.global_batch_size / nproc))  # so that any number of processes divides the batch
+    micro = max(size for size in range(1, recipe.micro_batch_size + 1) if per_rank % size == 0)
     return RunConfig(
         output=output,
         data=DataConfig(
@@ -103,8 +106,8 @@ def run_config(
         optimizer=AdamWConfig(),
         schedule=ScheduleConfig(kind="three_stage", peak_lr=recipe.peak_lr, warmup_steps=max(1, min(50, steps // 10))),
         steps=steps,
-        global_batch_size=recipe.global_batch_size,
-        micro_batch_size=recipe.micro_batch_size,
+        global_batch_size=per_rank * nproc,
+        micro_batch_size=micro,
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         checkpoint_every=every,
         checkpoint=CheckpointConfig(keep_last=2),

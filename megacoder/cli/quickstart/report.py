@@ -10,7 +10,7 @@ from megacoder.core.config import load_toml
 from megacoder.core.device import Machine
 from megacoder.core.files import write_text
 from megacoder.core.html import Series, code, line_chart, page, paragraph, section, tiles, value_table
-from megacoder.corpus.accounts import Count, CorpusReport, load_report
+from megacoder.corpus.accounts import CorpusReport, load_report
 from megacoder.data.sidecar import Sidecar
 from megacoder.train.config import RunConfig
 from megacoder.train.metrics_log import read_metrics
@@ -121,11 +121,7 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
 def _data(places: Places, corpus: CorpusReport) -> str:
     accounts = corpus.accounts
     train, heldout = Sidecar.read(places.train_data), Sidecar.read(places.heldout_data)
-    rows = [["seen", *_cells(accounts.seen)]]
-    for stage, reasons in accounts.dropped.items():
-        ordered = sorted(reasons.items(), key=lambda item: -item[1].files)
-        rows += [[f"- {stage}: {reason}", *_cells(count)] for reason, count in ordered]
-    rows += [["= kept", *_cells(accounts.kept)], [f"of it held out, by {corpus.split_unit}", *_cells(accounts.heldout)]]
+    rows = [[name, f"{count.files:,}", count.megabytes] for name, count in accounts.rows(corpus.split_unit)]
     languages = sorted(accounts.languages.items(), key=lambda item: -item[1].bytes)
     repositories = sorted(accounts.repositories.items(), key=lambda item: -item[1].kept.bytes)
     tokens = [
@@ -138,13 +134,13 @@ def _data(places: Places, corpus: CorpusReport) -> str:
         value_table(["files", "number", "size"], rows, caption="what was kept, and what was dropped and why"),
         value_table(
             ["language", "size", "files", "share"],
-            [[name, _megabytes(c), f"{c.files:,}", f"{c.bytes / accounts.kept.bytes:.2%}"] for name, c in languages],
+            [[name, c.megabytes, f"{c.files:,}", f"{c.bytes / accounts.kept.bytes:.2%}"] for name, c in languages],
         ),
         value_table(["part", "documents", "files", "tokens", "bytes per token"], tokens),
         value_table(
             ["repository", "files", "size", "part"],
             [
-                [name, f"{row.kept.files:,}", _megabytes(row.kept), "held out" if row.heldout.files else "training"]
+                [name, f"{row.kept.files:,}", row.kept.megabytes, "held out" if row.heldout.files else "training"]
                 for name, row in repositories
                 if row.kept.files
             ],
@@ -152,10 +148,3 @@ def _data(places: Places, corpus: CorpusReport) -> str:
         ),
     )
 
-
-def _cells(count: Count) -> list[str]:
-    return [f"{count.files:,}", _megabytes(count)]
-
-
-def _megabytes(count: Count) -> str:
-    return f"{count.bytes / 1e6:,.2f} MB"

@@ -24,8 +24,9 @@ from megacoder.cli.quickstart.report import write_report
 from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
 from megacoder.core.console import say, table
 from megacoder.core.device import Machine, faster_dtype, probe
-from megacoder.core.files import write_json, write_text
-from megacoder.corpus.accounts import CorpusReport
+from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
+from megacoder.core.errors import CorpusError
+from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.samples import SampleConfig
@@ -67,8 +68,18 @@ def main(argv: Sequence[str]) -> None:
 
 def run_quickstart(options: QuickstartOptions) -> None:
     """See `main`; the Python entry."""
-    places, machine = Places(options.out), probe()
+    new = not options.out.exists()
+    with exclusive(options.out, what="quickstart"):
+        try:
+            _run_stages(options, Places(options.out), probe())
+        finally:
+            if new and not any(options.out.iterdir()):  # refused before anything was made
+                options.out.rmdir()
+
+
+def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) -> None:
     check_options(places, options)
+    remove_stale_temporaries(places.root)
     say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
 
     corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
@@ -95,16 +106,27 @@ def check_options(places: Places, options: QuickstartOptions) -> None:
 
 
 def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
-    """Filtered, deduplicated, ordered Python documents."""
+    """Filtered, deduplicated, ordered documents.
+
+    Once the stages after it have begun the corpus stays as it is, though packages on the machine may come and go.
+    """
+    if places.options.exists() and (places.corpus / REPORT_NAME).exists():
+        return load_report(places.corpus)
     limit = int(options.max_repo_megabytes * 1e6)
     # Without --input the sources are installed Python packages; a user's folder may hold any language.
     languages = () if options.input else ("Python",)
-    return build_corpus(
+    report = build_corpus(
         CorpusConfig(
             out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
             samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
         )  # fmt: skip
     )
+    if report.accounts.heldout.files == 0:
+        raise CorpusError(
+            f"{places.corpus}: one file is too little to hold any out; give more with --input, or remove {places.root}"
+        )
+    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises where there is no line to ask for
+    return report
 
 
 def make_tokenizer(options: QuickstartOptions, places: Places) -> None:
@@ -132,13 +154,13 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     if places.run_config.exists():
         return load_toml(RunConfig, places.run_config)
     with_steps = partial(
-        run_config, choose_recipe(machine, options.minutes), dtype=faster_dtype(machine), output=places.run,
+        run_config, choose_recipe(machine, options.minutes), nproc=nproc, dtype=faster_dtype(machine), output=places.run,
         vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
         train=places.train_data, valid=places.heldout_data, seed=options.seed,
     )  # fmt: skip
-    config = with_steps(steps=1)
-    config.check_ranks(nproc)
-    steps = options.steps or steps_within(options.minutes, seconds_per_step(config, machine, nproc=nproc))
+    steps = options.steps
+    if steps is None:
+        steps = steps_within(options.minutes, seconds_per_step(with_steps(steps=1), machine, nproc=nproc))
     config = with_steps(steps=steps)
     write_text(places.run_config, to_toml(config))
     say(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import RankPool
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,3 +20,10 @@ def backend(request, monkeypatch):
     elif cpp._cpp is None:
         pytest.skip("the C++ kernels are not built here")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Runs functions on several gloo ranks; see `ranks.RankPool`."""
+    with RankPool() as pool:
+        yield pool

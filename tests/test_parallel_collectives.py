@@ -1,0 +1,155 @@
+"""Every collective against what its docstring promises: on 1 to 4 ranks, and as the identity without a group."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from megacoder.core.errors import MegacoderError
+from megacoder.parallel.collectives import (
+    World,
+    all_gather_into,
+    all_reduce_sum,
+    barrier,
+    broadcast_from_first,
+    gather_json,
+    reduce_scatter_sum,
+    start_world,
+)
+
+SIZES = [1, 2, 3, 4]
+WORLD_OF_ONE = World(0, 1, 0, torch.device("cpu"), None)
+VALUES = [
+    {"rank": 0, "text": "naïve 中文 👩‍👩‍👧"},
+    None,
+    [],
+    {"long": "é" * 5000, "nested": [1, 2.5, True, {"": None}]},
+]
+
+
+def draw(seed, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def reduce_random(world):
+    tensor = draw(world.rank, 1000)
+    all_reduce_sum(tensor, world.group)
+    return tensor
+
+
+def reduce_scatter_random(world, in_place):
+    length = 70
+    full = draw(world.rank, world.size * length)
+    shard = full[world.rank * length :][:length] if in_place else torch.full((length,), torch.nan)
+    reduce_scatter_sum(shard, full, world.group)
+    return shard
+
+
+def gather_random(world, dtype, in_place):
+    length = 33
+    full = torch.full((world.size * length,), torch.nan, dtype=dtype)
+    shard = full[world.rank * length :][:length] if in_place else torch.empty(length, dtype=dtype)
+    shard.copy_(draw(world.rank, length))
+    all_gather_into(full, shard, world.group)
+    return full
+
+
+def broadcast_random(world, dtype):
+    tensor = draw(world.rank, 9, dtype=dtype)
+    broadcast_from_first(tensor, world.group)
+    return tensor
+
+
+def gather_values(world):
+    return gather_json(VALUES[world.rank], world)
+
+
+def files_after_barrier(world, folder):
+    (folder / str(world.rank)).touch()
+    barrier(world.group)
+    return len(list(folder.iterdir()))
+
+
+@pytest.fixture(params=[None, *SIZES], ids=lambda size: "no group" if size is None else f"{size} ranks")
+def run(request, ranks):
+    """Runs a function on some ranks, or in a world of one without a group."""
+    if request.param is None:
+        return lambda function, *args: [function(WORLD_OF_ONE, *args)]
+    return lambda function, *args: ranks.run(request.param, function, *args)
+
+
+def test_all_reduce_sums_to_the_same_bits_everywhere(run):
+    results = run(reduce_random)
+    exact = sum(draw(rank, 1000).double() for rank in range(len(results)))
+    assert (results[0] - exact).abs().max() <= 1e-6
+    for result in results:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_reduce_scatter_gives_each_rank_its_slice_of_the_sum(run, in_place):
+    results = run(reduce_scatter_random, in_place)
+    exact = sum(draw(rank, 70 * len(results)).double() for rank in range(len(results)))
+    for result, expected in zip(results, exact.split(70), strict=True):
+        assert (result - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_gather_puts_slices_in_rank_order(run, dtype, in_place):
+    results = run(gather_random, dtype, in_place)
+    expected = torch.cat([draw(rank, 33, dtype=dtype) for rank in range(len(results))])
+    for result in results:
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_broadcast_overwrites_by_the_first_ranks_tensor(run, dtype):
+    for result in run(broadcast_random, dtype):
+        assert torch.equal(result, draw(0, 9, dtype=dtype))
+
+
+def test_gather_json_returns_every_value_on_every_rank(run):
+    for result in (results := run(gather_values)):
+        assert result == VALUES[: len(results)]
+
+
+def test_no_rank_leaves_a_barrier_before_all_have_come(run, tmp_path):
+    results = run(files_after_barrier, tmp_path)
+    assert results == [len(results)] * len(results)
+
+
+def start_as_torchrun_does(world, port):
+    torch.distributed.destroy_process_group()
+    os.environ.update(
+        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    started = start_world("cpu", timeout_seconds=60)
+    values = gather_json([started.rank, started.size, started.local_rank, started.is_first], started)
+    started.close()
+    return values, str(started.device), torch.distributed.is_initialized()
+
+
+def test_start_world_joins_the_ranks_that_torchrun_started(ranks):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for outcome in ranks.run_apart(2, start_as_torchrun_does, port):
+        assert outcome.failure is None
+        assert outcome.result == ([[0, 2, 0, True], [1, 2, 1, False]], "cpu", False)
+
+
+def test_start_world_is_a_world_of_one_without_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = start_world("cpu")
+    assert (world.rank, world.size, world.group, world.is_first) == (0, 1, None, True)
+    world.close()
+
+
+def test_a_rank_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(MegacoderError, match="rank 2 of this node has no GPU: 2 found; start fewer processes"):
+        start_world("cuda")

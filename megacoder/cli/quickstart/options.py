@@ -17,7 +17,7 @@ class QuickstartOptions:
     """folder for everything it makes; it stays where it was made"""
     input: tuple[Path, ...] = ()
     """folders of repositories; without any, the standard library and the packages installed here"""
-    minutes: float = 6.0
+    minutes: float = 7.0
     """training time to aim for; the other stages take some minutes more"""
     steps: int | None = None
     """updates, instead of as many as fit into --minutes; with it, two runs on one machine are equal to the last bit"""

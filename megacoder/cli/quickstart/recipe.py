@@ -47,7 +47,7 @@ class Recipe:
 
 SMALL = Recipe(
     hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
-    head_dim=64, seq_length=512, fim_context=192, global_batch_size=8, micro_batch_size=4, peak_lr=2.5e-3,
+    head_dim=64, seq_length=256, fim_context=96, global_batch_size=16, micro_batch_size=8, peak_lr=2.5e-3,
 )  # fmt: skip
 MEDIUM = Recipe(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
@@ -139,10 +139,10 @@ def seconds_per_step(config: RunConfig, machine: Machine, *, nproc: int) -> floa
 
 
 def steps_within(minutes: float, seconds: float, *, overhead: float = 1.2) -> int:
-    """Steps of `seconds` each that fit into `minutes`, rounded down to 1, 1.5, 2, 3, 5 or 7 times a power of ten.
+    """Steps of `seconds` each that fit into `minutes`, rounded down to a digit or two (the ladder below).
 
     `overhead` covers what a microbatch alone does not show: update, communication, held-out losses, neighbours.
     """
     fits = max(1.0, 60 * minutes / (seconds * overhead))
     magnitude = 10.0 ** math.floor(math.log10(fits))
-    return max(1, int(magnitude * max(factor for factor in (1, 1.5, 2, 3, 5, 7) if factor * magnitude <= fits)))
+    return max(1, int(magnitude * max(factor for factor in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8) if factor * magnitude <= fits)))

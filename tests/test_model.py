@@ -6,7 +6,7 @@ import torch
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.scheduled import forward_backward, forward_loss
+from megacoder.model.stage import forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.flat import FlatParameters

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_model import batch_of, build, tiny
 from torch import nn
 
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.stage import forward_backward
 from megacoder.parallel.flat import ALIGNMENT, FlatParameters
 
 CPU = torch.device("cpu")

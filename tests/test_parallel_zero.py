@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_model import build, tiny
 from torch import Tensor, nn
 
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.stage import forward_backward
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World, all_reduce_sum

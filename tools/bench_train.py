@@ -28,7 +28,7 @@ from megacoder.core.console import table
 from megacoder.core.device import cpp_kernels, probe
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.stage import forward_backward
 from megacoder.model.transformer import Linear, Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World

@@ -21,7 +21,7 @@ from megacoder.core.console import progress
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.model.scheduled import forward_loss
+from megacoder.model.stage import forward_loss
 from megacoder.model.transformer import Transformer
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 

@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.model.transformer import TransformerPart, weight_pieces
 
 __all__ = ["draw_weight", "init_weights"]
 
@@ -24,7 +24,7 @@ def draw_weight(name: str, shape: torch.Size, *, std: float, seed: int) -> Tenso
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, *, seed: int) -> None:
+def init_weights(model: TransformerPart, *, seed: int) -> None:
     """Fills `model` in place; rows that pad the vocabulary are zero."""
     for param in model.parameters():
         param.zero_()

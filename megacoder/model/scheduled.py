@@ -1,7 +1,7 @@
-"""The transformer's training step by hand: forward and backward halves called explicitly, no autograd.
+"""A decoder layer's training step by hand: forward and backward halves called explicitly, no autograd.
 
 Legend: B sequences, S tokens, T = B * S, D model dim, C fused QKV dim, F feed-forward dim. The parameters are those of
-`megacoder.model.transformer.Transformer`, which is the reference: same loss, same gradients.
+`megacoder.model.transformer.DecoderLayer`, which is the reference; `megacoder.model.stage` puts layers together.
 
 What this buys over autograd: it chooses what is saved (a layer keeps its two normed inputs, fused QKV, attention output
 and gate-up; nothing twice), fuses residual adds into the norms, overwrites buffers in place, and adds every weight
@@ -13,18 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megacoder.model.transformer import DecoderLayer, Linear, RopeTables, Transformer
+from megacoder.model.transformer import DecoderLayer, Linear, RopeTables
 from megacoder.ops.attention import attention_backward, attention_forward
-from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_sum, linear_cross_entropy_with_grads
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 
-__all__ = ["SavedLayer", "WeightGradients", "forward_backward", "forward_loss", "layer_backward", "layer_forward"]
+__all__ = ["SavedLayer", "WeightGradients", "grad_of", "layer_backward", "layer_forward"]
 
 
 @dataclass(slots=True)
@@ -74,46 +72,6 @@ def grad_of(param: nn.Parameter) -> Tensor:
     if param.grad is None:
         raise RuntimeError("a parameter has no gradient buffer; wrap the model in FlatParameters first")
     return param.grad
-
-
-def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
-    """One microbatch: returns its loss sum and adds its gradients (of the sum) into every `param.grad`."""
-    batch, positions_T = len(tokens_BS), _positions(model, tokens_BS)
-    rope = model.rope(tokens_BS.device)
-    weight_grads = WeightGradients()
-
-    stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight.detach()), None
-    saved: list[SavedLayer] = []
-    for layer in model.decoder_layers():
-        stream, residual, kept = layer_forward(layer, stream, residual, rope, positions_T, batch)
-        saved.append(kept)
-    normed, summed, rstd = rms_norm_forward(stream, model.norm.weight.detach(), model.norm.eps, residual_TD=residual)
-
-    head = model.lm_head.weight
-    loss, grad = linear_cross_entropy_with_grads(
-        normed, head.detach(), labels_BS.flatten(), vocab=model.config.vocab_size, grad_weight_WD=grad_of(head)
-    )
-
-    weight = model.norm.weight
-    grad = rms_norm_backward(grad, summed, weight.detach(), rstd, grad_weight_D=grad_of(weight))
-    for layer in reversed(model.decoder_layers()):
-        grad = layer_backward(layer, grad, saved.pop(), rope, positions_T, weight_grads)
-    grad_of(model.embed_tokens.weight).index_add_(0, tokens_BS.flatten(), grad.float())
-    return loss
-
-
-@torch.no_grad()
-def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
-    """The loss sum of one microbatch, for evaluation: the same halves, nothing kept."""
-    batch, positions_T = len(tokens_BS), _positions(model, tokens_BS)
-    rope = model.rope(tokens_BS.device)
-    stream, residual = F.embedding(tokens_BS.flatten(), model.embed_tokens.weight), None
-    for layer in model.decoder_layers():
-        stream, residual, _ = layer_forward(layer, stream, residual, rope, positions_T, batch)
-    normed, _, _ = rms_norm_forward(stream, model.norm.weight.detach(), model.norm.eps, residual_TD=residual)
-    return linear_cross_entropy_sum(
-        normed, model.lm_head.weight.detach(), labels_BS.flatten(), vocab=model.config.vocab_size
-    )
 
 
 def layer_forward(
@@ -186,16 +144,6 @@ def layer_backward(
         grad_normed, saved.attn_input, weight.detach(), saved.attn_rstd,
         grad_weight_D=grad_of(weight), grad_residual_TD=grad_TD,
     )  # fmt: skip
-
-
-def _positions(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    """(T,) positions of every token; ValueError for sequences longer than the rotary tables."""
-    batch, length = tokens_BS.shape
-    if length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"sequences of {length} tokens; the model has {model.config.max_position_embeddings} positions"
-        )
-    return torch.arange(length, device=tokens_BS.device).repeat(batch)
 
 
 def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

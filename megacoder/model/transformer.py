@@ -22,7 +22,16 @@ from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
 
-__all__ = ["DecoderLayer", "Linear", "RMSNorm", "RopeTables", "Transformer", "WeightPiece", "weight_pieces"]
+__all__ = [
+    "DecoderLayer",
+    "Linear",
+    "RMSNorm",
+    "RopeTables",
+    "Transformer",
+    "TransformerPart",
+    "WeightPiece",
+    "weight_pieces",
+]
 
 
 @dataclass(frozen=True)
@@ -110,33 +119,51 @@ class DecoderLayer(nn.Module):
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
-class Transformer(nn.Module):
-    """Embedding, decoder layers, final norm, head. Weights start empty; see `megacoder.model.init`."""
+class TransformerPart(nn.Module):
+    """The layers that one process holds, with the embedding, and the final norm and head, where it holds them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Parameters are named as in the whole model (`layers.7...` is layer 7 whoever holds it), so that initial weights,
+    checkpoints and export do not depend on who holds what. Weights start empty; see `megacoder.model.init`.
+    """
+
+    embed_tokens: Linear
+    """with an embedding, and with a tied head"""
+    norm: RMSNorm
+    """with a head"""
+    lm_head: Linear
+    """with a head; `embed_tokens` itself if tied"""
+
+    def __init__(self, config: ModelConfig, *, layers: Iterable[int], embedding: bool, head: bool) -> None:
         super().__init__()
         self.config = config
-        rows = config.padded_vocab_size
-        self.embed_tokens = Linear(config.hidden_size, [("embed_tokens", rows)])
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            self.embed_tokens if config.tie_word_embeddings else Linear(config.hidden_size, [("lm_head", rows)])
-        )
+        rows, tied = config.padded_vocab_size, config.tie_word_embeddings
+        if embedding or (head and tied):
+            self.embed_tokens = Linear(config.hidden_size, [("embed_tokens", rows)])
+        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config) for layer in layers})
+        if head:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = self.embed_tokens if tied else Linear(config.hidden_size, [("lm_head", rows)])
         cos, sin = rope_tables(
             config.max_position_embeddings, config.head_dim, theta=config.rope_theta, factor=config.rope_factor
         )
         self._rope = RopeTables(cos, sin)  # not a buffer: `.to(dtype)` must not round it
 
-    def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+    def decoder_layers(self) -> dict[int, DecoderLayer]:
+        """The layers by their index in the whole model, first to last."""
+        return {int(index): layer for index, layer in self.layers.items() if isinstance(layer, DecoderLayer)}
 
     def rope(self, device: torch.device) -> RopeTables:
         """The rotary tables on `device`, in fp32 whatever the model's dtype."""
         if self._rope.cos.device != device:
             self._rope = RopeTables(self._rope.cos.to(device), self._rope.sin.to(device))
         return self._rope
+
+
+class Transformer(TransformerPart):
+    """The whole model: embedding, decoder layers, final norm, head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, layers=range(config.num_hidden_layers), embedding=True, head=True)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
         """Token ids -> final hidden states (B, S, D), normalised; positions count from 0 unless given.
@@ -150,7 +177,7 @@ class Transformer(nn.Module):
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         x_BSD = F.embedding(tokens_BS, self.embed_tokens.weight)
         rope = self.rope(x_BSD.device)
-        for layer, layer_cache in zip(self.decoder_layers(), layer_caches, strict=False):
+        for layer, layer_cache in zip(self.decoder_layers().values(), layer_caches, strict=False):
             x_BSD = layer(x_BSD, rope, positions_BS, layer_cache)
         return self.norm(x_BSD)
 
@@ -180,7 +207,7 @@ class WeightPiece:
         return self.param.detach()[self.start : self.start + self.rows]
 
 
-def weight_pieces(model: Transformer) -> Iterator[WeightPiece]:
+def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
     """Every weight of `model` once, under its Hugging Face name, in a fixed order; a tied head is the embedding.
 
     Embedding and head pieces hold `vocab_size` rows: the padding has no Hugging Face name.

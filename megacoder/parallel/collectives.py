@@ -7,7 +7,7 @@ so that callers have a single code path.
 import datetime
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,20 @@ from torch import Tensor
 from megacoder.core.errors import MegacoderError
 
 __all__ = [
+    "Transfer",
     "World",
     "all_gather_into",
     "all_reduce_sum",
     "barrier",
     "broadcast_from_first",
     "gather_json",
+    "group_rank",
+    "group_size",
     "reduce_scatter_sum",
+    "start_receive",
+    "start_send",
     "start_world",
+    "sum_with_peer",
 ]
 
 
@@ -120,3 +126,50 @@ def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> Non
     """Overwrites `tensor` by the first rank's."""
     if group is not None:
         dist.broadcast(tensor, group=group, group_src=0)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """This process's place in the group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks in the group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+class Transfer(NamedTuple):
+    """A tensor on its way between two ranks; it must stay as it is until `wait` returns."""
+
+    tensor: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has arrived (or left): on a GPU the stream waits, on a CPU the caller."""
+        self.work.wait()
+        return self.tensor
+
+
+def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+    """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
+    work = dist.isend(tensor, group=group, group_dst=peer)
+    assert work is not None  # None is for processes outside the group
+    return Transfer(tensor, work)
+
+
+def start_receive(buffer: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+    """Begins to fill `buffer` from rank `peer` of the group."""
+    work = dist.irecv(buffer, group=group, group_src=peer)
+    assert work is not None
+    return Transfer(buffer, work)
+
+
+def sum_with_peer(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
+    """Adds rank `peer`'s tensor in place; both ranks call it and end with the same bits."""
+    incoming = torch.empty_like(tensor)
+    starts = [lambda: start_send(tensor, peer, group), lambda: start_receive(incoming, peer, group)]
+    if group_rank(group) > peer:
+        starts.reverse()  # one rank sends first and the other receives, since NCCL runs a pair's transfers in turn
+    for transfer in [start() for start in starts]:
+        transfer.wait()
+    tensor += incoming

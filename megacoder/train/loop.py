@@ -27,7 +27,7 @@ from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.init import init_weights
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.stage import forward_backward
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first, start_world
 from megacoder.parallel.flat import FlatParameters

@@ -9,7 +9,7 @@ from megacoder.data.fim import FimConfig
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.model.scheduled import forward_loss
+from megacoder.model.stage import forward_loss
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.collectives import World, all_reduce_sum
 from megacoder.train.config import RunConfig

@@ -18,7 +18,7 @@ from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.scheduled import forward_backward
+from megacoder.model.stage import forward_backward
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.flat import FlatParameters

@@ -1,0 +1,216 @@
+"""A pipeline stage: consecutive layers with explicit forward and backward, no autograd; the whole model is one stage.
+
+Legend: B sequences, S tokens, T = B * S, D model dim. What enters and leaves a stage is the residual stream (T, D) in
+the weights' dtype, and its gradient the other way. Gradients of weights are added straight into `param.grad`.
+
+The last stage computes its loss and, in the same pass over chunks of tokens, the head's gradients in its forward: full
+logits are never kept, so there is nothing that a later backward could start from. What it keeps is the gradient of the
+head's input. Postponed weight gradients are therefore those of the layers; embedding, norms and head are never late.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megacoder.model.config import ModelConfig
+from megacoder.model.scheduled import SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
+from megacoder.model.transformer import Transformer, TransformerPart
+from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_sum, linear_cross_entropy_with_grads
+from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from megacoder.parallel.collectives import group_rank, sum_with_peer
+from megacoder.parallel.schedules.placement import Placement
+from megacoder.parallel.schedules.schedule import StageMap
+
+__all__ = [
+    "Microbatch",
+    "SavedStage",
+    "Stage",
+    "build_stages",
+    "forward_backward",
+    "forward_loss",
+    "sum_tied_gradients",
+]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What the stages of one microbatch read: tokens in the first, labels in the last, their shape in all."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    """already shifted, IGNORE_INDEX where not trained"""
+
+    def positions_T(self, limit: int) -> Tensor:
+        """Position of every token in its sequence; ValueError for more than `limit`, which the rotary tables hold."""
+        batch, length = self.tokens_BS.shape
+        if length > limit:
+            raise ValueError(f"sequences of {length} tokens; the model has {limit} positions")
+        return torch.arange(length, device=self.tokens_BS.device).repeat(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """What the final norm's backward reads."""
+
+    grad_normed: Tensor
+    """gradient of the loss sum for the head's input (T, D)"""
+    summed: Tensor
+    """residual stream after the last layer (T, D)"""
+    rstd: Tensor
+
+
+@dataclass(slots=True)
+class SavedStage:
+    """What one microbatch's forward keeps for its backward, which consumes it."""
+
+    microbatch: Microbatch
+    layers: list[SavedLayer] = field(default_factory=list)
+    head: SavedHead | None = None
+    """None but in the last stage"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Layers of `model`, run by hand; what `megacoder.parallel.pipeline` executes."""
+
+    model: TransformerPart
+    """holds the parameters; their gradient buffers must be attached (see `megacoder.parallel.flat`)"""
+    layers: range
+    """by their index in the whole model"""
+    is_first: bool
+    """begins with the embedding"""
+    is_last: bool
+    """ends with the final norm, the head and the loss"""
+
+    @classmethod
+    def whole(cls, model: Transformer) -> "Stage":
+        """The one stage of a pipeline of one rank."""
+        return cls(model=model, layers=range(model.config.num_hidden_layers), is_first=True, is_last=True)
+
+    def new_boundary(self, microbatch: Microbatch) -> Tensor:
+        """Uninitialised memory for what enters this stage, or its gradient (T, D)."""
+        weight = next(self.model.parameters())
+        return weight.new_empty(microbatch.tokens_BS.numel(), self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage]:
+        """The stage's output, in the last stage the loss, and what `backward` needs; x is None in the first stage."""
+        saved = SavedStage(microbatch)
+        stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=saved.layers.append)
+        if not self.is_last:
+            return (stream_TD if residual_TD is None else stream_TD.add_(residual_TD)), saved
+        norm, head = self.model.norm, self.model.lm_head.weight
+        normed_TD, summed_TD, rstd_T = rms_norm_forward(
+            stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD
+        )
+        loss, grad_TD = linear_cross_entropy_with_grads(
+            normed_TD, head.detach(), microbatch.labels_BS.flatten(),
+            vocab=self.model.config.vocab_size, grad_weight_WD=grad_of(head),
+        )  # fmt: skip
+        saved.head = SavedHead(grad_TD, summed_TD, rstd_T)
+        return loss, saved
+
+    @torch.no_grad()
+    def forward_loss(self, x_TD: Tensor | None, microbatch: Microbatch) -> LossSum:
+        """The last stage's loss alone, for evaluation: the same halves, nothing kept."""
+        stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=lambda _: None)
+        norm = self.model.norm
+        normed_TD, _, _ = rms_norm_forward(stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD)
+        return linear_cross_entropy_sum(
+            normed_TD, self.model.lm_head.weight.detach(), microbatch.labels_BS.flatten(),
+            vocab=self.model.config.vocab_size,
+        )  # fmt: skip
+
+    def backward(self, grad_TD: Tensor | None, saved: SavedStage) -> Tensor | None:
+        """Gradient of the output (None in the last stage) -> that of the input (None in the first)."""
+        return self._backward(grad_TD, saved, WeightGradients())
+
+    def backward_input(self, grad_TD: Tensor | None, saved: SavedStage) -> tuple[Tensor | None, Callable[[], None]]:
+        """As `backward`, but leaves the layers' weight gradients to the function it returns, to be called once."""
+        weight_grads = WeightGradients(postponed=True)
+        return self._backward(grad_TD, saved, weight_grads), weight_grads.run
+
+    def _run_layers(
+        self, x_TD: Tensor | None, microbatch: Microbatch, *, keep: Callable[[SavedLayer], None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(stream, residual), whose sum is the output."""
+        tokens = microbatch.tokens_BS
+        positions_T = microbatch.positions_T(self.model.config.max_position_embeddings)
+        if self.is_first:
+            x_TD = F.embedding(tokens.flatten(), self.model.embed_tokens.weight.detach())
+        assert x_TD is not None
+        stream_TD, residual_TD = x_TD, None
+        rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
+        for index in self.layers:
+            stream_TD, residual_TD, kept = layer_forward(
+                layers[index], stream_TD, residual_TD, rope, positions_T, len(tokens)
+            )
+            keep(kept)
+        return stream_TD, residual_TD
+
+    @torch.no_grad()
+    def _backward(self, grad_TD: Tensor | None, saved: SavedStage, weight_grads: WeightGradients) -> Tensor | None:
+        tokens = saved.microbatch.tokens_BS
+        positions_T = saved.microbatch.positions_T(self.model.config.max_position_embeddings)
+        if saved.head is not None:
+            grad_TD, saved.head = self._norm_backward(saved.head), None
+        assert grad_TD is not None
+        rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
+        for index in reversed(self.layers):
+            grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, positions_T, weight_grads)
+        if not self.is_first:
+            return grad_TD
+        grad_of(self.model.embed_tokens.weight).index_add_(0, tokens.flatten(), grad_TD.float())
+        return None
+
+    def _norm_backward(self, saved: SavedHead) -> Tensor:
+        weight = self.model.norm.weight
+        return rms_norm_backward(
+            saved.grad_normed, saved.summed, weight.detach(), saved.rstd, grad_weight_D=grad_of(weight)
+        )
+
+
+def build_stages(config: ModelConfig, *, placement: Placement, held: Sequence[int]) -> list[Stage]:
+    """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
+    model = TransformerPart(
+        config,
+        layers=[layer for stage in sorted(held) for layer in placement.layers(stage)],
+        embedding=any(map(placement.has_embedding, held)),
+        head=any(map(placement.has_head, held)),
+    )
+    return [
+        Stage(
+            model=model, layers=placement.layers(stage),
+            is_first=placement.has_embedding(stage), is_last=placement.has_head(stage),
+        )
+        for stage in held
+    ]  # fmt: skip
+
+
+def sum_tied_gradients(model: TransformerPart, *, stage_map: StageMap, group: dist.ProcessGroup | None) -> None:
+    """Adds up the gradients of a tied embedding's two copies, once per update, where two ranks hold them.
+
+    Every rank of the pipeline may call it; those that have nothing to do return at once.
+    """
+    ends = (stage_map.home[0][0], stage_map.home[-1][0])
+    rank = group_rank(group)
+    if model.config.tie_word_embeddings and group is not None and ends[0] != ends[1] and rank in ends:
+        sum_with_peer(grad_of(model.embed_tokens.weight), ends[0] + ends[1] - rank, group)
+
+
+def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
+    """One microbatch: returns its loss sum and adds its gradients (of the sum) into every `param.grad`."""
+    stage = Stage.whole(model)
+    loss, saved = stage.forward(None, Microbatch(tokens_BS, labels_BS))
+    stage.backward(None, saved)
+    assert isinstance(loss, LossSum)
+    return loss
+
+
+def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
+    """The loss sum of one microbatch, for evaluation."""
+    return Stage.whole(model).forward_loss(None, Microbatch(tokens_BS, labels_BS))

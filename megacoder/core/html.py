@@ -92,7 +92,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
     if not points:
         return paragraph("No points to draw.")
     xs, ys = _ticks(*_span(x for x, _ in points)), _ticks(*_span(y for _, y in points))
-    left, right, top, bottom = 56, 12, 28, 40
+    left, right, top, bottom = 56, 24, 28, 40
     span_x, span_y = xs[-1] - xs[0], ys[-1] - ys[0]
 
     def place(x: float, y: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from megacoder.ops.cross_entropy import (
     cross_entropy_,
     linear_cross_entropy,
     linear_cross_entropy_with_grads,
+    softmax_,
 )
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
@@ -130,6 +131,17 @@ def test_linear_cross_entropy(vocab, dtype, monkeypatch):
     assert (grad_x.double() - wide.grad).norm() <= 3 * TOLERANCE[dtype] * max(wide.grad.norm(), 1e-3)
     assert (grad_weight.double() - wide_weight.grad).norm() <= 3 * TOLERANCE[dtype] * max(wide_weight.grad.norm(), 1e-3)
     assert not grad_weight[vocab:].any(), "padding must receive no gradient"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [0, 1, 37, 128])
+def test_softmax_in_place(vocab, dtype):
+    logits = randn(23, 128, dtype=dtype, scale=3.0)
+    wide = logits[:, :vocab].double()
+    lse = softmax_(logits, vocab=vocab)
+    assert torch.allclose(lse.double(), wide.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(logits[:, :vocab].double(), wide.softmax(-1), atol=TOLERANCE[dtype])
+    assert not logits[:, vocab:].any()
 
 
 def test_cross_entropy_of_huge_logits_and_of_nothing():

@@ -29,10 +29,11 @@ from megacoder.core.device import cpp_kernels, probe
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.stage import forward_backward
-from megacoder.model.transformer import Linear, Transformer
+from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.layers import Linear
 from megacoder.parallel.zero import Zero1AdamW
 
 SHAPES = {

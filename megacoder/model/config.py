@@ -73,3 +73,25 @@ class ModelConfig:
         """All weights as exported, padding not counted."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         return self.num_matmul_params + embedding + (2 * self.num_hidden_layers + 1) * self.hidden_size
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """ConfigError, with the nearest sizes that work, unless `size` tensor-parallel ranks can share the model."""
+        reason = self._not_shared_by(size)
+        if reason is None:
+            return
+        sizes = [other for other in range(1, self.num_attention_heads + 1) if self._not_shared_by(other) is None]
+        nearest = sorted(sorted(sizes, key=lambda other: abs(other - size))[:2])
+        raise ConfigError(f"tp = {size}: {reason}; nearest that work: tp = {' or '.join(map(str, nearest))}")
+
+    def _not_shared_by(self, size: int) -> str | None:
+        if size < 1:
+            return "needs at least 1"
+        for name in ("num_attention_heads", "intermediate_size"):
+            if getattr(self, name) % size:
+                return f"model.{name} = {getattr(self, name)} is not a multiple of it"
+        if self.padded_vocab_size % size:
+            multiple = f"model.vocab_multiple = {self.vocab_multiple}"
+            return f"the vocabulary, padded to {self.padded_vocab_size} by {multiple}, is not a multiple of it"
+        if self.num_key_value_heads % size and size % self.num_key_value_heads:
+            return f"model.num_key_value_heads = {self.num_key_value_heads} is neither a multiple nor a divisor of it"
+        return None

@@ -45,6 +45,8 @@ def export_model(
     dtype = model.lm_head.weight.dtype if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
+    if model.tp.size > 1:
+        raise ConfigError(f"a model that tp = {model.tp.size} ranks share is exported from its checkpoint, with tp = 1")
     config = model.config
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(

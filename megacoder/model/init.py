@@ -29,4 +29,5 @@ def init_weights(model: TransformerPart, *, seed: int) -> None:
     for param in model.parameters():
         param.zero_()
     for piece in weight_pieces(model):
-        piece.view.copy_(draw_weight(piece.hf_name, piece.view.shape, std=model.config.init_std, seed=seed))
+        whole = draw_weight(piece.hf_name, torch.Size(piece.shard.shape), std=model.config.init_std, seed=seed)
+        piece.view.copy_(piece.shard.part(whole))

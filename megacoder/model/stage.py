@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
 from megacoder.model.transformer import Transformer, TransformerPart
-from megacoder.ops.cross_entropy import LossSum, linear_cross_entropy_sum, linear_cross_entropy_with_grads
+from megacoder.ops.cross_entropy import LossSum
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.parallel.collectives import group_rank, sum_with_peer
+from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
 from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.schedule import StageMap
+from megacoder.parallel.tensor import start_gather
 
 __all__ = [
     "Microbatch",
@@ -44,10 +45,12 @@ class Microbatch:
     labels_BS: Tensor
     """already shifted, IGNORE_INDEX where not trained"""
 
-    def positions_T(self, limit: int) -> Tensor:
-        """Position of every token in its sequence; ValueError for more than `limit`, which the rotary tables hold."""
+    def positions_T(self, model: TransformerPart) -> Tensor:
+        """Position of every token in its sequence; ValueError for a shape that `model` cannot take."""
         batch, length = self.tokens_BS.shape
-        if length > limit:
+        model.tp.check_tokens(batch, length)
+        if length > model.config.max_position_embeddings:
+            limit = model.config.max_position_embeddings
             raise ValueError(f"sequences of {length} tokens; the model has {limit} positions")
         return torch.arange(length, device=self.tokens_BS.device).repeat(batch)
 
@@ -93,8 +96,9 @@ class Stage:
 
     def new_boundary(self, microbatch: Microbatch) -> Tensor:
         """Uninitialised memory for what enters this stage, or its gradient (T, D)."""
-        weight = next(self.model.parameters())
-        return weight.new_empty(microbatch.tokens_BS.numel(), self.model.config.hidden_size)
+        weight, tp = next(self.model.parameters()), self.model.tp
+        rows = microbatch.tokens_BS.numel() // (tp.size if tp.sequence_parallel else 1)
+        return weight.new_empty(rows, self.model.config.hidden_size)
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage]:
@@ -103,14 +107,12 @@ class Stage:
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=saved.layers.append)
         if not self.is_last:
             return (stream_TD if residual_TD is None else stream_TD.add_(residual_TD)), saved
-        norm, head = self.model.norm, self.model.lm_head.weight
+        norm, head = self.model.norm, self.model.lm_head
         normed_TD, summed_TD, rstd_T = rms_norm_forward(
             stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD
         )
-        loss, grad_TD = linear_cross_entropy_with_grads(
-            normed_TD, head.detach(), microbatch.labels_BS.flatten(),
-            vocab=self.model.config.vocab_size, grad_weight_WD=grad_of(head),
-        )  # fmt: skip
+        labels_T = microbatch.labels_BS.flatten()
+        loss, grad_TD = head_loss_with_grads(normed_TD, head, labels_T, grad_weight_WD=grad_of(head.weight))
         saved.head = SavedHead(grad_TD, summed_TD, rstd_T)
         return loss, saved
 
@@ -120,10 +122,7 @@ class Stage:
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=lambda _: None)
         norm = self.model.norm
         normed_TD, _, _ = rms_norm_forward(stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD)
-        return linear_cross_entropy_sum(
-            normed_TD, self.model.lm_head.weight.detach(), microbatch.labels_BS.flatten(),
-            vocab=self.model.config.vocab_size,
-        )  # fmt: skip
+        return head_loss_sum(normed_TD, self.model.lm_head, microbatch.labels_BS.flatten())
 
     def backward(self, grad_TD: Tensor | None, saved: SavedStage) -> Tensor | None:
         """Gradient of the output (None in the last stage) -> that of the input (None in the first)."""
@@ -139,9 +138,9 @@ class Stage:
     ) -> tuple[Tensor, Tensor | None]:
         """(stream, residual), whose sum is the output."""
         tokens = microbatch.tokens_BS
-        positions_T = microbatch.positions_T(self.model.config.max_position_embeddings)
+        positions_T = microbatch.positions_T(self.model)
         if self.is_first:
-            x_TD = F.embedding(tokens.flatten(), self.model.embed_tokens.weight.detach())
+            x_TD = self.model.embed_tokens(tokens.flatten())
         assert x_TD is not None
         stream_TD, residual_TD = x_TD, None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
@@ -155,7 +154,7 @@ class Stage:
     @torch.no_grad()
     def _backward(self, grad_TD: Tensor | None, saved: SavedStage, weight_grads: WeightGradients) -> Tensor | None:
         tokens = saved.microbatch.tokens_BS
-        positions_T = saved.microbatch.positions_T(self.model.config.max_position_embeddings)
+        positions_T = saved.microbatch.positions_T(self.model)
         if saved.head is not None:
             grad_TD, saved.head = self._norm_backward(saved.head), None
         assert grad_TD is not None
@@ -164,7 +163,8 @@ class Stage:
             grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, positions_T, weight_grads)
         if not self.is_first:
             return grad_TD
-        grad_of(self.model.embed_tokens.weight).index_add_(0, tokens.flatten(), grad_TD.float())
+        embedding, whole_TD = self.model.embed_tokens, start_gather(grad_TD, self.model.tp).wait()
+        embedding.accumulate_grad(grad_of(embedding.weight), tokens.flatten(), whole_TD)
         return None
 
     def _norm_backward(self, saved: SavedHead) -> Tensor:

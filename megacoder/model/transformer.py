@@ -4,6 +4,10 @@ Legend: B sequences, S tokens each, D model dim, H query heads, G key-value head
 Forward is a loop over children; data parallelism, dtype and the hand-scheduled backward wrap it from outside. Query,
 key and value projections are one matrix, gate and up another, because one large product beats three small ones;
 `weight_pieces` gives them back under Hugging Face's names, as views.
+
+Tensor parallelism is in the linear layers and the embedding alone. Each rank then has H/tp query heads, G/tp key-value
+heads (one at least: ranks share a head when there are fewer) and F/tp of the feed-forward dim. Under sequence
+parallelism the residual stream, (B, S, D) in what follows, is this rank's tokens (B * S / tp, D).
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.kv_cache import KVCache, LayerCache
 from megacoder.ops.attention import attention
-from megacoder.ops.cross_entropy import linear_cross_entropy
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
+from megacoder.parallel.cross_entropy import head_loss
+from megacoder.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear, Shard, VocabParallelEmbedding
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = [
     "DecoderLayer",
-    "Linear",
     "RMSNorm",
     "RopeTables",
     "Transformer",
@@ -42,18 +48,6 @@ class RopeTables:
     sin: Tensor
 
 
-class Linear(nn.Module):
-    """y = x W^T without a bias; `pieces` are the (Hugging Face name, rows) of which a fused weight consists."""
-
-    def __init__(self, in_features: int, pieces: list[tuple[str, int]]) -> None:
-        super().__init__()
-        self.pieces = pieces
-        self.weight = nn.Parameter(torch.empty(sum(rows for _, rows in pieces), in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
 class RMSNorm(nn.Module):
     """See `megacoder.ops.rms_norm`."""
 
@@ -69,16 +63,24 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        self.num_heads, self.num_kv_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.head_dim = config.head_dim
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = Linear(config.hidden_size, [("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)])
-        self.o_proj = Linear(query, [("o_proj", config.hidden_size)])
+        query, key_value = (heads * config.head_dim, dim), (kv_heads * config.head_dim, dim)
+        self.qkv_proj = ColumnParallelLinear(
+            [
+                Shard.of("q_proj", query, tp, num_blocks=heads),
+                Shard.of("k_proj", key_value, tp, num_blocks=kv_heads),
+                Shard.of("v_proj", key_value, tp, num_blocks=kv_heads),
+            ],
+            tp,
+        )
+        self.o_proj = RowParallelLinear([Shard.of("o_proj", (dim, heads * config.head_dim), tp, dim=1)], tp)
 
     def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        batch, length, _ = x_BSD.shape
+        batch, length = positions_BS.shape
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x_BSD).view(batch * length, -1, self.head_dim)
         qk = apply_rope(qkv[:, :rotated], rope.cos, rope.sin, positions_BS.flatten())
@@ -94,11 +96,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        dim = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, [("gate_proj", dim), ("up_proj", dim)])
-        self.down_proj = Linear(dim, [("down_proj", config.hidden_size)])
+        shape = (config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = ColumnParallelLinear([Shard.of("gate_proj", shape, tp), Shard.of("up_proj", shape, tp)], tp)
+        self.down_proj = RowParallelLinear([Shard.of("down_proj", shape[::-1], tp, dim=1)], tp)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x_BSD)))
@@ -107,12 +109,13 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
         super().__init__()
+        self.tp = tp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, tp)
 
     def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS, cache)
@@ -126,23 +129,33 @@ class TransformerPart(nn.Module):
     checkpoints and export do not depend on who holds what. Weights start empty; see `megacoder.model.init`.
     """
 
-    embed_tokens: Linear
+    embed_tokens: VocabParallelEmbedding
     """with an embedding, and with a tied head"""
     norm: RMSNorm
     """with a head"""
-    lm_head: Linear
+    lm_head: VocabParallelEmbedding
     """with a head; `embed_tokens` itself if tied"""
 
-    def __init__(self, config: ModelConfig, *, layers: Iterable[int], embedding: bool, head: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel = ALONE,
+        *,
+        layers: Iterable[int],
+        embedding: bool,
+        head: bool,
+    ) -> None:
+        """ConfigError where `tp.size` ranks cannot share the model."""
         super().__init__()
-        self.config = config
-        rows, tied = config.padded_vocab_size, config.tie_word_embeddings
+        config.check_tensor_parallel(tp.size)
+        self.config, self.tp = config, tp
+        tied = config.tie_word_embeddings
         if embedding or (head and tied):
-            self.embed_tokens = Linear(config.hidden_size, [("embed_tokens", rows)])
-        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config) for layer in layers})
+            self.embed_tokens = self._vocab_parallel("embed_tokens")
+        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, tp) for layer in layers})
         if head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = self.embed_tokens if tied else Linear(config.hidden_size, [("lm_head", rows)])
+            self.lm_head = self.embed_tokens if tied else self._vocab_parallel("lm_head")
         cos, sin = rope_tables(
             config.max_position_embeddings, config.head_dim, theta=config.rope_theta, factor=config.rope_factor
         )
@@ -158,48 +171,64 @@ class TransformerPart(nn.Module):
             self._rope = RopeTables(self._rope.cos.to(device), self._rope.sin.to(device))
         return self._rope
 
+    def _vocab_parallel(self, name: str) -> VocabParallelEmbedding:
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        return VocabParallelEmbedding(name, shape, config.padded_vocab_size, self.tp)
+
 
 class Transformer(TransformerPart):
     """The whole model: embedding, decoder layers, final norm, head."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, layers=range(config.num_hidden_layers), embedding=True, head=True)
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
+        """ConfigError where `tp.size` ranks cannot share the model."""
+        super().__init__(config, tp, layers=range(config.num_hidden_layers), embedding=True, head=True)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """Token ids -> final hidden states (B, S, D), normalised; positions count from 0 unless given.
+        """Token ids, alike on all tensor-parallel ranks -> final hidden states (B, S, D), normalised.
 
-        With a cache, `tokens_BS` continue the tokens that it holds, and it knows their positions.
+        Positions count from 0 unless given. Under sequence parallelism the result is this rank's part, (B * S / tp, D).
+        With a cache, which one rank alone can use, `tokens_BS` continue the tokens that it holds, and it knows their
+        positions.
         """
+        self.tp.check_tokens(*tokens_BS.shape)
         layer_caches: Iterable[LayerCache | None] = repeat(None)
         if cache is not None:
             positions_BS, layer_caches = cache.advance(tokens_BS.shape[1]), cache.layers
         elif positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        x_BSD = F.embedding(tokens_BS, self.embed_tokens.weight)
+        x_BSD = self.embed_tokens(tokens_BS)
         rope = self.rope(x_BSD.device)
         for layer, layer_cache in zip(self.decoder_layers().values(), layer_caches, strict=False):
             x_BSD = layer(x_BSD, rope, positions_BS, layer_cache)
         return self.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """(B, S, vocab_size), without the padding."""
+        """(B, S, vocab_size), without the padding; ConfigError for a model that several ranks share."""
+        if self.tp.size > 1:
+            raise ConfigError(f"logits of a model that tp = {self.tp.size} ranks share; generate with tp = 1")
         return F.linear(hidden_BSD, self.lm_head.weight[: self.config.vocab_size])
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Sum of token losses in nats; labels are already shifted, IGNORE_INDEX where not trained."""
-        hidden = self(tokens_BS).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.lm_head.weight, labels_BS.flatten(), vocab=self.config.vocab_size)
+        return head_loss(self(tokens_BS), self.lm_head, labels_BS.flatten())
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """A part of a parameter that has a Hugging Face name of its own: rows [start, start + rows) of `param`."""
+    """A part of a parameter that has a Hugging Face name of its own, from row `start` of `param` on."""
 
     hf_name: str
     param_name: str
     param: nn.Parameter
     start: int
-    rows: int
+    shard: Shard
+    """which part of the named weight this is: all of it, unless tensor-parallel ranks share the model"""
+
+    @property
+    def rows(self) -> int:
+        """Rows of `param` that are the piece."""
+        return self.shard.local_shape[0]
 
     @property
     def view(self) -> Tensor:
@@ -210,16 +239,20 @@ class WeightPiece:
 def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
     """Every weight of `model` once, under its Hugging Face name, in a fixed order; a tied head is the embedding.
 
-    Embedding and head pieces hold `vocab_size` rows: the padding has no Hugging Face name.
+    Embedding and head pieces leave out the rows that pad the vocabulary: those have no Hugging Face name.
     """
     modules = dict(model.named_modules())
     for param_name, param in model.named_parameters():
         module_name = param_name.rsplit(".", 1)[0]
         module = modules[module_name]
-        pieces = module.pieces if isinstance(module, Linear) else [(module_name.rsplit(".", 1)[-1], param.shape[0])]
-        parent, start = module_name.rpartition(".")[0], 0
-        for name, rows in pieces:
-            scope = "" if name == "lm_head" else "model." + (parent + "." if parent else "")
-            real = model.config.vocab_size if name in ("embed_tokens", "lm_head") else rows
-            yield WeightPiece(f"{scope}{name}.weight", param_name, param, start, real)
-            start += rows
+        parent, _, own_name = module_name.rpartition(".")
+        if isinstance(module, Linear):
+            shards = module.shards
+        else:  # a norm: a copy on every rank, whose gradient is of the rank's own tokens under sequence parallelism
+            shape, summed = tuple(param.shape), model.tp.sequence_parallel
+            shards = [Shard.of(own_name, shape, model.tp, num_blocks=1, sum_copies=summed)]
+        start = 0
+        for shard in shards:
+            scope = "" if shard.name == "lm_head" else "model." + (parent + "." if parent else "")
+            yield WeightPiece(f"{scope}{shard.name}.weight", param_name, param, start, shard)
+            start += shard.local_shape[0]

@@ -20,10 +20,13 @@ from megacoder.ops.linear import accumulate_weight_grad
 __all__ = [
     "IGNORE_INDEX",
     "LossSum",
+    "chunk_tokens",
+    "count_labels",
     "cross_entropy_",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
     "linear_cross_entropy_with_grads",
+    "softmax_",
 ]
 
 IGNORE_INDEX = -100
@@ -80,6 +83,39 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
     return loss_C
 
 
+def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
+    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf of none; overwrites the logits by their softmax.
+
+    The softmax is zero in the W - vocab columns of padding.
+    """
+    kernels = kernels_for(logits_CW)
+    if vocab == 0 or kernels is None:
+        wide = logits_CW[:, :vocab].float()
+        lse_C = torch.logsumexp(wide, dim=-1)
+        logits_CW.zero_()[:, :vocab] = torch.exp(wide - lse_C[:, None])
+        return lse_C
+    lse_C = torch.empty(len(logits_CW), dtype=torch.float32)
+    kernels.attention_softmax(  # one query a row, which sees `vocab` of W keys
+        logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype), address(lse_C, torch.float32),
+        len(lse_C), 1, logits_CW.shape[1], vocab, 1.0,
+    )  # fmt: skip
+    return lse_C
+
+
+def chunk_tokens(num_rows: int) -> int:
+    """Tokens of a chunk against `num_rows` output rows."""
+    return max(1, CHUNK_ELEMENTS // num_rows)
+
+
+def count_labels(labels_T: Tensor, vocab: int) -> int:
+    """How many labels are trained on; IndexError for one outside [0, vocab)."""
+    counted = labels_T != IGNORE_INDEX
+    outside = counted & ((labels_T < 0) | (labels_T >= vocab))
+    if bool(outside.any()):
+        raise IndexError(f"label {int(labels_T[outside][0])} is outside the vocabulary of {vocab} ids")
+    return int(counted.sum())
+
+
 def linear_cross_entropy_with_grads(
     x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int, grad_weight_WD: Tensor
 ) -> tuple[LossSum, Tensor]:
@@ -87,10 +123,10 @@ def linear_cross_entropy_with_grads(
 
     IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel.
     """
-    num_tokens = _check_labels(labels_T, vocab)
+    num_tokens = count_labels(labels_T, vocab)
     grad_x_TD = torch.empty_like(x_TD)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = max(1, CHUNK_ELEMENTS // weight_WD.shape[0])
+    chunk = chunk_tokens(weight_WD.shape[0])
     for x_CD, labels_C, grad_x_CD in zip(x_TD.split(chunk), labels_T.split(chunk), grad_x_TD.split(chunk), strict=True):
         logits_CW = x_CD @ weight_WD.t()
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
@@ -101,18 +137,9 @@ def linear_cross_entropy_with_grads(
 
 def linear_cross_entropy_sum(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int) -> LossSum:
     """The loss sum alone, for evaluation; the same chunks, the same errors."""
-    num_tokens = _check_labels(labels_T, vocab)
+    num_tokens = count_labels(labels_T, vocab)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = max(1, CHUNK_ELEMENTS // weight_WD.shape[0])
+    chunk = chunk_tokens(weight_WD.shape[0])
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
         total += cross_entropy_(x_CD @ weight_WD.t(), labels_C, vocab=vocab).sum(dtype=torch.float64)
     return LossSum(total, num_tokens)
-
-
-def _check_labels(labels_T: Tensor, vocab: int) -> int:
-    """How many labels are trained on."""
-    counted = labels_T != IGNORE_INDEX
-    outside = counted & ((labels_T < 0) | (labels_T >= vocab))
-    if bool(outside.any()):
-        raise IndexError(f"label {int(labels_T[outside][0])} is outside the vocabulary of {vocab} ids")
-    return int(counted.sum())

@@ -1,1 +1,1 @@
-"""Ranks and what they say to each other: collectives, data parallelism with sharded optimizer state."""
+"""Ranks and what they say to each other: collectives, tensor-parallel layers, data parallelism with sharded state."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from megacoder.core.errors import MegacoderError
 
 __all__ = [
+    "Pending",
     "Transfer",
     "World",
     "all_gather_into",
@@ -26,7 +27,10 @@ __all__ = [
     "group_rank",
     "group_size",
     "reduce_scatter_sum",
+    "start_all_gather",
+    "start_all_reduce_sum",
     "start_receive",
+    "start_reduce_scatter_sum",
     "start_send",
     "start_world",
     "sum_with_peer",
@@ -55,6 +59,22 @@ class World:
         """Leaves the process group; call on the way out of a successful run."""
         if self.group is not None:
             dist.destroy_process_group()
+
+
+class Pending:
+    """The result of a collective that may still be under way; compute meanwhile, then `wait` for it."""
+
+    __slots__ = ("_result", "_work")
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        """The result; on a GPU the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
 
 
 def start_world(device_type: str, *, timeout_seconds: float = 600.0) -> World:
@@ -99,6 +119,21 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
             full.copy_(shard)
         return
     _all_gather(full, shard, group=group)
+
+
+def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pending:
+    """`all_reduce_sum`, not waited for: `tensor` is the result's, and in use until then."""
+    return Pending(tensor, None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+
+
+def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup) -> Pending:
+    """`reduce_scatter_sum`, not waited for."""
+    return Pending(shard, _reduce_scatter(shard, full, group=group, async_op=True))
+
+
+def start_all_gather(full: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Pending:
+    """`all_gather_into`, not waited for."""
+    return Pending(full, _all_gather(full, shard, group=group, async_op=True))
 
 
 def gather_json(value: Any, world: World) -> list[Any]:

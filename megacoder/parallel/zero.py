@@ -7,10 +7,11 @@ tokens until that one division, so gradients are right for any split of tokens o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
@@ -35,8 +36,22 @@ class OwnedRange:
 class Zero1AdamW:
     """AdamW over flat parameters, its state sharded over `world`."""
 
-    def __init__(self, flat: FlatParameters, world: World, config: AdamWConfig) -> None:
+    def __init__(
+        self,
+        flat: FlatParameters,
+        world: World,
+        config: AdamWConfig,
+        *,
+        tensor_group: dist.ProcessGroup | None = None,
+        counted_elsewhere: Iterable[slice] = (),
+    ) -> None:
+        """Where tensor-parallel ranks share the model, the norm is over `tensor_group` too.
+
+        It then leaves out `counted_elsewhere`, ascending parts of the flat buffers that are copies of what another
+        rank of that group counts.
+        """
         self.flat, self.world, self.config = flat, world, config
+        self.tensor_group = tensor_group
         self.num_updates = 0
         self._slice = flat.shard(world.rank)
         weight = flat.weight[self._slice]
@@ -45,6 +60,7 @@ class Zero1AdamW:
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.owned = list(self._owned_ranges())
+        self._counted = list(self._counted_ranges(counted_elsewhere))
 
     def step(self, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
         """Updates the weights from the gradient sums of `num_tokens` tokens (of all ranks) and zeroes the gradients.
@@ -53,8 +69,11 @@ class Zero1AdamW:
         """
         grad = self.flat.grad[self._slice]
         reduce_scatter_sum(grad, self.flat.grad, self.world.group)
-        squares = sum_of_squares(grad)
+        squares = torch.zeros((), dtype=torch.float64, device=grad.device)
+        for part in self._counted:
+            squares += sum_of_squares(grad[part])
         all_reduce_sum(squares, self.world.group)
+        all_reduce_sum(squares, self.tensor_group)
         norm = math.sqrt(squares.item()) / num_tokens if math.isfinite(squares.item()) else math.inf
         if math.isfinite(norm):
             self.num_updates += 1
@@ -86,6 +105,17 @@ class Zero1AdamW:
             start, stop = max(slot.start, self._slice.start), min(slot.stop, self._slice.stop)
             if start < stop:
                 yield OwnedRange(slot, start - slot.start, stop - slot.start, start - self._slice.start)
+
+    def _counted_ranges(self, elsewhere: Iterable[slice]) -> Iterator[slice]:
+        """The parts of this rank's slice, in its own elements, that lie between those counted elsewhere."""
+        begin, size = 0, len(self.master)
+        for part in elsewhere:
+            start, stop = (min(max(edge - self._slice.start, 0), size) for edge in (part.start, part.stop))
+            if begin < start:
+                yield slice(begin, start)
+            begin = max(begin, stop)
+        if begin < size:
+            yield slice(begin, size)
 
     def _segments(self) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, decayed) in the slice; neighbours with the same decay are one segment, padding included."""

@@ -25,7 +25,7 @@ from megacoder.parallel.collectives import World, barrier, gather_json
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.config import RunConfig
 
-__all__ = ["RunFolder", "load_weights"]
+__all__ = ["RunFolder", "load_weights", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
@@ -57,7 +57,7 @@ class RunFolder:
         if not step_folders(root):
             return 0
         reader = CheckpointReader(root)
-        reader.read_all(_fragments(model, optimizer))
+        reader.read_all(state_fragments(model, optimizer, copies=True))
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
@@ -70,7 +70,8 @@ class RunFolder:
             "data": merge_states(gather_json(batches.state_dict(), self.world)),
             "config": to_dict(self.config),
         }
-        self.checkpoints.save(step, list(_fragments(model, optimizer)), state=state, layout={"dp": self.world.size})
+        fragments = list(state_fragments(model, optimizer, copies=False))
+        self.checkpoints.save(step, fragments, state=state, layout={"dp": self.world.size})
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole, and lets the folder go."""
@@ -85,18 +86,22 @@ def load_weights(model: Transformer, checkpoints: Path) -> int:
     for param in model.parameters():
         param.zero_()  # the rows that pad the vocabulary are in no file
     for piece in weight_pieces(model):
-        piece.view.copy_(reader.read_tensor(piece.hf_name))
+        piece.view.copy_(piece.shard.part(reader.read_tensor(piece.hf_name)))
     return reader.step
 
 
-def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
-    """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any."""
+def state_fragments(model: Transformer, optimizer: Zero1AdamW, *, copies: bool) -> Iterator[Fragment]:
+    """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any.
+
+    Without `copies`, what several tensor-parallel ranks hold is the first one's alone, since a file has it once.
+    """
     pieces: dict[str, list[WeightPiece]] = defaultdict(list)
     for piece in weight_pieces(model):
-        pieces[piece.param_name].append(piece)
+        if copies or piece.shard.copy == 0:
+            pieces[piece.param_name].append(piece)
     for owned in optimizer.owned:
         for piece in pieces[owned.slot.name]:
-            shape = tuple(piece.view.shape)
+            shard = piece.shard
             first = int(piece.view.storage_offset() - owned.slot.param.storage_offset())
             start, stop = max(owned.start, first), min(owned.stop, first + piece.view.numel())
             if start >= stop:
@@ -104,6 +109,7 @@ def _fragments(model: Transformer, optimizer: Zero1AdamW) -> Iterator[Fragment]:
             offset = owned.offset + start - owned.start
             for kind, values in optimizer.state().items():
                 yield Fragment(
-                    name=piece.hf_name, kind=kind, global_shape=shape, region=Box.whole(shape),
+                    name=piece.hf_name, kind=kind, global_shape=shard.shape,
+                    region=Box(shard.offsets, shard.local_shape),
                     start=start - first, stop=stop - first, data=values[offset : offset + stop - start],
                 )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Weights that several tensor-parallel ranks hold: their gradients are summed, and counted once in the norm.
+
+Two kinds of copies receive different gradients on their ranks, which only together are the weight's: norms under
+sequence parallelism, where each rank has its own tokens; and key-value heads that ranks share when there are fewer
+heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from megacoder.model.transformer import Transformer, WeightPiece, weight_pieces
+from megacoder.parallel.collectives import all_reduce_sum
+from megacoder.parallel.flat import FlatParameters
+
+__all__ = ["counted_elsewhere", "sum_replica_gradients"]
+
+
+def sum_replica_gradients(model: Transformer) -> None:
+    """Completes the gradients of copies: once per update, after the last backward and before the norm.
+
+    One all-reduce for the whole model. A head's gradient travels in its place in the whole weight, zeros elsewhere, so
+    that the tensor axis's own group serves and each head meets its own copies.
+    """
+    pieces = [piece for piece in weight_pieces(model) if piece.shard.sum_copies]
+    if not pieces:
+        return
+    wholes = [_grad(piece).new_zeros(piece.shard.shape) for piece in pieces]
+    for piece, whole in zip(pieces, wholes, strict=True):
+        piece.shard.part(whole).copy_(_grad(piece))
+    flat = torch.cat([whole.flatten() for whole in wholes])
+    all_reduce_sum(flat, model.tp.group)
+    for piece, summed in zip(pieces, flat.split([whole.numel() for whole in wholes]), strict=True):
+        _grad(piece).copy_(piece.shard.part(summed.view(piece.shard.shape)))
+
+
+def _grad(piece: WeightPiece) -> torch.Tensor:
+    if piece.param.grad is None:
+        raise RuntimeError(f"{piece.hf_name} has no gradient; call after a backward")
+    return piece.param.grad[piece.start : piece.start + piece.rows]
+
+
+def counted_elsewhere(model: Transformer, flat: FlatParameters) -> Iterator[slice]:
+    """Elements of the flat buffers that are copies of what another rank of the tensor axis counts in the norm."""
+    starts = {slot.name: slot.start for slot in flat.slots}
+    for piece in weight_pieces(model):
+        if piece.shard.copy > 0:
+            first = starts[piece.param_name] + piece.view.storage_offset() - piece.param.storage_offset()
+            yield slice(first, first + piece.view.numel())

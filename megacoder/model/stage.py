@@ -24,7 +24,7 @@ from megacoder.parallel.collectives import group_rank, sum_with_peer
 from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
 from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.schedule import StageMap
-from megacoder.parallel.tensor import start_gather
+from megacoder.parallel.tensor import ALONE, TensorParallel, start_gather
 
 __all__ = [
     "Microbatch",
@@ -174,10 +174,13 @@ class Stage:
         )
 
 
-def build_stages(config: ModelConfig, *, placement: Placement, held: Sequence[int]) -> list[Stage]:
+def build_stages(
+    config: ModelConfig, tp: TensorParallel = ALONE, *, placement: Placement, held: Sequence[int]
+) -> list[Stage]:
     """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
     model = TransformerPart(
         config,
+        tp,
         layers=[layer for stage in sorted(held) for layer in placement.layers(stage)],
         embedding=any(map(placement.has_embedding, held)),
         head=any(map(placement.has_head, held)),

@@ -7,7 +7,7 @@ so that callers have a single code path.
 import datetime
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from megacoder.core.errors import MegacoderError
 
 __all__ = [
     "Pending",
-    "Transfer",
     "World",
     "all_gather_into",
     "all_reduce_sum",
@@ -62,7 +61,7 @@ class World:
 
 
 class Pending:
-    """The result of a collective that may still be under way; compute meanwhile, then `wait` for it."""
+    """A tensor that a collective, send or receive under way still uses; compute meanwhile, then `wait` for it."""
 
     __slots__ = ("_result", "_work")
 
@@ -173,30 +172,18 @@ def group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-class Transfer(NamedTuple):
-    """A tensor on its way between two ranks; it must stay as it is until `wait` returns."""
-
-    tensor: Tensor
-    work: dist.Work
-
-    def wait(self) -> Tensor:
-        """The tensor, once it has arrived (or left): on a GPU the stream waits, on a CPU the caller."""
-        self.work.wait()
-        return self.tensor
-
-
-def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
     work = dist.isend(tensor, group=group, group_dst=peer)
     assert work is not None  # None is for processes outside the group
-    return Transfer(tensor, work)
+    return Pending(tensor, work)
 
 
-def start_receive(buffer: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+def start_receive(buffer: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to fill `buffer` from rank `peer` of the group."""
     work = dist.irecv(buffer, group=group, group_src=peer)
     assert work is not None
-    return Transfer(buffer, work)
+    return Pending(buffer, work)
 
 
 def sum_with_peer(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megacoder.parallel.collectives import Transfer, group_rank, group_size, start_receive, start_send
+from megacoder.parallel.collectives import Pending, group_rank, group_size, start_receive, start_send
 from megacoder.parallel.schedules.program import Exchange, Program, Recv, Send
 from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
 
@@ -87,8 +87,8 @@ class _Step:
     def __init__(self, runner: PipelineRunner, microbatches: Sequence[Any]) -> None:
         self.runner, self.schedule, self.microbatches = runner, runner.schedule, microbatches
         self.made: dict[Tensor, torch.Tensor] = {}
-        self.arriving: dict[Tensor, Transfer] = {}
-        self.leaving: dict[Tensor, Transfer] = {}
+        self.arriving: dict[Tensor, Pending] = {}
+        self.leaving: dict[Tensor, Pending] = {}
         self.saved: dict[tuple[int, int], Any] = {}
         self.weight_gradients: dict[tuple[int, int], Callable[[], None]] = {}
         self.outputs: dict[int, Any] = {}

@@ -1,0 +1,91 @@
+"""Tensor and pipeline parallelism together on 4 ranks equal one process: losses and every gradient."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megacoder.model.config import ModelConfig
+from megacoder.model.init import init_weights
+from megacoder.model.replicas import sum_replica_gradients
+from megacoder.model.stage import Microbatch, build_stages, sum_tied_gradients
+from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.pipeline import PipelineRunner
+from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.tensor import TensorParallel
+
+NUM_MICROBATCHES = 3
+
+
+def config_of(num_layers, tied):
+    return ModelConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=4, max_position_embeddings=16, init_std=0.1, vocab_multiple=16,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def microbatches():
+    tokens = torch.randint(0, 61, (NUM_MICROBATCHES, 2, 9), generator=torch.Generator().manual_seed(0))
+    return [Microbatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
+
+
+@functools.cache
+def one_process(config):
+    """Loss sums by microbatch and gradients by name, of autograd in fp64."""
+    model = Transformer(config)
+    init_weights(model, seed=3)
+    model.double()
+    losses = [model.loss(batch.tokens_BS, batch.labels_BS) for batch in microbatches()]
+    sum(losses).backward()
+    return [loss.item() for loss in losses], {name: grad for name, _, grad in grads_of(model)}
+
+
+def grads_of(model):
+    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in weight_pieces(model)]
+
+
+def group_of(rank, dims, axis):
+    groups = [(members, dist.new_group(members)) for members in dims.groups(axis)]
+    return next(group for members, group in groups if rank in members)
+
+
+def step_on_rank(world, name, tied, sequence_parallel):
+    dims = ParallelDims(tp=2, pp=2)
+    place, pp_group = dims.coordinates(world.rank), group_of(world.rank, dims, "pp")
+    tp = TensorParallel(
+        rank=place.tp, size=dims.tp, group=group_of(world.rank, dims, "tp"), sequence_parallel=sequence_parallel
+    )
+    schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=NUM_MICROBATCHES)
+    num_stages = schedule.stage_map.num_stages
+    stages = build_stages(
+        config_of(num_stages, tied), tp,
+        placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
+    )  # fmt: skip
+    model = stages[0].model
+    init_weights(model, seed=3)
+    FlatParameters(model.named_parameters(), dtype=torch.float32, device=world.device)
+    outputs = PipelineRunner(build_program(schedule), stages, pp_group).run(microbatches()).outputs
+    sum_replica_gradients(model)
+    sum_tied_gradients(model, stage_map=schedule.stage_map, group=pp_group)
+    return num_stages, [loss.total.item() for loss in outputs], grads_of(model)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zbv"])
+def test_tensor_by_pipeline_equals_one_process(ranks, name, tied, sequence_parallel):
+    results = ranks.run(4, step_on_rank, name, tied, sequence_parallel)
+    expected_losses, expected = one_process(config_of(results[0][0], tied))
+    found = set()
+    for _, losses, grads in results:
+        assert losses in ([], pytest.approx(expected_losses, rel=1e-6))
+        for weight, shard, grad in grads:
+            part = shard.part(expected[weight])
+            assert (grad - part).norm() <= 1e-5 * expected[weight].norm(), weight
+            found.add(weight)
+    assert found == expected.keys()
+    assert sum(losses != [] for _, losses, _ in results) == 2

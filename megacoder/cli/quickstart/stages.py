@@ -18,11 +18,12 @@ from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.corpus_report import print_report
 from megacoder.cli.eval_infill import print_summary
+from megacoder.cli.eval_perplexity import print_score
 from megacoder.cli.quickstart.options import Places, QuickstartOptions
 from megacoder.cli.quickstart.recipe import choose_recipe, run_config, seconds_per_step, steps_within
 from megacoder.cli.quickstart.report import write_report
 from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
-from megacoder.core.console import say, table
+from megacoder.core.console import say
 from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
 from megacoder.core.errors import CorpusError
@@ -35,7 +36,7 @@ from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_training import TrainTokenizerConfig, train_from_files
-from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts
+from megacoder.evaluate.bits_per_byte import HeldOutScore, measure_bits_per_byte, training_token_counts
 from megacoder.evaluate.held_out import read_source_files, sample_texts
 from megacoder.evaluate.infill import (
     InfillResult,
@@ -95,7 +96,6 @@ def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) ->
     evaluation = _stage("7/7 evaluation", lambda: make_evaluation(places, config))
     write_report(places, machine, nproc=nproc)
     _show(evaluation, places)
-    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
 
 
 def check_options(places: Places, options: QuickstartOptions) -> None:
@@ -233,12 +233,8 @@ def _show(evaluation: dict[str, Any], places: Places) -> None:
         print(f"truth | {hole['truth'].rstrip()}")
         print("\n".join(f"      | {line}" for line in hole["after"][:2]))
         print()
-    held_out, infill = evaluation["held_out"], evaluation["infill"]
-    table(
-        f"Held-out files ({held_out['num_bytes'] / 1e6:.2f} MB): bits per byte, lower is better",
-        ["model", "xz -9", "unigram"],
-        [[f"{held_out[name]:.3f}" for name in ("model", "xz", "unigram")]],
-    )
+    print_score(from_dict(HeldOutScore, evaluation["held_out"], where=str(places.evaluation)))
+    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
     difference = evaluation["largest_logit_difference"]
     checked = "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
     print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")

@@ -1,8 +1,16 @@
 """Shared by all tests: two threads at most, so that results and time do not depend on the machine's size."""
 
+import signal
+
 import pytest
 import torch
 from ranks import RankPool
+
+
+def pytest_configure():
+    """A background job inherits an ignored SIGINT, and would hand it on to the processes that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,14 +33,24 @@ def test_help_lists_every_command(capsys):
     assert all(command in out for command in COMMANDS)
 
 
+POSITIONAL = {
+    "corpus report": ["folder"],
+    "data inspect": ["prefix"],
+    "checkpoint inspect": ["folder"],
+    "checkpoint verify": ["folder"],
+    "checkpoint export": ["run", "dst"],
+    "infill": ["file", "--model", "folder"],
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_one_line(command, capsys, tmp_path):
     run_toml = tmp_path / "run.toml"
     run_toml.write_text('output = "o"\n[data]\ntrain = "t"\ntokenizer = "k"\n')
-    first = [str(run_toml)] if command == "train" else []
+    first = {"train": [str(run_toml)], **POSITIONAL}.get(command, [])
     code, _, err = run([*command.split(), *first, "--no-such-option"], capsys)
     assert code == 2
-    assert "--no-such-option" in err or "Missing value for argument" in err
+    assert "--no-such-option" in err
     assert err.startswith("megacoder: ")
     assert err.count("\n") == 1
 

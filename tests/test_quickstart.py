@@ -10,11 +10,12 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from train_cases import functions
 
 from megacoder.cli.quickstart.options import QuickstartOptions
 from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, steps_within
-from megacoder.core.device import Machine, faster_dtype, probe
+from megacoder.core.device import Machine, faster_dtype
 from megacoder.core.errors import ConfigError
 from megacoder.train.metrics_log import read_metrics
 
@@ -197,8 +198,18 @@ def test_the_recipe_follows_machine_and_time():
     assert choose_recipe(gpu, 5).hidden_size > MEDIUM.hidden_size
 
 
-def test_the_faster_dtype_is_one_of_two():
-    assert str(faster_dtype(probe(), trials=2)) in ("torch.float32", "torch.bfloat16")
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_dtype_that_multiplies_faster_is_taken(slow, monkeypatch):
+    multiply = torch.mm
+
+    def mm(a, b):
+        if a.dtype == slow:
+            time.sleep(0.05)
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    cpu = Machine(device_type="cpu", device_name="x", num_devices=1, num_cores=2)
+    assert faster_dtype(cpu, rows=8, width=8, trials=2) != slow
 
 
 @pytest.mark.parametrize(

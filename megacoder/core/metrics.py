@@ -1,11 +1,9 @@
-"""Arithmetic that every report shares: FLOPs per token in both conventions, utilisation, bits per byte.
+"""Arithmetic that every report shares: FLOPs per token, with attention counted in full or under its causal mask.
 
 One file, so that two figures with one name cannot mean two things.
 """
 
-import math
-
-__all__ = ["attention_flops_per_token", "bits_per_byte", "training_flops_per_token"]
+__all__ = ["attention_flops_per_token", "training_flops_per_token"]
 
 
 def attention_flops_per_token(*, layers: int, heads: int, head_dim: int, seq_length: int, causal: bool) -> float:
@@ -21,8 +19,3 @@ def attention_flops_per_token(*, layers: int, heads: int, head_dim: int, seq_len
 def training_flops_per_token(num_matmul_params: int, attention_flops: float) -> float:
     """6 FLOPs per weight that takes part in a matrix product, forward and backward, and attention's own."""
     return 6.0 * num_matmul_params + attention_flops
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Total negative log-likelihood in nats over the bytes it predicts."""
-    return nats / math.log(2) / num_bytes

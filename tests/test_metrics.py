@@ -6,7 +6,7 @@ from megacoder.core.metrics import attention_flops_per_token, training_flops_per
 from megacoder.model.config import ModelConfig
 
 
-def test_flops_of_the_13b_shape_at_4096():
+def test_flops_of_the_default_shape_at_4096():
     config = ModelConfig()
     shape = {"layers": 24, "heads": 16, "head_dim": 128, "seq_length": 4096}
     full, causal = (attention_flops_per_token(**shape, causal=causal) for causal in (False, True))

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from megacoder.core.errors import CorpusError
+from megacoder.core.processes import starting_workers
 
 __all__ = ["run_tasks"]
 
@@ -36,7 +37,8 @@ def run_tasks(
     # spawned, not forked: the parent may run the progress bar's thread
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
     try:
-        futures = {pool.submit(function, task): task for task in tasks}
+        with starting_workers():
+            futures = {pool.submit(function, task): task for task in tasks}
         for future in as_completed(futures):
             future.result()
             done(futures[future])

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megacoder.core.errors import DataError
+from megacoder.core.processes import starting_workers
 from megacoder.data.indexed import token_dtype
 from megacoder.data.tokenizer import Tokenizer
 
@@ -94,7 +95,8 @@ def _results(
 ) -> Iterator[tuple[Piece, Encoded]]:
     pending: deque[tuple[Piece, Future[Encoded]]] = deque()
     for piece in pieces:
-        pending.append((piece, executor.submit(_encode, tokenizer, piece)))
+        with starting_workers():
+            pending.append((piece, executor.submit(_encode, tokenizer, piece)))
         if len(pending) > ahead:
             first, future = pending.popleft()
             yield first, future.result()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         from megacoder.train.launch import launch_workers
 
-        config.check_ranks(nproc)
+        config.layout(nproc)  # what cannot work is refused before any process starts
         launch_workers(["train", str(path), *overrides], nproc=nproc)
 
 

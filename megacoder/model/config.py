@@ -62,11 +62,15 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def num_layer_matmul_params(self) -> int:
+        """Weights of one layer that take part in a matrix product: all but its norms."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+
+    @property
     def num_matmul_params(self) -> int:
         """Weights that take part in a matrix product for every token: all but the embedding and the norms."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
-        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        return self.num_hidden_layers * self.num_layer_matmul_params + self.vocab_size * self.hidden_size
 
     @property
     def num_params(self) -> int:

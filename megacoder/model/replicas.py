@@ -1,22 +1,23 @@
-"""Weights that several tensor-parallel ranks hold: their gradients are summed, and counted once in the norm.
+"""Weights that several ranks of a replica hold: their gradients are summed, and counted once in the norm.
 
 Two kinds of copies receive different gradients on their ranks, which only together are the weight's: norms under
 sequence parallelism, where each rank has its own tokens; and key-value heads that ranks share when there are fewer
-heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already.
+heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already. A
+tied embedding in two stages is summed by `megacoder.model.stage.sum_tied_gradients`.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from megacoder.model.transformer import Transformer, WeightPiece, weight_pieces
+from megacoder.model.transformer import TransformerPart, WeightPiece, weight_pieces
 from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.flat import FlatParameters
 
 __all__ = ["counted_elsewhere", "sum_replica_gradients"]
 
 
-def sum_replica_gradients(model: Transformer) -> None:
+def sum_replica_gradients(model: TransformerPart) -> None:
     """Completes the gradients of copies: once per update, after the last backward and before the norm.
 
     One all-reduce for the whole model. A head's gradient travels in its place in the whole weight, zeros elsewhere, so
@@ -40,10 +41,10 @@ def _grad(piece: WeightPiece) -> torch.Tensor:
     return piece.param.grad[piece.start : piece.start + piece.rows]
 
 
-def counted_elsewhere(model: Transformer, flat: FlatParameters) -> Iterator[slice]:
-    """Elements of the flat buffers that are copies of what another rank of the tensor axis counts in the norm."""
+def counted_elsewhere(model: TransformerPart, flat: FlatParameters) -> Iterator[slice]:
+    """Elements of the flat buffers that are copies of what another rank of the replica counts in the norm."""
     starts = {slot.name: slot.start for slot in flat.slots}
     for piece in weight_pieces(model):
-        if piece.shard.copy > 0:
+        if piece.is_copy:
             first = starts[piece.param_name] + piece.view.storage_offset() - piece.param.storage_offset()
             yield slice(first, first + piece.view.numel())

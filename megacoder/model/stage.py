@@ -10,6 +10,7 @@ head's input. Postponed weight gradients are therefore those of the layers; embe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -117,9 +118,11 @@ class Stage:
         return loss, saved
 
     @torch.no_grad()
-    def forward_loss(self, x_TD: Tensor | None, microbatch: Microbatch) -> LossSum:
-        """The last stage's loss alone, for evaluation: the same halves, nothing kept."""
+    def evaluate(self, x_TD: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
+        """The stage's output, in the last stage the loss, by the same halves; nothing is kept."""
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=lambda _: None)
+        if not self.is_last:
+            return stream_TD if residual_TD is None else stream_TD.add_(residual_TD)
         norm = self.model.norm
         normed_TD, _, _ = rms_norm_forward(stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD)
         return head_loss_sum(normed_TD, self.model.lm_head, microbatch.labels_BS.flatten())
@@ -174,6 +177,25 @@ class Stage:
         )
 
 
+@dataclass(frozen=True)
+class ForwardOnly:
+    """A stage as evaluation runs it, by a program of forwards."""
+
+    stage: Stage
+
+    def new_boundary(self, microbatch: Microbatch) -> Tensor:
+        return self.stage.new_boundary(microbatch)
+
+    def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, None]:
+        return self.stage.evaluate(x_TD, microbatch), None
+
+    def backward(self, grad: Tensor | None, saved: None) -> NoReturn:
+        raise RuntimeError("evaluation has no backward")
+
+    def backward_input(self, grad: Tensor | None, saved: None) -> NoReturn:
+        raise RuntimeError("evaluation has no backward")
+
+
 def build_stages(
     config: ModelConfig, tp: TensorParallel = ALONE, *, placement: Placement, held: Sequence[int]
 ) -> list[Stage]:
@@ -216,4 +238,6 @@ def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -
 
 def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
     """The loss sum of one microbatch, for evaluation."""
-    return Stage.whole(model).forward_loss(None, Microbatch(tokens_BS, labels_BS))
+    loss = Stage.whole(model).evaluate(None, Microbatch(tokens_BS, labels_BS))
+    assert isinstance(loss, LossSum)
+    return loss

@@ -150,6 +150,8 @@ class TransformerPart(nn.Module):
         config.check_tensor_parallel(tp.size)
         self.config, self.tp = config, tp
         tied = config.tie_word_embeddings
+        self.copies_embedding = head and tied and not embedding
+        """whether `embed_tokens` is the head's copy of what another rank of the pipeline holds"""
         if embedding or (head and tied):
             self.embed_tokens = self._vocab_parallel("embed_tokens")
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, tp) for layer in layers})
@@ -224,6 +226,8 @@ class WeightPiece:
     start: int
     shard: Shard
     """which part of the named weight this is: all of it, unless tensor-parallel ranks share the model"""
+    is_copy: bool
+    """whether another rank of the replica holds the same part and speaks for it where each may count once"""
 
     @property
     def rows(self) -> int:
@@ -254,5 +258,6 @@ def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
         start = 0
         for shard in shards:
             scope = "" if shard.name == "lm_head" else "model." + (parent + "." if parent else "")
-            yield WeightPiece(f"{scope}{shard.name}.weight", param_name, param, start, shard)
+            is_copy = shard.copy > 0 or (model.copies_embedding and module is model.embed_tokens)
+            yield WeightPiece(f"{scope}{shard.name}.weight", param_name, param, start, shard, is_copy)
             start += shard.local_shape[0]

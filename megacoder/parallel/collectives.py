@@ -7,6 +7,7 @@ so that callers have a single code path.
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "gather_json",
     "group_rank",
     "group_size",
+    "new_group",
     "reduce_scatter_sum",
     "start_all_gather",
     "start_all_reduce_sum",
@@ -94,6 +96,21 @@ def start_world(device_type: str, *, timeout_seconds: float = 600.0) -> World:
         device_id=device if device_type == "cuda" else None,
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD)
+
+
+def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) -> dist.ProcessGroup | None:
+    """This rank's group when all ranks are divided as `partition` says; every rank calls it, with the same one.
+
+    None where it would be alone. Groups of all ranks get communicators of their own, too, so that what runs on one
+    axis never waits for what runs on another.
+    """
+    ours = next(list(members) for members in partition if world.rank in members)
+    if len(ours) == 1:
+        return None
+    if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
+        return dist.split_group(split_ranks=[list(members) for members in partition], group_desc=name)
+    groups = [dist.new_group(list(members), group_desc=name) for members in partition]
+    return groups[[list(members) for members in partition].index(ours)]
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -15,8 +15,9 @@ builds its groups from these lists.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from megacoder.core.errors import ConfigError
@@ -106,8 +107,10 @@ class ParallelDims:
             nearest = "; ".join(map(str, self.nearest(world_size)))
             raise ConfigError(f"{self} needs {self.world_size} ranks, there are {world_size}; nearest: {nearest}")
 
-    def nearest(self, world_size: int, *, count: int = 3) -> "list[ParallelDims]":
-        """Up to `count` layouts of `world_size` ranks that change the axes least, by ratio.
+    def nearest(
+        self, world_size: int, *, count: int = 3, works: "Callable[[ParallelDims], bool]" = lambda _: True
+    ) -> "list[ParallelDims]":
+        """Up to `count` layouts of `world_size` ranks, of those for which it `works`, that change the axes least.
 
         dp is the cheapest to change, as it leaves each rank's share of the model as it is; tp the dearest, as heads
         and hidden sizes must divide by it.
@@ -125,7 +128,8 @@ class ParallelDims:
             for cp in _divisors(world_size // tp)
             for pp in _divisors(world_size // (tp * cp))
         )
-        return sorted(layouts, key=lambda other: (distance(other), other.tp, other.cp, other.pp))[:count]
+        ordered = sorted(layouts, key=lambda other: (distance(other), other.tp, other.cp, other.pp))
+        return list(islice(filter(works, ordered), count))
 
     def __str__(self) -> str:
         """As a layout is written on a command line, without the axes of size 1: `tp=2,pp=4`."""

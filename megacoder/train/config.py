@@ -13,6 +13,8 @@ from megacoder.core.errors import ConfigError
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.ops.adamw import AdamWConfig
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.layout import Layout, LayoutRequest
 from megacoder.train.schedule import ScheduleConfig
 
 __all__ = ["DataConfig", "RunConfig"]
@@ -42,6 +44,8 @@ class RunConfig:
     """training and held-out data"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """shape of the model; vocab_size is that of the tokenizer"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """how ranks share the work; may change when a run goes on"""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """AdamW"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -85,11 +89,10 @@ class RunConfig:
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
 
-    def check_ranks(self, dp: int) -> int:
-        """Microbatches per rank and update with `dp` data-parallel ranks; ConfigError where they do not divide."""
-        if self.global_batch_size % (dp * self.micro_batch_size):
-            raise ConfigError(
-                f"global_batch_size = {self.global_batch_size} is not a multiple of {dp} ranks x "
-                f"micro_batch_size = {self.micro_batch_size}"
-            )
-        return self.global_batch_size // (dp * self.micro_batch_size)
+    def layout(self, world_size: int) -> Layout:
+        """What `world_size` ranks do; ConfigError, with the nearest layouts that work, where they cannot run this."""
+        request = LayoutRequest(
+            model=self.model, parallel=self.parallel, seq_length=self.data.stream.seq_length,
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size,
+        )  # fmt: skip
+        return request.layout(world_size)

@@ -1,8 +1,7 @@
 """The training loop: batches in, updates out, everything else around that.
 
-One loop for every layout. A step is: microbatches through the hand-scheduled forward and backward, which add gradient
-sums into the flat buffer; one small all-reduce of (loss sum, tokens, asked to stop); one ZeRO-1 update, which divides
-by the tokens of the whole global batch. Loss and update are thereby the same for any number of ranks and microbatches.
+One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
+is one small all-reduce per step of (loss sum, tokens, asked to stop).
 
 SIGINT and SIGTERM are answered at the next step's end, on all ranks alike: checkpoint, then exit.
 """
@@ -15,7 +14,6 @@ from types import FrameType
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from megacoder.core.config import load_toml
 from megacoder.core.console import progress, say
@@ -24,15 +22,12 @@ from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.sidecar import open_dataset
-from megacoder.data.stream import Batch, TokenStream
+from megacoder.data.stream import TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.model.init import init_weights
-from megacoder.model.stage import forward_backward
-from megacoder.model.transformer import Transformer
-from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first, start_world
-from megacoder.parallel.flat import FlatParameters
-from megacoder.parallel.zero import Zero1AdamW
+from megacoder.parallel.collectives import World, broadcast_from_first, start_world
+from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
+from megacoder.train.engine import Engine
 from megacoder.train.metrics_log import MetricsLog
 from megacoder.train.run_folder import RunFolder
 from megacoder.train.schedule import learning_rate
@@ -74,6 +69,7 @@ def train(config: RunConfig) -> None:
         raise ConfigError('dtype = "float32" on a GPU: its attention has no such backward yet; use dtype = "bfloat16"')
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
     world = start_world(device_type, timeout_seconds=config.timeout_seconds)
     Trainer(config, world).run()
     world.close()
@@ -85,29 +81,27 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World) -> None:
         config = replace(config, dtype=_resolve_dtype(config, world))
         self.config, self.world = config, world
-        self.num_microbatches = config.check_ranks(world.size)
+        layout = config.layout(world.size)
         tokenizer = Tokenizer.load(config.data.tokenizer)
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
                 f"{tokenizer.vocab_size} ids; set model.vocab_size to that"
             )
+        mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
         stream = TokenStream(
             open_dataset(config.data.train, tokenizer), tokenizer, config.data.stream,
-            global_batch_size=config.global_batch_size, dp_rank=world.rank, dp_size=world.size,
+            global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
         )  # fmt: skip
         self.batches = Prefetcher(stream)
-        self.held_out = HeldOut(config, tokenizer, world) if config.data.valid is not None else None
+        self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
 
-        self.folder = RunFolder(config, world)  # after all that can be wrong with the data: a refusal leaves no folder
-        self.model = Transformer(config.model)
-        init_weights(self.model, seed=config.seed)
-        self.flat = FlatParameters(
-            self.model.named_parameters(), dtype=getattr(torch, config.dtype), device=world.device,
-            num_shards=world.size,
+        self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
+        self.engine = Engine(
+            config.model, layout, mesh,
+            optimizer=config.optimizer, dtype=getattr(torch, config.dtype), seed=config.seed,
         )  # fmt: skip
-        self.optimizer = Zero1AdamW(self.flat, world, config.optimizer)
-        self.step = self.folder.resume(self.model, self.optimizer, self.batches)
+        self.step = self.folder.resume(self.engine, self.batches)
         self.skipped_in_a_row = 0
         self._stop_asked = False
 
@@ -143,33 +137,22 @@ class Trainer:
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        num_tokens = 0
-        for tokens, labels in self._microbatches(self.batches.next_batch()):
-            loss = forward_backward(self.model, tokens, labels)
-            total += loss.total
-            num_tokens += loss.num_tokens
-        sums = torch.stack([total, total.new_tensor(num_tokens), total.new_tensor(self._stop_asked)])
-        all_reduce_sum(sums, self.world.group)
-        loss_sum, counted, stop = sums.tolist()
-        step = self.optimizer.num_updates + 1
-        grad_norm = self.optimizer.step(
+        engine = self.engine
+        part = engine.forward_backward(engine.microbatches(self.batches.next_batch(), self.config.micro_batch_size))
+        loss_sum, counted, stop = engine.sum_losses(part, self._stop_asked)
+        updates = engine.optimizer.num_updates
+        grad_norm = engine.update(
             lr=learning_rate(self.step + 1, self.config.steps, self.config.schedule),
             num_tokens=max(1, int(counted)),
             max_grad_norm=self.config.max_grad_norm,
         )
-        self.skipped_in_a_row = 0 if self.optimizer.num_updates == step else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if engine.optimizer.num_updates > updates else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise MegacoderError(
                 f"step {self.step + 1}: the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower "
                 f"schedule.peak_lr = {self.config.schedule.peak_lr} or go back to an earlier checkpoint"
             )
         return StepResult(loss_sum / max(1.0, counted), int(counted), grad_norm, stop > 0)
-
-    def _microbatches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        size, device = self.config.micro_batch_size, self.world.device
-        tokens, labels = batch.tokens.to(device), batch.labels.to(device)
-        return list(zip(tokens.split(size), labels.split(size), strict=True))
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         model, length = self.config.model, self.config.data.stream.seq_length
@@ -189,10 +172,10 @@ class Trainer:
 
     def _maybe_held_out(self) -> dict[str, float]:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
-        return {"held_out_loss": self.held_out.loss(self.model)} if self.held_out is not None and due else {}
+        return {"held_out_loss": self.held_out.loss(self.engine)} if self.held_out is not None and due else {}
 
     def _checkpoint(self) -> None:
-        self.folder.save(self.step, self.model, self.optimizer, self.batches)
+        self.folder.save(self.step, self.engine, self.batches)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.world.is_first and not self._stop_asked:

@@ -7,6 +7,7 @@ writes the ranges of each weight that its slice of the flat buffers holds, and r
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,25 +21,28 @@ from megacoder.core.config import check_same, load_toml, to_dict, to_toml
 from megacoder.core.files import exclusive, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
-from megacoder.model.transformer import Transformer, WeightPiece, weight_pieces
-from megacoder.parallel.collectives import World, barrier, gather_json
+from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
+from megacoder.parallel.collectives import barrier, gather_json
+from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.config import RunConfig
+from megacoder.train.engine import Engine
 
 __all__ = ["RunFolder", "load_weights", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "micro_batch_size", "timeout_seconds",
+    "micro_batch_size", "parallel", "timeout_seconds",
 }  # fmt: skip
-"""Settings that may differ when a run goes on: they change nothing, or (device, micro_batch_size) only rounding."""
+"""Settings that may differ when a run goes on: they change nothing, or rounding alone (device, sizes of layouts)."""
 
 
 class RunFolder:
     """`config.output`; creating it checks that what is there belongs to the same run."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        world = mesh.world
+        self.config, self.mesh = config, mesh
         self._held = ExitStack()
         if world.is_first:
             self._held.enter_context(exclusive(config.output, what="run"))
@@ -51,27 +55,30 @@ class RunFolder:
             write_text(path, to_toml(config))
         self.checkpoints = CheckpointWriter(config.output / "checkpoints", world, config.checkpoint)
 
-    def resume(self, model: Transformer, optimizer: Zero1AdamW, batches: Prefetcher) -> int:
+    def resume(self, engine: Engine, batches: Prefetcher) -> int:
         """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run."""
         root = self.config.output / "checkpoints"
         if not step_folders(root):
             return 0
         reader = CheckpointReader(root)
-        reader.read_all(state_fragments(model, optimizer, copies=True))
+        optimizer = engine.optimizer
+        reader.read_all(state_fragments(engine.model, optimizer, copies=True))
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
         return reader.step
 
-    def save(self, step: int, model: Transformer, optimizer: Zero1AdamW, batches: Prefetcher) -> None:
+    def save(self, step: int, engine: Engine, batches: Prefetcher) -> None:
         """Starts a checkpoint; it is on disk after the next `save` or `finish`."""
+        ours = batches.state_dict() if self.mesh.speaks_for_replica else None
+        positions = gather_json(ours, self.mesh.world)
         state = {
-            "num_updates": optimizer.num_updates,
-            "data": merge_states(gather_json(batches.state_dict(), self.world)),
+            "num_updates": engine.optimizer.num_updates,
+            "data": merge_states([position for position in positions if position is not None]),
             "config": to_dict(self.config),
         }
-        fragments = list(state_fragments(model, optimizer, copies=False))
-        self.checkpoints.save(step, fragments, state=state, layout={"dp": self.world.size})
+        fragments = list(state_fragments(engine.model, engine.optimizer, copies=False))
+        self.checkpoints.save(step, fragments, state=state, layout=asdict(self.mesh.dims))
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole, and lets the folder go."""
@@ -90,14 +97,14 @@ def load_weights(model: Transformer, checkpoints: Path) -> int:
     return reader.step
 
 
-def state_fragments(model: Transformer, optimizer: Zero1AdamW, *, copies: bool) -> Iterator[Fragment]:
+def state_fragments(model: TransformerPart, optimizer: Zero1AdamW, *, copies: bool) -> Iterator[Fragment]:
     """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any.
 
-    Without `copies`, what several tensor-parallel ranks hold is the first one's alone, since a file has it once.
+    Without `copies`, what several ranks of a replica hold is the first one's alone, since a file has it once.
     """
     pieces: dict[str, list[WeightPiece]] = defaultdict(list)
     for piece in weight_pieces(model):
-        if copies or piece.shard.copy == 0:
+        if copies or not piece.is_copy:
             pieces[piece.param_name].append(piece)
     for owned in optimizer.owned:
         for piece in pieces[owned.slot.name]:

@@ -25,7 +25,15 @@ from megacoder.parallel.schedules.program import (
     build_program,
     check_program,
 )
-from megacoder.parallel.schedules.schedule import Action, Op, Schedule, ScheduleError, StageMap, Tensor
+from megacoder.parallel.schedules.schedule import (
+    Action,
+    Op,
+    Schedule,
+    ScheduleError,
+    StageMap,
+    Tensor,
+    forwards_only,
+)
 from megacoder.parallel.schedules.simulate import Costs, Timeline, simulate
 from megacoder.parallel.schedules.validate import Live, check_schedule, execution_order, live_activations, peak_live
 
@@ -52,6 +60,7 @@ __all__ = [
     "check_program",
     "check_schedule",
     "execution_order",
+    "forwards_only",
     "live_activations",
     "peak_live",
     "place_by_cost",

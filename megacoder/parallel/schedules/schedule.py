@@ -12,13 +12,13 @@ gradients one stage down. The validator, the simulator, the communication plan a
 them, so a schedule is right or wrong in one place. There is no time in a schedule; time comes from costs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 from megacoder.core.errors import MegacoderError
 
-__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "Tensor", "deadlock"]
+__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "Tensor", "deadlock", "forwards_only"]
 
 Op = Literal["F", "B", "I", "W"]
 
@@ -137,3 +137,9 @@ class Schedule:
         if op == "W" or stage == 0:
             return None
         return Tensor("gradient", microbatch, stage - 1)
+
+
+def forwards_only(schedule: Schedule) -> Schedule:
+    """The forwards of `schedule` in their order, for evaluation: it trains nothing and holds nothing."""
+    ranks = tuple(tuple(action for action in actions if action.op == "F") for actions in schedule.ranks)
+    return replace(schedule, ranks=ranks)

@@ -1,0 +1,42 @@
+"""How a run is laid out over its ranks: the sizes of the axes, and how each kind of parallelism works."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megacoder.core.errors import ConfigError
+from megacoder.parallel.dims import ParallelDims
+
+__all__ = ["ParallelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Losses, gradients and weights are the same for every choice, up to rounding; time and memory are not."""
+
+    tp: int = 1
+    """ranks that share every layer"""
+    cp: int = 1
+    """ranks that share every sequence"""
+    pp: int = 1
+    """ranks in a pipeline, each with consecutive layers"""
+    dp: int | None = None
+    """replicas; left out, as many as the ranks make"""
+    sequence_parallel: bool = True
+    """the tp ranks also share the tokens between layers: same traffic, less memory"""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = "1f1b"
+    """what pipeline ranks compute when; `megacoder plan --schedule` shows it"""
+    chunks: int | None = None
+    """stages per pipeline rank; a choice for interleaved only (2 unless given)"""
+    layers_per_stage: tuple[int, ...] | None = None
+    """layers of each stage, first to last; left out, stages take equal time, the head counted"""
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "cp", "pp", "dp"):
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise ConfigError(f"parallel.{axis} = {size}: needs at least 1")
+
+    def dims(self, world_size: int) -> ParallelDims:
+        """The layout of `world_size` ranks, dp filled in where it may be; its product may still be another number."""
+        dp = self.dp or max(1, world_size // (self.tp * self.cp * self.pp))
+        return ParallelDims(tp=self.tp, cp=self.cp, pp=self.pp, dp=dp)

@@ -1,0 +1,36 @@
+"""This rank's place in a layout and the groups it talks to; made once, handed to whoever needs it, no global state."""
+
+import torch.distributed as dist
+
+from megacoder.parallel.collectives import World, new_group
+from megacoder.parallel.dims import AXES, Axis, ParallelDims
+from megacoder.parallel.tensor import TensorParallel
+
+__all__ = ["Mesh"]
+
+GROUPS: tuple[tuple[Axis, ...], ...] = (("tp",), ("cp",), ("pp",), ("dp", "cp"), ("pp", "tp"))
+"""Axes along which ranks talk: layers; attention; stages; gradients (parts of a sequence are as microbatches are); the
+gradient's norm, to which all ranks of a replica add what they alone hold."""
+
+
+class Mesh:
+    """All ranks call it with the same `dims`; a group of one rank is None."""
+
+    def __init__(self, world: World, dims: ParallelDims, *, sequence_parallel: bool = False) -> None:
+        """ConfigError unless the layout needs exactly the ranks there are."""
+        dims.check_world_size(world.size)
+        self.world, self.dims = world, dims
+        self.place = dims.coordinates(world.rank)
+        self._groups = {axes: new_group(dims.groups(*axes), world, name="-".join(axes)) for axes in GROUPS}
+        self.tp = TensorParallel(
+            rank=self.place.tp, size=dims.tp, group=self.group("tp"), sequence_parallel=sequence_parallel
+        )
+
+    def group(self, *axes: Axis) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along `axes` only, one of GROUPS."""
+        return self._groups[tuple(axis for axis in AXES if axis in axes)]
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """Whether this is the first of the ranks that read the same data."""
+        return (self.place.tp, self.place.cp, self.place.pp) == (0, 0, 0)

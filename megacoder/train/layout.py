@@ -1,0 +1,149 @@
+"""What every rank does in a step, decided on paper before any process starts its model.
+
+A layout is refused here, with the reason and the nearest layouts that work, or it runs: heads, vocabulary and hidden
+sizes divide over tp, sequences over cp, layers over the pipeline's stages, and the batch over dp.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megacoder.core.errors import ConfigError
+from megacoder.core.metrics import attention_flops_per_token
+from megacoder.model.config import ModelConfig
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.schedules import (
+    Costs,
+    LayerCosts,
+    Placement,
+    Program,
+    Schedule,
+    build_program,
+    build_schedule,
+    check_schedule,
+    forwards_only,
+    place_by_cost,
+    place_evenly,
+    place_explicitly,
+)
+from megacoder.parallel.tensor import TensorParallel
+
+__all__ = ["Layout", "LayoutRequest", "layer_costs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutRequest:
+    """What a layout depends on."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    seq_length: int
+    """tokens of a sequence"""
+    global_batch_size: int
+    """sequences of an update, over all ranks"""
+    micro_batch_size: int
+    """sequences of a forward and backward"""
+
+    def layout(self, world_size: int) -> "Layout":
+        """The layout on `world_size` ranks; ConfigError with the reason and the nearest that work if there is none."""
+        dims = self.parallel.dims(world_size)
+        self._schedule(dims, 1)  # what is wrong with it is wrong in every layout
+        try:
+            if dims.world_size != world_size:
+                raise ConfigError(f"{dims} needs {dims.world_size} ranks, there are {world_size}")
+            self._check_sizes(dims)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {self._advice(dims, world_size)}") from None
+        schedule = self._schedule(dims, self.global_batch_size // (dims.dp * self.micro_batch_size))
+        check_schedule(schedule)
+        costs = layer_costs(self.model, self.seq_length)
+        return Layout(dims=dims, schedule=schedule, placement=self._place(schedule, costs), layer_costs=costs)
+
+    def _schedule(self, dims: ParallelDims, num_microbatches: int) -> Schedule:
+        parallel = self.parallel
+        return build_schedule(
+            parallel.schedule, num_ranks=dims.pp, num_microbatches=num_microbatches, num_chunks=parallel.chunks
+        )
+
+    def _place(self, schedule: Schedule, costs: LayerCosts) -> Placement:
+        num_layers, num_stages = self.model.num_hidden_layers, schedule.stage_map.num_stages
+        given = self.parallel.layers_per_stage
+        if given is not None:
+            return place_explicitly(num_layers, given, num_stages=num_stages)
+        return place_by_cost(num_layers, num_stages, costs=costs)
+
+    def _check_sizes(self, dims: ParallelDims) -> None:
+        """ConfigError with the first reason why `dims` cannot work; cheap, so that many can be tried."""
+        self.model.check_tensor_parallel(dims.tp)
+        share = TensorParallel(size=dims.tp, sequence_parallel=self.parallel.sequence_parallel)
+        share.check_tokens(self.micro_batch_size, self.seq_length)
+        if self.global_batch_size % (dims.dp * self.micro_batch_size):
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of dp = {dims.dp} x "
+                f"micro_batch_size = {self.micro_batch_size}"
+            )
+        place_evenly(self.model.num_hidden_layers, self._schedule(dims, 1).stage_map.num_stages)
+
+    def _works(self, dims: ParallelDims) -> bool:
+        try:
+            self._check_sizes(dims)
+        except ConfigError:
+            return False
+        return True
+
+    def _advice(self, dims: ParallelDims, world_size: int) -> str:
+        nearest = dims.nearest(world_size, works=self._works)
+        if nearest:
+            return f"nearest that work on {world_size} ranks: {'; '.join(map(str, nearest))}"
+        return f"no layout of {world_size} ranks works; another number of ranks may"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A layout that works."""
+
+    dims: ParallelDims
+    schedule: Schedule
+    """what pipeline ranks compute"""
+    placement: Placement
+    """which layers the stages hold"""
+    layer_costs: LayerCosts
+    """the predicted time of each kind of layer"""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of a replica, per update."""
+        return self.schedule.num_microbatches
+
+    @cached_property
+    def program(self) -> Program:
+        """A training step of a pipeline."""
+        return build_program(self.schedule, self._costs)
+
+    @cached_property
+    def evaluation_program(self) -> Program:
+        """Its forwards alone."""
+        return build_program(forwards_only(self.schedule), self._costs)
+
+    @property
+    def _costs(self) -> Costs:
+        """By stage. The head's gradients are computed in its forward (see `megacoder.model.stage`)."""
+        layers = [count * self.layer_costs.layer + self.layer_costs.embedding for count in self._layers_per_stage]
+        head = [*[0.0] * (len(layers) - 1), 3 * self.layer_costs.head]
+        return Costs(
+            forward=tuple(a + b for a, b in zip(layers, head, strict=True)),
+            input_grad=tuple(layers), weight_grad=tuple(layers),
+        )  # fmt: skip
+
+    @property
+    def _layers_per_stage(self) -> tuple[int, ...]:
+        return self.placement.layers_per_stage
+
+
+def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
+    """Forward FLOPs per token. An embedding is a lookup: as a cost, a thousandth of a layer."""
+    attention = attention_flops_per_token(
+        layers=1, heads=model.num_attention_heads, head_dim=model.head_dim, seq_length=seq_length, causal=True
+    )
+    layer = 2.0 * model.num_layer_matmul_params + attention / 3
+    return LayerCosts(embedding=layer / 1000, layer=layer, head=2.0 * model.padded_vocab_size * model.hidden_size)

@@ -1,0 +1,140 @@
+"""Whole runs in other layouts equal the run of one process: losses, norms, held-out losses, weights and moments."""
+
+import dataclasses
+
+import pytest
+import torch
+from train_cases import make_case
+
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.errors import ConfigError
+from megacoder.model.config import ModelConfig
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.layout import LayoutRequest
+from megacoder.train.loop import Trainer
+from megacoder.train.metrics_log import read_metrics
+
+ALONE = World(0, 1, 0, torch.device("cpu"), None)
+
+LAYOUTS = {
+    "tp=2": (2, ParallelConfig(tp=2, sequence_parallel=False)),
+    "tp=2 sequence parallel": (2, ParallelConfig(tp=2)),
+    "tp=4": (4, ParallelConfig(tp=4)),
+    "pp=2": (2, ParallelConfig(pp=2)),
+    "pp=2 zbv": (2, ParallelConfig(pp=2, schedule="zbv")),
+    "pp=4 explicit": (4, ParallelConfig(pp=4, layers_per_stage=(0, 1, 1, 0))),
+    "tp=2 dp=2": (4, ParallelConfig(tp=2)),
+    "pp=2 dp=2": (4, ParallelConfig(pp=2, schedule="zb-h1")),
+    "tp=2 pp=2": (4, ParallelConfig(tp=2, pp=2, schedule="zb-h1")),
+    "tp=2 pp=2 dp=2": (8, ParallelConfig(tp=2, pp=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("layouts"))
+
+
+def config_of(case, output, *, tied, **changes):
+    config = case.config(output, steps=4, checkpoint_every=2, eval_every=2, **changes)
+    model = dataclasses.replace(config.model, tie_word_embeddings=tied, num_key_value_heads=2)
+    return dataclasses.replace(config, model=model)
+
+
+@pytest.fixture(scope="module")
+def alone(case):
+    """The run of one process, for untied and tied embeddings."""
+    for tied in (False, True):
+        Trainer(config_of(case, f"alone-{tied}", tied=tied), ALONE).run()
+    return {tied: case.folder / f"alone-{tied}" for tied in (False, True)}
+
+
+def run(world, config):
+    Trainer(config, world).run()
+
+
+def state_of(folder):
+    reader = CheckpointReader(folder / "checkpoints")
+    return {key: reader.read_tensor(key[1], key[0]) for key in reader.tensors()}
+
+
+def check_same(found, expected):
+    rows, expected_rows = read_metrics(found / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
+    assert len(rows) == len(expected_rows)
+    for row, other in zip(rows, expected_rows, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
+    state, other_state = state_of(found), state_of(expected)
+    assert state.keys() == other_state.keys()
+    for key, tensor in state.items():
+        assert (tensor - other_state[key]).norm() <= 1e-4 * other_state[key].norm(), key
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_in_any_layout_equals_one_process(ranks, case, alone, name, tied):
+    size, parallel = LAYOUTS[name]
+    config = config_of(case, f"{name}-{tied}", tied=tied, parallel=parallel)
+    ranks.run(size, run, config)
+    check_same(config.output, alone[tied])
+
+
+def run_to(world, config, step):
+    trainer = Trainer(config, world)
+    while trainer.step < step:
+        trainer.update()
+        trainer.step += 1
+    trainer._checkpoint()
+    trainer.folder.finish()
+    trainer.batches.close()
+
+
+def test_a_run_goes_on_in_another_layout(ranks, case, alone):
+    """Four steps, each by other ranks; only the last writes metrics."""
+    layouts = [LAYOUTS[name] for name in ("tp=2 pp=2", "pp=2 dp=2", "tp=4", "pp=2 zbv")]
+    for step, (size, parallel) in enumerate(layouts, start=1):
+        ranks.run(size, run_to, config_of(case, "moving", tied=True, parallel=parallel), step)
+    state, expected = state_of(case.folder / "moving"), state_of(alone[True])
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+def request(**changes):
+    model = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    settings = {"parallel": ParallelConfig(), "seq_length": 32, "global_batch_size": 8, "micro_batch_size": 2}
+    return LayoutRequest(model=model, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (2, {"parallel": ParallelConfig(tp=4)}, "tp=4 needs 4 ranks, there are 2; nearest that work on 2 ranks: tp=2"),
+        (6, {"parallel": ParallelConfig(tp=3)}, "tp = 3: model.num_attention_heads = 4 is not a multiple of it"),
+        (8, {"parallel": ParallelConfig(dp=3)}, "dp=3 needs 3 ranks, there are 8; nearest that work on 8 ranks: "),
+        (8, {"parallel": ParallelConfig(pp=8)}, "8 stages for 2 layers: .*; nearest that work on 8 ranks: pp=4,dp=2"),
+        (4, {"parallel": ParallelConfig(pp=4, schedule="zbv")}, "8 stages for 2 layers: .*: pp=2,dp=2"),
+        (2, {"parallel": ParallelConfig(pp=2, layers_per_stage=(1, 2))}, "places 3 layers of 2; nearest that works: .1, 1.$"),
+        (2, {"parallel": ParallelConfig(pp=2, chunks=3)}, "schedule '1f1b' with 3 chunks.*takes any number$"),
+        (7, {}, "global_batch_size = 8 is not a multiple of dp = 7 .*; no layout of 7 ranks works"),
+        (2, {"seq_length": 31, "micro_batch_size": 1, "parallel": ParallelConfig(tp=2)}, "1 x 31 tokens .*: dp=2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_what_does(world_size, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        request(**changes).layout(world_size)
+
+
+def test_the_head_counts_when_layers_are_placed():
+    """With 32,256 ids and a hidden size of 512 the head costs as much as several layers."""
+    model = ModelConfig(
+        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64,
+    )  # fmt: skip
+    layout = dataclasses.replace(request(parallel=ParallelConfig(pp=2)), model=model, seq_length=512).layout(2)
+    assert layout.placement.layers_per_stage == (6, 2)

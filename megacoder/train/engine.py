@@ -6,6 +6,7 @@ ZeRO-1 update over data and context parallel ranks, which divides by the tokens 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -34,7 +35,7 @@ class Engine:
     ) -> None:
         """Weights are drawn from `seed`, the same for every layout."""
         self.mesh, self.layout = mesh, layout
-        stage_map, pp_group = layout.schedule.stage_map, mesh.group("pp")
+        stage_map = layout.schedule.stage_map
         stages = build_stages(config, mesh.tp, placement=layout.placement, held=stage_map.stages[mesh.place.pp])
         self.model = stages[0].model
         """the layers of this rank's stages"""
@@ -47,8 +48,8 @@ class Engine:
             self.flat, World(group_rank(shards), group_size(shards), 0, mesh.world.device, shards), optimizer,
             tensor_group=mesh.group("pp", "tp"), counted_elsewhere=counted_elsewhere(self.model, self.flat),
         )  # fmt: skip
-        self._training = PipelineRunner(layout.program, stages, pp_group)
-        self._evaluation = PipelineRunner(layout.evaluation_program, [ForwardOnly(stage) for stage in stages], pp_group)
+        self._stages = stages
+        self._training = PipelineRunner(layout.program, stages, mesh.group("pp"))
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
         """The batch of this rank's replica in parts of `size` sequences."""
@@ -75,6 +76,11 @@ class Engine:
     def update(self, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
         """One optimizer step; the gradient's norm before clipping, inf where the update was left out."""
         return self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm)
+
+    @cached_property
+    def _evaluation(self) -> PipelineRunner:
+        stages = [ForwardOnly(stage) for stage in self._stages]
+        return PipelineRunner(self.layout.evaluation_program, stages, self.mesh.group("pp"))
 
     def _part(self, outputs: Sequence[LossSum]) -> LossSum:
         """Ranks that hold the head have losses, tensor-parallel ones all the same: the first of them counts."""

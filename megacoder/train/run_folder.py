@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.folders import step_folders
@@ -62,7 +63,7 @@ class RunFolder:
             return 0
         reader = CheckpointReader(root)
         optimizer = engine.optimizer
-        reader.read_all(state_fragments(engine.model, optimizer, copies=True))
+        reader.read_all(state_fragments(engine.model, optimizer, optimizer.state(), copies=True))
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
@@ -77,7 +78,8 @@ class RunFolder:
             "data": merge_states([position for position in positions if position is not None]),
             "config": to_dict(self.config),
         }
-        fragments = list(state_fragments(engine.model, engine.optimizer, copies=False))
+        optimizer = engine.optimizer
+        fragments = list(state_fragments(engine.model, optimizer, optimizer.state(), copies=False))
         self.checkpoints.save(step, fragments, state=state, layout=asdict(self.mesh.dims))
 
     def finish(self) -> None:
@@ -97,10 +99,13 @@ def load_weights(model: Transformer, checkpoints: Path) -> int:
     return reader.step
 
 
-def state_fragments(model: TransformerPart, optimizer: Zero1AdamW, *, copies: bool) -> Iterator[Fragment]:
-    """This rank's part of every weight and moment; the rows that pad the vocabulary are no part of any.
+def state_fragments(
+    model: TransformerPart, optimizer: Zero1AdamW, state: dict[str, Tensor], *, copies: bool
+) -> Iterator[Fragment]:
+    """This rank's part of every weight in each tensor of `state`, which hold the optimizer's own elements by kind.
 
-    Without `copies`, what several ranks of a replica hold is the first one's alone, since a file has it once.
+    The rows that pad the vocabulary are no part of any. Without `copies`, what several ranks of a replica hold is the
+    first one's alone, since a file has it once.
     """
     pieces: dict[str, list[WeightPiece]] = defaultdict(list)
     for piece in weight_pieces(model):
@@ -114,7 +119,7 @@ def state_fragments(model: TransformerPart, optimizer: Zero1AdamW, *, copies: bo
             if start >= stop:
                 continue
             offset = owned.offset + start - owned.start
-            for kind, values in optimizer.state().items():
+            for kind, values in state.items():
                 yield Fragment(
                     name=piece.hf_name, kind=kind, global_shape=shard.shape,
                     region=Box(shard.offsets, shard.local_shape),

@@ -1,6 +1,6 @@
-"""Gloo ranks for tests: one pool of processes for the whole session, a process group of its own for every call.
+"""Gloo ranks for tests and tools: one pool of processes for the whole session, a process group of its own per call.
 
-A function of a test module runs on some ranks and its results come back; functions, arguments and results are pickled.
+A function of a module that can be imported runs on some ranks and its results come back, all of it pickled.
 A call costs 0.05 s on 2 to 4 ranks, where starting processes costs seconds: they are forked from a server that has
 imported torch, and stay. What one test leaves behind (a group, a hung collective) must not reach the next: each call
 makes its own default process group, and after any failure the processes are killed and the next call forks others.
@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -37,7 +38,7 @@ from megacoder.parallel.collectives import World
 
 __all__ = ["Outcome", "RankFailed", "RankPool", "fork_server"]
 
-MAX_RANKS = 8
+MAX_RANKS = 16
 GRACE_SECONDS = 0.2
 """How long after one rank's failure others may still report theirs; then the call is over."""
 
@@ -139,7 +140,7 @@ class RankPool:
 
 
 class _Rank:
-    """One process of a pool, as the test process sees it."""
+    """One process of a pool, as its owner sees it."""
 
     def __init__(self, stack_path: Path) -> None:
         self._stack_path = stack_path
@@ -187,13 +188,14 @@ class _Rank:
 def fork_server() -> Any:
     """The multiprocessing context whose processes are forked from one that has imported what ranks need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "megacoder.parallel.zero", "megacoder.model.scheduled"])
+    tests = ["pytest"] if "pytest" in sys.modules else []
+    context.set_forkserver_preload([*tests, "megacoder.train.engine"])
     return context
 
 
 def _serve(connection: Connection, stack_path: Path) -> None:
-    """What a rank's process does until the test process closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then stops the pool
+    """What a rank's process does until its owner closes the pipe or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that called, which then stops the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with stack_path.open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
@@ -206,7 +208,7 @@ def _serve(connection: Connection, stack_path: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the test process ends, however that came about and whatever this one waits for."""
+    """Ends this process when its owner ends, however that came about and whatever this one waits for."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

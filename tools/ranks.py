@@ -123,7 +123,7 @@ class RankPool:
 
     def _collect(self, size: int, timeout_seconds: float, *, patient: bool) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
-        pending = {rank.connection: index for index, rank in enumerate(self._ranks[:size])}
+        pending: dict[Any, int] = {rank.connection: index for index, rank in enumerate(self._ranks[:size])}
         deadline = time.monotonic() + timeout_seconds
         while pending:
             ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
@@ -170,7 +170,7 @@ class _Rank:
         deadline = time.monotonic() + 2.0
         while "in _serve\n" not in (stack := self._stack_path.read_text()) and time.monotonic() < deadline:
             time.sleep(0.01)  # the handler writes frame by frame, innermost first
-        frames = []
+        frames: list[str] = []
         for path, line, name in re.findall(r'File "(.+)", line (\d+) in (\S+)', stack):
             if path == __file__:
                 break
@@ -204,7 +204,8 @@ def _serve(connection: Connection, stack_path: Path) -> None:
                 place, task = connection.recv(), connection.recv_bytes()
             except EOFError:
                 return
-            connection.send_bytes(_answer(*place, task))
+            store, rank, size, timeout_seconds = place
+            connection.send_bytes(_answer(store, rank, size, timeout_seconds, task))
 
 
 def _end_with_parent() -> None:

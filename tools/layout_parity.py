@@ -1,0 +1,423 @@
+"""Is a layout equal to one process? Trains a tiny model in each and compares losses, norms, gradients and weights.
+
+    python tools/layout_parity.py --layouts "tp=2,pp=2,dp=2" "pp=4,schedule=zbv,recompute=full"
+    python tools/layout_parity.py --random 20 --seed 7 --world 8
+    python tools/layout_parity.py --pairwise
+
+A layout is written as `key=value` pairs, on and off for switches; what is left out has its default:
+tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, selective, full), and of
+the model kv-heads (1, 2, 4), tied, layers, packed (documents within a sequence do not see each other).
+
+Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
+of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
+|found - expected| / |expected|, norms over one weight. In fp32 the loss must agree within 1e-5 and every gradient
+within 1e-4; in bf16 errors against one process in fp32 must be at most twice those of one process in bf16.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from ranks import RankFailed, RankPool
+
+from megacoder.core.config import from_dict, nearest, parse_args
+from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.data.stream import Batch
+from megacoder.model.config import ModelConfig
+from megacoder.ops.adamw import AdamWConfig
+from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.schedules import SCHEDULES
+from megacoder.train.engine import Engine
+from megacoder.train.layout import LayoutRequest
+from megacoder.train.run_folder import state_fragments
+
+__all__ = ["Case", "Difference", "compare", "train_case"]
+
+VOCAB, SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 93, 16, 2, 16
+LOSS_TOLERANCE, TOLERANCE = 1e-5, 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout and the model in it."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    schedule: str = "1f1b"
+    chunks: int | None = None
+    sequence_parallel: bool = True
+    block: str = "scheduled"
+    recompute: str = "none"
+    kv_heads: int = 4
+    tied: bool = False
+    layers: int = 8
+    packed: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that it takes."""
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def alone(self) -> "Case":
+        """The same model on one process, in the plainest way."""
+        return Case(kv_heads=self.kv_heads, tied=self.tied, layers=self.layers, packed=self.packed)
+
+    def request(self) -> LayoutRequest:
+        """What the library is asked for."""
+        names = {spec.name for spec in dataclasses.fields(ParallelConfig)}
+        table = {key: value for key, value in vars(self).items() if key in names and value is not None}
+        return LayoutRequest(
+            model=ModelConfig(
+                vocab_size=VOCAB, vocab_multiple=32, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                num_hidden_layers=self.layers, num_key_value_heads=self.kv_heads, head_dim=8, init_std=0.1,
+                tie_word_embeddings=self.tied, max_position_embeddings=SEQ_LENGTH,
+            ),
+            parallel=from_dict(ParallelConfig, table, where=str(self)),
+            seq_length=SEQ_LENGTH, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        words = []
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if value != spec.default:
+                shown = ("off", "on")[value] if isinstance(value, bool) else value
+                words.append(f"{spec.name.replace('_', '-')}={shown}")
+        return ",".join(words) or "dp=1"
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        """From `tp=2,pp=2,tied=on`; ConfigError quotes what it does not know."""
+        specs = {spec.name.replace("_", "-"): spec for spec in dataclasses.fields(Case)}
+        values: dict[str, Any] = {}
+        for word in filter(None, (word.strip() for word in text.split(","))):
+            key, _, value = word.partition("=")
+            if key not in specs:
+                hint = nearest(key, specs)
+                raise ConfigError(f"layout {text!r}: unknown key {key!r}{f' (did you mean {hint!r}?)' if hint else ''}")
+            default = specs[key].default
+            if isinstance(default, bool):
+                if value not in ("on", "off"):
+                    raise ConfigError(f"layout {text!r}: {key} = {value!r}: expected on or off")
+                values[specs[key].name] = value == "on"
+            elif isinstance(default, str):
+                values[specs[key].name] = value
+            elif value.isdecimal():
+                values[specs[key].name] = int(value)
+            else:
+                raise ConfigError(f"layout {text!r}: {key} = {value!r}: expected a number")
+        return Case(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compares layouts with one process; exits with 1 where one differs."""
+
+    layouts: tuple[str, ...] = ()
+    """layouts, such as tp=2,pp=2,schedule=zbv"""
+    random: int = 0
+    """this many random layouts besides"""
+    pairwise: bool = False
+    """every two choices of options together at least once, on up to 16 ranks"""
+    seed: int = 0
+    """of the random layouts, the weights and the tokens"""
+    world: int = 8
+    """ranks of random layouts, at most 16"""
+    steps: int = 3
+    """updates"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations"""
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank holds of one weight or of its gradient: elements [start, stop) of a box of it, flattened."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    stop: int
+    data: torch.Tensor
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The same elements of a whole tensor."""
+        box = whole[tuple(slice(first, first + size) for first, size in zip(self.offsets, self.sizes, strict=True))]
+        return box.flatten()[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank saw."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[list[Slice]]
+    """of each step"""
+    weights: list[Slice]
+    """at the end"""
+
+
+@dataclass
+class Difference:
+    """The largest relative differences of a layout from one process."""
+
+    loss: float = 0.0
+    norm: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        return max(self.gradients.items(), key=lambda item: item[1])
+
+    @property
+    def worst_weight(self) -> tuple[str, float]:
+        return max(self.weights.items(), key=lambda item: item[1])
+
+    def within(self, other: "Difference | None") -> bool:
+        """Whether it is small enough: for fp32 as such, for bf16 beside what one process differs by."""
+        if other is None:
+            gradients = max(self.worst_gradient[1], self.worst_weight[1])
+            return max(self.loss, self.norm) <= LOSS_TOLERANCE and gradients <= TOLERANCE
+        return total(self.gradients) <= 2 * total(other.gradients) and total(self.weights) <= 2 * total(other.weights)
+
+
+def total(differences: dict[str, float]) -> float:
+    """Root mean square over weights."""
+    return (sum(value**2 for value in differences.values()) / len(differences)) ** 0.5
+
+
+def batches(case: Case, steps: int, seed: int) -> Iterator[Batch]:
+    """The global batches of all steps; labels are ignored here and there, as at the ends of documents."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        windows = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+        starts = torch.rand(GLOBAL_BATCH, SEQ_LENGTH + 1, generator=generator) < 0.2
+        labels = windows[:, 1:].masked_fill(starts[:, 1:], IGNORE_INDEX)
+        starts[:, 0] = True
+        yield Batch(tokens=windows[:, :-1], labels=labels, starts=starts[:, :-1] if case.packed else None)
+
+
+def share(batch: Batch, mesh: Mesh) -> Batch:
+    """The sequences of this rank's replica, dealt out as `megacoder.data.stream` does."""
+    rows = slice(mesh.place.dp, None, mesh.dims.dp)
+    starts = None if batch.starts is None else batch.starts[rows]
+    return Batch(tokens=batch.tokens[rows], labels=batch.labels[rows], starts=starts)
+
+
+def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> Trained:
+    """Trains on this rank; returns what it holds."""
+    request = case.request()
+    layout = request.layout(world.size)
+    mesh = Mesh(world, layout.dims, sequence_parallel=request.parallel.sequence_parallel)
+    engine = Engine(
+        request.model, request.parallel, layout, mesh,
+        optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
+    )  # fmt: skip
+    losses, norms, gradients = [], [], []
+    for batch in batches(case, steps, seed):
+        part = engine.forward_backward(engine.microbatches(share(batch, mesh), MICRO_BATCH))
+        loss, num_tokens = engine.sum_losses(part)
+        mean = engine.optimizer.gradients() / num_tokens
+        gradients.append(list(slices(engine, mean)))
+        norms.append(engine.update(lr=1e-3, num_tokens=int(num_tokens), max_grad_norm=1.0))
+        losses.append(loss / num_tokens)
+    return Trained(losses, norms, gradients, list(slices(engine, engine.optimizer.state()["weight"])))
+
+
+def slices(engine: Engine, values: torch.Tensor) -> Iterator[Slice]:
+    """This rank's part of every weight, copies included, from `values` of the optimizer's own elements."""
+    for part in state_fragments(engine.model, engine.optimizer, {"weight": values}, copies=True):
+        yield Slice(part.name, part.region.offsets, part.region.sizes, part.start, part.stop, part.data.clone())
+
+
+@functools.lru_cache(maxsize=64)
+def one_process(case: Case, steps: int, seed: int, dtype: str) -> Trained:
+    """The run that others are compared with; its slices are whole weights."""
+    return train_case(World(0, 1, 0, torch.device("cpu"), None), case, steps, seed, dtype)
+
+
+def compare(ranks: Sequence[Trained], expected: Trained) -> Difference:
+    """All ranks' slices against one process's; ValueError where together they are not whole weights."""
+    result = Difference()
+    for found in ranks:
+        for kind in ("loss", "norm"):
+            pairs = zip(getattr(found, _PLURAL[kind]), getattr(expected, _PLURAL[kind]), strict=True)
+            worst = max(abs(value - other) / abs(other) for value, other in pairs)
+            setattr(result, kind, max(getattr(result, kind), worst))
+    for step, whole in enumerate(expected.gradients):
+        for name, value in _relative([rank.gradients[step] for rank in ranks], whole).items():
+            result.gradients[name] = max(result.gradients.get(name, 0.0), value)
+    result.weights = _relative([rank.weights for rank in ranks], expected.weights)
+    return result
+
+
+_PLURAL = {"loss": "losses", "norm": "norms"}
+
+
+def _relative(ranks: Sequence[Sequence[Slice]], expected: Sequence[Slice]) -> dict[str, float]:
+    wholes = {part.name: part.data.view(part.sizes) for part in expected}
+    squares = dict.fromkeys(wholes, 0.0)
+    held = {name: torch.zeros(whole.shape, dtype=torch.bool) for name, whole in wholes.items()}
+    for part in (part for rank in ranks for part in rank):
+        squares[part.name] += (part.data - part.of(wholes[part.name])).double().pow(2).sum().item()
+        mark = torch.zeros(part.sizes, dtype=torch.bool)
+        mark.view(-1)[part.start : part.stop] = True
+        box = tuple(slice(first, first + size) for first, size in zip(part.offsets, part.sizes, strict=True))
+        held[part.name][box] |= mark
+    missing = [name for name, mask in held.items() if not mask.all()]
+    if missing:
+        raise ValueError(f"no rank holds all of {', '.join(missing)}")
+    return {name: squares[name] ** 0.5 / wholes[name].double().norm().item() for name in wholes}
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4),
+    "pipeline": ((1, "1f1b"), *((pp, schedule) for pp in (2, 4) for schedule in SCHEDULES)),
+    "dp": (1, 2),
+    "cp": (1, 2),
+    "sequence_parallel": (False, True),
+    "block": ("scheduled", "plain"),
+    "recompute": ("none", "selective", "full"),
+    "kv_heads": (1, 2, 4),
+    "tied": (False, True),
+    "layers": (8, 7),
+    "packed": (False, True),
+}
+"""What random and pairwise cases choose from; seven layers divide into no number of stages."""
+
+Row = dict[str, Any]
+
+
+def case_of(row: Row) -> Case:
+    """The case of one choice each."""
+    pp, schedule = row["pipeline"]
+    return Case(pp=pp, schedule=schedule, **{key: value for key, value in row.items() if key != "pipeline"})
+
+
+def works(case: Case, world: int) -> bool:
+    """Whether the library takes it on at most `world` ranks."""
+    try:
+        case.request().layout(case.world_size)
+    except ConfigError:
+        return False
+    return case.world_size <= world
+
+
+def random_cases(count: int, *, seed: int, world: int) -> list[Case]:
+    """Layouts of `world` ranks that work, drawn alike from all CHOICES."""
+    draw = random.Random(seed)
+    drawn = (case_of({key: draw.choice(values) for key, values in CHOICES.items()}) for _ in itertools.count())
+    return list(itertools.islice((case for case in drawn if case.world_size == world and works(case, world)), count))
+
+
+def pairwise_cases(world: int = 16, seed: int = 0) -> list[Case]:
+    """Few cases in which every two choices that can go together meet at least once (greedy, the same every time)."""
+    draw = random.Random(seed)
+    missing = {
+        ((one, first), (other, second))
+        for one, other in itertools.combinations(CHOICES, 2)
+        for first in CHOICES[one]
+        for second in CHOICES[other]
+    }
+    cases = []
+    while missing:
+        (one, first), (other, second) = min(missing, key=repr)
+        fixed = {one: first, other: second}
+        rows = [{**{key: draw.choice(values) for key, values in CHOICES.items()}, **fixed} for _ in range(100)]
+        rows = [row for row in rows if works(case_of(row), world)]
+        if not rows:
+            missing.remove(((one, first), (other, second)))
+            continue
+        best = max(rows, key=lambda row: len(missing & pairs(row)))
+        missing -= pairs(best)
+        cases.append(case_of(best))
+    return cases
+
+
+def pairs(row: Row) -> set[Any]:
+    """Every two choices of a row."""
+    return set(itertools.combinations(row.items(), 2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the cases; 1 where a layout differs or fails."""
+    options = parse_args(Options, argv, prog="layout_parity.py")
+    cases = [Case.parse(text) for text in options.layouts]
+    if options.random:
+        cases += random_cases(options.random, seed=options.seed, world=options.world)
+    if options.pairwise:
+        cases += pairwise_cases()
+    if not cases:
+        raise ConfigError('no layouts; give --layouts "tp=2,pp=2" ..., --random 20 or --pairwise')
+    for case in cases:
+        case.request().layout(case.world_size)
+    torch.set_num_threads(1)
+    rows = []
+    with RankPool() as pool:
+        for case in cases:
+            rows.append(measure(pool, case, options))
+            if not options.json:
+                say(f"{'ok  ' if rows[-1]['ok'] else 'FAIL'} {case}")
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(rows)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def measure(pool: RankPool, case: Case, options: Options) -> dict[str, Any]:
+    """One row of the report."""
+    settings = (options.steps, options.seed)
+    exact = one_process(case.alone, *settings, "float32")
+    try:
+        ranks = pool.run(case.world_size, train_case, case, *settings, options.dtype, timeout_seconds=300.0)
+    except RankFailed as error:
+        return {"layout": str(case), "ok": False, "error": str(error).splitlines()[1]}
+    found = compare(ranks, exact)
+    limit = None
+    if options.dtype == "bfloat16":
+        limit = compare([one_process(case.alone, *settings, "bfloat16")], exact)
+    return {
+        "layout": str(case), "ok": found.within(limit), "loss": found.loss, "norm": found.norm,
+        "gradient": found.worst_gradient[1], "worst_gradient": found.worst_gradient[0],
+        "weight": found.worst_weight[1], "worst_weight": found.worst_weight[0],
+    }  # fmt: skip
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The report as a table."""
+    table(
+        "largest relative difference from one process",
+        ["layout", "", "loss", "norm", "gradient", "weight"],
+        [
+            [row["layout"], "FAIL", row["error"], "", "", ""] if "error" in row else
+            [row["layout"], "ok" if row["ok"] else "FAIL", f"{row['loss']:.1e}", f"{row['norm']:.1e}",
+             f"{row['gradient']:.1e}  {row['worst_gradient']}", f"{row['weight']:.1e}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MegacoderError as error:
+        sys.exit(f"layout_parity.py: {error}")

@@ -101,9 +101,9 @@ def test_a_result_that_cannot_be_pickled_is_a_failure(ranks):
         ranks.run(1, return_what_cannot_travel)
 
 
-@pytest.mark.parametrize("size", [0, 9])
-def test_a_pool_has_one_to_eight_ranks(ranks, size):
-    with pytest.raises(ValueError, match=f"{size} ranks: a pool has 1 to 8"):
+@pytest.mark.parametrize("size", [0, 17])
+def test_a_pool_has_one_to_sixteen_ranks(ranks, size):
+    with pytest.raises(ValueError, match=f"{size} ranks: a pool has 1 to 16"):
         ranks.run(size, process_id)
 
 

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
+from megacoder.model.partition import build_stages, sum_tied_gradients
 from megacoder.model.replicas import sum_replica_gradients
-from megacoder.model.stage import Microbatch, build_stages, sum_tied_gradients
+from megacoder.model.stage import Microbatch
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
@@ -53,7 +54,7 @@ def group_of(rank, dims, axis):
     return next(group for members, group in groups if rank in members)
 
 
-def step_on_rank(world, name, tied, sequence_parallel):
+def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recompute="none"):
     dims = ParallelDims(tp=2, pp=2)
     place, pp_group = dims.coordinates(world.rank), group_of(world.rank, dims, "pp")
     tp = TensorParallel(
@@ -64,6 +65,7 @@ def step_on_rank(world, name, tied, sequence_parallel):
     stages = build_stages(
         config_of(num_stages, tied), tp,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
+        block=block, recompute=recompute,
     )  # fmt: skip
     model = stages[0].model
     init_weights(model, seed=3)
@@ -78,7 +80,20 @@ def step_on_rank(world, name, tied, sequence_parallel):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zbv"])
 def test_tensor_by_pipeline_equals_one_process(ranks, name, tied, sequence_parallel):
-    results = ranks.run(4, step_on_rank, name, tied, sequence_parallel)
+    check_against_one_process(ranks.run(4, step_on_rank, name, tied, sequence_parallel), tied)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+@pytest.mark.parametrize(
+    ("block", "recompute"),
+    [("scheduled", "selective"), ("scheduled", "full"), ("plain", "none"), ("plain", "selective"), ("plain", "full")],
+)
+def test_either_block_equals_one_process_whatever_is_recomputed(ranks, block, recompute, sequence_parallel):
+    results = ranks.run(4, step_on_rank, "zbv", True, sequence_parallel, block, recompute)
+    check_against_one_process(results, True)
+
+
+def check_against_one_process(results, tied):
     expected_losses, expected = one_process(config_of(results[0][0], tied))
     found = set()
     for _, losses, grads in results:

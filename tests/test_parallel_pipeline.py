@@ -12,7 +12,8 @@ import torch
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.stage import Microbatch, build_stages, forward_backward, sum_tied_gradients
+from megacoder.model.partition import build_stages, sum_tied_gradients
+from megacoder.model.stage import Microbatch, forward_backward
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import sum_with_peer
@@ -28,6 +29,7 @@ from megacoder.parallel.schedules import (
     place_evenly,
 )
 
+RECOMPUTE = ("none", "selective", "full")
 UNEVEN = {1: (3,), 2: (3, 1), 4: (0, 3, 1, 0), 8: (0, 2, 1, 1, 1, 1, 2, 0)}
 
 
@@ -97,12 +99,13 @@ class Step:
     peak_live: int
 
 
-def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1):
+def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, **stage_options):
     """The last of `times` equal steps; AssertionError unless they give the same bits."""
     schedule = build_schedule(name, num_ranks=world.size, num_microbatches=count)
     placement = placement_of(kind, schedule.stage_map.num_stages)
     config = config_of(sum(placement.layers_per_stage), tied)
-    stages = build_stages(config, placement=placement, held=schedule.stage_map.stages[world.rank])
+    held = schedule.stage_map.stages[world.rank]
+    stages = build_stages(config, placement=placement, held=held, **stage_options)
     model = stages[0].model
     flat = attach(model, dtype)
     runner = PipelineRunner(build_program(schedule), stages, world.group)
@@ -153,6 +156,25 @@ def test_pipeline_equals_one_process(ranks, size, name):
     results = ranks.run(size, train_steps, cases)
     for case, by_rank in zip(cases, zip(*results, strict=True), strict=True):
         check_against_oracle(case, by_rank)
+
+
+def steps_of_every_recompute(world, block, cases):
+    return [[train_step(world, *case, times=2, block=block, recompute=mode) for mode in RECOMPUTE] for case in cases]
+
+
+@pytest.mark.parametrize("block", ["scheduled", "plain"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_either_block_equals_one_process_and_recomputing_changes_no_bit(ranks, name, block):
+    cases = [(name, "uneven", tied, 3) for tied in (False, True)]
+    results = ranks.run(2, steps_of_every_recompute, block, cases)
+    for case, by_rank in zip(cases, zip(*results, strict=True), strict=True):
+        check_against_oracle(case, [steps[0] for steps in by_rank])
+        for kept, *recomputed in by_rank:
+            for step in recomputed:
+                assert (step.losses, step.peak_live) == (kept.losses, kept.peak_live)
+                assert [
+                    weight for weight in kept.grads if not torch.equal(step.grads[weight], kept.grads[weight])
+                ] == []
 
 
 class Alone:

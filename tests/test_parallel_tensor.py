@@ -11,8 +11,9 @@ from megacoder.checkpoint.boxes import Box, find_fault
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
+from megacoder.model.plain_stage import PlainStage
 from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
-from megacoder.model.stage import forward_backward, forward_loss
+from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
@@ -97,10 +98,26 @@ def one_process(config):
     return loss, {name: grad for name, _, grad in grads_of(model)}
 
 
+def staged(kind, recompute, model, tokens, labels):
+    """The step of a stage that is the whole model, whose evaluation must find the same loss."""
+    stage, microbatch = kind.whole(model, recompute=recompute), Microbatch(tokens, labels)
+    loss, saved = stage.forward(None, microbatch)
+    assert stage.backward(None, saved) is None
+    assert stage.evaluate(None, microbatch) == loss
+    return loss.total.item()
+
+
+KINDS_OF_STAGE = {
+    f"{kind.__name__}, {recompute}": functools.partial(staged, kind, recompute)
+    for kind in (Stage, PlainStage)
+    for recompute in ("none", "selective", "full")
+}
+
+
 def step_on_rank(world, config, path, sequence_parallel, dtype):
     """(loss, gradients, norm of the padding's gradients)."""
     model, flat = build(config, on_axis(world, sequence_parallel=sequence_parallel), dtype)
-    loss = STEPS[path](model, *batch_of(config))
+    loss = (STEPS | KINDS_OF_STAGE)[path](model, *batch_of(config))
     sum_replica_gradients(model)
     grads = grads_of(model)
     named = sum(grad.double().pow(2).sum() for _, _, grad in grads)
@@ -121,13 +138,24 @@ def test_a_step_equals_one_process(ranks, size, kv_heads, tied, sequence_paralle
     assert_near(assembled(grads for _, grads, _ in results), expected)
 
 
-@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("path", KINDS_OF_STAGE)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_kind_of_stage_and_recomputation_equals_one_process(ranks, tied, sequence_parallel, path):
+    config = tiny(num_key_value_heads=1, tie_word_embeddings=tied)
+    expected_loss, expected = one_process(config)
+    results = ranks.run(2, step_on_rank, config, path, sequence_parallel, torch.float32)
+    assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
+    assert_near(assembled(grads for _, grads, _ in results), expected)
+
+
+@pytest.mark.parametrize("path", [*STEPS, *KINDS_OF_STAGE])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, sequence_parallel, path):
     config = tiny(num_key_value_heads=2)
     _, exact = one_process(config)
     alone, _ = build(config, dtype=torch.bfloat16)
-    STEPS[path](alone, *batch_of(config))
+    (STEPS | KINDS_OF_STAGE)[path](alone, *batch_of(config))
     results = ranks.run(4, step_on_rank, config, path, sequence_parallel, torch.bfloat16)
 
     def error(parts):

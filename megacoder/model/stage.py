@@ -1,5 +1,8 @@
 """A pipeline stage: consecutive layers with explicit forward and backward, no autograd; the whole model is one stage.
 
+`ModelStage` is what every kind of stage is; `Stage` is the fast one, `megacoder.model.plain_stage` has the plain one,
+and `megacoder.model.partition` cuts a model into either.
+
 Legend: B sequences, S tokens, T = B * S, D model dim. What enters and leaves a stage is the residual stream (T, D) in
 the weights' dtype, and its gradient the other way. Gradients of weights are added straight into `param.grad`.
 
@@ -8,34 +11,22 @@ logits are never kept, so there is nothing that a later backward could start fro
 head's input. Postponed weight gradients are therefore those of the layers; embedding, norms and head are never late.
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megacoder.model.config import ModelConfig
-from megacoder.model.scheduled import SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
+from megacoder.model.scheduled import Recompute, SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
 from megacoder.model.transformer import Transformer, TransformerPart
 from megacoder.ops.cross_entropy import LossSum
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
-from megacoder.parallel.collectives import group_rank, sum_with_peer
 from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
-from megacoder.parallel.schedules.placement import Placement
-from megacoder.parallel.schedules.schedule import StageMap
-from megacoder.parallel.tensor import ALONE, TensorParallel, start_gather
+from megacoder.parallel.tensor import start_gather
 
-__all__ = [
-    "Microbatch",
-    "SavedStage",
-    "Stage",
-    "build_stages",
-    "forward_backward",
-    "forward_loss",
-    "sum_tied_gradients",
-]
+__all__ = ["ForwardOnly", "Microbatch", "ModelStage", "SavedStage", "Stage", "forward_backward", "forward_loss"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +69,8 @@ class SavedStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Layers of `model`, run by hand; what `megacoder.parallel.pipeline` executes."""
+class ModelStage(ABC):
+    """Layers of `model`, as a stage that `megacoder.parallel.pipeline` executes; a subclass says how they run."""
 
     model: TransformerPart
     """holds the parameters; their gradient buffers must be attached (see `megacoder.parallel.flat`)"""
@@ -89,11 +80,14 @@ class Stage:
     """begins with the embedding"""
     is_last: bool
     """ends with the final norm, the head and the loss"""
+    recompute: Recompute = "none"
+    """what the layers form again in their backward"""
 
     @classmethod
-    def whole(cls, model: Transformer) -> "Stage":
+    def whole(cls, model: Transformer, *, recompute: Recompute = "none") -> Self:
         """The one stage of a pipeline of one rank."""
-        return cls(model=model, layers=range(model.config.num_hidden_layers), is_first=True, is_last=True)
+        layers = range(model.config.num_hidden_layers)
+        return cls(model=model, layers=layers, is_first=True, is_last=True, recompute=recompute)
 
     def new_boundary(self, microbatch: Microbatch) -> Tensor:
         """Uninitialised memory for what enters this stage, or its gradient (T, D)."""
@@ -101,9 +95,30 @@ class Stage:
         rows = microbatch.tokens_BS.numel() // (tp.size if tp.sequence_parallel else 1)
         return weight.new_empty(rows, self.model.config.hidden_size)
 
+    @abstractmethod
+    def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, Any]:
+        """The stage's output, in the last stage the loss, and what `backward` needs; x is None in the first stage."""
+
+    @abstractmethod
+    def evaluate(self, x_TD: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
+        """The stage's output, in the last stage the loss; nothing is kept."""
+
+    @abstractmethod
+    def backward(self, grad_TD: Tensor | None, saved: Any) -> Tensor | None:
+        """Gradient of the output (None in the last stage) -> that of the input (None in the first)."""
+
+    @abstractmethod
+    def backward_input(self, grad_TD: Tensor | None, saved: Any) -> tuple[Tensor | None, Callable[[], None]]:
+        """As `backward`, but may leave weight gradients to the function it returns, to be called once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ModelStage):
+    """Layers run by hand."""
+
     @torch.no_grad()
     def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage]:
-        """The stage's output, in the last stage the loss, and what `backward` needs; x is None in the first stage."""
+        """See `ModelStage`."""
         saved = SavedStage(microbatch)
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=saved.layers.append)
         if not self.is_last:
@@ -119,7 +134,7 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, x_TD: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
-        """The stage's output, in the last stage the loss, by the same halves; nothing is kept."""
+        """See `ModelStage`; runs the same halves."""
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=lambda _: None)
         if not self.is_last:
             return stream_TD if residual_TD is None else stream_TD.add_(residual_TD)
@@ -128,11 +143,11 @@ class Stage:
         return head_loss_sum(normed_TD, self.model.lm_head, microbatch.labels_BS.flatten())
 
     def backward(self, grad_TD: Tensor | None, saved: SavedStage) -> Tensor | None:
-        """Gradient of the output (None in the last stage) -> that of the input (None in the first)."""
+        """See `ModelStage`."""
         return self._backward(grad_TD, saved, WeightGradients())
 
     def backward_input(self, grad_TD: Tensor | None, saved: SavedStage) -> tuple[Tensor | None, Callable[[], None]]:
-        """As `backward`, but leaves the layers' weight gradients to the function it returns, to be called once."""
+        """See `ModelStage`; what waits is the weight gradients of the layers."""
         weight_grads = WeightGradients(postponed=True)
         return self._backward(grad_TD, saved, weight_grads), weight_grads.run
 
@@ -149,7 +164,7 @@ class Stage:
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in self.layers:
             stream_TD, residual_TD, kept = layer_forward(
-                layers[index], stream_TD, residual_TD, rope, positions_T, len(tokens)
+                layers[index], stream_TD, residual_TD, rope, positions_T, len(tokens), recompute=self.recompute
             )
             keep(kept)
         return stream_TD, residual_TD
@@ -163,7 +178,8 @@ class Stage:
         assert grad_TD is not None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in reversed(self.layers):
-            grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, positions_T, weight_grads)
+            kept = saved.layers.pop()
+            grad_TD = layer_backward(layers[index], grad_TD, kept, rope, positions_T, len(tokens), weight_grads)
         if not self.is_first:
             return grad_TD
         embedding, whole_TD = self.model.embed_tokens, start_gather(grad_TD, self.model.tp).wait()
@@ -181,7 +197,7 @@ class Stage:
 class ForwardOnly:
     """A stage as evaluation runs it, by a program of forwards."""
 
-    stage: Stage
+    stage: ModelStage
 
     def new_boundary(self, microbatch: Microbatch) -> Tensor:
         return self.stage.new_boundary(microbatch)
@@ -194,37 +210,6 @@ class ForwardOnly:
 
     def backward_input(self, grad: Tensor | None, saved: None) -> NoReturn:
         raise RuntimeError("evaluation has no backward")
-
-
-def build_stages(
-    config: ModelConfig, tp: TensorParallel = ALONE, *, placement: Placement, held: Sequence[int]
-) -> list[Stage]:
-    """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
-    model = TransformerPart(
-        config,
-        tp,
-        layers=[layer for stage in sorted(held) for layer in placement.layers(stage)],
-        embedding=any(map(placement.has_embedding, held)),
-        head=any(map(placement.has_head, held)),
-    )
-    return [
-        Stage(
-            model=model, layers=placement.layers(stage),
-            is_first=placement.has_embedding(stage), is_last=placement.has_head(stage),
-        )
-        for stage in held
-    ]  # fmt: skip
-
-
-def sum_tied_gradients(model: TransformerPart, *, stage_map: StageMap, group: dist.ProcessGroup | None) -> None:
-    """Adds up the gradients of a tied embedding's two copies, once per update, where two ranks hold them.
-
-    Every rank of the pipeline may call it; those that have nothing to do return at once.
-    """
-    ends = (stage_map.home[0][0], stage_map.home[-1][0])
-    rank = group_rank(group)
-    if model.config.tie_word_embeddings and group is not None and ends[0] != ends[1] and rank in ends:
-        sum_with_peer(grad_of(model.embed_tokens.weight), ends[0] + ends[1] - rank, group)
 
 
 def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:

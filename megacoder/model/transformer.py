@@ -118,7 +118,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, tp)
 
     def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS, cache)
+        return self.feed_forward(self.attend(x_BSD, rope, positions_BS, cache))
+
+    def attend(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """The first half of `forward`."""
+        return x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS, cache)
+
+    def feed_forward(self, x_BSD: Tensor) -> Tensor:
+        """The second half, whose inner tensors are the widest."""
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 

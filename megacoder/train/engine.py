@@ -13,8 +13,9 @@ import torch
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
+from megacoder.model.partition import build_stages, sum_tied_gradients
 from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
-from megacoder.model.stage import ForwardOnly, Microbatch, build_stages, sum_tied_gradients
+from megacoder.model.stage import ForwardOnly, Microbatch
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import LossSum
 from megacoder.parallel.collectives import World, all_reduce_sum, group_rank, group_size

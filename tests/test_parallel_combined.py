@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.partition import build_stages, sum_tied_gradients
+from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch
 from megacoder.model.transformer import Transformer, weight_pieces
@@ -65,7 +65,7 @@ def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recomp
     stages = build_stages(
         config_of(num_stages, tied), tp,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
-        block=block, recompute=recompute,
+        execution=ExecutionConfig(block=block, recompute=recompute),
     )  # fmt: skip
     model = stages[0].model
     init_weights(model, seed=3)

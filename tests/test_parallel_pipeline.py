@@ -12,7 +12,7 @@ import torch
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.partition import build_stages, sum_tied_gradients
+from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.stage import Microbatch, forward_backward
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
@@ -99,13 +99,13 @@ class Step:
     peak_live: int
 
 
-def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, **stage_options):
+def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, **execution):
     """The last of `times` equal steps; AssertionError unless they give the same bits."""
     schedule = build_schedule(name, num_ranks=world.size, num_microbatches=count)
     placement = placement_of(kind, schedule.stage_map.num_stages)
     config = config_of(sum(placement.layers_per_stage), tied)
     held = schedule.stage_map.stages[world.rank]
-    stages = build_stages(config, placement=placement, held=held, **stage_options)
+    stages = build_stages(config, placement=placement, held=held, execution=ExecutionConfig(**execution))
     model = stages[0].model
     flat = attach(model, dtype)
     runner = PipelineRunner(build_program(schedule), stages, world.group)

@@ -32,6 +32,7 @@ from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
+from megacoder.model.partition import ExecutionConfig
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
@@ -89,6 +90,10 @@ class Case:
             parallel=from_dict(ParallelConfig, table, where=str(self)),
             seq_length=SEQ_LENGTH, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
         )  # fmt: skip
+
+    def execution(self) -> ExecutionConfig:
+        """How layers run."""
+        return from_dict(ExecutionConfig, {"block": self.block, "recompute": self.recompute}, where=str(self))
 
     def __str__(self) -> str:
         words = []
@@ -228,8 +233,8 @@ def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> T
     layout = request.layout(world.size)
     mesh = Mesh(world, layout.dims, sequence_parallel=request.parallel.sequence_parallel)
     engine = Engine(
-        request.model, request.parallel, layout, mesh,
-        optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
+        request.model, layout, mesh,
+        execution=case.execution(), optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
     )  # fmt: skip
     losses, norms, gradients = [], [], []
     for batch in batches(case, steps, seed):

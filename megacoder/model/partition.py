@@ -6,6 +6,7 @@ writes the backward. "scheduled" is the fast one, its backward written out by ha
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
@@ -20,12 +21,19 @@ from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.schedule import StageMap
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
-__all__ = ["Block", "build_stages", "sum_tied_gradients"]
+__all__ = ["ExecutionConfig", "build_stages", "sum_tied_gradients"]
 
-Block = Literal["scheduled", "plain"]
-"""Who writes the layers' backward: this library by hand, or autograd."""
+KINDS: dict[str, type[ModelStage]] = {"scheduled": Stage, "plain": PlainStage}
 
-KINDS: dict[Block, type[ModelStage]] = {"scheduled": Stage, "plain": PlainStage}
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How layers run; no choice changes a result but by rounding."""
+
+    block: Literal["scheduled", "plain"] = "scheduled"
+    """who writes the backward: this library by hand, or autograd (slower; for those who change the block's code)"""
+    recompute: Recompute = "none"
+    """what a layer forms again in its backward rather than keeps: nothing, its widest tensors, or all"""
 
 
 def build_stages(
@@ -34,8 +42,7 @@ def build_stages(
     *,
     placement: Placement,
     held: Sequence[int],
-    block: Block = "scheduled",
-    recompute: Recompute = "none",
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> list[ModelStage]:
     """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
     model = TransformerPart(
@@ -46,8 +53,8 @@ def build_stages(
         head=any(map(placement.has_head, held)),
     )
     return [
-        KINDS[block](
-            model=model, layers=placement.layers(stage), recompute=recompute,
+        KINDS[execution.block](
+            model=model, layers=placement.layers(stage), recompute=execution.recompute,
             is_first=placement.has_embedding(stage), is_last=placement.has_head(stage),
         )
         for stage in held

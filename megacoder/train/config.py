@@ -12,6 +12,7 @@ from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import ConfigError
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
+from megacoder.model.partition import ExecutionConfig
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.layout import Layout, LayoutRequest
@@ -46,6 +47,8 @@ class RunConfig:
     """shape of the model; vocab_size is that of the tokenizer"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """how ranks share the work; may change when a run goes on"""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    """how layers run"""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """AdamW"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

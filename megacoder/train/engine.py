@@ -13,7 +13,7 @@ import torch
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.partition import build_stages, sum_tied_gradients
+from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
 from megacoder.model.stage import ForwardOnly, Microbatch
 from megacoder.ops.adamw import AdamWConfig
@@ -32,12 +32,23 @@ class Engine:
     """What one rank computes with; all ranks of `mesh` make one and make the same calls."""
 
     def __init__(
-        self, config: ModelConfig, layout: Layout, mesh: Mesh, *, optimizer: AdamWConfig, dtype: torch.dtype, seed: int
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        mesh: Mesh,
+        *,
+        execution: ExecutionConfig,
+        optimizer: AdamWConfig,
+        dtype: torch.dtype,
+        seed: int,
     ) -> None:
         """Weights are drawn from `seed`, the same for every layout."""
         self.mesh, self.layout = mesh, layout
         stage_map = layout.schedule.stage_map
-        stages = build_stages(config, mesh.tp, placement=layout.placement, held=stage_map.stages[mesh.place.pp])
+        stages = build_stages(
+            config, mesh.tp,
+            placement=layout.placement, held=stage_map.stages[mesh.place.pp], execution=execution,
+        )  # fmt: skip
         self.model = stages[0].model
         """the layers of this rank's stages"""
         init_weights(self.model, seed=seed)

@@ -33,9 +33,9 @@ __all__ = ["RunFolder", "load_weights", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "micro_batch_size", "parallel", "timeout_seconds",
+    "execution", "micro_batch_size", "parallel", "timeout_seconds",
 }  # fmt: skip
-"""Settings that may differ when a run goes on: they change nothing, or rounding alone (device, sizes of layouts)."""
+"""Settings that may differ when a run goes on: they change nothing, or rounding alone (device, layout, execution)."""
 
 
 class RunFolder:

@@ -185,6 +185,21 @@ def test_bos_can_be_left_out(numbered):
     assert (batch.labels[batch.tokens == tokenizer.eos_id] == -100).all()
 
 
+def test_document_masks_say_where_documents_start_and_change_no_token(numbered):
+    tokenizer = small_tokenizer()
+    plain, masked = stream(numbered), stream(numbered, document_masks=True)
+    masked.load_state_dict(plain.state_dict())  # which is of the same order
+    for _ in range(2):
+        expected, batch = plain.next_batch(), masked.next_batch()
+        assert torch.equal(batch.tokens, expected.tokens)
+        assert torch.equal(batch.labels, expected.labels)
+        assert expected.starts is None
+        starts = batch.tokens == tokenizer.bos_id
+        assert 8 < starts.sum() < batch.tokens.numel()
+        starts[:, 0] = True
+        assert torch.equal(batch.starts, starts)
+
+
 def test_one_document_and_long_windows_will_do(tmp_path):
     one = write(tmp_path / "one", [[[1, 2, 3]]])
     tokenizer = small_tokenizer()

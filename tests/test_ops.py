@@ -1,10 +1,12 @@
 """Every op's halves against its plain reference in fp64: forward, every gradient, odd sizes, both backends."""
 
+import itertools
+
 import pytest
 import torch
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
-from megacoder.ops.attention import attention, attention_backward, attention_forward, attention_reference
+from megacoder.ops.attention import attention, attention_backward, attention_forward, attention_reference, causal_mask
 from megacoder.ops.cross_entropy import (
     IGNORE_INDEX,
     linear_cross_entropy,
@@ -110,6 +112,88 @@ def test_attention(heads, kv_heads, length, dtype):
         scale = max(reference.grad.norm(), 0.1 * grad.double().norm())  # q's and k's gradients vanish at length 1
         assert (actual.double() - reference.grad).norm() <= 3 * TOLERANCE[dtype] * scale
     assert_near(attention(q, k, v), expected.detach(), dtype)
+
+
+def first_keys_of(starts, *, query_start, length):
+    """(B, S) first keys of queries `query_start`..., from the starts of each sequence's documents."""
+    places = torch.arange(query_start, query_start + length)
+    return torch.stack(
+        [(torch.tensor(own)[torch.searchsorted(torch.tensor(own), places, right=True) - 1]) for own in starts]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("query_start", "length", "unread", "starts"),
+    [
+        (64, 70, 0, None),
+        (5, 1, 2, None),
+        (0, 130, 3, None),
+        (0, 300, 0, [[0, 64, 128, 256], [0, 1, 63, 65, 299]]),  # on and off the edges of blocks, and one token alone
+        (100, 90, 7, [[0, 100, 164], [0, 30, 150]]),  # documents that begin before, at and after the first query
+        (256, 270, 0, [[0, 512], [0, 255, 257]]),
+        (0, 1, 0, [[0], [0]]),
+    ],
+)
+def test_attention_of_part_of_a_sequence_and_within_documents(
+    query_start, length, unread, starts, heads, kv_heads, dtype, monkeypatch
+):
+    monkeypatch.setattr("megacoder.ops.attention.BLOCK_ELEMENTS", 64 * 300)  # some blocks of one head, some of several
+    num_keys = query_start + length + unread
+    q, grad = randn(2, heads, length, 16, dtype=dtype), randn(2, length, heads, 16, dtype=dtype, seed=5)
+    k, v = (randn(2, kv_heads, num_keys, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    first_keys = None if starts is None else first_keys_of(starts, query_start=query_start, length=length)
+    mask = causal_mask(torch.arange(query_start, query_start + length), num_keys, first_keys_BS=first_keys)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = attention_reference(*wide, mask=mask)
+    expected.backward(grad.double().transpose(1, 2))
+    k[:, :, query_start + length :], v[:, :, query_start + length :] = torch.nan, torch.nan  # must not be read
+
+    masks = {"query_start": query_start, "first_keys_BS": first_keys}
+    out, lse = attention_forward(q, k, v, **masks)
+    assert_near(out.transpose(1, 2), expected.detach(), dtype)
+    grads = attention_backward(grad, q, k, v, out, lse, **masks)
+    for actual, reference in zip(grads, wide, strict=True):
+        scale = max(reference.grad.norm(), 0.2 * grad.double().norm())
+        assert (actual.double() - reference.grad).norm() <= 3 * TOLERANCE[dtype] * scale
+    unread_grads = [t[:, :, query_start + length :] for t in grads[1:]]
+    assert not any(t.any() for t in unread_grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_documents_are_as_if_each_were_alone(dtype):
+    """The masked half of a packed sequence equals the unmasked one of every document."""
+    q, k, v = (randn(1, 2, 400, 16, dtype=dtype, seed=seed) for seed in range(3))
+    starts = [0, 1, 130, 256, 400]
+    first_keys = first_keys_of([starts], query_start=0, length=400)
+    packed, _ = attention_forward(q, k, v, first_keys_BS=first_keys)
+    for first, last in itertools.pairwise(starts):
+        alone, _ = attention_forward(*(t[:, :, first:last] for t in (q, k, v)))
+        assert_near(packed[:, first:last], alone.double(), dtype)
+    mask = causal_mask(torch.arange(400), 400, first_keys_BS=first_keys)
+    assert_near(attention(q, k, v, mask=mask).transpose(1, 2), packed.double(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("first_keys", "message"),
+    [
+        ([[0, 0, 4]], "the first key of token 3 of sequence 0 is 4; it must be from 0 to 3"),
+        ([[0, -1, 0]], "the first key of token 2 of sequence 0 is -1"),
+        ([[0, 0]], r"first keys of 1 x 3 queries have the shape \[1, 2\]"),
+    ],
+)
+def test_masks_that_leave_a_query_nothing_are_refused(first_keys, message):
+    q = randn(1, 1, 3, 8, dtype=torch.float32)
+    k = randn(1, 1, 4, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        attention_forward(q, k, k, query_start=1, first_keys_BS=torch.tensor(first_keys))
+
+
+def test_too_few_keys_are_refused():
+    q = randn(1, 1, 3, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="3 keys for queries up to token 3"):
+        attention_forward(q, q, q, query_start=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

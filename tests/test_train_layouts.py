@@ -27,7 +27,11 @@ LAYOUTS = {
     "tp=2 dp=2": (4, ParallelConfig(tp=2)),
     "pp=2 dp=2": (4, ParallelConfig(pp=2, schedule="zb-h1")),
     "tp=2 pp=2": (4, ParallelConfig(tp=2, pp=2, schedule="zb-h1")),
+    "cp=2": (2, ParallelConfig(cp=2)),
+    "tp=2 cp=2": (4, ParallelConfig(tp=2, cp=2)),
+    "cp=2 dp=2": (4, ParallelConfig(cp=2)),
     "tp=2 pp=2 dp=2": (8, ParallelConfig(tp=2, pp=2)),
+    "cp=2 pp=2 dp=2": (8, ParallelConfig(cp=2, pp=2, schedule="interleaved")),
 }
 
 
@@ -38,13 +42,14 @@ def case(tmp_path_factory):
 
 def config_of(case, output, *, tied, **changes):
     config = case.config(output, steps=4, checkpoint_every=2, eval_every=2, **changes)
-    model = dataclasses.replace(config.model, tie_word_embeddings=tied, num_key_value_heads=2)
-    return dataclasses.replace(config, model=model)
+    model = dataclasses.replace(config.model, tie_word_embeddings=tied)
+    stream = dataclasses.replace(config.data.stream, document_masks=tied)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, stream=stream))
 
 
 @pytest.fixture(scope="module")
 def alone(case):
-    """The run of one process, for untied and tied embeddings."""
+    """The run of one process: untied, and tied with documents that do not see each other."""
     for tied in (False, True):
         Trainer(config_of(case, f"alone-{tied}", tied=tied), ALONE).run()
     return {tied: case.folder / f"alone-{tied}" for tied in (False, True)}
@@ -72,7 +77,7 @@ def check_same(found, expected):
         assert (tensor - other_state[key]).norm() <= 1e-4 * other_state[key].norm(), key
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied and packed"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_in_any_layout_equals_one_process(ranks, case, alone, name, tied):
     size, parallel = LAYOUTS[name]
@@ -122,6 +127,8 @@ def request(**changes):
         (2, {"parallel": ParallelConfig(pp=2, layers_per_stage=(1, 2))}, "places 3 layers of 2; nearest .*: .1, 1.$"),
         (2, {"parallel": ParallelConfig(pp=2, chunks=3)}, "schedule '1f1b' with 3 chunks.*takes any number$"),
         (7, {}, "global_batch_size = 8 is not a multiple of dp = 7 .*; no layout of 7 ranks works"),
+        (8, {"parallel": ParallelConfig(cp=3)}, "cp=3,dp=2 needs 6 ranks, there are 8; .*: cp=4,dp=2; cp=2,dp=4"),
+        (4, {"seq_length": 36, "parallel": ParallelConfig(cp=4)}, "36 tokens cannot be cut .*; nearest .*: cp=2,dp=2"),
         (2, {"seq_length": 31, "micro_batch_size": 1, "parallel": ParallelConfig(tp=2)}, "1 x 31 tokens .*: dp=2"),
     ],
 )  # fmt: skip

@@ -24,8 +24,9 @@ struct TypedKernels {
   void (*swiglu_forward)(const T*, T*, int64_t, int64_t);
   void (*swiglu_backward)(const T*, T*, T*, int64_t, int64_t);
   void (*cross_entropy)(T*, const int64_t*, float*, int64_t, int64_t, int64_t);
-  void (*attention_softmax)(T*, float*, int64_t, int64_t, int64_t, int64_t, float);
-  void (*attention_softmax_backward)(T*, T*, const float*, const float*, int64_t, int64_t, int64_t, int64_t, float);
+  void (*attention_softmax)(T*, float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float);
+  void (*attention_softmax_backward)(T*, T*, const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
+                                     int64_t, float);
   void (*adamw)(float*, float*, float*, const float*, T*, int64_t, float, float, float, float, float, float, float, float);
   void (*accumulate)(float*, const T*, int64_t);
 };

@@ -87,19 +87,20 @@ PYBIND11_MODULE(_cpp, m) {
       k.cross_entropy(at<T>(logits), at<int64_t>(labels), at<float>(loss), rows, width, vocab);
     });
   }, nogil);
-  m.def("attention_softmax", [](bool b, Address scores, Address lse, int64_t rows, int64_t queries, int64_t keys,
-                                int64_t visible, float scale) {
+  m.def("attention_softmax", [](bool b, Address scores, Address lse, Address first_keys, int64_t rows, int64_t queries,
+                                int64_t keys, int64_t visible, float scale) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      k.attention_softmax(at<T>(scores), at<float>(lse), rows, queries, keys, visible, scale);
+      k.attention_softmax(at<T>(scores), at<float>(lse), at<int64_t>(first_keys), rows, queries, keys, visible, scale);
     });
   }, nogil);
-  m.def("attention_softmax_backward", [](bool b, Address scores, Address grad, Address lse, Address delta, int64_t rows,
-                                         int64_t queries, int64_t keys, int64_t visible, float scale) {
+  m.def("attention_softmax_backward", [](bool b, Address scores, Address grad, Address lse, Address delta,
+                                         Address first_keys, int64_t rows, int64_t queries, int64_t keys,
+                                         int64_t visible, float scale) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      k.attention_softmax_backward(at<T>(scores), at<T>(grad), at<float>(lse), at<float>(delta), rows, queries, keys,
-                                   visible, scale);
+      k.attention_softmax_backward(at<T>(scores), at<T>(grad), at<float>(lse), at<float>(delta), at<int64_t>(first_keys),
+                                   rows, queries, keys, visible, scale);
     });
   }, nogil);
   m.def("adamw", [](bool b, Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weight,

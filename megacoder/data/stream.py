@@ -28,12 +28,13 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.permutation import permute
-from megacoder.data.segments import next_token_labels
+from megacoder.data.segments import document_starts, next_token_labels
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "StreamConfig", "TokenStream", "merge_states"]
 
 _DEALT_AT_ONCE = 64  # documents whose numbers a stream computes together
+_NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # as they change no token, or are counted anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class StreamConfig:
     """of the order of documents and of fill-in-the-middle"""
     add_bos: bool = True
     """puts the begin-of-sentence token in front of each document, as the tokenizer does in front of a prompt"""
+    document_masks: bool = False
+    """attention and positions stay within a document; the paper concatenates without"""
     fim: FimConfig = field(default_factory=FimConfig)
     """fill-in-the-middle"""
 
@@ -66,6 +69,8 @@ class Batch:
     """int64 (B, S)"""
     labels: Tensor
     """int64 (B, S): the next token, -100 where that begins another document"""
+    starts: Tensor | None = None
+    """bool (B, S): first tokens of documents, and of windows; None where tokens may see other documents"""
 
 
 class TokenStream:
@@ -107,7 +112,7 @@ class TokenStream:
             "tokens": dataset.num_tokens,
             "tokenizer": tokenizer.digest,
             "num_streams": self.num_streams,
-            **{key: value for key, value in to_dict(config).items() if key not in ("seq_length", "num_streams")},
+            **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
         }
 
     def next_batch(self) -> Batch:
@@ -126,7 +131,10 @@ class TokenStream:
         self.windows += self.global_batch_size
         tensor = torch.from_numpy(windows)
         labels = next_token_labels(tensor, bos_id=self._bos_id, eos_id=self._eos_id)
-        return Batch(tokens=tensor[:, :-1].contiguous(), labels=labels)
+        tokens, starts = tensor[:, :-1].contiguous(), None
+        if self.config.document_masks:
+            starts = document_starts(tokens, bos_id=self._bos_id, eos_id=self._eos_id)
+        return Batch(tokens=tokens, labels=labels, starts=starts)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers: where each stream of this rank stands, and what the order depends on.

@@ -17,6 +17,7 @@ from megacoder.model.scheduled import Recompute, grad_of
 from megacoder.model.stage import ModelStage, Stage
 from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.collectives import group_rank, sum_with_peer
+from megacoder.parallel.context import UNCUT, ContextParallel
 from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.schedule import StageMap
 from megacoder.parallel.tensor import ALONE, TensorParallel
@@ -40,6 +41,7 @@ def build_stages(
     config: ModelConfig,
     tp: TensorParallel = ALONE,
     *,
+    cp: ContextParallel = UNCUT,
     placement: Placement,
     held: Sequence[int],
     execution: ExecutionConfig = ExecutionConfig(),
@@ -48,6 +50,7 @@ def build_stages(
     model = TransformerPart(
         config,
         tp,
+        cp=cp,
         layers=[layer for stage in sorted(held) for layer in placement.layers(stage)],
         embedding=any(map(placement.has_embedding, held)),
         head=any(map(placement.has_head, held)),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megacoder.model.places import Places
 from megacoder.model.scheduled import grad_of
 from megacoder.model.stage import Microbatch, ModelStage
 from megacoder.model.transformer import DecoderLayer, RopeTables
@@ -78,7 +79,7 @@ class PlainStage(ModelStage):
     def _run_layers(self, x_ND: Tensor | None, microbatch: Microbatch) -> Tensor:
         """The stage's output, in the last stage the head's input (N, D)."""
         tokens_BS = microbatch.tokens_BS
-        positions_BS = microbatch.positions_T(self.model).view(tokens_BS.shape)
+        places = microbatch.places_in(self.model)
         if self.is_first:
             stream = self.model.embed_tokens(tokens_BS)
         else:
@@ -87,17 +88,17 @@ class PlainStage(ModelStage):
             stream = x_ND.view(*tokens_BS.shape, -1) if all_here else x_ND
         rope, layers = self.model.rope(tokens_BS.device), self.model.decoder_layers()
         for index in self.layers:
-            stream = self._run_layer(layers[index], stream, rope, positions_BS)
+            stream = self._run_layer(layers[index], stream, rope, places)
         if self.is_last:
             stream = self.model.norm(stream)
         return stream.flatten(0, -2)
 
-    def _run_layer(self, layer: DecoderLayer, stream: Tensor, rope: RopeTables, positions_BS: Tensor) -> Tensor:
+    def _run_layer(self, layer: DecoderLayer, stream: Tensor, rope: RopeTables, places: Places) -> Tensor:
         if self.recompute == "full":
-            return checkpoint(layer, stream, rope, positions_BS, use_reentrant=False)
+            return checkpoint(layer, stream, rope, places, use_reentrant=False)
         if self.recompute == "selective":
-            return checkpoint(layer.feed_forward, layer.attend(stream, rope, positions_BS), use_reentrant=False)
-        return layer(stream, rope, positions_BS)
+            return checkpoint(layer.feed_forward, layer.attend(stream, rope, places), use_reentrant=False)
+        return layer(stream, rope, places)
 
 
 def _nothing() -> None:

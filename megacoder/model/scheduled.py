@@ -10,7 +10,9 @@ gradients of other microbatches.
 
 Under tensor parallelism C and F are this rank's share, and the residual stream has N tokens: T, or T / tp under
 sequence parallelism. The ranks' sum of an input gradient travels while weight gradients are computed, and the normed
-input, of which only this rank's tokens are kept, while the input gradient is.
+input, of which only this rank's tokens are kept, while the input gradient is. Under context parallelism S is what this
+rank holds of every sequence; the others' keys and values travel during one product of the backward, and the gradients
+of keys and values during another.
 """
 
 from collections.abc import Callable
@@ -20,12 +22,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
-from megacoder.ops.attention import attention_backward, attention_forward
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
+from megacoder.parallel.context import context_attention_backward, context_attention_forward, start_gather_keys
 from megacoder.parallel.layers import Linear
 from megacoder.parallel.tensor import start_gather, start_reduce
 
@@ -121,16 +124,13 @@ def layer_forward(
     stream_ND: Tensor,
     residual_ND: Tensor | None,
     rope: RopeTables,
-    positions_T: Tensor,
-    batch: int,
+    places: Places,
     *,
     recompute: Recompute = "none",
 ) -> tuple[Tensor, Tensor, SavedLayer]:
     """(stream, residual, saved): the layer's output is stream + residual, added inside the next norm."""
     mlp, tp = layer.mlp, layer.tp
-    attn_input, attn_norm, attention, mlp_norm = _attention_half(
-        layer, stream_ND, residual_ND, rope, positions_T, batch
-    )
+    attn_input, attn_norm, attention, mlp_norm = _attention_half(layer, stream_ND, residual_ND, rope, places)
     gate_up_T2F = start_gather(mlp_norm.out, tp).wait() @ mlp.gate_up_proj.weight.detach().t()
     partial_TD = swiglu_forward(gate_up_T2F) @ mlp.down_proj.weight.detach().t()
     stream_ND = start_reduce(partial_TD, tp).wait()
@@ -147,16 +147,17 @@ def _attention_half(
     stream_ND: Tensor,
     residual_ND: Tensor | None,
     rope: RopeTables,
-    positions_T: Tensor,
-    batch: int,
+    places: Places,
 ) -> tuple[Tensor, Normed, SavedAttention, Normed]:
     """From the layer's input through the second norm: (input, it normed, attention, its output normed)."""
     attn, tp = layer.self_attn, layer.tp
     attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND)
     qkv_TC = start_gather(attn_norm.out, tp).wait() @ attn.qkv_proj.weight.detach().t()
-    rotated = attn.num_heads + attn.num_kv_heads
+    rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
     apply_rope_(qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
-    out_BSHK, lse = attention_forward(*_heads(layer, qkv_TC, batch))
+    q, k, v = _heads(layer, qkv_TC, places.batch)
+    whole_kv = start_gather_keys(k, v, attn.cp)()
+    out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, first_keys_BL=places.first_keys_BL)
     partial_TD = out_BSHK.view(qkv_TC.shape[0], -1) @ attn.o_proj.weight.detach().t()
     stream_ND = start_reduce(partial_TD, tp).wait()
     mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input)
@@ -168,15 +169,14 @@ def layer_backward(
     grad_ND: Tensor,
     saved: SavedLayer,
     rope: RopeTables,
-    positions_T: Tensor,
-    batch: int,
+    places: Places,
     weight_grads: WeightGradients,
 ) -> Tensor:
     """Gradient of the layer's output -> gradient of its input; consumes `saved`."""
     attn, mlp, tp = layer.self_attn, layer.mlp, layer.tp
     attention, attn_norm, mlp_norm, gate_up_T2F = saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up
     if attention is None:
-        _, attn_norm, attention, mlp_norm = _attention_half(layer, saved.attn_input, None, rope, positions_T, batch)
+        _, attn_norm, attention, mlp_norm = _attention_half(layer, saved.attn_input, None, rope, places)
     if mlp_norm is None:
         _, mlp_norm = _norm(layer.post_attention_layernorm, attention.mlp_input)
     grad_TD = start_gather(grad_ND, tp).wait()
@@ -198,16 +198,19 @@ def layer_backward(
         _, attn_norm = _norm(layer.input_layernorm, saved.attn_input)
     grad_TD = start_gather(grad_ND, tp).wait()
     gathering = start_gather(attn_norm.out, tp)
+    q, k, v = _heads(layer, attention.qkv, places.batch)
+    wait_for_kv = start_gather_keys(k, v, attn.cp)
     grad_attn_BSHK = (grad_TD @ attn.o_proj.weight.detach()).view(attention.out.shape)
+    grad_q, wait_for_grad_kv = context_attention_backward(
+        grad_attn_BSHK, q, *wait_for_kv(), attention.out, attention.lse, attn.cp, first_keys_BL=places.first_keys_BL
+    )
+    weight_grads.add(attn.o_proj, grad_TD, attention.out.view(grad_TD.shape[0], -1))
     grad_qkv_TC = torch.empty_like(attention.qkv)
-    heads = _heads(layer, attention.qkv, batch)
-    grads = attention_backward(grad_attn_BSHK, *heads, attention.out, attention.lse)
-    for target, grad in zip(_heads(layer, grad_qkv_TC, batch), grads, strict=True):
+    for target, grad in zip(_heads(layer, grad_qkv_TC, places.batch), (grad_q, *wait_for_grad_kv()), strict=True):
         target.copy_(grad)
-    rotated = attn.num_heads + attn.num_kv_heads
+    rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
     apply_rope_(grad_qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim, inverse=True)
     reducing = start_reduce(grad_qkv_TC @ attn.qkv_proj.weight.detach(), tp)
-    weight_grads.add(attn.o_proj, grad_TD, attention.out.view(grad_TD.shape[0], -1))
     weight_grads.add(attn.qkv_proj, grad_qkv_TC, gathering.wait())
     weight = layer.input_layernorm.weight
     return rms_norm_backward(

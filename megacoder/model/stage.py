@@ -3,8 +3,9 @@
 `ModelStage` is what every kind of stage is; `Stage` is the fast one, `megacoder.model.plain_stage` has the plain one,
 and `megacoder.model.partition` cuts a model into either.
 
-Legend: B sequences, S tokens, T = B * S, D model dim. What enters and leaves a stage is the residual stream (T, D) in
-the weights' dtype, and its gradient the other way. Gradients of weights are added straight into `param.grad`.
+Legend: B sequences, S tokens that this rank has of each, T = B * S, D model dim. What enters and leaves a stage is the
+residual stream (T, D) in the weights' dtype, and its gradient the other way. Gradients of weights are added straight
+into `param.grad`.
 
 The last stage computes its loss and, in the same pass over chunks of tokens, the head's gradients in its forward: full
 logits are never kept, so there is nothing that a later backward could start from. What it keeps is the gradient of the
@@ -19,10 +20,12 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from megacoder.model.places import Places
 from megacoder.model.scheduled import Recompute, SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
 from megacoder.model.transformer import Transformer, TransformerPart
 from megacoder.ops.cross_entropy import LossSum
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from megacoder.parallel.context import UNCUT, ContextParallel
 from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
 from megacoder.parallel.tensor import start_gather
 
@@ -36,15 +39,33 @@ class Microbatch:
     tokens_BS: Tensor
     labels_BS: Tensor
     """already shifted, IGNORE_INDEX where not trained"""
+    places: Places | None = None
+    """where the tokens stand; None: the sequences are whole, and each is one document"""
 
-    def positions_T(self, model: TransformerPart) -> Tensor:
-        """Position of every token in its sequence; ValueError for a shape that `model` cannot take."""
+    @classmethod
+    def of(
+        cls, tokens_BS: Tensor, labels_BS: Tensor, *, cp: ContextParallel = UNCUT, starts_BS: Tensor | None = None
+    ) -> Self:
+        """This rank's part of whole sequences, of which all ranks of the context axis give the same.
+
+        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. ConfigError for a
+        length that the ranks cannot share.
+        """
+        places = Places.of(tokens_BS.shape, cp, device=tokens_BS.device, starts_BS=starts_BS)
+        return cls(cp.part(tokens_BS), cp.part(labels_BS), places)
+
+    def places_in(self, model: TransformerPart) -> Places:
+        """Of every token; ValueError for a shape that `model` cannot take."""
         batch, length = self.tokens_BS.shape
         model.tp.check_tokens(batch, length)
-        if length > model.config.max_position_embeddings:
+        if length * model.cp.size > model.config.max_position_embeddings:
             limit = model.config.max_position_embeddings
-            raise ValueError(f"sequences of {length} tokens; the model has {limit} positions")
-        return torch.arange(length, device=self.tokens_BS.device).repeat(batch)
+            raise ValueError(f"sequences of {length * model.cp.size} tokens; the model has {limit} positions")
+        if self.places is None and model.cp.size > 1:
+            raise ValueError(
+                f"a microbatch of whole sequences, which cp = {model.cp.size} ranks share: use Microbatch.of"
+            )
+        return self.places or Places.of(self.tokens_BS.shape, device=self.tokens_BS.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +177,7 @@ class Stage(ModelStage):
     ) -> tuple[Tensor, Tensor | None]:
         """(stream, residual), whose sum is the output."""
         tokens = microbatch.tokens_BS
-        positions_T = microbatch.positions_T(self.model)
+        places = microbatch.places_in(self.model)
         if self.is_first:
             x_TD = self.model.embed_tokens(tokens.flatten())
         assert x_TD is not None
@@ -164,7 +185,7 @@ class Stage(ModelStage):
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in self.layers:
             stream_TD, residual_TD, kept = layer_forward(
-                layers[index], stream_TD, residual_TD, rope, positions_T, len(tokens), recompute=self.recompute
+                layers[index], stream_TD, residual_TD, rope, places, recompute=self.recompute
             )
             keep(kept)
         return stream_TD, residual_TD
@@ -172,14 +193,13 @@ class Stage(ModelStage):
     @torch.no_grad()
     def _backward(self, grad_TD: Tensor | None, saved: SavedStage, weight_grads: WeightGradients) -> Tensor | None:
         tokens = saved.microbatch.tokens_BS
-        positions_T = saved.microbatch.positions_T(self.model)
+        places = saved.microbatch.places_in(self.model)
         if saved.head is not None:
             grad_TD, saved.head = self._norm_backward(saved.head), None
         assert grad_TD is not None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in reversed(self.layers):
-            kept = saved.layers.pop()
-            grad_TD = layer_backward(layers[index], grad_TD, kept, rope, positions_T, len(tokens), weight_grads)
+            grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads)
         if not self.is_first:
             return grad_TD
         embedding, whole_TD = self.model.embed_tokens, start_gather(grad_TD, self.model.tp).wait()
@@ -212,17 +232,24 @@ class ForwardOnly:
         raise RuntimeError("evaluation has no backward")
 
 
-def forward_backward(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
-    """One microbatch: returns its loss sum and adds its gradients (of the sum) into every `param.grad`."""
+def forward_backward(
+    model: Transformer, tokens_BS: Tensor, labels_BS: Tensor, *, starts_BS: Tensor | None = None
+) -> LossSum:
+    """One microbatch of whole sequences, of which the rank computes its part (see `Microbatch.of`).
+
+    Returns the part's loss sum and adds its gradients (of the sum) into every `param.grad`.
+    """
     stage = Stage.whole(model)
-    loss, saved = stage.forward(None, Microbatch(tokens_BS, labels_BS))
+    loss, saved = stage.forward(None, Microbatch.of(tokens_BS, labels_BS, cp=model.cp, starts_BS=starts_BS))
     stage.backward(None, saved)
     assert isinstance(loss, LossSum)
     return loss
 
 
-def forward_loss(model: Transformer, tokens_BS: Tensor, labels_BS: Tensor) -> LossSum:
-    """The loss sum of one microbatch, for evaluation."""
-    loss = Stage.whole(model).evaluate(None, Microbatch(tokens_BS, labels_BS))
+def forward_loss(
+    model: Transformer, tokens_BS: Tensor, labels_BS: Tensor, *, starts_BS: Tensor | None = None
+) -> LossSum:
+    """The same loss sum, for evaluation."""
+    loss = Stage.whole(model).evaluate(None, Microbatch.of(tokens_BS, labels_BS, cp=model.cp, starts_BS=starts_BS))
     assert isinstance(loss, LossSum)
     return loss

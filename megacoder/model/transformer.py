@@ -7,7 +7,8 @@ key and value projections are one matrix, gate and up another, because one large
 
 Tensor parallelism is in the linear layers and the embedding alone. Each rank then has H/tp query heads, G/tp key-value
 heads (one at least: ranks share a head when there are fewer) and F/tp of the feed-forward dim. Under sequence
-parallelism the residual stream, (B, S, D) in what follows, is this rank's tokens (B * S / tp, D).
+parallelism the residual stream, (B, S, D) in what follows, is this rank's tokens (B * S / tp, D). Context parallelism
+is in attention alone; S is then what this rank holds of every sequence.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.kv_cache import KVCache, LayerCache
+from megacoder.model.places import Places
 from megacoder.ops.attention import attention
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
+from megacoder.parallel.context import UNCUT, ContextParallel, gather_keys
 from megacoder.parallel.cross_entropy import head_loss
 from megacoder.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear, Shard, VocabParallelEmbedding
 from megacoder.parallel.tensor import ALONE, TensorParallel
@@ -63,8 +66,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
         super().__init__()
+        self.cp = cp
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         self.num_heads, self.num_kv_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.head_dim = config.head_dim
@@ -79,16 +83,17 @@ class Attention(nn.Module):
         )
         self.o_proj = RowParallelLinear([Shard.of("o_proj", (dim, heads * config.head_dim), tp, dim=1)], tp)
 
-    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        batch, length = positions_BS.shape
+    def forward(self, x_BSD: Tensor, rope: RopeTables, places: Places, cache: LayerCache | None = None) -> Tensor:
+        batch, length = places.positions_BL.shape
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x_BSD).view(batch * length, -1, self.head_dim)
-        qk = apply_rope(qkv[:, :rotated], rope.cos, rope.sin, positions_BS.flatten())
+        qk = apply_rope(qkv[:, :rotated], rope.cos, rope.sin, places.positions_BL.flatten())
         q, k = qk.view(batch, length, rotated, -1).transpose(1, 2).split([self.num_heads, self.num_kv_heads], dim=1)
         v = qkv[:, rotated:].view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
-        mask = None
         if cache is not None:
             k, v, mask = cache.append(k, v)
+        else:
+            (k, v), mask = gather_keys(k, v, self.cp), places.mask(self.cp)
         out_BHSK = attention(q, k, v, mask=mask)
         return self.o_proj(out_BHSK.transpose(1, 2).flatten(2))
 
@@ -109,20 +114,20 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
         super().__init__()
         self.tp = tp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, tp)
+        self.self_attn = Attention(config, tp, cp=cp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, tp)
 
-    def forward(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        return self.feed_forward(self.attend(x_BSD, rope, positions_BS, cache))
+    def forward(self, x_BSD: Tensor, rope: RopeTables, places: Places, cache: LayerCache | None = None) -> Tensor:
+        return self.feed_forward(self.attend(x_BSD, rope, places, cache))
 
-    def attend(self, x_BSD: Tensor, rope: RopeTables, positions_BS: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def attend(self, x_BSD: Tensor, rope: RopeTables, places: Places, cache: LayerCache | None = None) -> Tensor:
         """The first half of `forward`."""
-        return x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, positions_BS, cache)
+        return x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, places, cache)
 
     def feed_forward(self, x_BSD: Tensor) -> Tensor:
         """The second half, whose inner tensors are the widest."""
@@ -148,6 +153,7 @@ class TransformerPart(nn.Module):
         config: ModelConfig,
         tp: TensorParallel = ALONE,
         *,
+        cp: ContextParallel = UNCUT,
         layers: Iterable[int],
         embedding: bool,
         head: bool,
@@ -155,13 +161,13 @@ class TransformerPart(nn.Module):
         """ConfigError where `tp.size` ranks cannot share the model."""
         super().__init__()
         config.check_tensor_parallel(tp.size)
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.cp = config, tp, cp
         tied = config.tie_word_embeddings
         self.copies_embedding = head and tied and not embedding
         """whether `embed_tokens` is the head's copy of what another rank of the pipeline holds"""
         if embedding or (head and tied):
             self.embed_tokens = self._vocab_parallel("embed_tokens")
-        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, tp) for layer in layers})
+        self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, tp, cp=cp) for layer in layers})
         if head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = self.embed_tokens if tied else self._vocab_parallel("lm_head")
@@ -189,27 +195,31 @@ class TransformerPart(nn.Module):
 class Transformer(TransformerPart):
     """The whole model: embedding, decoder layers, final norm, head."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
         """ConfigError where `tp.size` ranks cannot share the model."""
-        super().__init__(config, tp, layers=range(config.num_hidden_layers), embedding=True, head=True)
+        super().__init__(config, tp, cp=cp, layers=range(config.num_hidden_layers), embedding=True, head=True)
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """Token ids, alike on all tensor-parallel ranks -> final hidden states (B, S, D), normalised.
+    def forward(self, tokens_BS: Tensor, *, starts_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Token ids of whole sequences, alike on all ranks -> final hidden states (B, S, D), normalised.
 
-        Positions count from 0 unless given. Under sequence parallelism the result is this rank's part, (B * S / tp, D).
-        With a cache, which one rank alone can use, `tokens_BS` continue the tokens that it holds, and it knows their
-        positions.
+        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. Under context
+        parallelism the result is of this rank's tokens, (B, S / cp, D), and under sequence parallelism its share of
+        those, (B * S / cp / tp, D). With a cache, which one rank alone can use, `tokens_BS` continue the tokens that it
+        holds, and it knows their positions.
         """
-        self.tp.check_tokens(*tokens_BS.shape)
         layer_caches: Iterable[LayerCache | None] = repeat(None)
         if cache is not None:
-            positions_BS, layer_caches = cache.advance(tokens_BS.shape[1]), cache.layers
-        elif positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+            if self.cp.size > 1:
+                raise ConfigError(f"a cache for a model that cp = {self.cp.size} ranks share; generate with cp = 1")
+            places, layer_caches = Places(positions_BL=cache.advance(tokens_BS.shape[1])), cache.layers
+        else:
+            places = Places.of(tokens_BS.shape, self.cp, device=tokens_BS.device, starts_BS=starts_BS)
+            tokens_BS = self.cp.part(tokens_BS)
+        self.tp.check_tokens(*tokens_BS.shape)
         x_BSD = self.embed_tokens(tokens_BS)
         rope = self.rope(x_BSD.device)
         for layer, layer_cache in zip(self.decoder_layers().values(), layer_caches, strict=False):
-            x_BSD = layer(x_BSD, rope, positions_BS, layer_cache)
+            x_BSD = layer(x_BSD, rope, places, layer_cache)
         return self.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
@@ -218,9 +228,10 @@ class Transformer(TransformerPart):
             raise ConfigError(f"logits of a model that tp = {self.tp.size} ranks share; generate with tp = 1")
         return F.linear(hidden_BSD, self.lm_head.weight[: self.config.vocab_size])
 
-    def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """Sum of token losses in nats; labels are already shifted, IGNORE_INDEX where not trained."""
-        return head_loss(self(tokens_BS), self.lm_head, labels_BS.flatten())
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, *, starts_BS: Tensor | None = None) -> Tensor:
+        """Sum of this rank's token losses in nats; labels are already shifted, IGNORE_INDEX where not trained."""
+        hidden_BSD = self(tokens_BS, starts_BS=starts_BS)
+        return head_loss(hidden_BSD, self.lm_head, self.cp.part(labels_BS).flatten())
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
 """Causal attention with grouped queries: the plain reference, torch's fused kernels, and a blocked path for CPUs.
 
-Legend: B sequences, S tokens each, H query heads, G key-value heads (H a multiple of G), K head dim; N = B * H.
+Legend: B sequences, S queries each, P keys, H query heads, G key-value heads (H a multiple of G), K head dim; N = BH.
+A query sees the keys from the beginning of its sequence, or of its own document where several are packed into one, up
+to its own token. Queries may be those of a part of the sequence: the same primitive serves context parallelism.
 `lse` is the log-sum-exp of the scaled scores, the one thing besides inputs and output that a backward needs.
 
 Why a blocked path: torch's CPU flash kernel reaches 80 GFLOP/s in bf16 on two cores where batched GEMMs reach 700.
 Scores of one block of queries against the keys before it go through batched GEMMs, with softmax in one fused pass
-between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward forms the scores again.
+between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward forms the scores again. Keys that no
+query of a block sees are skipped, so that packing short documents into long sequences costs less, not more. Masks that
+torch's kernels cannot honour take the blocked path too, with torch in the place of our fused pass.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from megacoder.ops.cpp import address, kernels_for
 
-__all__ = ["attention", "attention_backward", "attention_forward", "attention_reference"]
+__all__ = ["attention", "attention_backward", "attention_forward", "attention_reference", "causal_mask"]
 
 BLOCK_QUERIES = {torch.bfloat16: 256, torch.float32: 64}
 """Queries per block, the fastest of 64, 128 and 256 at S=512: smaller blocks skip more of the future, larger ones feed
@@ -25,20 +30,28 @@ BLOCK_ELEMENTS = 1 << 22
 """Scores held at a time, 8 MB in bf16: they stay in a server's last-level cache between the passes."""
 
 
-def attention_reference(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v under a causal mask, every score in memory, fp32 (fp64 for fp64) inside."""
-    groups = q_BHSK.shape[1] // k_BGSK.shape[1]
-    wide = torch.promote_types(q_BHSK.dtype, torch.float32)
-    k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k_BGSK, v_BGSK))
+def causal_mask(places_S: Tensor, num_keys: int, *, first_keys_BS: Tensor | None = None) -> Tensor:
+    """True is seen: keys up to each query's place in the sequence, (S, P), and from its first key on, (B, 1, S, P)."""
+    return _seen(places_S, num_keys, None if first_keys_BS is None else first_keys_BS[:, None])
+
+
+def attention_reference(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, causal or under `mask` (see `attention`), every score in memory.
+
+    fp32 inside, fp64 for fp64.
+    """
+    groups, wide = q_BHSK.shape[1] // k_BGPK.shape[1], _wide(q_BHSK)
+    k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k_BGPK, v_BGPK))
     scores = q_BHSK.to(wide) @ k.mT / q_BHSK.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).to(q_BHSK.dtype)
+    if mask is None:
+        mask = causal_mask(torch.arange(q_BHSK.shape[2], device=q_BHSK.device), k_BGPK.shape[2])
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q_BHSK.dtype)
 
 
 def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Differentiable by torch; causal, or under a boolean `mask` (True is seen) of (B, 1, S, P) or (S, P).
 
-    P keys are S of them, or more when decoding with a cache.
+    P keys are S of them, or more when decoding with a cache and where ranks share the queries.
     """
     grouped = q_BHSK.shape[1] != k_BGPK.shape[1]
     if grouped and mask is not None and q_BHSK.shape[2] == 1:
@@ -51,74 +64,183 @@ def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | 
     )
 
 
-def attention_forward(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-    """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal."""
+def attention_forward(
+    q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, query_start: int = 0, first_keys_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal.
+
+    Queries are tokens `query_start`, `query_start` + 1, ... of their sequences, keys tokens 0, 1, ...; those behind the
+    last query are not read. `first_keys_BS` (int64) is the first key that each query sees, at most its own token's
+    number: the beginning of its document, where sequences are packed.
+    """
     batch, heads, length, dim = q_BHSK.shape
-    kernels = kernels_for(q_BHSK)
-    if kernels is None:
-        out, lse = _torch_forward(q_BHSK, *_expand(heads, k_BGSK, v_BGSK))
+    k_BHPK, v_BHPK = _expand(heads, *_reached(query_start + length, k_BGPK, v_BGPK))
+    if _is_for_flash(q_BHSK, query_start, first_keys_BS):
+        out, lse = _flash_forward(q_BHSK, k_BHPK, v_BHPK)
         return out.transpose(1, 2).contiguous(), lse
-    q_NSK, k_NSK, v_NSK = _merge(q_BHSK, *_expand(heads, k_BGSK, v_BGSK))
+    q_NSK, k_NPK, v_NPK = _merge(q_BHSK, k_BHPK, v_BHPK)
     out_NSK = torch.empty_like(q_NSK)
     lse_NS = q_NSK.new_empty(batch * heads, length, dtype=torch.float32)
-    for rows, first, last in _blocks(batch * heads, length, BLOCK_QUERIES[q_BHSK.dtype]):
-        scores = torch.bmm(q_NSK[rows, first:last], k_NSK[rows, :last].mT)
-        lse = scores.new_empty(scores.shape[:2], dtype=torch.float32)
-        kernels.attention_softmax(
-            scores.dtype == torch.bfloat16, address(scores, scores.dtype), address(lse, torch.float32), lse.numel(),
-            last - first, last, first + 1, dim**-0.5,
-        )  # fmt: skip
-        out_NSK[rows, first:last] = torch.bmm(scores, v_NSK[rows, :last])
-        lse_NS[rows, first:last] = lse
+    for block in _blocks(q_BHSK, query_start, first_keys_BS):
+        rows, queries, keys = block.rows, block.queries, block.keys
+        scores = torch.bmm(q_NSK[rows, queries], k_NPK[rows, keys].mT)
+        lse_NS[rows, queries] = _softmax_(scores, block, dim**-0.5)
+        out_NSK[rows, queries] = torch.bmm(scores, v_NPK[rows, keys])
     return out_NSK.unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), lse_NS.unflatten(0, (batch, heads))
 
 
 def attention_backward(
-    grad_out_BSHK: Tensor, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, out_BSHK: Tensor, lse_BHS: Tensor
+    grad_out_BSHK: Tensor,
+    q_BHSK: Tensor,
+    k_BGPK: Tensor,
+    v_BGPK: Tensor,
+    out_BSHK: Tensor,
+    lse_BHS: Tensor,
+    *,
+    query_start: int = 0,
+    first_keys_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_q (B, H, S, K), grad_k, grad_v (B, G, S, K)); gradients of shared heads are summed over their queries."""
+    """(grad_q (B, H, S, K), grad_k, grad_v (B, G, P, K)); gradients of shared heads are summed over their queries."""
     batch, heads, length, dim = q_BHSK.shape
-    k_BHSK, v_BHSK = _expand(heads, k_BGSK, v_BGSK)
+    k_BHPK, v_BHPK = _expand(heads, *_reached(query_start + length, k_BGPK, v_BGPK))
     grad_out_BHSK = grad_out_BSHK.transpose(1, 2)
-    kernels = kernels_for(q_BHSK)
-    if kernels is None:
-        grad_q, grad_k, grad_v = _torch_backward(
-            grad_out_BHSK, q_BHSK, k_BHSK, v_BHSK, out_BSHK.transpose(1, 2), lse_BHS
+    if _is_for_flash(q_BHSK, query_start, first_keys_BS):
+        grad_q, grad_k, grad_v = _flash_backward(
+            grad_out_BHSK, q_BHSK, k_BHPK, v_BHPK, out_BSHK.transpose(1, 2), lse_BHS
         )
-        return grad_q, _sum_groups(grad_k, k_BGSK), _sum_groups(grad_v, v_BGSK)
-    q_NSK, k_NSK, v_NSK, grad_out_NSK = _merge(q_BHSK, k_BHSK, v_BHSK, grad_out_BHSK)
+        return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)
+    q_NSK, k_NPK, v_NPK, grad_out_NSK = _merge(q_BHSK, k_BHPK, v_BHPK, grad_out_BHSK)
     delta_NS = (grad_out_BSHK.float() * out_BSHK.float()).sum(-1).transpose(1, 2).flatten(0, 1).contiguous()
     lse_NS = lse_BHS.flatten(0, 1)
-    grad_q_NSK, grad_k_NSK, grad_v_NSK = torch.empty_like(q_NSK), torch.zeros_like(k_NSK), torch.zeros_like(v_NSK)
-    for rows, first, last in _blocks(batch * heads, length, BLOCK_QUERIES[q_BHSK.dtype]):
-        q, k, v, grad_out = (t[rows] for t in (q_NSK, k_NSK, v_NSK, grad_out_NSK))
-        q, k, v, grad_out = q[:, first:last], k[:, :last], v[:, :last], grad_out[:, first:last]
+    grad_q_NSK, grad_k_NPK, grad_v_NPK = torch.empty_like(q_NSK), torch.zeros_like(k_NPK), torch.zeros_like(v_NPK)
+    for block in _blocks(q_BHSK, query_start, first_keys_BS):
+        rows, queries, keys = block.rows, block.queries, block.keys
+        q, k, v, grad_out = q_NSK[rows, queries], k_NPK[rows, keys], v_NPK[rows, keys], grad_out_NSK[rows, queries]
         scores, grad_scores = torch.bmm(q, k.mT), torch.bmm(grad_out, v.mT)
-        lse, delta = lse_NS[rows, first:last].contiguous(), delta_NS[rows, first:last].contiguous()
-        kernels.attention_softmax_backward(
-            scores.dtype == torch.bfloat16, address(scores, scores.dtype),
-            address(grad_scores, scores.dtype, *scores.shape), address(lse, torch.float32),
-            address(delta, torch.float32),
-            lse.numel(), last - first, last, first + 1, dim**-0.5,
-        )  # fmt: skip
-        grad_q_NSK[rows, first:last] = torch.bmm(grad_scores, k)
-        grad_k_NSK[rows, :last] += torch.bmm(grad_scores.mT, q)
-        grad_v_NSK[rows, :last] += torch.bmm(scores.mT, grad_out)
+        _softmax_backward_(scores, grad_scores, lse_NS[rows, queries], delta_NS[rows, queries], block, dim**-0.5)
+        grad_q_NSK[rows, queries] = torch.bmm(grad_scores, k)
+        grad_k_NPK[rows, keys] += torch.bmm(grad_scores.mT, q)
+        grad_v_NPK[rows, keys] += torch.bmm(scores.mT, grad_out)
     split = (batch, heads)
     return (
         grad_q_NSK.unflatten(0, split),
-        _sum_groups(grad_k_NSK.unflatten(0, split), k_BGSK),
-        _sum_groups(grad_v_NSK.unflatten(0, split), v_BGSK),
+        _like(k_BGPK, grad_k_NPK.unflatten(0, split)),
+        _like(v_BGPK, grad_v_NPK.unflatten(0, split)),
     )
 
 
-def _blocks(num_heads: int, length: int, queries: int) -> Iterator[tuple[slice, int, int]]:
-    """(heads, first query, last query + 1) so that a block's scores stay within BLOCK_ELEMENTS if one head can."""
-    queries = min(length, queries)
-    heads = max(1, BLOCK_ELEMENTS // (queries * length))
-    for head in range(0, num_heads, heads):
-        for first in range(0, length, queries):
-            yield slice(head, min(head + heads, num_heads)), first, min(first + queries, length)
+class _Block(NamedTuple):
+    """Queries that are worked on together, and the keys that any of them sees."""
+
+    rows: slice
+    """heads of the sequences, end to end"""
+    queries: slice
+    keys: slice
+    visible: int
+    """keys of the block up to the first query's own token, which is one of them; each later query sees one more"""
+    first_keys_Q: Tensor | None
+    """first key of the block that each query sees, where that is not the first of all"""
+
+    def hidden(self, device: torch.device) -> Tensor:
+        """True is not seen (Q, P)."""
+        num_queries, num_keys = (span.stop - span.start for span in (self.queries, self.keys))
+        places_Q = torch.arange(self.visible - 1, self.visible - 1 + num_queries, device=device)
+        return ~_seen(places_Q, num_keys, self.first_keys_Q)
+
+
+def _blocks(q_BHSK: Tensor, query_start: int, first_keys_BS: Tensor | None) -> Iterator[_Block]:
+    """The blocks, each with BLOCK_ELEMENTS scores at most if that is one head's; of one sequence where masks differ."""
+    batch, num_heads, length, _ = q_BHSK.shape
+    if first_keys_BS is not None:
+        _check(first_keys_BS, batch, range(query_start, query_start + length))
+    size = min(length, BLOCK_QUERIES.get(q_BHSK.dtype, 64))
+    heads = max(1, BLOCK_ELEMENTS // (size * (query_start + length)))
+    in_turn, together = (1, batch * num_heads) if first_keys_BS is None else (batch, num_heads)
+    for sequence in range(in_turn):
+        end = (sequence + 1) * together
+        for head in range(end - together, end, heads):
+            for first in range(0, length, size):
+                last = min(first + size, length)
+                first_keys_Q, start = None, 0
+                if first_keys_BS is not None:
+                    first_keys_Q = first_keys_BS[sequence, first:last]
+                    start = int(first_keys_Q.min())
+                    first_keys_Q = first_keys_Q - start
+                yield _Block(
+                    slice(head, min(head + heads, end)), slice(first, last), slice(start, query_start + last),
+                    query_start + first + 1 - start, first_keys_Q,
+                )  # fmt: skip
+
+
+def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
+    """ValueError for what would send a kernel outside its buffers."""
+    if first_keys_BS.shape != (batch, len(places)):
+        raise ValueError(f"first keys of {batch} x {len(places)} queries have the shape {list(first_keys_BS.shape)}")
+    own_S = torch.arange(places.start, places.stop, device=first_keys_BS.device)
+    outside = (first_keys_BS < 0) | (first_keys_BS > own_S)
+    if outside.any():
+        sequence, query = outside.nonzero()[0].tolist()
+        first, own = int(first_keys_BS[sequence, query]), places[query]
+        raise ValueError(f"the first key of token {own} of sequence {sequence} is {first}; it must be from 0 to {own}")
+
+
+def _softmax_(scores_NQP: Tensor, block: _Block, scale: float) -> Tensor:
+    """Raw scores become probabilities, in place; returns lse (N, Q) fp32."""
+    kernels = kernels_for(scores_NQP)
+    if kernels is None:
+        hidden = block.hidden(scores_NQP.device)
+        scaled = (scores_NQP.to(_wide(scores_NQP)) * scale).masked_fill_(hidden, float("-inf"))
+        lse = scaled.logsumexp(-1)
+        scores_NQP.copy_(scaled.sub_(lse[..., None]).exp_())
+        return lse
+    rows, queries, keys = scores_NQP.shape
+    lse = scores_NQP.new_empty(rows, queries, dtype=torch.float32)
+    kernels.attention_softmax(
+        scores_NQP.dtype == torch.bfloat16, address(scores_NQP, scores_NQP.dtype), address(lse, torch.float32),
+        address(block.first_keys_Q, torch.int64, queries), rows * queries, queries, keys, block.visible, scale,
+    )  # fmt: skip
+    return lse
+
+
+def _softmax_backward_(
+    scores_NQP: Tensor, grad_NQP: Tensor, lse_NQ: Tensor, delta_NQ: Tensor, block: _Block, scale: float
+) -> None:
+    """Raw scores become probabilities, and the probabilities' gradients the raw scores', in place."""
+    kernels = kernels_for(scores_NQP)
+    if kernels is None:
+        wide, hidden = _wide(scores_NQP), block.hidden(scores_NQP.device)
+        probability = (scores_NQP.to(wide) * scale - lse_NQ[..., None]).exp_().masked_fill_(hidden, 0.0)
+        grad_NQP.copy_((grad_NQP.to(wide) - delta_NQ[..., None]) * probability * scale)
+        scores_NQP.copy_(probability)
+        return
+    rows, queries, keys = scores_NQP.shape
+    lse_NQ, delta_NQ = lse_NQ.contiguous(), delta_NQ.contiguous()
+    kernels.attention_softmax_backward(
+        scores_NQP.dtype == torch.bfloat16, address(scores_NQP, scores_NQP.dtype),
+        address(grad_NQP, scores_NQP.dtype, rows, queries, keys), address(lse_NQ, torch.float32),
+        address(delta_NQ, torch.float32), address(block.first_keys_Q, torch.int64, queries),
+        rows * queries, queries, keys, block.visible, scale,
+    )  # fmt: skip
+
+
+def _seen(places_S: Tensor, num_keys: int, first_keys: Tensor | None) -> Tensor:
+    """(..., S, P) bool for first keys (..., S)."""
+    keys_P = torch.arange(num_keys, device=places_S.device)
+    causal_SP = keys_P <= places_S[:, None]
+    return causal_SP if first_keys is None else causal_SP & (keys_P >= first_keys[..., None])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _reached(num_keys: int, *tensors_BGPK: Tensor) -> tuple[Tensor, ...]:
+    for tensor in tensors_BGPK:
+        if tensor.shape[2] < num_keys:
+            raise ValueError(
+                f"{tensor.shape[2]} keys for queries up to token {num_keys - 1}, which is the last of them"
+            )
+    return tuple(t[:, :, :num_keys] for t in tensors_BGPK)
 
 
 def _expand(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -129,24 +251,36 @@ def _merge(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.contiguous().flatten(0, 1) for t in tensors)
 
 
-def _sum_groups(grad_BHSK: Tensor, like_BGSK: Tensor) -> Tensor:
-    if grad_BHSK.shape == like_BGSK.shape:
-        return grad_BHSK
-    return grad_BHSK.unflatten(1, (like_BGSK.shape[1], -1)).sum(2, dtype=torch.float32).to(grad_BHSK.dtype)
+def _like(whole_BGPK: Tensor, grad_BHPK: Tensor) -> Tensor:
+    """Gradients of the keys that were read, one for each query head -> those of all keys in their own heads."""
+    grad = grad_BHPK
+    if grad.shape[1] != whole_BGPK.shape[1]:
+        grad = grad.unflatten(1, (whole_BGPK.shape[1], -1)).sum(2, dtype=torch.float32).to(grad.dtype)
+    unread = whole_BGPK.shape[2] - grad.shape[2]
+    return F.pad(grad, (0, 0, 0, unread)) if unread else grad
 
 
-def _torch_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _is_for_flash(q_BHSK: Tensor, query_start: int, first_keys_BS: Tensor | None) -> bool:
+    """Whether torch's flash kernels serve: where ours are not built, under the causal masks that they know.
+
+    On CUDA they align the mask to the last key (as torch.nn.attention.bias notes), on CPUs to the first.
+    """
+    if kernels_for(q_BHSK) is not None or first_keys_BS is not None:
+        return False
+    return query_start == 0 or q_BHSK.is_cuda
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
     return out, lse
 
 
-def _torch_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True)
-    length = q.shape[2]
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the philox state of a dropout of zero
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, length, length, 0.0, True, unused, unused
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, True, unused, unused
     )

@@ -97,7 +97,7 @@ def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
     lse_C = torch.empty(len(logits_CW), dtype=torch.float32)
     kernels.attention_softmax(  # one query a row, which sees `vocab` of W keys
         logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype), address(lse_C, torch.float32),
-        len(lse_C), 1, logits_CW.shape[1], vocab, 1.0,
+        0, len(lse_C), 1, logits_CW.shape[1], vocab, 1.0,
     )  # fmt: skip
     return lse_C
 

@@ -3,6 +3,7 @@
 import torch.distributed as dist
 
 from megacoder.parallel.collectives import World, new_group
+from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import AXES, Axis, ParallelDims
 from megacoder.parallel.tensor import TensorParallel
 
@@ -25,6 +26,7 @@ class Mesh:
         self.tp = TensorParallel(
             rank=self.place.tp, size=dims.tp, group=self.group("tp"), sequence_parallel=sequence_parallel
         )
+        self.cp = ContextParallel(rank=self.place.cp, size=dims.cp, group=self.group("cp"))
 
     def group(self, *axes: Axis) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along `axes` only, one of GROUPS."""

@@ -7,6 +7,7 @@ ZeRO-1 update over data and context parallel ranks, which divides by the tokens 
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import repeat
 
 import torch
 
@@ -46,7 +47,7 @@ class Engine:
         self.mesh, self.layout = mesh, layout
         stage_map = layout.schedule.stage_map
         stages = build_stages(
-            config, mesh.tp,
+            config, mesh.tp, cp=mesh.cp,
             placement=layout.placement, held=stage_map.stages[mesh.place.pp], execution=execution,
         )  # fmt: skip
         self.model = stages[0].model
@@ -64,9 +65,14 @@ class Engine:
         self._training = PipelineRunner(layout.program, stages, mesh.group("pp"))
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
-        """The batch of this rank's replica in parts of `size` sequences."""
-        tokens, labels = batch.tokens.to(self.mesh.world.device), batch.labels.to(self.mesh.world.device)
-        return [Microbatch(*pair) for pair in zip(tokens.split(size), labels.split(size), strict=True)]
+        """The batch of this rank's replica in parts of `size` sequences, and of each the tokens that this rank has."""
+        device, cp = self.mesh.world.device, self.mesh.cp
+        tokens, labels = (whole.to(device).split(size) for whole in (batch.tokens, batch.labels))
+        starts = repeat(None) if batch.starts is None else batch.starts.to(device).split(size)
+        return [
+            Microbatch.of(tokens_BS, labels_BS, cp=cp, starts_BS=starts_BS)
+            for tokens_BS, labels_BS, starts_BS in zip(tokens, labels, starts, strict=False)
+        ]
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """Adds the gradients of all microbatches; returns this rank's part of the replica's loss (see `sum_losses`)."""

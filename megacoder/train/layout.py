@@ -11,6 +11,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.core.metrics import attention_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.schedules import (
     Costs,
@@ -75,8 +76,9 @@ class LayoutRequest:
     def _check_sizes(self, dims: ParallelDims) -> None:
         """ConfigError with the first reason why `dims` cannot work; cheap, so that many can be tried."""
         self.model.check_tensor_parallel(dims.tp)
+        ContextParallel(size=dims.cp).check_length(self.seq_length)
         share = TensorParallel(size=dims.tp, sequence_parallel=self.parallel.sequence_parallel)
-        share.check_tokens(self.micro_batch_size, self.seq_length)
+        share.check_tokens(self.micro_batch_size, self.seq_length // dims.cp)
         if self.global_batch_size % (dims.dp * self.micro_batch_size):
             raise ConfigError(
                 f"global_batch_size = {self.global_batch_size} is not a multiple of dp = {dims.dp} x "

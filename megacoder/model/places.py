@@ -1,0 +1,62 @@
+"""Where the tokens that a rank computes stand: what rotary angles and attention masks are made of.
+
+Legend: B sequences, S tokens of a whole one, L of them on this rank: all, or its part under context parallelism.
+A token has two numbers: its place in the sequence, by which attention knows what lies before it, and its position for
+the rotary embedding. They are one where a sequence is one document. Where documents are packed and masked, positions
+count from each document's beginning, so that it reads as if it were alone.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megacoder.data.segments import position_ids
+from megacoder.ops.attention import causal_mask
+from megacoder.parallel.context import UNCUT, ContextParallel
+
+__all__ = ["Places"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Of the tokens of one microbatch that this rank holds."""
+
+    positions_BL: Tensor
+    """rotary positions, int64"""
+    first_keys_BL: Tensor | None = None
+    """place in the whole sequence of the first token that each may see, int64; None: the sequence's first"""
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        cp: ContextParallel = UNCUT,
+        *,
+        device: torch.device,
+        starts_BS: Tensor | None = None,
+    ) -> Self:
+        """This rank's part of whole sequences of `shape` (B, S); ConfigError for a length that ranks cannot share.
+
+        With `starts_BS` (bool), True where a document begins, tokens see their own document alone.
+        """
+        batch, length = shape
+        cp.check_length(length)
+        places_L = cp.places(length, device)
+        if starts_BS is None:
+            return cls(positions_BL=places_L.repeat(batch, 1))
+        positions_BL = cp.part(position_ids(starts_BS))
+        return cls(positions_BL=positions_BL, first_keys_BL=places_L - positions_BL)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.positions_BL)
+
+    def mask(self, cp: ContextParallel) -> Tensor | None:
+        """For `megacoder.ops.attention.attention` over keys of whole sequences: True is seen; None is plain causal."""
+        if cp.size == 1 and self.first_keys_BL is None:
+            return None
+        length = cp.size * self.positions_BL.shape[1]
+        return causal_mask(cp.places(length, self.positions_BL.device), length, first_keys_BS=self.first_keys_BL)

@@ -1,0 +1,292 @@
+"""Context parallelism and packed documents on 1 to 4 ranks equal one process: loss and every gradient.
+
+The oracle is the plain model in fp64 with an explicit mask, itself held to each document run alone and to transformers.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megacoder.core.errors import ConfigError
+from megacoder.data.segments import position_ids
+from megacoder.model.config import ModelConfig
+from megacoder.model.init import init_weights
+from megacoder.model.kv_cache import KVCache
+from megacoder.model.partition import build_stages
+from megacoder.model.replicas import sum_replica_gradients
+from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
+from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.parallel.collectives import all_reduce_sum
+from megacoder.parallel.context import UNCUT, ContextParallel
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.pipeline import PipelineRunner
+from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.tensor import ALONE, TensorParallel
+
+LENGTH = 144
+STARTS = [[0, 18, 36, 37, 100], [0], [0, 71, 72, 73, 143]]
+"""Of documents, by sequence: on the edges of chunks and beside them, and longer than any chunk."""
+
+
+def tiny(**changes):
+    shape = {
+        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": LENGTH,
+        "init_std": 0.08, "vocab_multiple": 64,
+    }  # fmt: skip
+    return ModelConfig(**{**shape, **changes})
+
+
+def batch_of(config):
+    """(tokens, labels, starts) of whole sequences; labels stop at the documents' ends."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (len(STARTS), LENGTH + 1), generator=generator)
+    labels, starts = tokens[:, 1:].clone(), torch.zeros(len(STARTS), LENGTH, dtype=torch.bool)
+    for sequence, places in enumerate(STARTS):
+        starts[sequence, places] = True
+        labels[sequence, [place - 1 for place in places[1:]]] = IGNORE_INDEX
+    labels[1, 30:50] = IGNORE_INDEX
+    return tokens[:, :-1].contiguous(), labels, starts
+
+
+def plain(model, tokens, labels, starts):
+    loss = model.loss(tokens, labels, starts_BS=starts)
+    loss.backward()
+    return loss.item()
+
+
+def scheduled(model, tokens, labels, starts):
+    return forward_backward(model, tokens, labels, starts_BS=starts).total.item()
+
+
+STEPS = {"plain": plain, "scheduled": scheduled}
+
+
+def grads_of(model):
+    """[(name, shard, gradient)] of what this rank holds."""
+    pieces = weight_pieces(model)
+    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in pieces]
+
+
+@functools.cache
+def one_process(config, packed):
+    """(loss, {name: gradient}) of autograd in fp64."""
+    model = Transformer(config)
+    init_weights(model, seed=0)
+    tokens, labels, starts = batch_of(config)
+    loss = plain(model.double(), tokens, labels, starts if packed else None)
+    return loss, {name: grad for name, _, grad in grads_of(model)}
+
+
+def step(config, path, packed, dtype, cp=UNCUT, tp=ALONE):
+    """(this rank's part of the loss, gradients summed over the context axis)."""
+    model = Transformer(config, tp, cp=cp)
+    init_weights(model, seed=0)
+    flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
+    tokens, labels, starts = batch_of(config)
+    loss = STEPS[path](model, tokens, labels, starts if packed else None)
+    sum_replica_gradients(model)
+    all_reduce_sum(flat.grad, cp.group)
+    return loss, grads_of(model)
+
+
+def step_on_rank(world, config, path, packed, dtype):
+    return step(config, path, packed, dtype, ContextParallel(rank=world.rank, size=world.size, group=world.group))
+
+
+def assert_near(grads, expected, tolerance=1e-5):
+    assert {name for name, _, _ in grads} == expected.keys()
+    for name, shard, grad in grads:
+        assert (grad - shard.part(expected[name])).norm() <= tolerance * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_step_equals_one_process(ranks, size, kv_heads, packed, path):
+    config = tiny(num_key_value_heads=kv_heads)
+    expected_loss, expected = one_process(config, packed)
+    if size == 1:
+        results = [step(config, path, packed, torch.float32)]
+    else:
+        results = ranks.run(size, step_on_rank, config, path, packed, torch.float32)
+    assert sum(loss for loss, _ in results) == pytest.approx(expected_loss, rel=1e-6)
+    for _, grads in results:
+        assert_near(grads, expected)
+
+
+@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, packed, path):
+    config = tiny(num_key_value_heads=2)
+    _, exact = one_process(config, packed)
+
+    def error(grads):
+        return sum((grad.double() - exact[name]).pow(2).sum() for name, _, grad in grads).sqrt()
+
+    _, alone = step(config, path, packed, torch.bfloat16)
+    for _, grads in ranks.run(4, step_on_rank, config, path, packed, torch.bfloat16):
+        assert error(grads) <= 2 * error(alone)
+
+
+@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.usefixtures("backend")
+def test_packed_documents_equal_each_alone(path):
+    config = tiny(num_key_value_heads=2)
+    loss, grads = step(config, path, True, torch.float32)
+    model = Transformer(config)
+    init_weights(model, seed=0)
+    model.double()
+    tokens, labels, _ = batch_of(config)
+    alone = 0.0
+    for sequence, places in enumerate(STARTS):
+        for first, last in zip(places, [*places[1:], LENGTH], strict=True):
+            document = slice(sequence, sequence + 1), slice(first, last)
+            alone += plain(model, tokens[document], labels[document], None)
+    assert loss == pytest.approx(alone, rel=1e-6)
+    assert_near(grads, {name: grad for name, _, grad in grads_of(model)})
+
+
+def test_packed_documents_equal_transformers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = tiny(num_key_value_heads=2)
+    model = Transformer(config)
+    init_weights(model, seed=0)
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings, attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+    )  # fmt: skip
+    peer.load_state_dict({piece.hf_name: piece.view for piece in weight_pieces(model)})
+    tokens, labels, starts = batch_of(config)
+    documents = starts.cumsum(1)
+    seen = (documents[:, :, None] == documents[:, None]) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    inputs = {"input_ids": tokens, "position_ids": position_ids(starts), "attention_mask": mask}
+    with torch.no_grad():
+        hidden = model(tokens, starts_BS=starts)
+        assert torch.allclose(model.logits(hidden), peer(**inputs).logits, atol=1e-5)
+    plain(model, tokens, labels, starts)
+    count = (labels != IGNORE_INDEX).sum()
+    (peer(**inputs, labels=tokens, shift_labels=labels).loss * count).backward()
+    grads = {name: param.grad for name, param in peer.named_parameters()}
+    assert_near(grads_of(model), grads, 1e-4)
+
+
+def axes_of(world, dims):
+    """This rank's place and its group along each axis of more than one rank."""
+    groups = {}
+    for axis in ("cp", "tp", "pp"):
+        for members in dims.groups(axis) if dims.size(axis) > 1 else ():
+            group = dist.new_group(members)
+            if world.rank in members:
+                groups[axis] = group
+    return dims.coordinates(world.rank), groups
+
+
+def step_with_tensor_parallelism(world, config, path, packed):
+    dims = ParallelDims(tp=2, cp=2)
+    place, groups = axes_of(world, dims)
+    tp = TensorParallel(rank=place.tp, size=2, group=groups["tp"], sequence_parallel=True)
+    cp = ContextParallel(rank=place.cp, size=2, group=groups["cp"])
+    return place.tp, *step(config, path, packed, torch.float32, cp, tp)
+
+
+@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, packed, path):
+    config = tiny(num_key_value_heads=kv_heads)
+    expected_loss, expected = one_process(config, packed)
+    results = ranks.run(4, step_with_tensor_parallelism, config, path, packed)
+    assert sum(loss for tp_rank, loss, _ in results if tp_rank == 0) == pytest.approx(expected_loss, rel=1e-6)
+    for _, _, grads in results:
+        assert_near(grads, expected)
+
+
+def pipeline_step(world, config, name):
+    """(this rank's part of the loss, gradients of the layers that it holds)."""
+    place, groups = axes_of(world, ParallelDims(pp=2, cp=2))
+    cp = ContextParallel(rank=place.cp, size=2, group=groups["cp"])
+    schedule = build_schedule(name, num_ranks=2, num_microbatches=3)
+    num_stages = schedule.stage_map.num_stages
+    stages = build_stages(
+        config, cp=cp, placement=place_evenly(config.num_hidden_layers, num_stages),
+        held=schedule.stage_map.stages[place.pp],
+    )  # fmt: skip
+    model = stages[0].model
+    init_weights(model, seed=0)
+    flat = FlatParameters(model.named_parameters(), dtype=torch.float32, device=world.device)
+    rows = zip(*(tensor.split(1) for tensor in batch_of(config)), strict=True)
+    microbatches = [Microbatch.of(tokens, labels, cp=cp, starts_BS=starts) for tokens, labels, starts in rows]
+    outputs = PipelineRunner(build_program(schedule), stages, groups["pp"]).run(microbatches).outputs
+    all_reduce_sum(flat.grad, cp.group)
+    return sum(loss.total.item() for loss in outputs), grads_of(model)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zbv"])
+def test_packed_documents_through_a_pipeline(ranks, name):
+    config = tiny(num_hidden_layers=4, num_key_value_heads=2)
+    expected_loss, expected = one_process(config, True)
+    results = ranks.run(4, pipeline_step, config, name)
+    assert sum(loss for loss, _ in results) == pytest.approx(expected_loss, rel=1e-6)
+    found = {name for _, grads in results for name, _, _ in grads}
+    assert found == expected.keys()
+    for _, grads in results:
+        assert_near(grads, {name: expected[name] for name, _, _ in grads})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_hold_each_token_once_and_equal_work(size):
+    length = 48
+    parts = [ContextParallel(rank=rank, size=size).places(length) for rank in range(size)]
+    assert torch.cat(parts).sort().values.tolist() == list(range(length))
+    assert len({int((part + 1).sum()) for part in parts}) == 1, "keys that the queries see"
+    whole = torch.arange(2 * length).view(2, length)
+    for rank, part in enumerate(parts):
+        assert torch.equal(ContextParallel(rank=rank, size=size).part(whole), whole[:, part])
+
+
+def test_a_sequence_that_is_not_shared_is_not_copied():
+    whole = torch.arange(6).view(2, 3)
+    assert UNCUT.part(whole) is whole
+
+
+@pytest.mark.parametrize(("length", "nearest"), [(18, "16 or 24"), (7, "8")])
+def test_a_length_that_ranks_cannot_share_is_refused(length, nearest):
+    cp = ContextParallel(size=4)
+    message = f"cp = 4: sequences of {length} tokens cannot be cut into 8 equal chunks; .*: {nearest}$"
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=message):
+        Microbatch.of(tokens, tokens, cp=cp)
+    with pytest.raises(ConfigError, match=message):
+        Transformer(tiny(), cp=cp)(tokens)
+
+
+def test_whole_sequences_that_ranks_share_must_be_cut():
+    stage, tokens = Stage.whole(Transformer(tiny(), cp=ContextParallel(size=2))), torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="which cp = 2 ranks share: use Microbatch"):
+        stage.forward(None, Microbatch(tokens, tokens))
+
+
+def test_sequences_longer_than_the_rotary_tables_are_refused():
+    model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, LENGTH + 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"sequences of {LENGTH + 4} tokens; the model has {LENGTH} positions"):
+        forward_loss(model, tokens, tokens)
+
+
+def test_generation_by_ranks_that_share_sequences_is_refused():
+    model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, 8, dtype=torch.int64)
+    cache = KVCache(model.config, [8], capacity=9, like=model.norm.weight)
+    with pytest.raises(ConfigError, match="a model that cp = 2 ranks share; generate with cp = 1"):
+        model(tokens, cache=cache)

@@ -54,13 +54,60 @@ def test_layout(shapes, num_shards, dtype):
     assert flat.numel - stop < ALIGNMENT * (num_shards + 1)
 
 
-@pytest.mark.parametrize("num_shards", [1, 3, 4])
-def test_shards_are_aligned_equal_and_cover_the_buffer(num_shards):
-    flat = FlatParameters(parameters_of([[5, 7], [65], [3]]), dtype=torch.float32, device=CPU, num_shards=num_shards)
-    shards = [flat.shard(index) for index in range(num_shards)]
-    assert [shard.start for shard in shards] + [flat.numel] == [0] + [shard.stop for shard in shards]
-    assert {(shard.stop - shard.start) % ALIGNMENT for shard in shards} == {0}
-    assert len({shard.stop - shard.start for shard in shards}) == 1
+CASES = {
+    "shapes": st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=3), min_size=1, max_size=6),
+    "num_shards": st.integers(1, 9),
+    "bucket_elements": st.integers(1, 6000),
+    "late": st.sets(st.integers(0, 5)),
+}
+
+
+def cut(shapes, num_shards, bucket_elements, late):
+    """(parameters, their flat buffers); `late` are indices of some that may be there."""
+    parameters = parameters_of(shapes)
+    chosen = [param for index, (_, param) in enumerate(parameters) if index in late]
+    return parameters, FlatParameters(
+        parameters, dtype=torch.float32, device=CPU, num_shards=num_shards, late=chosen, bucket_elements=bucket_elements
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(**CASES)
+def test_buckets_cover_the_buffer_and_late_parameters_have_their_own(shapes, num_shards, bucket_elements, late):
+    parameters, flat = cut(shapes, num_shards, bucket_elements, late)
+    assert [bucket.start for bucket in flat.buckets] + [flat.numel] == [0] + [bucket.stop for bucket in flat.buckets]
+    assert [slot for bucket in flat.buckets for slot in bucket.slots] == flat.slots
+    for bucket in flat.buckets:
+        assert bucket.slots[0].start == bucket.start
+        assert bucket.slots[-1].stop <= bucket.stop
+        assert parameters[bucket.first_use] == (bucket.slots[0].name, bucket.slots[0].param)
+        assert {int(slot.name[1:]) in late for slot in bucket.slots} == {bucket.late}
+        assert bucket.slots[-1].start - bucket.start < bucket_elements  # it was not full before
+    for is_late in (False, True):
+        buckets = [bucket for bucket in flat.buckets if bucket.late == is_late]
+        for bucket in buckets[:-1]:  # it was full at its end
+            assert bucket.slots[-1].start - bucket.start + ALIGNMENT + bucket.slots[-1].param.numel() > bucket_elements
+        names = [slot.name for bucket in buckets for slot in bucket.slots]
+        assert names == sorted(names)
+
+
+@settings(max_examples=50, deadline=None)
+@given(**CASES)
+def test_shards_are_equal_and_own_every_element_once(shapes, num_shards, bucket_elements, late):
+    parameters, flat = cut(shapes, num_shards, bucket_elements, late)
+    covered = {name: torch.zeros(param.numel(), dtype=torch.int64) for name, param in parameters}
+    for index in range(num_shards):
+        shards = [flat.shard(bucket, index) for bucket in flat.buckets]
+        assert {(shard.stop - shard.start) % ALIGNMENT for shard in shards} == {0}
+        state = torch.cat([flat.weight[shard] for shard in shards])
+        assert len(state) * num_shards == flat.numel
+        for owned in flat.owned(index):
+            assert 0 <= owned.start < owned.stop <= owned.slot.param.numel()
+            covered[owned.slot.name][owned.start : owned.stop] += 1
+            part = owned.slot.param.detach().flatten()[owned.start : owned.stop]
+            assert torch.equal(state[owned.offset :][: len(part)], part)
+    for name, times in covered.items():
+        assert (times == 1).all(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
 from megacoder.parallel.dims import ParallelDims
-from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.flat import FlatParameters, OwnedRange
 from megacoder.parallel.tensor import ALONE, TensorParallel
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.run_folder import state_fragments
@@ -192,7 +193,7 @@ def updates(config, tp, replicas):
     """([norm of two updates], [(name, shard, weight)]); each replica takes its rows of the batch."""
     model, flat = build(config, tp, num_shards=replicas.size)
     optimizer = Zero1AdamW(
-        flat, replicas, AdamWConfig(), tensor_group=tp.group, counted_elsewhere=counted_elsewhere(model, flat)
+        flat, replicas.group, AdamWConfig(), model_group=tp.group, counted_elsewhere=counted_elsewhere(model, flat)
     )
     tokens, labels = (tensor.chunk(replicas.size)[replicas.rank] for tensor in batch_of(config))
     norms = []
@@ -245,11 +246,22 @@ def test_first_copies_cover_every_weight_once_and_start_alike(size, kv_heads):
         assert find_fault(Box.whole(weight.shape), boxes[name]) is None, name
 
 
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint reads of a rank's optimizer, with no process beside it."""
+
+    owned: list[OwnedRange]
+    master: torch.Tensor
+
+    def state(self):
+        return dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), self.master)
+
+
 def laid_out(config, dims, rank):
-    """(model, optimizer) of a rank, with no process beside it."""
+    """(model, state) of a rank; with one replica the state's memory is the weights'."""
     place = dims.coordinates(rank)
     model, flat = build(config, TensorParallel(rank=place.tp, size=dims.tp), num_shards=dims.dp)
-    return model, Zero1AdamW(flat, World(place.dp, dims.dp, 0, torch.device("cpu"), None), AdamWConfig())
+    return model, State(list(flat.owned(place.dp)), flat.weight[: flat.numel // dims.dp])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -257,7 +269,8 @@ def test_a_checkpoint_holds_every_element_once(kv_heads):
     config, dims = tiny(num_key_value_heads=kv_heads), ParallelDims(tp=4, dp=2)
     boxes = {}
     for rank in range(dims.world_size):
-        for fragment in state_fragments(*laid_out(config, dims, rank), copies=False):
+        model, optimizer = laid_out(config, dims, rank)
+        for fragment in state_fragments(model, optimizer, optimizer.state(), copies=False):
             boxes.setdefault((fragment.kind, fragment.name), []).extend(fragment.boxes())
     pieces = list(weight_pieces(build(config)[0]))
     assert len(boxes) == 3 * len(pieces)
@@ -271,7 +284,7 @@ def test_every_rank_reads_all_it_holds():
     for rank in range(dims.world_size):
         model, optimizer = laid_out(config, dims, rank)
         optimizer.master.fill_(torch.nan)
-        for fragment in state_fragments(model, optimizer, copies=True):
+        for fragment in state_fragments(model, optimizer, optimizer.state(), copies=True):
             weight = whole[fragment.name]
             held = weight[fragment.region.inside(Box.whole(weight.shape))].flatten()
             fragment.data.copy_(held[fragment.start : fragment.stop])

@@ -31,7 +31,6 @@ from megacoder.model.init import init_weights
 from megacoder.model.stage import forward_backward
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.layers import Linear
 from megacoder.parallel.zero import Zero1AdamW
@@ -78,7 +77,7 @@ def ours(config: ModelConfig, dtype: torch.dtype) -> Step:
     model = Transformer(config)
     init_weights(model, seed=0)
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
-    optimizer = Zero1AdamW(flat, World(0, 1, 0, torch.device("cpu"), None), AdamWConfig())
+    optimizer = Zero1AdamW(flat, None, AdamWConfig())
 
     def step(tokens: torch.Tensor, labels: torch.Tensor) -> float:
         loss = forward_backward(model, tokens, labels)

@@ -47,6 +47,8 @@ __all__ = ["Case", "Difference", "compare", "train_case"]
 
 VOCAB, SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 93, 16, 2, 16
 LOSS_TOLERANCE, TOLERANCE = 1e-5, 1e-4
+BUCKET_ELEMENTS = 10_000
+"""A layer of the tiny model or two, so that gradients leave in several buckets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,8 @@ def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> T
     mesh = Mesh(world, layout.dims, sequence_parallel=request.parallel.sequence_parallel)
     engine = Engine(
         request.model, layout, mesh,
-        execution=case.execution(), optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
+        execution=case.execution(), bucket_elements=BUCKET_ELEMENTS,
+        optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
     )  # fmt: skip
     losses, norms, gradients = [], [], []
     for batch in batches(case, steps, seed):

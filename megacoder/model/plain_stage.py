@@ -66,6 +66,7 @@ class PlainStage(ModelStage):
     def backward(self, grad_TD: Tensor | None, saved: SavedGraph) -> Tensor | None:
         """See `ModelStage`."""
         torch.autograd.backward(saved.left, saved.grad if self.is_last else grad_TD)
+        self._finished_all()
         return None if saved.entered is None else saved.entered.grad
 
     def backward_input(self, grad_TD: Tensor | None, saved: SavedGraph) -> tuple[Tensor | None, Callable[[], None]]:
@@ -81,6 +82,7 @@ class PlainStage(ModelStage):
         tokens_BS = microbatch.tokens_BS
         places = microbatch.places_in(self.model)
         if self.is_first:
+            self.events.entering(self.model.embed_tokens)
             stream = self.model.embed_tokens(tokens_BS)
         else:
             assert x_ND is not None
@@ -88,9 +90,11 @@ class PlainStage(ModelStage):
             stream = x_ND.view(*tokens_BS.shape, -1) if all_here else x_ND
         rope, layers = self.model.rope(tokens_BS.device), self.model.decoder_layers()
         for index in self.layers:
+            self.events.entering(layers[index])
             stream = self._run_layer(layers[index], stream, rope, places)
         if self.is_last:
-            stream = self.model.norm(stream)
+            norm, _ = self._enter_head()
+            stream = norm(stream)
         return stream.flatten(0, -2)
 
     def _run_layer(self, layer: DecoderLayer, stream: Tensor, rope: RopeTables, places: Places) -> Tensor:
@@ -99,6 +103,16 @@ class PlainStage(ModelStage):
         if self.recompute == "selective":
             return checkpoint(layer.feed_forward, layer.attend(stream, rope, places), use_reentrant=False)
         return layer(stream, rope, places)
+
+    def _finished_all(self) -> None:
+        """Only here is it certain that autograd has added up every gradient of the microbatch."""
+        if self.is_last:
+            self._finished_head()
+        layers = self.model.decoder_layers()
+        for index in reversed(self.layers):
+            self.events.finished(layers[index])
+        if self.is_first:
+            self.events.finished(self.model.embed_tokens)
 
 
 def _nothing() -> None:

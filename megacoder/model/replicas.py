@@ -4,17 +4,20 @@ Two kinds of copies receive different gradients on their ranks, which only toget
 sequence parallelism, where each rank has its own tokens; and key-value heads that ranks share when there are fewer
 heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already. A
 tied embedding in two stages is summed by `megacoder.model.stage.sum_tied_gradients`.
+
+These sums end a step, so that data-parallel ranks cannot reduce such gradients before: `late_parameters` says which.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from megacoder.model.transformer import TransformerPart, WeightPiece, weight_pieces
 from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.flat import FlatParameters
 
-__all__ = ["counted_elsewhere", "sum_replica_gradients"]
+__all__ = ["counted_elsewhere", "late_parameters", "sum_replica_gradients"]
 
 
 def sum_replica_gradients(model: TransformerPart) -> None:
@@ -48,3 +51,10 @@ def counted_elsewhere(model: TransformerPart, flat: FlatParameters) -> Iterator[
         if piece.is_copy:
             first = starts[piece.param_name] + piece.view.storage_offset() - piece.param.storage_offset()
             yield slice(first, first + piece.view.numel())
+
+
+def late_parameters(model: TransformerPart) -> Iterator[nn.Parameter]:
+    """Those whose gradients a step's backwards leave incomplete, for the sums over copies."""
+    for piece in weight_pieces(model):
+        if piece.shard.sum_copies or (model.shares_embedding and piece.param is model.embed_tokens.weight):
+            yield piece.param

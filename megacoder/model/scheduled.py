@@ -105,6 +105,13 @@ class WeightGradients:
         else:
             accumulate_weight_grad(grad_of(linear.weight), grad_out_TO, x_TI)
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Calls `call` once what was added so far has been computed."""
+        if self.postponed:
+            self.waiting.append(call)
+        else:
+            call()
+
     def run(self) -> None:
         """Computes what waits, in the order in which it was added."""
         for product in self.waiting:

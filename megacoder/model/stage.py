@@ -15,6 +15,7 @@ head's input. Postponed weight gradients are therefore those of the layers; embe
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Self
 
 import torch
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from megacoder.model.places import Places
 from megacoder.model.scheduled import Recompute, SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
-from megacoder.model.transformer import Transformer, TransformerPart
+from megacoder.model.transformer import RMSNorm, Transformer, TransformerPart
 from megacoder.ops.cross_entropy import LossSum
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from megacoder.parallel.buckets import NO_EVENTS, UnitEvents
 from megacoder.parallel.context import UNCUT, ContextParallel
 from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
+from megacoder.parallel.layers import VocabParallelEmbedding
 from megacoder.parallel.tensor import start_gather
 
 __all__ = ["ForwardOnly", "Microbatch", "ModelStage", "SavedStage", "Stage", "forward_backward", "forward_loss"]
@@ -103,6 +106,8 @@ class ModelStage(ABC):
     """ends with the final norm, the head and the loss"""
     recompute: Recompute = "none"
     """what the layers form again in their backward"""
+    events: UnitEvents = NO_EVENTS
+    """is told which of embedding, layers, norm and head are entered and finished"""
 
     @classmethod
     def whole(cls, model: Transformer, *, recompute: Recompute = "none") -> Self:
@@ -132,6 +137,17 @@ class ModelStage(ABC):
     def backward_input(self, grad_TD: Tensor | None, saved: Any) -> tuple[Tensor | None, Callable[[], None]]:
         """As `backward`, but may leave weight gradients to the function it returns, to be called once."""
 
+    def _enter_head(self) -> tuple[RMSNorm, VocabParallelEmbedding]:
+        norm, head = self.model.norm, self.model.lm_head
+        self.events.entering(norm)
+        self.events.entering(head)
+        return norm, head
+
+    def _finished_head(self) -> None:
+        self.events.finished(self.model.norm)
+        if not self.model.config.tie_word_embeddings:  # a tied head is finished with the embedding, which comes later
+            self.events.finished(self.model.lm_head)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(ModelStage):
@@ -144,7 +160,7 @@ class Stage(ModelStage):
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=saved.layers.append)
         if not self.is_last:
             return (stream_TD if residual_TD is None else stream_TD.add_(residual_TD)), saved
-        norm, head = self.model.norm, self.model.lm_head
+        norm, head = self._enter_head()
         normed_TD, summed_TD, rstd_T = rms_norm_forward(
             stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD
         )
@@ -159,9 +175,9 @@ class Stage(ModelStage):
         stream_TD, residual_TD = self._run_layers(x_TD, microbatch, keep=lambda _: None)
         if not self.is_last:
             return stream_TD if residual_TD is None else stream_TD.add_(residual_TD)
-        norm = self.model.norm
+        norm, head = self._enter_head()
         normed_TD, _, _ = rms_norm_forward(stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD)
-        return head_loss_sum(normed_TD, self.model.lm_head, microbatch.labels_BS.flatten())
+        return head_loss_sum(normed_TD, head, microbatch.labels_BS.flatten())
 
     def backward(self, grad_TD: Tensor | None, saved: SavedStage) -> Tensor | None:
         """See `ModelStage`."""
@@ -179,11 +195,13 @@ class Stage(ModelStage):
         tokens = microbatch.tokens_BS
         places = microbatch.places_in(self.model)
         if self.is_first:
+            self.events.entering(self.model.embed_tokens)
             x_TD = self.model.embed_tokens(tokens.flatten())
         assert x_TD is not None
         stream_TD, residual_TD = x_TD, None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in self.layers:
+            self.events.entering(layers[index])
             stream_TD, residual_TD, kept = layer_forward(
                 layers[index], stream_TD, residual_TD, rope, places, recompute=self.recompute
             )
@@ -196,14 +214,17 @@ class Stage(ModelStage):
         places = saved.microbatch.places_in(self.model)
         if saved.head is not None:
             grad_TD, saved.head = self._norm_backward(saved.head), None
+            self._finished_head()
         assert grad_TD is not None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in reversed(self.layers):
             grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads)
+            weight_grads.then(partial(self.events.finished, layers[index]))
         if not self.is_first:
             return grad_TD
         embedding, whole_TD = self.model.embed_tokens, start_gather(grad_TD, self.model.tp).wait()
         embedding.accumulate_grad(grad_of(embedding.weight), tokens.flatten(), whole_TD)
+        self.events.finished(embedding)
         return None
 
     def _norm_backward(self, saved: SavedHead) -> Tensor:

@@ -165,6 +165,8 @@ class TransformerPart(nn.Module):
         tied = config.tie_word_embeddings
         self.copies_embedding = head and tied and not embedding
         """whether `embed_tokens` is the head's copy of what another rank of the pipeline holds"""
+        self.shares_embedding = tied and head != embedding
+        """whether another rank of the pipeline holds `embed_tokens` too"""
         if embedding or (head and tied):
             self.embed_tokens = self._vocab_parallel("embed_tokens")
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, tp, cp=cp) for layer in layers})

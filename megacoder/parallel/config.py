@@ -5,6 +5,7 @@ from typing import Literal
 
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import BUCKET_ELEMENTS
 
 __all__ = ["ParallelConfig"]
 
@@ -30,11 +31,17 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
     """layers of each stage, first to last; left out, stages take equal time, the head counted"""
 
+    bucket_elements: int = BUCKET_ELEMENTS
+    """gradients that travel together; smaller buckets leave earlier, larger ones use the network better"""
+
     def __post_init__(self) -> None:
         for axis in ("tp", "cp", "pp", "dp"):
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ConfigError(f"parallel.{axis} = {size}: needs at least 1")
+
+        if self.bucket_elements < 1:
+            raise ConfigError(f"parallel.bucket_elements = {self.bucket_elements}: needs at least 1")
 
     def dims(self, world_size: int) -> ParallelDims:
         """The layout of `world_size` ranks, dp filled in where it may be; its product may still be another number."""

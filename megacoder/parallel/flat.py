@@ -1,23 +1,29 @@
 """All weights of a rank in one flat buffer, all gradients in another, every parameter a view of both.
 
 The gradient buffer is fp32 whatever the weights' dtype: microbatches accumulate without rounding, and the buffer is
-reduced over data-parallel ranks by one collective with no copying. Autograd adds into the same views
-(`param.grad_dtype`), so the plain model and the hand-scheduled step share them.
+reduced over data-parallel ranks with no copying. Autograd adds into the same views (`param.grad_dtype`), so the plain
+model and the hand-scheduled step share them.
 
-Layout: parameters in the order given, each start aligned to ALIGNMENT elements, the end padded so that it divides by
-the number of data-parallel ranks. The padding stays zero.
+Layout: the buffers are cut into buckets, runs of whole parameters in the order given. A bucket is what travels as one:
+its gradients once they are complete, its weights once they are updated (see `megacoder.parallel.buckets`). Parameters
+whose gradients are complete only after a sum over other ranks come last, in `late` buckets of their own, so that they
+hold back no others. A parameter starts at a multiple of ALIGNMENT elements; a bucket's end is padded so that the bucket
+divides by the number of data-parallel ranks, each of which owns the same slice of every bucket. Padding stays zero.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatParameters", "FlatSlot"]
+__all__ = ["BUCKET_ELEMENTS", "Bucket", "FlatParameters", "FlatSlot", "OwnedRange"]
 
 ALIGNMENT = 64
 """Elements; 128 bytes in bf16, so that every view starts on a cache line and a vector load."""
+
+BUCKET_ELEMENTS = 40_000_000
+"""Elements at which a bucket is closed; 160 MB of gradients, since many ranks need long messages for full bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,31 @@ class FlatSlot:
     def stop(self) -> int:
         """One past the parameter's last element."""
         return self.start + self.param.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Elements [start, stop) of the flat buffers, which travel as one."""
+
+    slots: tuple[FlatSlot, ...]
+    start: int
+    stop: int
+    late: bool
+    """whether its gradients are complete only after sums over other ranks, at the end of the step"""
+    first_use: int
+    """place of its earliest parameter in the order given"""
+
+
+@dataclass(frozen=True)
+class OwnedRange:
+    """The part of one parameter that a data-parallel rank updates, in elements of the flattened parameter."""
+
+    slot: FlatSlot
+    start: int
+    """first element of the flattened parameter"""
+    stop: int
+    offset: int
+    """where that element lies in the rank's slices of all buckets, end to end"""
 
 
 class FlatParameters:
@@ -49,15 +80,19 @@ class FlatParameters:
         dtype: torch.dtype,
         device: torch.device,
         num_shards: int = 1,
+        late: Iterable[nn.Parameter] = (),
+        bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
-        self.slots: list[FlatSlot] = []
-        end = 0
-        for name, param in parameters:
-            self.slots.append(FlatSlot(name, param, end))
-            end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-        unit = ALIGNMENT * num_shards
-        self.numel = -(-end // unit) * unit
+        """`parameters` in the order in which a forward reads them; `late` are some of them (see `Bucket.late`)."""
         self.num_shards = num_shards
+        self.numel = 0
+        self.buckets: list[Bucket] = []
+        numbered = list(enumerate(parameters))
+        late_ids = {id(param) for param in late}
+        for is_late in (False, True):
+            chosen = [entry for entry in numbered if (id(entry[1][1]) in late_ids) == is_late]
+            self._cut(chosen, late=is_late, bucket_elements=bucket_elements)
+        self.slots = [slot for bucket in self.buckets for slot in bucket.slots]
         self.weight = torch.zeros(self.numel, dtype=dtype, device=device)
         self.grad = torch.zeros(self.numel, dtype=torch.float32, device=device)
         for slot in self.slots:
@@ -68,7 +103,37 @@ class FlatParameters:
             param.grad_dtype = torch.float32
             param.grad = self.grad[slot.start : slot.stop].view(shape)
 
-    def shard(self, index: int) -> slice:
-        """The elements that data-parallel rank `index` updates."""
-        size = self.numel // self.num_shards
-        return slice(index * size, (index + 1) * size)
+    def shard(self, bucket: Bucket, index: int) -> slice:
+        """The elements of `bucket` that data-parallel rank `index` updates."""
+        size = (bucket.stop - bucket.start) // self.num_shards
+        return slice(bucket.start + index * size, bucket.start + (index + 1) * size)
+
+    def owned(self, index: int) -> Iterator[OwnedRange]:
+        """What data-parallel rank `index` updates, in the order of the buffers."""
+        offset = 0
+        for bucket in self.buckets:
+            shard = self.shard(bucket, index)
+            for slot in bucket.slots:
+                start, stop = max(slot.start, shard.start), min(slot.stop, shard.stop)
+                if start < stop:
+                    yield OwnedRange(slot, start - slot.start, stop - slot.start, offset + start - shard.start)
+            offset += shard.stop - shard.start
+
+    def _cut(self, numbered: list[tuple[int, tuple[str, nn.Parameter]]], *, late: bool, bucket_elements: int) -> None:
+        """Appends buckets for these parameters, each with its place in the order given."""
+        slots: list[FlatSlot] = []
+        start = end = self.numel
+        first_use = 0
+        for index, (name, param) in numbered:
+            first_use = first_use if slots else index
+            slots.append(FlatSlot(name, param, end))
+            end += _round_up(param.numel(), ALIGNMENT)
+            if end - start >= bucket_elements or index == numbered[-1][0]:
+                end = start + _round_up(end - start, ALIGNMENT * self.num_shards)
+                self.buckets.append(Bucket(slots=tuple(slots), start=start, stop=end, late=late, first_use=first_use))
+                slots, start = [], end
+        self.numel = end
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

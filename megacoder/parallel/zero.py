@@ -1,9 +1,10 @@
-"""ZeRO stage 1 (arXiv:1910.02054): every data-parallel rank updates its slice of the flat weights and holds only that
-slice's fp32 master weights and moments.
+"""ZeRO stage 1 (arXiv:1910.02054): every data-parallel rank updates its slices of the flat weights and holds only those
+slices' fp32 master weights and moments.
 
-One update: reduce-scatter the gradient sums; the global norm from the slices; AdamW on the slice, which divides by the
-number of tokens of the global batch and clips in the same pass; all-gather of the new weights. The loss is a sum over
-tokens until that one division, so gradients are right for any split of tokens over ranks and microbatches.
+One update: reduce-scatter the gradient sums, bucket by bucket; the global norm from the slices; AdamW on the slices,
+which divides by the number of tokens of the global batch and clips in the same pass; all-gather of the new weights.
+The loss is a sum over tokens until that one division, so gradients are right for any split of tokens over ranks and
+microbatches. `Zero1AdamW.traffic` moves the buckets, and does so behind forwards and backwards where stages report.
 """
 
 import math
@@ -15,116 +16,157 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
-from megacoder.parallel.collectives import World, all_gather_into, all_reduce_sum, reduce_scatter_sum
-from megacoder.parallel.flat import FlatParameters, FlatSlot
+from megacoder.parallel.buckets import BucketTraffic
+from megacoder.parallel.collectives import all_reduce_sum, group_rank
+from megacoder.parallel.flat import Bucket, FlatParameters
 
-__all__ = ["OwnedRange", "Zero1AdamW"]
+__all__ = ["Zero1AdamW"]
 
 
-@dataclass(frozen=True)
-class OwnedRange:
-    """The part of one parameter that this rank updates, in elements of the flattened parameter."""
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What this rank updates of one bucket."""
 
-    slot: FlatSlot
-    start: int
-    """first element of the flattened parameter"""
-    stop: int
-    offset: int
-    """where that element lies in the rank's slice"""
+    flat: slice
+    """in the flat buffers"""
+    local: slice
+    """in the rank's own state"""
+    segments: list[tuple[slice, bool]]
+    """parts of `flat` to be updated, and whether they are decayed"""
+    counted: list[slice]
+    """parts of `flat` whose gradients this rank counts in the norm"""
+
+    def in_state(self, segment: slice) -> slice:
+        """Where a part of `flat` is in the rank's own state."""
+        offset = self.local.start - self.flat.start
+        return slice(segment.start + offset, segment.stop + offset)
 
 
 class Zero1AdamW:
-    """AdamW over flat parameters, its state sharded over `world`."""
+    """AdamW over flat parameters, its state shared out over a data-parallel group."""
+
+    traffic: BucketTraffic
+    """what stages report to, and `begin_step` is called on, for overlap"""
 
     def __init__(
         self,
         flat: FlatParameters,
-        world: World,
+        group: dist.ProcessGroup | None,
         config: AdamWConfig,
         *,
-        tensor_group: dist.ProcessGroup | None = None,
+        model_group: dist.ProcessGroup | None = None,
         counted_elsewhere: Iterable[slice] = (),
     ) -> None:
-        """Where tensor-parallel ranks share the model, the norm is over `tensor_group` too.
+        """`group` is the data-parallel one, None for one rank; `flat` must be cut for its size.
 
-        It then leaves out `counted_elsewhere`, ascending parts of the flat buffers that are copies of what another
-        rank of that group counts.
+        Where several ranks share one replica of the model, the norm is over them, `model_group`, too. It then leaves
+        out `counted_elsewhere`, parts of the flat buffers that are copies of what another rank of it counts.
         """
-        self.flat, self.world, self.config = flat, world, config
-        self.tensor_group = tensor_group
+        self.flat, self.group, self.config, self.model_group = flat, group, config, model_group
+        self.traffic = BucketTraffic(flat, group)
         self.num_updates = 0
-        self._slice = flat.shard(world.rank)
-        weight = flat.weight[self._slice]
-        # In fp32 the weights are their own master copy.
-        self.master = weight if weight.dtype == torch.float32 else weight.float()
+        # In fp32 one rank's weights are its master copy. The slices of several ranks are not end to end in the weights.
+        self._is_own_master = flat.weight.dtype == torch.float32 and flat.num_shards == 1
+        self._parts = list(self._cut(sorted(counted_elsewhere, key=lambda part: part.start)))
+        self.master = (
+            flat.weight if self._is_own_master else torch.cat([flat.weight[part.flat].float() for part in self._parts])
+        )
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
-        self.owned = list(self._owned_ranges())
-        self._counted = list(self._counted_ranges(counted_elsewhere))
+        self.owned = list(flat.owned(group_rank(group)))
 
     def step(self, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
         """Updates the weights from the gradient sums of `num_tokens` tokens (of all ranks) and zeroes the gradients.
 
-        Returns the norm of the mean gradient before clipping. A non-finite norm changes no weight and no state.
+        Returns the norm of the mean gradient before clipping. A non-finite norm changes no weight and no state. After a
+        step with overlap the weights are still on their way: whoever is no stage calls `traffic.wait_all` first.
         """
-        grad = self.flat.grad[self._slice]
-        reduce_scatter_sum(grad, self.flat.grad, self.world.group)
-        squares = torch.zeros((), dtype=torch.float64, device=grad.device)
-        for part in self._counted:
-            squares += sum_of_squares(grad[part])
-        all_reduce_sum(squares, self.world.group)
-        all_reduce_sum(squares, self.tensor_group)
-        norm = math.sqrt(squares.item()) / num_tokens if math.isfinite(squares.item()) else math.inf
+        squares = self._squares().item()
+        norm = math.sqrt(squares) / num_tokens if math.isfinite(squares) else math.inf
         if math.isfinite(norm):
             self.num_updates += 1
             clip = min(1.0, max_grad_norm / (norm + 1e-6))
-            weight = self.flat.weight[self._slice]
-            for start, stop, decayed in self._segments():
-                part = slice(start, stop)
-                adamw_(
-                    weight[part], self.master[part], self.exp_avg[part], self.exp_avg_sq[part], grad[part],
-                    config=self.config, lr=lr, step=self.num_updates, grad_scale=clip / num_tokens, decayed=decayed,
-                )  # fmt: skip
-            all_gather_into(self.flat.weight, weight, self.world.group)
+            self.traffic.wait_all()
+            for index in self.traffic.gather_order():
+                self._update(self._parts[index], lr=lr, grad_scale=clip / num_tokens)
+                self.traffic.start_gather(index)
         self.flat.grad.zero_()
+        self.traffic.end_step()
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """This rank's slices by kind: what a checkpoint stores, as live tensors."""
         return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
+    def gradients(self) -> Tensor:
+        """This rank's slices of the gradient sums over all ranks, copied, laid out as `state()`; `step` may follow."""
+        for _ in self.traffic.reduced():
+            pass
+        return torch.cat([self.flat.grad[part.flat] for part in self._parts])
+
     def publish_master(self) -> None:
         """Writes the master weights into the model on every rank; after a checkpoint was read into `state()`."""
-        shard = self.flat.weight[self._slice]
-        if shard.data_ptr() != self.master.data_ptr():
-            shard.copy_(self.master)
-        all_gather_into(self.flat.weight, shard, self.world.group)
+        self.traffic.wait_all()
+        for index, part in enumerate(self._parts):
+            if not self._is_own_master:
+                self.flat.weight[part.flat].copy_(self.master[part.local])
+            self.traffic.start_gather(index)
+        self.traffic.wait_all()
 
-    def _owned_ranges(self) -> Iterator[OwnedRange]:
-        for slot in self.flat.slots:
-            start, stop = max(slot.start, self._slice.start), min(slot.stop, self._slice.stop)
-            if start < stop:
-                yield OwnedRange(slot, start - slot.start, stop - slot.start, start - self._slice.start)
+    def _squares(self) -> Tensor:
+        """Sum of squares of the whole model's gradient sums, which this completes; fp64, the same on all ranks."""
+        grad = self.flat.grad
+        squares = grad.new_zeros(len(self._parts), dtype=torch.float64)  # by bucket: added in the same order always
+        for index in self.traffic.reduced():
+            for counted in self._parts[index].counted:
+                squares[index] += sum_of_squares(grad[counted])
+        total = squares.sum()
+        all_reduce_sum(total, self.group)
+        all_reduce_sum(total, self.model_group)
+        return total
 
-    def _counted_ranges(self, elsewhere: Iterable[slice]) -> Iterator[slice]:
-        """The parts of this rank's slice, in its own elements, that lie between those counted elsewhere."""
-        begin, size = 0, len(self.master)
-        for part in elsewhere:
-            start, stop = (min(max(edge - self._slice.start, 0), size) for edge in (part.start, part.stop))
-            if begin < start:
-                yield slice(begin, start)
-            begin = max(begin, stop)
-        if begin < size:
-            yield slice(begin, size)
+    def _update(self, part: _Part, *, lr: float, grad_scale: float) -> None:
+        for segment, decayed in part.segments:
+            local = part.in_state(segment)
+            adamw_(
+                self.flat.weight[segment], self.master[local], self.exp_avg[local], self.exp_avg_sq[local],
+                self.flat.grad[segment],
+                config=self.config, lr=lr, step=self.num_updates, grad_scale=grad_scale, decayed=decayed,
+            )  # fmt: skip
 
-    def _segments(self) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, decayed) in the slice; neighbours with the same decay are one segment, padding included."""
-        begin, decayed = 0, None
-        for owned in self.owned:
-            wants = owned.slot.param.dim() > 1  # norm weights are not decayed
-            if decayed is not None and wants != decayed:
-                yield begin, owned.offset, decayed
-                begin = owned.offset
-            decayed = wants
-        if decayed is not None:
-            yield begin, len(self.master), decayed
+    def _cut(self, elsewhere: list[slice]) -> Iterator[_Part]:
+        start = 0
+        for bucket, shard in zip(self.flat.buckets, self.traffic.shards, strict=True):
+            stop = start + shard.stop - shard.start
+            yield _Part(
+                flat=shard, local=slice(start, stop),
+                segments=list(_segments(bucket, shard)), counted=list(_between(elsewhere, shard)),
+            )  # fmt: skip
+            start = stop
+
+
+def _between(elsewhere: list[slice], shard: slice) -> Iterator[slice]:
+    """What `shard` has outside the ascending slices `elsewhere`."""
+    begin = shard.start
+    for part in elsewhere:
+        start, stop = (min(max(edge, shard.start), shard.stop) for edge in (part.start, part.stop))
+        if begin < start:
+            yield slice(begin, start)
+        begin = max(begin, stop)
+    if begin < shard.stop:
+        yield slice(begin, shard.stop)
+
+
+def _segments(bucket: Bucket, shard: slice) -> Iterator[tuple[slice, bool]]:
+    """(part, decayed) of `shard`; neighbours with the same decay are one segment, padding included."""
+    begin, decayed = shard.start, None
+    for slot in bucket.slots:
+        if slot.start >= shard.stop or slot.stop <= shard.start:
+            continue
+        wants = slot.param.dim() > 1  # norm weights are not decayed
+        if decayed is not None and wants != decayed:
+            yield slice(begin, slot.start), decayed
+            begin = slot.start
+        decayed = wants
+    if decayed is not None:
+        yield slice(begin, shard.stop), decayed

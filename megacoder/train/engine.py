@@ -6,8 +6,8 @@ ZeRO-1 update over data and context parallel ranks, which divides by the tokens 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import repeat
 
 import torch
 
@@ -15,11 +15,11 @@ from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
-from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
+from megacoder.model.replicas import counted_elsewhere, late_parameters, sum_replica_gradients
 from megacoder.model.stage import ForwardOnly, Microbatch
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import LossSum
-from megacoder.parallel.collectives import World, all_reduce_sum, group_rank, group_size
+from megacoder.parallel.collectives import all_reduce_sum, group_size
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.pipeline import PipelineRunner
@@ -39,6 +39,7 @@ class Engine:
         mesh: Mesh,
         *,
         execution: ExecutionConfig,
+        bucket_elements: int,
         optimizer: AdamWConfig,
         dtype: torch.dtype,
         seed: int,
@@ -55,27 +56,28 @@ class Engine:
         init_weights(self.model, seed=seed)
         shards = mesh.group("dp", "cp")
         self.flat = FlatParameters(
-            self.model.named_parameters(), dtype=dtype, device=mesh.world.device, num_shards=group_size(shards)
-        )
-        self.optimizer = Zero1AdamW(
-            self.flat, World(group_rank(shards), group_size(shards), 0, mesh.world.device, shards), optimizer,
-            tensor_group=mesh.group("pp", "tp"), counted_elsewhere=counted_elsewhere(self.model, self.flat),
+            self.model.named_parameters(), dtype=dtype, device=mesh.world.device,
+            num_shards=group_size(shards), late=late_parameters(self.model), bucket_elements=bucket_elements,
         )  # fmt: skip
-        self._stages = stages
-        self._training = PipelineRunner(layout.program, stages, mesh.group("pp"))
+        self.optimizer = Zero1AdamW(
+            self.flat, shards, optimizer,
+            model_group=mesh.group("pp", "tp"), counted_elsewhere=counted_elsewhere(self.model, self.flat),
+        )  # fmt: skip
+        self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
+        self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"))
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
-        """The batch of this rank's replica in parts of `size` sequences, and of each the tokens that this rank has."""
+        """This rank's part of its replica's batch, `size` sequences at a time."""
         device, cp = self.mesh.world.device, self.mesh.cp
-        tokens, labels = (whole.to(device).split(size) for whole in (batch.tokens, batch.labels))
-        starts = repeat(None) if batch.starts is None else batch.starts.to(device).split(size)
+        tokens, labels = (tensor.to(device).split(size) for tensor in (batch.tokens, batch.labels))
+        starts = [None] * len(tokens) if batch.starts is None else batch.starts.to(device).split(size)
         return [
-            Microbatch.of(tokens_BS, labels_BS, cp=cp, starts_BS=starts_BS)
-            for tokens_BS, labels_BS, starts_BS in zip(tokens, labels, starts, strict=False)
+            Microbatch.of(*pair, cp=cp, starts_BS=first) for *pair, first in zip(tokens, labels, starts, strict=True)
         ]
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """Adds the gradients of all microbatches; returns this rank's part of the replica's loss (see `sum_losses`)."""
+        self.optimizer.traffic.begin_step(len(microbatches))
         outputs = self._training.run(microbatches).outputs
         sum_replica_gradients(self.model)
         sum_tied_gradients(self.model, stage_map=self.layout.schedule.stage_map, group=self.mesh.group("pp"))

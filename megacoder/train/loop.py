@@ -99,7 +99,8 @@ class Trainer:
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
         self.engine = Engine(
             config.model, layout, mesh,
-            execution=config.execution, optimizer=config.optimizer,
+            execution=config.execution, bucket_elements=config.parallel.bucket_elements,
+            optimizer=config.optimizer,
             dtype=getattr(torch, config.dtype), seed=config.seed,
         )  # fmt: skip
         self.step = self.folder.resume(self.engine, self.batches)

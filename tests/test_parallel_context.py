@@ -14,7 +14,7 @@ from megacoder.data.segments import position_ids
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
-from megacoder.model.partition import build_stages
+from megacoder.model.partition import ExecutionConfig, build_stages
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
@@ -214,7 +214,7 @@ def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, packed, path):
         assert_near(grads, expected)
 
 
-def pipeline_step(world, config, name):
+def pipeline_step(world, config, name, execution):
     """(this rank's part of the loss, gradients of the layers that it holds)."""
     place, groups = axes_of(world, ParallelDims(pp=2, cp=2))
     cp = ContextParallel(rank=place.cp, size=2, group=groups["cp"])
@@ -222,7 +222,7 @@ def pipeline_step(world, config, name):
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
         config, cp=cp, placement=place_evenly(config.num_hidden_layers, num_stages),
-        held=schedule.stage_map.stages[place.pp],
+        held=schedule.stage_map.stages[place.pp], execution=execution,
     )  # fmt: skip
     model = stages[0].model
     init_weights(model, seed=0)
@@ -234,11 +234,20 @@ def pipeline_step(world, config, name):
     return sum(loss.total.item() for loss in outputs), grads_of(model)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zbv"])
-def test_packed_documents_through_a_pipeline(ranks, name):
+@pytest.mark.parametrize(
+    ("name", "block", "recompute"),
+    [
+        ("1f1b", "scheduled", "full"),
+        ("zbv", "scheduled", "none"),
+        ("zb-h1", "scheduled", "selective"),
+        ("1f1b", "plain", "full"),
+        ("zbv", "plain", "selective"),
+    ],
+)
+def test_packed_documents_through_a_pipeline(ranks, name, block, recompute):
     config = tiny(num_hidden_layers=4, num_key_value_heads=2)
     expected_loss, expected = one_process(config, True)
-    results = ranks.run(4, pipeline_step, config, name)
+    results = ranks.run(4, pipeline_step, config, name, ExecutionConfig(block=block, recompute=recompute))
     assert sum(loss for loss, _ in results) == pytest.approx(expected_loss, rel=1e-6)
     found = {name for _, grads in results for name, _, _ in grads}
     assert found == expected.keys()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_model import build, tiny
 from test_parallel_combined import config_of
-from test_parallel_zero import CONFIG, LEARNING_RATES, NUM_SEQUENCES, global_batch
+from test_parallel_zero import CONFIG, LEARNING_RATES, NUM_SEQUENCES, WORLD_OF_ONE, global_batch
 
 from megacoder.model.init import init_weights
-from megacoder.model.partition import build_stages, sum_tied_gradients
+from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.replicas import counted_elsewhere, late_parameters, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward
 from megacoder.parallel import buckets
@@ -26,6 +26,7 @@ from megacoder.parallel.zero import Zero1AdamW
 CPU = torch.device("cpu")
 WHOLE = 10**9
 """Elements of a bucket that holds everything."""
+SCHEDULED, PLAIN = ExecutionConfig(), ExecutionConfig(block="plain")
 
 
 def optimizer_of(model, group, *, bucket_elements, dtype=torch.float32, num_shards=1, model_group=None):
@@ -213,7 +214,7 @@ def test_reduces_start_within_the_last_backward_and_gathers_end_within_the_next_
     assert forward == expected
 
 
-def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_elements):
+def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_elements, execution=SCHEDULED):
     """(norms, weights after two updates, late names, buckets reduced before the sums over copies, early buckets)."""
     mesh = Mesh(world, dims, sequence_parallel=sequence_parallel)
     schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=3)
@@ -221,6 +222,7 @@ def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_eleme
     stages = build_stages(
         config_of(num_stages, tied), mesh.tp,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[mesh.place.pp],
+        execution=execution,
     )  # fmt: skip
     model = stages[0].model
     init_weights(model, seed=3)
@@ -271,6 +273,17 @@ def test_every_schedule_counts_right(ranks, name, tied):
         assert any(late for _, _, late, _, _ in results) == (tied and not v_shaped)
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zbv"])
+def test_plain_stages_report_too(ranks, name):
+    arguments = (ParallelDims(pp=2, dp=2), name, False, False)
+    expected = ranks.run(4, layout_run, *arguments, False, WHOLE, PLAIN)
+    for result, other in zip(ranks.run(4, layout_run, *arguments, True, 700, PLAIN), expected, strict=True):
+        _, weights, late, early, expected_early = result
+        assert (late, early) == (set(), expected_early)
+        for weight_name, weight in weights.items():
+            assert torch.equal(weight, other[1][weight_name]), weight_name
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 def test_what_needs_a_sum_over_copies_waits_and_nothing_else(ranks, sequence_parallel):
     dims = ParallelDims(tp=2, dp=2)
@@ -284,6 +297,37 @@ def test_what_needs_a_sum_over_copies_waits_and_nothing_else(ranks, sequence_par
         assert late == {name for name in weights if name.endswith(ends)}
         for name, weight in weights.items():
             assert torch.equal(weight, other[1][name]), name
+
+
+def gradients_then_step(world, ask):
+    """(owned slices of the gradient sums if asked for, weights after the step)."""
+    replica = Replica(world, overlap=True, bucket_elements=2000)
+    step, gradients = replica.optimizer.step, []
+
+    def asking(**arguments):
+        if ask:
+            gradients.extend([replica.optimizer.gradients(), replica.optimizer.gradients()])
+        return step(**arguments)
+
+    replica.optimizer.step = asking
+    replica.update(0)
+    owned = [(part.slot.name, part.start, part.offset, part.stop - part.start) for part in replica.optimizer.owned]
+    return gradients, owned, replica.weights()
+
+
+def test_gradients_may_be_read_before_the_step(ranks):
+    whole = Replica(WORLD_OF_ONE, overlap=False, bucket_elements=WHOLE)
+    for microbatch in whole.microbatches(0):
+        forward_backward(whole.model, microbatch.tokens_BS, microbatch.labels_BS)
+    expected = {name: param.grad.flatten() for name, param in whole.model.named_parameters()}
+    for (gradients, owned, weights), (_, _, others) in zip(
+        ranks.run(2, gradients_then_step, True), ranks.run(2, gradients_then_step, False), strict=True
+    ):
+        assert torch.equal(*gradients)
+        for name, start, offset, length in owned:
+            part = expected[name][start : start + length]
+            assert (gradients[0][offset : offset + length] - part).norm() <= 1e-5 * expected[name].norm(), name
+        assert all(map(torch.equal, weights, others))
 
 
 def silent_stage(world):

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from megacoder.core.errors import MegacoderError
+from megacoder.core.errors import MegacoderError, RankLost
 from megacoder.parallel.collectives import (
     World,
     all_gather_into,
@@ -138,6 +138,16 @@ def test_start_world_joins_the_ranks_that_torchrun_started(ranks):
     for outcome in ranks.run_apart(2, start_as_torchrun_does, port):
         assert outcome.failure is None
         assert outcome.result == ([[0, 2, 0, True], [1, 2, 1, False]], "cpu", False)
+
+
+def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankLost, match=rf"^rank 0 of 2 could not join the others at 127.0.0.1:{port}: .*1/2 clients"):
+        start_world("cpu", timeout_seconds=1, join_seconds=1)
 
 
 def test_start_world_is_a_world_of_one_without_torchrun(monkeypatch):

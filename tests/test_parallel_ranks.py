@@ -88,7 +88,7 @@ def test_ranks_of_their_own_may_be_killed(ranks):
     outcomes = ranks.run_apart(3, die_on, 1)
     assert outcomes[1].exit_code == -signal.SIGKILL
     for survivor in (outcomes[0], outcomes[2]):
-        assert survivor.failure.startswith("raised RuntimeError: ")
+        assert survivor.failure.startswith("raised megacoder.core.errors.RankLost: ")
         assert survivor.exit_code is None
     assert set(ranks.run(3, process_id)) == mine
     apart = ranks.run_apart(2, process_id)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megacoder.core.config import nearest
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
 from megacoder.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(words)
+    except RankLost as error:
+        if not error.told:
+            print(f"megacoder: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # on the way through torch's destructors a process may wait for the rank that is lost
     except MegacoderError as error:
         # What every rank of a machine meets alike is said once, by its first.
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":

@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "FormatError",
     "MegacoderError",
+    "RankLost",
 ]
 
 
@@ -45,3 +46,14 @@ class FormatError(DataError):
 
 class CheckpointError(MegacoderError):
     """A checkpoint that cannot be written, is not whole, or does not hold what is asked of it."""
+
+
+class RankLost(MegacoderError):
+    """Another rank died, hangs or cannot be reached, so that this one cannot go on; a restart may well succeed."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        """`told`: another rank of this host has printed why the run ended."""
+        super().__init__(message)
+        self.told = told

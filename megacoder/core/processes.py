@@ -1,16 +1,18 @@
-"""Starting worker processes so that an interrupt never meets one half-started.
+"""Starting worker processes so that an interrupt never meets one half-started; ending those that cannot end.
 
 A new process reads what to run from a pipe. Were Ctrl-C raised while the parent writes it, the child would find the
 pipe cut off and end with a traceback of its own.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-__all__ = ["starting_workers"]
+__all__ = ["kill_sibling", "starting_workers"]
 
 
 @contextmanager
@@ -33,3 +35,16 @@ def starting_workers() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if received and callable(handler):
             handler(signal.SIGINT, None)
+
+
+def kill_sibling(pid: int) -> bool:
+    """Kills a process that this one's parent started; whether `pid` was such a process, and not another of its number.
+
+    Linux only; elsewhere no process is taken for a sibling.
+    """
+    with suppress(OSError, ValueError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold blanks
+        if int(fields[1]) == os.getppid():
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False

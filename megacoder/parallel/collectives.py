@@ -2,11 +2,15 @@
 
 Every collective takes its group as an argument. `group=None` means a world of one: each function is then the identity,
 so that callers have a single code path.
+
+Each notes what it begins in the rank's journal (`megacoder.parallel.journal`), and a failure of the network leaves as
+RankLost.
 """
 
 import datetime
 import json
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacoder.core.errors import MegacoderError
+from megacoder.core.errors import MegacoderError, RankLost
+from megacoder.parallel.journal import GroupNote, Journal, Operation
 
 __all__ = [
     "Pending",
@@ -23,9 +28,12 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_from_first",
+    "connect_store",
+    "flight_record",
     "gather_json",
     "group_rank",
     "group_size",
+    "journal_of",
     "new_group",
     "reduce_scatter_sum",
     "start_all_gather",
@@ -42,14 +50,31 @@ __all__ = [
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_notes: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupNote] = weakref.WeakKeyDictionary()
+"""What would be an attribute of each group, if torch's class took attributes."""
+
+NCCL_MARGIN_SECONDS = 60.0
+"""NCCL's own watchdog, which aborts the process without a word of ours, gets this much longer than the time-out."""
+
 
 class World:
     """This process's place among the ranks of a run; `group` is None in a world of one."""
 
     def __init__(
-        self, rank: int, size: int, local_rank: int, device: torch.device, group: dist.ProcessGroup | None
+        self,
+        rank: int,
+        size: int,
+        local_rank: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        *,
+        timeout: datetime.timedelta | None = None,
     ) -> None:
+        """`timeout` is what `group` was made with and what groups of its ranks get, too; None for torch's own."""
         self.rank, self.size, self.local_rank, self.device, self.group = rank, size, local_rank, device, group
+        self.timeout = timeout
+        self.journal = journal_of(group)
+        """where this rank is; the same one for every World and group of the process"""
 
     @property
     def is_first(self) -> bool:
@@ -65,16 +90,24 @@ class World:
 class Pending:
     """A tensor that a collective, send or receive under way still uses; compute meanwhile, then `wait` for it."""
 
-    __slots__ = ("_finish", "_result", "_work")
+    __slots__ = ("_finish", "_operation", "_result", "_work")
 
-    def __init__(self, result: Tensor, work: dist.Work | None = None, finish: Callable[[], None] | None = None) -> None:
-        """`finish` is what is left to compute once `work` is over."""
-        self._result, self._work, self._finish = result, work, finish
+    def __init__(
+        self,
+        result: Tensor,
+        work: dist.Work | None = None,
+        operation: Operation | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        """`operation` is what `work` does; `finish` is what is left to compute once it is over."""
+        self._result, self._work, self._operation, self._finish = result, work, operation, finish
 
     def wait(self) -> Tensor:
         """The result; on a GPU the current stream waits, not the host."""
         if self._work is not None:
-            self._work.wait()
+            assert self._operation is not None
+            with self._operation:
+                self._work.wait()
             self._work = None
         if self._finish is not None:
             self._finish()
@@ -82,8 +115,11 @@ class Pending:
         return self._result
 
 
-def start_world(device_type: str, *, timeout_seconds: float = 600.0) -> World:
-    """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them."""
+def start_world(device_type: str, *, timeout_seconds: float = 600.0, join_seconds: float = 60.0) -> World:
+    """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them.
+
+    Others may start later than this one by `join_seconds` even where `timeout_seconds`, that of collectives, is less.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
@@ -94,12 +130,24 @@ def start_world(device_type: str, *, timeout_seconds: float = 600.0) -> World:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return World(0, 1, 0, device, None)
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        device_id=device if device_type == "cuda" else None,
-    )
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # not every torch records a flight unasked
+    margin = NCCL_MARGIN_SECONDS if device_type == "cuda" else 0.0
+    timeout = datetime.timedelta(seconds=timeout_seconds + margin)
+    try:
+        join_timeout = max(timeout, datetime.timedelta(seconds=join_seconds))
+        store, rank, size = next(dist.rendezvous("env://", timeout=join_timeout))
+        store.set_timeout(join_timeout)
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device_type == "cuda" else None,
+        )
+    except RuntimeError as error:  # DistError is one, too
+        raise RankLost(_cannot_join(error)) from error
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD, timeout=timeout)
 
 
 def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) -> dist.ProcessGroup | None:
@@ -111,16 +159,67 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
     ours = next(list(members) for members in partition if world.rank in members)
     if len(ours) == 1:
         return None
-    if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
-        return dist.split_group(split_ranks=[list(members) for members in partition], group_desc=name)
-    groups = [dist.new_group(list(members), group_desc=name) for members in partition]
-    return groups[[list(members) for members in partition].index(ours)]
+    assert world.group is not None
+    parts = [list(members) for members in partition]
+    with Operation(f"making of the {name} groups", None, _note_of(world.group)):
+        if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
+            return dist.split_group(split_ranks=parts, timeout=world.timeout, group_desc=name)
+        groups = [dist.new_group(members, timeout=world.timeout, group_desc=name) for members in parts]
+    return groups[parts.index(ours)]
+
+
+def connect_store(timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the store that the ranks met at, for keys of this attempt of this run alone.
+
+    Raises torch's DistError where the store does not answer.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )  # fmt: skip
+    attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    return dist.PrefixStore(f"megacoder/watch/{attempt}", store)
+
+
+def flight_record() -> bytes | None:
+    """What torch's flight recorder holds of the last collectives, as JSON; None where it holds nothing."""
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None and b'"entries":[{' in (record := dump()):
+            return bytes(record)
+    return None
+
+
+def journal_of(group: dist.ProcessGroup | None) -> Journal:
+    """This rank's journal, which is one for all groups of a process; None stands for a group of this rank alone."""
+    if group is not None:
+        return _note_of(group).journal
+    return _note_of(dist.group.WORLD).journal if dist.group.WORLD is not None else Journal()
+
+
+def _note_of(group: dist.ProcessGroup) -> GroupNote:
+    note = _notes.get(group)
+    if note is None:
+        journal = Journal() if group is dist.group.WORLD else journal_of(dist.group.WORLD)
+        note = _notes[group] = GroupNote(journal, tuple(dist.get_process_group_ranks(group)))
+    return note
+
+
+def _cannot_join(error: RuntimeError) -> str:
+    """The line for a rank that never met the others."""
+    env, reason = os.environ, str(error).partition("\n")[0]
+    return (
+        f"rank {env.get('RANK')} of {env['WORLD_SIZE']} could not join the others at {env.get('MASTER_ADDR')}:"
+        f"{env.get('MASTER_PORT')}: {reason}; every host must reach that address and those of the other hosts (set "
+        "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME to the network that joins them)"
+    )
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     """Sums `tensor` over the group, in place, the same bits on every rank."""
     if group is not None:
-        dist.all_reduce(tensor, group=group)
+        with Operation("all-reduce", tensor, _note_of(group)):
+            dist.all_reduce(tensor, group=group)
 
 
 def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -141,12 +240,16 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return
-    _all_gather(full, shard, group=group)
+    with Operation("all-gather", full, _note_of(group)):
+        _all_gather(full, shard, group=group)
 
 
 def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """`all_reduce_sum`, not waited for: `tensor` is the result's, and in use until then."""
-    return Pending(tensor, None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+    if group is None:
+        return Pending(tensor)
+    with (operation := Operation("all-reduce", tensor, _note_of(group))):
+        return Pending(tensor, dist.all_reduce(tensor, group=group, async_op=True), operation)
 
 
 def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -155,17 +258,19 @@ def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGro
     On CPUs ranks exchange slices and each adds up its own, in rank order: gloo's own reduce-scatter sums everything on
     every rank, and takes up to three times as long. bf16 is thereby summed in fp32 and rounded once.
     """
-    if shard.device.type != "cpu":
-        return Pending(shard, _reduce_scatter(shard, full, group=group, async_op=True))
-    received = torch.empty_like(full)
-    work = dist.all_to_all_single(received, full, group=group, async_op=True)
-    rows = received.view(dist.get_world_size(group), shard.numel())
-    return Pending(shard, work, lambda: _add_up(shard.view(-1), rows))
+    with (operation := Operation("reduce-scatter", full, _note_of(group))):
+        if shard.device.type != "cpu":
+            return Pending(shard, _reduce_scatter(shard, full, group=group, async_op=True), operation)
+        received = torch.empty_like(full)
+        work = dist.all_to_all_single(received, full, group=group, async_op=True)
+        rows = received.view(dist.get_world_size(group), shard.numel())
+        return Pending(shard, work, operation, lambda: _add_up(shard.view(-1), rows))
 
 
 def start_all_gather(full: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Pending:
     """`all_gather_into`, not waited for."""
-    return Pending(full, _all_gather(full, shard, group=group, async_op=True))
+    with (operation := Operation("all-gather", full, _note_of(group))):
+        return Pending(full, _all_gather(full, shard, group=group, async_op=True), operation)
 
 
 def _add_up(total: Tensor, rows: Tensor) -> None:
@@ -185,11 +290,11 @@ def gather_json(value: Any, world: World) -> list[Any]:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
     lengths = torch.zeros(world.size, dtype=torch.int64, device=world.device)
-    _all_gather(lengths, lengths.new_tensor([data.numel()]), group=world.group)
+    all_gather_into(lengths, lengths.new_tensor([data.numel()]), world.group)
     padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=world.device)
     padded[: data.numel()] = data
     gathered = padded.new_empty(world.size, padded.numel())
-    _all_gather(gathered.view(-1), padded, group=world.group)
+    all_gather_into(gathered.view(-1), padded, world.group)
     rows = zip(gathered.cpu().numpy(), lengths.tolist(), strict=True)
     return [json.loads(row[:length].tobytes()) for row, length in rows]
 
@@ -197,13 +302,15 @@ def gather_json(value: Any, world: World) -> list[Any]:
 def barrier(group: dist.ProcessGroup | None) -> None:
     """Returns once every rank of the group has called it."""
     if group is not None:
-        dist.barrier(group=group)
+        with Operation("barrier", None, _note_of(group)):
+            dist.barrier(group=group)
 
 
 def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     """Overwrites `tensor` by the first rank's."""
     if group is not None:
-        dist.broadcast(tensor, group=group, group_src=0)
+        with Operation("broadcast", tensor, _note_of(group)):
+            dist.broadcast(tensor, group=group, group_src=0)
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
@@ -218,16 +325,18 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
-    work = dist.isend(tensor, group=group, group_dst=peer)
+    with (operation := Operation("send", tensor, _note_of(group), peer)):
+        work = dist.isend(tensor, group=group, group_dst=peer)
     assert work is not None  # None is for processes outside the group
-    return Pending(tensor, work)
+    return Pending(tensor, work, operation)
 
 
 def start_receive(buffer: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to fill `buffer` from rank `peer` of the group."""
-    work = dist.irecv(buffer, group=group, group_src=peer)
+    with (operation := Operation("receive", buffer, _note_of(group), peer)):
+        work = dist.irecv(buffer, group=group, group_src=peer)
     assert work is not None
-    return Pending(buffer, work)
+    return Pending(buffer, work, operation)
 
 
 def sum_with_peer(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:

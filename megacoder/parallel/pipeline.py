@@ -17,11 +17,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megacoder.parallel.collectives import Pending, group_rank, group_size, start_receive, start_send
+from megacoder.parallel.collectives import Pending, group_rank, group_size, journal_of, start_receive, start_send
 from megacoder.parallel.schedules.program import Exchange, Program, Recv, Send
 from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
 
 __all__ = ["PipelineResult", "PipelineRunner", "PipelineStage"]
+
+ACTIVITIES = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
+"""What the journal calls a schedule's operations."""
 
 
 class PipelineStage(Protocol):
@@ -61,6 +64,7 @@ class PipelineRunner:
         self._expect(self.schedule.num_ranks, group_size(group), "pipeline ranks")
         self._expect(self.schedule.num_chunks, len(stages), "chunks per rank")
         self.rank = group_rank(group)
+        self.journal = journal_of(group)
         self.instructions = program.ranks[self.rank]
         self.confirmed_by = _confirmations(self.schedule, self.rank)
 
@@ -108,6 +112,7 @@ class _Step:
     def compute(self, action: Action) -> None:
         op, microbatch, chunk = action
         stage, key = self.runner.stages[chunk], (microbatch, chunk)
+        self.runner.journal.at(ACTIVITIES[op], microbatch)
         if op == "W":
             self.weight_gradients.pop(key)()
             return

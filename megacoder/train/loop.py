@@ -25,7 +25,9 @@ from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.collectives import World, broadcast_from_first, start_world
+from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.metrics_log import MetricsLog
@@ -71,7 +73,8 @@ def train(config: RunConfig) -> None:
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
     world = start_world(device_type, timeout_seconds=config.timeout_seconds)
-    Trainer(config, world).run()
+    with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
+        Trainer(config, world).run()
     world.close()
 
 
@@ -139,8 +142,12 @@ class Trainer:
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""
-        engine = self.engine
-        part = engine.forward_backward(engine.microbatches(self.batches.next_batch(), self.config.micro_batch_size))
+        engine, journal = self.engine, self.world.journal
+        journal.begin_step(self.step + 1)
+        journal.at("reading data")
+        microbatches = engine.microbatches(self.batches.next_batch(), self.config.micro_batch_size)
+        part = engine.forward_backward(microbatches)
+        journal.at("update")
         loss_sum, counted, stop = engine.sum_losses(part, self._stop_asked)
         updates = engine.optimizer.num_updates
         grad_norm = engine.update(
@@ -174,15 +181,19 @@ class Trainer:
 
     def _maybe_held_out(self) -> dict[str, float]:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
-        return {"held_out_loss": self.held_out.loss(self.engine)} if self.held_out is not None and due else {}
+        if self.held_out is None or not due:
+            return {}
+        self.world.journal.at("held-out loss")
+        return {"held_out_loss": self.held_out.loss(self.engine)}
 
     def _checkpoint(self) -> None:
+        self.world.journal.at(CHECKPOINT)
         self.folder.save(self.step, self.engine, self.batches)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.world.is_first and not self._stop_asked:
             say(f"{signal.Signals(number).name}: writing a checkpoint after this step")
-        self._stop_asked = True
+        self._stop_asked = self.world.journal.stop_asked = True
 
 
 def _resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:

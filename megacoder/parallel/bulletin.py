@@ -1,0 +1,101 @@
+"""What ranks leave for each other in the store at which they met: a record each, and why the run ended.
+
+Nothing here hangs. torch's store waits for ever for an answer that a cut network swallowed, so every use of it has a
+thread and a time after which the caller goes on without.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megacoder.parallel.blame import Record
+from megacoder.parallel.collectives import connect_store
+
+__all__ = ["Bulletin", "End"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Why the run ended, as one rank found and announced it."""
+
+    line: str
+    host: str
+    """of the rank that announced it, which prints the line"""
+    silent: list[tuple[str, int]]
+    """(host, pid) of ranks that did not answer"""
+
+
+class Bulletin:
+    """One rank's access; `connect` comes first, and takes as long as the network takes."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._keys = {rank: f"rank/{rank}" for rank in range(num_ranks)}
+        self._store: dist.Store | None = None
+        self._connected = threading.Event()
+
+    def connect(self, timeout_seconds: float) -> None:
+        """Raises RuntimeError where the store does not answer."""
+        if self._store is None:
+            self._store = connect_store(timeout_seconds)
+            self._connected.set()
+
+    def publish(self, record: Record) -> None:
+        self._connection().set(self._keys[record.rank], json.dumps(asdict(record)))
+
+    def records(self) -> dict[int, Record]:
+        """The newest of each rank that has published any."""
+        store, keys = self._connection(), list(self._keys.values())
+        if not store.check(keys):
+            keys = [key for key in keys if store.check([key])]
+        records = [Record(**json.loads(value)) for value in store.multi_get(keys)] if keys else []
+        return {record.rank: record for record in records}
+
+    def announced(self) -> End | None:
+        store = self._connection()
+        return _decode(store.get("end")) if store.check(["end"]) else None
+
+    def announce(self, end: End) -> End:
+        """The announcement that stands: this one, unless another came first."""
+        return _decode(self._connection().compare_set("end", "", json.dumps(asdict(end))))
+
+    def claim(self, host: str) -> bool:
+        """Whether this rank is the first of `host` to ask; it then prints the announcement there."""
+        return self._connection().add(f"claimed/{host}", 1) == 1
+
+    def two_looks(self, seconds: float) -> tuple[dict[int, Record], dict[int, Record]]:
+        """All records now, and again so much later, or sooner if the end is announced meanwhile."""
+        before, deadline = self.records(), time.monotonic() + seconds
+        while time.monotonic() < deadline and self.announced() is None:
+            time.sleep(0.1)
+        return before, self.records()
+
+    def ask(self, question: Callable[[], T], *, seconds: float) -> T | None:
+        """The answer of `question`, which uses this bulletin; None if it did not come in time, or the store failed."""
+        answers: list[T] = []
+
+        def attempt() -> None:
+            self._connected.wait()
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=attempt, name="bulletin", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return answers[0] if answers else None
+
+    def _connection(self) -> dist.Store:
+        assert self._store is not None, "connect first"
+        return self._store
+
+
+def _decode(value: bytes) -> End:
+    table = json.loads(value)
+    return End(line=table["line"], host=table["host"], silent=[(host, pid) for host, pid in table["silent"]])

@@ -1,0 +1,125 @@
+"""What a rank is doing, kept so cheaply that it always is: for the line that says why a run ended.
+
+A `Journal` is one rank's: the step and microbatch that the loop or the pipeline runner is at, and the collective, send
+or receive that it began last. Only the rank's main thread writes it, by plain assignments; `megacoder.parallel.watch`
+reads it from a thread, which may see a microbatch with the activity of the one before, and does not mind.
+
+How collectives find it: torch's process groups take no attributes, so `megacoder.parallel.collectives` keeps a
+`GroupNote` beside each group, in a dictionary that forgets a group when nobody else holds it. Every group of a process
+leads to the journal of the default group's World. So no signature carries a journal, and none can be forgotten.
+"""
+
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacoder.core.errors import RankLost
+
+__all__ = ["CHECKPOINT", "GroupNote", "Journal", "Operation"]
+
+CHECKPOINT = "checkpoint"
+"""An activity in which a rank may wait for other ranks' files, with a time-out of its own."""
+
+
+class Journal:
+    """Where one rank is."""
+
+    __slots__ = ("activity", "microbatch", "moves", "operation", "step", "stop_asked", "waiting")
+
+    def __init__(self) -> None:
+        self.activity = "starting"
+        self.step: int | None = None
+        self.microbatch: int | None = None
+        """the last that was begun in this step, from 0"""
+        self.operation: Operation | None = None
+        """the last collective, send or receive that was begun"""
+        self.waiting = False
+        """in that operation now; stays true if it failed"""
+        self.moves = 0
+        """grows with everything noted, so that a reader sees whether the rank moves"""
+        self.stop_asked = False
+        """a signal has asked the run to stop"""
+
+    def begin_step(self, step: int) -> None:
+        """Notes the step under way, from 1; its microbatches are yet to come."""
+        self.step, self.microbatch = step, None
+        self.moves += 1
+
+    def at(self, activity: str, microbatch: int | None = None) -> None:
+        """Notes what the rank turns to; without `microbatch` the last one stays."""
+        self.activity = activity
+        if microbatch is not None:
+            self.microbatch = microbatch
+        self.moves += 1
+
+    def place(self) -> str:
+        """As 'step 5, microbatch 2, forward'."""
+        step = "" if self.step is None else f"step {self.step}, "
+        microbatch = "" if self.microbatch is None else f"microbatch {self.microbatch}, "
+        return f"{step}{microbatch}{self.activity}"
+
+
+class GroupNote:
+    """What is known beside a process group: whose journal its operations go to, and its ranks."""
+
+    __slots__ = ("journal", "ranks")
+
+    def __init__(self, journal: Journal, ranks: tuple[int, ...]) -> None:
+        self.journal, self.ranks = journal, ranks
+
+
+class Operation:
+    """One use of the network; a context manager around each call that may wait for other ranks.
+
+    Costs less than a microsecond, and keeps no tensor alive. A failure of the network leaves as RankLost.
+    """
+
+    __slots__ = ("_dtype", "_name", "_note", "_num_elements", "_peer")
+
+    def __init__(self, name: str, tensor: Tensor | None, note: GroupNote, peer: int | None = None) -> None:
+        """`peer` is a rank of the group, of a send or receive."""
+        self._name, self._note, self._peer = name, note, peer
+        self._num_elements: int | None = None
+        self._dtype: torch.dtype | None = None
+        if tensor is not None:
+            self._num_elements, self._dtype = tensor.numel(), tensor.dtype
+
+    def __enter__(self) -> None:
+        journal = self._note.journal
+        journal.operation, journal.waiting = self, True
+        journal.moves += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            journal = self._note.journal
+            journal.waiting = False
+            journal.moves += 1
+        elif _is_of_the_network(error):
+            raise RankLost(f"{self} failed: {_first_line(error)}") from error
+
+    def __str__(self) -> str:
+        """As 'reduce-scatter of 3,145,728 float32 over ranks 0, 4' or 'receive of 64 float32 from rank 2'."""
+        size = "" if self._num_elements is None else f" of {self._num_elements:,} {str(self._dtype).split('.')[-1]}"
+        ranks = self._note.ranks
+        if self._peer is not None:
+            return f"{self._name}{size} {'to' if self._name == 'send' else 'from'} rank {ranks[self._peer]}"
+        if len(ranks) > 8:
+            return f"{self._name}{size} over {len(ranks)} ranks, {ranks[0]} to {ranks[-1]}"
+        return f"{self._name}{size} over ranks {', '.join(map(str, ranks))}"
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether it tells of a rank or a network lost, and not of a wrong call; gloo's are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch says, without the source file that it names in front and the advice behind."""
+    text = str(error).partition("\n")[0].strip()
+    if text.startswith("["):
+        text = text.partition("] ")[2] or text
+    return text.partition(". This is typically")[0].rstrip(".")

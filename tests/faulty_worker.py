@@ -1,0 +1,55 @@
+"""A rank that goes wrong: `faulty_worker.py FAULT RANK STEP PLACE ARGUMENTS...` is `python -m megacoder ARGUMENTS...`,
+but on that rank, when its journal says that it is at that step and place ('forward 2', 'reading data'), FAULT happens.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from megacoder.core.errors import DataError
+from megacoder.parallel.journal import Journal
+
+
+def fail():
+    raise DataError("the disk is gone")
+
+
+FAULTS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stall": lambda: time.sleep(1000),
+    "stall unnoticed": lambda: time.sleep(1000),
+    "fail": fail,
+}
+
+
+def arm(fault, rank, step, place):
+    activity, _, microbatch = place.rpartition(" ") if place[-1].isdigit() else (place, "", None)
+    note = Journal.at
+
+    def at(self, activity_now, microbatch_now=None):
+        note(self, activity_now, microbatch_now)
+        here = (self.step == int(step), activity_now == activity, str(microbatch_now) == str(microbatch))
+        if os.environ["RANK"] == rank and all(here):
+            time.sleep(1.5)  # a few beats, so that the others have seen it here
+            FAULTS[fault]()
+
+    Journal.at = at
+
+
+def never_fail():
+    """Collectives wait for ever, as NCCL's do."""
+    from megacoder.train import loop
+
+    start_world = loop.start_world
+    loop.start_world = lambda device_type, timeout_seconds: start_world(device_type, timeout_seconds=1000.0)
+
+
+if __name__ == "__main__":
+    from megacoder.cli.main import main
+
+    arm(*sys.argv[1:5])
+    if sys.argv[1] == "stall unnoticed":
+        never_fail()
+    main(sys.argv[5:])

@@ -1,0 +1,168 @@
+"""A rank that dies or hangs ends the whole run in time, with one line that names it; real processes under torchrun."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from train_cases import make_case
+
+from megacoder.core.processes import kill_sibling
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.journal import CHECKPOINT
+from megacoder.parallel.watch import Watch
+from megacoder.train.metrics_log import read_metrics
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+TIMEOUT = 4.0
+LIMIT = 100
+"""Far above the time-out, below torchrun's and gloo's own patience put together: only a run that hangs gets there."""
+NO_ANSWER = r"has not answered for \d+ s; last seen in "
+STUCK = r"has been stuck for \d+ s in "
+FAULTS = {
+    # name: (faulty_worker's FAULT RANK STEP PLACE, settings, what the line says after naming the rank)
+    "kill": (("kill", "1", "3", "forward 1"), {}, NO_ANSWER + "step 3, microbatch 1, forward "),
+    "stop": (("stop", "1", "3", "forward 1"), {}, NO_ANSWER + "step 3, microbatch 1, forward "),
+    "data": (("stall", "0", "3", "reading data"), {}, STUCK + "step 3, reading data "),
+    "stage": (
+        ("stall", "0", "3", "forward 2"), {"parallel": ParallelConfig(pp=2)},
+        STUCK + r"step 3, microbatch 2, forward \(pipeline.py:\d+ in compute\)",
+    ),
+    "unnoticed": (("stall unnoticed", "1", "3", "backward 0"), {}, STUCK + "step 3, microbatch 0, backward "),
+    "fail": (("fail", "1", "3", "forward 1"), {}, ""),
+}  # fmt: skip
+
+
+@dataclass
+class Ended:
+    """A run that is over."""
+
+    code: int
+    lines: list[str]
+    """of megacoder's ranks"""
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("watch"))
+
+
+def torchrun(*arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def ended(case):
+    """All faults at once, since most of their time goes by waiting."""
+    processes = {
+        name: torchrun("-m", "faulty_worker", *fault, "train", case.toml(name, timeout_seconds=TIMEOUT, **settings))
+        for name, (fault, settings, _) in FAULTS.items()
+    }
+    try:
+        outputs = {name: process.communicate(timeout=LIMIT)[1] for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {
+        name: Ended(
+            processes[name].returncode,
+            [line for line in output.splitlines() if line.startswith("megacoder: ")],
+            case.folder / name,
+        )
+        for name, output in outputs.items()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "fail"])
+def test_one_line_names_the_rank_and_what_it_did(ended, name):
+    (_, rank, _, _), _, said = FAULTS[name]
+    run, other = ended[name], 1 - int(rank)
+    assert run.code != 0
+    assert len(run.lines) == 1, run.lines
+    assert re.match(rf"megacoder: rank {rank} \(host \S+, pid \d+\) {said}", run.lines[0]), run.lines[0]
+    assert f"; rank {other} at step 3, microbatch " in run.lines[0]
+    waited = "receive of 2,048 float32 from rank 0" if name == "stage" else "over ranks 0, 1"
+    assert waited in run.lines[0].partition(f"; rank {other} at ")[2]
+
+
+def test_the_one_that_waited_leaves_a_flight_record(ended):
+    folder = ended["data"].folder / "flight"
+    assert ended["data"].lines[0].endswith(f"torch's flight records are in {folder}")
+    assert json.loads((folder / "rank-00001.json").read_text())["entries"]
+
+
+def test_a_rank_with_an_error_of_its_own_says_that_alone(ended):
+    assert ended["fail"].lines == ["megacoder: the disk is gone"]
+    assert ended["fail"].code != 0
+
+
+def children(pid):
+    """Processes that `pid` started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def test_a_rank_killed_from_outside_under_the_launcher(case):
+    toml = case.toml("launcher", timeout_seconds=60.0, steps=100_000, checkpoint_every=100_000)
+    command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + LIMIT
+    while len(read_metrics(case.folder / "launcher" / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = [pid for pid in children(process.pid) if b"megacoder" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=LIMIT)
+    assert time.monotonic() - began < 55, "its end was noticed, not waited for"
+    lines = [line for line in stderr.splitlines() if line.startswith("megacoder: ")]
+    assert len(lines) == 2, stderr
+    assert f"pid {workers[1]}) has not answered" in lines[0]
+    assert lines[1] == "megacoder: rank 1 of 2 ended with SIGKILL; if nobody sent it, look for a lack of memory"
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_a_rank_may_hang(device, tmp_path):
+    world = World(0, 2, 0, torch.device(device), None)
+    watch, journal = Watch(world, timeout_seconds=1.0, folder=tmp_path), world.journal
+    assert not watch._may_hang(), "what comes before the first step has no bound"
+    journal.begin_step(1)
+    journal.at("forward", 0)
+    assert watch._may_hang() == (device == "cuda"), "on a GPU the host waits where it needs a result"
+    journal.at(CHECKPOINT)
+    assert not watch._may_hang()
+    journal.waiting = True
+    assert watch._may_hang()
+
+
+def test_only_a_sibling_is_killed():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    try:
+        assert not kill_sibling(child.pid), "a child is none"
+        assert not kill_sibling(1 << 30)
+        script = f"import sys; from megacoder.core.processes import kill_sibling; sys.exit(kill_sibling({child.pid}))"
+        assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=False).returncode == 1
+        assert child.wait(timeout=LIMIT) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.wait()

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import LayerCosts, Placement, place_by_cost, place_evenly, place_explicitly
+from megacoder.parallel.schedules import (
+    LayerCosts,
+    Placement,
+    StageMap,
+    place_by_cost,
+    place_evenly,
+    place_explicitly,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,31 +53,48 @@ def compositions(num_layers, num_stages):
         yield Placement(tuple(sizes))
 
 
-@settings(max_examples=60, deadline=None)
+def rank_costs(placement, stage_map, costs):
+    stages = placement.stage_costs(costs)
+    return [sum(stages[stage] for stage in row) for row in stage_map.stages]
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 9), st.integers(1, 6), st.floats(0, 8), st.floats(0.1, 3), st.floats(0, 20),
+    st.integers(1, 8),
+    st.sampled_from([StageMap.loop(n) for n in range(1, 7)] + [StageMap.loop(2, 2), StageMap.loop(2, 3)]
+                    + [StageMap.vee(n) for n in (1, 2, 3)]),
+    st.floats(0, 8), st.floats(0.1, 3), st.floats(0, 20),
 )  # fmt: skip
-def test_by_cost_is_the_best_of_all(num_layers, num_stages, embedding, layer, head):
-    num_stages = min(num_stages, num_layers + 2)
+def test_by_cost_is_the_best_of_all(num_layers, stage_map, embedding, layer, head):
+    num_layers = max(num_layers, stage_map.num_stages - 2)
     costs = LayerCosts(embedding=embedding, layer=layer, head=head)
-    found = place_by_cost(num_layers, num_stages, costs=costs)
+    found = place_by_cost(num_layers, stage_map, costs=costs)
     assert sum(found.layers_per_stage) == num_layers
-    every = [placement.stage_costs(costs) for placement in compositions(num_layers, num_stages)]
-    assert max(found.stage_costs(costs)) == pytest.approx(min(map(max, every)))
+    every = [rank_costs(placement, stage_map, costs) for placement in compositions(num_layers, stage_map.num_stages)]
+    ours = rank_costs(found, stage_map, costs)
+    assert max(ours) == pytest.approx(min(map(max, every)))
     slowest = min(map(max, every)) * (1 + 1e-8)
-    most_even = min(sum(cost**2 for cost in stages) for stages in every if max(stages) <= slowest)
-    assert sum(cost**2 for cost in found.stage_costs(costs)) == pytest.approx(most_even)
+    most_even = min(sum(cost**2 for cost in ranks) for ranks in every if max(ranks) <= slowest)
+    assert sum(cost**2 for cost in ours) == pytest.approx(most_even)
 
 
 def test_a_heavy_head_gets_a_stage_of_its_own():
     costs = LayerCosts(embedding=0, layer=1, head=6)
-    assert place_by_cost(12, 3, costs=costs).layers_per_stage == (6, 6, 0)
+    assert place_by_cost(12, StageMap.loop(3), costs=costs).layers_per_stage == (6, 6, 0)
     assert max(place_evenly(12, 3).stage_costs(costs)) == 10
+
+
+def test_the_rank_with_the_head_gets_less_in_its_other_stage():
+    """Were stages alone evened out, the first would get 3 or 4 layers as the others do, its rank 8 or 9."""
+    costs = LayerCosts(embedding=0, layer=1, head=5)
+    placement = place_by_cost(23, StageMap.vee(4), costs=costs)
+    assert rank_costs(placement, StageMap.vee(4), costs) == [7, 7, 7, 7]
+    assert placement.layers_per_stage[0] == 2
 
 
 def test_by_cost_scales_to_deep_models():
     costs = LayerCosts(embedding=0.1, layer=1, head=1.8)
-    placement = place_by_cost(62, 32, costs=costs)
+    placement = place_by_cost(62, StageMap.loop(32), costs=costs)
     assert max(placement.stage_costs(costs)) == pytest.approx(2.1)
 
 
@@ -96,7 +120,11 @@ def test_explicit_layouts_that_cannot_work_name_one_that_does(layers, num_stages
 
 
 @pytest.mark.parametrize(
-    "place", [place_evenly, lambda n, s: place_by_cost(n, s, costs=LayerCosts(embedding=0, layer=1, head=1))]
+    "place",
+    [
+        place_evenly,
+        lambda n, s: place_by_cost(n, StageMap.loop(s), costs=LayerCosts(embedding=0, layer=1, head=1)),
+    ],
 )
 def test_more_stages_than_slots_are_refused(place):
     assert place(2, 4).layers_per_stage == (0, 1, 1, 0)
@@ -104,8 +132,11 @@ def test_more_stages_than_slots_are_refused(place):
         place(2, 5)
     with pytest.raises(ConfigError, match="0 layers in 2 stages"):
         place(0, 2)
+
+
+def test_no_stages_are_refused():
     with pytest.raises(ConfigError, match="2 layers in 0 stages"):
-        place(2, 0)
+        place_evenly(2, 0)
 
 
 def test_costs_out_of_range_are_refused():

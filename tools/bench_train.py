@@ -10,22 +10,18 @@ head, forward and both gradients, timed alone at the same shapes.
 """
 
 import gc
-import json
-import platform
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench_common import machine, write_record
 
-import megacoder
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
-from megacoder.core.device import cpp_kernels, probe
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.stage import forward_backward
@@ -176,17 +172,6 @@ def bench(shape: str, dtype_name: str, options: Options) -> dict[str, dict[str, 
     }
 
 
-def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-
-
 def main() -> None:
     """Runs every shape and dtype, prints a table each, writes one JSON file."""
     options = parse_args(Options, None, prog="bench_train.py")
@@ -209,14 +194,11 @@ def main() -> None:
     if options.out is not None:
         import transformers
 
-        machine = {
-            "processor": probe().device_name, "system": platform.platform(), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "megacoder": megacoder.__version__,
-            "commit": commit(), "kernels": cpp_kernels(),
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        }  # fmt: skip
-        record = {"machine": machine, "options": {k: str(v) for k, v in asdict(options).items()}, "results": results}
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+        record = machine(
+            transformers=transformers.__version__,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        )
+        write_record(options.out, machine=record, options=options, results=results)
 
 
 if __name__ == "__main__":

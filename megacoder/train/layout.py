@@ -67,11 +67,11 @@ class LayoutRequest:
         )
 
     def _place(self, schedule: Schedule, costs: LayerCosts) -> Placement:
-        num_layers, num_stages = self.model.num_hidden_layers, schedule.stage_map.num_stages
+        num_layers, stage_map = self.model.num_hidden_layers, schedule.stage_map
         given = self.parallel.layers_per_stage
         if given is not None:
-            return place_explicitly(num_layers, given, num_stages=num_stages)
-        return place_by_cost(num_layers, num_stages, costs=costs)
+            return place_explicitly(num_layers, given, num_stages=stage_map.num_stages)
+        return place_by_cost(num_layers, stage_map, costs=costs)
 
     def _check_sizes(self, dims: ParallelDims) -> None:
         """ConfigError with the first reason why `dims` cannot work; cheap, so that many can be tried."""

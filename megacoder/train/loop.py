@@ -19,6 +19,7 @@ from megacoder.core.config import load_toml
 from megacoder.core.console import progress, say
 from megacoder.core.device import faster_dtype, probe
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
+from megacoder.core.memory import keep_freed_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.sidecar import open_dataset
@@ -71,6 +72,7 @@ def train(config: RunConfig) -> None:
         raise ConfigError('dtype = "float32" on a GPU: its attention has no such backward yet; use dtype = "bfloat16"')
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        keep_freed_memory()
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
     world = start_world(device_type, timeout_seconds=config.timeout_seconds)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):

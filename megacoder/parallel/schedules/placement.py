@@ -4,12 +4,11 @@ The embedding opens the first stage and the head closes the last; no stage is em
 embedding alone and the last the head alone. So S stages need S - 2 layers at least.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 from megacoder.core.errors import ConfigError
+from megacoder.parallel.schedules.schedule import StageMap
 
 __all__ = ["LayerCosts", "Placement", "place_by_cost", "place_evenly", "place_explicitly"]
 
@@ -86,42 +85,28 @@ def place_explicitly(num_layers: int, layers_per_stage: Sequence[int], *, num_st
     return Placement(tuple(counts))
 
 
-def place_by_cost(num_layers: int, num_stages: int, *, costs: LayerCosts) -> Placement:
-    """The placement whose slowest stage is fastest; among those the most even one (least sum of squared costs).
+def place_by_cost(num_layers: int, stage_map: StageMap, *, costs: LayerCosts) -> Placement:
+    """The placement whose slowest rank is fastest; the other ranks, and the stages of each, as even as can be.
 
-    The slowest stage sets the pace of a pipeline: every other one waits for it once per microbatch.
-    Takes time O(num_stages * num_layers**2).
+    The slowest rank sets the pace of a pipeline: every other one waits for it once per microbatch. As layers are all
+    alike, it is optimal to put one after the other where it makes least: O(num_layers * num_stages).
     """
+    num_stages = stage_map.num_stages
     _check_fit(num_layers, num_stages)
-    slots = [costs.embedding, *[costs.layer] * num_layers, costs.head]
-    slowest, _ = _best_cuts(slots, num_stages, max)
-    limit = slowest * (1 + 1e-9)  # the same sum in another order may round differently
-    _, cuts = _best_cuts(slots, num_stages, lambda total, stage: total + stage**2 if stage <= limit else math.inf)
-    sizes = [end - begin for begin, end in pairwise(cuts)]
-    sizes[0] -= 1  # the embedding's slot
-    sizes[-1] -= 1  # the head's
-    return Placement(tuple(sizes))
+    counts = [int(0 < stage < num_stages - 1) for stage in range(num_stages)]  # none but the ends can be without
+    fixed = Placement((0,) * num_stages).stage_costs(costs)
 
+    def cost(stage: int) -> float:
+        return fixed[stage] + counts[stage] * costs.layer
 
-def _best_cuts(
-    slots: Sequence[float], num_parts: int, combine: Callable[[float, float], float]
-) -> tuple[float, list[int]]:
-    """Cuts `slots` into non-empty runs; minimises `combine` folded over their sums. Returns (minimum, the cuts)."""
-    before = list(accumulate(slots, initial=0.0))
-    best = [0.0] + [math.inf] * len(slots)  # best[end]: minimum for the first `end` slots in the parts so far
-    begins: list[list[int]] = []
-    for part in range(1, num_parts + 1):
-        row, begin_of = [math.inf] * (len(slots) + 1), [0] * (len(slots) + 1)
-        for end in range(part, len(slots) - num_parts + part + 1):
-            row[end], begin_of[end] = min(
-                (combine(best[begin], before[end] - before[begin]), begin) for begin in range(part - 1, end)
-            )
-        best = row
-        begins.append(begin_of)
-    cuts = [len(slots)]
-    for begin_of in reversed(begins):
-        cuts.append(begin_of[cuts[-1]])
-    return best[-1], cuts[::-1]
+    def makes(stage: int) -> tuple[float, float, int]:
+        """Of its rank, then of itself, with one layer more; later stages hold fewer live activations."""
+        rank, _ = stage_map.home[stage]
+        return sum(map(cost, stage_map.stages[rank])), cost(stage), -stage
+
+    for _ in range(num_layers - sum(counts)):
+        counts[min(range(num_stages), key=makes)] += 1
+    return Placement(tuple(counts))
 
 
 def _check_fit(num_layers: int, num_stages: int) -> None:

@@ -6,7 +6,8 @@
 
 A layout is written as `key=value` pairs, on and off for switches; what is left out has its default:
 tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, selective, full), and of
-the model kv-heads (1, 2, 4), tied, layers, packed (documents within a sequence do not see each other).
+the model kv-heads (1, 2, 4), tied, layers, vocab; packed (documents within a sequence do not see each other) and
+sequences (of an update, two of them a microbatch).
 
 Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
 of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
@@ -44,10 +45,13 @@ from megacoder.train.run_folder import state_fragments
 
 __all__ = ["Case", "Difference", "compare", "train_case"]
 
-VOCAB, SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 93, 16, 2, 16
+SEQ_LENGTH, MICRO_BATCH = 16, 2
 LOSS_TOLERANCE, TOLERANCE = 1e-5, 1e-4
 BUCKET_ELEMENTS = 10_000
 """A layer of the tiny model or two, so that gradients leave in several buckets."""
+OPTIMIZER = AdamWConfig(eps=1e-4)
+"""With the usual eps Adam's first update is the gradient's sign, so that an element that rounds about zero moves all
+the way up here and down there: what a later step differs by then says nothing about the layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,9 @@ class Case:
     kv_heads: int = 4
     tied: bool = False
     layers: int = 8
+    vocab: int = 93
     packed: bool = False
+    sequences: int = 16
 
     @property
     def world_size(self) -> int:
@@ -76,7 +82,10 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same model on one process, in the plainest way."""
-        return Case(kv_heads=self.kv_heads, tied=self.tied, layers=self.layers, packed=self.packed)
+        return Case(
+            kv_heads=self.kv_heads, tied=self.tied, layers=self.layers, vocab=self.vocab,
+            packed=self.packed, sequences=self.sequences,
+        )  # fmt: skip
 
     def request(self) -> LayoutRequest:
         """What the library is asked for."""
@@ -84,12 +93,12 @@ class Case:
         table = {key: value for key, value in vars(self).items() if key in names and value is not None}
         return LayoutRequest(
             model=ModelConfig(
-                vocab_size=VOCAB, vocab_multiple=32, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                vocab_size=self.vocab, vocab_multiple=32, hidden_size=32, intermediate_size=48, num_attention_heads=4,
                 num_hidden_layers=self.layers, num_key_value_heads=self.kv_heads, head_dim=8, init_std=0.1,
                 tie_word_embeddings=self.tied, max_position_embeddings=SEQ_LENGTH,
             ),
             parallel=from_dict(ParallelConfig, table, where=str(self)),
-            seq_length=SEQ_LENGTH, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
+            seq_length=SEQ_LENGTH, global_batch_size=self.sequences, micro_batch_size=MICRO_BATCH,
         )  # fmt: skip
 
     def execution(self) -> ExecutionConfig:
@@ -214,8 +223,8 @@ def batches(case: Case, steps: int, seed: int) -> Iterator[Batch]:
     """The global batches of all steps; labels are ignored here and there, as at the ends of documents."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        windows = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
-        starts = torch.rand(GLOBAL_BATCH, SEQ_LENGTH + 1, generator=generator) < 0.2
+        windows = torch.randint(0, case.vocab, (case.sequences, SEQ_LENGTH + 1), generator=generator)
+        starts = torch.rand(case.sequences, SEQ_LENGTH + 1, generator=generator) < 0.2
         labels = windows[:, 1:].masked_fill(starts[:, 1:], IGNORE_INDEX)
         starts[:, 0] = True
         yield Batch(tokens=windows[:, :-1], labels=labels, starts=starts[:, :-1] if case.packed else None)
@@ -236,7 +245,7 @@ def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> T
     engine = Engine(
         request.model, layout, mesh,
         execution=case.execution(), bucket_elements=BUCKET_ELEMENTS,
-        optimizer=AdamWConfig(), dtype=getattr(torch, dtype), seed=seed,
+        optimizer=OPTIMIZER, dtype=getattr(torch, dtype), seed=seed,
     )  # fmt: skip
     losses, norms, gradients = [], [], []
     for batch in batches(case, steps, seed):
@@ -306,9 +315,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "kv_heads": (1, 2, 4),
     "tied": (False, True),
     "layers": (8, 7),
+    "vocab": (93, 40),
     "packed": (False, True),
+    "sequences": (16, 4),
 }
-"""What random and pairwise cases choose from; seven layers divide into no number of stages."""
+"""What random and pairwise cases choose from. Seven layers divide into no number of stages; of 40 ids, padded to 64,
+the last of four ranks has none; four sequences are fewer microbatches than stages, or one alone."""
 
 Row = dict[str, Any]
 

@@ -55,7 +55,7 @@ class Watch:
         self._timeout = timeout_seconds
         self._interval = min(2.0, max(0.2, timeout_seconds / 10))
         self._margin = min(10.0, max(2.0, timeout_seconds / 4))
-        self._patience = max(1.5, 3 * self._interval)  # within it every rank that lives has published
+        self._patience = max(3.0, 3 * self._interval)  # within it every rank that lives has published
         self._host = socket.gethostname()
         self._num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if self._num_hosts > 1:  # containers often share a name

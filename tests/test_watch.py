@@ -24,7 +24,7 @@ from megacoder.train.metrics_log import read_metrics
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 4.0
-LIMIT = 100
+LIMIT = 240
 """Far above the time-out, below torchrun's and gloo's own patience put together: only a run that hangs gets there."""
 NO_ANSWER = r"has not answered for \d+ s; last seen in "
 STUCK = r"has been stuck for \d+ s in "

@@ -3,10 +3,12 @@
 import importlib
 import subprocess
 import sys
+import time
 
 import pytest
 
 from megacoder.cli.main import COMMANDS, main
+from megacoder.train.loop import Interrupted
 from megacoder.version import __version__
 
 
@@ -64,6 +66,40 @@ def test_an_unknown_command_names_the_nearest(word, hint, capsys):
     code, _, err = run([word], capsys)
     assert code == 2
     assert f"unknown command {word!r}; did you mean {hint!r}?" in err
+
+
+def test_what_all_ranks_meet_is_said_by_the_first_which_may_be_the_last_to_meet_it(monkeypatch, capsys):
+    class EndedByTorchrun(BaseException):
+        pass
+
+    def sleep(seconds):
+        raise EndedByTorchrun
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(EndedByTorchrun):
+        main(["nonsense"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "unknown command 'nonsense'" in run(["nonsense"], capsys)[2]
+
+
+def test_a_rank_speaks_for_itself_where_the_first_met_nothing(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, _, err = run(["nonsense"], capsys)
+    assert (code, len(waited)) == (2, 1)
+    assert "unknown command 'nonsense'" in err
+
+
+def test_ranks_that_were_asked_to_stop_end_at_once(monkeypatch, capsys):
+    def stopped(words):
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("megacoder.cli.main._dispatch", stopped)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run([], capsys) == (130, "", "")
 
 
 def test_a_group_without_its_second_word_lists_them(capsys):

@@ -13,7 +13,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path):
     config = load_toml(RunConfig, path)
-    assert config.layout(1).num_microbatches == 2 * config.layout(2).num_microbatches
+    assert config.layout(1).schedule.num_microbatches == 2 * config.layout(2).schedule.num_microbatches
     assert path.stem.endswith(f"_{config.model.num_params / 1e6:.0f}m")
 
 

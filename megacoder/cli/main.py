@@ -4,9 +4,11 @@
 one line on stderr; under torchrun only as many lines as there are failing ranks.
 """
 
+import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from megacoder.core.config import nearest
@@ -35,6 +37,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Sub-commands in the order in which `--help` shows them."""
 
+INTERRUPTED = 130
+"""Exit code of what SIGINT or SIGTERM has ended."""
+FIRST_RANK_SECONDS = 10.0
+"""How much later than others the first rank of a machine may meet what all meet alike."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one sub-command; exits with 0, or with the error's code after one line on stderr."""
@@ -48,15 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(error.exit_code)  # on the way through torch's destructors a process may wait for the rank that is lost
     except MegacoderError as error:
-        # What every rank of a machine meets alike is said once, by its first.
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(error.exit_code)
+            _leave_it_to_the_first(error.exit_code)
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -82,6 +88,20 @@ def _dispatch(words: list[str]) -> None:
     match = nearest(words[0], [name.split()[0] for name in COMMANDS])
     hint = f"did you mean {match!r}? " if match else ""
     raise ConfigError(f"unknown command {words[0]!r}; {hint}see megacoder --help")
+
+
+def _leave_it_to_the_first(code: int) -> None:
+    """What every rank of a machine meets alike is said once, by its first; returns where that has met no such thing.
+
+    Torchrun ends all ranks as soon as it sees that one has failed. Were another to end before the first, which may
+    have started later, nobody would say why. Ranks that were asked to stop torchrun awaits, one as all.
+    """
+    if code == INTERRUPTED:
+        sys.exit(code)
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(FIRST_RANK_SECONDS)
+        return
+    sys.exit(code)
 
 
 def _usage() -> str:

@@ -3,7 +3,7 @@
 Two kinds of copies receive different gradients on their ranks, which only together are the weight's: norms under
 sequence parallelism, where each rank has its own tokens; and key-value heads that ranks share when there are fewer
 heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already. A
-tied embedding in two stages is summed by `megacoder.model.stage.sum_tied_gradients`.
+tied embedding in two stages is summed by `megacoder.model.partition.sum_tied_gradients`.
 
 These sums end a step, so that data-parallel ranks cannot reduce such gradients before: `late_parameters` says which.
 """

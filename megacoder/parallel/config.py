@@ -30,7 +30,6 @@ class ParallelConfig:
     """stages per pipeline rank; a choice for interleaved only (2 unless given)"""
     layers_per_stage: tuple[int, ...] | None = None
     """layers of each stage, first to last; left out, stages take equal time, the head counted"""
-
     bucket_elements: int = BUCKET_ELEMENTS
     """gradients that travel together; smaller buckets leave earlier, larger ones use the network better"""
 
@@ -39,7 +38,6 @@ class ParallelConfig:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ConfigError(f"parallel.{axis} = {size}: needs at least 1")
-
         if self.bucket_elements < 1:
             raise ConfigError(f"parallel.bucket_elements = {self.bucket_elements}: needs at least 1")
 

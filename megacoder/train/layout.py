@@ -48,7 +48,17 @@ class LayoutRequest:
     def layout(self, world_size: int) -> "Layout":
         """The layout on `world_size` ranks; ConfigError with the reason and the nearest that work if there is none."""
         dims = self.parallel.dims(world_size)
-        self._schedule(dims, 1)  # what is wrong with it is wrong in every layout
+        self._schedule(dims, 1)  # what is wrong with it, or with the batch alone, is wrong in every layout
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = "
+                f"{self.micro_batch_size}"
+            )
+        if world_size == 1 < dims.world_size:
+            needed = dims.world_size
+            raise ConfigError(
+                f"{dims} needs {needed} ranks, this is one alone; start them with --nproc {needed} or torchrun"
+            )
         try:
             if dims.world_size != world_size:
                 raise ConfigError(f"{dims} needs {dims.world_size} ranks, there are {world_size}")
@@ -91,7 +101,8 @@ class LayoutRequest:
             self._check_sizes(dims)
         except ConfigError:
             return False
-        return True
+        given = self.parallel.layers_per_stage
+        return given is None or len(given) == self._schedule(dims, 1).stage_map.num_stages
 
     def _advice(self, dims: ParallelDims, world_size: int) -> str:
         nearest = dims.nearest(world_size, works=self._works)
@@ -111,11 +122,6 @@ class Layout:
     """which layers the stages hold"""
     layer_costs: LayerCosts
     """the predicted time of each kind of layer"""
-
-    @property
-    def num_microbatches(self) -> int:
-        """Of a replica, per update."""
-        return self.schedule.num_microbatches
 
     @cached_property
     def program(self) -> Program:

@@ -18,7 +18,7 @@ import torch
 from megacoder.core.config import load_toml
 from megacoder.core.console import progress, say
 from megacoder.core.device import faster_dtype, probe
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.memory import keep_freed_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
@@ -159,7 +159,7 @@ class Trainer:
         )
         self.skipped_in_a_row = 0 if engine.optimizer.num_updates > updates else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise MegacoderError(
+            raise AlikeOnAllRanks(
                 f"step {self.step + 1}: the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower "
                 f"schedule.peak_lr = {self.config.schedule.peak_lr} or go back to an earlier checkpoint"
             )

@@ -20,14 +20,22 @@ def _few_threads():
 
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request, monkeypatch):
-    """Runs a test once with the compiled kernels and once on the torch path that replaces them."""
-    from megacoder.ops import cpp
+    """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.
 
-    if request.param == "torch":
+    On a CPU those include torch's own flash attention, which serves where our kernels are not built.
+    """
+    from megacoder.ops import backends, cpp
+
+    on_gpu = torch.cuda.is_available()
+    if request.param == "torch" and on_gpu:
+        monkeypatch.setattr(backends, "_asked", lambda: dict.fromkeys(backends.OPS, "torch"))
+    elif request.param == "torch":
         monkeypatch.setattr(cpp, "_cpp", None)
-    elif cpp._cpp is None:
+    elif not cpp.is_built() and not on_gpu:
         pytest.skip("the C++ kernels are not built here")
-    return request.param
+    backends.candidates.cache_clear()
+    yield request.param
+    backends.candidates.cache_clear()
 
 
 @pytest.fixture(scope="session")

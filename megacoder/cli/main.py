@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
+    "ops": ("megacoder.cli.ops", "which kernels run on this machine, and why the others do not"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
     "checkpoint export": ("megacoder.cli.checkpoint_export", "a run's weights as a Hugging Face folder"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megacoder.core.errors import ConfigError
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.backends import backend
+from megacoder.ops.cpp import address, kernels
 
 __all__ = ["AdamWConfig", "adamw_", "sum_of_squares"]
 
@@ -55,10 +56,9 @@ def adamw_(
     """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype."""
     decay = config.weight_decay if decayed else 0.0
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
-    kernels = kernels_for(weight)
-    if kernels is not None:
+    if backend("adamw", weight) == "cpp":
         state = [address(t, torch.float32, weight.numel()) for t in (master, exp_avg, exp_avg_sq, grad)]
-        kernels.adamw(
+        kernels().adamw(
             weight.dtype == torch.bfloat16, *state, address(weight, weight.dtype), weight.numel(), grad_scale, lr,
             config.beta1, config.beta2, config.eps, decay, correction1, correction2,
         )  # fmt: skip
@@ -73,7 +73,6 @@ def adamw_(
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """fp64 scalar; the order of summation does not depend on the number of threads."""
-    kernels = kernels_for(values)
-    if kernels is not None and values.dtype == torch.float32:
-        return torch.tensor(kernels.sum_of_squares(address(values, torch.float32), values.numel()), dtype=torch.float64)
+    if values.dtype == torch.float32 and backend("adamw", values) == "cpp":
+        return torch.tensor(kernels().sum_of_squares(address(values, torch.float32), values.numel()), dtype=torch.float64)
     return values.double().pow(2).sum()

@@ -12,7 +12,13 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.stage import Microbatch, Stage, forward_backward
 from megacoder.model.transformer import Transformer
-from megacoder.ops.attention import DocumentMask, attention_backward, attention_forward, attention_reference, causal_mask
+from megacoder.ops.attention import (
+    DocumentMask,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    causal_mask,
+)
 from megacoder.ops.backends import OPS, backend
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
@@ -145,7 +151,10 @@ def _compare(batch, heads, kv_heads, dim, length, *, num_keys, query_start=0, do
 
     exact, rounded = plain([tensor.double() for tensor in draws]), plain(draws)
     out, lse = attention_forward(*draws, query_start=query_start, documents=documents)
-    ours = [out.transpose(1, 2), *attention_backward(grad, *draws, out, lse, query_start=query_start, documents=documents)]
+    ours = [
+        out.transpose(1, 2),
+        *attention_backward(grad, *draws, out, lse, query_start=query_start, documents=documents),
+    ]
     for what, true, mine, theirs in zip(("out", "dq", "dk", "dv"), exact, ours, rounded, strict=True):
         error, allowed = ((tensor.double() - true).norm() / true.norm() for tensor in (mine, theirs))
         assert error <= 2 * allowed + 2e-3, f"{what}: {error:.2e} against {allowed:.2e}"

@@ -286,7 +286,9 @@ def _is_there(path: Path, here: dict[str, Any], asked: dict[str, Any]) -> bool:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     same = ("processor", "commit")
     return any(
-        row["options"] == asked and all(row["machine"][key] == here[key] for key in same) and "failed" not in row["result"]
+        row["options"] == asked
+        and all(row["machine"][key] == here[key] for key in same)
+        and "failed" not in row["result"]
         for row in rows
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megacoder.core.config import nearest
+from megacoder.core.device import cuda_kernels
 from megacoder.core.errors import ConfigError
 from megacoder.ops import cpp
 
@@ -76,7 +77,7 @@ def _no_cudnn() -> str | None:
 
 
 def _no_cuda() -> str | None:
-    return _no_gpu() or "not built"
+    return _no_gpu() or (None if cuda_kernels() == "built" else cuda_kernels())
 
 
 def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:

@@ -150,11 +150,9 @@ def _compare(batch, heads, kv_heads, dim, length, *, num_keys, query_start=0, do
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
     exact, rounded = plain([tensor.double() for tensor in draws]), plain(draws)
-    out, lse = attention_forward(*draws, query_start=query_start, documents=documents)
-    ours = [
-        out.transpose(1, 2),
-        *attention_backward(grad, *draws, out, lse, query_start=query_start, documents=documents),
-    ]
+    masks = {"query_start": query_start, "documents": documents}
+    out, lse = attention_forward(*draws, **masks)
+    ours = [out.transpose(1, 2), *attention_backward(grad, *draws, out, lse, **masks)]
     for what, true, mine, theirs in zip(("out", "dq", "dk", "dv"), exact, ours, rounded, strict=True):
         error, allowed = ((tensor.double() - true).norm() / true.norm() for tensor in (mine, theirs))
         assert error <= 2 * allowed + 2e-3, f"{what}: {error:.2e} against {allowed:.2e}"

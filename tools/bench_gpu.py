@@ -13,6 +13,7 @@ and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in pl
 hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours.
 """
 
+import itertools
 import json
 import os
 import re
@@ -247,7 +248,9 @@ def measure(options: Options) -> dict[str, Any]:
     began = time.perf_counter()
     step = build(config, options)
     torch.cuda.reset_peak_memory_stats()
-    loss = [step() for _ in range(3)][0]
+    first = step()
+    for _ in range(2):
+        step()
     torch.cuda.synchronize()
     warm = time.perf_counter() - began
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(options.steps + 1)]
@@ -256,7 +259,7 @@ def measure(options: Options) -> dict[str, Any]:
         last = step()
         mark.record()
     torch.cuda.synchronize()
-    seconds = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+    seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
     tokens = options.batch * options.sequence * options.accumulate
     rate = tokens / statistics.median(seconds)
     flops = {
@@ -276,21 +279,19 @@ def measure(options: Options) -> dict[str, Any]:
         "mfu_full_attention": round(rate * flops["full"] / DENSE_BF16_PEAK, 4),
         "mfu_causal_attention": round(rate * flops["causal"] / DENSE_BF16_PEAK, 4),
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "loss": [round(loss, 4), round(last, 4)],
+        "loss": [round(first, 4), round(last, 4)],
         "seconds_to_build_and_warm_up": round(warm, 1),
         "milliseconds_by_kind": budget(step, options.kernels),
     }
 
 
 def _is_there(path: Path, here: dict[str, Any], asked: dict[str, Any]) -> bool:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    same = ("processor", "commit")
-    return any(
-        row["options"] == asked
-        and all(row["machine"][key] == here[key] for key in same)
-        and "failed" not in row["result"]
-        for row in rows
-    )
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        same = row["options"] == asked and all(row["machine"][key] == here[key] for key in ("processor", "commit"))
+        if same and "failed" not in row["result"]:
+            return True
+    return False
 
 
 def main() -> None:

@@ -64,8 +64,7 @@ def adamw_(
     name = backend("adamw", weight)
     if name == "cuda":
         scalars = torch.tensor([lr, grad_scale, correction1, correction2, 0.0], device=weight.device)
-        state = (weight, master, exp_avg, exp_avg_sq, grad)
-        adamw_with_scalars_(*state, config=config, scalars=scalars, decayed=decayed)
+        adamw_with_scalars_(weight, master, exp_avg, exp_avg_sq, grad, config=config, scalars=scalars, decayed=decayed)
         return
     if name == "cpp":
         state = [address(t, torch.float32, weight.numel()) for t in (master, exp_avg, exp_avg_sq, grad)]

@@ -91,7 +91,8 @@ def attention_forward(
     if name == "cudnn":
         return fused.cudnn_forward(q_BHSK, k_BGPK, v_BGPK)
     if name == "flash":
-        return fused.flash_forward(q_BHSK, *_for_flash(heads, k_BGPK, v_BGPK), documents)
+        k, v = _for_flash(heads, k_BGPK, v_BGPK)
+        return fused.flash_forward(q_BHSK, k, v, documents)
     q_NSK, k_NPK, v_NPK = _merge(q_BHSK, *_expand(heads, k_BGPK, v_BGPK))
     out_NSK = torch.empty_like(q_NSK)
     lse_NS = q_NSK.new_empty(batch * heads, length, dtype=torch.float32)

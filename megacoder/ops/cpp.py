@@ -1,4 +1,4 @@
-"""The door to the compiled CPU kernels (csrc/cpp): which tensors they take, and how their addresses are passed.
+"""The door to the compiled CPU kernels (csrc/cpp): which tensors they take, and how any kernel's addresses are passed.
 
 The extension is optional. `kernels_for` returns None where it is missing or does not apply, and the caller then takes
 its torch path; nothing else in the library asks whether it is there.
@@ -21,6 +21,7 @@ def _load() -> ModuleType | None:
 
 
 _cpp = _load()
+_CPU = torch.device("cpu")
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
@@ -30,16 +31,21 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
     return None
 
 
-def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int, device: torch.device = _CPU) -> int:
     """A tensor's address, 0 for None. The kernels see nothing else of it: what they take for granted is checked here.
 
-    Raises ValueError unless the tensor is contiguous, on the CPU, of `dtype`, and of `shape` where that is given.
+    Raises ValueError unless the tensor is contiguous, on `device`, of `dtype`, and of `shape` where that is given.
     """
     if tensor is None:
         return 0
-    if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.is_cuda or (shape and tensor.shape != shape):
+    if (
+        not tensor.is_contiguous()
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or (shape and tensor.shape != shape)
+    ):
         raise ValueError(
-            f"a kernel takes contiguous {dtype} {list(shape) or ''}; got {tensor.dtype} {list(tensor.shape)} with "
-            f"strides {list(tensor.stride())} on {tensor.device}"
+            f"a kernel takes contiguous {dtype} {list(shape) or ''} on {device}; got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
         )
     return tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""The door to the compiled CPU kernels (csrc/cpp): the module, and how tensors' addresses are passed.
+"""The door to the compiled CPU kernels (csrc/cpp): the module, and how any kernel is given a tensor's address.
 
 The extension is optional; `megacoder.ops.backends` asks whether it is there, and callers then have their torch path.
 """
@@ -20,6 +20,7 @@ def _load() -> ModuleType | None:
 
 
 _cpp = _load()
+_CPU = torch.device("cpu")
 
 
 def is_built() -> bool:
@@ -33,16 +34,21 @@ def kernels() -> ModuleType:
     return _cpp
 
 
-def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int, device: torch.device = _CPU) -> int:
     """A tensor's address, 0 for None. The kernels see nothing else of it: what they take for granted is checked here.
 
-    Raises ValueError unless the tensor is contiguous, on the CPU, of `dtype`, and of `shape` where that is given.
+    Raises ValueError unless the tensor is contiguous, on `device`, of `dtype`, and of `shape` where that is given.
     """
     if tensor is None:
         return 0
-    if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.is_cuda or (shape and tensor.shape != shape):
+    if (
+        not tensor.is_contiguous()
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or (shape and tensor.shape != shape)
+    ):
         raise ValueError(
-            f"a kernel takes contiguous {dtype} {list(shape) or ''}; got {tensor.dtype} {list(tensor.shape)} with "
-            f"strides {list(tensor.stride())} on {tensor.device}"
+            f"a kernel takes contiguous {dtype} {list(shape) or ''} on {device}; got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
         )
     return tensor.data_ptr()

@@ -1,9 +1,15 @@
 """Shared by all tests: two threads at most, so that results and time do not depend on the machine's size."""
 
+import os
 import signal
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it as it is imported, which the library may do: so it is set before the library's first import.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from ranks import RankPool
 
 

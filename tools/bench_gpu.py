@@ -212,10 +212,10 @@ def gemm(config: ModelConfig, options: Options) -> Step:
 
 
 KINDS = {
-    "attention": r"cudnn.*(sdpa|fmha|flash|attention)|flash|fmha|sdpa",
+    "attention": r"cudnn|flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|cublas|xmma",
-    "optimizer": r"adam|sum_of_squares|multi_tensor|lpnorm|reduce_norm",
-    "norm": r"rms_norm|norm",
+    "optimizer": r"adam|partial_sums|multi_tensor|lpnorm|reduce_norm",
+    "norm": r"norm|add_sums",
     "swiglu": r"swiglu|silu",
     "rope": r"rope|rotate",
     "loss": r"cross_entropy|softmax|nll",

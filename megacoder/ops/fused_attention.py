@@ -60,21 +60,24 @@ class Pieces:
         """See `DocumentMask.pieces`."""
         first_keys = mask.first_keys_BS.cpu()
         batch, length = first_keys.shape
-        places = torch.arange(mask.query_start, mask.query_start + length).expand(batch, length)
+        places = torch.arange(mask.query_start, mask.query_start + length, device="cpu").expand(batch, length)
         begins = first_keys == places
         begins[:, 0] = True
-        runs_on = first_keys[:, 1:] == first_keys[:, :-1]
-        if not (begins[:, 1:] | runs_on).all() or (first_keys[:, 0] > mask.query_start).any():
-            sequence, query = (~(begins[:, 1:] | runs_on)).nonzero().tolist()[0] if length > 1 else (0, -1)
+        wrong = ~begins
+        wrong[:, 1:] &= first_keys[:, 1:] != first_keys[:, :-1]
+        wrong[:, 0] = first_keys[:, 0] > mask.query_start
+        if wrong.any():
+            sequence, query = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"query {query + 1} of sequence {sequence} begins no document, yet its first key "
-                f"{int(first_keys[sequence, query + 1])} is not that of the query before it"
+                f"the first key of token {mask.query_start + query} of sequence {sequence} is "
+                f"{int(first_keys[sequence, query])}: documents lie one after the other, so it is the token itself, or "
+                "the first key of the token before it"
             )
         starts = begins.flatten().nonzero()[:, 0]
-        stops = torch.cat([starts[1:], torch.tensor([batch * length])])
+        stops = torch.cat([starts[1:], starts.new_tensor([batch * length])])
         num_keys = (places.flatten()[stops - 1] + 1) - first_keys.flatten()[starts]
         query_ends = torch.cat([starts, stops[-1:]])
-        key_ends = torch.cat([torch.zeros(1, dtype=torch.int64), num_keys.cumsum(0)])
+        key_ends = torch.cat([num_keys.new_zeros(1), num_keys.cumsum(0)])
         device = mask.first_keys_BS.device
         return cls(
             query_ends.to(device, torch.int32), key_ends.to(device, torch.int32),
@@ -108,8 +111,8 @@ def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMa
         return query_start == 0 and documents is None
     if q_BHSK.shape[-1] % 8 or not q_BHSK.numel():
         return False
-    if name == "cudnn":
-        return query_start == 0 and documents is None and q_BHSK.shape[-1] <= 128
+    if name == "cudnn":  # of one query and key it says that it does not support them
+        return query_start == 0 and documents is None and q_BHSK.shape[-1] <= 128 and q_BHSK.shape[2] > 1
     return q_BHSK.shape[-1] <= 256
 
 

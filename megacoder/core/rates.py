@@ -6,11 +6,13 @@ so. The limit of memory is what a copy reaches, reads and writes counted, as no 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from megacoder.core.timing import Timer, median_seconds, timer_for
+from megacoder.core.timing import timer_for
 
 __all__ = ["Peak", "copy_rate", "known_peak", "matrix_rate"]
 
@@ -56,36 +58,37 @@ def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
     return None if flops is None else Peak(flops, "dense bf16 by the data sheet")
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
     """FLOP/s of the fastest of some large square products; about `seconds` long.
 
     Large is what takes long enough to be timed, up to a size at which rates no longer grow: a CPU that emulates a dtype
     needs minutes for the product that a GPU needs to show what it can.
     """
-    timer = timer_for(device)
     size, largest = 256, 8192 if device.type == "cuda" else 1536
     while True:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # zeros would take less power
-        best = min(_product_seconds(a, b, timer) for _ in range(2))  # the first may load the library
-        if best > LONG_PRODUCT_SECONDS or size == largest:
-            break
+        multiply = partial(torch.mm, a, b)
+        if _fastest(multiply, device, seconds=0.0) > LONG_PRODUCT_SECONDS or size == largest:
+            return 2.0 * size**3 / _fastest(multiply, device, seconds=seconds)
         size = min(2 * size, largest)
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        best = min(best, _product_seconds(a, b, timer))
-    return 2.0 * size**3 / best
 
 
-def _product_seconds(a: torch.Tensor, b: torch.Tensor, timer: Timer) -> float:
-    first = timer.mark()
-    torch.mm(a, b)
-    last = timer.mark()
-    timer.finish()
-    return timer.seconds(first, last)
-
-
-def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28) -> float:
-    """Bytes/s, read and written ones, of copying `num_bytes`: more than caches hold."""
+def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28, seconds: float = 0.5) -> float:
+    """Bytes/s, read and written ones, of the fastest of some copies of `num_bytes`: more than caches hold."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * num_bytes / median_seconds(lambda: target.copy_(source), device)
+    return 2.0 * num_bytes / _fastest(lambda: target.copy_(source), device, seconds=seconds)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float) -> float:
+    """A limit is what was reached once: of two calls, the first of which may load a library, and more in `seconds`."""
+    timer = timer_for(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < end:
+        first = timer.mark()
+        call()
+        last = timer.mark()
+        timer.finish()
+        times.append(timer.seconds(first, last))
+    return min(times)

@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # Constraints hold in isolated builds too (pip 25.3 renamed the variable for those).
 PIP    := PIP_CONSTRAINT=$(CURDIR)/tools/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/tools/constraints.txt \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet
-SOURCES := setup.py pyproject.toml tools/constraints.txt $(wildcard csrc/cpp/*)
+SOURCES := setup.py pyproject.toml tools/constraints.txt $(wildcard csrc/cpp/* csrc/cuda/*)
 
 .PHONY: quickstart test lint clean
 

@@ -1,9 +1,15 @@
 """Shared by all tests: two threads at most, so that results and time do not depend on the machine's size."""
 
+import os
 import signal
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it as it is imported, which the library may do: so it is set before the library's first import.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from ranks import RankPool
 
 
@@ -20,14 +26,22 @@ def _few_threads():
 
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request, monkeypatch):
-    """Runs a test once with the compiled kernels and once on the torch path that replaces them."""
-    from megacoder.ops import cpp
+    """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.
 
-    if request.param == "torch":
+    On a CPU those include torch's own flash attention, which serves where our kernels are not built.
+    """
+    from megacoder.ops import backends, cpp
+
+    on_gpu = torch.cuda.is_available()
+    if request.param == "torch" and on_gpu:
+        monkeypatch.setattr(backends, "_asked", lambda: dict.fromkeys(backends.OPS, "torch"))
+    elif request.param == "torch":
         monkeypatch.setattr(cpp, "_cpp", None)
-    elif cpp._cpp is None:
+    elif not cpp.is_built() and not on_gpu:
         pytest.skip("the C++ kernels are not built here")
-    return request.param
+    backends.candidates.cache_clear()
+    yield request.param
+    backends.candidates.cache_clear()
 
 
 @pytest.fixture(scope="session")

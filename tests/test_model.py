@@ -11,6 +11,8 @@ from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.flat import FlatParameters
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 SHAPES = {
     "all heads": {},
     "grouped": {"num_key_value_heads": 2},
@@ -51,16 +53,17 @@ def test_hand_scheduled_step_equals_autograd(shape):
     expected = {name: param.grad for name, param in plain.named_parameters()}
 
     model = build(config)
-    FlatParameters(model.named_parameters(), dtype=torch.float32, device=torch.device("cpu"))
-    loss = forward_backward(model, tokens, labels)
+    FlatParameters(model.named_parameters(), dtype=torch.float32, device=DEVICE)
+    batch = tokens.to(DEVICE), labels.to(DEVICE)
+    loss = forward_backward(model, *batch)
     assert loss.num_tokens == 55
     assert loss.total.item() == pytest.approx(plain.loss(tokens, labels).item(), rel=1e-6)
     for name, param in model.named_parameters():
-        assert (param.grad.double() - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+        assert (param.grad.cpu().double() - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
-    forward_backward(model, tokens, labels)  # gradients accumulate
+    forward_backward(model, *batch)  # gradients accumulate
     for name, param in model.named_parameters():
-        assert (param.grad.double() - 2 * expected[name]).norm() <= 2e-5 * expected[name].norm(), name
+        assert (param.grad.cpu().double() - 2 * expected[name]).norm() <= 2e-5 * expected[name].norm(), name
 
 
 @pytest.mark.usefixtures("backend")
@@ -73,12 +76,12 @@ def test_bf16_step_errs_at_most_twice_as_much_as_autograd_in_bf16():
     rounded.loss(tokens, labels).backward()
 
     model = build(config)
-    FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=torch.device("cpu"))
-    forward_backward(model, tokens, labels)
+    FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=DEVICE)
+    forward_backward(model, tokens.to(DEVICE), labels.to(DEVICE))
 
     def error(other):
         pairs = zip(other.parameters(), exact.parameters(), strict=True)
-        return sum((a.grad.double() - b.grad).pow(2).sum() for a, b in pairs).sqrt()
+        return sum((a.grad.cpu().double() - b.grad).pow(2).sum() for a, b in pairs).sqrt()
 
     assert error(model) <= 2 * error(rounded)
 

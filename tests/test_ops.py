@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
-from megacoder.ops.attention import attention, attention_backward, attention_forward, attention_reference, causal_mask
+from megacoder.ops.attention import (
+    DocumentMask,
+    attention,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    causal_mask,
+)
 from megacoder.ops.cross_entropy import (
+    CHUNK_ELEMENTS,
     IGNORE_INDEX,
     linear_cross_entropy,
     linear_cross_entropy_with_grads,
@@ -23,9 +31,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
+
+
 def randn(*shape, dtype=torch.float64, seed=0, scale=1.0):
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
-    return values.to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(DEVICE, dtype)
 
 
 def assert_near(actual, expected, dtype, factor=1.0):
@@ -150,7 +167,9 @@ def test_attention_of_part_of_a_sequence_and_within_documents(
     expected.backward(grad.double().transpose(1, 2))
     k[:, :, query_start + length :], v[:, :, query_start + length :] = torch.nan, torch.nan  # must not be read
 
-    masks = {"query_start": query_start, "first_keys_BS": first_keys}
+    masks = {"query_start": query_start}
+    if first_keys is not None:
+        masks["documents"] = DocumentMask(first_keys, query_start)
     out, lse = attention_forward(q, k, v, **masks)
     assert_near(out.transpose(1, 2), expected.detach(), dtype)
     grads = attention_backward(grad, q, k, v, out, lse, **masks)
@@ -167,7 +186,7 @@ def test_documents_are_as_if_each_were_alone(dtype):
     q, k, v = (randn(1, 2, 400, 16, dtype=dtype, seed=seed) for seed in range(3))
     starts = [0, 1, 130, 256, 400]
     first_keys = first_keys_of([starts], query_start=0, length=400)
-    packed, _ = attention_forward(q, k, v, first_keys_BS=first_keys)
+    packed, _ = attention_forward(q, k, v, documents=DocumentMask(first_keys))
     for first, last in itertools.pairwise(starts):
         alone, _ = attention_forward(*(t[:, :, first:last] for t in (q, k, v)))
         assert_near(packed[:, first:last], alone.double(), dtype)
@@ -187,7 +206,7 @@ def test_masks_that_leave_a_query_nothing_are_refused(first_keys, message):
     q = randn(1, 1, 3, 8, dtype=torch.float32)
     k = randn(1, 1, 4, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
-        attention_forward(q, k, k, query_start=1, first_keys_BS=torch.tensor(first_keys))
+        attention_forward(q, k, k, query_start=1, documents=DocumentMask(torch.tensor(first_keys), 1))
 
 
 def test_too_few_keys_are_refused():
@@ -199,7 +218,7 @@ def test_too_few_keys_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 37, 128])
 def test_linear_cross_entropy(vocab, dtype, monkeypatch):
-    monkeypatch.setattr("megacoder.ops.cross_entropy.CHUNK_ELEMENTS", 128 * 7)  # several chunks, the last one ragged
+    monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 128 * 7)  # several chunks, the last one ragged
     x, weight = randn(23, 12, dtype=dtype), randn(128, 12, dtype=dtype, seed=1)
     labels = torch.arange(23) % vocab
     labels[::5] = IGNORE_INDEX

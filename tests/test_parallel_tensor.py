@@ -17,7 +17,7 @@ from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE_INDEX
 from megacoder.parallel.collectives import World
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters, OwnedRange
@@ -170,7 +170,7 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, sequence_
 def two_microbatches(world, config, chunk_elements):
     model, _ = build(config, on_axis(world, sequence_parallel=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megacoder.ops.cross_entropy.CHUNK_ELEMENTS", chunk_elements)
+        patch.setitem(CHUNK_ELEMENTS, "cpu", chunk_elements)
         tokens, labels = batch_of(config)
         scored = forward_loss(model, tokens, labels).total.item()
         counts = [

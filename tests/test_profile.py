@@ -199,6 +199,7 @@ def test_what_ops_move_and_compute_by_hand():
         "rms_norm forward": 4 * tokens * 24 * 2 + 4 * tokens + 24 * 2,
         "rms_norm backward": 4 * tokens * 24 * 2 + 4 * tokens + 24 * 2 + 8 * 24,
         "rope": 2 * tokens * 6 * 8 * 2 + 8 * tokens + 4 * 16 * 8,
+        "rope backward": 2 * tokens * 8 * 8 * 2 + 8 * tokens + 4 * 16 * 8,
         "swiglu forward": 3 * tokens * 40 * 2,
         "swiglu backward": 6 * tokens * 40 * 2,
         "cross_entropy": 2 * tokens * 112 * 2 + 12 * tokens,

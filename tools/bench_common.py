@@ -1,6 +1,7 @@
 """What every benchmark of this folder records about itself: the machine, the versions, the commit."""
 
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -16,7 +17,9 @@ __all__ = ["commit", "machine", "write_record"]
 
 
 def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
+    """The commit that ran, marked where the tree had changes; MEGACODER_COMMIT says it where only the tree is."""
+    if said := os.environ.get("MEGACODER_COMMIT"):
+        return said
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -31,9 +34,19 @@ def machine(**more: str | int) -> dict[str, str | int]:
     here = probe()
     return {
         "processor": here.device_name, "cores": here.num_cores, "system": platform.platform(),
+        **({"driver": _driver(), "cudnn": torch.backends.cudnn.version() or 0} if here.device_type == "cuda" else {}),
         "python": platform.python_version(), "torch": torch.__version__, **more,
         "megacoder": megacoder.__version__, "commit": commit(), "kernels": cpp_kernels(),
     }  # fmt: skip
+
+
+def _driver() -> str:
+    """Of the GPU."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+    except FileNotFoundError:
+        return "unknown"
 
 
 def write_record(path: Path, *, machine: dict[str, Any], options: Any, results: Any) -> None:

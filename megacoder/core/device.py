@@ -1,14 +1,31 @@
 """The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built."""
 
+import ctypes
 import importlib
 import importlib.util
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-__all__ = ["Machine", "cpp_kernels", "describe_parts", "faster_dtype", "probe"]
+__all__ = [
+    "CUDA_LIBRARY",
+    "CUDA_MAJOR",
+    "Machine",
+    "cpp_kernels",
+    "cuda_kernels",
+    "describe_parts",
+    "faster_dtype",
+    "probe",
+]
+
+CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
+"""Where setup.py puts the CUDA kernels"""
+
+CUDA_MAJOR = 8
+"""They are built for A100 and what came after: the least major number of a GPU's compute capability"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +82,22 @@ def cpp_kernels() -> str:
         return f"not loadable ({error}); the torch paths are used"
 
 
+def cuda_kernels() -> str:
+    """Whether compiled CUDA kernels run here, or why none do."""
+    if not CUDA_LIBRARY.exists():
+        return "not built (that takes nvcc when megacoder is installed); the torch paths are used"
+    try:
+        ctypes.CDLL(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"not loadable ({error}); the torch paths are used"
+    if not torch.cuda.is_available():
+        return "built; no GPU that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    if major < CUDA_MAJOR:
+        return f"built for compute capability {CUDA_MAJOR}.0 and up; this GPU's is {major}.{minor}"
+    return "built"
+
+
 def describe_parts() -> list[tuple[str, str]]:
     """(part, state) rows for `megacoder --version --verbose`."""
     machine = probe()
@@ -72,6 +105,7 @@ def describe_parts() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("device", f"{machine.device_name} ({machine.num_devices} x {machine.device_type}, {machine.num_cores} cores)"),
         ("C++ kernels", cpp_kernels()),
+        ("CUDA kernels", cuda_kernels()),
         ("transformers", "installed" if importlib.util.find_spec("transformers") else "not installed (optional)"),
     ]
 

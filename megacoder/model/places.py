@@ -6,6 +6,7 @@ the rotary embedding. They are one where a sequence is one document. Where docum
 count from each document's beginning, so that it reads as if it were alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megacoder.data.segments import position_ids
-from megacoder.ops.attention import causal_mask
+from megacoder.ops.attention import DocumentMask, causal_mask
 from megacoder.parallel.context import UNCUT, ContextParallel
 
 __all__ = ["Places"]
@@ -27,6 +28,8 @@ class Places:
     """rotary positions, int64"""
     first_keys_BL: Tensor | None = None
     """place in the whole sequence of the first token that each may see, int64; None: the sequence's first"""
+    documents: Sequence[DocumentMask] | None = None
+    """the same for the hand-scheduled attention, one for each chunk that the rank holds; layers share what it costs"""
 
     @classmethod
     def of(
@@ -47,7 +50,8 @@ class Places:
         if starts_BS is None:
             return cls(positions_BL=places_L.repeat(batch, 1))
         positions_BL = cp.part(position_ids(starts_BS))
-        return cls(positions_BL=positions_BL, first_keys_BL=places_L - positions_BL)
+        first_keys_BL = places_L - positions_BL
+        return cls(positions_BL=positions_BL, first_keys_BL=first_keys_BL, documents=cp.documents(first_keys_BL))
 
     @property
     def batch(self) -> int:

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from megacoder.model.config import ModelConfig
@@ -27,7 +26,7 @@ from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
-from megacoder.ops.rope import apply_rope_
+from megacoder.ops.rope import apply_rope_, gather_unrotate
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 from megacoder.parallel.context import context_attention_backward, context_attention_forward, start_gather_keys
 from megacoder.parallel.layers import Linear
@@ -188,7 +187,7 @@ def _attention_half(
     apply_rope_(qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
     q, k, v = _heads(layer, qkv_TC, places.batch)
     whole_kv = start_gather_keys(k, v, attn.cp)()
-    out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, first_keys_BL=places.first_keys_BL)
+    out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)
     partial_TD = out_BSHK.view(qkv_TC.shape[0], -1) @ attn.o_proj.weight.detach().t()
     stream_ND = start_reduce(partial_TD, tp).wait()
     mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input)
@@ -233,14 +232,10 @@ def layer_backward(
     wait_for_kv = start_gather_keys(k, v, attn.cp)
     grad_attn_BSHK = (grad_TD @ attn.o_proj.weight.detach()).view(attention.out.shape)
     grad_q, wait_for_grad_kv = context_attention_backward(
-        grad_attn_BSHK, q, *wait_for_kv(), attention.out, attention.lse, attn.cp, first_keys_BL=places.first_keys_BL
+        grad_attn_BSHK, q, *wait_for_kv(), attention.out, attention.lse, attn.cp, documents=places.documents
     )
     weight_grads.add(attn.o_proj, grad_TD, attention.out.view(grad_TD.shape[0], -1))
-    grad_qkv_TC = torch.empty_like(attention.qkv)
-    for target, grad in zip(_heads(layer, grad_qkv_TC, places.batch), (grad_q, *wait_for_grad_kv()), strict=True):
-        target.copy_(grad)
-    rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
-    apply_rope_(grad_qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim, inverse=True)
+    grad_qkv_TC = gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, places.positions_BL.flatten())
     reducing = start_reduce(grad_qkv_TC @ attn.qkv_proj.weight.detach(), tp)
     weight_grads.add(attn.qkv_proj, grad_qkv_TC, gathering.wait())
     weight = layer.input_layernorm.weight

@@ -2,6 +2,10 @@
 
 State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
 same pass. `grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
+
+On a GPU with the compiled kernels, what changes from step to step (`update_scalars`) is formed on the device and stays
+there, the decision to leave an update out included: between the last backward and the new weights nothing waits for the
+host.
 """
 
 import math
@@ -11,9 +15,11 @@ import torch
 from torch import Tensor
 
 from megacoder.core.errors import ConfigError
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops import cuda
+from megacoder.ops.backends import backend
+from megacoder.ops.cpp import address, kernels
 
-__all__ = ["AdamWConfig", "adamw_", "sum_of_squares"]
+__all__ = ["AdamWConfig", "adamw_", "adamw_with_scalars_", "sum_of_squares", "update_scalars"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,14 @@ def adamw_(
     """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype."""
     decay = config.weight_decay if decayed else 0.0
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
-    kernels = kernels_for(weight)
-    if kernels is not None:
+    name = backend("adamw", weight)
+    if name == "cuda":
+        scalars = torch.tensor([lr, grad_scale, correction1, correction2, 0.0], device=weight.device)
+        adamw_with_scalars_(weight, master, exp_avg, exp_avg_sq, grad, config=config, scalars=scalars, decayed=decayed)
+        return
+    if name == "cpp":
         state = [address(t, torch.float32, weight.numel()) for t in (master, exp_avg, exp_avg_sq, grad)]
-        kernels.adamw(
+        kernels().adamw(
             weight.dtype == torch.bfloat16, *state, address(weight, weight.dtype), weight.numel(), grad_scale, lr,
             config.beta1, config.beta2, config.eps, decay, correction1, correction2,
         )  # fmt: skip
@@ -71,9 +81,50 @@ def adamw_(
     weight.copy_(master)
 
 
+def update_scalars(
+    squares: Tensor, *, config: AdamWConfig, lr: float, num_updates: int, num_tokens: int, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """(what `adamw_with_scalars_` reads, fp64 norm of the mean gradient), on the device of `squares`, not waited for.
+
+    `squares` is the sum of squared gradient sums. Where it is not finite the norm is infinite and the update left out.
+    """
+    device = squares.device
+    scalars, norm = torch.empty(cuda.ADAMW_SCALARS, device=device), torch.empty_like(squares)
+    cuda.adamw_scalars(
+        squares, torch.tensor(float(num_tokens), dtype=torch.float64, device=device), torch.tensor(lr, device=device),
+        torch.tensor(num_updates, device=device),
+        max_grad_norm=max_grad_norm, beta1=config.beta1, beta2=config.beta2, scalars=scalars, norm=norm,
+    )  # fmt: skip
+    return scalars, norm
+
+
+def adamw_with_scalars_(
+    weight: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    config: AdamWConfig,
+    scalars: Tensor,
+    decayed: bool,
+) -> None:
+    """`adamw_` by the backend "cuda" alone, with learning rate, step and scale in device memory."""
+    cuda.adamw_cuda_(
+        weight, master, exp_avg, exp_avg_sq, grad, scalars,
+        beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay if decayed else 0.0,
+    )  # fmt: skip
+
+
 def sum_of_squares(values: Tensor) -> Tensor:
     """fp64 scalar; the order of summation does not depend on the number of threads."""
-    kernels = kernels_for(values)
-    if kernels is not None and values.dtype == torch.float32:
-        return torch.tensor(kernels.sum_of_squares(address(values, torch.float32), values.numel()), dtype=torch.float64)
+    name = backend("adamw", values) if values.dtype == torch.float32 else "torch"
+    if name == "cuda":
+        out = torch.empty((), dtype=torch.float64, device=values.device)
+        cuda.sum_of_squares_cuda(values, out)
+        return out
+    if name == "cpp":
+        return torch.tensor(
+            kernels().sum_of_squares(address(values, torch.float32), values.numel()), dtype=torch.float64
+        )
     return values.double().pow(2).sum()

@@ -8,20 +8,32 @@ to its own token. Queries may be those of a part of the sequence: the same primi
 Why a blocked path: torch's CPU flash kernel reaches 80 GFLOP/s in bf16 on two cores where batched GEMMs reach 700.
 Scores of one block of queries against the keys before it go through batched GEMMs, with softmax in one fused pass
 between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward forms the scores again. Keys that no
-query of a block sees are skipped, so that packing short documents into long sequences costs less, not more. Masks that
-torch's kernels cannot honour take the blocked path too, with torch in the place of our fused pass.
+query of a block sees are skipped, so that packing short documents into long sequences costs less, not more. Masks and
+dtypes that no fused kernel honours (`megacoder.ops.fused_attention`) take the blocked path too, with torch in the place
+of our fused pass.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops import fused_attention as fused
+from megacoder.ops.backends import backend
+from megacoder.ops.cpp import address, kernels
+from megacoder.ops.fused_attention import DocumentMask
 
-__all__ = ["attention", "attention_backward", "attention_forward", "attention_reference", "causal_mask"]
+__all__ = [
+    "DocumentMask",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_reference",
+    "causal_mask",
+]
 
 BLOCK_QUERIES = {torch.bfloat16: 256, torch.float32: 64}
 """Queries per block, the fastest of 64, 128 and 256 at S=512: smaller blocks skip more of the future, larger ones feed
@@ -65,26 +77,29 @@ def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | 
 
 
 def attention_forward(
-    q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, query_start: int = 0, first_keys_BS: Tensor | None = None
+    q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, query_start: int = 0, documents: DocumentMask | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal.
 
     Queries are tokens `query_start`, `query_start` + 1, ... of their sequences, keys tokens 0, 1, ...; those behind the
-    last query are not read. `first_keys_BS` (int64) is the first key that each query sees, at most its own token's
-    number: the beginning of its document, where sequences are packed.
+    last query are not read. `documents`, for the same queries, keeps each to its own document where sequences are
+    packed.
     """
     batch, heads, length, dim = q_BHSK.shape
-    k_BHPK, v_BHPK = _expand(heads, *_reached(query_start + length, k_BGPK, v_BGPK))
-    if _is_for_flash(q_BHSK, query_start, first_keys_BS):
-        out, lse = _flash_forward(q_BHSK, k_BHPK, v_BHPK)
-        return out.transpose(1, 2).contiguous(), lse
-    q_NSK, k_NPK, v_NPK = _merge(q_BHSK, k_BHPK, v_BHPK)
+    k_BGPK, v_BGPK = _reached(query_start + length, k_BGPK, v_BGPK)
+    name = _backend(q_BHSK, query_start, documents)
+    if name == "cudnn":
+        return fused.cudnn_forward(q_BHSK, k_BGPK, v_BGPK)
+    if name == "flash":
+        k, v = _for_flash(heads, k_BGPK, v_BGPK)
+        return fused.flash_forward(q_BHSK, k, v, documents)
+    q_NSK, k_NPK, v_NPK = _merge(q_BHSK, *_expand(heads, k_BGPK, v_BGPK))
     out_NSK = torch.empty_like(q_NSK)
     lse_NS = q_NSK.new_empty(batch * heads, length, dtype=torch.float32)
-    for block in _blocks(q_BHSK, query_start, first_keys_BS):
+    for block in _blocks(q_BHSK, query_start, documents):
         rows, queries, keys = block.rows, block.queries, block.keys
         scores = torch.bmm(q_NSK[rows, queries], k_NPK[rows, keys].mT)
-        lse_NS[rows, queries] = _softmax_(scores, block, dim**-0.5)
+        lse_NS[rows, queries] = _softmax_(scores, block, dim**-0.5, name)
         out_NSK[rows, queries] = torch.bmm(scores, v_NPK[rows, keys])
     return out_NSK.unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), lse_NS.unflatten(0, (batch, heads))
 
@@ -98,26 +113,29 @@ def attention_backward(
     lse_BHS: Tensor,
     *,
     query_start: int = 0,
-    first_keys_BS: Tensor | None = None,
+    documents: DocumentMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_q (B, H, S, K), grad_k, grad_v (B, G, P, K)); gradients of shared heads are summed over their queries."""
     batch, heads, length, dim = q_BHSK.shape
-    k_BHPK, v_BHPK = _expand(heads, *_reached(query_start + length, k_BGPK, v_BGPK))
-    grad_out_BHSK = grad_out_BSHK.transpose(1, 2)
-    if _is_for_flash(q_BHSK, query_start, first_keys_BS):
-        grad_q, grad_k, grad_v = _flash_backward(
-            grad_out_BHSK, q_BHSK, k_BHPK, v_BHPK, out_BSHK.transpose(1, 2), lse_BHS
-        )
+    k_BGRK, v_BGRK = _reached(query_start + length, k_BGPK, v_BGPK)
+    grad_out_BHSK, out_BHSK = grad_out_BSHK.transpose(1, 2), out_BSHK.transpose(1, 2)
+    name = _backend(q_BHSK, query_start, documents)
+    if name == "cudnn":
+        grad_q, grad_k, grad_v = fused.cudnn_backward(grad_out_BHSK, q_BHSK, k_BGRK, v_BGRK, out_BHSK, lse_BHS)
         return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)
-    q_NSK, k_NPK, v_NPK, grad_out_NSK = _merge(q_BHSK, k_BHPK, v_BHPK, grad_out_BHSK)
+    if name == "flash":
+        k, v = _for_flash(heads, k_BGRK, v_BGRK)
+        grad_q, grad_k, grad_v = fused.flash_backward(grad_out_BHSK, q_BHSK, k, v, out_BHSK, lse_BHS, documents)
+        return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)
+    q_NSK, k_NPK, v_NPK, grad_out_NSK = _merge(q_BHSK, *_expand(heads, k_BGRK, v_BGRK), grad_out_BHSK)
     delta_NS = (grad_out_BSHK.float() * out_BSHK.float()).sum(-1).transpose(1, 2).flatten(0, 1).contiguous()
     lse_NS = lse_BHS.flatten(0, 1)
     grad_q_NSK, grad_k_NPK, grad_v_NPK = torch.empty_like(q_NSK), torch.zeros_like(k_NPK), torch.zeros_like(v_NPK)
-    for block in _blocks(q_BHSK, query_start, first_keys_BS):
+    for block in _blocks(q_BHSK, query_start, documents):
         rows, queries, keys = block.rows, block.queries, block.keys
         q, k, v, grad_out = q_NSK[rows, queries], k_NPK[rows, keys], v_NPK[rows, keys], grad_out_NSK[rows, queries]
         scores, grad_scores = torch.bmm(q, k.mT), torch.bmm(grad_out, v.mT)
-        _softmax_backward_(scores, grad_scores, lse_NS[rows, queries], delta_NS[rows, queries], block, dim**-0.5)
+        _softmax_backward_(scores, grad_scores, lse_NS[rows, queries], delta_NS[rows, queries], block, dim**-0.5, name)
         grad_q_NSK[rows, queries] = torch.bmm(grad_scores, k)
         grad_k_NPK[rows, keys] += torch.bmm(grad_scores.mT, q)
         grad_v_NPK[rows, keys] += torch.bmm(scores.mT, grad_out)
@@ -126,6 +144,15 @@ def attention_backward(
         grad_q_NSK.unflatten(0, split),
         _like(k_BGPK, grad_k_NPK.unflatten(0, split)),
         _like(v_BGPK, grad_v_NPK.unflatten(0, split)),
+    )
+
+
+def _backend(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> str:
+    """ValueError for documents of other queries than these."""
+    if documents is not None and documents.query_start != query_start:
+        raise ValueError(f"documents of queries from {documents.query_start} on for queries from {query_start} on")
+    return backend(
+        "attention", q_BHSK, able=partial(fused.serves, q_BHSK=q_BHSK, query_start=query_start, documents=documents)
     )
 
 
@@ -148,9 +175,10 @@ class _Block(NamedTuple):
         return ~_seen(places_Q, num_keys, self.first_keys_Q)
 
 
-def _blocks(q_BHSK: Tensor, query_start: int, first_keys_BS: Tensor | None) -> Iterator[_Block]:
+def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Iterator[_Block]:
     """The blocks, each with BLOCK_ELEMENTS scores at most if that is one head's; of one sequence where masks differ."""
     batch, num_heads, length, _ = q_BHSK.shape
+    first_keys_BS = None if documents is None else documents.first_keys_BS
     if first_keys_BS is not None:
         _check(first_keys_BS, batch, range(query_start, query_start + length))
     size = min(length, BLOCK_QUERIES.get(q_BHSK.dtype, 64))
@@ -184,10 +212,9 @@ def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
         raise ValueError(f"the first key of token {own} of sequence {sequence} is {first}; it must be from 0 to {own}")
 
 
-def _softmax_(scores_NQP: Tensor, block: _Block, scale: float) -> Tensor:
+def _softmax_(scores_NQP: Tensor, block: _Block, scale: float, backend_name: str) -> Tensor:
     """Raw scores become probabilities, in place; returns lse (N, Q) fp32."""
-    kernels = kernels_for(scores_NQP)
-    if kernels is None:
+    if backend_name == "torch":
         hidden = block.hidden(scores_NQP.device)
         scaled = (scores_NQP.to(_wide(scores_NQP)) * scale).masked_fill_(hidden, float("-inf"))
         lse = scaled.logsumexp(-1)
@@ -195,7 +222,7 @@ def _softmax_(scores_NQP: Tensor, block: _Block, scale: float) -> Tensor:
         return lse
     rows, queries, keys = scores_NQP.shape
     lse = scores_NQP.new_empty(rows, queries, dtype=torch.float32)
-    kernels.attention_softmax(
+    kernels().attention_softmax(
         scores_NQP.dtype == torch.bfloat16, address(scores_NQP, scores_NQP.dtype), address(lse, torch.float32),
         address(block.first_keys_Q, torch.int64, queries), rows * queries, queries, keys, block.visible, scale,
     )  # fmt: skip
@@ -203,11 +230,16 @@ def _softmax_(scores_NQP: Tensor, block: _Block, scale: float) -> Tensor:
 
 
 def _softmax_backward_(
-    scores_NQP: Tensor, grad_NQP: Tensor, lse_NQ: Tensor, delta_NQ: Tensor, block: _Block, scale: float
+    scores_NQP: Tensor,
+    grad_NQP: Tensor,
+    lse_NQ: Tensor,
+    delta_NQ: Tensor,
+    block: _Block,
+    scale: float,
+    backend_name: str,
 ) -> None:
     """Raw scores become probabilities, and the probabilities' gradients the raw scores', in place."""
-    kernels = kernels_for(scores_NQP)
-    if kernels is None:
+    if backend_name == "torch":
         wide, hidden = _wide(scores_NQP), block.hidden(scores_NQP.device)
         probability = (scores_NQP.to(wide) * scale - lse_NQ[..., None]).exp_().masked_fill_(hidden, 0.0)
         grad_NQP.copy_((grad_NQP.to(wide) - delta_NQ[..., None]) * probability * scale)
@@ -215,7 +247,7 @@ def _softmax_backward_(
         return
     rows, queries, keys = scores_NQP.shape
     lse_NQ, delta_NQ = lse_NQ.contiguous(), delta_NQ.contiguous()
-    kernels.attention_softmax_backward(
+    kernels().attention_softmax_backward(
         scores_NQP.dtype == torch.bfloat16, address(scores_NQP, scores_NQP.dtype),
         address(grad_NQP, scores_NQP.dtype, rows, queries, keys), address(lse_NQ, torch.float32),
         address(delta_NQ, torch.float32), address(block.first_keys_Q, torch.int64, queries),
@@ -247,6 +279,11 @@ def _expand(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1) for t in tensors)
 
 
+def _for_flash(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """FlashAttention reads shared heads where they are; torch's kernel for CPUs wants a copy for each query head."""
+    return _expand(heads, *tensors) if tensors[0].device.type == "cpu" else tensors
+
+
 def _merge(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.contiguous().flatten(0, 1) for t in tensors)
 
@@ -258,29 +295,3 @@ def _like(whole_BGPK: Tensor, grad_BHPK: Tensor) -> Tensor:
         grad = grad.unflatten(1, (whole_BGPK.shape[1], -1)).sum(2, dtype=torch.float32).to(grad.dtype)
     unread = whole_BGPK.shape[2] - grad.shape[2]
     return F.pad(grad, (0, 0, 0, unread)) if unread else grad
-
-
-def _is_for_flash(q_BHSK: Tensor, query_start: int, first_keys_BS: Tensor | None) -> bool:
-    """Whether torch's flash kernels serve: where ours are not built, under the causal masks that they know.
-
-    On CUDA they align the mask to the last key (as torch.nn.attention.bias notes), on CPUs to the first.
-    """
-    if kernels_for(q_BHSK) is not None or first_keys_BS is not None:
-        return False
-    return query_start == 0 or q_BHSK.is_cuda
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
-    return out, lse
-
-
-def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True)
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the philox state of a dropout of zero
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, True, unused, unused
-    )

@@ -1,7 +1,6 @@
-"""The door to the compiled CPU kernels (csrc/cpp): which tensors they take, and how their addresses are passed.
+"""The door to the compiled CPU kernels (csrc/cpp): the module, and how any kernel is given a tensor's address.
 
-The extension is optional. `kernels_for` returns None where it is missing or does not apply, and the caller then takes
-its torch path; nothing else in the library asks whether it is there.
+The extension is optional; `megacoder.ops.backends` asks whether it is there, and callers then have their torch path.
 """
 
 import importlib
@@ -10,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["address", "kernels_for"]
+__all__ = ["address", "is_built", "kernels"]
 
 
 def _load() -> ModuleType | None:
@@ -21,25 +20,35 @@ def _load() -> ModuleType | None:
 
 
 _cpp = _load()
+_CPU = torch.device("cpu")
 
 
-def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """The compiled kernels if they are built and take `tensor`'s device and dtype (CPU; float32 or bfloat16)."""
-    if _cpp is not None and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16):
-        return _cpp
-    return None
+def is_built() -> bool:
+    """Whether `kernels` has something to return."""
+    return _cpp is not None
 
 
-def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int:
+def kernels() -> ModuleType:
+    """The compiled kernels, for tensors on the CPU in float32 or bfloat16."""
+    assert _cpp is not None, "not built; ask megacoder.ops.backends first"
+    return _cpp
+
+
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int, device: torch.device = _CPU) -> int:
     """A tensor's address, 0 for None. The kernels see nothing else of it: what they take for granted is checked here.
 
-    Raises ValueError unless the tensor is contiguous, on the CPU, of `dtype`, and of `shape` where that is given.
+    Raises ValueError unless the tensor is contiguous, on `device`, of `dtype`, and of `shape` where that is given.
     """
     if tensor is None:
         return 0
-    if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.is_cuda or (shape and tensor.shape != shape):
+    if (
+        not tensor.is_contiguous()
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or (shape and tensor.shape != shape)
+    ):
         raise ValueError(
-            f"a kernel takes contiguous {dtype} {list(shape) or ''}; got {tensor.dtype} {list(tensor.shape)} with "
-            f"strides {list(tensor.stride())} on {tensor.device}"
+            f"a kernel takes contiguous {dtype} {list(shape) or ''} on {device}; got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
         )
     return tensor.data_ptr()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.backends import backend, triton_module
+from megacoder.ops.cpp import address, kernels
 from megacoder.ops.linear import accumulate_weight_grad
 
 __all__ = [
@@ -26,14 +27,16 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
     "linear_cross_entropy_with_grads",
+    "rescale_subtract_",
     "softmax_",
 ]
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits per chunk: 1,040 tokens at W=32,256; enough for full GEMM speed, too few to make the peak of memory."""
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Logits per chunk by type of device: 1,040 and 8,320 tokens at W=32,256. Enough for full GEMM speed, too few to make
+the peak of memory; a GPU wants more, since each chunk reads and writes the head's whole fp32 gradient."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
 
     The gradient is zero in the W - vocab columns of padding and where the label is IGNORE_INDEX.
     """
-    kernels = kernels_for(logits_CW)
-    if kernels is None:
+    name = backend("cross_entropy", logits_CW)
+    if name == "triton":
+        return triton_module("cross_entropy").cross_entropy_(logits_CW, labels_C, vocab=vocab)
+    if name == "torch":
         wide = logits_CW[:, :vocab].float()
         wide = wide - wide.amax(-1, keepdim=True)  # so that a huge largest logit does not swallow the sum's digits
         log_sum = torch.logsumexp(wide, dim=-1)
@@ -75,7 +80,7 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
         logits_CW.zero_()[:, :vocab] = grad * counted[:, None]
         return loss_C
     loss_C = torch.empty(len(labels_C), dtype=torch.float32)
-    kernels.cross_entropy(
+    kernels().cross_entropy(
         logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype),
         address(labels_C, torch.int64, len(logits_CW)), address(loss_C, torch.float32),
         *logits_CW.shape, vocab,
@@ -88,23 +93,38 @@ def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
 
     The softmax is zero in the W - vocab columns of padding.
     """
-    kernels = kernels_for(logits_CW)
-    if vocab == 0 or kernels is None:
+    name = backend("cross_entropy", logits_CW)
+    if name == "triton":
+        return triton_module("cross_entropy").softmax_(logits_CW, vocab=vocab)
+    if vocab == 0 or name == "torch":
         wide = logits_CW[:, :vocab].float()
         lse_C = torch.logsumexp(wide, dim=-1)
         logits_CW.zero_()[:, :vocab] = torch.exp(wide - lse_C[:, None])
         return lse_C
     lse_C = torch.empty(len(logits_CW), dtype=torch.float32)
-    kernels.attention_softmax(  # one query a row, which sees `vocab` of W keys
+    kernels().attention_softmax(  # one query a row, which sees `vocab` of W keys
         logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype), address(lse_C, torch.float32),
         0, len(lse_C), 1, logits_CW.shape[1], vocab, 1.0,
     )  # fmt: skip
     return lse_C
 
 
-def chunk_tokens(num_rows: int) -> int:
-    """Tokens of a chunk against `num_rows` output rows."""
-    return max(1, CHUNK_ELEMENTS // num_rows)
+def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C: Tensor) -> None:
+    """Multiplies each token's probabilities by its fp32 scale and, where `owned_C`, subtracts 1 in column `rows_C`.
+
+    This is what a rank with part of the vocabulary does once it knows the other ranks' log-sum-exps.
+    """
+    if backend("cross_entropy", probs_CW) == "triton":
+        triton_module("cross_entropy").rescale_subtract_(probs_CW, scale_C, rows_C, owned_C)
+        return
+    probs_CW *= scale_C[:, None].to(probs_CW.dtype)
+    probs_CW.scatter_add_(1, rows_C[:, None], owned_C[:, None].to(probs_CW.dtype).neg())
+
+
+def chunk_tokens(weight_WD: Tensor) -> int:
+    """Tokens of a chunk against the output rows `weight_WD`; whole tiles of a GEMM where there are many."""
+    tokens = CHUNK_ELEMENTS.get(weight_WD.device.type, 1 << 25) // weight_WD.shape[0]
+    return max(1, tokens // 128 * 128 if tokens > 1024 else tokens)
 
 
 def count_labels(labels_T: Tensor, vocab: int) -> int:
@@ -126,7 +146,7 @@ def linear_cross_entropy_with_grads(
     num_tokens = count_labels(labels_T, vocab)
     grad_x_TD = torch.empty_like(x_TD)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD.shape[0])
+    chunk = chunk_tokens(weight_WD)
     for x_CD, labels_C, grad_x_CD in zip(x_TD.split(chunk), labels_T.split(chunk), grad_x_TD.split(chunk), strict=True):
         logits_CW = x_CD @ weight_WD.t()
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
@@ -139,7 +159,7 @@ def linear_cross_entropy_sum(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, 
     """The loss sum alone, for evaluation; the same chunks, the same errors."""
     num_tokens = count_labels(labels_T, vocab)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD.shape[0])
+    chunk = chunk_tokens(weight_WD)
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
         total += cross_entropy_(x_CD @ weight_WD.t(), labels_C, vocab=vocab).sum(dtype=torch.float64)
     return LossSum(total, num_tokens)

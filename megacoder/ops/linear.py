@@ -7,7 +7,8 @@ copied between the backward and the reduce-scatter.
 import torch
 from torch import Tensor
 
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.backends import backend
+from megacoder.ops.cpp import address, kernels
 
 __all__ = ["accumulate_weight_grad"]
 
@@ -17,15 +18,15 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Tensor, x_TI: Te
     if grad_out_TO.dtype == torch.float32:
         grad_weight_OI.addmm_(grad_out_TO.t(), x_TI)
         return
-    if grad_out_TO.device.type == "cuda":  # the GEMM's epilogue adds in fp32 (torch >= 2.8)
+    name = backend("weight_grad", grad_out_TO)
+    if name == "cublas":  # torch >= 2.8
         torch.addmm(grad_weight_OI, grad_out_TO.t(), x_TI, out_dtype=torch.float32, out=grad_weight_OI)
         return
     partial_OI = grad_out_TO.t() @ x_TI
-    kernels = kernels_for(partial_OI)
-    if kernels is None:
+    if name == "torch":
         grad_weight_OI += partial_OI
-    else:
-        kernels.accumulate(
-            True, address(grad_weight_OI, torch.float32, *partial_OI.shape), address(partial_OI, torch.bfloat16),
-            partial_OI.numel(),
-        )  # fmt: skip
+        return
+    kernels().accumulate(
+        True, address(grad_weight_OI, torch.float32, *partial_OI.shape), address(partial_OI, torch.bfloat16),
+        partial_OI.numel(),
+    )  # fmt: skip

@@ -7,7 +7,8 @@ besides the input. The residual gradient joins in the same pass, so that a block
 import torch
 from torch import Tensor
 
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.backends import backend, triton_module
+from megacoder.ops.cpp import address, kernels
 
 __all__ = ["rms_norm", "rms_norm_backward", "rms_norm_forward"]
 
@@ -22,16 +23,17 @@ def rms_norm_forward(
     x_TD: Tensor, weight_D: Tensor, eps: float, *, residual_TD: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y_TD, h_TD, rstd_T), where h = x + residual is what was normalised (x itself without a residual)."""
-    kernels = kernels_for(x_TD)
-    (rows, dim), dtype = x_TD.shape, x_TD.dtype
-    if kernels is None:
+    name, (rows, dim), dtype = backend("rms_norm", x_TD), x_TD.shape, x_TD.dtype
+    if name == "triton":
+        return triton_module("rms_norm").rms_norm_forward(x_TD, weight_D, eps, residual_TD)
+    if name == "torch":
         h_TD = x_TD if residual_TD is None else x_TD + residual_TD
         wide = h_TD.float()
         rstd_T = torch.rsqrt(wide.pow(2).mean(-1) + eps)
         return (wide * rstd_T[:, None] * weight_D).to(x_TD.dtype), h_TD, rstd_T
     y_TD, rstd_T = torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
     h_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
-    kernels.rms_norm_forward(
+    kernels().rms_norm_forward(
         dtype == torch.bfloat16, address(x_TD, dtype), address(residual_TD, dtype, rows, dim),
         address(weight_D, dtype, dim), address(h_TD, dtype), address(y_TD, dtype), address(rstd_T, torch.float32),
         rows, dim, eps,
@@ -49,8 +51,12 @@ def rms_norm_backward(
     grad_residual_TD: Tensor | None = None,
 ) -> Tensor:
     """Returns grad_h_TD (+ grad_residual_TD if given) and adds the weight's gradient into fp32 `grad_weight_D`."""
-    kernels = kernels_for(grad_y_TD)
-    if kernels is None:
+    name = backend("rms_norm", grad_y_TD)
+    if name == "triton":
+        return triton_module("rms_norm").rms_norm_backward(
+            grad_y_TD, h_TD, weight_D, rstd_T, grad_weight_D=grad_weight_D, grad_residual_TD=grad_residual_TD
+        )
+    if name == "torch":
         wide_dy, wide_h = grad_y_TD.float(), h_TD.float()
         normed = wide_h * rstd_T[:, None]
         grad_weight_D += (wide_dy * normed).sum(0)
@@ -59,7 +65,7 @@ def rms_norm_backward(
         return (grad if grad_residual_TD is None else grad + grad_residual_TD).to(h_TD.dtype)
     (rows, dim), dtype = h_TD.shape, h_TD.dtype
     grad_h_TD = torch.empty_like(h_TD)
-    kernels.rms_norm_backward(
+    kernels().rms_norm_backward(
         dtype == torch.bfloat16, address(grad_y_TD, dtype, rows, dim), address(h_TD, dtype),
         address(weight_D, dtype, dim), address(rstd_T, torch.float32, rows),
         address(grad_residual_TD, dtype, rows, dim), address(grad_h_TD, dtype),

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacoder.ops.cpp import address, kernels_for
+from megacoder.ops.backends import backend, triton_module
+from megacoder.ops.cpp import address, kernels
 
 __all__ = ["swiglu", "swiglu_backward_", "swiglu_forward"]
 
@@ -21,13 +22,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_forward(gate_up_T2F: Tensor) -> Tensor:
     """(T, 2F) -> (T, F)."""
-    kernels = kernels_for(gate_up_T2F)
-    if kernels is None:
+    name = backend("swiglu", gate_up_T2F)
+    if name == "triton":
+        return triton_module("swiglu").swiglu_forward(gate_up_T2F)
+    if name == "torch":
         return swiglu(gate_up_T2F)
     rows, width = gate_up_T2F.shape
     out_TF = gate_up_T2F.new_empty(rows, width // 2)
     dtype = gate_up_T2F.dtype
-    kernels.swiglu_forward(
+    kernels().swiglu_forward(
         dtype == torch.bfloat16, address(gate_up_T2F, dtype), address(out_TF, dtype), rows, width // 2
     )
     return out_TF
@@ -35,9 +38,10 @@ def swiglu_forward(gate_up_T2F: Tensor) -> Tensor:
 
 def swiglu_backward_(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
     """Overwrites `gate_up_T2F` by its gradient and returns the recomputed activation (T, F)."""
-    kernels = kernels_for(gate_up_T2F)
-    rows, width = gate_up_T2F.shape
-    if kernels is None:
+    name, (rows, width) = backend("swiglu", gate_up_T2F), gate_up_T2F.shape
+    if name == "triton":
+        return triton_module("swiglu").swiglu_backward_(grad_TF, gate_up_T2F)
+    if name == "torch":
         gate, up = gate_up_T2F.float().chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         silu, grad = gate * sigmoid, grad_TF.float()
@@ -45,7 +49,7 @@ def swiglu_backward_(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
         gate_up_T2F.copy_(torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1))
         return activation
     activation, dtype = torch.empty_like(grad_TF), gate_up_T2F.dtype
-    kernels.swiglu_backward(
+    kernels().swiglu_backward(
         dtype == torch.bfloat16, address(grad_TF, dtype, rows, width // 2), address(gate_up_T2F, dtype),
         address(activation, dtype), rows, width // 2,
     )  # fmt: skip

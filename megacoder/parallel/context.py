@@ -20,9 +20,8 @@ Legend: B sequences, S tokens of a whole one, L = S / cp of them on this rank, H
 dim. With one rank everything is the identity and copies nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacoder.core.errors import ConfigError
-from megacoder.ops.attention import attention_backward, attention_forward
+from megacoder.ops.attention import DocumentMask, attention_backward, attention_forward
 from megacoder.parallel.collectives import start_all_gather, start_reduce_scatter_sum
 
 __all__ = [
@@ -76,6 +75,12 @@ class ContextParallel:
         """`chunks` as int64 (L,)."""
         return torch.cat([torch.arange(chunk.start, chunk.stop, device=device) for chunk in self.chunks(length)])
 
+    def documents(self, first_keys_BL: Tensor) -> "Sequence[DocumentMask]":
+        """One mask for each of `chunks`, from the first keys of this rank's tokens."""
+        chunks = self.chunks(first_keys_BL.shape[1] * self.size)
+        parts = first_keys_BL.split([len(chunk) for chunk in chunks], dim=1)
+        return [DocumentMask(part, chunk.start) for part, chunk in zip(parts, chunks, strict=True)]
+
     def part(self, whole_BS: Tensor) -> Tensor:
         """This rank's tokens (B, L, ...) of whole sequences (B, S, ...); ConfigError for a length that cannot be."""
         if self.size == 1:
@@ -89,6 +94,8 @@ UNCUT = ContextParallel()
 """No context parallelism: sequences are whole."""
 
 KeysAndValues = tuple[Tensor, Tensor]
+Documents = Sequence[DocumentMask] | None
+"""Masks of packed documents for the chunks that a rank holds (see `ContextParallel.documents`)."""
 
 
 def start_gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> Callable[[], KeysAndValues]:
@@ -117,17 +124,17 @@ def gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> KeysAndV
 
 
 def context_attention_forward(
-    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, cp: ContextParallel, *, first_keys_BL: Tensor | None = None
+    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, cp: ContextParallel, *, documents: Documents = None
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of this rank's queries: (out (B, L, H, K), lse (B, H, L))."""
     if cp.size == 1:
-        return attention_forward(q_BHLK, k_BGSK, v_BGSK, first_keys_BS=first_keys_BL)
+        return attention_forward(q_BHLK, k_BGSK, v_BGSK, documents=documents[0] if documents else None)
     halves = [
         attention_forward(
             q_BHLK[:, :, half], k_BGSK[:, :, : chunk.stop], v_BGSK[:, :, : chunk.stop],
-            query_start=chunk.start, first_keys_BS=first_keys,
+            query_start=chunk.start, documents=mask,
         )
-        for half, chunk, first_keys in _halves(cp, k_BGSK.shape[2], first_keys_BL)
+        for half, chunk, mask in _halves(cp, k_BGSK.shape[2], documents)
     ]  # fmt: skip
     outs, lses = zip(*halves, strict=True)
     return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
@@ -142,7 +149,7 @@ def context_attention_backward(
     lse_BHL: Tensor,
     cp: ContextParallel,
     *,
-    first_keys_BL: Tensor | None = None,
+    documents: Documents = None,
 ) -> tuple[Tensor, Callable[[], KeysAndValues]]:
     """Gradient of q (B, H, L, K), and what waits for those of this rank's keys and values, (B, G, L, K) each.
 
@@ -150,15 +157,15 @@ def context_attention_backward(
     """
     if cp.size == 1:
         grad_q, *grad_kv = attention_backward(
-            grad_out_BLHK, q_BHLK, k_BGSK, v_BGSK, out_BLHK, lse_BHL, first_keys_BS=first_keys_BL
+            grad_out_BLHK, q_BHLK, k_BGSK, v_BGSK, out_BLHK, lse_BHL, documents=documents[0] if documents else None
         )
         return grad_q, lambda: (grad_kv[0], grad_kv[1])
     grads_q = []
     grad_kv_2BGSK = k_BGSK.new_zeros(2, *k_BGSK.shape, dtype=torch.promote_types(k_BGSK.dtype, torch.float32))
-    for half, chunk, first_keys in _halves(cp, k_BGSK.shape[2], first_keys_BL):
+    for half, chunk, mask in _halves(cp, k_BGSK.shape[2], documents):
         grad_q, *grad_kv = attention_backward(
             grad_out_BLHK[:, half], q_BHLK[:, :, half], k_BGSK[:, :, : chunk.stop], v_BGSK[:, :, : chunk.stop],
-            out_BLHK[:, half], lse_BHL[:, :, half], query_start=chunk.start, first_keys_BS=first_keys,
+            out_BLHK[:, half], lse_BHL[:, :, half], query_start=chunk.start, documents=mask,
         )  # fmt: skip
         grads_q.append(grad_q)
         for total, grad in zip(grad_kv_2BGSK, grad_kv, strict=True):
@@ -181,13 +188,12 @@ def _start_sum(grad_kv_2BGSK: Tensor, dtype: torch.dtype, cp: ContextParallel) -
 
 
 def _halves(
-    cp: ContextParallel, length: int, first_keys_BL: Tensor | None
-) -> Iterator[tuple[slice, range, Tensor | None]]:
-    """(where this rank has them, which places of the whole sequence they are, their first keys) of both chunks."""
+    cp: ContextParallel, length: int, documents: Documents
+) -> Iterator[tuple[slice, range, DocumentMask | None]]:
+    """(where this rank has them, which places of the whole sequence they are, their mask) of both chunks."""
     own = length // cp.size // 2
     slices = (slice(0, own), slice(own, 2 * own))
-    first_keys = repeat(None) if first_keys_BL is None else first_keys_BL.split(own, dim=1)
-    return zip(slices, cp.chunks(length), first_keys, strict=False)
+    return zip(slices, cp.chunks(length), documents or (None, None), strict=True)
 
 
 class _GatherKeys(torch.autograd.Function):

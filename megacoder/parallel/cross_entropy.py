@@ -23,6 +23,7 @@ from megacoder.ops.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
     linear_cross_entropy_with_grads,
+    rescale_subtract_,
     softmax_,
 )
 from megacoder.ops.linear import accumulate_weight_grad
@@ -67,7 +68,7 @@ def head_loss_with_grads(
     grad_x_TD = torch.empty_like(x_TD)
     grad_stream = None
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(len(weight_WD))
+    chunk = chunk_tokens(weight_WD)
     for start in range(0, len(x_TD), chunk):
         part = slice(start, start + chunk)
         logits_CW = x_TD[part] @ weight_WD.t()
@@ -88,7 +89,7 @@ def head_loss_sum(stream_ND: Tensor, head: VocabParallelEmbedding, labels_T: Ten
     num_tokens = count_labels(labels_T, head.vocab)
     x_TD = start_gather(stream_ND, tp).wait()
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(len(weight_WD))
+    chunk = chunk_tokens(weight_WD)
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
         total += _loss_(x_CD @ weight_WD.t(), labels_C, head).sum(dtype=torch.float64)
     return LossSum(total, num_tokens)
@@ -102,8 +103,7 @@ def _loss_(logits_CW: Tensor, labels_C: Tensor, head: VocabParallelEmbedding) ->
     all_lse, all_targets = _from_all_ranks(torch.stack([local_lse_C, target_C]), head.tp).unbind(1)
     lse_C = torch.logsumexp(all_lse, dim=0)
     counted = labels_C != IGNORE_INDEX
-    logits_CW *= (torch.exp(local_lse_C - lse_C) * counted)[:, None].to(logits_CW.dtype)
-    logits_CW.scatter_add_(1, rows[:, None], elsewhere.logical_not()[:, None].to(logits_CW.dtype).neg())
+    rescale_subtract_(logits_CW, torch.exp(local_lse_C - lse_C) * counted, rows, ~elsewhere)
     return torch.where(counted, lse_C - all_targets.sum(0), 0.0)
 
 

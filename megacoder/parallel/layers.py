@@ -139,4 +139,7 @@ class VocabParallelEmbedding(Linear):
         if self.tp.size > 1:
             tokens_T, elsewhere = self.local_rows(tokens_T)
             grad_TD = grad_TD.masked_fill(elsewhere[:, None], 0.0)
-        grad_weight_WD.index_add_(0, tokens_T, grad_TD)
+        if grad_TD.is_cuda:  # sorts the ids and adds in order; index_add_ adds as threads come, never the same bits
+            grad_weight_WD.index_put_((tokens_T,), grad_TD, accumulate=True)
+        else:
+            grad_weight_WD.index_add_(0, tokens_T, grad_TD)

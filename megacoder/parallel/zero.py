@@ -8,14 +8,16 @@ microbatches. `Zero1AdamW.traffic` moves the buckets, and does so behind forward
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
+from megacoder.ops.adamw import AdamWConfig, adamw_, adamw_with_scalars_, sum_of_squares, update_scalars
+from megacoder.ops.backends import backend
 from megacoder.parallel.buckets import BucketTraffic
 from megacoder.parallel.collectives import all_reduce_sum, group_rank
 from megacoder.parallel.flat import Bucket, FlatParameters
@@ -81,16 +83,9 @@ class Zero1AdamW:
         Returns the norm of the mean gradient before clipping. A non-finite norm changes no weight and no state. After a
         step with overlap the weights are still on their way: whoever is no stage calls `traffic.wait_all` first.
         """
-        squares = self._squares().item()
-        norm = math.sqrt(squares) / num_tokens if math.isfinite(squares) else math.inf
-        if math.isfinite(norm):
-            self.num_updates += 1
-            clip = min(1.0, max_grad_norm / (norm + 1e-6))
-            self.traffic.wait_all()
-            for index in self.traffic.gather_order():
-                self._update(self._parts[index], lr=lr, grad_scale=clip / num_tokens)
-                self.traffic.start_gather(index)
-        self.flat.grad.zero_()
+        squares = self._squares()
+        update = self._update_on_device if backend("adamw", self.flat.weight) == "cuda" else self._update_on_host
+        norm = update(squares, lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm)
         self.traffic.end_step()
         return norm
 
@@ -125,14 +120,39 @@ class Zero1AdamW:
         all_reduce_sum(total, self.model_group)
         return total
 
-    def _update(self, part: _Part, *, lr: float, grad_scale: float) -> None:
-        for segment, decayed in part.segments:
-            local = part.in_state(segment)
-            adamw_(
-                self.flat.weight[segment], self.master[local], self.exp_avg[local], self.exp_avg_sq[local],
-                self.flat.grad[segment],
-                config=self.config, lr=lr, step=self.num_updates, grad_scale=grad_scale, decayed=decayed,
-            )  # fmt: skip
+    def _update_on_host(self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
+        finite = squares.item()
+        norm = math.sqrt(finite) / num_tokens if math.isfinite(finite) else math.inf
+        if math.isfinite(norm):
+            self.num_updates += 1
+            scale = min(1.0, max_grad_norm / (norm + 1e-6)) / num_tokens
+            self._update_parts(partial(adamw_, config=self.config, lr=lr, step=self.num_updates, grad_scale=scale))
+        self.flat.grad.zero_()
+        return norm
+
+    def _update_on_device(self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
+        """The same; the host learns the norm when all is on its way."""
+        scalars, norm = update_scalars(
+            squares, config=self.config, lr=lr, num_updates=self.num_updates, num_tokens=num_tokens,
+            max_grad_norm=max_grad_norm,
+        )  # fmt: skip
+        self._update_parts(partial(adamw_with_scalars_, config=self.config, scalars=scalars))
+        self.flat.grad.zero_()
+        self.num_updates += math.isfinite(norm.item())
+        return norm.item()
+
+    def _update_parts(self, update: Callable[..., None]) -> None:
+        """Calls `update` for every run of parameters alike, and sends the new weights of each bucket on their way."""
+        self.traffic.wait_all()
+        for index in self.traffic.gather_order():
+            part = self._parts[index]
+            for segment, decayed in part.segments:
+                local = part.in_state(segment)
+                update(
+                    self.flat.weight[segment], self.master[local], self.exp_avg[local], self.exp_avg_sq[local],
+                    self.flat.grad[segment], decayed=decayed,
+                )  # fmt: skip
+            self.traffic.start_gather(index)
 
     def _cut(self, elsewhere: list[slice]) -> Iterator[_Part]:
         start = 0

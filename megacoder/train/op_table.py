@@ -22,7 +22,7 @@ from megacoder.ops.attention import attention_backward, attention_forward
 from megacoder.ops.cross_entropy import chunk_tokens, cross_entropy_
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
-from megacoder.ops.rope import apply_rope_, rope_tables
+from megacoder.ops.rope import apply_rope_, gather_unrotate, rope_tables
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 from megacoder.parallel.context import UNCUT, ContextParallel
 from megacoder.parallel.flat import BUCKET_ELEMENTS
@@ -150,16 +150,25 @@ def _norm(case: _Case) -> Iterator[OpRow]:
 
 
 def _rope(case: _Case) -> Iterator[OpRow]:
+    """Queries and keys in place; back, with what attention returns brought into fused rows, values too."""
     heads, kv_heads = case.heads
     rotated, dim = heads + kv_heads, case.model.head_dim
     qkv_TC = case.random(case.tokens, (rotated + kv_heads) * dim)
     cos, sin = (table.to(case.device) for table in rope_tables(case.whole_sequence, dim, theta=case.model.rope_theta))
     positions_T = case.cp.places(case.whole_sequence, case.device).repeat(case.batch)
-    moved = 2 * case.tokens * rotated * dim * qkv_TC.itemsize + 8 * case.tokens + 4 * case.sequence * dim
+    tables = 8 * case.tokens + 4 * case.sequence * dim
     yield case.row(
         "rope", (case.tokens, rotated * dim),
         lambda: apply_rope_(qkv_TC, cos, sin, positions_T, num_heads=rotated, head_dim=dim),
-        moved=moved,
+        moved=2 * case.tokens * rotated * dim * qkv_TC.itemsize + tables,
+    )  # fmt: skip
+    grad_q, grad_k, grad_v = (
+        case.random(case.batch, number, case.sequence, dim) for number in (heads, kv_heads, kv_heads)
+    )
+    yield case.row(
+        "rope backward", (case.tokens, qkv_TC.shape[1]),
+        lambda: gather_unrotate(grad_q, grad_k, grad_v, cos, sin, positions_T),
+        moved=2 * qkv_TC.numel() * qkv_TC.itemsize + tables,
     )  # fmt: skip
 
 
@@ -178,7 +187,8 @@ def _swiglu(case: _Case) -> Iterator[OpRow]:
 def _cross_entropy(case: _Case) -> Iterator[OpRow]:
     """Of one chunk of tokens: the loss, and the logits overwritten by their gradient."""
     rows = case.model.padded_vocab_size // case.tp.size
-    shape = (min(case.tokens, chunk_tokens(rows)), rows)
+    chunk = chunk_tokens(torch.empty(rows, 0, device=case.device))
+    shape = (min(case.tokens, chunk), rows)
     vocab = min(rows, case.model.vocab_size)
     logits_CW, labels_C = case.random(*shape), torch.randint(0, vocab, shape[:1], device=case.device)
     work_CW = logits_CW.clone()

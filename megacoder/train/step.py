@@ -64,8 +64,6 @@ def start_ranks(config: RunConfig) -> World:
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
         raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
-    if device_type == "cuda" and config.dtype == "float32":
-        raise ConfigError('dtype = "float32" on a GPU: its attention has no such backward yet; use dtype = "bfloat16"')
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()

@@ -1,0 +1,132 @@
+"""Softmax and cross-entropy in place over rows of logits; the ops are described in `megacoder.ops.cross_entropy`.
+
+Legend: C tokens of a chunk, W columns of a row (this rank's vocabulary and its padding); within a kernel B columns.
+
+A row is read twice, for its maximum and sum and then for its softmax, by one program in blocks of TILE. Held in
+registers it would be read once (32,256 columns take 1,024 threads), but then one program fills a multiprocessor, and
+memory idles while it reduces and exponentiates. Here three programs share a multiprocessor, each in another phase, and
+the second read comes from L2: the rows under way, 25 MB at W=32,256, fit in its 50. The blocks' maxima and sums are
+combined online, so that the first pass needs no third.
+
+A row that is not trained on is one with no columns: it is not read at first, and all of it is padding.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megacoder.ops.triton_kernels.launch import ceil_div, check, power_of_two, storage, warps
+
+__all__ = ["cross_entropy_", "rescale_subtract_", "softmax_"]
+
+TILE = 8192
+"""Columns of a block: with 32 of them a thread, four 16-byte loads are under way in each."""
+IGNORE_INDEX = tl.constexpr(-100)
+"""That of the op, which is not imported here: it may itself import this module."""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""The least float. Minus infinity as the maximum of nothing would make a block of such logits NaN."""
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W: tl.constexpr, BLOCK: tl.constexpr):
+    """With labels the output is the loss and onehot is subtracted from the softmax; without, it is the log-sum-exp."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * W
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        vocab = tl.where(label == IGNORE_INDEX, 0, vocab)
+        target = tl.load(logits_ptr + label, mask=vocab > 0, other=0.0).to(tl.float32)
+
+    top = tl.full((), LOWEST, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for first in range(0, vocab, BLOCK):
+        cols_B = first + tl.arange(0, BLOCK)
+        # Read up to W, which is aligned, and not to vocab, which need not be: so that loads stay 16 bytes wide.
+        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0).to(tl.float32)
+        logits_B = tl.where(cols_B < vocab, logits_B, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits_B, axis=0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits_B - new_top), axis=0)
+        top = new_top
+
+    for first in range(0, W, BLOCK):
+        cols_B = first + tl.arange(0, BLOCK)
+        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0).to(tl.float32)
+        softmax_B = tl.exp(logits_B - top) * (1.0 / total)
+        if labels_ptr is not None:
+            softmax_B = tl.where(cols_B == label, softmax_B - 1.0, softmax_B)
+        softmax_B = tl.where(cols_B < vocab, softmax_B, 0.0)
+        tl.store(logits_ptr + cols_B, softmax_B.to(logits_ptr.dtype.element_ty), mask=cols_B < W)
+
+    if labels_ptr is not None:
+        # In this order the digits of the sum survive a huge maximum.
+        tl.store(out_ptr + row, tl.where(vocab > 0, tl.log(total) - (target - top), 0.0))
+    else:
+        tl.store(out_ptr + row, top + tl.log(total))
+
+
+@triton.jit
+def rescale_subtract_kernel(probs_ptr, scale_ptr, rows_ptr, owned_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    cols_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.where(tl.load(owned_ptr + token), tl.load(rows_ptr + token), -1)
+    places_B = token * W + cols_B
+    probs_B = tl.load(probs_ptr + places_B, mask=cols_B < W, other=0.0).to(tl.float32)
+    probs_B *= tl.load(scale_ptr + token)
+    probs_B = tl.where(cols_B == column, probs_B - 1.0, probs_B)
+    tl.store(probs_ptr + places_B, probs_B.to(probs_ptr.dtype.element_ty), mask=cols_B < W)
+
+
+def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor:
+    """Token losses (C,) fp32; overwrites the logits by softmax - onehot.
+
+    The gradient is zero in the W - vocab columns of padding and where the label is IGNORE_INDEX. Every other label
+    must be one of the vocab: the kernel does not look.
+    """
+    check("labels_C", labels_C, torch.int64, len(logits_CW))
+    return _softmax_(logits_CW, labels_C, vocab)
+
+
+def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
+    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf of none; overwrites the logits by their softmax.
+
+    The softmax is zero in the W - vocab columns of padding.
+    """
+    return _softmax_(logits_CW, None, vocab)
+
+
+def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C: Tensor) -> None:
+    """Multiplies each token's probabilities by its scale and, where `owned_C`, subtracts 1 in column `rows_C`.
+
+    This is what a rank with part of the vocabulary does once it knows the other ranks' log-sum-exps.
+    """
+    num_rows, width = probs_CW.shape
+    check("probs_CW", probs_CW, storage("probs_CW", probs_CW), num_rows, width)
+    check("scale_C", scale_C, torch.float32, num_rows)
+    check("rows_C", rows_C, torch.int64, num_rows)
+    check("owned_C", owned_C, torch.bool, num_rows)
+    if num_rows:
+        block, num_warps = _tile(width)
+        rescale_subtract_kernel[(num_rows, ceil_div(width, block))](
+            probs_CW, scale_C, rows_C, owned_C, W=width, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True
+        )
+
+
+def _softmax_(logits_CW: Tensor, labels_C: Tensor | None, vocab: int) -> Tensor:
+    num_rows, width = logits_CW.shape
+    check("logits_CW", logits_CW, storage("logits_CW", logits_CW), num_rows, width)
+    if not 0 <= vocab <= width:
+        raise ValueError(f"a vocabulary of {vocab} ids does not lie in rows of {width} columns")
+    out_C = logits_CW.new_empty(num_rows, dtype=torch.float32)
+    if num_rows:
+        block, num_warps = _tile(width)
+        softmax_kernel[(num_rows,)](
+            logits_CW, labels_C, out_C, vocab, W=width, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True
+        )
+    return out_C
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """(columns, warps) of a block."""
+    block = min(TILE, power_of_two(width))
+    return block, warps(block, per_thread=32)

@@ -1,0 +1,49 @@
+"""What the launchers share: the check of what kernels take for granted, and the arithmetic of block sizes."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["ceil_div", "check", "multiprocessors", "power_of_two", "storage", "warps"]
+
+STORAGE = (torch.bfloat16, torch.float32)
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """ValueError unless the tensor is contiguous, of `dtype` and of `shape`: a kernel sees only its address."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {dtype} {list(shape)}; got {tensor.dtype} {list(tensor.shape)} with strides "
+            f"{list(tensor.stride())}"
+        )
+
+
+def storage(name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype in which an op's rows are stored; ValueError for one that no kernel takes."""
+    if tensor.dtype not in STORAGE:
+        raise ValueError(f"{name} must be stored as bfloat16 or float32, not {tensor.dtype}")
+    return tensor.dtype
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are to keep busy; under the interpreter a few, so that rows are shared out there too."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not below `count`: Triton's tiles have no other sizes."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def warps(elements: int, *, per_thread: int) -> int:
+    """Warps (a power of two, at most the 32 of one program) that leave `per_thread` of `elements` to each thread."""
+    return min(32, max(1, elements // (32 * per_thread)))

@@ -1,0 +1,90 @@
+"""SwiGLU over rows [gate | up], forward and in-place backward; the op is described in `megacoder.ops.swiglu`.
+
+Legend: T tokens, F feed-forward dim; within a kernel B elements of the (T, F) activation, counted through all rows.
+
+Counting through rows leaves no tile half empty when F is no power of two (5504 = 43 * 128), and as long as F is a
+multiple of 8 a thread's 8 neighbours lie in one row, which the compiler proves and so reads them at once. Two such
+groups a thread are four 16-byte loads under way forward and six backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megacoder.ops.triton_kernels.launch import ceil_div, check, storage, warps
+
+__all__ = ["swiglu_backward_", "swiglu_forward"]
+
+TILE = 4096
+
+
+@triton.jit
+def _block(num_rows, F: tl.constexpr, BLOCK: tl.constexpr):
+    """(places in the activation, places of the gates in [gate | up], which are real) of this program's elements.
+
+    The first element's row is a scalar, so that the elements' own divisions are of 32 bits. Which are real is told by
+    their rows: all neighbours of one row agree, where the compiler could not know it of a bound on their places.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first // F
+    cols_B = (first - row * F).to(tl.int32) + tl.arange(0, BLOCK)
+    places_B = first + tl.arange(0, BLOCK)
+    return places_B, row * (2 * F) + cols_B // F * (2 * F) + cols_B % F, cols_B // F < num_rows - row
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swiglu_forward_kernel(gate_up_ptr, out_ptr, num_rows, F: tl.constexpr, BLOCK: tl.constexpr):
+    places_B, gates_B, inside_B = _block(num_rows, F, BLOCK)
+    gate_B = tl.load(gate_up_ptr + gates_B, mask=inside_B, other=0.0).to(tl.float32)
+    up_B = tl.load(gate_up_ptr + gates_B + F, mask=inside_B, other=0.0).to(tl.float32)
+    out_B = gate_B * tl.sigmoid(gate_B) * up_B
+    tl.store(out_ptr + places_B, out_B.to(out_ptr.dtype.element_ty), mask=inside_B)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swiglu_backward_kernel(grad_ptr, gate_up_ptr, out_ptr, num_rows, F: tl.constexpr, BLOCK: tl.constexpr):
+    places_B, gates_B, inside_B = _block(num_rows, F, BLOCK)
+    gate_B = tl.load(gate_up_ptr + gates_B, mask=inside_B, other=0.0).to(tl.float32)
+    up_B = tl.load(gate_up_ptr + gates_B + F, mask=inside_B, other=0.0).to(tl.float32)
+    grad_B = tl.load(grad_ptr + places_B, mask=inside_B, other=0.0).to(tl.float32)
+    sigmoid_B = tl.sigmoid(gate_B)
+    silu_B = gate_B * sigmoid_B
+    grad_gate_B = grad_B * up_B * (sigmoid_B + silu_B * (1.0 - sigmoid_B))
+    tl.store(out_ptr + places_B, (silu_B * up_B).to(out_ptr.dtype.element_ty), mask=inside_B)
+    tl.store(gate_up_ptr + gates_B, grad_gate_B.to(gate_up_ptr.dtype.element_ty), mask=inside_B)
+    tl.store(gate_up_ptr + gates_B + F, (grad_B * silu_B).to(gate_up_ptr.dtype.element_ty), mask=inside_B)
+
+
+def swiglu_forward(gate_up_T2F: Tensor) -> Tensor:
+    """(T, 2F) -> (T, F)."""
+    num_rows, dim = _check_rows(gate_up_T2F)
+    out_TF = gate_up_T2F.new_empty(num_rows, dim)
+    if out_TF.numel():
+        swiglu_forward_kernel[(ceil_div(out_TF.numel(), TILE),)](
+            gate_up_T2F, out_TF, num_rows,
+            F=dim, BLOCK=TILE, num_warps=warps(TILE, per_thread=16), enable_fp_fusion=True,
+        )  # fmt: skip
+    return out_TF
+
+
+def swiglu_backward_(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
+    """Overwrites `gate_up_T2F` by its gradient and returns the recomputed activation (T, F)."""
+    num_rows, dim = _check_rows(gate_up_T2F)
+    check("grad_TF", grad_TF, gate_up_T2F.dtype, num_rows, dim)
+    activation_TF = torch.empty_like(grad_TF)
+    if grad_TF.numel():
+        swiglu_backward_kernel[(ceil_div(grad_TF.numel(), TILE),)](
+            grad_TF, gate_up_T2F, activation_TF, num_rows,
+            F=dim, BLOCK=TILE, num_warps=warps(TILE, per_thread=16), enable_fp_fusion=True,
+        )  # fmt: skip
+    return activation_TF
+
+
+def _check_rows(gate_up_T2F: Tensor) -> tuple[int, int]:
+    """(T, F)."""
+    num_rows, width = gate_up_T2F.shape
+    if width % 2:
+        raise ValueError(f"rows of {width} columns do not split into a gate and an up half")
+    check("gate_up_T2F", gate_up_T2F, storage("gate_up_T2F", gate_up_T2F), num_rows, width)
+    return num_rows, width // 2

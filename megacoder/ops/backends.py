@@ -1,0 +1,191 @@
+"""Which implementation of an op runs: probed once, chosen by the tensor at hand, overruled by `MEGACODER_OPS`.
+
+An op has several backends and tries them in the order of `OPS`: the first that is there and takes the tensor's device
+and dtype runs. `torch` takes every tensor. The ops ask (`backend`), and nothing else in the library does.
+
+    MEGACODER_OPS=attention=flash,rms_norm=torch     for one process and those it starts
+
+A backend asked for by name must take what it is given: then there is an error instead of a silent second choice.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megacoder.core.config import nearest
+from megacoder.core.device import cuda_kernels
+from megacoder.core.errors import ConfigError
+from megacoder.ops import cpp
+
+__all__ = ["OPS", "OpState", "backend", "candidates", "op_states", "parse_choices", "triton_module"]
+
+ENVIRONMENT = "MEGACODER_OPS"
+
+OPS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("cpp", "triton", "torch"),
+    "rope": ("cpp", "triton", "torch"),
+    "swiglu": ("cpp", "triton", "torch"),
+    "cross_entropy": ("cpp", "triton", "torch"),
+    "attention": ("cpp", "cudnn", "flash", "torch"),
+    "weight_grad": ("cpp", "cublas", "torch"),
+    "adamw": ("cpp", "cuda", "torch"),
+}
+"""Backends by op, best first."""
+
+HALVES = (torch.bfloat16, torch.float16)
+STORED = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """Where an implementation comes from."""
+
+    missing: Callable[[], str | None]
+    """why it cannot run in this process at all, or None"""
+    takes: Callable[[str, torch.dtype], bool]
+    """whether it takes tensors of this type of device and this dtype"""
+    what: str
+    """for people"""
+
+
+def _no_cpp() -> str | None:
+    return None if cpp.is_built() else "not built (see megacoder --version --verbose)"
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no GPU here"
+
+
+def _no_cudnn() -> str | None:
+    if reason := _no_gpu():
+        return reason
+    version = torch.backends.cudnn.version() or 0
+    if version < 91500:  # older ones are slower than flash on Hopper, and have wrong gradients at some lengths
+        return f"cuDNN {version} is older than 9.15"
+    return None if torch.cuda.get_device_capability()[0] >= 9 else "for GPUs from Hopper (sm_90) on"
+
+
+def _no_cuda() -> str | None:
+    return _no_gpu() or (None if cuda_kernels() == "built" else cuda_kernels())
+
+
+def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:
+    # Interpreted on a CPU, for tests: a hundred thousand times slower, so never unless asked for.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in _asked().values()
+    return (device_type == "cuda" or interpreted) and dtype in STORED
+
+
+_BACKENDS = {
+    "cpp": _Backend(
+        _no_cpp, lambda device, dtype: device == "cpu" and dtype in STORED, "fused C++ for CPUs (csrc/cpp)"
+    ),
+    "triton": _Backend(_no_triton, _triton_takes, "Triton (csrc/triton)"),
+    "cuda": _Backend(_no_cuda, lambda device, dtype: device == "cuda" and dtype in STORED, "CUDA C++ (csrc/cuda)"),
+    "cudnn": _Backend(
+        _no_cudnn, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuDNN's attention, through torch"
+    ),
+    "flash": _Backend(
+        lambda: None, lambda device, dtype: device == "cpu" or (device == "cuda" and dtype in HALVES),
+        "FlashAttention-2, as torch has it",
+    ),
+    "cublas": _Backend(
+        _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "a GEMM whose epilogue adds in fp32"
+    ),
+    "torch": _Backend(lambda: None, lambda device, dtype: True, "plain torch, the reference"),
+}  # fmt: skip
+
+
+def backend(op: str, tensor: Tensor, *, able: Callable[[str], bool] | None = None) -> str:
+    """The backend of `op` that runs on `tensor`; `able` says of a name whether it can do the rest of what is asked.
+
+    ConfigError where `MEGACODER_OPS` names one that cannot.
+    """
+    names = candidates(op, tensor.device.type, tensor.dtype)
+    for name in names:
+        if able is None or able(name):
+            return name
+    raise ConfigError(f"{ENVIRONMENT}: {op}={names[0]} does not serve all of this run; leave it out")
+
+
+@cache
+def candidates(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends of `op` that serve such tensors in this process, best first; ConfigError as for `backend`."""
+    asked = _asked().get(op)
+    names = OPS[op] if asked is None else (asked,)
+    serving = tuple(name for name in names if _serves(name, device_type, dtype) is None)
+    if not serving:
+        reason = _serves(names[0], device_type, dtype)
+        raise ConfigError(f"{ENVIRONMENT} asks for {op}={asked}: {reason}; {op} has {', '.join(OPS[op])}")
+    return serving
+
+
+def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why not, or None."""
+    if reason := _BACKENDS[name].missing():
+        return reason
+    if _BACKENDS[name].takes(device_type, dtype):
+        return None
+    return f"not for {str(dtype).removeprefix('torch.')} on {device_type}"
+
+
+def parse_choices(text: str) -> dict[str, str]:
+    """`OP=BACKEND,...` as a table; ConfigError that names the nearest known word."""
+    choices = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, name = entry.partition("=")
+        if not equals or op not in OPS:
+            match = nearest(op, OPS)
+            hint = f"did you mean {match!r}?" if match and equals else "it is a list of OP=BACKEND"
+            raise ConfigError(f"{ENVIRONMENT}: {entry!r}: {hint}; ops: {', '.join(OPS)}")
+        if name not in OPS[op]:
+            raise ConfigError(f"{ENVIRONMENT}: {op} has no backend {name!r}; it has {', '.join(OPS[op])}")
+        choices[op] = name
+    return choices
+
+
+@dataclass(frozen=True)
+class OpState:
+    """One backend of one op, as `megacoder ops` shows it."""
+
+    op: str
+    backend: str
+    what: str
+    chosen: bool
+    reason: str
+    """why it runs, or why not"""
+
+
+def op_states(device_type: str, dtype: torch.dtype) -> list[OpState]:
+    """Every backend of every op, for such tensors."""
+    states = []
+    for op, names in OPS.items():
+        chosen, *others = candidates(op, device_type, dtype)
+        for name in names:
+            reason = _serves(name, device_type, dtype)
+            if name == chosen:
+                reason = f"asked for by {ENVIRONMENT}" if op in _asked() else "the first that serves"
+            elif reason is None:
+                reason = f"serves what {chosen} cannot" if name in others else "left out by " + ENVIRONMENT
+            states.append(OpState(op, name, _BACKENDS[name].what, name == chosen, reason))
+    return states
+
+
+def triton_module(name: str) -> ModuleType:
+    """`megacoder.ops.triton_kernels.NAME`, imported when it is first needed: triton takes a second to load."""
+    return importlib.import_module(f"megacoder.ops.triton_kernels.{name}")
+
+
+@cache
+def _asked() -> dict[str, str]:
+    return parse_choices(os.environ.get(ENVIRONMENT, ""))

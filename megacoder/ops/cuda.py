@@ -1,0 +1,181 @@
+"""The door to the compiled CUDA kernels (csrc/cuda): which tensors they take, and how they are launched.
+
+The library is a plain shared object without a symbol of torch's or Python's, loaded through ctypes: one build serves
+every torch. A launch is checked here (dtype, shape, contiguity, device), goes to torch's current stream, allocates
+nothing that a CUDA graph could not replay, and raises what CUDA answers. `cuda_kernels_for` returns None where the
+library is missing or does not apply, and the caller then takes its torch path.
+
+Legend: N elements of a flat buffer, R rows, C columns.
+"""
+
+import ctypes
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megacoder.core.device import CUDA_LIBRARY, CUDA_MAJOR
+from megacoder.ops.cpp import address
+
+__all__ = [
+    "ADAMW_SCALARS",
+    "CudaKernels",
+    "adamw_cuda_",
+    "adamw_scalars",
+    "amax",
+    "cast_transpose",
+    "cuda_kernels_for",
+    "sum_of_squares_cuda",
+]
+
+ADAMW_SCALARS = 5
+"""Elements of the fp32 buffer from `adamw_scalars` to `adamw_cuda_`: lr, gradient scale, both corrections, skip."""
+
+PARTIAL_SUMS = 512
+"""Blocks of `sum_of_squares_cuda`; fixed, so that the sum is the same on every GPU. Four to an SM fill an H100."""
+
+P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "adamw": (P, N, P, P, P, P, N, P, F, F, F, F, N, P),
+    "adamw_scalars": (P, P, P, P, F, F, F, P, P, P),
+    "amax": (P, N, P, P),
+    "cast_transpose": (P, N, N, P, N, P, P, P),
+    "sum_of_squares": (P, N, N, P, N, P, N, P),
+}
+"""Every launcher's arguments as csrc/cuda declares them: P addresses, N sizes and flags, F scalars; last the stream."""
+
+
+class CudaKernels:
+    """The launchers of one library."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.error_string.argtypes = (N,)
+        self._library.error_string.restype = ctypes.c_char_p
+        for name, arguments in SIGNATURES.items():
+            getattr(self._library, name).argtypes = arguments
+
+    def launch(self, name: str, *arguments: float, stream: int) -> None:
+        """Calls launcher `name`; raises RuntimeError where CUDA refuses."""
+        code = getattr(self._library, name)(*arguments, stream)
+        if code != 0:
+            text = self._library.error_string(code).decode()
+            raise RuntimeError(f"the CUDA kernel {name} was not launched: {text} (error {code})")
+
+
+def cuda_kernels_for(tensor: Tensor) -> CudaKernels | None:
+    """The compiled kernels if they are built and take `tensor`'s device and dtype (GPU; float32 or bfloat16)."""
+    if tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16) and _runs_on(tensor.get_device()):
+        return _load()
+    return None
+
+
+def adamw_cuda_(
+    weight_N: Tensor,
+    master_N: Tensor,
+    exp_avg_N: Tensor,
+    exp_avg_sq_N: Tensor,
+    grad_N: Tensor,
+    scalars: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    zero_grad: bool = False,
+) -> None:
+    """`ops.adamw.adamw_` with what changes from step to step in `scalars`, on the device (see `adamw_scalars`).
+
+    A skipped update leaves weights and state as they are. `zero_grad` clears the gradient in the same pass, that of a
+    skipped update too: it saves a pass over the gradient of its own.
+    """
+    count, at = weight_N.numel(), partial(address, device=weight_N.device)
+    _launch(
+        "adamw", weight_N.device,
+        at(weight_N, _float_dtype(weight_N), count), weight_N.dtype == torch.bfloat16,
+        *(at(buffer_N, torch.float32, count) for buffer_N in (master_N, exp_avg_N, exp_avg_sq_N, grad_N)), count,
+        at(scalars, torch.float32, ADAMW_SCALARS), beta1, beta2, eps, weight_decay, zero_grad,
+    )  # fmt: skip
+
+
+def adamw_scalars(
+    squares: Tensor,
+    num_tokens: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *,
+    max_grad_norm: float,
+    beta1: float,
+    beta2: float,
+    scalars: Tensor,
+    norm: Tensor,
+) -> None:
+    """Writes `scalars` and the fp64 `norm` of the mean gradient, from the fp64 sum of squared gradient sums.
+
+    `num_tokens` is fp64 too, so that it may share an all-reduce with `squares`; `lr` fp32; `step` int64, raised by one
+    unless the norm is not finite: then `norm` is infinite and the update skipped.
+    """
+    at = partial(address, device=scalars.device)
+    _launch(
+        "adamw_scalars", scalars.device,
+        at(squares.view(1), torch.float64), at(num_tokens.view(1), torch.float64), at(lr.view(1), torch.float32),
+        at(step.view(1), torch.int64), max_grad_norm, beta1, beta2,
+        at(scalars, torch.float32, ADAMW_SCALARS), at(norm.view(1), torch.float64),
+    )  # fmt: skip
+
+
+def sum_of_squares_cuda(values: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """Writes the sum of squares of fp32 or bf16 `values` into the fp64 scalar `out`, or adds it; bits repeat."""
+    at = partial(address, device=values.device)
+    workspace = torch.empty(PARTIAL_SUMS, dtype=torch.float64, device=values.device)
+    _launch(
+        "sum_of_squares", values.device,
+        at(values, _float_dtype(values)), values.dtype == torch.bfloat16, values.numel(),
+        at(workspace, torch.float64), PARTIAL_SUMS, at(out.view(1), torch.float64), accumulate,
+    )  # fmt: skip
+
+
+def cast_transpose(x_RC: Tensor, scale: Tensor, out_RC: Tensor, transposed_CR: Tensor) -> None:
+    """Writes bf16 `x` times the fp32 scalar `scale`, saturated, into both outputs, in their dtype: fp8 e4m3 or e5m2."""
+    dtype, at = out_RC.dtype, partial(address, device=x_RC.device)
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise ValueError(f"cast_transpose writes float8_e4m3fn or float8_e5m2, not {dtype}")
+    rows, columns = x_RC.shape
+    _launch(
+        "cast_transpose", x_RC.device,
+        at(x_RC, torch.bfloat16), rows, columns, at(scale.view(1), torch.float32), dtype == torch.float8_e5m2,
+        at(out_RC, dtype, rows, columns), at(transposed_CR, dtype, columns, rows),
+    )  # fmt: skip
+
+
+def amax(values: Tensor, out: Tensor) -> None:
+    """Writes the largest magnitude of bf16 `values` into the fp32 scalar `out`: 0 of none, NaN where there is one."""
+    at = partial(address, device=values.device)
+    _launch("amax", values.device, at(values, torch.bfloat16), values.numel(), at(out.view(1), torch.float32))
+
+
+def _launch(name: str, device: torch.device, *arguments: float) -> None:
+    kernels = _load()
+    if kernels is None:
+        raise RuntimeError(f"the CUDA kernel {name} is not built here; ask cuda_kernels_for first")
+    with torch.cuda.device(device):
+        kernels.launch(name, *arguments, stream=torch.cuda.current_stream().cuda_stream)
+
+
+def _float_dtype(tensor: Tensor) -> torch.dtype:
+    """What a kernel for fp32 and bf16 takes a tensor for."""
+    return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+
+
+@cache
+def _load() -> CudaKernels | None:
+    try:
+        return CudaKernels(CUDA_LIBRARY)
+    except OSError:
+        return None
+
+
+@cache
+def _runs_on(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] >= CUDA_MAJOR

@@ -1,0 +1,185 @@
+"""Attention kernels that torch carries, forward and backward called by hand: cuDNN's, and FlashAttention-2.
+
+What autograd would keep between the two is (out, lse), so that is all that these take and return; dropout does not
+exist here, and neither do its random states. Layouts are those of `megacoder.ops.attention`: B sequences, S queries,
+P keys, H query heads, G key-value heads, K head dim.
+
+Packed documents go to FlashAttention as one ragged batch: every piece of a document that the queries at hand belong to
+is a sequence of its own, with its end aligned to its last key. No key outside a document is read, let alone masked.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["DocumentMask", "cudnn_backward", "cudnn_forward", "flash_backward", "flash_forward", "serves"]
+
+_cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+_cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+_flash_forward = torch.ops.aten._flash_attention_forward
+_flash_backward = torch.ops.aten._flash_attention_backward
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentMask:
+    """The keys that queries of packed sequences see: those of their own document up to their own token."""
+
+    first_keys_BS: Tensor
+    """int64: place in its sequence of the first token of each query's document, at most the query's own"""
+    query_start: int = 0
+    """place in its sequence of the first query; the others follow"""
+
+    @cached_property
+    def pieces(self) -> "Pieces":
+        """What a ragged kernel is told. It costs one wait for the device, so a microbatch's layers share the mask.
+
+        ValueError where first keys are not those of documents, one after the other.
+        """
+        return Pieces.of(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Documents, cut where the queries at hand begin, all sequences end to end."""
+
+    query_ends: Tensor
+    """int32 (pieces + 1,): cu_seqlens of the queries"""
+    key_ends: Tensor
+    """int32 (pieces + 1,): cu_seqlens of the keys"""
+    max_queries: int
+    max_keys: int
+    key_starts: list[int]
+    """of each sequence, the first key that any of its queries sees"""
+
+    @classmethod
+    def of(cls, mask: DocumentMask) -> "Pieces":
+        """See `DocumentMask.pieces`."""
+        first_keys = mask.first_keys_BS.cpu()
+        batch, length = first_keys.shape
+        places = torch.arange(mask.query_start, mask.query_start + length).expand(batch, length)
+        begins = first_keys == places
+        begins[:, 0] = True
+        runs_on = first_keys[:, 1:] == first_keys[:, :-1]
+        if not (begins[:, 1:] | runs_on).all() or (first_keys[:, 0] > mask.query_start).any():
+            sequence, query = (~(begins[:, 1:] | runs_on)).nonzero().tolist()[0] if length > 1 else (0, -1)
+            raise ValueError(
+                f"query {query + 1} of sequence {sequence} begins no document, yet its first key "
+                f"{int(first_keys[sequence, query + 1])} is not that of the query before it"
+            )
+        starts = begins.flatten().nonzero()[:, 0]
+        stops = torch.cat([starts[1:], torch.tensor([batch * length])])
+        num_keys = (places.flatten()[stops - 1] + 1) - first_keys.flatten()[starts]
+        query_ends = torch.cat([starts, stops[-1:]])
+        key_ends = torch.cat([torch.zeros(1, dtype=torch.int64), num_keys.cumsum(0)])
+        device = mask.first_keys_BS.device
+        return cls(
+            query_ends.to(device, torch.int32), key_ends.to(device, torch.int32),
+            int((stops - starts).max()), int(num_keys.max()), first_keys[:, 0].tolist(),
+        )  # fmt: skip
+
+    def seen(self, keys_BGPK: Tensor, num_keys: int) -> Tensor:
+        """The keys that any query sees, (tokens, G, K); `num_keys` of each sequence are behind no query."""
+        by_token = keys_BGPK.transpose(1, 2)
+        if not any(self.key_starts):
+            return by_token[:, :num_keys].flatten(0, 1)
+        return torch.cat([keys[start:num_keys] for keys, start in zip(by_token, self.key_starts, strict=True)])
+
+    def unseen(self, grad_TGK: Tensor, keys_BGPK: Tensor, num_keys: int) -> Tensor:
+        """The inverse of `seen` for gradients: (B, G, P, K), zero for keys that nobody saw."""
+        grad_BPGK = grad_TGK.new_zeros(*keys_BGPK.transpose(1, 2).shape)
+        counts = [num_keys - start for start in self.key_starts]
+        for grad, part, start in zip(grad_BPGK, grad_TGK.split(counts), self.key_starts, strict=True):
+            grad[start:num_keys] = part
+        return grad_BPGK.transpose(1, 2)
+
+
+def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMask | None) -> bool:
+    """Whether backend `name` knows the mask and the head dim.
+
+    cuDNN and the CPU's kernel align a causal mask to the first key, FlashAttention-2 to the last one.
+    """
+    if name not in ("cudnn", "flash"):
+        return True
+    if q_BHSK.device.type == "cpu":
+        return query_start == 0 and documents is None
+    if q_BHSK.shape[-1] % 8 or not q_BHSK.numel():
+        return False
+    if name == "cudnn":
+        return query_start == 0 and documents is None and q_BHSK.shape[-1] <= 128
+    return q_BHSK.shape[-1] <= 256
+
+
+def cudnn_forward(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal."""
+    out, lse, *_ = _cudnn_forward(q_BHSK, k_BGSK, v_BGSK, None, True, 0.0, True)
+    return out.transpose(1, 2).contiguous(), lse.view(lse.shape[:3])
+
+
+def cudnn_backward(
+    grad_out_BHSK: Tensor, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, out_BHSK: Tensor, lse_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    lengths = q_BHSK.shape[2], k_BGSK.shape[2]
+    no_dropout = torch.empty((), dtype=torch.int64, device=q_BHSK.device)
+    return _cudnn_backward(
+        grad_out_BHSK, q_BHSK, k_BGSK, v_BGSK, out_BHSK, lse_BHS[..., None], no_dropout, no_dropout, None, None, None,
+        *lengths, 0.0, True,
+    )  # fmt: skip
+
+
+def flash_forward(
+    q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, documents: DocumentMask | None
+) -> tuple[Tensor, Tensor]:
+    """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal with the last query at the last key."""
+    if q_BHSK.device.type == "cpu":
+        out, lse = _cpu_forward(q_BHSK, k_BGPK, v_BGPK, 0.0, True)
+        return out.transpose(1, 2).contiguous(), lse
+    batch, _, length, _ = q_BHSK.shape
+    num_keys = k_BGPK.shape[2]
+    if documents is None:
+        by_token = (t.transpose(1, 2) for t in (q_BHSK, k_BGPK, v_BGPK))
+        out_BSHK, lse_BHS, *_ = _flash_forward(*by_token, None, None, length, num_keys, 0.0, True, False)
+        return out_BSHK, lse_BHS
+    pieces = documents.pieces
+    q_THK, k_TGK, v_TGK = q_BHSK.transpose(1, 2).flatten(0, 1), *(pieces.seen(t, num_keys) for t in (k_BGPK, v_BGPK))
+    out_THK, lse_HT, *_ = _flash_forward(
+        q_THK, k_TGK, v_TGK, pieces.query_ends, pieces.key_ends, pieces.max_queries, pieces.max_keys, 0.0, True, False
+    )
+    return out_THK.unflatten(0, (batch, length)), lse_HT.unflatten(1, (batch, length)).transpose(0, 1)
+
+
+def flash_backward(
+    grad_out_BHSK: Tensor,
+    q_BHSK: Tensor,
+    k_BGPK: Tensor,
+    v_BGPK: Tensor,
+    out_BHSK: Tensor,
+    lse_BHS: Tensor,
+    documents: DocumentMask | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    if q_BHSK.device.type == "cpu":
+        return _cpu_backward(grad_out_BHSK, q_BHSK, k_BGPK, v_BGPK, out_BHSK, lse_BHS, 0.0, True)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q_BHSK.device)
+    length, num_keys = q_BHSK.shape[2], k_BGPK.shape[2]
+    if documents is None:
+        tensors = [t.transpose(1, 2) for t in (grad_out_BHSK, q_BHSK, k_BGPK, v_BGPK, out_BHSK)]
+        grads = _flash_backward(
+            *tensors, lse_BHS, None, None, length, num_keys, 0.0, True, no_dropout, no_dropout
+        )  # fmt: skip
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
+        return grad_q, grad_k, grad_v
+    pieces, batch = documents.pieces, len(q_BHSK)
+    grad_out, q, out = (t.transpose(1, 2).flatten(0, 1) for t in (grad_out_BHSK, q_BHSK, out_BHSK))
+    k, v = pieces.seen(k_BGPK, num_keys), pieces.seen(v_BGPK, num_keys)
+    lse_HT = lse_BHS.transpose(0, 1).flatten(1)
+    grad_q_THK, grad_k_TGK, grad_v_TGK = _flash_backward(
+        grad_out, q, k, v, out, lse_HT, pieces.query_ends, pieces.key_ends, pieces.max_queries, pieces.max_keys, 0.0,
+        True, no_dropout, no_dropout,
+    )  # fmt: skip
+    grad_q = grad_q_THK.unflatten(0, (batch, length)).transpose(1, 2)
+    return grad_q, pieces.unseen(grad_k_TGK, k_BGPK, num_keys), pieces.unseen(grad_v_TGK, v_BGPK, num_keys)

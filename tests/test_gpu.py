@@ -1,0 +1,204 @@
+"""What only a GPU can show: the step through its fused kernels, against float64 and against torch's own bf16."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from train_cases import make_case
+
+from megacoder.model.config import ModelConfig
+from megacoder.model.init import init_weights
+from megacoder.model.stage import Microbatch, Stage, forward_backward
+from megacoder.model.transformer import Transformer
+from megacoder.ops.attention import (
+    DocumentMask,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    causal_mask,
+)
+from megacoder.ops.backends import OPS, backend
+from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.parallel.collectives import World
+from megacoder.parallel.flat import FlatParameters
+from megacoder.train.loop import Interrupted, Trainer, train
+from megacoder.train.metrics_log import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHAPES = {
+    "all heads": {},
+    "grouped": {"num_key_value_heads": 2},
+    "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "head_dim 64": {"head_dim": 64},
+}
+
+
+def shape_of(**changes):
+    shape = {
+        "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 688, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 512,
+        "init_std": 0.04,
+    }  # fmt: skip
+    return ModelConfig(**{**shape, **changes})
+
+
+def batch_of(config):
+    tokens = torch.randint(0, config.vocab_size, (3, 257), generator=torch.Generator().manual_seed(0))
+    labels = tokens[:, 1:].clone()
+    labels[1, 4:90] = IGNORE_INDEX
+    starts = torch.zeros(3, 256, dtype=torch.bool)
+    for sequence, places in enumerate(([0, 1, 100], [0], [0, 128, 255])):
+        starts[sequence, places] = True
+    return tokens[:, :-1].cuda(), labels.cuda(), starts.cuda()
+
+
+def built(config):
+    model = Transformer(config)
+    init_weights(model, seed=0)
+    return model.cuda()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bf16_step_errs_at_most_twice_as_much_as_autograd_in_bf16(shape, packed):
+    config = shape_of(**SHAPES[shape])
+    tokens, labels, starts = batch_of(config)
+    masks = {"starts_BS": starts} if packed else {}
+    # All start from the weights that bf16 can hold.
+    exact = built(config).bfloat16().double()
+    expected = exact.loss(tokens, labels, **masks)
+    expected.backward()
+    rounded = built(config).bfloat16()
+    rounded.loss(tokens, labels, **masks).backward()
+    model = built(config)
+    FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=torch.device("cuda"))
+    loss = forward_backward(model, tokens, labels, **masks)
+
+    assert loss.total.item() == pytest.approx(expected.item(), rel=2e-4)
+    for (name, ours), theirs, true in zip(
+        model.named_parameters(), rounded.parameters(), exact.parameters(), strict=True
+    ):
+        error, allowed = ((param.grad.double() - true.grad).norm().item() for param in (ours, theirs))
+        assert error <= 2 * allowed + 1e-6 * true.grad.norm().item(), f"{name}: {error:.3e} against {allowed:.3e}"
+
+
+def test_fp32_on_a_gpu_is_fp32_on_a_cpu():
+    config = shape_of(num_key_value_heads=2)
+    tokens, labels, starts = batch_of(config)
+    grads, losses = [], []
+    for device in ("cpu", "cuda"):
+        model = Transformer(config)
+        init_weights(model, seed=0)
+        flat = FlatParameters(model.named_parameters(), dtype=torch.float32, device=torch.device(device))
+        loss = forward_backward(model, tokens.to(device), labels.to(device), starts_BS=starts.to(device))
+        losses.append(loss.total.item())
+        grads.append(flat.grad.double().cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert (grads[1] - grads[0]).norm() <= 1e-4 * grads[0].norm()
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_little_on_a_gpu(recompute):
+    config = shape_of()
+    tokens, labels, _ = batch_of(config)
+    model = built(config)
+    flat = FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=torch.device("cuda"))
+    grads = []
+    for kind in ("none", recompute):
+        flat.grad.zero_()
+        stage = dataclasses.replace(Stage.whole(model), recompute=kind)
+        _, saved = stage.forward(None, Microbatch.of(tokens, labels))
+        stage.backward(None, saved)
+        grads.append(flat.grad.clone())
+    assert (grads[0] - grads[1]).norm() <= 1e-3 * grads[0].norm()  # cuDNN's backward adds in any order
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 2, 128), (4, 1, 64)])
+@pytest.mark.parametrize("length", [128, 192, 1000])
+def test_attention_backends_against_float64(name, heads, kv_heads, dim, length, monkeypatch):
+    monkeypatch.setattr("megacoder.ops.backends._asked", lambda: {"attention": name})
+    _compare(2, heads, kv_heads, dim, length, num_keys=length)
+
+
+@pytest.mark.parametrize(("query_start", "unread"), [(0, 3), (64, 0), (500, 70)])
+def test_attention_of_part_of_a_sequence_within_documents(query_start, unread):
+    own = torch.tensor([0, 30, 64, 65, 300, 520])
+    places = torch.arange(query_start, query_start + 200)
+    first = torch.stack([own[torch.searchsorted(own, places, right=True) - 1], torch.zeros_like(places)])
+    _compare(
+        2, 4, 2, 128, 200, num_keys=query_start + 200 + unread, query_start=query_start,
+        documents=DocumentMask(first.cuda(), query_start),
+    )  # fmt: skip
+
+
+def _compare(batch, heads, kv_heads, dim, length, *, num_keys, query_start=0, documents=None):
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [(batch, length, heads, dim), (batch, num_keys, kv_heads, dim), (batch, num_keys, kv_heads, dim)]
+    draws = [torch.randn(size, generator=generator, device="cuda").bfloat16().transpose(1, 2) for size in sizes]
+    grad = torch.randn(sizes[0], generator=generator, device="cuda").bfloat16()
+    first = None if documents is None else documents.first_keys_BS
+    mask = causal_mask(torch.arange(query_start, query_start + length, device="cuda"), num_keys, first_keys_BS=first)
+
+    def plain(tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = attention_reference(*leaves, mask=mask)
+        out.backward(grad.transpose(1, 2).to(out.dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact, rounded = plain([tensor.double() for tensor in draws]), plain(draws)
+    masks = {"query_start": query_start, "documents": documents}
+    out, lse = attention_forward(*draws, **masks)
+    ours = [out.transpose(1, 2), *attention_backward(grad, *draws, out, lse, **masks)]
+    for what, true, mine, theirs in zip(("out", "dq", "dk", "dv"), exact, ours, rounded, strict=True):
+        error, allowed = ((tensor.double() - true).norm() / true.norm() for tensor in (mine, theirs))
+        assert error <= 2 * allowed + 2e-3, f"{what}: {error:.2e} against {allowed:.2e}"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("run"))
+
+
+def losses_of(case, output, **changes):
+    train(case.config(output, **changes))
+    return [row["loss"] for row in read_metrics(case.folder / output / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_a_run_on_a_gpu_is_the_run_on_a_cpu(case, packed):
+    data = case.config("x").data
+    data = dataclasses.replace(data, stream=dataclasses.replace(data.stream, document_masks=packed))
+    on_cpu = losses_of(case, f"cpu-{packed}", data=data)
+    assert losses_of(case, f"gpu-{packed}", data=data, device="cuda") == pytest.approx(on_cpu, rel=1e-3)
+    assert losses_of(case, f"bf16-{packed}", data=data, device="cuda", dtype="bfloat16") == pytest.approx(
+        on_cpu, rel=0.05
+    )
+
+
+def test_a_run_on_a_gpu_goes_on_where_it_stopped(case):
+    settings = {"device": "cuda", "dtype": "bfloat16"}
+    whole = losses_of(case, "uninterrupted", **settings)
+    trainer = Trainer(case.config("stopped", **settings), World(0, 1, 0, torch.device("cuda", 0), None))
+    update = trainer.update
+
+    def update_and_ask():
+        if trainer.step + 1 == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update()
+
+    trainer.update = update_and_ask
+    with pytest.raises(Interrupted, match="stopped at step 5 "):
+        trainer.run()
+    assert losses_of(case, "stopped", **settings) == pytest.approx(whole, rel=1e-3)
+
+
+def test_every_op_has_a_kernel_here():
+    sample = torch.empty(0, device="cuda", dtype=torch.bfloat16)
+    assert {op: backend(op, sample) for op in OPS} == {
+        "rms_norm": "triton", "rope": "triton", "swiglu": "triton", "cross_entropy": "triton",
+        "attention": "cudnn", "weight_grad": "cublas", "adamw": "cuda",
+    }  # fmt: skip

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in order of value, each part under nine minutes.
+#
+#   tools/gpu_suite.sh                     all parts
+#   tools/gpu_suite.sh --part ops          one of: correctness ops step peers
+#   OUT=folder PYTHON=python3.12 SITE=folder-of-pure-python-packages tools/gpu_suite.sh --part peers
+#
+# Figures go to tools/results/gpu_*.jsonl (or $OUT), one line a measurement, with device, driver, torch and commit
+# (MEGACODER_COMMIT where the tree is a copy without its repository). A measurement that already has a line of this
+# commit on this device is not taken again, so that a run which was cut off goes on; FRESH=--no-resume takes all anew.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+part=all
+[ "${1:-}" = --part ] && part=${2:?a part: correctness, ops, step or peers}
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-tools/results}
+export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
+export MEGACODER_COMMIT=${MEGACODER_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
+failed=0
+
+[ -e megacoder/_cuda.so ] || $PYTHON setup.py --quiet build_ext --inplace || exit 1
+
+wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
+say() { printf '\n== %s\n' "$*"; }
+step() {  # FILE ARGUMENTS...: a row of bench_gpu.py
+  local file=$OUT/$1
+  shift
+  say "$*"
+  $PYTHON tools/bench_gpu.py "$@" --out "$file" ${FRESH:---resume} || failed=1
+}
+
+if wanted correctness; then
+  say "correctness"
+  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_gpu.py tests/test_ops.py tests/test_model.py \
+    tests/test_triton_kernels.py tests/test_cuda_kernels.py || failed=1
+fi
+if wanted ops; then
+  say "ops"
+  $PYTHON tools/bench_ops.py --out "$OUT/gpu_ops.jsonl" || failed=1
+fi
+if wanted step; then
+  for shape in "4096 8" "16384 2"; do
+    read -r sequence batch <<<"$shape"
+    for contender in megacoder gemm; do
+      step gpu_step.jsonl --contender $contender --sequence "$sequence" --batch "$batch"
+    done
+  done
+  step gpu_step.jsonl --sequence 4096 --batch 8 --accumulate 4 --steps 3
+fi
+if wanted peers; then  # ours before and after: the machine's own drift
+  FRESH=--no-resume
+  for contender in megacoder liger plain compiled transformers megacoder; do
+    step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
+  done
+fi
+exit $failed

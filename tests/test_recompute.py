@@ -6,6 +6,7 @@ import torch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.plain_stage import PlainStage
+from megacoder.model.scheduled import kept_bytes_per_token
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.flat import FlatParameters
@@ -62,6 +63,7 @@ def test_a_layer_keeps_the_bytes_that_are_documented(recompute, dtype):
     assert [num_bytes(tensors_in(layer)) for layer in saved.layers] == [expected] * LAYERS
     together = [tensor for layer in saved.layers for tensor in tensors_in(layer)]
     assert num_bytes(together) == expected * LAYERS  # nothing twice
+    assert kept_bytes_per_token(model.config, recompute, itemsize=dtype.itemsize) * BATCH * LENGTH == expected
 
 
 def packed_bytes(recompute):

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from bench_common import machine
 from bench_gpu import SHAPES
-from megacoder.core.rates import copy_rate, matrix_rate
-from megacoder.core.timing import median_seconds
-from megacoder.train.op_table import op_table
 from torch import Tensor
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.core.device import probe
+from megacoder.core.rates import copy_rate, matrix_rate
+from megacoder.core.timing import median_seconds
 from megacoder.ops.rope import apply_rope, rope_tables
+from megacoder.train.op_table import op_table
 
 __all__ = ["main"]
 

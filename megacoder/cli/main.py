@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
     "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
+    "profile": ("megacoder.cli.profile", "where the time and memory of a run's steps go, with a trace"),
     "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
     "ops": ("megacoder.cli.ops", "which kernels run on this machine, and why the others do not"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),

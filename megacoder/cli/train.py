@@ -8,7 +8,7 @@ from megacoder.core.config import load_toml, parse_args, to_toml
 from megacoder.core.errors import ConfigError
 from megacoder.train.config import RunConfig
 
-__all__ = ["main"]
+__all__ = ["main", "take_nproc"]
 
 PROG = "megacoder train RUN.toml [--nproc N] [--print-config]"
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
             parse_args(RunConfig, words, prog=PROG)
         raise ConfigError(f"the first argument is the run's TOML file; usage: {PROG}")
     path = Path(words.pop(0))
-    nproc, words = _take_nproc(words)
+    nproc, words = take_nproc(words)
     show = "--print-config" in words
     overrides = [word for word in words if word != "--print-config"]
     config = parse_args(RunConfig, overrides, prog=PROG, default=load_toml(RunConfig, path))
@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
         launch_workers(["train", str(path), *overrides], nproc=nproc)
 
 
-def _take_nproc(words: list[str]) -> tuple[int | None, list[str]]:
+def take_nproc(words: list[str]) -> tuple[int | None, list[str]]:
+    """The number behind `--nproc`, None where it is not given, and the other words."""
     for index, word in enumerate(words):
         if word == "--nproc" or word.startswith("--nproc="):
             text = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")

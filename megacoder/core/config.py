@@ -23,17 +23,40 @@ import tyro
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["check_same", "from_dict", "load_toml", "nearest", "parse_args", "to_dict", "to_toml"]
+__all__ = [
+    "check_same",
+    "from_dict",
+    "load_toml",
+    "nearest",
+    "parse_args",
+    "parse_known_args",
+    "to_dict",
+    "to_toml",
+]
 
 T = TypeVar("T")
 
 
-def parse_args(cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None) -> T:
+def parse_args(
+    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, beside: type | None = None
+) -> T:
     """Parses `argv` (by default the process's own) into `cls`, a dataclass whose field docstrings become the help text.
 
     Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
+    `beside` is a dataclass that has taken its options before (see `parse_known_args`), and whose may have been meant.
     Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
     """
+    config, unknown = parse_known_args(cls, argv, prog=prog, default=default)
+    if unknown:
+        names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
+        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], names)}; see {prog} --help")
+    return config
+
+
+def parse_known_args(
+    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None
+) -> tuple[T, list[str]]:
+    """As `parse_args`, and the words that are not of `cls`, for another dataclass to take."""
     words = list(sys.argv[1:] if argv is None else argv)
     drawn = io.StringIO()
     try:
@@ -47,20 +70,21 @@ def parse_args(cls: type[T], argv: Sequence[str] | None, *, prog: str, default: 
         if stop.code in (0, None):
             raise
         raise ConfigError(f"{_undraw(drawn.getvalue())}; see {prog} --help") from None
-    if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], _option_names(cls))}; see {prog} --help")
-    return config
+    return config, unknown
 
 
-def load_toml(cls: type[T], path: Path) -> T:
-    """Reads `path` into `cls`; ConfigError names the file and the key, value or line at fault."""
+def load_toml(cls: type[T], path: Path, *, absent: dict[str, Any] | None = None) -> T:
+    """Reads `path` into `cls`; ConfigError names the file and the key, value or line at fault.
+
+    `absent` has nested values for keys that the file may leave out although `cls` demands them.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-    return from_dict(cls, table, where=str(path))
+    return from_dict(cls, _merged(absent or {}, table), where=str(path))
 
 
 def from_dict(cls: type[T], table: dict[str, Any], *, where: str) -> T:
@@ -110,6 +134,14 @@ def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     """The known name that `name` was most probably meant to be, or None."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key, value in below.items():
+        if isinstance(value, dict) and isinstance(above.get(key), dict):
+            merged[key] = _merged(value, above[key])
+    return merged
 
 
 def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:

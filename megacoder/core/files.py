@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "remove_stale_temporaries",
     "replacing",
     "replacing_dir",
+    "why_not_writable",
     "write_json",
     "write_text",
 ]
@@ -80,6 +82,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Atomically replaces `path` with `value` as indented JSON, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why `path` could not be written by the functions above, None if it could; tried, and nothing is left of it."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
 
 
 def remove_stale_temporaries(folder: Path) -> list[Path]:

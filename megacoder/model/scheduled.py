@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from megacoder.model.config import ModelConfig
 from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
 from megacoder.ops.linear import accumulate_weight_grad
@@ -29,9 +30,17 @@ from megacoder.ops.rope import apply_rope_, gather_unrotate
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 from megacoder.parallel.context import context_attention_backward, context_attention_forward, start_gather_keys
 from megacoder.parallel.layers import Linear
-from megacoder.parallel.tensor import start_gather, start_reduce
+from megacoder.parallel.tensor import ALONE, TensorParallel, start_gather, start_reduce
 
-__all__ = ["Recompute", "SavedLayer", "WeightGradients", "grad_of", "layer_backward", "layer_forward"]
+__all__ = [
+    "Recompute",
+    "SavedLayer",
+    "WeightGradients",
+    "grad_of",
+    "kept_bytes_per_token",
+    "layer_backward",
+    "layer_forward",
+]
 
 Recompute = Literal["none", "selective", "full"]
 """What a layer forms again in its backward rather than keeps. The bits of every result are the same.
@@ -46,8 +55,23 @@ selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up prod
 full       e * D                                 the layer's input alone; all of the forward but the last product runs
                                                  again, with tensor parallelism its collectives too
 
-For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 24.6 kB and 4.1 kB.
+For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
 """
+
+
+def kept_bytes_per_token(
+    model: ModelConfig, recompute: Recompute, *, itemsize: int, tp: TensorParallel = ALONE
+) -> float:
+    """What one layer keeps of each of this rank's T tokens, by the formula above."""
+    stream = 1 / tp.size if tp.sequence_parallel else 1.0
+    heads, kv_heads = model.num_attention_heads // tp.size, max(1, model.num_key_value_heads // tp.size)
+    d, f = model.hidden_size * stream, model.intermediate_size // tp.size
+    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
+    if recompute == "full":
+        return itemsize * d
+    if recompute == "selective":
+        return itemsize * (2 * d + c + hk) + 4 * heads
+    return itemsize * (4 * d + c + hk + 2 * f) + 4 * heads + 8 * stream
 
 
 class Normed(NamedTuple):

@@ -7,9 +7,13 @@ reads it from a thread, which may see a microbatch with the activity of the one 
 How collectives find it: torch's process groups take no attributes, so `megacoder.parallel.collectives` keeps a
 `GroupNote` beside each group, in a dictionary that forgets a group when nobody else holds it. Every group of a process
 leads to the journal of the default group's World. So no signature carries a journal, and none can be forgotten.
+
+Whoever wants to know how long a rank is at what, as a profile does, makes itself the journal's `Listener`. Without one
+a note costs the question whether there is one.
 """
 
 from types import TracebackType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,16 +21,31 @@ from torch import Tensor
 
 from megacoder.core.errors import RankLost
 
-__all__ = ["CHECKPOINT", "GroupNote", "Journal", "Operation"]
+__all__ = ["CHECKPOINT", "DATA", "UPDATE", "GroupNote", "Journal", "Listener", "Operation"]
 
 CHECKPOINT = "checkpoint"
 """An activity in which a rank may wait for other ranks' files, with a time-out of its own."""
+DATA, UPDATE = "reading data", "update"
+"""Activities at the two ends of a step; those between are the schedule's (see `megacoder.parallel.pipeline`)."""
+
+
+class Listener(Protocol):
+    """Is told what is noted, when it is, by the thread that does it."""
+
+    def at(self, activity: str) -> None:
+        """The rank turns to `activity`."""
+
+    def entered(self, operation: str) -> None:
+        """It begins a collective, send or receive of that name, or waits for one; within an activity."""
+
+    def left(self) -> None:
+        """It goes on with the activity."""
 
 
 class Journal:
     """Where one rank is."""
 
-    __slots__ = ("activity", "microbatch", "moves", "operation", "step", "stop_asked", "waiting")
+    __slots__ = ("activity", "listener", "microbatch", "moves", "operation", "step", "stop_asked", "waiting")
 
     def __init__(self) -> None:
         self.activity = "starting"
@@ -41,6 +60,7 @@ class Journal:
         """grows with everything noted, so that a reader sees whether the rank moves"""
         self.stop_asked = False
         """a signal has asked the run to stop"""
+        self.listener: Listener | None = None
 
     def begin_step(self, step: int) -> None:
         """Notes the step under way, from 1; its microbatches are yet to come."""
@@ -53,6 +73,8 @@ class Journal:
         if microbatch is not None:
             self.microbatch = microbatch
         self.moves += 1
+        if self.listener is not None:
+            self.listener.at(activity)
 
     def place(self) -> str:
         """As 'step 5, microbatch 2, forward'."""
@@ -90,6 +112,8 @@ class Operation:
         journal = self._note.journal
         journal.operation, journal.waiting = self, True
         journal.moves += 1
+        if journal.listener is not None:
+            journal.listener.entered(self._name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,6 +122,8 @@ class Operation:
             journal = self._note.journal
             journal.waiting = False
             journal.moves += 1
+            if journal.listener is not None:
+                journal.listener.left()
         elif _is_of_the_network(error):
             raise RankLost(f"{self} failed: {_first_line(error)}") from error
 

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megacoder.parallel.collectives import Pending, group_rank, group_size, journal_of, start_receive, start_send
+from megacoder.parallel.journal import Journal
 from megacoder.parallel.schedules.program import Exchange, Program, Recv, Send
 from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
 
-__all__ = ["PipelineResult", "PipelineRunner", "PipelineStage"]
+__all__ = ["ACTIVITIES", "PipelineResult", "PipelineRunner", "PipelineStage"]
 
 ACTIVITIES = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
 """What the journal calls a schedule's operations."""
@@ -57,14 +58,22 @@ class PipelineRunner:
     """One rank's part of `program`, to be run step after step; every rank of `group` has one of the same program."""
 
     def __init__(
-        self, program: Program, stages: Sequence[PipelineStage], group: dist.ProcessGroup | None = None
+        self,
+        program: Program,
+        stages: Sequence[PipelineStage],
+        group: dist.ProcessGroup | None = None,
+        *,
+        journal: Journal | None = None,
     ) -> None:
-        """`stages` are the rank's chunks in order; ScheduleError if there are too few or many of them, or of ranks."""
+        """`stages` are the rank's chunks in order; ScheduleError if there are too few or many of them, or of ranks.
+
+        `journal` is the rank's; left out, the group's.
+        """
         self.schedule, self.stages, self.group = program.schedule, stages, group
         self._expect(self.schedule.num_ranks, group_size(group), "pipeline ranks")
         self._expect(self.schedule.num_chunks, len(stages), "chunks per rank")
         self.rank = group_rank(group)
-        self.journal = journal_of(group)
+        self.journal = journal or journal_of(group)
         self.instructions = program.ranks[self.rank]
         self.confirmed_by = _confirmations(self.schedule, self.rank)
 

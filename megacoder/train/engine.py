@@ -64,7 +64,7 @@ class Engine:
             model_group=mesh.group("pp", "tp"), counted_elsewhere=counted_elsewhere(self.model, self.flat),
         )  # fmt: skip
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
-        self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"))
+        self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"), journal=mesh.world.journal)
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
         """This rank's part of its replica's batch, `size` sequences at a time."""
@@ -79,6 +79,7 @@ class Engine:
         """Adds the gradients of all microbatches; returns this rank's part of the replica's loss (see `sum_losses`)."""
         self.optimizer.traffic.begin_step(len(microbatches))
         outputs = self._training.run(microbatches).outputs
+        self.mesh.world.journal.at("sums over ranks")
         sum_replica_gradients(self.model)
         sum_tied_gradients(self.model, stage_map=self.layout.schedule.stage_map, group=self.mesh.group("pp"))
         return self._part(outputs)
@@ -100,7 +101,9 @@ class Engine:
     @cached_property
     def _evaluation(self) -> PipelineRunner:
         stages = [ForwardOnly(stage) for stage in self._stages]
-        return PipelineRunner(self.layout.evaluation_program, stages, self.mesh.group("pp"))
+        return PipelineRunner(
+            self.layout.evaluation_program, stages, self.mesh.group("pp"), journal=self.mesh.world.journal
+        )
 
     def _part(self, outputs: Sequence[LossSum]) -> LossSum:
         """Ranks that hold the head have losses, tensor-parallel ones all the same: the first of them counts."""

@@ -6,34 +6,32 @@ is one small all-reduce per step of (loss sum, tokens, asked to stop).
 SIGINT and SIGTERM are answered at the next step's end, on all ranks alike: checkpoint, then exit.
 """
 
-import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
-from typing import Literal
 
-import torch
-
-from megacoder.core.config import load_toml
 from megacoder.core.console import progress, say
-from megacoder.core.device import faster_dtype, probe
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError
-from megacoder.core.memory import keep_freed_memory
+from megacoder.core.errors import AlikeOnAllRanks
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
-from megacoder.data.sidecar import open_dataset
-from megacoder.data.stream import TokenStream
-from megacoder.data.tokenizer import Tokenizer
-from megacoder.parallel.collectives import World, broadcast_from_first, start_world
+from megacoder.parallel.collectives import World
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
-from megacoder.train.engine import Engine
 from megacoder.train.metrics_log import MetricsLog
 from megacoder.train.run_folder import RunFolder
 from megacoder.train.schedule import learning_rate
+from megacoder.train.step import (
+    StepResult,
+    load_tokenizer,
+    make_engine,
+    open_stream,
+    resolve_dtype,
+    run_step,
+    start_ranks,
+)
 from megacoder.train.validation import HeldOut
 
 __all__ = ["Interrupted", "Trainer", "train"]
@@ -48,31 +46,9 @@ class Interrupted(AlikeOnAllRanks):
     exit_code = 130
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one update did, the same on every rank."""
-
-    loss: float
-    """mean over the global batch's trained tokens, nats"""
-    num_tokens: int
-    """trained tokens of the global batch"""
-    grad_norm: float
-    """before clipping; inf where the update was skipped"""
-    stop: bool
-    """a rank was asked to stop"""
-
-
 def train(config: RunConfig) -> None:
     """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
-    machine = probe()
-    device_type = machine.device_type if config.device == "auto" else config.device
-    if device_type == "cuda" and machine.device_type != "cuda":
-        raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
-    if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
-        torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        keep_freed_memory()
-    config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
-    world = start_world(device_type, timeout_seconds=config.timeout_seconds)
+    world = start_ranks(config)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
         Trainer(config, world).run()
     world.close()
@@ -82,30 +58,16 @@ class Trainer:
     """Everything one rank holds during a run."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        config = replace(config, dtype=_resolve_dtype(config, world))
+        config = replace(config, dtype=resolve_dtype(config, world))
         self.config, self.world = config, world
         layout = config.layout(world.size)
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-        if tokenizer.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
-                f"{tokenizer.vocab_size} ids; set model.vocab_size to that"
-            )
+        tokenizer = load_tokenizer(config)
         mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
-        stream = TokenStream(
-            open_dataset(config.data.train, tokenizer), tokenizer, config.data.stream,
-            global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
-        )  # fmt: skip
-        self.batches = Prefetcher(stream)
+        self.batches = Prefetcher(open_stream(config, tokenizer, mesh))
         self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
 
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
-        self.engine = Engine(
-            config.model, layout, mesh,
-            execution=config.execution, bucket_elements=config.parallel.bucket_elements,
-            optimizer=config.optimizer,
-            dtype=getattr(torch, config.dtype), seed=config.seed,
-        )  # fmt: skip
+        self.engine = make_engine(config, layout, mesh)
         self.step = self.folder.resume(self.engine, self.batches)
         self.skipped_in_a_row = 0
         self._stop_asked = False
@@ -142,26 +104,16 @@ class Trainer:
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""
-        engine, journal = self.engine, self.world.journal
-        journal.begin_step(self.step + 1)
-        journal.at("reading data")
-        microbatches = engine.microbatches(self.batches.next_batch(), self.config.micro_batch_size)
-        part = engine.forward_backward(microbatches)
-        journal.at("update")
-        loss_sum, counted, stop = engine.sum_losses(part, self._stop_asked)
+        engine = self.engine
         updates = engine.optimizer.num_updates
-        grad_norm = engine.update(
-            lr=learning_rate(self.step + 1, self.config.steps, self.config.schedule),
-            num_tokens=max(1, int(counted)),
-            max_grad_norm=self.config.max_grad_norm,
-        )
+        result = run_step(engine, self.batches, self.config, self.step + 1, stop_asked=self._stop_asked)
         self.skipped_in_a_row = 0 if engine.optimizer.num_updates > updates else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise AlikeOnAllRanks(
                 f"step {self.step + 1}: the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower "
                 f"schedule.peak_lr = {self.config.schedule.peak_lr} or go back to an earlier checkpoint"
             )
-        return StepResult(loss_sum / max(1.0, counted), int(counted), grad_norm, stop > 0)
+        return result
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         model, length = self.config.model, self.config.data.stream.seq_length
@@ -194,19 +146,3 @@ class Trainer:
         if self.world.is_first and not self._stop_asked:
             say(f"{signal.Signals(number).name}: writing a checkpoint after this step")
         self._stop_asked = self.world.journal.stop_asked = True
-
-
-def _resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:
-    """The config's dtype; for `auto` what the run began with, or the faster one as the first rank measures it."""
-    if config.dtype != "auto":
-        return config.dtype
-    begun = config.output / "run.toml"
-    is_bf16 = torch.zeros((), device=world.device)
-    if world.is_first:
-        is_bf16.fill_(
-            load_toml(RunConfig, begun).dtype == "bfloat16"
-            if begun.exists()
-            else faster_dtype(probe()) == torch.bfloat16
-        )
-    broadcast_from_first(is_bf16, world.group)
-    return "bfloat16" if is_bf16.item() else "float32"

@@ -1,0 +1,94 @@
+"""What a device can do at most: products of matrices by its data sheet or as measured, and copies as measured.
+
+A share of a limit says more than a time. The limit of arithmetic is the data sheet's where we know it, which is what
+published utilisations are of; on other devices, CPUs above all, it is the fastest large product seen here, and is named
+so. The limit of memory is what a copy reaches, reads and writes counted, as no program moves more.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megacoder.core.timing import timer_for
+
+__all__ = ["Peak", "copy_rate", "known_peak", "matrix_rate"]
+
+DENSE_BF16: tuple[tuple[str, float], ...] = (
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h100", 989.4e12),
+    ("h200 nvl", 835e12),
+    ("h200", 989.4e12),
+    ("gh200", 989.4e12),
+    ("h800 pcie", 756e12),
+    ("h800", 989.4e12),
+    ("a100", 312e12),
+    ("a800", 312e12),
+    ("l40s", 362e12),
+    ("rtx 4090", 165.2e12),
+    ("rtx 3090", 71e12),
+    ("mi300x", 1307.4e12),
+)
+"""FLOP/s without sparsity, sums in fp32, by what a device's name has in it; the first that fits counts."""
+
+
+LONG_PRODUCT_SECONDS = 0.1
+"""From which on a product need not be larger."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A limit of arithmetic, and whose word it is."""
+
+    flops: float
+    """FLOP/s"""
+    source: str
+    """as 'dense bf16 of its data sheet'"""
+
+
+def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
+    """The data sheet's figure; None for devices not listed, parts of a device (MIG), and dtypes but bfloat16."""
+    name = device_name.lower()
+    if dtype != torch.bfloat16 or " mig " in name:
+        return None
+    flops = next((flops for part, flops in DENSE_BF16 if part in name), None)
+    return None if flops is None else Peak(flops, "dense bf16 by the data sheet")
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest of some large square products; about `seconds` long.
+
+    Large is what takes long enough to be timed, up to a size at which rates no longer grow: a CPU that emulates a dtype
+    needs minutes for the product that a GPU needs to show what it can.
+    """
+    size, largest = 256, 8192 if device.type == "cuda" else 1536
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # zeros would take less power
+        multiply = partial(torch.mm, a, b)
+        if _fastest(multiply, device, seconds=0.0) > LONG_PRODUCT_SECONDS or size == largest:
+            return 2.0 * size**3 / _fastest(multiply, device, seconds=seconds)
+        size = min(2 * size, largest)
+
+
+def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28, seconds: float = 0.5) -> float:
+    """Bytes/s, read and written ones, of the fastest of some copies of `num_bytes`: more than caches hold."""
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * num_bytes / _fastest(lambda: target.copy_(source), device, seconds=seconds)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float) -> float:
+    """A limit is what was reached once: of two calls, the first of which may load a library, and more in `seconds`."""
+    timer = timer_for(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < end:
+        first = timer.mark()
+        call()
+        last = timer.mark()
+        timer.finish()
+        times.append(timer.seconds(first, last))
+    return min(times)

@@ -1,0 +1,91 @@
+"""Marks in time that a device makes: the clock of this process on a CPU, events in the stream on a GPU.
+
+A GPU works behind its process, so that a clock of the host would time how long it takes to ask. An event is put into
+the stream like any kernel, and read when all is over: marking costs microseconds and waits for nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["CudaTimer", "HostTimer", "Timer", "median_seconds", "timer_for"]
+
+
+class Timer(Protocol):
+    """Makes marks, and tells the time between two of them."""
+
+    def mark(self) -> Any:
+        """This moment, once all work asked for so far is done."""
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Between two marks; call `finish` before."""
+
+    def finish(self) -> None:
+        """Returns when all marks have been passed."""
+
+
+class HostTimer:
+    """For devices that have done what they were asked for when the call returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, first: float, last: float) -> float:
+        return last - first
+
+    def finish(self) -> None:
+        pass
+
+
+class CudaTimer:
+    """Events in the current stream."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        return first.elapsed_time(last) / 1e3
+
+    def finish(self) -> None:
+        torch.cuda.synchronize()
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The one that tells the truth about work on `device`."""
+    return CudaTimer() if device.type == "cuda" else HostTimer()
+
+
+def median_seconds(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    prepare: Callable[[], object] | None = None,
+    budget_seconds: float = 0.25,
+    most: int = 50,
+) -> float:
+    """What `call` takes: the median of three runs at least, of up to `most` as long as the budget lasts.
+
+    One run before warms up. `prepare`, which is not counted, runs before each: it puts back what `call` overwrites.
+    """
+    timer = timer_for(device)
+
+    def run() -> tuple[Any, Any]:
+        if prepare is not None:
+            prepare()
+        first = timer.mark()
+        call()
+        return first, timer.mark()
+
+    run()  # loads kernels and asks for memory
+    timer.finish()
+    end = time.perf_counter() + budget_seconds
+    marks = [run() for _ in range(3)]
+    while len(marks) < most and time.perf_counter() < end:
+        marks.append(run())
+    timer.finish()
+    return statistics.median(timer.seconds(*pair) for pair in marks)

@@ -1,0 +1,102 @@
+"""Where a rank's memory goes, by kind: what stands between steps from its tensors' own sizes, the rest as measured.
+
+Activations have no tensor that could be asked. On a GPU they are what torch's allocator held at its largest, less what
+stands; on a CPU, whose allocator counts only for the profiler, the most by which a profiled step grew. Both include
+what is needed for a moment, such as the logits of a chunk; the kept part alone follows from a formula and is shown
+beside.
+"""
+
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from megacoder.model.config import ModelConfig
+from megacoder.model.partition import ExecutionConfig
+from megacoder.model.scheduled import kept_bytes_per_token
+from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.schedules import peak_live
+from megacoder.train.engine import Engine
+from megacoder.train.layout import Layout
+
+__all__ = ["ACTIVATIONS", "MemoryRow", "kept_activations", "largest_growth", "process_row", "standing_rows"]
+
+ACTIVATIONS = "activations and workspaces"
+"""The kind of which the formula gives the part that layers keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """One kind."""
+
+    kind: str
+    num_bytes: int
+    how: str
+    """what the figure is"""
+
+
+def standing_rows(engine: Engine) -> list[MemoryRow]:
+    """What is there before a step and after it."""
+    flat, state = engine.flat, engine.optimizer.state()
+    own_state = [tensor for tensor in state.values() if tensor.data_ptr() != flat.weight.data_ptr()]
+    has_master = len(own_state) == len(state)
+    return [
+        MemoryRow(kind="weights", num_bytes=_bytes(flat.weight), how=_name(flat.weight.dtype)),
+        MemoryRow(kind="gradients", num_bytes=_bytes(flat.grad), how=_name(flat.grad.dtype)),
+        MemoryRow(
+            kind="master weights and moments" if has_master else "moments",
+            num_bytes=sum(map(_bytes, own_state)),
+            how=f"float32, this rank's share of {engine.flat.num_shards}" if engine.flat.num_shards > 1 else "float32",
+        ),
+    ]
+
+
+def kept_activations(
+    model: ModelConfig, layout: Layout, mesh: Mesh, *, execution: ExecutionConfig, dtype: torch.dtype, tokens: int
+) -> int | None:
+    """Bytes that this rank's layers keep at the most, for microbatches of `tokens` tokens on it, by the formula of
+    `megacoder.model.scheduled.Recompute`; None for plain blocks, where autograd decides."""
+    if execution.block == "plain":
+        return None
+    schedule, rank = layout.schedule, mesh.place.pp
+    num_layers = sum(len(layout.placement.layers(stage)) for stage in schedule.stage_map.stages[rank])
+    live = peak_live(schedule.ranks[rank]) / schedule.num_chunks
+    per_token = kept_bytes_per_token(model, execution.recompute, itemsize=dtype.itemsize, tp=mesh.tp)
+    return int(live * num_layers * tokens * per_token)
+
+
+def largest_growth(recorded: profile) -> int:
+    """The most that torch's CPU memory grew by while a profile with `profile_memory` was recorded."""
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_order = sorted(events, key=lambda event: event.start_ns())
+    return _largest_sum(event.nbytes() for event in in_order)  # type: ignore[attr-defined]
+
+
+def process_row() -> MemoryRow:
+    """All of this process at its largest so far, Python and libraries included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return MemoryRow(
+        kind="whole process", num_bytes=peak * (1 if sys.platform == "darwin" else 1024), how="ru_maxrss, at its most"
+    )
+
+
+def _largest_sum(changes: Iterable[int]) -> int:
+    held = largest = 0
+    for change in changes:
+        held += change
+        largest = max(largest, held)
+    return largest
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

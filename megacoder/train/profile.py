@@ -1,0 +1,395 @@
+"""Where the time and the memory of a run's steps go: real steps, as training makes them, under a clock.
+
+Nothing of the run is written: no folder, no checkpoint. After the steps the model is let go, and each rank measures the
+limits of its device and the ops at the run's shapes. All ranks do so at the same time, since on one machine they share
+memory and cores then as they do in a step.
+
+Utilisation is of model FLOPs: 6 per weight and token and those of attention, in both conventions in use, never one
+without the name of it. What recomputation repeats is time, and not counted.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from megacoder.core.console import progress
+from megacoder.core.device import probe
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import replacing, why_not_writable
+from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
+from megacoder.core.rates import Peak, copy_rate, known_peak, matrix_rate
+from megacoder.core.timing import timer_for
+from megacoder.data.prefetch import Prefetcher
+from megacoder.data.stream import Batch
+from megacoder.data.synthetic import SyntheticStream
+from megacoder.model.config import ModelConfig
+from megacoder.parallel.collectives import World, gather_json
+from megacoder.parallel.journal import Listener
+from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.watch import Watch
+from megacoder.train.config import RunConfig
+from megacoder.train.engine import Engine
+from megacoder.train.layout import Layout
+from megacoder.train.memory_table import (
+    ACTIVATIONS,
+    MemoryRow,
+    kept_activations,
+    largest_growth,
+    process_row,
+    standing_rows,
+)
+from megacoder.train.op_table import OpRow, op_table
+from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
+from megacoder.train.step import Batches, load_tokenizer, make_engine, open_stream, resolve_dtype, run_step, start_ranks
+
+__all__ = ["CONVENTIONS", "Phase", "Profile", "ProfileConfig", "Utilisation", "profile", "profile_on"]
+
+CONVENTIONS = {"full attention (PaLM)": False, "causal attention": True}
+"""How the products of attention are counted: all of them, or the half that a causal mask leaves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Measured time, utilisation and memory of a run's steps; further options are settings of the run."""
+
+    steps: int = 5
+    """steps measured"""
+    warmup: int = 2
+    """steps before them, not measured"""
+    synthetic: bool = False
+    """random tokens in place of the run's data, which then need not exist"""
+    ops: bool = True
+    """also time each op at the run's shapes"""
+    trace: Path | None = None
+    """write a Chrome trace of one more step; with several ranks one each, the rank in its name"""
+    out: Path | None = None
+    """also write the result as JSON"""
+    json: bool = False
+    """print JSON instead of tables"""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"--steps {self.steps}: at least 1")
+        if self.warmup < 0:
+            raise ConfigError(f"--warmup {self.warmup}: at least 0")
+        for name in ("trace", "out"):
+            path = getattr(self, name)
+            reason = None if path is None else why_not_writable(path)
+            if reason is not None:
+                raise ConfigError(f"--{name} {path}: cannot be written ({reason}); name another file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the step."""
+
+    name: str
+    seconds: float
+    """per step, mean over steps and ranks"""
+    slowest_seconds: float
+    """of the rank with the most, mean over steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utilisation:
+    """Model FLOPs in one convention of counting attention."""
+
+    convention: str
+    flops_per_token: float
+    device_flops: float
+    """FLOP/s of each device"""
+    mfu: float
+    """share of the peak"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What was measured, the same on every rank."""
+
+    run: dict[str, Any]
+    """what ran where"""
+    steps: int
+    step_seconds: float
+    """mean over steps; of the rank that took longest"""
+    phases: list[Phase]
+    """they add up to the mean over ranks of a step"""
+    operations: dict[str, float]
+    """communication by collective or transfer: seconds per step, mean over steps and ranks"""
+    tokens_per_second: float
+    peak: Peak
+    """of all devices together"""
+    utilisation: list[Utilisation]
+    memory: list[MemoryRow]
+    """largest of all ranks, kind by kind"""
+    kept_by_formula: int | None
+    """bytes of activations that layers keep, of the rank with most; None where no formula tells"""
+    matrix_flops: float
+    """measured rate of a large product, mean over devices"""
+    copy_bytes: float
+    """measured bytes/s of a large copy, read and written, mean over devices"""
+    ops: list[OpRow]
+    """of the first rank"""
+    loss: float
+    """of the last step"""
+    traces: list[str]
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """What the phases add up to."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        plain = asdict(self)
+        for row, op in zip(plain["ops"], self.ops, strict=True):
+            limit = self.copy_bytes if op.moved_bytes is not None else self.matrix_flops
+            row |= {"per_second": op.rate, "share": op.rate / limit}
+        return plain
+
+
+def profile(config: RunConfig, options: ProfileConfig) -> tuple[Profile, bool]:
+    """Profiles `config` on the ranks that torchrun started, or this process alone: (profile, whether to print it)."""
+    world = start_ranks(config)
+    with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
+        measured = profile_on(config, options, world)
+    world.close()
+    return measured, world.is_first
+
+
+def profile_on(config: RunConfig, options: ProfileConfig, world: World) -> Profile:
+    """The same on the ranks of `world`, all of which call it."""
+    config = replace(config, dtype=resolve_dtype(config, world))
+    layout = config.layout(world.size)
+    mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
+    with ExitStack() as open_data:
+        batches = _open_batches(config, options, mesh, open_data)
+        measured = _measure_steps(config, options, layout, mesh, batches)
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    ops, rates = _measure_device(config, options, mesh, num_updated=measured.pop("num_updated"))
+    return _summary(config, options, layout, world, gather_json({**measured, **rates}, world), ops)
+
+
+def _open_batches(config: RunConfig, options: ProfileConfig, mesh: Mesh, open_data: ExitStack) -> Batches:
+    if options.synthetic:
+        stream = config.data.stream
+        return SyntheticStream(
+            vocab_size=config.model.vocab_size, seq_length=stream.seq_length,
+            global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
+            document_masks=stream.document_masks, seed=stream.seed,
+        )  # fmt: skip
+    for name, path in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
+        if not path.exists() and not path.with_name(path.name + ".idx").exists():
+            raise ConfigError(f"data.{name} = {str(path)!r}: not there; add --synthetic to profile with random tokens")
+    tokenizer = load_tokenizer(config)
+    return open_data.enter_context(Prefetcher(open_stream(config, tokenizer, mesh)))
+
+
+def _measure_steps(
+    config: RunConfig, options: ProfileConfig, layout: Layout, mesh: Mesh, batches: Batches
+) -> dict[str, Any]:
+    """This rank's figures, as plain values; the model is gone when it returns."""
+    world = mesh.world
+    engine = make_engine(config, layout, mesh)
+    clock = PhaseClock(timer_for(world.device))
+    total = options.warmup + options.steps
+    with progress("profile", total, quiet=not world.is_first) as bar:
+        for number in range(1, options.warmup + 1):
+            run_step(engine, batches, config, number)
+            bar.update(number, "warming up")
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with _listening(world, clock):
+            for number in range(options.warmup + 1, total + 1):
+                clock.begin_step()
+                result = run_step(engine, batches, config, number)
+                bar.update(number, f"loss {result.loss:.3f}")
+            clock.end()
+    steps = clock.steps()
+    memory = standing_rows(engine)
+    if world.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        memory += [
+            MemoryRow(
+                kind=ACTIVATIONS, num_bytes=peak - sum(row.num_bytes for row in memory),
+                how="peak allocated, less the above",
+            ),
+            MemoryRow(kind="peak allocated", num_bytes=peak, how="torch.cuda.max_memory_allocated"),
+            MemoryRow(kind="reserved", num_bytes=torch.cuda.max_memory_reserved(), how="by torch's allocator"),
+        ]  # fmt: skip
+    trace, growth = None, 0
+    if options.trace is not None or world.device.type == "cpu":
+        path = options.trace and _of_rank(options.trace, world)
+        growth = _trace_step(engine, batches, config, total + 1, path)
+        trace = path and str(path)
+    if world.device.type == "cpu":
+        memory += [
+            MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how="most by which torch's memory grew in a step"),
+            process_row(),
+        ]
+    tokens = config.micro_batch_size * config.data.stream.seq_length // layout.dims.cp
+    return {
+        "steps": [asdict(step) for step in steps],
+        "memory": [asdict(row) for row in memory],
+        "kept": kept_activations(
+            config.model, layout, mesh, execution=config.execution, dtype=engine.flat.weight.dtype, tokens=tokens
+        ),
+        "loss": result.loss,
+        "trace": trace,
+        "num_updated": engine.optimizer.master.numel(),
+    }
+
+
+@contextmanager
+def _listening(world: World, listener: Listener) -> Iterator[None]:
+    world.journal.listener = listener
+    try:
+        yield
+    finally:
+        world.journal.listener = None
+
+
+class _Kept:
+    """Batches that stay: torch's profiler complains of memory that was there before it and goes while it looks."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._kept: list[Batch] = []
+
+    def next_batch(self) -> Batch:
+        self._kept.append(self._batches.next_batch())
+        return self._kept[-1]
+
+
+def _trace_step(engine: Engine, batches: Batches, config: RunConfig, number: int, path: Path | None) -> int:
+    """One more step under torch's profiler, written to `path`; the most by which CPU memory grew in it."""
+    world, batches = engine.mesh.world, _Kept(batches)
+    on_gpu = world.device.type == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the recorder says on stderr that it starts and stops
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    ranges = TraceRanges()
+    with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as recorded:
+        with _listening(world, ranges):
+            run_step(engine, batches, config, number)
+            ranges.end()
+        if on_gpu:
+            torch.cuda.synchronize()
+    if path is not None:
+        with replacing(path) as temporary:
+            recorded.export_chrome_trace(str(temporary))
+    return 0 if on_gpu else largest_growth(recorded)
+
+
+def _of_rank(path: Path, world: World) -> Path:
+    """`trace.json`, or `trace-rank-3.json` where there are several."""
+    stem, dot, rest = path.name.partition(".")
+    return path if world.size == 1 else path.with_name(f"{stem}-rank-{world.rank}{dot}{rest}")
+
+
+def _measure_device(
+    config: RunConfig, options: ProfileConfig, mesh: Mesh, *, num_updated: int
+) -> tuple[list[OpRow], dict[str, float]]:
+    """The ops at the run's shapes and this device's rates."""
+    device, dtype = mesh.world.device, getattr(torch, config.dtype)
+    mesh.world.journal.at("measuring the device")
+    rates = {"matrix_flops": matrix_rate(device, dtype), "copy_bytes": copy_rate(device)}
+    if not options.ops:
+        return [], rates
+    ops = op_table(
+        config.model, batch=config.micro_batch_size, sequence=config.data.stream.seq_length,
+        dtype=dtype, device=device, tp=mesh.tp, cp=mesh.cp, num_updated=num_updated,
+    )  # fmt: skip
+    return ops, rates
+
+
+def _summary(
+    config: RunConfig, options: ProfileConfig, layout: Layout, world: World, ranks: list[dict[str, Any]],
+    ops: list[OpRow],
+) -> Profile:  # fmt: skip
+    """All ranks' figures as one."""
+    steps = [[StepTimes(**step) for step in rank["steps"]] for rank in ranks]
+    step_seconds = max(mean(step.seconds for step in rank) for rank in steps)
+    device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else probe().device_name
+    measured = mean(rank["matrix_flops"] for rank in ranks)
+    peak = known_peak(device_name, getattr(torch, config.dtype))
+    if peak is None:
+        peak = Peak(measured, f"the {config.dtype} matrix rate measured here")
+    tokens_per_second = config.global_batch_size * config.data.stream.seq_length / step_seconds
+    return Profile(
+        run=_describe(config, options, layout, device_name),
+        steps=options.steps, step_seconds=step_seconds,
+        phases=_phases(steps), operations=_operations(steps),
+        tokens_per_second=tokens_per_second, peak=Peak(peak.flops * world.size, peak.source),
+        utilisation=[
+            utilisation(
+                config.model, config.data.stream.seq_length, convention=name, tokens_per_second=tokens_per_second,
+                num_devices=world.size, device_peak=peak.flops,
+            )
+            for name in CONVENTIONS
+        ],
+        memory=[
+            max((MemoryRow(**row) for row in rows), key=lambda row: row.num_bytes)
+            for rows in zip(*(rank["memory"] for rank in ranks), strict=True)
+        ],
+        kept_by_formula=max((rank["kept"] for rank in ranks), default=None) if ranks[0]["kept"] is not None else None,
+        matrix_flops=measured, copy_bytes=mean(rank["copy_bytes"] for rank in ranks), ops=ops,
+        loss=ranks[0]["loss"], traces=[rank["trace"] for rank in ranks if rank["trace"] is not None],
+    )  # fmt: skip
+
+
+def utilisation(
+    model: ModelConfig, seq_length: int, *, convention: str, tokens_per_second: float, num_devices: int,
+    device_peak: float,
+) -> Utilisation:  # fmt: skip
+    """Arithmetic alone; `tokens_per_second` is that of all devices."""
+    attention = attention_flops_per_token(
+        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
+        seq_length=seq_length, causal=CONVENTIONS[convention],
+    )  # fmt: skip
+    per_token = training_flops_per_token(model.num_matmul_params, attention)
+    flops = per_token * tokens_per_second / num_devices
+    return Utilisation(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
+
+
+def _phases(ranks: list[list[StepTimes]]) -> list[Phase]:
+    found = {phase for steps in ranks for step in steps for phase in step.phases}
+    phases = []
+    for name in PHASES:
+        if name in found:
+            means = [mean(step.phases.get(name, 0.0) for step in steps) for steps in ranks]
+            phases.append(Phase(name=name, seconds=mean(means), slowest_seconds=max(means)))
+    return phases
+
+
+def _operations(ranks: list[list[StepTimes]]) -> dict[str, float]:
+    steps = [step for rank in ranks for step in rank]
+    names = sorted({name for step in steps for name in step.operations})
+    return {name: mean(step.operations.get(name, 0.0) for step in steps) for name in names}
+
+
+def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, device_name: str) -> dict[str, Any]:
+    return {
+        "parameters": config.model.num_params,
+        "layout": str(layout.dims),
+        "schedule": layout.schedule.name if layout.dims.pp > 1 else None,
+        "ranks": layout.dims.world_size,
+        "device": device_name,
+        "dtype": config.dtype,
+        "block": config.execution.block,
+        "recompute": config.execution.recompute,
+        "seq_length": config.data.stream.seq_length,
+        "micro_batch_size": config.micro_batch_size,
+        "global_batch_size": config.global_batch_size,
+        "data": "random tokens" if options.synthetic else str(config.data.train),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,135 @@
+"""What training and its profile have in common: the ranks, what each of them holds, and one update.
+
+The loop puts checkpoints, logs and signals around it, the profile a clock. Neither has a step of its own, so that what
+is measured is what trains.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from megacoder.core.config import load_toml
+from megacoder.core.device import faster_dtype, probe
+from megacoder.core.errors import ConfigError
+from megacoder.core.memory import keep_freed_memory
+from megacoder.data.sidecar import open_dataset
+from megacoder.data.stream import Batch, TokenStream
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.parallel.collectives import World, broadcast_from_first, start_world
+from megacoder.parallel.journal import DATA, UPDATE
+from megacoder.parallel.mesh import Mesh
+from megacoder.train.config import RunConfig
+from megacoder.train.engine import Engine
+from megacoder.train.layout import Layout
+from megacoder.train.schedule import learning_rate
+
+__all__ = [
+    "Batches",
+    "StepResult",
+    "load_tokenizer",
+    "make_engine",
+    "open_stream",
+    "resolve_dtype",
+    "run_step",
+    "start_ranks",
+]
+
+
+class Batches(Protocol):
+    """Where a step's sequences come from."""
+
+    def next_batch(self) -> Batch:
+        """This data-parallel rank's part of the next global batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did, the same on every rank."""
+
+    loss: float
+    """mean over the global batch's trained tokens, nats"""
+    num_tokens: int
+    """trained tokens of the global batch"""
+    grad_norm: float
+    """before clipping; inf where the update was skipped"""
+    stop: bool
+    """a rank was asked to stop"""
+
+
+def start_ranks(config: RunConfig) -> World:
+    """Joins the ranks that torchrun started, or this process alone; ConfigError where they cannot run `config`."""
+    machine = probe()
+    device_type = machine.device_type if config.device == "auto" else config.device
+    if device_type == "cuda" and machine.device_type != "cuda":
+        raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
+    if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
+        torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        keep_freed_memory()
+    config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
+    return start_world(device_type, timeout_seconds=config.timeout_seconds)
+
+
+def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:
+    """The config's dtype; for `auto` what the run began with, or the faster one as the first rank measures it."""
+    if config.dtype != "auto":
+        return config.dtype
+    begun = config.output / "run.toml"
+    is_bf16 = torch.zeros((), device=world.device)
+    if world.is_first:
+        is_bf16.fill_(
+            load_toml(RunConfig, begun).dtype == "bfloat16"
+            if begun.exists()
+            else faster_dtype(probe()) == torch.bfloat16
+        )
+    broadcast_from_first(is_bf16, world.group)
+    return "bfloat16" if is_bf16.item() else "float32"
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer; ConfigError where the model has another vocabulary."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} ids; set model.vocab_size to that"
+        )
+    return tokenizer
+
+
+def open_stream(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> TokenStream:
+    """This rank's training tokens."""
+    return TokenStream(
+        open_dataset(config.data.train, tokenizer), tokenizer, config.data.stream,
+        global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
+    )  # fmt: skip
+
+
+def make_engine(config: RunConfig, layout: Layout, mesh: Mesh) -> Engine:
+    """This rank's share of the model, with its initial weights; `config.dtype` is no longer `auto`."""
+    return Engine(
+        config.model, layout, mesh,
+        execution=config.execution, bucket_elements=config.parallel.bucket_elements,
+        optimizer=config.optimizer,
+        dtype=getattr(torch, config.dtype), seed=config.seed,
+    )  # fmt: skip
+
+
+def run_step(
+    engine: Engine, batches: Batches, config: RunConfig, number: int, *, stop_asked: bool = False
+) -> StepResult:
+    """Update `number`, from 1: one global batch and one optimizer step; `stop_asked` reaches all ranks."""
+    journal = engine.mesh.world.journal
+    journal.begin_step(number)
+    journal.at(DATA)
+    microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
+    part = engine.forward_backward(microbatches)
+    journal.at(UPDATE)
+    loss_sum, counted, stop = engine.sum_losses(part, stop_asked)
+    grad_norm = engine.update(
+        lr=learning_rate(number, config.steps, config.schedule),
+        num_tokens=max(1, int(counted)),
+        max_grad_norm=config.max_grad_norm,
+    )
+    return StepResult(loss_sum / max(1.0, counted), int(counted), grad_norm, stop > 0)

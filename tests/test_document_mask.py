@@ -1,0 +1,66 @@
+"""The masks of packed documents as a ragged kernel is told them: pure arithmetic, held against the mask itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacoder.ops.attention import causal_mask
+from megacoder.ops.fused_attention import DocumentMask
+
+
+def first_keys_of(begins, query_start, length):
+    """Of one sequence whose documents begin at `begins`."""
+    begins = torch.tensor(sorted({0, *begins}))
+    places = torch.arange(query_start, query_start + length)
+    return begins[torch.searchsorted(begins, places, right=True) - 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    begins=st.lists(st.lists(st.integers(0, 30), max_size=6), min_size=1, max_size=3),
+    query_start=st.integers(0, 20),
+    length=st.integers(1, 12),
+)
+def test_the_pieces_see_what_the_mask_lets_be_seen(begins, query_start, length):
+    mask = DocumentMask(torch.stack([first_keys_of(own, query_start, length) for own in begins]), query_start)
+    num_keys = query_start + length
+    pieces = mask.pieces
+    # Every key of the batch has a number; a query of a piece sees the piece's keys up to its own.
+    numbers = torch.arange(len(begins) * num_keys).view(len(begins), 1, num_keys, 1)
+    seen_keys = pieces.seen(numbers, num_keys).flatten()
+    assert len(seen_keys) == pieces.key_ends[-1]
+    assert pieces.query_ends[-1] == len(begins) * length
+    found = torch.zeros(len(begins) * length, len(begins) * num_keys, dtype=torch.bool)
+    for piece in range(len(pieces.query_ends) - 1):
+        queries = range(pieces.query_ends[piece], pieces.query_ends[piece + 1])
+        keys = seen_keys[pieces.key_ends[piece] : pieces.key_ends[piece + 1]]
+        assert len(queries) <= pieces.max_queries
+        assert len(keys) <= pieces.max_keys
+        for query in queries:
+            found[query, keys[: len(keys) - (queries[-1] - query)]] = True
+    places = torch.arange(query_start, num_keys)
+    expected = causal_mask(places, num_keys, first_keys_BS=mask.first_keys_BS)[:, 0]
+    for sequence in range(len(begins)):
+        own = found[sequence * length : (sequence + 1) * length]
+        assert torch.equal(own[:, sequence * num_keys : (sequence + 1) * num_keys], expected[sequence])
+        own[:, sequence * num_keys : (sequence + 1) * num_keys] = False
+        assert not own.any()
+
+
+def test_gradients_go_back_to_the_keys_they_are_of():
+    mask = DocumentMask(torch.tensor([[1, 1, 5], [3, 4, 4]]), query_start=3)
+    keys = torch.arange(2.0 * 8).view(2, 1, 8, 1)  # two keys behind the last query
+    back = mask.pieces.unseen(mask.pieces.seen(keys, 6), keys, 6)
+    assert back.flatten().tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 11, 12, 13, 0, 0]
+
+
+@pytest.mark.parametrize(("first_keys", "token"), [([[0, 0, 1, 2]], 2), ([[2, 2, 2, 2]], 0), ([[0, 1, 0, 0]], 2)])
+def test_first_keys_that_are_no_documents_are_refused(first_keys, token):
+    with pytest.raises(ValueError, match=f"the first key of token {token} of sequence 0 is"):
+        _ = DocumentMask(torch.tensor(first_keys)).pieces
+
+
+def test_a_mask_finds_its_pieces_once():
+    mask = DocumentMask(torch.zeros(1, 4, dtype=torch.int64))
+    assert mask.pieces is mask.pieces

@@ -64,7 +64,7 @@ def repeated(run):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 33), (200, 24), (29, 2048), (2, 5120)])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 33), (200, 24), (11, 2048), (2, 5120)])
 def test_rms_norm(rows, dim, with_residual, dtype, monkeypatch):
     monkeypatch.setattr(rms_norm_kernels, "multiprocessors", lambda device: 2)  # so that programs walk several tiles
     if INTERPRETED:  # whose time is the number of programs
@@ -322,7 +322,7 @@ def test_ignored_labels_are_those_of_the_op():
         (lambda x: swiglu_backward_(x, x), r"grad_TF must be .* \[4, 4\]; got torch.float32 \[4, 8\]"),
         (lambda x: rms_norm_forward(x, x[0].bfloat16(), 1e-6), "weight_D must be .*; got torch.bfloat16"),
         (lambda x: rms_norm_forward(x, x[0], 1e-6, x[:2]), r"residual_TD must be .* \[4, 8\]; got .* \[2, 8\]"),
-        (lambda x: rms_norm_forward(x.new_zeros(1, 65_537), x.new_zeros(65_537), 1e-6), "a row of 65537 elements"),
+        (lambda x: rms_norm_forward(x.new_zeros(1, 16_385), x.new_zeros(16_385), 1e-6), "a row of 16385 elements"),
         (
             lambda x: rms_norm_backward(x, x, x[0], x[:, 0].contiguous(), grad_weight_D=x[0].bfloat16()),
             "grad_weight_D must be contiguous torch.float32",

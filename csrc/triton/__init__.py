@@ -10,7 +10,7 @@ What all kernels keep to:
 - threads move 16 bytes at a time, and a program has tens of kilobytes under way on each multiprocessor;
 - arithmetic is fp32, whatever the storage, rounded once when stored;
 - no atomics: the same inputs on the same device give the same bits;
-- row widths are compile-time constants (a model has a few of them), numbers of rows never are;
+- row widths may be compile-time constants (a model has a few of them), numbers of rows never are;
 - block sizes follow from shapes by rules that state their reasons. Nothing is tuned by trial at run time, so the first
   step is like all others, and kernels can be compiled and inspected without a GPU (tests/test_triton_aot.py).
 """

@@ -22,6 +22,8 @@ __all__ = ["cross_entropy_", "rescale_subtract_", "softmax_"]
 
 TILE = 8192
 """Columns of a block: with 32 of them a thread, four 16-byte loads are under way in each."""
+SOFTMAX_REGISTERS = 80
+"""A thread's: three programs of 256 threads fit on a multiprocessor."""
 IGNORE_INDEX = tl.constexpr(-100)
 """That of the op, which is not imported here: it may itself import this module."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -29,8 +31,11 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit(do_not_specialize=["vocab"])
-def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W: tl.constexpr, BLOCK: tl.constexpr):
-    """With labels the output is the loss and onehot is subtracted from the softmax; without, it is the log-sum-exp."""
+def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W, BLOCK: tl.constexpr):
+    """With labels the output is the loss and onehot is subtracted from the softmax; without, it is the log-sum-exp.
+
+    W is no constant: who compiles for a known number of blocks unrolls them and runs out of registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * W
     if labels_ptr is not None:
@@ -121,8 +126,9 @@ def _softmax_(logits_CW: Tensor, labels_C: Tensor | None, vocab: int) -> Tensor:
     if num_rows:
         block, num_warps = _tile(width)
         softmax_kernel[(num_rows,)](
-            logits_CW, labels_C, out_C, vocab, W=width, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True
-        )
+            logits_CW, labels_C, out_C, vocab, width,
+            BLOCK=block, num_warps=num_warps, maxnreg=SOFTMAX_REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip
     return out_C
 
 

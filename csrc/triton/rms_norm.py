@@ -2,9 +2,10 @@
 
 Legend: T tokens, D model dim, P programs; within a kernel a tile is R rows by B columns, B the power of two from D on.
 
-A row lies in one program's registers, so each tensor passes through memory once. Short rows are taken several at a
-time: TILE elements and 16 of them a thread are two 16-byte loads of each tensor under way in every thread, while
-enough programs fit on a multiprocessor to cover each other's reductions.
+A row lies in one program's registers, so each tensor passes through memory once. Eight warps or more share it, and
+short rows are taken several at a time, so that each thread has 16 elements of every tensor forward and 8 backward,
+where there are more tensors: a few 16-byte loads under way in every thread, and registers to spare for so many
+programs that they cover each other's reductions.
 
 The backward must also sum over all rows for the weight. Its programs stay for the whole kernel, P of them, and walk
 the rows with a private sum in registers; a second kernel adds the P sums. P is what is resident at once: fewer would
@@ -20,11 +21,11 @@ from megacoder.ops.triton_kernels.launch import ceil_div, check, multiprocessors
 
 __all__ = ["rms_norm_backward", "rms_norm_forward"]
 
-TILE = 4096
-LONGEST_ROW = 1 << 16
-"""Beyond it a row no longer fits in the registers of one program."""
-RESIDENT_WARPS = 24
-"""Warps of the backward on a multiprocessor: 80 registers a thread leave room for as many."""
+FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8
+LONGEST_ROW = 1 << 14
+"""16 elements in each of a program's 1,024 threads; beyond 8,192 some of the backward's registers spill."""
+BACKWARD_REGISTERS, RESIDENT_WARPS = 64, 32
+"""At 64 registers a thread a multiprocessor holds 32 warps."""
 SUM_ROWS, SUM_COLUMNS = 128, 32
 """Tile of the second kernel: 128 bytes of each of many rows, since D gives it few columns to share out."""
 
@@ -123,7 +124,7 @@ def rms_norm_forward(
     y_TD, rstd_T = torch.empty_like(x_TD), x_TD.new_empty(num_rows, dtype=torch.float32)
     h_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
     if num_rows:
-        rows, block, num_warps = _tile(dim)
+        rows, block, num_warps = _tile(dim, FORWARD_PER_THREAD)
         rms_norm_forward_kernel[(ceil_div(num_rows, rows),)](
             x_TD, residual_TD, weight_D, y_TD, h_TD, rstd_T, num_rows, eps,
             D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
@@ -151,13 +152,13 @@ def rms_norm_backward(
         check("grad_residual_TD", grad_residual_TD, dtype, num_rows, dim)
     grad_h_TD = torch.empty_like(h_TD)
     if num_rows:
-        rows, block, num_warps = _tile(dim)
-        resident = multiprocessors(h_TD.device) * max(1, RESIDENT_WARPS // num_warps)
+        rows, block, num_warps = _tile(dim, BACKWARD_PER_THREAD)
+        resident = multiprocessors(h_TD.device) * (RESIDENT_WARPS // num_warps)
         num_programs = min(resident, ceil_div(num_rows, rows))
         sums_PD = h_TD.new_empty(num_programs, dim, dtype=torch.float32)
         rms_norm_backward_kernel[(num_programs,)](
             grad_y_TD, h_TD, weight_D, rstd_T, grad_residual_TD, grad_h_TD, sums_PD, num_rows,
-            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, maxnreg=BACKWARD_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
         add_sums_kernel[(ceil_div(dim, SUM_COLUMNS),)](
             sums_PD, grad_weight_D, num_programs,
@@ -166,10 +167,10 @@ def rms_norm_backward(
     return grad_h_TD
 
 
-def _tile(dim: int) -> tuple[int, int, int]:
+def _tile(dim: int, per_thread: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program's tile."""
     if not 0 < dim <= LONGEST_ROW:
         raise ValueError(f"a row of {dim} elements does not fit in one program; 1 to {LONGEST_ROW} do")
     block = power_of_two(dim)
-    rows = max(1, TILE // block)
-    return rows, block, warps(rows * block, per_thread=16)
+    rows = max(1, 8 * 32 * per_thread // block)
+    return rows, block, warps(rows * block, per_thread=per_thread)

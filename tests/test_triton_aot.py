@@ -27,8 +27,8 @@ BOUNDS = [
     ("gather", "gather_unrotate_kernel", 32, 14, 6),
     ("swiglu", "swiglu_forward_kernel", 32, 4, 2),
     ("swiglu backward", "swiglu_backward_kernel", 64, 6, 6),
-    ("cross entropy", "softmax_kernel", 80, 8, 4),
-    ("softmax", "softmax_kernel", 80, 8, 4),
+    ("cross entropy", "softmax_kernel", 120, 8, 4),
+    ("softmax", "softmax_kernel", 120, 8, 4),
     ("rescale", "rescale_subtract_kernel", 40, 4, 4),
 ]
 

@@ -4,9 +4,10 @@ Legend: C tokens of a chunk, W columns of a row (this rank's vocabulary and its 
 
 A row is read twice, for its maximum and sum and then for its softmax, by one program in blocks of TILE. Held in
 registers it would be read once (32,256 columns take 1,024 threads), but then one program fills a multiprocessor, and
-memory idles while it reduces and exponentiates. Here three programs share a multiprocessor, each in another phase, and
-the second read comes from L2: the rows under way, 25 MB at W=32,256, fit in its 50. The blocks' maxima and sums are
-combined online, so that the first pass needs no third.
+memory idles while it reduces and exponentiates. Here two programs share a multiprocessor, each in another phase, and
+the second read comes from L2: the rows under way, 17 MB at W=32,256, fit in its 50. The blocks' maxima and sums are
+combined online, so that the first pass needs no third. On an H200, 8,192 x 32,256 in bf16: a copy of the same bytes
+takes 250 us, this way 327, without the hints to L2 354, rows in registers 366 to 392, blocks of half the size 359.
 
 A row that is not trained on is one with no columns: it is not read at first, and all of it is padding.
 """
@@ -22,22 +23,18 @@ __all__ = ["cross_entropy_", "rescale_subtract_", "softmax_"]
 
 TILE = 8192
 """Columns of a block: with 32 of them a thread, four 16-byte loads are under way in each."""
-SOFTMAX_REGISTERS = 80
-"""A thread's: three programs of 256 threads fit on a multiprocessor."""
 IGNORE_INDEX = tl.constexpr(-100)
 """That of the op, which is not imported here: it may itself import this module."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The least float. Minus infinity as the maximum of nothing would make a block of such logits NaN."""
 
 
-@triton.jit(do_not_specialize=["vocab"])
-def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W, BLOCK: tl.constexpr):
-    """With labels the output is the loss and onehot is subtracted from the softmax; without, it is the log-sum-exp.
-
-    W is no constant: who compiles for a known number of blocks unrolls them and runs out of registers.
-    """
+@triton.jit
+def softmax_kernel(logits_ptr, labels_ptr, out_ptr, VOCAB: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+    """With labels the output is the loss and onehot is subtracted from the softmax; without, it is the log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * W
+    vocab = VOCAB
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         vocab = tl.where(label == IGNORE_INDEX, 0, vocab)
@@ -48,7 +45,8 @@ def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W, BLOCK: tl.constexp
     for first in range(0, vocab, BLOCK):
         cols_B = first + tl.arange(0, BLOCK)
         # Read up to W, which is aligned, and not to vocab, which need not be: so that loads stay 16 bytes wide.
-        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0).to(tl.float32)
+        # To be kept until the second pass; what that reads and writes nobody wants again.
+        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0, eviction_policy="evict_last").to(tl.float32)
         logits_B = tl.where(cols_B < vocab, logits_B, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits_B, axis=0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits_B - new_top), axis=0)
@@ -56,12 +54,14 @@ def softmax_kernel(logits_ptr, labels_ptr, out_ptr, vocab, W, BLOCK: tl.constexp
 
     for first in range(0, W, BLOCK):
         cols_B = first + tl.arange(0, BLOCK)
-        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0).to(tl.float32)
+        logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0, eviction_policy="evict_first")
+        logits_B = logits_B.to(tl.float32)
         softmax_B = tl.exp(logits_B - top) * (1.0 / total)
         if labels_ptr is not None:
             softmax_B = tl.where(cols_B == label, softmax_B - 1.0, softmax_B)
         softmax_B = tl.where(cols_B < vocab, softmax_B, 0.0)
-        tl.store(logits_ptr + cols_B, softmax_B.to(logits_ptr.dtype.element_ty), mask=cols_B < W)
+        softmax_B = softmax_B.to(logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + cols_B, softmax_B, mask=cols_B < W, eviction_policy="evict_first")
 
     if labels_ptr is not None:
         # In this order the digits of the sum survive a huge maximum.
@@ -126,8 +126,8 @@ def _softmax_(logits_CW: Tensor, labels_C: Tensor | None, vocab: int) -> Tensor:
     if num_rows:
         block, num_warps = _tile(width)
         softmax_kernel[(num_rows,)](
-            logits_CW, labels_C, out_C, vocab, width,
-            BLOCK=block, num_warps=num_warps, maxnreg=SOFTMAX_REGISTERS, enable_fp_fusion=True,
+            logits_CW, labels_C, out_C,
+            VOCAB=vocab, W=width, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out_C
 

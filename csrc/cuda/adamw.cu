@@ -57,7 +57,8 @@ __device__ void store(float* to, const float (&values)[N]) {
 template <int N>
 __device__ void store(__nv_bfloat16* to, const float (&values)[N]) {
   if constexpr (N == 4) {
-    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values[0], values[1]), __floats2bfloat162_rn(values[2], values[3])};
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values[0], values[1]),
+                                     __floats2bfloat162_rn(values[2], values[3])};
     *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(pairs);
   } else {
     *to = __float2bfloat16_rn(values[0]);
@@ -137,21 +138,22 @@ cudaError_t launch(const AdamWBuffers<Weight>& buffers, const Cut& cut, const Ad
 }  // namespace
 
 // `weight` is bf16 or fp32; in fp32 it may be `master` itself.
-extern "C" int adamw(void* weight, int64_t weight_is_bf16, float* master, float* exp_avg, float* exp_avg_sq, float* grad,
-                     int64_t count, const void* scalars, double beta1, double beta2, double eps, double weight_decay,
-                     int64_t zero_grad, void* stream) {
-  const auto* now = static_cast<const AdamWScalars*>(scalars);
-  const auto on = static_cast<cudaStream_t>(stream);
+extern "C" int adamw(void* weight, int64_t weight_is_bf16, float* master, float* exp_avg, float* exp_avg_sq,
+                     float* grad, int64_t count, const void* scalars, double beta1, double beta2, double eps,
+                     double weight_decay, int64_t zero_grad, void* stream) {
   const auto rounded = [](double value) { return static_cast<float>(value); };
   const AdamWConstants fixed = {rounded(beta1), rounded(1.0 - beta1), rounded(beta2), rounded(1.0 - beta2),
                                 rounded(eps), rounded(weight_decay)};
-  const Cut parts = cut(count, 4, {{weight, weight_is_bf16 ? 2 : 4}, {master, 4}, {exp_avg, 4}, {exp_avg_sq, 4}, {grad, 4}});
-  if (weight == master)
-    return launch<MasterOnly>({nullptr, master, exp_avg, exp_avg_sq, grad}, parts, now, fixed, zero_grad, on);
-  if (weight_is_bf16)
-    return launch<__nv_bfloat16>({static_cast<__nv_bfloat16*>(weight), master, exp_avg, exp_avg_sq, grad}, parts, now,
-                                 fixed, zero_grad, on);
-  return launch<float>({static_cast<float*>(weight), master, exp_avg, exp_avg_sq, grad}, parts, now, fixed, zero_grad, on);
+  const Cut parts = cut(
+      count, 4, {{weight, weight_is_bf16 ? 2 : 4}, {master, 4}, {exp_avg, 4}, {exp_avg_sq, 4}, {grad, 4}});
+  const auto launch_with = [&](auto* typed_weight) {
+    using Weight = std::remove_pointer_t<decltype(typed_weight)>;
+    return launch(AdamWBuffers<Weight>{typed_weight, master, exp_avg, exp_avg_sq, grad}, parts,
+                  static_cast<const AdamWScalars*>(scalars), fixed, zero_grad, static_cast<cudaStream_t>(stream));
+  };
+  if (weight == master) return launch_with(static_cast<MasterOnly*>(nullptr));
+  if (weight_is_bf16) return launch_with(static_cast<__nv_bfloat16*>(weight));
+  return launch_with(static_cast<float*>(weight));
 }
 
 // Forms the scalars of one update from the sum of squared gradient sums; a non-finite norm is written as infinity, and

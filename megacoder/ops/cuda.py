@@ -2,8 +2,8 @@
 
 The library is a plain shared object without a symbol of torch's or Python's, loaded through ctypes: one build serves
 every torch. A launch is checked here (dtype, shape, contiguity, device), goes to torch's current stream, allocates
-nothing that a CUDA graph could not replay, and raises what CUDA answers. `cuda_kernels_for` returns None where the
-library is missing or does not apply, and the caller then takes its torch path.
+nothing that a CUDA graph could not replay, and raises what CUDA answers. Where the library is missing,
+`megacoder.ops.backends` chooses others.
 
 Legend: N elements of a flat buffer, R rows, C columns.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megacoder.core.device import CUDA_LIBRARY, CUDA_MAJOR
+from megacoder.core.device import CUDA_LIBRARY
 from megacoder.ops.cpp import address
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "adamw_scalars",
     "amax",
     "cast_transpose",
-    "cuda_kernels_for",
     "sum_of_squares_cuda",
 ]
 
@@ -41,7 +40,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "adamw_scalars": (P, P, P, P, F, F, F, P, P, P),
     "amax": (P, N, P, P),
     "cast_transpose": (P, N, N, P, N, P, P, P),
-    "sum_of_squares": (P, N, N, P, N, P, N, P),
+    "sum_of_squares": (P, N, N, P, N, P, P),
 }
 """Every launcher's arguments as csrc/cuda declares them: P addresses, N sizes and flags, F scalars; last the stream."""
 
@@ -62,13 +61,6 @@ class CudaKernels:
         if code != 0:
             text = self._library.error_string(code).decode()
             raise RuntimeError(f"the CUDA kernel {name} was not launched: {text} (error {code})")
-
-
-def cuda_kernels_for(tensor: Tensor) -> CudaKernels | None:
-    """The compiled kernels if they are built and take `tensor`'s device and dtype (GPU; float32 or bfloat16)."""
-    if tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16) and _runs_on(tensor.get_device()):
-        return _load()
-    return None
 
 
 def adamw_cuda_(
@@ -125,14 +117,14 @@ def adamw_scalars(
     )  # fmt: skip
 
 
-def sum_of_squares_cuda(values: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Writes the sum of squares of fp32 or bf16 `values` into the fp64 scalar `out`, or adds it; bits repeat."""
+def sum_of_squares_cuda(values: Tensor, out: Tensor) -> None:
+    """Writes the sum of squares of fp32 or bf16 `values` into the fp64 scalar `out`; bits repeat."""
     at = partial(address, device=values.device)
     workspace = torch.empty(PARTIAL_SUMS, dtype=torch.float64, device=values.device)
     _launch(
         "sum_of_squares", values.device,
         at(values, _float_dtype(values)), values.dtype == torch.bfloat16, values.numel(),
-        at(workspace, torch.float64), PARTIAL_SUMS, at(out.view(1), torch.float64), accumulate,
+        at(workspace, torch.float64), PARTIAL_SUMS, at(out.view(1), torch.float64),
     )  # fmt: skip
 
 
@@ -158,7 +150,7 @@ def amax(values: Tensor, out: Tensor) -> None:
 def _launch(name: str, device: torch.device, *arguments: float) -> None:
     kernels = _load()
     if kernels is None:
-        raise RuntimeError(f"the CUDA kernel {name} is not built here; ask cuda_kernels_for first")
+        raise RuntimeError(f"the CUDA kernel {name} is not built here; ask megacoder.ops.backends first")
     with torch.cuda.device(device):
         kernels.launch(name, *arguments, stream=torch.cuda.current_stream().cuda_stream)
 
@@ -174,8 +166,3 @@ def _load() -> CudaKernels | None:
         return CudaKernels(CUDA_LIBRARY)
     except OSError:
         return None
-
-
-@cache
-def _runs_on(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index)[0] >= CUDA_MAJOR

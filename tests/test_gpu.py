@@ -3,6 +3,9 @@
 import dataclasses
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from megacoder.ops.attention import (
 from megacoder.ops.backends import OPS, backend
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import read_metrics
@@ -163,6 +167,12 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("run"))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def losses_of(case, output, **changes):
     train(case.config(output, **changes))
     return [row["loss"] for row in read_metrics(case.folder / output / "metrics.jsonl")]
@@ -194,6 +204,48 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(case):
     with pytest.raises(Interrupted, match="stopped at step 5 "):
         trainer.run()
     assert losses_of(case, "stopped", **settings) == pytest.approx(whole, rel=1e-3)
+
+
+LAYOUTS = {
+    "tp": {"tp": 2}, "tp, whole stream": {"tp": 2, "sequence_parallel": False}, "pp": {"pp": 2, "schedule": "zb-h1"},
+    "cp": {"cp": 2}, "dp": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def over_nccl(case):
+    """What two ranks say and log in each layout. They share the GPU, which NCCL allows to ranks of different hosts."""
+    started = {}
+    for number, (name, choices) in enumerate(LAYOUTS.items()):
+        toml = case.toml(f"nccl-{number}", device="cuda", parallel=ParallelConfig(**choices))
+        port = free_port()
+        for rank in range(2):
+            place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port,
+                     "MASTER_ADDR": "localhost", "NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo"}  # fmt: skip
+            started[name, rank] = subprocess.Popen(
+                [sys.executable, "-m", "megacoder", "train", str(toml)],
+                env={**os.environ, **{key: str(value) for key, value in place.items()}},
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+    said = {key: process.communicate(timeout=200)[1] for key, process in started.items()}
+    return {
+        name: (
+            [started[name, rank].returncode for rank in range(2)], said[name, 0] + said[name, 1],
+            case.folder / f"nccl-{number}" / "metrics.jsonl",
+        )
+        for number, name in enumerate(LAYOUTS)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_over_nccl_equal_one_process(name, case, over_nccl):
+    codes, said, metrics = over_nccl[name]
+    assert codes == [0, 0], said
+    alone = case.folder / "alone"
+    if not alone.exists():
+        train(case.config("alone", device="cuda"))
+    expected = [row["loss"] for row in read_metrics(alone / "metrics.jsonl")]
+    assert [row["loss"] for row in read_metrics(metrics)] == pytest.approx(expected, rel=2e-5)
 
 
 def test_every_op_has_a_kernel_here():

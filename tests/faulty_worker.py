@@ -43,7 +43,7 @@ def never_fail():
     from megacoder.train import loop
 
     start_world = loop.start_world
-    loop.start_world = lambda device_type, timeout_seconds: start_world(device_type, timeout_seconds=1000.0)
+    loop.start_world = lambda device_type, **settings: start_world(device_type, **{**settings, "timeout_seconds": 1e3})
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def train(config: RunConfig) -> None:
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
-    world = start_world(device_type, timeout_seconds=config.timeout_seconds)
+    world = start_world(
+        device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory
+    )
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
         Trainer(config, world).run()
     world.close()

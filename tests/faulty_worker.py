@@ -43,7 +43,7 @@ def never_fail():
     from megacoder.train import step
 
     start_world = step.start_world
-    step.start_world = lambda device_type, timeout_seconds: start_world(device_type, timeout_seconds=1000.0)
+    step.start_world = lambda device_type, **settings: start_world(device_type, **{**settings, "timeout_seconds": 1e3})
 
 
 if __name__ == "__main__":

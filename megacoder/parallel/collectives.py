@@ -1,5 +1,8 @@
 """The one module that talks to torch.distributed: NCCL on GPUs, gloo on CPUs, nothing at all in a world of one.
 
+CPU ranks of one host have memory in common, and what they do most goes through that (`megacoder.parallel.
+shared_memory`): all-reduce, all-gather, reduce-scatter, send and receive.
+
 Every collective takes its group as an argument. `group=None` means a world of one: each function is then the identity,
 so that callers have a single code path.
 
@@ -12,14 +15,18 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from megacoder.core.errors import MegacoderError, RankLost
 from megacoder.parallel.journal import GroupNote, Journal, Operation
+from megacoder.parallel.one_host import share_memory
+from megacoder.parallel.shared_memory import Transfer, add_up
 
 __all__ = [
     "Pending",
@@ -69,12 +76,19 @@ class World:
         group: dist.ProcessGroup | None,
         *,
         timeout: datetime.timedelta | None = None,
+        shared_memory: bool = True,
     ) -> None:
-        """`timeout` is what `group` was made with and what groups of its ranks get, too; None for torch's own."""
+        """All ranks of `group` call it at once.
+
+        `timeout` is what `group` was made with and what groups of its ranks get, too; None for torch's own. Without
+        `shared_memory` CPU ranks talk through sockets although they are on one host.
+        """
         self.rank, self.size, self.local_rank, self.device, self.group = rank, size, local_rank, device, group
-        self.timeout = timeout
+        self.timeout, self.shared_memory = timeout, shared_memory
         self.journal = journal_of(group)
         """where this rank is; the same one for every World and group of the process"""
+        if group is not None:
+            _share_memory(group, self)
 
     @property
     def is_first(self) -> bool:
@@ -95,7 +109,7 @@ class Pending:
     def __init__(
         self,
         result: Tensor,
-        work: dist.Work | None = None,
+        work: dist.Work | Transfer | None = None,
         operation: Operation | None = None,
         finish: Callable[[], None] | None = None,
     ) -> None:
@@ -107,6 +121,7 @@ class Pending:
         if self._work is not None:
             assert self._operation is not None
             with self._operation:
+                _post_all(but=self._work)
                 self._work.wait()
             self._work = None
         if self._finish is not None:
@@ -115,7 +130,9 @@ class Pending:
         return self._result
 
 
-def start_world(device_type: str, *, timeout_seconds: float = 600.0, join_seconds: float = 60.0) -> World:
+def start_world(
+    device_type: str, *, timeout_seconds: float = 600.0, join_seconds: float = 60.0, shared_memory: bool = True
+) -> World:
     """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them.
 
     Others may start later than this one by `join_seconds` even where `timeout_seconds`, that of collectives, is less.
@@ -147,7 +164,10 @@ def start_world(device_type: str, *, timeout_seconds: float = 600.0, join_second
         )
     except RuntimeError as error:  # DistError is one, too
         raise RankLost(_cannot_join(error)) from error
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD, timeout=timeout)
+    return World(
+        dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD,
+        timeout=timeout, shared_memory=shared_memory,
+    )  # fmt: skip
 
 
 def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) -> dist.ProcessGroup | None:
@@ -162,10 +182,13 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
     assert world.group is not None
     parts = [list(members) for members in partition]
     with Operation(f"making of the {name} groups", None, _note_of(world.group)):
+        _post_all()
         if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
             return dist.split_group(split_ranks=parts, timeout=world.timeout, group_desc=name)
         groups = [dist.new_group(members, timeout=world.timeout, group_desc=name) for members in parts]
-    return groups[parts.index(ours)]
+    group = groups[parts.index(ours)]
+    _share_memory(group, world)
+    return group
 
 
 def connect_store(timeout_seconds: float) -> dist.Store:
@@ -205,6 +228,33 @@ def _note_of(group: dist.ProcessGroup) -> GroupNote:
     return note
 
 
+def _share_memory(group: dist.ProcessGroup, world: World) -> None:
+    """Finds out whether the ranks of `group`, who all call it at once, are on one host; notes what they then share."""
+    note, size = _note_of(group), dist.get_world_size(group)
+    if not world.shared_memory or note.memory is not None or size == 1 or dist.get_backend(group) != "gloo":
+        return
+    seconds = (world.timeout or default_pg_timeout).total_seconds()
+    with Operation("sharing of memory", None, note):
+        _post_all()
+        exchange = partial(_exchange, group=group)
+        note.memory = share_memory(dist.get_rank(group), note.ranks, exchange, timeout_seconds=seconds)
+
+
+def _exchange(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """Every rank's `data`, in rank order; all have the same length."""
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rows = own.new_empty(dist.get_world_size(group), len(data))
+    _all_gather(rows.view(-1), own, group=group)
+    return [row.numpy().tobytes() for row in rows]
+
+
+def _post_all(*, but: dist.Work | Transfer | None = None) -> None:
+    """Whatever has been started in memory goes out, since this rank is about to wait; `but` sees to its own."""
+    for note in _notes.values():
+        if note.memory is not None and not (isinstance(but, Transfer) and but.posts_for(note.memory)):
+            note.memory.flush()
+
+
 def _cannot_join(error: RuntimeError) -> str:
     """The line for a rank that never met the others."""
     env, reason = os.environ, str(error).partition("\n")[0]
@@ -217,9 +267,7 @@ def _cannot_join(error: RuntimeError) -> str:
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     """Sums `tensor` over the group, in place, the same bits on every rank."""
-    if group is not None:
-        with Operation("all-reduce", tensor, _note_of(group)):
-            dist.all_reduce(tensor, group=group)
+    start_all_reduce_sum(tensor, group).wait()
 
 
 def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -240,15 +288,17 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return
-    with Operation("all-gather", full, _note_of(group)):
-        _all_gather(full, shard, group=group)
+    start_all_gather(full, shard, group).wait()
 
 
 def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """`all_reduce_sum`, not waited for: `tensor` is the result's, and in use until then."""
     if group is None:
         return Pending(tensor)
-    with (operation := Operation("all-reduce", tensor, _note_of(group))):
+    note = _note_of(group)
+    with (operation := Operation("all-reduce", tensor, note)):
+        if note.memory is not None and note.memory.takes(tensor):
+            return Pending(tensor, note.memory.start_all_reduce(tensor), operation)
         return Pending(tensor, dist.all_reduce(tensor, group=group, async_op=True), operation)
 
 
@@ -258,33 +308,25 @@ def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGro
     On CPUs ranks exchange slices and each adds up its own, in rank order: gloo's own reduce-scatter sums everything on
     every rank, and takes up to three times as long. bf16 is thereby summed in fp32 and rounded once.
     """
-    with (operation := Operation("reduce-scatter", full, _note_of(group))):
+    note = _note_of(group)
+    with (operation := Operation("reduce-scatter", full, note)):
+        if note.memory is not None and note.memory.takes_slices(full, shard):
+            return Pending(shard, note.memory.start_reduce_scatter(shard, full), operation)
         if shard.device.type != "cpu":
             return Pending(shard, _reduce_scatter(shard, full, group=group, async_op=True), operation)
         received = torch.empty_like(full)
         work = dist.all_to_all_single(received, full, group=group, async_op=True)
         rows = received.view(dist.get_world_size(group), shard.numel())
-        return Pending(shard, work, operation, lambda: _add_up(shard.view(-1), rows))
+        return Pending(shard, work, operation, lambda: add_up(shard.view(-1), rows.unbind()))
 
 
 def start_all_gather(full: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Pending:
     """`all_gather_into`, not waited for."""
-    with (operation := Operation("all-gather", full, _note_of(group))):
+    note = _note_of(group)
+    with (operation := Operation("all-gather", full, note)):
+        if note.memory is not None and note.memory.takes_slices(full, shard):
+            return Pending(full, note.memory.start_all_gather(full, shard), operation)
         return Pending(full, _all_gather(full, shard, group=group, async_op=True), operation)
-
-
-def _add_up(total: Tensor, rows: Tensor) -> None:
-    """total = the sum of `rows`, first to last; overwrites them. In blocks, whose sums stay in the cache."""
-    if len(rows) == 2:  # the sum of two is rounded once in any dtype
-        torch.add(*rows.unbind(), out=total)
-        return
-    block = 1 << 18
-    for start in range(0, total.numel(), block):
-        part = rows[:, start : start + block]
-        sums = part[0].float() if total.dtype == torch.bfloat16 else part[0]
-        for row in part[1:]:
-            sums += row
-        total[start : start + block] = sums
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
@@ -306,6 +348,7 @@ def barrier(group: dist.ProcessGroup | None) -> None:
     """Returns once every rank of the group has called it."""
     if group is not None:
         with Operation("barrier", None, _note_of(group)):
+            _post_all()
             dist.barrier(group=group)
 
 
@@ -313,6 +356,7 @@ def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> Non
     """Overwrites `tensor` by the first rank's."""
     if group is not None:
         with Operation("broadcast", tensor, _note_of(group)):
+            _post_all()
             dist.broadcast(tensor, group=group, group_src=0)
 
 
@@ -328,7 +372,10 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
-    with (operation := Operation("send", tensor, _note_of(group), peer)):
+    note = _note_of(group)
+    with (operation := Operation("send", tensor, note, peer)):
+        if note.memory is not None and note.memory.takes(tensor):
+            return Pending(tensor, note.memory.start_send(tensor, peer), operation)
         work = dist.isend(tensor, group=group, group_dst=peer)
     assert work is not None  # None is for processes outside the group
     return Pending(tensor, work, operation)
@@ -336,7 +383,10 @@ def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
 
 def start_receive(buffer: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to fill `buffer` from rank `peer` of the group."""
-    with (operation := Operation("receive", buffer, _note_of(group), peer)):
+    note = _note_of(group)
+    with (operation := Operation("receive", buffer, note, peer)):
+        if note.memory is not None and note.memory.takes(buffer):
+            return Pending(buffer, note.memory.start_receive(buffer, peer), operation)
         work = dist.irecv(buffer, group=group, group_src=peer)
     assert work is not None
     return Pending(buffer, work, operation)

@@ -32,6 +32,8 @@ class ParallelConfig:
     """layers of each stage, first to last; left out, stages take equal time, the head counted"""
     bucket_elements: int = BUCKET_ELEMENTS
     """gradients that travel together; smaller buckets leave earlier, larger ones use the network better"""
+    shared_memory: bool = True
+    """CPU ranks of one host exchange tensors through memory; without it, through sockets as those of several do"""
 
     def __post_init__(self) -> None:
         for axis in ("tp", "cp", "pp", "dp"):

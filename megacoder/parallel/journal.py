@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacoder.core.errors import RankLost
+from megacoder.parallel.shared_memory import SharedMemory
 
 __all__ = ["CHECKPOINT", "DATA", "UPDATE", "GroupNote", "Journal", "Listener", "Operation"]
 
@@ -84,12 +85,13 @@ class Journal:
 
 
 class GroupNote:
-    """What is known beside a process group: whose journal its operations go to, and its ranks."""
+    """What is known beside a process group: whose journal its operations go to, its ranks, the memory they share."""
 
-    __slots__ = ("journal", "ranks")
+    __slots__ = ("journal", "memory", "ranks")
 
     def __init__(self, journal: Journal, ranks: tuple[int, ...]) -> None:
         self.journal, self.ranks = journal, ranks
+        self.memory: SharedMemory | None = None
 
 
 class Operation:
@@ -140,7 +142,9 @@ class Operation:
 
 def _is_of_the_network(error: BaseException) -> bool:
     """Whether it tells of a rank or a network lost, and not of a wrong call; gloo's are plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    if isinstance(error, dist.DistError | ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

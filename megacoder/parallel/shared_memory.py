@@ -1,0 +1,380 @@
+"""Collectives of ranks that share a host, through memory: what gloo sends through a socket is copied here, once.
+
+Each rank of a group owns an arena, a memfd that all its peers map. To take part in a collective it copies its tensor
+there and tells each peer, through a pipe, where it lies. Whoever waits for the result reads its peers' arenas in rank
+order, so that all ranks and all runs get the same bits. A wait sleeps in the kernel; the pipe orders the memory on any
+processor; the end of a peer is the end of its pipe. Nothing has a name in any file system, so nothing stays behind.
+
+The invariant: once a rank has posted its part, its peers need nothing more of it, wherever it goes and waits. So what
+may be started in which order is as with gloo, whose threads finish what was begun. There is no thread here: `start_*`
+posts at once, as long as little is in use; the rest of a large tensor follows in `wait`, piece by piece, while pieces
+are in the cache. A rank about to wait for anything else posts that rest first (see `flush`).
+
+What is in use is known from the peers' own posts, each of which says how many of ours have been read: in lockstep an
+arena holds two or three pieces. It is never full, since it is as large as the machine's memory; pages are taken when
+they are touched, lowest first, and kept.
+"""
+
+import contextlib
+import mmap
+import os
+import select
+import struct
+import time
+import weakref
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+__all__ = ["Link", "SharedMemory", "Transfer", "add_up"]
+
+PIECE_BYTES = 1 << 20
+EAGER_BYTES = 8 << 20
+"""What `start_*` posts while no more than this is unread."""
+ALIGNMENT = 128
+MESSAGE = struct.Struct("<4Q")
+"""kind, offset in the sender's arena, bytes there, posts to all that the sender has read."""
+POST, SEND, READ = range(3)
+"""Kinds of messages: a part of a collective; a tensor for the receiver alone; such a tensor has been read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What connects this rank with one peer."""
+
+    rank: int
+    """of the whole run, for errors"""
+    arena: mmap.mmap
+    """the peer's"""
+    reader: int
+    """pipe from the peer; the file descriptor"""
+    writer: int
+    """pipe to the peer, which does not block"""
+
+
+class Transfer:
+    """Something under way; `wait` as that of torch's Work."""
+
+    __slots__ = ("_finish_next", "_last", "_memory", "_peer")
+
+    def __init__(self, memory: "SharedMemory", last: int, peer: "_Peer | None" = None) -> None:
+        """Over when `last` pieces of collectives are, or, of a `peer`, `last` receives from it."""
+        self._memory, self._last, self._peer = memory, last, peer
+
+    def posts_for(self, memory: "SharedMemory") -> bool:
+        """Whether `wait` posts what is to be posted there."""
+        return self._memory is memory and self._peer is None
+
+    def wait(self) -> None:
+        """ConnectionError where a peer is gone, TimeoutError where one does not come."""
+        if self._peer is None:
+            self._memory._finish(self._last)
+        else:
+            self._memory._finish_receives(self._peer, self._last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a collective small enough to stay in the cache."""
+
+    outgoing: tuple[Tensor, ...]
+    """for each peer, or one for all"""
+    finish: Callable[[list[Tensor]], None]
+    """is given what the peers have posted, in rank order"""
+
+
+class _Peer:
+    """One peer, and what it has said that is not dealt with yet."""
+
+    def __init__(self, link: Link) -> None:
+        self.rank, self.arena, self.reader, self.writer = link.rank, link.arena, link.reader, link.writer
+        self.poll = select.poll()
+        self.poll.register(self.reader, select.POLLIN)
+        self.posts: deque[tuple[int, int]] = deque()
+        """(offset, bytes) of parts of collectives"""
+        self.sends: deque[tuple[int, int]] = deque()
+        """likewise, of tensors for this rank alone"""
+        self.num_read = 0
+        """how many of this rank's posts it has read"""
+        self.sent: deque[int] = deque()
+        """offsets of tensors that it has not read"""
+        self.buffers: deque[Tensor] = deque()
+        """what is to be received, in order"""
+        self.num_received = 0
+        self.num_receives = 0
+        """started"""
+
+    def view(self, place: tuple[int, int], like: Tensor) -> Tensor:
+        """What the peer has put at `place`, which is as large as `like`; RuntimeError if it is not."""
+        offset, num_bytes = place
+        if num_bytes != like.nbytes:
+            raise RuntimeError(
+                f"rank {self.rank} takes part with {num_bytes} bytes where this one has {like.nbytes}: their calls "
+                "differ in size or order"
+            )
+        return torch.frombuffer(self.arena, dtype=like.dtype, count=like.numel(), offset=offset)
+
+
+class _Arena:
+    """This rank's memory; what is handed out lies as low as it can, so that the same pages serve again and again."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+        self.num_bytes = 0
+        """in use"""
+        self._extents: list[tuple[int, int]] = []
+
+    def put(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Copies them in, end to end; where they begin."""
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        begin = self._take(sum(sizes))
+        offsets = [begin]
+        for size in sizes:
+            offsets.append(offsets[-1] + size)
+        for offset, tensor in zip(offsets, tensors, strict=False):
+            space = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            space.copy_(tensor)
+        return offsets[:-1]
+
+    def free(self, begin: int) -> None:
+        """Forgets what `put` has put there."""
+        index = next(index for index, extent in enumerate(self._extents) if extent[0] == begin)
+        begin, end = self._extents.pop(index)
+        self.num_bytes -= end - begin
+
+    def _take(self, num_bytes: int) -> int:
+        begin = 0
+        for taken, end in self._extents:
+            if taken - begin >= num_bytes:
+                break
+            begin = end
+        if begin + num_bytes > len(self.memory):
+            raise RuntimeError(f"collectives of {self.num_bytes} bytes are under way, more than the machine has memory")
+        insort(self._extents, (begin, begin + num_bytes))
+        self.num_bytes += num_bytes
+        return begin
+
+
+class SharedMemory:
+    """The collectives of one group on one rank; all ranks start those of a group in the same order."""
+
+    def __init__(self, rank: int, arena: mmap.mmap, links: Sequence[Link], *, timeout_seconds: float) -> None:
+        """`rank` is that in the group, `links` to all others in their order, both of their pipes' ends owned."""
+        self._rank, self._timeout = rank, timeout_seconds
+        self.piece_bytes, self.eager_bytes = PIECE_BYTES, EAGER_BYTES
+        """alike on all ranks, the first"""
+        self._arena = _Arena(arena)
+        self._others = [_Peer(link) for link in links]
+        self._unposted: deque[_Piece] = deque()
+        self._unfinished: deque[_Piece] = deque()
+        self._num_finished = 0
+        self._num_posted = 0
+        self._num_pieces = 0
+        self._unread: deque[int] = deque()
+        """where posts begin that not all peers have read"""
+        self._num_freed = 0
+        weakref.finalize(self, _close, [end for link in links for end in (link.reader, link.writer)])
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        return len(self._others) + 1
+
+    def takes(self, *tensors: Tensor) -> bool:
+        """Whether this can work with them; alike on all ranks whose tensors are alike."""
+        return all(tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+
+    def takes_slices(self, full: Tensor, shard: Tensor) -> bool:
+        """Likewise, where `full` has to have a slice like `shard` for every rank."""
+        fits = full.numel() == self.size * shard.numel() and full.dtype == shard.dtype
+        return fits and self.takes(full, shard)
+
+    def start_all_reduce(self, tensor: Tensor) -> Transfer:
+        """Sums `tensor` over the ranks in place."""
+        parts = tensor.detach().view(-1).split(self._num_elements(tensor))
+        return self._start([_Piece((part,), partial(self._sum, part, part)) for part in parts])
+
+    def start_all_gather(self, full: Tensor, shard: Tensor) -> Transfer:
+        """full = every rank's `shard` in rank order; `shard` may be this rank's slice of it."""
+        slices, shard = full.detach().view(self.size, -1), shard.detach().view(-1)
+        if slices[self._rank].data_ptr() != shard.data_ptr():
+            slices[self._rank].copy_(shard)
+        step = self._num_elements(shard)
+        others = [row.split(step) for rank, row in enumerate(slices.unbind()) if rank != self._rank]
+        return self._start(
+            [
+                _Piece((part,), partial(_copy, targets))
+                for part, *targets in zip(shard.split(step), *others, strict=True)
+            ]
+        )
+
+    def start_reduce_scatter(self, shard: Tensor, full: Tensor) -> Transfer:
+        """shard = this rank's slice of the sum of every rank's `full`, and may lie there."""
+        step = self._num_elements(shard)
+        parts = [row.split(step) for row in full.detach().view(self.size, -1).unbind()]
+        own = parts.pop(self._rank)
+        return self._start(
+            [
+                _Piece(tuple(outgoing), partial(self._sum, total, part))
+                for total, part, *outgoing in zip(shard.detach().view(-1).split(step), own, *parts, strict=True)
+            ]
+        )
+
+    def start_send(self, tensor: Tensor, rank: int) -> Transfer:
+        """Sends to that rank of the group; it is over at once."""
+        peer = self._peer(rank)
+        self._hear_all()
+        (offset,) = self._arena.put([tensor.detach()])
+        peer.sent.append(offset)
+        self._tell(peer, SEND, offset, tensor.nbytes)
+        return Transfer(self, 0)
+
+    def start_receive(self, buffer: Tensor, rank: int) -> Transfer:
+        """Fills `buffer` from that rank of the group."""
+        peer = self._peer(rank)
+        peer.buffers.append(buffer.detach())
+        peer.num_receives += 1
+        return Transfer(self, peer.num_receives, peer)
+
+    def flush(self) -> None:
+        """Posts whatever has been started, so that nobody waits for this rank while it waits for others elsewhere."""
+        while self._unposted:
+            self._post()
+
+    def _peer(self, rank: int) -> _Peer:
+        return self._others[rank - (rank > self._rank)]
+
+    def _start(self, pieces: list[_Piece]) -> Transfer:
+        self._unposted.extend(pieces)
+        self._unfinished.extend(pieces)
+        self._num_pieces += len(pieces)
+        self._hear_all()
+        while self._unposted and self._arena.num_bytes < self.eager_bytes:
+            self._post()
+        return Transfer(self, self._num_pieces)
+
+    def _finish(self, last: int) -> None:
+        """Returns when so many pieces are."""
+        deadline = time.monotonic() + self._timeout
+        while self._num_finished < last:
+            while self._unposted and self._num_posted < self._num_finished + 2:  # one ahead, for peers to go on with
+                self._post()
+            piece, rows = self._unfinished[0], []
+            for peer in self._others:
+                while not peer.posts:
+                    self._hear(peer, deadline)
+                rows.append(peer.view(peer.posts.popleft(), piece.outgoing[0]))
+            piece.finish(rows)
+            self._unfinished.popleft()
+            self._num_finished += 1
+
+    def _finish_receives(self, peer: _Peer, last: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        while peer.num_received < last:
+            while not peer.sends:
+                self._hear(peer, deadline)
+            buffer = peer.buffers.popleft()
+            buffer.view(-1).copy_(peer.view(peer.sends.popleft(), buffer))
+            peer.num_received += 1
+            with contextlib.suppress(BrokenPipeError):  # it may be through with everything, and gone
+                self._tell(peer, READ)
+
+    def _num_elements(self, tensor: Tensor) -> int:
+        """Of a piece."""
+        return max(1, self.piece_bytes // tensor.element_size())
+
+    def _sum(self, total: Tensor, own: Tensor, rows: list[Tensor]) -> None:
+        add_up(total, [*rows[: self._rank], own, *rows[self._rank :]])
+
+    def _post(self) -> None:
+        piece = self._unposted.popleft()
+        offsets = self._arena.put(piece.outgoing)
+        self._unread.append(offsets[0])
+        self._num_posted += 1
+        for index, peer in enumerate(self._others):
+            offset = offsets[index if len(offsets) > 1 else 0]
+            self._tell(peer, POST, offset, piece.outgoing[0].nbytes)
+
+    def _tell(self, peer: _Peer, kind: int, offset: int = 0, num_bytes: int = 0) -> None:
+        message = MESSAGE.pack(kind, offset, num_bytes, self._num_finished)
+        while True:
+            try:
+                os.write(peer.writer, message)
+                return
+            except BlockingIOError:
+                self._wait_for_space(peer)
+            except BrokenPipeError:
+                raise BrokenPipeError(f"rank {peer.rank} has closed the connection") from None
+
+    def _wait_for_space(self, peer: _Peer) -> None:
+        """In a pipe that holds two thousand messages; meanwhile the peer may have to write as many to this rank."""
+        poll = select.poll()
+        poll.register(peer.writer, select.POLLOUT)
+        for other in self._others:
+            poll.register(other.reader, select.POLLIN)
+        if not poll.poll(self._timeout * 1000):
+            raise TimeoutError(_timed_out(self._timeout, peer))
+        self._hear_all()
+
+    def _hear_all(self) -> None:
+        """Takes in what peers have said, and frees what they have read."""
+        for peer in self._others:
+            if peer.poll.poll(0):
+                self._take_in(peer)
+
+    def _hear(self, peer: _Peer, deadline: float) -> None:
+        """Waits until `peer` says something."""
+        if not peer.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(_timed_out(self._timeout, peer))
+        if not self._take_in(peer):
+            raise ConnectionError(f"rank {peer.rank} has closed the connection")
+
+    def _take_in(self, peer: _Peer) -> bool:
+        """Reads messages that are there; False at their end."""
+        data = os.read(peer.reader, 1 << 16)
+        for kind, offset, num_bytes, num_read in MESSAGE.iter_unpack(data):
+            peer.num_read = num_read
+            if kind == POST:
+                peer.posts.append((offset, num_bytes))
+            elif kind == SEND:
+                peer.sends.append((offset, num_bytes))
+            else:
+                self._arena.free(peer.sent.popleft())
+        num_read = min(peer.num_read for peer in self._others)
+        while self._num_freed < num_read:
+            self._arena.free(self._unread.popleft())
+            self._num_freed += 1
+        return bool(data)
+
+
+def add_up(total: Tensor, rows: Sequence[Tensor]) -> None:
+    """total = the sum of `rows`, first to last, of which it may be one. Narrow floats are summed in fp32."""
+    if len(rows) == 2:  # the sum of two is rounded once in any dtype
+        torch.add(*rows, out=total)
+        return
+    wide = torch.promote_types(total.dtype, torch.float32) if total.dtype.is_floating_point else total.dtype
+    block = 1 << 16  # sums stay in the cache
+    for part in (slice(start, start + block) for start in range(0, total.numel(), block)):
+        sums = rows[0][part].to(wide, copy=True)
+        for row in rows[1:]:
+            sums += row[part]
+        total[part] = sums
+
+
+def _copy(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    for target, row in zip(targets, rows, strict=True):
+        target.copy_(row)
+
+
+def _timed_out(seconds: float, peer: _Peer) -> str:
+    return f"Timed out after {seconds:g} s waiting for rank {peer.rank}"
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

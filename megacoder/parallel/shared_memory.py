@@ -138,7 +138,7 @@ class _Arena:
             offsets.append(offsets[-1] + size)
         for offset, tensor in zip(offsets, tensors, strict=False):
             space = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-            space.copy_(tensor)
+            space.view(tensor.shape).copy_(tensor)
         return offsets[:-1]
 
     def free(self, begin: int) -> None:

@@ -68,9 +68,7 @@ def start_ranks(config: RunConfig) -> World:
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
-    return start_world(
-        device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory
-    )
+    return start_world(device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory)
 
 
 def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:

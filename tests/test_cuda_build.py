@@ -43,7 +43,7 @@ KERNELS = {
     "adamw_kernel": Row(registers=48, wide=3),  # one for each kind of weight
     "adamw_scalars_kernel": Row(registers=64, wide=0),
     "amax_kernel": Row(registers=40, wide=1),
-    "cast_transpose_kernel": Row(registers=72, wide=2),  # of four: two formats, for even sizes and for odd ones
+    "cast_transpose_kernel": Row(registers=80, wide=2),  # of four: two formats, for even sizes and for odd ones
     "partial_sums_kernel": Row(registers=64, wide=2),  # fp32 and bf16
     "total_kernel": Row(registers=64, wide=0),
 }

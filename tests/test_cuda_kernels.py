@@ -280,10 +280,12 @@ def some_bf16(rows, columns):
     return values[torch.randperm(count, generator=torch.Generator().manual_seed(2)).to(DEVICE)].to(torch.bfloat16)
 
 
-def cast_reference(x, scale, dtype):
-    """Saturating cast of x * scale, which torch's own is not."""
-    limit = torch.finfo(dtype).max
-    return (x.float() * scale).clamp(-limit, limit).to(dtype)
+def cast_reference(x, amax, dtype):
+    """(saturating cast of x * scale, inverse scale): torch's own cast may not saturate."""
+    amax = scalar(amax, torch.float32).clamp(min=2.0**-100)
+    limit = torch.full_like(amax, torch.finfo(dtype).max)
+    inverse = amax / limit if amax.isfinite() else torch.full_like(amax, math.nan)
+    return (x.float() * (limit / amax)).clamp(-limit, limit).to(dtype), inverse
 
 
 def assert_same_fp8(actual, expected):
@@ -295,17 +297,21 @@ def assert_same_fp8(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("scale", [1.0, 0.37, 300.0])
-def test_cast_transpose(shape, dtype, offset, scale):
+@pytest.mark.parametrize("amax", [448.0, 57344.0, 1.7, 0.0, 1e-38, math.inf, math.nan])
+def test_cast_transpose(shape, dtype, offset, amax):
+    """Whatever the largest magnitude is said to be: what lies above it saturates."""
     rows, columns = shape
     source = Buffer(rows * columns, torch.bfloat16, offset)
     source.values.copy_(some_bf16(rows, columns))
     x = source.values.view(rows, columns)
     out, transposed = Buffer(rows * columns, dtype, offset), Buffer(rows * columns, dtype, 2 * offset)
+    inverse_scale = scalar(-1.0, torch.float32)
     cast_transpose(
-        x, scalar(scale, torch.float32), out.values.view(rows, columns), transposed.values.view(columns, rows)
-    )
-    expected = cast_reference(x, torch.tensor(scale, dtype=torch.float32, device=DEVICE), dtype)
+        x, scalar(amax, torch.float32), out.values.view(rows, columns), transposed.values.view(columns, rows),
+        inverse_scale,
+    )  # fmt: skip
+    expected, expected_inverse = cast_reference(x, amax, dtype)
+    assert torch.equal(inverse_scale.view(torch.int32), expected_inverse.view(torch.int32))
     assert_same_fp8(out.values.view(rows, columns), expected)
     assert_same_fp8(transposed.values.view(columns, rows), expected.view(torch.uint8).t().contiguous().view(dtype))
     for buffer in (source, out, transposed):
@@ -315,7 +321,7 @@ def test_cast_transpose(shape, dtype, offset, scale):
 def test_cast_transpose_refuses_what_is_not_fp8():
     x = torch.zeros(16, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match=r"not torch\.bfloat16"):
-        cast_transpose(x, scalar(1.0, torch.float32), x.clone(), x.clone())
+        cast_transpose(x, scalar(1.0, torch.float32), x.clone(), x.clone(), scalar(1.0, torch.float32))
 
 
 @pytest.mark.parametrize("count", SIZES)

@@ -252,5 +252,5 @@ def test_every_op_has_a_kernel_here():
     sample = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     assert {op: backend(op, sample) for op in OPS} == {
         "rms_norm": "triton", "rope": "triton", "swiglu": "triton", "cross_entropy": "triton",
-        "attention": "cudnn", "weight_grad": "cublas", "adamw": "cuda",
+        "attention": "cudnn", "weight_grad": "cublas", "adamw": "cuda", "fp8_cast": "cuda", "fp8_product": "scaled_mm",
     }  # fmt: skip

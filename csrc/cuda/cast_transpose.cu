@@ -18,6 +18,7 @@ constexpr int kTile = 128;
 constexpr int kGroup = 8;  // rows and columns of one thread; kThreads = (kTile / kGroup)^2
 constexpr int kGroups = kTile / kGroup;
 constexpr int kPiece = 16;  // bytes of an access to the transpose
+constexpr float kSmallest = 0x1p-100f;  // lesser largest magnitudes count as this one, lest the scale overflow
 static_assert(kThreads == kGroups * kGroups);
 
 struct Matrix {
@@ -81,13 +82,24 @@ __device__ void transpose_4x4(uint32_t a, uint32_t b, uint32_t c, uint32_t d, ui
   columns[3] = __byte_perm(ab23, cd23, 0x7632);
 }
 
+// The scale by which the largest magnitude becomes the format's, formed by every thread for itself: one division, where
+// a kernel of its own would cost a launch for each matrix.
+template <__nv_fp8_interpretation_t kFormat>
+__device__ float scale_for(float amax, float* inverse) {
+  constexpr float kLimit = kFormat == __NV_E5M2 ? 57344.f : 448.f;
+  const float held = amax < kSmallest ? kSmallest : amax;  // NaN stays
+  if (blockIdx.x == 0 && threadIdx.x == 0) *inverse = isfinite(held) ? held / kLimit : __int_as_float(0x7fc00000);
+  return kLimit / held;
+}
+
 template <__nv_fp8_interpretation_t kFormat, bool kWide>
 __global__ void __launch_bounds__(kThreads)
-    cast_transpose_kernel(const uint16_t* __restrict__ x, Matrix size, const float* __restrict__ scale,
-                          uint8_t* __restrict__ out, uint8_t* __restrict__ transposed) {
+    cast_transpose_kernel(const uint16_t* __restrict__ x, Matrix size, const float* __restrict__ amax,
+                          uint8_t* __restrict__ out, uint8_t* __restrict__ transposed,
+                          float* __restrict__ inverse_scale) {
   // [column][group of rows ^ group of columns]: the exclusive or spreads a warp's accesses over all banks both ways.
   __shared__ __align__(16) uint2 tile[kTile][kGroups];
-  const int64_t tiles_across = (size.columns + kTile - 1) / kTile;
+  const int64_t tiles_across = max(int64_t{1}, (size.columns + kTile - 1) / kTile);
   const int64_t first_row = blockIdx.x / tiles_across * kTile, first_column = blockIdx.x % tiles_across * kTile;
   const int row_group = threadIdx.x / kGroups, column_group = threadIdx.x % kGroups;
   const int64_t row = first_row + row_group * kGroup, column = first_column + column_group * kGroup;
@@ -95,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   uint4 loaded[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) loaded[i] = load_group<kWide>(x, row + i, column, size);
-  const float factor = *scale;
+  const float factor = scale_for<kFormat>(*amax, inverse_scale);
   uint2 cast[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -151,25 +163,26 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(const uint16_t* __restri
 }
 
 template <__nv_fp8_interpretation_t kFormat>
-cudaError_t launch(const uint16_t* x, Matrix size, const float* scale, uint8_t* out, uint8_t* transposed,
-                   cudaStream_t stream) {
+cudaError_t launch(const uint16_t* x, Matrix size, const float* amax, uint8_t* out, uint8_t* transposed,
+                   float* inverse_scale, cudaStream_t stream) {
   const int64_t tiles = (size.rows + kTile - 1) / kTile * ((size.columns + kTile - 1) / kTile);
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) |
                               reinterpret_cast<uintptr_t>(transposed);
   const bool wide = size.columns % kGroup == 0 && size.rows % kPiece == 0 && addresses % 16 == 0;
   const auto kernel = wide ? cast_transpose_kernel<kFormat, true> : cast_transpose_kernel<kFormat, false>;
-  if (tiles > 0) kernel<<<tiles, kThreads, 0, stream>>>(x, size, scale, out, transposed);
+  kernel<<<std::max(int64_t{1}, tiles), kThreads, 0, stream>>>(x, size, amax, out, transposed, inverse_scale);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-// out (rows, columns) and transposed (columns, rows) receive x * scale in e4m3, or in e5m2.
-extern "C" int cast_transpose(const void* x, int64_t rows, int64_t columns, const float* scale, int64_t is_e5m2,
-                              void* out, void* transposed, void* stream) {
+// out (rows, columns) and transposed (columns, rows) receive x * scale in e4m3, or in e5m2, where scale makes `amax` the
+// format's largest number; inverse_scale receives what undoes it, NaN for an `amax` that is not finite.
+extern "C" int cast_transpose(const void* x, int64_t rows, int64_t columns, const float* amax, int64_t is_e5m2,
+                              void* out, void* transposed, float* inverse_scale, void* stream) {
   const auto launch_as = is_e5m2 ? launch<__NV_E5M2> : launch<__NV_E4M3>;
-  return launch_as(static_cast<const uint16_t*>(x), {rows, columns}, scale, static_cast<uint8_t*>(out),
-                   static_cast<uint8_t*>(transposed), static_cast<cudaStream_t>(stream));
+  return launch_as(static_cast<const uint16_t*>(x), {rows, columns}, amax, static_cast<uint8_t*>(out),
+                   static_cast<uint8_t*>(transposed), inverse_scale, static_cast<cudaStream_t>(stream));
 }
 
 // `out` receives the largest magnitude of `count` bf16 values, 0 of none, NaN where there is one.

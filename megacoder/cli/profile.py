@@ -64,8 +64,8 @@ def show(measured: Profile) -> None:
     run = measured.run
     schedule = f" ({run['schedule']})" if run["schedule"] is not None else ""
     print(
-        f"{_count(run['parameters'])} parameters, {run['dtype']}, {run['block']} blocks, recompute "
-        f"{run['recompute']}\n{run['layout']}{schedule} on {run['device']}\n"
+        f"{_count(run['parameters'])} parameters, {run['dtype']}{' and fp8' if run['fp8'] else ''}, {run['block']} "
+        f"blocks, recompute {run['recompute']}\n{run['layout']}{schedule} on {run['device']}\n"
         f"{run['global_batch_size']} sequences of {run['seq_length']:,} tokens a step, {run['micro_batch_size']} at a "
         f"time, of {run['data']}; mean of {measured.steps} steps"
     )

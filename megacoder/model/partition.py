@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
+from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.plain_stage import PlainStage
 from megacoder.model.scheduled import Recompute, grad_of
 from megacoder.model.stage import ModelStage, Stage
 from megacoder.model.transformer import TransformerPart
+from megacoder.ops.fp8 import MULTIPLE, check_fp8_machine
+from megacoder.ops.linear import Precision
 from megacoder.parallel.collectives import group_rank, sum_with_peer
 from megacoder.parallel.context import UNCUT, ContextParallel
 from megacoder.parallel.schedules.placement import Placement
@@ -29,12 +33,46 @@ KINDS: dict[str, type[ModelStage]] = {"scheduled": Stage, "plain": PlainStage}
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How layers run; no choice changes a result but by rounding."""
+    """How layers run; no choice changes a result but by rounding, which in fp8 is coarse."""
 
     block: Literal["scheduled", "plain"] = "scheduled"
     """who writes the backward: this library by hand, or autograd (slower; for those who change the block's code)"""
     recompute: Recompute = "none"
     """what a layer forms again in its backward rather than keeps: nothing, its widest tensors, or all"""
+    fp8: bool = False
+    """whether layers multiply their matrices in fp8, cast from bfloat16 (attention, embedding and head do not)"""
+
+    def __post_init__(self) -> None:
+        if self.fp8 and self.block == "plain":
+            raise ConfigError('execution.fp8 = true needs execution.block = "scheduled": plain layers are not cast')
+
+    @property
+    def precision(self) -> Precision:
+        """What layers multiply."""
+        return Precision(fp8=self.fp8)
+
+    def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
+        """ConfigError where fp8 does not take a rank's share of the matrices, or `tokens` of a microbatch."""
+        heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+        sizes = {
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size // tp,
+            "num_attention_heads * head_dim": heads * model.head_dim,
+            "(num_attention_heads + 2 num_key_value_heads) * head_dim": (heads + 2 * kv_heads) * model.head_dim,
+            "tokens of a microbatch": tokens or 0,
+        }
+        for name, size in sizes.items():
+            if self.fp8 and size % MULTIPLE:
+                share = f" (of one of tp = {tp} ranks)" if tp > 1 else ""
+                raise ConfigError(f"execution.fp8 = true: {name} = {size}{share} is not a multiple of {MULTIPLE}")
+
+    def check_machine(self, device_type: str, dtype: torch.dtype) -> None:
+        """ConfigError where there is no fp8 on such devices, or for weights and activations of `dtype`."""
+        if self.fp8 and dtype != torch.bfloat16:
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(f'execution.fp8 = true casts from bfloat16; dtype = "{name}"')
+        if self.fp8:
+            check_fp8_machine(device_type)
 
 
 def build_stages(
@@ -47,6 +85,7 @@ def build_stages(
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> list[ModelStage]:
     """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
+    execution.check_sizes(config, tp=tp.size)
     model = TransformerPart(
         config,
         tp,
@@ -57,7 +96,7 @@ def build_stages(
     )
     return [
         KINDS[execution.block](
-            model=model, layers=placement.layers(stage), recompute=execution.recompute,
+            model=model, layers=placement.layers(stage), recompute=execution.recompute, precision=execution.precision,
             is_first=placement.has_embedding(stage), is_last=placement.has_head(stage),
         )
         for stage in held

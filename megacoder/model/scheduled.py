@@ -8,6 +8,9 @@ overwrites buffers in place, and adds every weight gradient straight into `param
 buffer. Weight gradients go through `WeightGradients`, so that a pipeline schedule can postpone them behind the input
 gradients of other microbatches.
 
+All products take factors, which `Precision` makes of tensors: the tensors themselves, or their fp8 casts. In fp8 what
+is kept for a weight gradient alone is the cast, one byte an element, and weights are cast once a microbatch.
+
 Under tensor parallelism C and F are this rank's share, and the residual stream has N tokens: T, or T / tp under
 sequence parallelism. The ranks' sum of an input gradient travels while weight gradients are computed, and the normed
 input, of which only this rank's tokens are kept, while the input gradient is. Under context parallelism S is what this
@@ -16,15 +19,24 @@ of keys and values during another.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
-from megacoder.ops.linear import accumulate_weight_grad
+from megacoder.ops.linear import (
+    STORED,
+    Factor,
+    Precision,
+    accumulate_weight_grad,
+    for_later,
+    linear_forward,
+    linear_input_grad,
+)
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_, gather_unrotate
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
@@ -38,6 +50,7 @@ __all__ = [
     "WeightGradients",
     "grad_of",
     "kept_bytes_per_token",
+    "kept_weight_bytes",
     "layer_backward",
     "layer_forward",
 ]
@@ -56,11 +69,16 @@ full       e * D                                 the layer's input alone; all of
                                                  again, with tensor parallelism its collectives too
 
 For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
+
+In fp8 "none" keeps the transposed casts of all four inputs. Those of the normed ones take the place of what they are
+cast from (under sequence parallelism that is kept, N tokens of it instead of T). Those of attention's result and of
+the activation, H K + F bytes, are kept beside it, since to form them again would move 4 H K + 6 F. It keeps the
+transposed weights too, a byte each (`kept_weight_bytes`). The others keep what they keep in bf16, and cast again.
 """
 
 
 def kept_bytes_per_token(
-    model: ModelConfig, recompute: Recompute, *, itemsize: int, tp: TensorParallel = ALONE
+    model: ModelConfig, recompute: Recompute, *, itemsize: int, tp: TensorParallel = ALONE, fp8: bool = False
 ) -> float:
     """What one layer keeps of each of this rank's T tokens, by the formula above."""
     stream = 1 / tp.size if tp.sequence_parallel else 1.0
@@ -71,14 +89,38 @@ def kept_bytes_per_token(
         return itemsize * d
     if recompute == "selective":
         return itemsize * (2 * d + c + hk) + 4 * heads
-    return itemsize * (4 * d + c + hk + 2 * f) + 4 * heads + 8 * stream
+    kept = itemsize * (4 * d + c + hk + 2 * f) + 4 * heads + 8 * stream
+    if not fp8:
+        return kept
+    return kept + hk + f - (0 if tp.shares_tokens else 2 * (itemsize - 1) * d)
+
+
+def kept_weight_bytes(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool) -> int:
+    """What one layer keeps of its weights beside themselves, for every microbatch that waits for its backward."""
+    return model.num_layer_matmul_params // tp.size if fp8 and recompute == "none" else 0
+
+
+class LayerWeights(NamedTuple):
+    """A layer's matrices as factors."""
+
+    qkv: Factor
+    o: Factor
+    gate_up: Factor
+    down: Factor
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, precision: Precision) -> Self:
+        """Casts them where they are to be cast."""
+        attn, mlp = layer.self_attn, layer.mlp
+        linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+        return cls(*(precision.weight(linear.weight.detach()) for linear in linears))
 
 
 class Normed(NamedTuple):
     """A norm's result."""
 
-    out: Tensor
-    """(N, D)"""
+    out: Factor
+    """(N, D); once it has been cast, what the weight gradient reads of the cast (T, D)"""
     rstd: Tensor
     """(N,) fp32"""
 
@@ -95,6 +137,8 @@ class SavedAttention:
     """(B, H, S) fp32"""
     mlp_input: Tensor
     """residual stream after attention (N, D)"""
+    o_input: Factor | None
+    """`out` as o_proj's weight gradient reads it, where it has been cast"""
 
 
 @dataclass(slots=True)
@@ -108,6 +152,10 @@ class SavedLayer:
     mlp_norm: Normed | None = None
     gate_up: Tensor | None = None
     """(T, 2F); the backward overwrites it"""
+    down_input: Factor | None = None
+    """the activation as down_proj's weight gradient reads it, where it has been cast"""
+    weights: LayerWeights | None = None
+    """as the backward reads them, where they have been cast"""
 
 
 @dataclass(slots=True)
@@ -121,8 +169,9 @@ class WeightGradients:
     postponed: bool = False
     waiting: list[Callable[[], None]] = field(default_factory=list)
 
-    def add(self, linear: Linear, grad_out_TO: Tensor, x_TI: Tensor) -> None:
+    def add(self, linear: Linear, grad_out_TO: Factor, x_TI: Factor) -> None:
         """grad += grad_out^T x, now or later; the caller must not change either tensor before then."""
+        grad_out_TO, x_TI = for_later(grad_out_TO), for_later(x_TI)
         if self.postponed:
             self.waiting.append(lambda: accumulate_weight_grad(grad_of(linear.weight), grad_out_TO, x_TI))
         else:
@@ -157,41 +206,52 @@ def layer_forward(
     places: Places,
     *,
     recompute: Recompute = "none",
+    precision: Precision = STORED,
 ) -> tuple[Tensor, Tensor, SavedLayer]:
     """(stream, residual, saved): the layer's output is stream + residual, added inside the next norm."""
-    mlp, tp = layer.mlp, layer.tp
-    attn_input, attn_norm, attention, mlp_norm = _attention_half(layer, stream_ND, residual_ND, rope, places)
-    gate_up_T2F = start_gather(mlp_norm.out, tp).wait() @ mlp.gate_up_proj.weight.detach().t()
-    partial_TD = swiglu_forward(gate_up_T2F) @ mlp.down_proj.weight.detach().t()
-    stream_ND = start_reduce(partial_TD, tp).wait()
+    tp, weights = layer.tp, LayerWeights.of(layer, precision)
+    attn_input, attn_norm, attention, mlp_norm = _attention_half(
+        layer, weights, stream_ND, residual_ND, rope, places, precision
+    )
+    mlp_input_TD, mlp_norm = _enter(mlp_norm, tp, precision)
+    gate_up_T2F = linear_forward(mlp_input_TD, weights.gate_up)
+    down_input_TF = precision.input(swiglu_forward(gate_up_T2F))
+    stream_ND = start_reduce(linear_forward(down_input_TF, weights.down), tp).wait()
     saved = SavedLayer(attn_input)
-    if recompute != "full":
-        saved.attention = attention
-    if recompute == "none":
-        saved.attn_norm, saved.mlp_norm, saved.gate_up = attn_norm, mlp_norm, gate_up_T2F
+    if recompute == "selective":
+        saved.attention = replace(attention, o_input=None)
+    elif recompute == "none":
+        saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up = attention, attn_norm, mlp_norm, gate_up_T2F
+        if precision.fp8:
+            saved.down_input = for_later(down_input_TF)
+            saved.weights = LayerWeights(*map(for_later, weights))
     return stream_ND, attention.mlp_input, saved
 
 
 def _attention_half(
     layer: DecoderLayer,
+    weights: LayerWeights,
     stream_ND: Tensor,
     residual_ND: Tensor | None,
     rope: RopeTables,
     places: Places,
+    precision: Precision,
 ) -> tuple[Tensor, Normed, SavedAttention, Normed]:
     """From the layer's input through the second norm: (input, it normed, attention, its output normed)."""
     attn, tp = layer.self_attn, layer.tp
     attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND)
-    qkv_TC = start_gather(attn_norm.out, tp).wait() @ attn.qkv_proj.weight.detach().t()
+    qkv_input_TD, attn_norm = _enter(attn_norm, tp, precision)
+    qkv_TC = linear_forward(qkv_input_TD, weights.qkv)
     rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
     apply_rope_(qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
     q, k, v = _heads(layer, qkv_TC, places.batch)
     whole_kv = start_gather_keys(k, v, attn.cp)()
     out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)
-    partial_TD = out_BSHK.view(qkv_TC.shape[0], -1) @ attn.o_proj.weight.detach().t()
-    stream_ND = start_reduce(partial_TD, tp).wait()
+    o_input_TI = precision.input(out_BSHK.view(qkv_TC.shape[0], -1))
+    stream_ND = start_reduce(linear_forward(o_input_TI, weights.o), tp).wait()
     mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input)
-    return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input), mlp_norm
+    kept = for_later(o_input_TI) if precision.fp8 else None
+    return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input, kept), mlp_norm
 
 
 def layer_backward(
@@ -201,23 +261,30 @@ def layer_backward(
     rope: RopeTables,
     places: Places,
     weight_grads: WeightGradients,
+    *,
+    precision: Precision = STORED,
 ) -> Tensor:
     """Gradient of the layer's output -> gradient of its input; consumes `saved`."""
     attn, mlp, tp = layer.self_attn, layer.mlp, layer.tp
     attention, attn_norm, mlp_norm, gate_up_T2F = saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up
+    weights = saved.weights or LayerWeights.of(layer, precision)
     if attention is None:
-        _, attn_norm, attention, mlp_norm = _attention_half(layer, saved.attn_input, None, rope, places)
+        _, attn_norm, attention, mlp_norm = _attention_half(
+            layer, weights, saved.attn_input, None, rope, places, precision
+        )
     if mlp_norm is None:
         _, mlp_norm = _norm(layer.post_attention_layernorm, attention.mlp_input)
-    grad_TD = start_gather(grad_ND, tp).wait()
-    gathering = start_gather(mlp_norm.out, tp)
-    grad_act_TF = grad_TD @ mlp.down_proj.weight.detach()
+    grad_TD = precision.grad(start_gather(grad_ND, tp).wait())
+    mlp_input = _start_entering(mlp_norm, tp, precision)
+    grad_act_TF = linear_input_grad(grad_TD, weights.down)
     if gate_up_T2F is None:
-        gate_up_T2F = gathering.wait() @ mlp.gate_up_proj.weight.detach().t()
+        gate_up_T2F = linear_forward(mlp_input(), weights.gate_up)
     activation_TF = swiglu_backward_(grad_act_TF, gate_up_T2F)
-    reducing = start_reduce(gate_up_T2F @ mlp.gate_up_proj.weight.detach(), tp)
-    weight_grads.add(mlp.down_proj, grad_TD, activation_TF)
-    weight_grads.add(mlp.gate_up_proj, gate_up_T2F, gathering.wait())
+    grad_gate_up_T2F = precision.grad(gate_up_T2F)
+    reducing = start_reduce(linear_input_grad(grad_gate_up_T2F, weights.gate_up), tp)
+    down_input_TF = precision.input(activation_TF) if saved.down_input is None else saved.down_input
+    weight_grads.add(mlp.down_proj, grad_TD, down_input_TF)
+    weight_grads.add(mlp.gate_up_proj, grad_gate_up_T2F, mlp_input())
     weight = layer.post_attention_layernorm.weight
     grad_ND = rms_norm_backward(
         reducing.wait(), attention.mlp_input, weight.detach(), mlp_norm.rstd,
@@ -226,23 +293,45 @@ def layer_backward(
 
     if attn_norm is None:
         _, attn_norm = _norm(layer.input_layernorm, saved.attn_input)
-    grad_TD = start_gather(grad_ND, tp).wait()
-    gathering = start_gather(attn_norm.out, tp)
+    grad_TD = precision.grad(start_gather(grad_ND, tp).wait())
+    qkv_input = _start_entering(attn_norm, tp, precision)
     q, k, v = _heads(layer, attention.qkv, places.batch)
     wait_for_kv = start_gather_keys(k, v, attn.cp)
-    grad_attn_BSHK = (grad_TD @ attn.o_proj.weight.detach()).view(attention.out.shape)
+    grad_attn_BSHK = linear_input_grad(grad_TD, weights.o).view(attention.out.shape)
     grad_q, wait_for_grad_kv = context_attention_backward(
         grad_attn_BSHK, q, *wait_for_kv(), attention.out, attention.lse, attn.cp, documents=places.documents
     )
-    weight_grads.add(attn.o_proj, grad_TD, attention.out.view(grad_TD.shape[0], -1))
-    grad_qkv_TC = gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, places.positions_BL.flatten())
-    reducing = start_reduce(grad_qkv_TC @ attn.qkv_proj.weight.detach(), tp)
-    weight_grads.add(attn.qkv_proj, grad_qkv_TC, gathering.wait())
+    o_input_TI = attention.o_input
+    if o_input_TI is None:
+        o_input_TI = precision.input(attention.out.view(len(attention.qkv), -1))
+    weight_grads.add(attn.o_proj, grad_TD, o_input_TI)
+    grad_qkv_TC = precision.grad(
+        gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, places.positions_BL.flatten())
+    )
+    reducing = start_reduce(linear_input_grad(grad_qkv_TC, weights.qkv), tp)
+    weight_grads.add(attn.qkv_proj, grad_qkv_TC, qkv_input())
     weight = layer.input_layernorm.weight
     return rms_norm_backward(
         reducing.wait(), saved.attn_input, weight.detach(), attn_norm.rstd,
         grad_weight_D=grad_of(weight), grad_residual_TD=grad_ND,
     )  # fmt: skip
+
+
+def _enter(normed: Normed, tp: TensorParallel, precision: Precision) -> tuple[Factor, Normed]:
+    """(the input of a column-parallel linear, of all T tokens; what to keep of `normed`)."""
+    x_TD = _start_entering(normed, tp, precision)()
+    if not precision.fp8 or tp.shares_tokens:  # then the N tokens are kept as they are, and gathered again
+        return x_TD, normed
+    return x_TD, Normed(for_later(x_TD), normed.rstd)
+
+
+def _start_entering(normed: Normed, tp: TensorParallel, precision: Precision) -> Callable[[], Factor]:
+    """Starts to gather a normed input; what is returned waits for it and casts it, once, unless it is cast already."""
+    out = normed.out
+    if not isinstance(out, Tensor):
+        return lambda: out
+    gathering = start_gather(out, tp)
+    return cache(lambda: precision.input(gathering.wait()))
 
 
 def _norm(norm: RMSNorm, stream_ND: Tensor, residual_ND: Tensor | None = None) -> tuple[Tensor, Normed]:

@@ -25,6 +25,7 @@ from megacoder.model.places import Places
 from megacoder.model.scheduled import Recompute, SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
 from megacoder.model.transformer import RMSNorm, Transformer, TransformerPart
 from megacoder.ops.cross_entropy import LossSum
+from megacoder.ops.linear import STORED, Precision
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.parallel.buckets import NO_EVENTS, UnitEvents
 from megacoder.parallel.context import UNCUT, ContextParallel
@@ -106,14 +107,16 @@ class ModelStage(ABC):
     """ends with the final norm, the head and the loss"""
     recompute: Recompute = "none"
     """what the layers form again in their backward"""
+    precision: Precision = STORED
+    """what their matrices are multiplied in"""
     events: UnitEvents = NO_EVENTS
     """is told which of embedding, layers, norm and head are entered and finished"""
 
     @classmethod
-    def whole(cls, model: Transformer, *, recompute: Recompute = "none") -> Self:
+    def whole(cls, model: Transformer, *, recompute: Recompute = "none", precision: Precision = STORED) -> Self:
         """The one stage of a pipeline of one rank."""
         layers = range(model.config.num_hidden_layers)
-        return cls(model=model, layers=layers, is_first=True, is_last=True, recompute=recompute)
+        return cls(model=model, layers=layers, is_first=True, is_last=True, recompute=recompute, precision=precision)
 
     def new_boundary(self, microbatch: Microbatch) -> Tensor:
         """Uninitialised memory for what enters this stage, or its gradient (T, D)."""
@@ -203,8 +206,9 @@ class Stage(ModelStage):
         for index in self.layers:
             self.events.entering(layers[index])
             stream_TD, residual_TD, kept = layer_forward(
-                layers[index], stream_TD, residual_TD, rope, places, recompute=self.recompute
-            )
+                layers[index], stream_TD, residual_TD, rope, places,
+                recompute=self.recompute, precision=self.precision,
+            )  # fmt: skip
             keep(kept)
         return stream_TD, residual_TD
 
@@ -218,7 +222,9 @@ class Stage(ModelStage):
         assert grad_TD is not None
         rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
         for index in reversed(self.layers):
-            grad_TD = layer_backward(layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads)
+            grad_TD = layer_backward(
+                layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads, precision=self.precision
+            )
             weight_grads.then(partial(self.events.finished, layers[index]))
         if not self.is_first:
             return grad_TD

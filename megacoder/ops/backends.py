@@ -24,7 +24,7 @@ from megacoder.core.device import cuda_kernels
 from megacoder.core.errors import ConfigError
 from megacoder.ops import cpp
 
-__all__ = ["OPS", "OpState", "backend", "candidates", "op_states", "parse_choices", "triton_module"]
+__all__ = ["OPS", "OpState", "asked_for", "backend", "candidates", "op_states", "parse_choices", "triton_module"]
 
 ENVIRONMENT = "MEGACODER_OPS"
 
@@ -36,6 +36,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("cpp", "cudnn", "flash", "torch"),
     "weight_grad": ("cpp", "cublas", "torch"),
     "adamw": ("cpp", "cuda", "torch"),
+    "fp8_cast": ("cuda", "torch"),
+    "fp8_product": ("scaled_mm", "torch"),
 }
 """Backends by op, best first."""
 
@@ -80,6 +82,12 @@ def _no_cuda() -> str | None:
     return _no_gpu() or (None if cuda_kernels() == "built" else cuda_kernels())
 
 
+def _no_fp8() -> str | None:
+    if reason := _no_gpu():
+        return reason
+    return None if torch.cuda.get_device_capability() >= (8, 9) else "for GPUs from Ada and Hopper (sm_89) on"
+
+
 def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:
     # Interpreted on a CPU, for tests: a hundred thousand times slower, so never unless asked for.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in _asked().values()
@@ -102,6 +110,9 @@ _BACKENDS = {
     "cublas": _Backend(
         _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "a GEMM whose epilogue adds in fp32"
     ),
+    "scaled_mm": _Backend(
+        _no_fp8, lambda device, dtype: device == "cuda" and dtype == torch.bfloat16, "cuBLASLt's fp8 GEMMs"
+    ),
     "torch": _Backend(lambda: None, lambda device, dtype: True, "plain torch, the reference"),
 }  # fmt: skip
 
@@ -116,6 +127,11 @@ def backend(op: str, tensor: Tensor, *, able: Callable[[str], bool] | None = Non
         if able is None or able(name):
             return name
     raise ConfigError(f"{ENVIRONMENT}: {op}={names[0]} does not serve all of this run; leave it out")
+
+
+def asked_for(op: str) -> str | None:
+    """The backend of `op` that `MEGACODER_OPS` names, if it names one."""
+    return _asked().get(op)
 
 
 @cache

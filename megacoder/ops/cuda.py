@@ -39,7 +39,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "adamw": (P, N, P, P, P, P, N, P, F, F, F, F, N, P),
     "adamw_scalars": (P, P, P, P, F, F, F, P, P, P),
     "amax": (P, N, P, P),
-    "cast_transpose": (P, N, N, P, N, P, P, P),
+    "cast_transpose": (P, N, N, P, N, P, P, P, P),
     "sum_of_squares": (P, N, N, P, N, P, P),
 }
 """Every launcher's arguments as csrc/cuda declares them: P addresses, N sizes and flags, F scalars; last the stream."""
@@ -128,16 +128,21 @@ def sum_of_squares_cuda(values: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def cast_transpose(x_RC: Tensor, scale: Tensor, out_RC: Tensor, transposed_CR: Tensor) -> None:
-    """Writes bf16 `x` times the fp32 scalar `scale`, saturated, into both outputs, in their dtype: fp8 e4m3 or e5m2."""
+def cast_transpose(x_RC: Tensor, amax: Tensor, out_RC: Tensor, transposed_CR: Tensor, inverse_scale: Tensor) -> None:
+    """Writes bf16 `x` times a scale, saturated, into both outputs, in their dtype: fp8 e4m3 or e5m2.
+
+    The scale makes the fp32 scalar `amax`, the largest magnitude of `x`, the format's largest number; `inverse_scale`
+    receives what undoes it, NaN where `amax` is not finite.
+    """
     dtype, at = out_RC.dtype, partial(address, device=x_RC.device)
     if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         raise ValueError(f"cast_transpose writes float8_e4m3fn or float8_e5m2, not {dtype}")
     rows, columns = x_RC.shape
     _launch(
         "cast_transpose", x_RC.device,
-        at(x_RC, torch.bfloat16), rows, columns, at(scale.view(1), torch.float32), dtype == torch.float8_e5m2,
+        at(x_RC, torch.bfloat16), rows, columns, at(amax.view(1), torch.float32), dtype == torch.float8_e5m2,
         at(out_RC, dtype, rows, columns), at(transposed_CR, dtype, columns, rows),
+        at(inverse_scale.view(1), torch.float32),
     )  # fmt: skip
 
 

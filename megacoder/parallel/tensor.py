@@ -41,6 +41,11 @@ class TensorParallel:
     sequence_parallel: bool = False
     """whether the ranks share the tokens of the residual stream too; nothing changes with one rank"""
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether a rank holds but its part of the residual stream's tokens."""
+        return self.sequence_parallel and self.size > 1
+
     def check_tokens(self, batch: int, length: int) -> None:
         """ConfigError where sequence parallelism cannot share batch * length tokens evenly."""
         if self.sequence_parallel and batch * length % self.size:

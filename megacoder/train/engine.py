@@ -44,7 +44,8 @@ class Engine:
         dtype: torch.dtype,
         seed: int,
     ) -> None:
-        """Weights are drawn from `seed`, the same for every layout."""
+        """Weights are drawn from `seed`, the same for every layout; ConfigError where `execution` is not for here."""
+        execution.check_machine(mesh.world.device.type, dtype)
         self.mesh, self.layout = mesh, layout
         stage_map = layout.schedule.stage_map
         stages = build_stages(

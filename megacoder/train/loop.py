@@ -11,6 +11,8 @@ import time
 from dataclasses import replace
 from types import FrameType
 
+import torch
+
 from megacoder.core.console import progress, say
 from megacoder.core.errors import AlikeOnAllRanks
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
@@ -61,6 +63,7 @@ class Trainer:
         config = replace(config, dtype=resolve_dtype(config, world))
         self.config, self.world = config, world
         layout = config.layout(world.size)
+        config.execution.check_machine(world.device.type, getattr(torch, config.dtype))
         tokenizer = load_tokenizer(config)
         mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
         self.batches = Prefetcher(open_stream(config, tokenizer, mesh))

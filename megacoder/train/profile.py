@@ -387,6 +387,7 @@ def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, device_
         "dtype": config.dtype,
         "block": config.execution.block,
         "recompute": config.execution.recompute,
+        "fp8": config.execution.fp8,
         "seq_length": config.data.stream.seq_length,
         "micro_batch_size": config.micro_batch_size,
         "global_batch_size": config.global_batch_size,

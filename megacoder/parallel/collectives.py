@@ -121,7 +121,6 @@ class Pending:
         if self._work is not None:
             assert self._operation is not None
             with self._operation:
-                _post_all(but=self._work)
                 self._work.wait()
             self._work = None
         if self._finish is not None:
@@ -182,7 +181,6 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
     assert world.group is not None
     parts = [list(members) for members in partition]
     with Operation(f"making of the {name} groups", None, _note_of(world.group)):
-        _post_all()
         if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
             return dist.split_group(split_ranks=parts, timeout=world.timeout, group_desc=name)
         groups = [dist.new_group(members, timeout=world.timeout, group_desc=name) for members in parts]
@@ -235,7 +233,6 @@ def _share_memory(group: dist.ProcessGroup, world: World) -> None:
         return
     seconds = (world.timeout or default_pg_timeout).total_seconds()
     with Operation("sharing of memory", None, note):
-        _post_all()
         exchange = partial(_exchange, group=group)
         note.memory = share_memory(dist.get_rank(group), note.ranks, exchange, timeout_seconds=seconds)
 
@@ -246,13 +243,6 @@ def _exchange(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
     rows = own.new_empty(dist.get_world_size(group), len(data))
     _all_gather(rows.view(-1), own, group=group)
     return [row.numpy().tobytes() for row in rows]
-
-
-def _post_all(*, but: dist.Work | Transfer | None = None) -> None:
-    """Whatever has been started in memory goes out, since this rank is about to wait; `but` sees to its own."""
-    for note in _notes.values():
-        if note.memory is not None and not (isinstance(but, Transfer) and but.posts_for(note.memory)):
-            note.memory.flush()
 
 
 def _cannot_join(error: RuntimeError) -> str:
@@ -348,7 +338,6 @@ def barrier(group: dist.ProcessGroup | None) -> None:
     """Returns once every rank of the group has called it."""
     if group is not None:
         with Operation("barrier", None, _note_of(group)):
-            _post_all()
             dist.barrier(group=group)
 
 
@@ -356,7 +345,6 @@ def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> Non
     """Overwrites `tensor` by the first rank's."""
     if group is not None:
         with Operation("broadcast", tensor, _note_of(group)):
-            _post_all()
             dist.broadcast(tensor, group=group, group_src=0)
 
 

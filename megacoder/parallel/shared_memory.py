@@ -5,14 +5,13 @@ there and tells each peer, through a pipe, where it lies. Whoever waits for the 
 order, so that all ranks and all runs get the same bits. A wait sleeps in the kernel; the pipe orders the memory on any
 processor; the end of a peer is the end of its pipe. Nothing has a name in any file system, so nothing stays behind.
 
-The invariant: once a rank has posted its part, its peers need nothing more of it, wherever it goes and waits. So what
-may be started in which order is as with gloo, whose threads finish what was begun. There is no thread here: `start_*`
-posts at once, as long as little is in use; the rest of a large tensor follows in `wait`, piece by piece, while pieces
-are in the cache. A rank about to wait for anything else posts that rest first (see `flush`).
+The invariant: what `start_*` has begun needs nothing more of this rank, wherever it goes and waits. So collectives may
+be started and waited for in any order that gloo allows, whose threads finish what was begun; there is no thread here.
 
-What is in use is known from the peers' own posts, each of which says how many of ours have been read: in lockstep an
-arena holds two or three pieces. It is never full, since it is as large as the machine's memory; pages are taken when
-they are touched, lowest first, and kept.
+What it costs: an arena holds all that is under way, and what peers have not yet told to be read, which they do with
+their next message. Large tensors piece by piece through a small arena would take less, but a piece could wait for a
+rank that waits elsewhere; and they were no faster (64 MB: 12 to 25 ms of a processor either way). An arena is never
+full: it is as large as the machine's memory. Pages are taken when they are touched, lowest first, and kept.
 """
 
 import contextlib
@@ -33,14 +32,13 @@ from torch import Tensor
 
 __all__ = ["Link", "SharedMemory", "Transfer", "add_up"]
 
-PIECE_BYTES = 1 << 20
-EAGER_BYTES = 8 << 20
-"""What `start_*` posts while no more than this is unread."""
 ALIGNMENT = 128
 MESSAGE = struct.Struct("<4Q")
 """kind, offset in the sender's arena, bytes there, posts to all that the sender has read."""
 POST, SEND, READ = range(3)
 """Kinds of messages: a part of a collective; a tensor for the receiver alone; such a tensor has been read."""
+Finish = Callable[[list[Tensor]], None]
+"""Is given what the peers have posted, in rank order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +58,11 @@ class Link:
 class Transfer:
     """Something under way; `wait` as that of torch's Work."""
 
-    __slots__ = ("_finish_next", "_last", "_memory", "_peer")
+    __slots__ = ("_last", "_memory", "_peer")
 
     def __init__(self, memory: "SharedMemory", last: int, peer: "_Peer | None" = None) -> None:
-        """Over when `last` pieces of collectives are, or, of a `peer`, `last` receives from it."""
+        """Over when `last` collectives are, or, of a `peer`, `last` receives from it."""
         self._memory, self._last, self._peer = memory, last, peer
-
-    def posts_for(self, memory: "SharedMemory") -> bool:
-        """Whether `wait` posts what is to be posted there."""
-        return self._memory is memory and self._peer is None
 
     def wait(self) -> None:
         """ConnectionError where a peer is gone, TimeoutError where one does not come."""
@@ -76,16 +70,6 @@ class Transfer:
             self._memory._finish(self._last)
         else:
             self._memory._finish_receives(self._peer, self._last)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a collective small enough to stay in the cache."""
-
-    outgoing: tuple[Tensor, ...]
-    """for each peer, or one for all"""
-    finish: Callable[[list[Tensor]], None]
-    """is given what the peers have posted, in rank order"""
 
 
 class _Peer:
@@ -164,17 +148,14 @@ class SharedMemory:
     """The collectives of one group on one rank; all ranks start those of a group in the same order."""
 
     def __init__(self, rank: int, arena: mmap.mmap, links: Sequence[Link], *, timeout_seconds: float) -> None:
-        """`rank` is that in the group, `links` to all others in their order, both of their pipes' ends owned."""
+        """`rank` is that in the group, `links` lead to all others in their order; their pipes' ends belong to this."""
         self._rank, self._timeout = rank, timeout_seconds
-        self.piece_bytes, self.eager_bytes = PIECE_BYTES, EAGER_BYTES
-        """alike on all ranks, the first"""
         self._arena = _Arena(arena)
         self._others = [_Peer(link) for link in links]
-        self._unposted: deque[_Piece] = deque()
-        self._unfinished: deque[_Piece] = deque()
+        self._unfinished: deque[tuple[Tensor, Finish]] = deque()
+        """collectives under way: a tensor like what each peer posts, and what to do with those"""
+        self._num_started = 0
         self._num_finished = 0
-        self._num_posted = 0
-        self._num_pieces = 0
         self._unread: deque[int] = deque()
         """where posts begin that not all peers have read"""
         self._num_freed = 0
@@ -196,34 +177,22 @@ class SharedMemory:
 
     def start_all_reduce(self, tensor: Tensor) -> Transfer:
         """Sums `tensor` over the ranks in place."""
-        parts = tensor.detach().view(-1).split(self._num_elements(tensor))
-        return self._start([_Piece((part,), partial(self._sum, part, part)) for part in parts])
+        flat = tensor.detach().view(-1)
+        return self._start([flat], partial(self._sum, flat, flat))
 
     def start_all_gather(self, full: Tensor, shard: Tensor) -> Transfer:
         """full = every rank's `shard` in rank order; `shard` may be this rank's slice of it."""
-        slices, shard = full.detach().view(self.size, -1), shard.detach().view(-1)
-        if slices[self._rank].data_ptr() != shard.data_ptr():
-            slices[self._rank].copy_(shard)
-        step = self._num_elements(shard)
-        others = [row.split(step) for rank, row in enumerate(slices.unbind()) if rank != self._rank]
-        return self._start(
-            [
-                _Piece((part,), partial(_copy, targets))
-                for part, *targets in zip(shard.split(step), *others, strict=True)
-            ]
-        )
+        slices, shard = list(full.detach().view(self.size, -1).unbind()), shard.detach().view(-1)
+        own = slices.pop(self._rank)
+        if own.data_ptr() != shard.data_ptr():
+            own.copy_(shard)
+        return self._start([shard], partial(_copy, slices))
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor) -> Transfer:
         """shard = this rank's slice of the sum of every rank's `full`, and may lie there."""
-        step = self._num_elements(shard)
-        parts = [row.split(step) for row in full.detach().view(self.size, -1).unbind()]
-        own = parts.pop(self._rank)
-        return self._start(
-            [
-                _Piece(tuple(outgoing), partial(self._sum, total, part))
-                for total, part, *outgoing in zip(shard.detach().view(-1).split(step), own, *parts, strict=True)
-            ]
-        )
+        slices = list(full.detach().view(self.size, -1).unbind())
+        own = slices.pop(self._rank)
+        return self._start(slices, partial(self._sum, shard.detach().view(-1), own))
 
     def start_send(self, tensor: Tensor, rank: int) -> Transfer:
         """Sends to that rank of the group; it is over at once."""
@@ -241,35 +210,31 @@ class SharedMemory:
         peer.num_receives += 1
         return Transfer(self, peer.num_receives, peer)
 
-    def flush(self) -> None:
-        """Posts whatever has been started, so that nobody waits for this rank while it waits for others elsewhere."""
-        while self._unposted:
-            self._post()
-
     def _peer(self, rank: int) -> _Peer:
         return self._others[rank - (rank > self._rank)]
 
-    def _start(self, pieces: list[_Piece]) -> Transfer:
-        self._unposted.extend(pieces)
-        self._unfinished.extend(pieces)
-        self._num_pieces += len(pieces)
+    def _start(self, outgoing: Sequence[Tensor], finish: Finish) -> Transfer:
+        """Posts `outgoing`, one tensor for each peer or one for all."""
         self._hear_all()
-        while self._unposted and self._arena.num_bytes < self.eager_bytes:
-            self._post()
-        return Transfer(self, self._num_pieces)
+        offsets = self._arena.put(outgoing)
+        self._unread.append(offsets[0])
+        self._unfinished.append((outgoing[0], finish))
+        self._num_started += 1
+        for index, peer in enumerate(self._others):
+            self._tell(peer, POST, offsets[index if len(offsets) > 1 else 0], outgoing[0].nbytes)
+        return Transfer(self, self._num_started)
 
     def _finish(self, last: int) -> None:
-        """Returns when so many pieces are."""
+        """Returns when so many collectives are over, and with them all that were started before."""
         deadline = time.monotonic() + self._timeout
         while self._num_finished < last:
-            while self._unposted and self._num_posted < self._num_finished + 2:  # one ahead, for peers to go on with
-                self._post()
-            piece, rows = self._unfinished[0], []
+            like, finish = self._unfinished[0]
+            rows = []
             for peer in self._others:
                 while not peer.posts:
                     self._hear(peer, deadline)
-                rows.append(peer.view(peer.posts.popleft(), piece.outgoing[0]))
-            piece.finish(rows)
+                rows.append(peer.view(peer.posts.popleft(), like))
+            finish(rows)
             self._unfinished.popleft()
             self._num_finished += 1
 
@@ -284,21 +249,8 @@ class SharedMemory:
             with contextlib.suppress(BrokenPipeError):  # it may be through with everything, and gone
                 self._tell(peer, READ)
 
-    def _num_elements(self, tensor: Tensor) -> int:
-        """Of a piece."""
-        return max(1, self.piece_bytes // tensor.element_size())
-
     def _sum(self, total: Tensor, own: Tensor, rows: list[Tensor]) -> None:
         add_up(total, [*rows[: self._rank], own, *rows[self._rank :]])
-
-    def _post(self) -> None:
-        piece = self._unposted.popleft()
-        offsets = self._arena.put(piece.outgoing)
-        self._unread.append(offsets[0])
-        self._num_posted += 1
-        for index, peer in enumerate(self._others):
-            offset = offsets[index if len(offsets) > 1 else 0]
-            self._tell(peer, POST, offset, piece.outgoing[0].nbytes)
 
     def _tell(self, peer: _Peer, kind: int, offset: int = 0, num_bytes: int = 0) -> None:
         message = MESSAGE.pack(kind, offset, num_bytes, self._num_finished)

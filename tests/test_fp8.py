@@ -298,8 +298,9 @@ def learn(precision, steps=30):
 
 def test_training_reaches_the_loss_of_bf16():
     in_bf16, in_fp8 = learn(STORED), learn(FP8)
-    assert in_bf16[-1] < 0.5 * in_bf16[0]
-    assert in_fp8[-1] == pytest.approx(in_bf16[-1], rel=0.05)
+    assert in_bf16[0] > 4.0
+    assert in_bf16[-1] < 0.1
+    assert in_fp8 == pytest.approx(in_bf16, rel=0.03, abs=0.05)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

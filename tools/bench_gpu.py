@@ -10,7 +10,7 @@ the fastest and slowest beside it. The last step runs under torch's profiler, wh
 Contenders: `megacoder` (bf16 weights, fp32 gradients, master weights and moments), `gemm` (the step's matrix products
 and nothing else: what the library cannot beat), `liger` (transformers' Llama with Liger-Kernel's ops), `transformers`
 and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile). Peers
-hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours.
+hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two.
 """
 
 import itertools
@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.model.config import ModelConfig
 
@@ -60,6 +62,8 @@ class Options:
     """tokens of a sequence"""
     accumulate: int = 1
     """microbatches of a step"""
+    fp8: bool = False
+    """multiply the layers' matrices in fp8"""
     steps: int = 10
     """timed, after three to warm up"""
     kernels: int = 0
@@ -99,8 +103,8 @@ def ours(config: ModelConfig, options: Options) -> Step:
     layout, device = request.layout(1), torch.device("cuda", 0)
     engine = Engine(
         config, layout, Mesh(World(0, 1, 0, device, None), layout.dims, sequence_parallel=False),
-        execution=ExecutionConfig(), bucket_elements=request.parallel.bucket_elements, optimizer=AdamWConfig(),
-        dtype=torch.bfloat16, seed=0,
+        execution=ExecutionConfig(fp8=options.fp8), bucket_elements=request.parallel.bucket_elements,
+        optimizer=AdamWConfig(), dtype=torch.bfloat16, seed=0,
     )  # fmt: skip
     data = data_of(options, config.vocab_size)
 
@@ -178,34 +182,40 @@ def _plain(config: ModelConfig, options: Options) -> tuple[Any, Callable[[Tensor
 
 
 def gemm(config: ModelConfig, options: Options) -> Step:
-    """Every linear layer's three products at the step's shapes, weight gradients added up in fp32."""
+    """Every linear layer's three products at the step's shapes, weight gradients added up in fp32.
+
+    In fp8 the layers' matrices are cast beforehand.
+    """
+    from megacoder.ops.linear import Factor, Precision, accumulate_weight_grad, linear_forward, linear_input_grad
+
+    random = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     dim, inner = config.hidden_size, config.intermediate_size
     qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     layer = [(qkv, dim), (dim, config.num_attention_heads * config.head_dim), (2 * inner, dim), (dim, inner)]
     shapes = layer * config.num_hidden_layers
     rows = options.batch * options.sequence
+    precision = Precision(fp8=options.fp8)
     made = {
-        shape: [torch.randn(size, device="cuda", dtype=torch.bfloat16)
-                for size in ((rows, shape[1]), shape, (rows, shape[0]))]
-        + [torch.zeros(shape, device="cuda")] for shape in set(layer)
+        shape: (
+            precision.input(random(rows, shape[1])), precision.weight(random(*shape)),
+            precision.grad(random(rows, shape[0])), torch.zeros(shape, device="cuda"),
+        ) for shape in set(layer)
     }  # fmt: skip
     head_rows = min(rows, 8192)
     head = (config.padded_vocab_size, dim)
-    x, weight, grad = (torch.randn(size, device="cuda", dtype=torch.bfloat16)
-                       for size in ((head_rows, dim), head, (head_rows, head[0])))  # fmt: skip
-    total = torch.zeros(head, device="cuda")
+    of_head = random(head_rows, dim), random(*head), random(head_rows, head[0]), torch.zeros(head, device="cuda")
 
-    def products(x: Tensor, weight: Tensor, grad: Tensor, total: Tensor) -> None:
-        torch.mm(x, weight.t())
-        torch.mm(grad, weight)
-        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+    def products(x: Factor, weight: Factor, grad: Factor, total: Tensor) -> None:
+        linear_forward(x, weight)
+        linear_input_grad(grad, weight)
+        accumulate_weight_grad(total, grad, x)
 
     def step() -> float:
         for _ in range(options.accumulate):
             for shape in shapes:
                 products(*made[shape])
             for _ in range(rows // head_rows):
-                products(x, weight, grad, total)
+                products(*of_head)
         return float("nan")
 
     return step
@@ -214,6 +224,7 @@ def gemm(config: ModelConfig, options: Options) -> Step:
 KINDS = {
     "attention": r"cudnn|flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|cublas|xmma",
+    "fp8 casts": r"cast_transpose|amax",
     "optimizer": r"adam|partial_sums|multi_tensor|lpnorm|reduce_norm",
     "norm": r"norm|add_sums",
     "swiglu": r"swiglu|silu",
@@ -243,6 +254,8 @@ def budget(step: Step, show: int) -> dict[str, float]:
 
 def measure(options: Options) -> dict[str, Any]:
     """The row of one contender."""
+    if options.fp8 and options.contender not in ("megacoder", "gemm"):
+        raise ConfigError(f"--fp8 is not for {options.contender}")
     config = SHAPES[options.shape]
     build = {"megacoder": ours, "gemm": gemm}.get(options.contender, peer)
     began = time.perf_counter()
@@ -309,7 +322,8 @@ def main() -> None:
         if options.contender in ("megacoder", "gemm"):
             raise
         result = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    title = f"{options.contender}, {options.shape}, {options.accumulate} x {options.batch} x {options.sequence} tokens"
+    name = f"{options.contender}{', fp8' if options.fp8 else ''}"
+    title = f"{name}, {options.shape}, {options.accumulate} x {options.batch} x {options.sequence} tokens"
     table(title, ["figure", "value"], [[key, str(value)] for key, value in result.items()])
     if options.out is not None:
         row = {"machine": here, "ops": os.environ.get("MEGACODER_OPS", ""), "options": asked, "result": result}

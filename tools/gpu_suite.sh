@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in order of value, each part under nine minutes.
 #
 #   tools/gpu_suite.sh                     all parts
-#   tools/gpu_suite.sh --part ops          one of: correctness ops step peers
+#   tools/gpu_suite.sh --part ops          one of: correctness ops step peers fp8
 #   OUT=folder PYTHON=python3.12 SITE=folder-of-pure-python-packages tools/gpu_suite.sh --part peers
 #
 # Figures go to tools/results/gpu_*.jsonl (or $OUT), one line a measurement, with device, driver, torch and commit
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=all
-[ "${1:-}" = --part ] && part=${2:?a part: correctness, ops, step or peers}
+[ "${1:-}" = --part ] && part=${2:?a part: correctness, ops, step, peers or fp8}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-tools/results}
 export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
@@ -51,6 +51,18 @@ if wanted peers; then  # ours before and after: the machine's own drift
   FRESH=--no-resume
   for contender in megacoder liger plain compiled transformers megacoder; do
     step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
+  done
+fi
+if wanted fp8; then  # needs sm_89; the bf16 rows of the same machine are those of part step
+  say "fp8 correctness"
+  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_gpu_fp8.py tests/test_fp8.py || failed=1
+  say "fp8 casts and products"
+  $PYTHON tools/bench_fp8.py --out "$OUT/gpu_fp8.jsonl" || failed=1
+  for shape in "4096 8" "16384 2"; do
+    read -r sequence batch <<<"$shape"
+    for contender in megacoder gemm; do
+      step gpu_step.jsonl --contender $contender --fp8 --sequence "$sequence" --batch "$batch"
+    done
   done
 fi
 exit $failed

@@ -223,6 +223,63 @@ def test_swiglu_of_huge_gates_and_of_no_rows():
     assert swiglu_backward_(gate_up[:0, :4].contiguous(), gate_up[:0]).shape == (0, 4)
 
 
+def amax_of(*tensors):
+    return max(tensor.float().abs().max() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 2), (37, 34), (5, 2048)])
+def test_the_largest_magnitude_comes_with_the_result(rows, dim, dtype, monkeypatch):
+    """Of the same bits as without; and it is no number where the input has an infinity or a NaN."""
+    monkeypatch.setattr(rms_norm_kernels, "multiprocessors", lambda device: 2)
+    if INTERPRETED:
+        monkeypatch.setattr(rms_norm_kernels, "SUM_COLUMNS", 1024)
+    x, grad, residual = (randn(rows, dim, dtype=dtype, seed=seed, scale=3.0) for seed in range(3))
+    weight, gate_up = randn(dim, dtype=dtype, seed=3), randn(rows, 2 * dim, dtype=dtype, seed=4)
+    cos, sin = tables(2)
+    heads = [randn(1, number, rows, 2, dtype=dtype, seed=number) for number in (dim // 2, 1, 1)]
+    positions = torch.arange(rows, device=DEVICE)
+    _, h, rstd = rms_norm_forward(x, weight, 1e-6, residual)
+
+    def backward_of_norm(grad, **more):
+        grad_weight = torch.zeros(dim, device=DEVICE)
+        return rms_norm_backward(grad, h, weight, rstd, grad_weight_D=grad_weight, grad_residual_TD=residual, **more)
+
+    def backward_of_swiglu(grad, **more):
+        overwritten = gate_up.clone()
+        swiglu_backward_(grad, overwritten, **more)
+        return overwritten
+
+    runs = {
+        "norm": (lambda x, **more: rms_norm_forward(x, weight, 1e-6, residual, **more)[0], x),
+        "norm backward": (backward_of_norm, grad),
+        "swiglu": (lambda gate_up, **more: swiglu_forward(gate_up, **more), gate_up),
+        "swiglu backward": (backward_of_swiglu, grad),
+        "gather": (lambda v, **more: gather_unrotate(heads[0], heads[1], v, cos, sin, positions, **more), heads[2]),
+    }
+    for name, (run, varied) in runs.items():
+        plain, amax = run(varied), torch.zeros((), device=DEVICE)
+        assert torch.equal(run(varied, amax=amax), plain), name
+        assert amax == amax_of(plain), name
+        higher = amax_of(plain) + 1
+        run(varied, amax=higher)
+        assert higher == amax_of(plain) + 1, name  # raised, never lowered
+        for bad in (torch.inf, torch.nan):
+            spoilt = varied.clone()
+            spoilt.view(-1)[-1] = bad
+            run(spoilt, amax=amax)
+            assert not amax.isfinite(), name
+            amax.zero_()
+
+
+def test_the_activation_is_formed_where_it_is_wanted():
+    gate_up, grad = randn(5, 34, dtype=torch.bfloat16), randn(5, 17, dtype=torch.bfloat16, seed=1)
+    overwritten, other = gate_up.clone(), gate_up.clone()
+    assert swiglu_backward_(grad, overwritten, forms_activation=False) is None
+    swiglu_backward_(grad, other)
+    assert torch.equal(overwritten, other)
+
+
 LOGITS = [(1, 1, 1), (7, 8, 3), (5, 100, 100), (5, 128, 37), (3, 20_001, 19_997), (3, 32_256, 32_022)]
 
 
@@ -325,6 +382,7 @@ def test_ignored_labels_are_those_of_the_op():
     ("call", "message"),
     [
         (lambda x: swiglu_forward(x.half()), "must be stored as bfloat16 or float32, not torch.float16"),
+        (lambda x: swiglu_forward(x, amax=x[0]), r"amax must be contiguous torch.float32 \[\]; got .* \[8\]"),
         (lambda x: swiglu_forward(x[:, ::2]), r"contiguous torch.float32 \[4, 4\]; got .* with strides \[8, 2\]"),
         (lambda x: swiglu_forward(x[:, :7].contiguous()), "7 columns do not split"),
         (lambda x: swiglu_backward_(x, x), r"grad_TF must be .* \[4, 4\]; got torch.float32 \[4, 8\]"),

@@ -42,7 +42,7 @@ class Sm90:
 
 
 def tensor(*shape, dtype=torch.bfloat16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launches():
@@ -69,6 +69,20 @@ def launches():
     yield "gather", lambda: gather_unrotate(heads, heads, heads, *tables, positions)
     yield "swiglu", lambda: swiglu_forward(gate_up)
     yield "swiglu backward", lambda: swiglu_backward_(tensor(T, F), gate_up)
+    amax = tensor(dtype=torch.float32)
+    yield "norm for fp8", lambda: rms_norm_forward(rows, weight, 1e-6, rows, amax=amax)
+    yield (
+        "norm backward for fp8",
+        lambda: rms_norm_backward(
+            rows, rows, weight, rstd, grad_weight_D=grad_weight, grad_residual_TD=rows, amax=amax
+        ),
+    )
+    yield "gather for fp8", lambda: gather_unrotate(heads, heads, heads, *tables, positions, amax=amax)
+    yield "swiglu for fp8", lambda: swiglu_forward(gate_up, amax=amax)
+    yield (
+        "swiglu backward for fp8",
+        lambda: swiglu_backward_(tensor(T, F), gate_up, forms_activation=False, amax=amax),
+    )
     yield "cross entropy", lambda: cross_entropy_(tensor(C, W), labels, vocab=32022)
     yield "softmax", lambda: softmax_(tensor(C, W // 2), vocab=W // 2)
     yield "rescale", lambda: rescale_subtract_(tensor(C, W // 2), scale, labels, owned)
@@ -78,7 +92,7 @@ def all_kernels():
     names = []
     for module in pkgutil.iter_modules(triton_kernels.__path__, triton_kernels.__name__ + "."):
         members = vars(importlib.import_module(module.name))
-        names += [name for name, member in members.items() if isinstance(member, JITFunction) and name[0] != "_"]
+        names += [name for name, member in members.items() if isinstance(member, JITFunction) and "_kernel" in name]
     return sorted(names)
 
 

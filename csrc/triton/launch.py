@@ -1,14 +1,50 @@
-"""What the launchers share: the check of what kernels take for granted, and the arithmetic of block sizes."""
+"""What the launchers share: the check of what kernels take for granted, and the arithmetic of block sizes.
+
+What kernels share is `raise_amax`. An fp8 cast needs the largest magnitude of what a kernel stores, and while that is
+in registers finding it is free, where a kernel of its own would read it all again.
+"""
 
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["ceil_div", "check", "multiprocessors", "power_of_two", "storage", "warps"]
+__all__ = [
+    "amax_bits",
+    "ceil_div",
+    "check",
+    "magnitudes",
+    "multiprocessors",
+    "power_of_two",
+    "raise_amax",
+    "storage",
+    "warps",
+]
 
 STORAGE = (torch.bfloat16, torch.float32)
 INTERPRETED_MULTIPROCESSORS = 2
+
+
+@triton.jit
+def magnitudes(stored):
+    """The bits of |stored| in fp32, which compare as the numbers do, NaN above all."""
+    return stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def raise_amax(amax_ptr, bits):
+    """Raises what lies at `amax_ptr` to the largest of `magnitudes`; one atomic a program."""
+    tl.atomic_max(amax_ptr, tl.max(bits), sem="relaxed")
+
+
+def amax_bits(amax: Tensor | None) -> Tensor | None:
+    """The fp32 scalar `amax` as kernels raise it: by its bits. ValueError for another dtype or shape."""
+    if amax is None:
+        return None
+    check("amax", amax, torch.float32)
+    return amax.view(torch.int32)
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:

@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacoder.ops.triton_kernels.launch import ceil_div, check, multiprocessors, power_of_two, storage, warps
+from megacoder.ops.triton_kernels.launch import (
+    amax_bits,
+    ceil_div,
+    check,
+    magnitudes,
+    multiprocessors,
+    power_of_two,
+    raise_amax,
+    storage,
+    warps,
+)
 
 __all__ = ["rms_norm_backward", "rms_norm_forward"]
 
@@ -38,6 +48,7 @@ def rms_norm_forward_kernel(
     y_ptr,
     h_ptr,
     rstd_ptr,
+    amax_ptr,
     num_rows,
     eps,
     D: tl.constexpr,
@@ -58,8 +69,10 @@ def rms_norm_forward_kernel(
     h_RB = h_RB.to(tl.float32)
     rstd_R = tl.rsqrt(tl.sum(h_RB * h_RB, axis=1) / D + eps)
     tl.store(rstd_ptr + rows_R, rstd_R, mask=rows_R < num_rows)
-    y_RB = h_RB * rstd_R[:, None] * weight_B[None, :]
-    tl.store(y_ptr + places_RB, y_RB.to(y_ptr.dtype.element_ty), mask=inside_RB)
+    y_RB = (h_RB * rstd_R[:, None] * weight_B[None, :]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + places_RB, y_RB, mask=inside_RB)
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, magnitudes(y_RB))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -71,6 +84,7 @@ def rms_norm_backward_kernel(
     grad_residual_ptr,
     grad_h_ptr,
     sums_ptr,
+    amax_ptr,
     num_rows,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,6 +94,8 @@ def rms_norm_backward_kernel(
     weight_B = tl.load(weight_ptr + cols_B, mask=cols_B < D, other=0.0).to(tl.float32)
     # A sum for each row of the tile: with one for all of them, threads would have to meet in every round.
     sums_RB = tl.zeros((ROWS, BLOCK), tl.float32)
+    if amax_ptr is not None:
+        top_RB = tl.zeros((ROWS, BLOCK), tl.int32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         rows_R = first + tl.arange(0, ROWS)
         inside_RB = (rows_R < num_rows)[:, None] & (cols_B < D)[None, :]
@@ -96,7 +112,12 @@ def rms_norm_backward_kernel(
         grad_RB = rstd_R[:, None] * (grad_RB - normed_RB * mean_R[:, None])
         if grad_residual_ptr is not None:
             grad_RB += grad_residual_RB.to(tl.float32)
-        tl.store(grad_h_ptr + places_RB, grad_RB.to(grad_h_ptr.dtype.element_ty), mask=inside_RB)
+        stored_RB = grad_RB.to(grad_h_ptr.dtype.element_ty)
+        tl.store(grad_h_ptr + places_RB, stored_RB, mask=inside_RB)
+        if amax_ptr is not None:
+            top_RB = tl.maximum(top_RB, magnitudes(stored_RB))
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, top_RB)
     tl.store(sums_ptr + tl.program_id(0) * D + cols_B, tl.sum(sums_RB, axis=0), mask=cols_B < D)
 
 
@@ -113,9 +134,12 @@ def add_sums_kernel(sums_ptr, total_ptr, num_sums, D: tl.constexpr, ROWS: tl.con
 
 
 def rms_norm_forward(
-    x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None = None
+    x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None = None, *, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_TD, h_TD, rstd_T): h is the rounded x + residual, or x itself without a residual."""
+    """(y_TD, h_TD, rstd_T): h is the rounded x + residual, or x itself without a residual.
+
+    Raises `amax` to the largest magnitude of y.
+    """
     (num_rows, dim), dtype = x_TD.shape, storage("x_TD", x_TD)
     check("x_TD", x_TD, dtype, num_rows, dim)
     check("weight_D", weight_D, dtype, dim)
@@ -126,7 +150,7 @@ def rms_norm_forward(
     if num_rows:
         rows, block, num_warps = _tile(dim, FORWARD_PER_THREAD)
         rms_norm_forward_kernel[(ceil_div(num_rows, rows),)](
-            x_TD, residual_TD, weight_D, y_TD, h_TD, rstd_T, num_rows, eps,
+            x_TD, residual_TD, weight_D, y_TD, h_TD, rstd_T, amax_bits(amax), num_rows, eps,
             D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y_TD, h_TD, rstd_T
@@ -140,8 +164,12 @@ def rms_norm_backward(
     *,
     grad_weight_D: Tensor,
     grad_residual_TD: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> Tensor:
-    """Returns grad_h_TD (+ grad_residual_TD if given) and adds the weight's gradient into fp32 `grad_weight_D`."""
+    """Returns grad_h_TD (+ grad_residual_TD if given) and adds the weight's gradient into fp32 `grad_weight_D`.
+
+    Raises `amax` to the largest magnitude of what is returned.
+    """
     (num_rows, dim), dtype = h_TD.shape, storage("h_TD", h_TD)
     check("h_TD", h_TD, dtype, num_rows, dim)
     check("grad_y_TD", grad_y_TD, dtype, num_rows, dim)
@@ -157,7 +185,8 @@ def rms_norm_backward(
         num_programs = min(resident, ceil_div(num_rows, rows))
         sums_PD = h_TD.new_empty(num_programs, dim, dtype=torch.float32)
         rms_norm_backward_kernel[(num_programs,)](
-            grad_y_TD, h_TD, weight_D, rstd_T, grad_residual_TD, grad_h_TD, sums_PD, num_rows,
+            grad_y_TD, h_TD, weight_D, rstd_T, grad_residual_TD, grad_h_TD, sums_PD, amax_bits(amax),
+            num_rows,
             D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, maxnreg=BACKWARD_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
         add_sums_kernel[(ceil_div(dim, SUM_COLUMNS),)](

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megacoder.ops.triton_kernels.launch import ceil_div, check, power_of_two, storage, warps
+from megacoder.ops.triton_kernels.launch import (
+    amax_bits,
+    ceil_div,
+    check,
+    magnitudes,
+    power_of_two,
+    raise_amax,
+    storage,
+    warps,
+)
 
 __all__ = ["gather_unrotate", "rope_"]
 
@@ -71,6 +80,7 @@ def _gather_heads(
     cos_ptr,
     sin_ptr,
     positions_ptr,
+    amax_ptr,
     block,
     num_tokens,
     length,
@@ -100,6 +110,8 @@ def _gather_heads(
         high_RB = (wide_high_RB * cos_RB - wide_low_RB * sin_RB).to(out_ptr.dtype.element_ty)
     tl.store(to_ptr, low_RB, mask=inside_RB)
     tl.store(to_ptr + HALF, high_RB, mask=inside_RB)
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, tl.maximum(magnitudes(low_RB), magnitudes(high_RB)))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
@@ -120,6 +132,7 @@ def gather_unrotate_kernel(
     cos_ptr,
     sin_ptr,
     positions_ptr,
+    amax_ptr,
     num_tokens,
     length,
     H: tl.constexpr,
@@ -137,17 +150,17 @@ def gather_unrotate_kernel(
     if block < q_blocks:
         _gather_heads(
             grad_q_ptr, q_stride_b, q_stride_h, q_stride_s, out_ptr, cos_ptr, sin_ptr, positions_ptr,
-            block, num_tokens, length, True, H, C, HALF, ROWS, BLOCK,
+            amax_ptr, block, num_tokens, length, True, H, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
         _gather_heads(
             grad_k_ptr, k_stride_b, k_stride_h, k_stride_s, out_ptr + K_COLUMN, cos_ptr, sin_ptr, positions_ptr,
-            block - q_blocks, num_tokens, length, True, G, C, HALF, ROWS, BLOCK,
+            amax_ptr, block - q_blocks, num_tokens, length, True, G, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
     else:
         _gather_heads(
             grad_v_ptr, v_stride_b, v_stride_h, v_stride_s, out_ptr + V_COLUMN, cos_ptr, sin_ptr, positions_ptr,
-            block - q_blocks - kv_blocks, num_tokens, length, False, G, C, HALF, ROWS, BLOCK,
+            amax_ptr, block - q_blocks - kv_blocks, num_tokens, length, False, G, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
 
 
@@ -186,9 +199,12 @@ def gather_unrotate(
     cos_PK2: Tensor,
     sin_PK2: Tensor,
     positions_T: Tensor,
+    *,
+    amax: Tensor | None = None,
 ) -> Tensor:
     """grad_qkv_TC: attention's gradients in fused rows, those of queries and keys rotated back.
 
+    Raises `amax` to its largest magnitude.
     The gradients may lie in memory in any order of batch, head and step; each head's K elements are contiguous.
     """
     batch, heads, length, dim = grad_q_BHSK.shape
@@ -212,7 +228,7 @@ def gather_unrotate(
         gather_unrotate_kernel[(num_programs,)](
             grad_q_BHSK, grad_k_BGSK, grad_v_BGSK,
             *grad_q_BHSK.stride()[:3], *grad_k_BGSK.stride()[:3], *grad_v_BGSK.stride()[:3],
-            grad_qkv_TC, cos_PK2, sin_PK2, positions_T, num_tokens, length,
+            grad_qkv_TC, cos_PK2, sin_PK2, positions_T, amax_bits(amax), num_tokens, length,
             H=heads, G=kv_heads, HALF=dim // 2, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_qkv_TC

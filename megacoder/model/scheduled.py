@@ -123,6 +123,8 @@ class Normed(NamedTuple):
     """(N, D); once it has been cast, what the weight gradient reads of the cast (T, D)"""
     rstd: Tensor
     """(N,) fp32"""
+    amax: Tensor | None = None
+    """largest magnitude of `out`, where that is to be cast as it is"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,8 @@ def layer_forward(
     )
     mlp_input_TD, mlp_norm = _enter(mlp_norm, tp, precision)
     gate_up_T2F = linear_forward(mlp_input_TD, weights.gate_up)
-    down_input_TF = precision.input(swiglu_forward(gate_up_T2F))
+    amax = precision.new_amax(gate_up_T2F)
+    down_input_TF = precision.input(swiglu_forward(gate_up_T2F, amax=amax), amax)
     stream_ND = start_reduce(linear_forward(down_input_TF, weights.down), tp).wait()
     saved = SavedLayer(attn_input)
     if recompute == "selective":
@@ -239,7 +242,7 @@ def _attention_half(
 ) -> tuple[Tensor, Normed, SavedAttention, Normed]:
     """From the layer's input through the second norm: (input, it normed, attention, its output normed)."""
     attn, tp = layer.self_attn, layer.tp
-    attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND)
+    attn_input, attn_norm = _norm(layer.input_layernorm, tp, precision, stream_ND, residual_ND)
     qkv_input_TD, attn_norm = _enter(attn_norm, tp, precision)
     qkv_TC = linear_forward(qkv_input_TD, weights.qkv)
     rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
@@ -249,7 +252,7 @@ def _attention_half(
     out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)
     o_input_TI = precision.input(out_BSHK.view(qkv_TC.shape[0], -1))
     stream_ND = start_reduce(linear_forward(o_input_TI, weights.o), tp).wait()
-    mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input)
+    mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, tp, precision, stream_ND, attn_input)
     kept = for_later(o_input_TI) if precision.fp8 else None
     return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input, kept), mlp_norm
 
@@ -263,8 +266,12 @@ def layer_backward(
     weight_grads: WeightGradients,
     *,
     precision: Precision = STORED,
-) -> Tensor:
-    """Gradient of the layer's output -> gradient of its input; consumes `saved`."""
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the layer's output -> gradient of its input; consumes `saved`.
+
+    `amax` is the largest magnitude of the one, where it is known and a cast may want it; that of the other is returned.
+    """
     attn, mlp, tp = layer.self_attn, layer.mlp, layer.tp
     attention, attn_norm, mlp_norm, gate_up_T2F = saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up
     weights = saved.weights or LayerWeights.of(layer, precision)
@@ -273,27 +280,28 @@ def layer_backward(
             layer, weights, saved.attn_input, None, rope, places, precision
         )
     if mlp_norm is None:
-        _, mlp_norm = _norm(layer.post_attention_layernorm, attention.mlp_input)
-    grad_TD = precision.grad(start_gather(grad_ND, tp).wait())
+        _, mlp_norm = _norm(layer.post_attention_layernorm, tp, precision, attention.mlp_input)
+    grad_TD = precision.grad(start_gather(grad_ND, tp).wait(), amax)
     mlp_input = _start_entering(mlp_norm, tp, precision)
     grad_act_TF = linear_input_grad(grad_TD, weights.down)
     if gate_up_T2F is None:
         gate_up_T2F = linear_forward(mlp_input(), weights.gate_up)
-    activation_TF = swiglu_backward_(grad_act_TF, gate_up_T2F)
-    grad_gate_up_T2F = precision.grad(gate_up_T2F)
+    down_input_TF, amax = saved.down_input, precision.new_amax(gate_up_T2F)
+    activation_TF = swiglu_backward_(grad_act_TF, gate_up_T2F, forms_activation=down_input_TF is None, amax=amax)
+    grad_gate_up_T2F = precision.grad(gate_up_T2F, amax)
     reducing = start_reduce(linear_input_grad(grad_gate_up_T2F, weights.gate_up), tp)
-    down_input_TF = precision.input(activation_TF) if saved.down_input is None else saved.down_input
+    if activation_TF is not None:
+        down_input_TF = precision.input(activation_TF)
+    assert down_input_TF is not None
     weight_grads.add(mlp.down_proj, grad_TD, down_input_TF)
     weight_grads.add(mlp.gate_up_proj, grad_gate_up_T2F, mlp_input())
-    weight = layer.post_attention_layernorm.weight
-    grad_ND = rms_norm_backward(
-        reducing.wait(), attention.mlp_input, weight.detach(), mlp_norm.rstd,
-        grad_weight_D=grad_of(weight), grad_residual_TD=grad_ND,
-    )  # fmt: skip
+    grad_ND, amax = _norm_backward(
+        layer.post_attention_layernorm, tp, precision, reducing.wait(), attention.mlp_input, mlp_norm.rstd, grad_ND
+    )
 
     if attn_norm is None:
-        _, attn_norm = _norm(layer.input_layernorm, saved.attn_input)
-    grad_TD = precision.grad(start_gather(grad_ND, tp).wait())
+        _, attn_norm = _norm(layer.input_layernorm, tp, precision, saved.attn_input)
+    grad_TD = precision.grad(start_gather(grad_ND, tp).wait(), amax)
     qkv_input = _start_entering(attn_norm, tp, precision)
     q, k, v = _heads(layer, attention.qkv, places.batch)
     wait_for_kv = start_gather_keys(k, v, attn.cp)
@@ -305,16 +313,15 @@ def layer_backward(
     if o_input_TI is None:
         o_input_TI = precision.input(attention.out.view(len(attention.qkv), -1))
     weight_grads.add(attn.o_proj, grad_TD, o_input_TI)
+    positions_T, amax = places.positions_BL.flatten(), precision.new_amax(grad_ND)
     grad_qkv_TC = precision.grad(
-        gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, places.positions_BL.flatten())
+        gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, positions_T, amax=amax), amax
     )
     reducing = start_reduce(linear_input_grad(grad_qkv_TC, weights.qkv), tp)
     weight_grads.add(attn.qkv_proj, grad_qkv_TC, qkv_input())
-    weight = layer.input_layernorm.weight
-    return rms_norm_backward(
-        reducing.wait(), saved.attn_input, weight.detach(), attn_norm.rstd,
-        grad_weight_D=grad_of(weight), grad_residual_TD=grad_ND,
-    )  # fmt: skip
+    return _norm_backward(
+        layer.input_layernorm, tp, precision, reducing.wait(), saved.attn_input, attn_norm.rstd, grad_ND
+    )
 
 
 def _enter(normed: Normed, tp: TensorParallel, precision: Precision) -> tuple[Factor, Normed]:
@@ -331,13 +338,39 @@ def _start_entering(normed: Normed, tp: TensorParallel, precision: Precision) ->
     if not isinstance(out, Tensor):
         return lambda: out
     gathering = start_gather(out, tp)
-    return cache(lambda: precision.input(gathering.wait()))
+    return cache(lambda: precision.input(gathering.wait(), normed.amax))
 
 
-def _norm(norm: RMSNorm, stream_ND: Tensor, residual_ND: Tensor | None = None) -> tuple[Tensor, Normed]:
+def _norm(
+    norm: RMSNorm, tp: TensorParallel, precision: Precision, stream_ND: Tensor, residual_ND: Tensor | None = None
+) -> tuple[Tensor, Normed]:
     """(stream + residual, that normed); the same bits from the two as from their rounded sum."""
-    out, summed, rstd = rms_norm_forward(stream_ND, norm.weight.detach(), norm.eps, residual_TD=residual_ND)
-    return summed, Normed(out, rstd)
+    amax = _amax_of_stream(tp, precision, stream_ND)
+    out, summed, rstd = rms_norm_forward(stream_ND, norm.weight.detach(), norm.eps, residual_TD=residual_ND, amax=amax)
+    return summed, Normed(out, rstd, amax)
+
+
+def _norm_backward(
+    norm: RMSNorm,
+    tp: TensorParallel,
+    precision: Precision,
+    grad_out_ND: Tensor,
+    summed_ND: Tensor,
+    rstd: Tensor,
+    grad_residual_ND: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of what was normed, its largest magnitude)."""
+    amax = _amax_of_stream(tp, precision, grad_out_ND)
+    grad_ND = rms_norm_backward(
+        grad_out_ND, summed_ND, norm.weight.detach(), rstd,
+        grad_weight_D=grad_of(norm.weight), grad_residual_TD=grad_residual_ND, amax=amax,
+    )  # fmt: skip
+    return grad_ND, amax
+
+
+def _amax_of_stream(tp: TensorParallel, precision: Precision, stream_ND: Tensor) -> Tensor | None:
+    """None under sequence parallelism: what is cast is all ranks' tokens, and its largest magnitude no rank's alone."""
+    return None if tp.shares_tokens else precision.new_amax(stream_ND)
 
 
 def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -220,11 +220,12 @@ class Stage(ModelStage):
             grad_TD, saved.head = self._norm_backward(saved.head), None
             self._finished_head()
         assert grad_TD is not None
-        rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
+        rope, layers, amax = self.model.rope(tokens.device), self.model.decoder_layers(), None
         for index in reversed(self.layers):
-            grad_TD = layer_backward(
-                layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads, precision=self.precision
-            )
+            grad_TD, amax = layer_backward(
+                layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads,
+                precision=self.precision, amax=amax,
+            )  # fmt: skip
             weight_grads.then(partial(self.events.finished, layers[index]))
         if not self.is_first:
             return grad_TD

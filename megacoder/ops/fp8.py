@@ -28,7 +28,17 @@ from megacoder.core.errors import ConfigError
 from megacoder.ops import cuda
 from megacoder.ops.backends import asked_for, backend, candidates
 
-__all__ = ["E4M3", "E5M2", "MULTIPLE", "Fp8Factor", "check_fp8_machine", "fp8_cast", "fp8_product", "largest_magnitude"]
+__all__ = [
+    "E4M3",
+    "E5M2",
+    "MULTIPLE",
+    "Fp8Factor",
+    "check_fp8_machine",
+    "fp8_cast",
+    "fp8_product",
+    "largest_magnitude",
+    "note_magnitude",
+]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -85,6 +95,12 @@ def largest_magnitude(x_RC: Tensor) -> Tensor:
         cuda.amax(x_RC, amax)
         return amax
     return x_RC.abs().max().float() if x_RC.numel() else x_RC.new_zeros((), dtype=torch.float32)
+
+
+def note_magnitude(values: Tensor, amax: Tensor | None) -> None:
+    """Writes `largest_magnitude(values)` into `amax`, if one is given: for ops whose kernel does not find it itself."""
+    if amax is not None:
+        amax.copy_(largest_magnitude(values.view(-1, values.shape[-1])))
 
 
 def fp8_product(

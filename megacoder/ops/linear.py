@@ -42,6 +42,10 @@ class Precision:
     fp8: bool = False
     """else they are multiplied as they are"""
 
+    def new_amax(self, like: Tensor) -> Tensor | None:
+        """What an op puts the largest magnitude of its result into, on the device of `like`; None: nobody wants it."""
+        return like.new_zeros((), dtype=torch.float32) if self.fp8 else None
+
     def input(self, x_TI: Tensor, amax: Tensor | None = None) -> Factor:
         """Of a layer's input; `amax` is its largest magnitude where that is known."""
         return fp8_cast(x_TI, E4M3, amax) if self.fp8 else x_TI

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megacoder.ops.backends import backend, triton_module
 from megacoder.ops.cpp import address, kernels
+from megacoder.ops.fp8 import note_magnitude
 
 __all__ = ["apply_rope", "apply_rope_", "gather_unrotate", "rope_tables"]
 
@@ -67,14 +68,17 @@ def gather_unrotate(
     cos_PK2: Tensor,
     sin_PK2: Tensor,
     positions_T: Tensor,
+    *,
+    amax: Tensor | None = None,
 ) -> Tensor:
     """The backward of `apply_rope_` on fused rows, from what attention returns: (B S, (H + 2 G) K) rows [q | k | v].
 
     A Triton kernel reads each gradient once and writes it rotated where it belongs, in one pass instead of five.
+    `amax`, an fp32 scalar that holds zero, receives the largest magnitude of the result, for a cast to fp8.
     """
     if backend("rope", grad_q_BHSK) == "triton":
         return triton_module("rope").gather_unrotate(
-            grad_q_BHSK, grad_k_BGSK, grad_v_BGSK, cos_PK2, sin_PK2, positions_T
+            grad_q_BHSK, grad_k_BGSK, grad_v_BGSK, cos_PK2, sin_PK2, positions_T, amax=amax
         )
     (batch, heads, length, dim), kv_heads = grad_q_BHSK.shape, grad_k_BGSK.shape[1]
     merged = grad_q_BHSK.new_empty(batch, length, heads + 2 * kv_heads, dim)
@@ -84,4 +88,5 @@ def gather_unrotate(
     merged_TC = merged.view(batch * length, -1)
     rotated = heads + kv_heads
     apply_rope_(merged_TC, cos_PK2, sin_PK2, positions_T, num_heads=rotated, head_dim=dim, inverse=True)
+    note_magnitude(merged_TC, amax)
     return merged_TC

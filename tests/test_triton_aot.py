@@ -27,14 +27,14 @@ BOUNDS = [
     ("gather", "gather_unrotate_kernel", 32, 14, 6),
     ("swiglu", "swiglu_forward_kernel", 32, 4, 2),
     ("swiglu backward", "swiglu_backward_kernel", 64, 6, 6),
-    ("cross entropy", "softmax_kernel", 120, 8, 4),
-    ("softmax", "softmax_kernel", 120, 8, 4),
     ("norm for fp8", "rms_norm_forward_kernel", 40, 5, 4),
     ("norm backward for fp8", "rms_norm_backward_kernel", 64, 4, 1),
     ("norm backward for fp8", "add_sums_kernel", 40, 4, 0),
     ("gather for fp8", "gather_unrotate_kernel", 32, 14, 6),
     ("swiglu for fp8", "swiglu_forward_kernel", 32, 4, 2),
     ("swiglu backward for fp8", "swiglu_backward_kernel", 64, 6, 4),
+    ("cross entropy", "softmax_kernel", 120, 8, 4),
+    ("softmax", "softmax_kernel", 120, 8, 4),
     ("rescale", "rescale_subtract_kernel", 40, 4, 4),
 ]
 

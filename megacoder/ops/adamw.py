@@ -108,16 +108,11 @@ def adamw_with_scalars_(
     config: AdamWConfig,
     scalars: Tensor,
     decayed: bool,
-    zero_grad: bool = False,
 ) -> None:
-    """`adamw_` by the backend "cuda" alone, with learning rate, step and scale in device memory.
-
-    `zero_grad` clears the gradient in the same pass, whether the update is left out or not.
-    """
+    """`adamw_` by the backend "cuda" alone, with learning rate, step and scale in device memory."""
     cuda.adamw_cuda_(
         weight, master, exp_avg, exp_avg_sq, grad, scalars,
         beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay if decayed else 0.0,
-        zero_grad=zero_grad,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ PARTIAL_SUMS = 512
 
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "adamw": (P, N, P, P, P, P, N, P, F, F, F, F, N, P),
+    "adamw": (P, N, P, P, P, P, N, P, F, F, F, F, P),
     "adamw_scalars": (P, P, P, P, F, F, F, P, P, P),
     "amax": (P, N, P, P),
     "cast_transpose": (P, N, N, P, N, P, P, P, P),
@@ -75,19 +75,17 @@ def adamw_cuda_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    zero_grad: bool = False,
 ) -> None:
     """`ops.adamw.adamw_` with what changes from step to step in `scalars`, on the device (see `adamw_scalars`).
 
-    A skipped update leaves weights and state as they are. `zero_grad` clears the gradient in the same pass, that of a
-    skipped update too: it saves a pass over the gradient of its own.
+    A skipped update leaves weights and state as they are.
     """
     count, at = weight_N.numel(), partial(address, device=weight_N.device)
     _launch(
         "adamw", weight_N.device,
         at(weight_N, _float_dtype(weight_N), count), weight_N.dtype == torch.bfloat16,
         *(at(buffer_N, torch.float32, count) for buffer_N in (master_N, exp_avg_N, exp_avg_sq_N, grad_N)), count,
-        at(scalars, torch.float32, ADAMW_SCALARS), beta1, beta2, eps, weight_decay, zero_grad,
+        at(scalars, torch.float32, ADAMW_SCALARS), beta1, beta2, eps, weight_decay,
     )  # fmt: skip
 
 

@@ -136,10 +136,8 @@ class Zero1AdamW:
             squares, config=self.config, lr=lr, num_updates=self.num_updates, num_tokens=num_tokens,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
-        alone = self.flat.num_shards == 1  # then what is updated here is all of the gradient
-        self._update_parts(partial(adamw_with_scalars_, config=self.config, scalars=scalars, zero_grad=alone))
-        if not alone:
-            self.flat.grad.zero_()
+        self._update_parts(partial(adamw_with_scalars_, config=self.config, scalars=scalars))
+        self.flat.grad.zero_()
         found = norm.item()
         self.num_updates += math.isfinite(found)
         return found

@@ -63,14 +63,14 @@ def every_collective(world, dtype, lengths):
     results = []
     for length in lengths:
         summed = draw(world.rank, length, dtype)
-        all_reduce_sum(summed, world.group)
+        all_reduce_sum(summed.view(1, -1, 1), world.group)
         shard, full = torch.empty(length, dtype=dtype), draw(world.rank, world.size * length, dtype)
-        start_reduce_scatter_sum(shard, full, world.group).wait()
+        start_reduce_scatter_sum(shard.view(-1, 1), full.view(-1, 1), world.group).wait()
         assert torch.equal(full, draw(world.rank, world.size * length, dtype)), "the others' slices are left alone"
         start_reduce_scatter_sum(full[world.rank * length :][:length], full, world.group).wait()
         assert torch.equal(full[world.rank * length :][:length], shard)
         gathered = torch.empty(world.size * length, dtype=dtype)
-        all_gather_into(gathered, draw(world.rank, length, dtype), world.group)
+        all_gather_into(gathered.view(-1, 1), draw(world.rank, length, dtype).view(-1, 1), world.group)
         results.append((summed, shard, gathered))
     return results
 
@@ -176,16 +176,20 @@ def test_groups_of_a_mesh_do_not_mix(ranks):
         assert results == [[along_tp, along_dp, along_tp]] * 5
 
 
+def numbered(rank, number, length):
+    return torch.stack([torch.arange(length + number) + 100.0 * rank, torch.full((length + number,), number)], dim=1)
+
+
 def pass_on(world, length):
     """Each rank sends to the next what it has from the one before, many at a time, between collectives."""
     in_memory(world.group)
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     for _ in range(3):
-        sends = [start_send(torch.full((length + n,), 100.0 * world.rank + n), after, world.group) for n in range(9)]
+        sends = [start_send(numbered(world.rank, n, length).t(), after, world.group) for n in range(9)]
         summing = start_all_reduce_sum(torch.ones(length), world.group)
-        receives = [start_receive(torch.empty(length + n), before, world.group) for n in range(9)]
+        receives = [start_receive(torch.empty(2, length + n), before, world.group) for n in range(9)]
         for number in (8, *range(8)):
-            assert torch.equal(receives[number].wait(), torch.full((length + number,), 100.0 * before + number))
+            assert torch.equal(receives[number].wait(), numbered(before, number, length).t())
         assert (summing.wait() == world.size).all()
         for send in sends:
             send.wait()

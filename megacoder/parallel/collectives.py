@@ -360,6 +360,7 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
     """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
+    tensor = tensor.contiguous()  # as what receives it is
     note = _note_of(group)
     with (operation := Operation("send", tensor, note, peer)):
         if note.memory is not None and note.memory.takes(tensor):

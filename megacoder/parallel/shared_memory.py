@@ -33,6 +33,7 @@ from torch import Tensor
 __all__ = ["Link", "SharedMemory", "Transfer", "add_up"]
 
 ALIGNMENT = 128
+"""Bytes; two cache lines, since processors fetch them in pairs."""
 MESSAGE = struct.Struct("<4Q")
 """kind, offset in the sender's arena, bytes there, posts to all that the sender has read."""
 POST, SEND, READ = range(3)
@@ -113,17 +114,14 @@ class _Arena:
         """in use"""
         self._extents: list[tuple[int, int]] = []
 
-    def put(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Copies them in, end to end; where they begin."""
-        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-        begin = self._take(sum(sizes))
-        offsets = [begin]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        for offset, tensor in zip(offsets, tensors, strict=False):
-            space = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-            space.view(tensor.shape).copy_(tensor)
-        return offsets[:-1]
+    def put(self, flats: Sequence[Tensor]) -> list[int]:
+        """Copies tensors of one dim and one size in, one behind the other; where they begin."""
+        stride = -(-flats[0].nbytes // ALIGNMENT) * ALIGNMENT
+        begin = self._take(stride * len(flats))
+        offsets = [begin + stride * index for index in range(len(flats))]
+        for offset, flat in zip(offsets, flats, strict=True):
+            torch.frombuffer(self.memory, dtype=flat.dtype, count=flat.numel(), offset=offset).copy_(flat)
+        return offsets
 
     def free(self, begin: int) -> None:
         """Forgets what `put` has put there."""
@@ -198,7 +196,7 @@ class SharedMemory:
         """Sends to that rank of the group; it is over at once."""
         peer = self._peer(rank)
         self._hear_all()
-        (offset,) = self._arena.put([tensor.detach()])
+        (offset,) = self._arena.put([tensor.detach().view(-1)])
         peer.sent.append(offset)
         self._tell(peer, SEND, offset, tensor.nbytes)
         return Transfer(self, 0)
@@ -206,7 +204,7 @@ class SharedMemory:
     def start_receive(self, buffer: Tensor, rank: int) -> Transfer:
         """Fills `buffer` from that rank of the group."""
         peer = self._peer(rank)
-        peer.buffers.append(buffer.detach())
+        peer.buffers.append(buffer.detach().view(-1))
         peer.num_receives += 1
         return Transfer(self, peer.num_receives, peer)
 
@@ -214,7 +212,7 @@ class SharedMemory:
         return self._others[rank - (rank > self._rank)]
 
     def _start(self, outgoing: Sequence[Tensor], finish: Finish) -> Transfer:
-        """Posts `outgoing`, one tensor for each peer or one for all."""
+        """Posts `outgoing`, flat tensors alike: one for each peer, or one for all."""
         self._hear_all()
         offsets = self._arena.put(outgoing)
         self._unread.append(offsets[0])
@@ -244,7 +242,7 @@ class SharedMemory:
             while not peer.sends:
                 self._hear(peer, deadline)
             buffer = peer.buffers.popleft()
-            buffer.view(-1).copy_(peer.view(peer.sends.popleft(), buffer))
+            buffer.copy_(peer.view(peer.sends.popleft(), buffer))
             peer.num_received += 1
             with contextlib.suppress(BrokenPipeError):  # it may be through with everything, and gone
                 self._tell(peer, READ)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,7 +17,9 @@ from megacoder.core.errors import ConfigError, CorpusError, FormatError, Megacod
 from megacoder.corpus import shards
 from megacoder.corpus.accounts import load_report
 from megacoder.corpus.build import build_corpus
+from megacoder.corpus.check import DocumentPass
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.folder import claim_folder
 from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.samples import SampleConfig
@@ -112,6 +115,29 @@ def test_samples_are_contiguous_ordered_and_carry_path_comments(repos, tmp_path)
     assert "".join(row["content"] for row in sample).startswith("# pkg/base.py\ndef repo3_base")
     assert next(row for row in train if row["path"] == "main.rb")["content"].startswith("# main.rb\nputs")
     assert not (tmp_path / "out/heldout").exists()
+
+
+@dataclass(frozen=True)
+class NoTops:
+    name: str = "tops"
+
+    def __call__(self, document):
+        return document.dropped("tops", "a top", document.repo) if document.path.endswith("top.py") else document
+
+
+def test_document_stages_can_run_after_dedup_and_record_a_detail(repos, tmp_path, monkeypatch):
+    monkeypatch.setattr("megacoder.corpus.build.steps", lambda config: [ExactDedup(), DocumentPass([NoTops()])])
+    monkeypatch.setattr("megacoder.corpus.build.stage_names", lambda config: ["read", "rules", "dedup", "tops"])
+    report = build_corpus(config(repos, tmp_path), quiet=True)
+    assert report.accounts.dropped["tops"]["a top"].files == 8
+    assert report.accounts.seen.files == sum(path.is_file() for path in repos.rglob("*"))
+    recorded = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "tops"]
+    assert [(row["repo"], row["detail"]) for row in recorded] == [
+        (f"repo{index}", f"repo{index}") for index in range(8)
+    ]
+    assert not any(
+        row["path"].endswith("top.py") for part in ("train", "heldout") for row in rows(tmp_path / "out", part)
+    )
 
 
 def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):

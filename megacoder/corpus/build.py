@@ -1,23 +1,20 @@
-"""A corpus from repositories, in two passes over shards of whole repositories.
+"""A corpus from repositories, in passes over shards of whole repositories.
 
-*Scan* reads each shard's files, runs the document stages and leaves texts, digests and drops in one Parquet file. The
-global steps then see a few columns of all shards: exact dedup, the held-out split. *Write* orders the files of each
-repository and writes samples, and the record of every drop.
+*Scan* reads each shard's files, runs the scan stages and leaves texts, digests and drops in one Parquet file. The
+*steps* then drop more of what all shards hold (`stages.py` lists both), and the held-out part is chosen. *Write* orders
+the files of each repository and writes samples, and the record of every drop.
 
 A shard task is a pure function of its inputs and is marked as done with a key over inputs and configuration, so that
 after a crash the same command goes on where it stopped, and the output is the same for any number of workers.
 `corpus.json` is written last and says that the corpus is whole.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,28 +22,17 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.dedup import DIGEST_BYTES, later_copies
 from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
 from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.scan import ScanTask, scan_shard
 from megacoder.corpus.shards import disk_errors
 from megacoder.corpus.sources import Repository, find_repositories, inventory, machine_repositories
 from megacoder.corpus.split import choose_heldout
+from megacoder.corpus.stages import stage_names, steps
+from megacoder.corpus.steps import RunTasks, Shard, hash_of
 from megacoder.corpus.write import PARTS, WriteTask, write_shard
 
-__all__ = ["STAGES", "build_corpus"]
-
-STAGES = ("read", "rules", "generated", "dedup")
-"""Where a file can be dropped, in order."""
-
-
-class _Task(Protocol):
-    @property
-    def size(self) -> int: ...
-
-
-Task = TypeVar("Task", bound=_Task)
-Result = TypeVar("Result")
+__all__ = ["build_corpus"]
 
 
 def build_corpus(
@@ -67,15 +53,23 @@ def build_corpus(
     identity = config.identity()
     with claim_folder(config.out, identity, PARTS):
         scans = _plan_scans(repositories, config)
-        key = _hash([scan.key for scan in scans])
+        key = hash_of([scan.key for scan in scans])
         if (report := _finished(config.out, key)) is not None:
             keep_only(config.out, report.files, PARTS)
             return report
-        _run(scan_shard, scans, "reading", config.workers, quiet)
-        writes, split_unit = _plan_writes(scans, config)
+        run = _runner(config, quiet)
+        run(scan_shard, scans, "reading")
+        shards = [
+            Shard(name=f"{index:05d}", key=scan.key, scanned=scan.target, size=scan.size)
+            for index, scan in enumerate(scans)
+        ]
+        for step in steps(config):
+            found = step(shards, config, run)
+            shards = [shard.without(drops) for shard, drops in zip(shards, found, strict=True)]
+        writes, split_unit = _plan_writes(shards, config)
         (config.out / REPORT_NAME).unlink(missing_ok=True)  # from here on, shards of an earlier corpus are replaced
-        accounts, files = Accounts(dropped={name: {} for name in STAGES}), {}
-        for shard_accounts, shard_files in _run(write_shard, writes, "writing", config.workers, quiet):
+        accounts, files = Accounts(dropped={name: {} for name in stage_names(config)}), {}
+        for shard_accounts, shard_files in run(write_shard, writes, "writing"):
             accounts.merge(shard_accounts)
             files.update(shard_files)
         report = CorpusReport(
@@ -107,7 +101,7 @@ def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> lis
     identity = config.identity()
     return [
         ScanTask(
-            key=_hash([identity, [[repository.identity(), fingerprint] for repository, fingerprint in shard]]),
+            key=hash_of([identity, [[repository.identity(), fingerprint] for repository, fingerprint in shard]]),
             repositories=tuple(repository for repository, _ in shard),
             size=size,
             target=config.out / WORK / f"scanned-{index:05d}.parquet",
@@ -129,51 +123,46 @@ def _finished(out: Path, key: str) -> CorpusReport | None:
     return None
 
 
-def _run(
-    function: Callable[[Task], Result], tasks: Sequence[Task], title: str, workers: int, quiet: bool
-) -> list[Result]:
-    """Runs shard tasks, the largest first, under a progress bar over bytes; results in the order of `tasks`."""
-    sizes = [task.size for task in tasks]
-    order = sorted(range(len(tasks)), key=lambda index: -sizes[index])
-    completed = 0
-    with progress(f"corpus: {title}", sum(sizes), quiet=quiet) as bar:
+def _runner(config: CorpusConfig, quiet: bool) -> RunTasks:
+    """Runs shard tasks, the largest first, under a progress bar over bytes."""
 
-        def done(task: Task) -> None:
-            nonlocal completed
-            completed += task.size
-            bar.update(completed, f"{completed / 1e6:.0f} MB")
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any], title: str) -> list[Any]:
+        sizes = [task.size for task in tasks]
+        order = sorted(range(len(tasks)), key=lambda index: -sizes[index])
+        completed = 0
+        with progress(f"corpus: {title}", sum(sizes), quiet=quiet) as bar:
 
-        results = run_tasks(function, [tasks[index] for index in order], workers=workers, done=done)
-    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+            def done(task: Any) -> None:
+                nonlocal completed
+                completed += task.size
+                bar.update(completed, f"{completed / 1e6:.0f} MB")
+
+            results = run_tasks(function, [tasks[index] for index in order], workers=config.workers, done=done)
+        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+    return run
 
 
-def _plan_writes(scans: Sequence[ScanTask], config: CorpusConfig) -> tuple[list[WriteTask], str]:
-    """The global steps: which documents are copies, which repositories (or files, of a single one) are held out."""
-    tables = [pq.read_table(scan.target, columns=["repo", "path", "size", "reason", "digest"]) for scan in scans]
-    rows = [np.flatnonzero(table["digest"].is_valid().to_numpy()) for table in tables]
-    digests = [
-        np.frombuffer(b"".join(table["digest"].drop_null().to_pylist()), np.uint8).reshape(-1, DIGEST_BYTES)
-        for table in tables
-    ]
-    copies = [shard[copied] for shard, copied in zip(rows, later_copies(digests), strict=True)]
-    kept = [table.take(np.setdiff1d(shard, copied)) for table, shard, copied in zip(tables, rows, copies, strict=True)]
+def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[WriteTask], str]:
+    """Which repositories (or files, of a single one) are held out, and what is left to write."""
+    kept = [shard.columns(["repo", "path", "size"]) for shard in shards]
     if not any(len(table) for table in kept):
-        reasons = Counter(reason for table in tables for reason in table["reason"].drop_null().to_pylist())
+        message = _nothing_left(shards)
         give_up(config.out, keep=(config.out / REPORT_NAME).exists())
-        raise CorpusError(_nothing_left(reasons))
+        raise CorpusError(message)
     sizes = _sum_by(kept, "repo")
     unit = "repository" if len(sizes) > 1 else "file"
     heldout = choose_heldout(sizes if unit == "repository" else _sum_by(kept, "path"), config.heldout)
     writes = []
-    for index, (scan, table, copied) in enumerate(zip(scans, kept, copies, strict=True)):
+    for shard, table in zip(shards, kept, strict=True):
         units = heldout.intersection(table["repo" if unit == "repository" else "path"].to_pylist())
         writes.append(
             WriteTask(
-                key=_hash([scan.key, copied.tolist(), unit, sorted(units)]),
-                scanned=scan.target,
+                key=hash_of([shard.key, unit, sorted(units)]),
+                scanned=shard.scanned,
                 size=sum(table["size"].to_pylist()),
-                name=f"{index:05d}",
-                copies=copied,
+                name=shard.name,
+                drops=shard.drops,
                 heldout=units,
                 by_file=unit == "file",
                 config=config,
@@ -182,7 +171,11 @@ def _plan_writes(scans: Sequence[ScanTask], config: CorpusConfig) -> tuple[list[
     return writes, unit if heldout else "none"
 
 
-def _nothing_left(reasons: Counter[str]) -> str:
+def _nothing_left(shards: Sequence[Shard]) -> str:
+    reasons: Counter[str] = Counter()
+    for shard in shards:
+        reasons.update(pq.read_table(shard.scanned, columns=["reason"])["reason"].drop_null().to_pylist())
+        reasons.update({drop.reason: len(drop.rows) for drop in shard.drops})
     if not reasons:
         return "the inputs hold no files"
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
@@ -195,7 +188,3 @@ def _sum_by(tables: Sequence[pa.Table], column: str) -> dict[str, int]:
         for name, size in zip(table[column].to_pylist(), table["size"].to_pylist(), strict=True):
             sizes[name] = sizes.get(name, 0) + size
     return sizes
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["DIGEST_BYTES", "digest", "later_copies"]
+from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.steps import Drop, RunTasks, Shard
+
+__all__ = ["DIGEST_BYTES", "ExactDedup", "digest", "later_copies"]
 
 DIGEST_BYTES = 16
 
@@ -17,6 +20,21 @@ DIGEST_BYTES = 16
 def digest(text: str) -> bytes:
     """Identifies a text; 128 bits of SHA-256."""
     return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+
+class ExactDedup:
+    """Drops every file whose text an earlier one has; a `Step`."""
+
+    names = ("dedup",)
+
+    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
+        """The later copies in each shard."""
+        columns = (shard.columns(["digest"])["digest"].to_pylist() for shard in shards)
+        copies = later_copies([np.frombuffer(b"".join(c), np.uint8).reshape(-1, DIGEST_BYTES) for c in columns])
+        return [
+            [Drop(stage="dedup", reason="copy of another file", rows=shard.kept[copied])]
+            for shard, copied in zip(shards, copies, strict=True)
+        ]
 
 
 def later_copies(shards: Sequence[np.ndarray]) -> list[np.ndarray]:

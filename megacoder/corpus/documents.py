@@ -26,6 +26,8 @@ class Dropped:
     stage: str
     reason: str
     """a short fixed phrase, so that drops can be counted by it"""
+    detail: str | None = None
+    """what to record beside the reason, where there is more to say"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +42,12 @@ class Document:
     size: int
     """bytes on disk, which the accounts count; a byte order mark is in `size` but not in `text`"""
 
-    def dropped(self, stage: str, reason: str) -> Dropped:
+    def dropped(self, stage: str, reason: str, detail: str | None = None) -> Dropped:
         """The record of this file being left out by `stage`."""
         return Dropped(
-            repo=self.repo, path=self.path, language=self.language, size=self.size, stage=stage, reason=reason
-        )
+            repo=self.repo, path=self.path, language=self.language, size=self.size,
+            stage=stage, reason=reason, detail=detail,
+        )  # fmt: skip
 
 
 class Stage(Protocol):

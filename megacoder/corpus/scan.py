@@ -5,13 +5,12 @@ from pathlib import Path
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import digest
-from megacoder.corpus.documents import Dropped, Stage, run_stages
-from megacoder.corpus.generated import GeneratedFiles
-from megacoder.corpus.rules import PaperRules
+from megacoder.corpus.documents import Dropped, run_stages
 from megacoder.corpus.shards import SCAN_SCHEMA, finished, parquet_writer, redoing
 from megacoder.corpus.sources import Repository, read_repository
+from megacoder.corpus.stages import scan_stages
 
-__all__ = ["ScanTask", "document_stages", "scan_shard"]
+__all__ = ["ScanTask", "scan_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +28,11 @@ class ScanTask:
     config: CorpusConfig
 
 
-def document_stages(config: CorpusConfig) -> list[Stage]:
-    """The stages that look at one document at a time, in order."""
-    stages: list[Stage] = [PaperRules(thresholds=config.rules)]
-    if config.drop_generated:
-        stages.append(GeneratedFiles())
-    return stages
-
-
 def scan_shard(task: ScanTask) -> None:
     """Writes `task.target`, unless an earlier run finished it with the same key."""
     if finished(task.target, task.key) is not None:
         return
-    config = task.config
+    config, stages = task.config, scan_stages(task.config)
     with redoing(task.target, task.key), parquet_writer(task.target, SCAN_SCHEMA) as add:
         for repository in task.repositories:
             items = read_repository(
@@ -52,9 +43,9 @@ def scan_shard(task: ScanTask) -> None:
                 exclude=config.out,
                 seed=config.seed,
             )
-            for item in run_stages(items, document_stages(config)):
+            for item in run_stages(items, stages):
                 row = (item.repo, item.path, item.language, item.size)
                 if isinstance(item, Dropped):
-                    add((*row, item.stage, item.reason, None, None), 0)
+                    add((*row, item.stage, item.reason, item.detail, None, None), 0)
                 else:
-                    add((*row, None, None, digest(item.text), item.text), item.size)
+                    add((*row, None, None, None, digest(item.text), item.text), item.size)

@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 _FILE = [("repo", pa.string()), ("path", pa.string()), ("language", pa.string())]
-_DROP = [("stage", pa.string()), ("reason", pa.string())]
+_DROP = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 
 SCAN_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP, ("digest", pa.binary(16)), ("text", pa.string())])
 """What scanning leaves for the global steps; `text` and `digest` are null in rows of dropped files."""

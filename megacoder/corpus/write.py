@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from megacoder.corpus.accounts import Accounts
@@ -16,6 +15,7 @@ from megacoder.corpus.dependencies import repository_dependencies
 from megacoder.corpus.documents import Dropped
 from megacoder.corpus.samples import plan_samples, render
 from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
+from megacoder.corpus.steps import Drop
 
 __all__ = ["PARTS", "WriteTask", "write_shard"]
 
@@ -28,15 +28,15 @@ class WriteTask:
     """One shard's second pass."""
 
     key: str
-    """hash of the first pass's key and of what the global steps decided"""
+    """hash of the first pass's key and of what the steps decided"""
     scanned: Path
     """the first pass's result"""
     size: int
     """bytes of the documents"""
     name: str
     """of the Parquet files written, one in each of `PARTS` at most"""
-    copies: np.ndarray
-    """rows of `scanned` that are dropped as duplicates"""
+    drops: tuple[Drop, ...]
+    """what the steps left out of `scanned`"""
     heldout: frozenset[str]
     """names of the repositories held out, or paths where `by_file`"""
     by_file: bool
@@ -83,25 +83,27 @@ class _Repository:
 
 
 def _repositories(task: WriteTask) -> list[_Repository]:
-    columns = ["repo", "path", "language", "size", "stage", "reason"]
+    columns = ["repo", "path", "language", "size", "stage", "reason", "detail"]
     table = pq.read_table(task.scanned, columns=columns)
-    copies = set(task.copies.tolist())
+    late = {
+        row: (drop.stage, drop.reason, detail or None)
+        for drop in task.drops
+        for row, detail in zip(drop.rows.tolist(), drop.details or repeat(None), strict=False)
+    }
     found = []
     for name, rows in groupby(
         enumerate(zip(*(table[column].to_pylist() for column in columns), strict=True)), key=lambda row: row[1][0]
     ):
         repo = _Repository(name=name, languages={}, documents=[], dropped=[])
-        for row, (_, path, language, size, stage, reason) in rows:
+        for row, (_, path, language, size, *drop) in rows:
             if language is not None:
                 repo.languages[path] = language
-            if row in copies:
-                stage, reason = "dedup", "copy of another file"
+            stage, reason, detail = late.get(row, drop)
             if stage is None:
                 repo.documents.append((row, path, size))
             else:
-                repo.dropped.append(
-                    Dropped(repo=name, path=path, language=language, size=size, stage=stage, reason=reason)
-                )
+                known = {"repo": name, "path": path, "language": language, "size": size}
+                repo.dropped.append(Dropped(**known, stage=stage, reason=reason, detail=detail))
         found.append(repo)
     return found
 
@@ -115,7 +117,7 @@ def _write_repository(
 ) -> None:
     for item in repo.dropped:
         accounts.drop(item)
-        add("dropped", (item.repo, item.path, item.language, item.size, item.stage, item.reason), 0)
+        add("dropped", (item.repo, item.path, item.language, item.size, item.stage, item.reason, item.detail), 0)
     num_samples = 0
     for part in ("train", "heldout"):
         held = part == "heldout"

@@ -1,0 +1,33 @@
+"""The stages of a build in their order, the one place to add another.
+
+*Scan stages* look at one document as it is read and may change it. *Steps* come after every shard is read: dedup sees
+the whole corpus, and what is slow looks only at what dedup has left.
+"""
+
+from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.dedup import ExactDedup
+from megacoder.corpus.documents import Stage
+from megacoder.corpus.generated import GeneratedFiles
+from megacoder.corpus.rules import PaperRules
+from megacoder.corpus.steps import Step
+
+__all__ = ["scan_stages", "stage_names", "steps"]
+
+
+def scan_stages(config: CorpusConfig) -> list[Stage]:
+    """What each document goes through as it is read."""
+    stages: list[Stage] = [PaperRules(thresholds=config.rules)]
+    if config.drop_generated:
+        stages.append(GeneratedFiles())
+    return stages
+
+
+def steps(config: CorpusConfig) -> list[Step]:
+    """What happens to the shards between reading and writing."""
+    return [ExactDedup()]
+
+
+def stage_names(config: CorpusConfig) -> list[str]:
+    """Where a file can be dropped, in order."""
+    names = [stage.name for stage in scan_stages(config)]
+    return ["read", *names, *(name for step in steps(config) for name in step.names)]

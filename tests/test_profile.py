@@ -54,7 +54,7 @@ class Ticks:
 def test_every_moment_is_in_one_phase():
     journal = Journal()
     clock = journal.listener = PhaseClock(Ticks())
-    send = Operation("send", None, GroupNote(journal, (0, 1)), peer=1)
+    send = Operation("send", None, GroupNote(journal, (0, 1), "gloo"), peer=1)
     clock.begin_step()  # 1
     journal.at("reading data")  # 10
     journal.at("forward", 0)  # 100
@@ -82,7 +82,7 @@ def test_every_moment_is_in_one_phase():
 
 def test_a_journal_without_a_listener_says_nothing():
     journal = Journal()
-    with Operation("send", None, GroupNote(journal, (0, 1)), peer=1):
+    with Operation("send", None, GroupNote(journal, (0, 1), "gloo"), peer=1):
         journal.at("forward")
     assert journal.activity == "forward"
 

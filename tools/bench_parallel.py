@@ -15,7 +15,7 @@ begin (see `contenders.limit`). Where its ranks have unequal work, as pipeline s
 limit `evenly` is the mean of the two, as if work could be divided at will.
 
 Peers: torch's own need nothing. Megatron-Core comes from an environment of its own, made by `pip install numpy einops
-torch==2.13.0` and `pip install --no-deps "megatron-core==0.16.*"`; picotron from a checkout. Who cannot run is listed
+packaging torch==2.13.0` and `pip install --no-deps "megatron-core==0.16.*"`; picotron from a checkout. Who cannot run is listed
 with the reason.
 """  # noqa: E501
 

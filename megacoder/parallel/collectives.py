@@ -222,14 +222,15 @@ def _note_of(group: dist.ProcessGroup) -> GroupNote:
     note = _notes.get(group)
     if note is None:
         journal = Journal() if group is dist.group.WORLD else journal_of(dist.group.WORLD)
-        note = _notes[group] = GroupNote(journal, tuple(dist.get_process_group_ranks(group)))
+        note = GroupNote(journal, tuple(dist.get_process_group_ranks(group)), dist.get_backend(group))
+        _notes[group] = note
     return note
 
 
 def _share_memory(group: dist.ProcessGroup, world: World) -> None:
     """Finds out whether the ranks of `group`, who all call it at once, are on one host; notes what they then share."""
-    note, size = _note_of(group), dist.get_world_size(group)
-    if not world.shared_memory or note.memory is not None or size == 1 or dist.get_backend(group) != "gloo":
+    note = _note_of(group)
+    if not world.shared_memory or note.memory is not None or len(note.ranks) == 1 or note.backend != "gloo":
         return
     seconds = (world.timeout or default_pg_timeout).total_seconds()
     with Operation("sharing of memory", None, note):
@@ -295,18 +296,18 @@ def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pen
 def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup) -> Pending:
     """`reduce_scatter_sum`, not waited for.
 
-    On CPUs ranks exchange slices and each adds up its own, in rank order: gloo's own reduce-scatter sums everything on
-    every rank, and takes up to three times as long. bf16 is thereby summed in fp32 and rounded once.
+    Over gloo ranks exchange slices and each adds up its own, in rank order: gloo's own reduce-scatter sums everything
+    on every rank, and takes up to three times as long. bf16 is thereby summed in fp32 and rounded once.
     """
     note = _note_of(group)
     with (operation := Operation("reduce-scatter", full, note)):
         if note.memory is not None and note.memory.takes_slices(full, shard):
             return Pending(shard, note.memory.start_reduce_scatter(shard, full), operation)
-        if shard.device.type != "cpu":
+        if note.backend != "gloo":
             return Pending(shard, _reduce_scatter(shard, full, group=group, async_op=True), operation)
         received = torch.empty_like(full)
         work = dist.all_to_all_single(received, full, group=group, async_op=True)
-        rows = received.view(dist.get_world_size(group), shard.numel())
+        rows = received.view(len(note.ranks), shard.numel())
         return Pending(shard, work, operation, lambda: add_up(shard.view(-1), rows.unbind()))
 
 

@@ -85,12 +85,12 @@ class Journal:
 
 
 class GroupNote:
-    """What is known beside a process group: whose journal its operations go to, its ranks, the memory they share."""
+    """What is known beside a process group: whose journal its operations go to, its ranks, what carries their data."""
 
-    __slots__ = ("journal", "memory", "ranks")
+    __slots__ = ("backend", "journal", "memory", "ranks")
 
-    def __init__(self, journal: Journal, ranks: tuple[int, ...]) -> None:
-        self.journal, self.ranks = journal, ranks
+    def __init__(self, journal: Journal, ranks: tuple[int, ...], backend: str) -> None:
+        self.journal, self.ranks, self.backend = journal, ranks, backend
         self.memory: SharedMemory | None = None
 
 

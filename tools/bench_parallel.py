@@ -37,10 +37,7 @@ from contenders.host_time import host_times
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 
-SHAPE = {
-    "batch": 4, "sequence": 512, "vocab_size": 32256, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 8,
-    "num_heads": 8,
-}  # fmt: skip
+SHAPE = {"vocab_size": 32256, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 8, "num_heads": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,10 @@ class Options:
     """only contenders whose names begin with one of these"""
     rounds: int = 5
     """timed steps of each contender, after one to warm up"""
+    batch: int = 4
+    """sequences of a microbatch"""
+    sequence: int = 512
+    """tokens of a sequence; fewer where products take long, as those in bf16 do on a CPU without units for them"""
     tp_microbatches: int = 2
     """microbatches of a step, all ranks together"""
     pp_microbatches: int = 8
@@ -126,7 +127,8 @@ def measure(row: Row, dtype: str, options: Options) -> list[Record]:
 
 def _start(entry: Contender, dtype: str, options: Options) -> Ranks:
     job = {
-        **SHAPE, "row": entry.row, "dtype": dtype, "variant": entry.variant,
+        **SHAPE, "batch": options.batch, "sequence": options.sequence,
+        "row": entry.row, "dtype": dtype, "variant": entry.variant,
         "layers_per_stage": entry.layers_per_stage,
         "num_microbatches": getattr(options, f"{entry.row}_microbatches"),
     }  # fmt: skip
@@ -228,7 +230,7 @@ def main() -> None:
     else:
         for row in options.only:
             for dtype in options.dtypes:
-                num_tokens = getattr(options, f"{row}_microbatches") * SHAPE["batch"] * SHAPE["sequence"]
+                num_tokens = getattr(options, f"{row}_microbatches") * options.batch * options.sequence
                 rows = results[f"{row} {dtype}"] = summary(measure(row, dtype, options), num_tokens)
                 if not options.json:
                     show(f"{row} = 2, {dtype}, steps of {num_tokens:,} tokens", rows)

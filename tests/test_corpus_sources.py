@@ -7,15 +7,9 @@ import pytest
 
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.documents import Document, Dropped
-from megacoder.corpus.languages import LANGUAGES
-from megacoder.corpus.sources import (
-    Repository,
-    find_repositories,
-    inventory,
-    machine_repositories,
-    read_repository,
-    walk,
-)
+from megacoder.corpus.inputs import find_inputs
+from megacoder.corpus.reading import Selection
+from megacoder.corpus.sources import Repository, machine_repositories, walk
 
 
 def write(path, content="x = 1\n"):
@@ -25,9 +19,8 @@ def write(path, content="x = 1\n"):
 
 def read(root, **options):
     """({path: text} of the documents, {path: reason} of the drops)"""
-    options = {"languages": tuple(LANGUAGES), "max_file_bytes": 1000} | options
     repository = root if isinstance(root, Repository) else Repository(name="r", root=root)
-    items = list(read_repository(repository, **options))
+    items = list(repository.read(Selection(**({"max_file_bytes": 1000} | options))))
     documents = {item.path: item.text for item in items if isinstance(item, Document)}
     assert list(documents) == sorted(documents)
     return documents, {item.path: item.reason for item in items if isinstance(item, Dropped)}
@@ -56,7 +49,8 @@ def test_every_file_is_a_document_or_has_a_reason(tmp_path):
     documents, drops = read(root)
     assert documents == {"a.py": "x = 1\n", "bom.py": "x = 1\n", "edge.py": "x" * 1000}
     assert drops == {
-        "binary.py": "binary", "latin.py": "not UTF-8", "big.py": "over 1000 bytes", "notes.txt": "language unknown",
+        "binary.py": "binary", "latin.py": "encoding unknown", "big.py": "over 1000 bytes",
+        "notes.txt": "language unknown",
         "line\nbreak.py": "name not printable", "\\udcff.py": "name not printable", "link.py": "symbolic link",
         "inner.py": "symbolic link", "loop": "symbolic link", "dangling.py": "symbolic link",
         "pipe.py": "not a regular file",
@@ -67,7 +61,7 @@ def test_a_link_in_the_place_of_a_repository_is_not_followed(tmp_path):
     write(tmp_path / "elsewhere/a.py")
     (tmp_path / "repos").mkdir()
     (tmp_path / "repos/link").symlink_to(tmp_path / "elsewhere")
-    (repository,) = find_repositories([tmp_path / "repos"])
+    (repository,) = find_inputs([tmp_path / "repos"]).sources
     assert read(repository) == ({}, {"link": "symbolic link"})
 
 
@@ -106,7 +100,7 @@ def test_a_file_that_grows_past_the_limit_after_the_walk_is_not_read_whole(tmp_p
 def test_only_selected_languages_are_read(tmp_path):
     write(tmp_path / "a.py")
     write(tmp_path / "b.c")
-    documents, drops = read(tmp_path, languages=("C",))
+    documents, drops = read(tmp_path, languages=frozenset({"C"}))
     assert list(documents) == ["b.c"]
     assert drops == {"a.py": "language not selected"}
 
@@ -136,17 +130,17 @@ def test_a_folder_that_holds_sources_or_git_is_one_repository_and_any_other_hold
     (tmp_path / "checkout/.git").mkdir(parents=True)
     write(tmp_path / "checkout/pkg/b.py")
     inputs = [tmp_path / "single", tmp_path / "many", tmp_path / "checkout"]
-    found = find_repositories(inputs)
-    assert [repository.name for repository in found] == ["checkout", "one", "single", "two"]
-    assert found == find_repositories([*reversed(inputs), tmp_path / "many"])
+    found = find_inputs(inputs)
+    assert [repository.name for repository in found.sources] == ["checkout", "one", "single", "two"]
+    assert found == find_inputs([*reversed(inputs), tmp_path / "many"])
 
 
 def test_equal_folder_names_are_told_apart_by_their_parents(tmp_path):
     write(tmp_path / "x/a/lib/f.py")
     write(tmp_path / "x/b/lib/f.py")
     write(tmp_path / "x/b/other/f.py")
-    found = find_repositories([tmp_path / "x/b", tmp_path / "x/a"])
-    assert [repository.name for repository in found] == ["a/lib", "b/lib", "other"]
+    found = find_inputs([tmp_path / "x/b", tmp_path / "x/a"])
+    assert [repository.name for repository in found.sources] == ["a/lib", "b/lib", "other"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +155,7 @@ def test_equal_folder_names_are_told_apart_by_their_parents(tmp_path):
 def test_bad_inputs_are_named(tmp_path, make, says):
     make(tmp_path / "input")
     with pytest.raises(CorpusError, match=says) as caught:
-        find_repositories([tmp_path / "input"])
+        find_inputs([tmp_path / "input"])
     assert "\n" not in str(caught.value)
 
 
@@ -176,7 +170,9 @@ def test_the_fingerprint_follows_any_change(tmp_path):
     write(tmp_path / "a.py", "x = 1\n")
 
     def look():
-        return inventory(Repository(name="r", root=tmp_path), languages=("Python",), max_file_bytes=1000)
+        return Repository(name="r", root=tmp_path).inventory(
+            Selection(languages=frozenset({"Python"}), max_file_bytes=1000)
+        )
 
     before = look()
     assert before == look()
@@ -190,13 +186,13 @@ def test_the_machine_has_a_standard_library_without_its_tests():
     found = {repository.name: repository for repository in machine_repositories()}
     assert list(found) == sorted(found)
     assert {"python-stdlib", "numpy", "typing_extensions"} <= found.keys()
-    options = {"languages": ("Python",), "max_file_bytes": 1 << 20}
-    items = list(read_repository(found["python-stdlib"], **options))
+    selection = Selection(languages=frozenset({"Python"}))
+    items = list(found["python-stdlib"].read(selection))
     kept = {item.path for item in items if isinstance(item, Document)}
     dropped = {item.path: item.reason for item in items if isinstance(item, Dropped)}
     assert {"typing.py", "asyncio/events.py"} <= kept
     assert not any(path.startswith(("test/", "site-packages/")) for path in kept)
     assert "test suite" in dropped.values()
-    (single,) = (item for item in read_repository(found["typing_extensions"], **options) if isinstance(item, Document))
+    (single,) = (item for item in found["typing_extensions"].read(selection) if isinstance(item, Document))
     assert single.path == "typing_extensions.py"
-    assert any(item.path == "numpy/__init__.py" for item in read_repository(found["numpy"], **options))
+    assert any(item.path == "numpy/__init__.py" for item in found["numpy"].read(selection))

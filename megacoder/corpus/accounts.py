@@ -46,6 +46,8 @@ class RepositoryCount:
     samples: int = 0
     heldout: Count = field(default_factory=Count)
     """of the kept files, those held out"""
+    license: str | None = None
+    """an SPDX expression; None where no file was kept, or no licence is known"""
 
 
 @dataclass(kw_only=True)
@@ -145,6 +147,7 @@ class Accounts:
                     kept=Count(**row["kept"]),
                     heldout=Count(**row["heldout"]),
                     samples=row["samples"],
+                    license=row["license"],
                 )
                 for name, row in plain["repositories"].items()
             },

@@ -11,7 +11,6 @@ after a crash the same command goes on where it stopped, and the output is the s
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacoder.core.console import progress, say
-from megacoder.core.errors import ConfigError, CorpusError, DataError
+from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
+from megacoder.corpus.folder import claim_folder, give_up, keep_only
+from megacoder.corpus.inputs import Inputs, find_inputs
+from megacoder.corpus.plan import gather_tables, plan_scans, table_states
 from megacoder.corpus.pool import run_tasks
-from megacoder.corpus.scan import ScanTask, scan_shard
+from megacoder.corpus.scan import scan_shard
 from megacoder.corpus.shards import disk_errors
-from megacoder.corpus.sources import Repository, find_repositories, inventory, machine_repositories
+from megacoder.corpus.sources import Source, machine_repositories
 from megacoder.corpus.split import choose_heldout
 from megacoder.corpus.stages import stage_names, steps
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
@@ -36,7 +37,7 @@ __all__ = ["build_corpus"]
 
 
 def build_corpus(
-    config: CorpusConfig, *, repositories: Sequence[Repository] | None = None, quiet: bool = False
+    config: CorpusConfig, *, repositories: Sequence[Source] | None = None, quiet: bool = False
 ) -> CorpusReport:
     """Writes `train/`, `heldout/`, `dropped/` and `corpus.json` into `config.out`; what is finished there stays.
 
@@ -44,20 +45,20 @@ def build_corpus(
     nothing to read or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus
     or two repositories have one name.
     """
-    if repositories is None:
-        repositories = find_repositories(config.input) if config.input else machine_repositories()
-    repositories = sorted(repositories, key=lambda repository: repository.name)
-    for before, after in pairwise(repositories):
-        if before.name == after.name:
-            raise ConfigError(f"two repositories are called {after.name!r}: {before.root} and {after.root}")
+    if repositories is not None:
+        inputs = Inputs(sources=tuple(repositories))
+    else:
+        inputs = find_inputs(config.input) if config.input else Inputs(sources=tuple(machine_repositories()))
     identity = config.identity()
     with claim_folder(config.out, identity, PARTS):
-        scans = _plan_scans(repositories, config)
-        key = hash_of([scan.key for scan in scans])
+        sources = [(source, source.inventory(config.selection)) for source in inputs.sources]
+        told = [[source.identity(), found.fingerprint] for source, found in sources]
+        key = hash_of([identity, told, table_states(inputs.tables)])
         if (report := _finished(config.out, key)) is not None:
             keep_only(config.out, report.files, PARTS)
             return report
         run = _runner(config, quiet)
+        scans = plan_scans(sources, gather_tables(inputs, config, run), key, config)
         run(scan_shard, scans, "reading")
         shards = [
             Shard(name=f"{index:05d}", key=scan.key, scanned=scan.target, size=scan.size)
@@ -79,36 +80,6 @@ def build_corpus(
             save_report(report, config.out)
         keep_only(config.out, files, PARTS)
         return load_report(config.out)
-
-
-def _plan_scans(repositories: Sequence[Repository], config: CorpusConfig) -> list[ScanTask]:
-    """Consecutive repositories share a shard up to `shard_bytes`; the cut depends on the inputs alone."""
-    shards: list[list[tuple[Repository, str]]] = []
-    sizes: list[int] = []
-    for repository in repositories:
-        found = inventory(
-            repository,
-            languages=config.selected_languages,
-            max_file_bytes=config.max_file_bytes,
-            exclude=config.out,
-        )
-        size = found.size if config.max_repo_bytes is None else min(found.size, config.max_repo_bytes)
-        if not shards or sizes[-1] + size > config.shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append((repository, found.fingerprint))
-        sizes[-1] += size
-    identity = config.identity()
-    return [
-        ScanTask(
-            key=hash_of([identity, [[repository.identity(), fingerprint] for repository, fingerprint in shard]]),
-            repositories=tuple(repository for repository, _ in shard),
-            size=size,
-            target=config.out / WORK / f"scanned-{index:05d}.parquet",
-            config=config,
-        )
-        for index, (shard, size) in enumerate(zip(shards, sizes, strict=True))
-    ]
 
 
 def _finished(out: Path, key: str) -> CorpusReport | None:

@@ -8,13 +8,15 @@ from typing import Any
 from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.reading import Selection
 from megacoder.corpus.rules import RuleThresholds
 from megacoder.corpus.samples import SampleConfig
 from megacoder.corpus.split import SplitConfig
+from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 1  # raised when the same inputs and configuration begin to give another output
+FORMAT = 2  # raised when the same inputs and configuration begin to give another output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class CorpusConfig:
     out: Path
     """folder for the corpus"""
     input: tuple[Path, ...] = ()
-    """repositories, or folders of repositories; without any, the standard library and the packages installed here"""
+    """repositories, archives, tables, or folders of these; without any, what Python has installed on this machine"""
+    columns: TableColumns = field(default_factory=TableColumns)
     workers: int = 0
     """processes; 0 takes one per core. The output is the same for any number"""
     languages: tuple[str, ...] = ()
@@ -32,7 +35,11 @@ class CorpusConfig:
     max_file_bytes: int = 1 << 20
     """larger files are not read"""
     max_repo_bytes: int | None = None
-    """of a larger repository, whole folders are drawn up to this size"""
+    """of a larger repository, whole folders are drawn up to this size (of tables, all is read)"""
+    fallback_encoding: str | None = None
+    """for text that is neither Unicode nor declares what it is, such as latin-1; without one it is dropped"""
+    allow_licenses: tuple[str, ...] = ()
+    """SPDX names (`none`: no licence file, `unknown`: not recognised); files under others are dropped"""
     drop_generated: bool = False
     """drop files whose first lines say that a program wrote them; the paper does not"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
@@ -53,13 +60,25 @@ class CorpusConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"{option} = {value}: must be at least 1")
+        if self.fallback_encoding is not None:
+            try:
+                b"x".decode(self.fallback_encoding)
+            except (LookupError, UnicodeError):
+                raise ConfigError(f"fallback_encoding = {self.fallback_encoding!r}: no such encoding") from None
         if self.workers < 0:
             raise ConfigError(f"workers = {self.workers}: must be at least 0")
 
     @property
-    def selected_languages(self) -> frozenset[str]:
-        """The languages to read."""
-        return frozenset(self.languages if self.languages else LANGUAGES)
+    def selection(self) -> Selection:
+        """What is read of each repository, and how."""
+        return Selection(
+            languages=frozenset(self.languages if self.languages else LANGUAGES),
+            max_file_bytes=self.max_file_bytes,
+            max_repo_bytes=self.max_repo_bytes,
+            fallback_encoding=self.fallback_encoding,
+            seed=self.seed,
+            exclude=self.out,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all but where it goes and how many processes make it."""
@@ -67,4 +86,5 @@ class CorpusConfig:
         inputs = sorted(
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )
-        return plain | {"input": inputs, "languages": sorted(set(self.languages)), "format": FORMAT}
+        chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
+        return plain | {"input": inputs, **chosen, "format": FORMAT}

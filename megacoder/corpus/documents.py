@@ -41,6 +41,8 @@ class Document:
     text: str
     size: int
     """bytes on disk, which the accounts count; a byte order mark is in `size` but not in `text`"""
+    license: str | None = None
+    """of its repository, as an SPDX expression; None where that is not known"""
 
     def dropped(self, stage: str, reason: str, detail: str | None = None) -> Dropped:
         """The record of this file being left out by `stage`."""

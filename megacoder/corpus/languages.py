@@ -1,9 +1,8 @@
 """The 87 languages of DeepSeek-Coder's corpus, told apart by file name.
 
 The names are Table 1's (arXiv 2401.14196). The paper's own table of extensions is unpublished; this one gives every
-extension to one language, so that a lookup reads no content. Extensions whose main use lies outside the 87 are left
-out rather than guessed: `.m` (Objective-C, MATLAB, Mathematica), `.t` (Perl tests, Turing), `.pp` (Puppet, Pascal).
-`.h` counts as C, `.pl` as Perl, `.v` as Verilog, `.fs` as F#.
+extension to one language, so that a lookup reads no content. Extensions that several languages share (`.h`, `.m`,
+`.pl`, `.v`, ...) are settled by content, in `ambiguous.py`; what stands here is what they mean by name alone.
 """
 
 from dataclasses import dataclass

@@ -1,14 +1,17 @@
-"""The first pass over a shard: read its repositories, run the document stages, leave what the global steps need."""
+"""The first pass over a shard: read its repositories, run the scan stages, leave what the steps need."""
 
+import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import digest
-from megacoder.corpus.documents import Dropped, run_stages
+from megacoder.corpus.documents import Document, Dropped, run_stages
 from megacoder.corpus.shards import SCAN_SCHEMA, finished, parquet_writer, redoing
-from megacoder.corpus.sources import Repository, read_repository
+from megacoder.corpus.sources import Source
 from megacoder.corpus.stages import scan_stages
+from megacoder.corpus.tables import read_rows
 
 __all__ = ["ScanTask", "scan_shard"]
 
@@ -19,8 +22,12 @@ class ScanTask:
 
     key: str
     """hash of the configuration and of the files' names, sizes and times"""
-    repositories: tuple[Repository, ...]
-    """in name order"""
+    sources: tuple[Source, ...]
+    """repositories in folders and archives, in name order"""
+    rows: tuple[tuple[Path, tuple[int, ...]], ...]
+    """row groups of gathered tables that hold the others"""
+    row_repositories: tuple[str, ...]
+    """names of the others, in order"""
     size: int
     """bytes to read"""
     target: Path
@@ -32,20 +39,21 @@ def scan_shard(task: ScanTask) -> None:
     """Writes `task.target`, unless an earlier run finished it with the same key."""
     if finished(task.target, task.key) is not None:
         return
-    config, stages = task.config, scan_stages(task.config)
+    stages = scan_stages(task.config)
     with redoing(task.target, task.key), parquet_writer(task.target, SCAN_SCHEMA) as add:
-        for repository in task.repositories:
-            items = read_repository(
-                repository,
-                languages=config.selected_languages,
-                max_file_bytes=config.max_file_bytes,
-                max_repo_bytes=config.max_repo_bytes,
-                exclude=config.out,
-                seed=config.seed,
-            )
+        for items in _repositories(task):
             for item in run_stages(items, stages):
                 row = (item.repo, item.path, item.language, item.size)
                 if isinstance(item, Dropped):
-                    add((*row, item.stage, item.reason, item.detail, None, None), 0)
+                    add((*row, None, item.stage, item.reason, item.detail, None, None), 0)
                 else:
-                    add((*row, None, None, None, digest(item.text), item.text), item.size)
+                    add((*row, item.license, None, None, None, digest(item.text), item.text), item.size)
+
+
+def _repositories(task: ScanTask) -> Iterator[Iterator[Document | Dropped]]:
+    """The files of each repository, in name order; each must be used before the next is asked for."""
+    selection = task.config.selection
+    from_sources = ((source.name, source.read(selection)) for source in task.sources)
+    from_rows = read_rows(task.rows, task.row_repositories, selection) if task.row_repositories else iter(())
+    for _, items in heapq.merge(from_sources, from_rows, key=lambda named: named[0]):
+        yield items

@@ -25,11 +25,14 @@ __all__ = [
 ]  # fmt: skip
 
 _FILE = [("repo", pa.string()), ("path", pa.string()), ("language", pa.string())]
+_LICENSE = ("license", pa.string())
 _DROP = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 
-SCAN_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP, ("digest", pa.binary(16)), ("text", pa.string())])
+SCAN_SCHEMA = pa.schema(
+    [*_FILE, ("size", pa.int64()), _LICENSE, *_DROP, ("digest", pa.binary(16)), ("text", pa.string())]
+)
 """What scanning leaves for the global steps; `text` and `digest` are null in rows of dropped files."""
-CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, ("content", pa.string())])
+CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, _LICENSE, ("content", pa.string())])
 """One row per file; the rows of a sample are contiguous, and their contents concatenate to its text."""
 DROPPED_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP])
 
@@ -38,10 +41,16 @@ _CACHED_ROW_GROUPS = 16
 
 
 @contextmanager
-def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[tuple[Any, ...], int], None]]:
+def parquet_writer(
+    path: Path,
+    schema: pa.Schema,
+    *,
+    row_group_bytes: int = _ROW_GROUP_BYTES,
+    cut: Callable[[tuple[Any, ...], tuple[Any, ...]], Any] | None = None,
+) -> Iterator[Callable[[tuple[Any, ...], int], None]]:
     """Yields `add(row, size)`; the file takes its name when the block ends without an error.
 
-    `size` is the row's weight in bytes, by which row groups are cut.
+    `size` is the row's weight in bytes, by which row groups are cut; `cut` is told the first and last row of each.
     """
     with (
         disk_errors(path),
@@ -54,6 +63,8 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[tuple[An
 
         def flush() -> None:
             nonlocal pending
+            if cut is not None and rows:
+                cut(rows[0], rows[-1])
             columns = zip(*rows, strict=True) if rows else [()] * len(schema)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=max(len(rows), 1))
@@ -64,7 +75,7 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[tuple[An
             nonlocal pending
             rows.append(row)
             pending += size + 64  # the row's share of names and numbers
-            if pending >= _ROW_GROUP_BYTES:
+            if pending >= row_group_bytes:
                 flush()
 
         yield add

@@ -8,6 +8,7 @@ from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.documents import Stage
 from megacoder.corpus.generated import GeneratedFiles
+from megacoder.corpus.licenses import LicenseFilter
 from megacoder.corpus.rules import PaperRules
 from megacoder.corpus.steps import Step
 
@@ -16,7 +17,10 @@ __all__ = ["scan_stages", "stage_names", "steps"]
 
 def scan_stages(config: CorpusConfig) -> list[Stage]:
     """What each document goes through as it is read."""
-    stages: list[Stage] = [PaperRules(thresholds=config.rules)]
+    stages: list[Stage] = []
+    if config.allow_licenses:
+        stages.append(LicenseFilter(allow=config.allow_licenses))
+    stages.append(PaperRules(thresholds=config.rules))
     if config.drop_generated:
         stages.append(GeneratedFiles())
     return stages

@@ -79,11 +79,12 @@ class _Repository:
     """every path with a known language"""
     documents: list[tuple[int, str, int]]
     """(row, path, bytes on disk), in path order"""
+    license: str | None
     dropped: list[Dropped]
 
 
 def _repositories(task: WriteTask) -> list[_Repository]:
-    columns = ["repo", "path", "language", "size", "stage", "reason", "detail"]
+    columns = ["repo", "license", "path", "language", "size", "stage", "reason", "detail"]
     table = pq.read_table(task.scanned, columns=columns)
     late = {
         row: (drop.stage, drop.reason, detail or None)
@@ -91,11 +92,13 @@ def _repositories(task: WriteTask) -> list[_Repository]:
         for row, detail in zip(drop.rows.tolist(), drop.details or repeat(None), strict=False)
     }
     found = []
-    for name, rows in groupby(
+    for name, grouped in groupby(
         enumerate(zip(*(table[column].to_pylist() for column in columns), strict=True)), key=lambda row: row[1][0]
     ):
-        repo = _Repository(name=name, languages={}, documents=[], dropped=[])
-        for row, (_, path, language, size, *drop) in rows:
+        rows = list(grouped)
+        license_ = next((row[1] for _, row in rows if row[1] is not None), None)
+        repo = _Repository(name=name, languages={}, documents=[], license=license_, dropped=[])
+        for row, (_, _, path, language, size, *drop) in rows:
             if language is not None:
                 repo.languages[path] = language
             stage, reason, detail = late.get(row, drop)
@@ -130,11 +133,16 @@ def _write_repository(
                 language = repo.languages[path]
                 content = render(path, texts[row], language, task.config.samples.comments)
                 num_bytes = len(content.encode())
-                add(part, (f"{repo.name}/{num_samples:05d}", repo.name, path, language, content), num_bytes)
+                add(
+                    part,
+                    (f"{repo.name}/{num_samples:05d}", repo.name, path, language, repo.license, content),
+                    num_bytes,
+                )
                 accounts.keep(repo.name, language, size, heldout=held)
                 accounts.written += num_bytes
             num_samples += 1
     accounts.repository(repo.name).samples = num_samples
+    accounts.repository(repo.name).license = repo.license
 
 
 def _plan(

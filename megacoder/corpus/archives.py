@@ -1,0 +1,257 @@
+"""Archives as repositories: zip, and tar under any compression. Nothing is unpacked to the file system.
+
+One pass over the members copies the bytes of those worth reading to an anonymous temporary file; they are then read
+back in path order. A name can therefore lead nowhere: one that is absolute or climbs (`..`) is recorded and left.
+Links are recorded, never followed. What an archive may expand to is bounded (`_EXPANSION` times its own size): beyond
+that the rest is not read, which is what a bomb comes to.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import stat
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.licenses import is_license_file, license_of
+from megacoder.corpus.reading import NOT_WALKED, Selection, decode, make_document, make_drop, name_reason, within_cap
+from megacoder.corpus.sources import Inventory
+
+__all__ = ["Archive", "archive_stem"]
+
+_TAR: dict[str, Callable[..., Any]] = {
+    "": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".lzma": lzma.open, ".zst": zstandard.open,
+}  # fmt: skip
+_TAR_SHORT = {".tgz": ".gz", ".tbz2": ".bz2", ".tbz": ".bz2", ".txz": ".xz", ".tzst": ".zst"}
+_EXPANSION = 100  # times; source code seldom compresses beyond 20
+_EXPANSION_FLOOR = 256 << 20  # bytes that any archive may expand to
+_MAX_MEMBERS = 1_000_000
+_LICENSE_BYTES = 1 << 16
+_DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError,
+    NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError,
+)  # fmt: skip
+"""What the libraries raise for bytes that are not what they should be."""
+
+
+def archive_stem(name: str) -> str | None:
+    """The name without what says that it is an archive, or None: `a.tar.gz` -> `a`."""
+    lower = name.lower()
+    for suffix in [".zip", *(f".tar{compression}" for compression in _TAR), *_TAR_SHORT]:
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """A repository in an archive; a folder that holds all of it is no part of the paths."""
+
+    name: str
+    file: Path
+
+    def identity(self) -> list[Any]:
+        """The fields as plain values."""
+        return [self.name, str(self.file)]
+
+    def inventory(self, selection: Selection) -> Inventory:
+        """By the archive's own size and time; how much it holds is guessed."""
+        status = os.stat(self.file)
+        state = hashlib.sha256(f"{status.st_size}\0{status.st_mtime_ns}".encode())
+        return Inventory(size=4 * status.st_size, fingerprint=state.hexdigest())
+
+    def read(self, selection: Selection) -> Iterator[Document | Dropped]:
+        """Every member, as a document or with the reason why it is none; documents in path order."""
+        with tempfile.SpooledTemporaryFile(max_size=32 << 20) as spool:
+            listing = _Listing(selection, spool)
+            try:
+                for member in self._members():
+                    listing.add(member)
+            except _TooMuch as error:
+                listing.broken = f"archive {error}: the rest is not read"
+            except _DAMAGED as error:
+                listing.broken = f"archive damaged: {type(error).__name__}"
+            yield from listing.items(self.name, self.file.name)
+
+    def _members(self) -> Iterator["_Member"]:
+        allowed = max(_EXPANSION_FLOOR, _EXPANSION * self.file.stat().st_size)
+        if self.file.name.lower().endswith(".zip"):
+            yield from _zip_members(self.file, allowed)
+            return
+        suffix = self.file.suffix.lower()
+        with (
+            _TAR[_TAR_SHORT.get(suffix, "" if suffix == ".tar" else suffix)](self.file, "rb") as raw,
+            _Bounded(raw, allowed) as bounded,
+            tarfile.open(fileobj=bounded, mode="r|", errors="surrogateescape") as tar,
+        ):
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # a stream of members, not a list of a million
+                if not info.isdir():
+                    yield _tar_member(tar, info)
+            if not bounded.in_blocks:
+                raise EOFError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Member:
+    path: str
+    size: int
+    reason: str | None
+    file: Any
+    """opens it: a callable that returns a stream"""
+
+
+class _Listing:
+    """What one pass over an archive's members found."""
+
+    def __init__(self, selection: Selection, spool: IO[bytes]) -> None:
+        self.broken: str | None = None
+        self._selection, self._spool = selection, spool
+        self._dropped: list[tuple[str, int, str]] = []
+        self._places: dict[str, tuple[int, int]] = {}  # path -> (offset, size) in the spool
+        self._licenses: dict[str, str] = {}
+        self._seen: set[str] = set()
+
+    def add(self, member: _Member) -> None:
+        """Takes a member's bytes if its name allows it."""
+        if len(self._seen) >= _MAX_MEMBERS:
+            raise _TooMuch(f"holds over {_MAX_MEMBERS} files")
+        path = member.path
+        if not NOT_WALKED.isdisjoint(path.split("/")[:-1]):
+            return
+        reason = member.reason or _path_reason(path)
+        if reason is None and path in self._seen:
+            reason = "path taken by an earlier file"
+        self._seen.add(path)
+        licensed = reason is None and path.count("/") <= 1 and is_license_file(path.rpartition("/")[2])
+        reason = reason or name_reason(path, member.size, self._selection)
+        if reason is not None:
+            self._dropped.append((path, member.size, reason))
+            if not licensed:
+                return
+        limit = self._selection.max_file_bytes + 1 if reason is None else _LICENSE_BYTES
+        try:
+            with member.file() as stream:
+                data = stream.read(limit)
+        except (_TooMuch, _Unaffordable) as error:
+            if reason is None:
+                self._dropped.append((path, member.size, "archive expands too far"))
+            if isinstance(error, _TooMuch):
+                raise
+            return
+        except _DAMAGED as error:
+            if reason is None:
+                self._dropped.append((path, member.size, f"unreadable: {type(error).__name__}"))
+            return
+        if licensed:
+            self._licenses[path] = decode(data[:_LICENSE_BYTES], "latin-1")[0] or ""
+        if reason is None:
+            self._places[path] = (self._spool.tell(), len(data))
+            self._spool.write(data)
+
+    def items(self, repo: str, archive: str) -> Iterator[Document | Dropped]:
+        """The members; a break in the archive itself is one more record, under the archive's name."""
+        if self.broken is not None:
+            yield make_drop(repo, archive, 0, self.broken)
+        top = self._common_folder()
+        for path, size, reason in self._dropped:
+            yield make_drop(repo, path[len(top) :] or path, size, reason)
+        roots = [(path[len(top) :], text) for path, text in self._licenses.items()]
+        license_ = license_of((path, text) for path, text in roots if "/" not in path)
+        paths = sorted(self._places)
+        sizes = [(path, self._places[path][1]) for path in paths]
+        within = within_cap(sizes, self._selection.max_repo_bytes, f"{self._selection.seed}:{repo}")
+        for path, size in sizes:
+            if path not in within:
+                yield make_drop(repo, path[len(top) :], size, "over the limit for one repository")
+                continue
+            self._spool.seek(self._places[path][0])
+            data = self._spool.read(size)
+            yield make_document(repo, path[len(top) :], data, self._selection, license=license_)
+
+    def _common_folder(self) -> str:
+        tops = {path.partition("/")[0] if "/" in path else "" for path in self._seen}
+        return f"{tops.pop()}/" if len(tops) == 1 and "" not in tops else ""
+
+
+class _TooMuch(Exception):
+    """The archive goes beyond what it may hold."""
+
+
+class _Unaffordable(Exception):
+    """One member of an archive would take it beyond what it may expand to; others need not."""
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that ends with an error after `allowed` bytes."""
+
+    def __init__(self, raw: Any, allowed: int) -> None:
+        self._raw, self._left, self._allowed = raw, allowed, allowed
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether what was read so far is whole blocks of a tar, which it is if nothing was cut off."""
+        return (self._allowed - self._left) % tarfile.BLOCKSIZE == 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._raw.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise _TooMuch(f"expands beyond {self._allowed} bytes")
+        return data
+
+
+def _path_reason(path: str) -> str | None:
+    if path.startswith("/") or ".." in path.split("/") or path[1:3] in (":/", ":\\"):
+        return "path leads out of the archive"
+    return None
+
+
+def _clean(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", ".")) if not name.startswith("/") else name
+
+
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
+    reason = None
+    if info.issym():
+        reason = "symbolic link"
+    elif not info.isreg():
+        reason = "hard link" if info.islnk() else "not a regular file"
+    size = info.size if info.isreg() else 0
+    return _Member(path=_clean(info.name), size=size, reason=reason, file=lambda: tar.extractfile(info))
+
+
+def _zip_members(file: Path, allowed: int) -> Iterator[_Member]:
+    left = allowed
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            reason = None
+            if stat.S_ISLNK(info.external_attr >> 16):
+                reason = "symbolic link"
+            elif info.flag_bits & 1:
+                reason = "encrypted"
+
+            def opened(info: zipfile.ZipInfo = info) -> IO[bytes]:
+                nonlocal left
+                left -= info.file_size  # never more is read, whatever the data would expand to
+                if left < 0:
+                    raise _Unaffordable
+                return archive.open(info)
+
+            size = info.file_size if reason is None else 0
+            yield _Member(path=_clean(info.filename), size=size, reason=reason, file=opened)

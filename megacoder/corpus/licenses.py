@@ -1,0 +1,130 @@
+"""The licence of a repository, from the files at its root, as SPDX names.
+
+Recognised by phrases that no other licence has, white space and case aside: a guide for filtering, no legal opinion.
+`LICENSE-A` beside `LICENSE-B` is a choice (`A OR B`); other licences found together all hold (`A AND B`). A licence
+file that none of the phrases is found in counts as `unknown`, no licence file at all as `none`.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from megacoder.corpus.documents import Document, Dropped
+
+__all__ = ["LicenseFilter", "is_license_file", "license_of", "license_of_text"]
+
+_FILE = re.compile(
+    r"(?:(?:un)?licen[cs]es?|copying|copyright|mit-licen[cs]e|gpl|lgpl)(?P<variant>[-_][a-z0-9+-]+(?:\.\d+)*|\.(?:lesser|lib|l?gpl\w*|apache\w*|mit|bsd))?",
+    re.IGNORECASE,
+)
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", "")
+_GNU_VERSION = re.compile(r"version (\d)(?:\.(\d))?")
+
+# each is looked for in the text with white space collapsed, in lower case; the first that is found decides
+_PHRASES: tuple[tuple[str, str], ...] = (
+    ("apache license,? version 2\\.0|apache license version 2\\.0, january 2004", "Apache-2.0"),
+    ("mozilla public license,? (?:version|v\\.) ?2\\.0", "MPL-2.0"),
+    ("mozilla public license version 1\\.1", "MPL-1.1"),
+    ("eclipse public license -? ?v ?2\\.0", "EPL-2.0"),
+    ("eclipse public license -? ?v ?1\\.0", "EPL-1.0"),
+    ("common development and distribution license", "CDDL-1.0"),
+    ("boost software license - version 1\\.0", "BSL-1.0"),
+    ("creative commons legal code cc0|cc0 1\\.0 universal", "CC0-1.0"),
+    ("attribution-sharealike 4\\.0 international", "CC-BY-SA-4.0"),
+    ("attribution 4\\.0 international", "CC-BY-4.0"),
+    ("this is free and unencumbered software released into the public domain", "Unlicense"),
+    ("do what the fuck you want to public license", "WTFPL"),
+    ("the artistic license 2\\.0", "Artistic-2.0"),
+    ("python software foundation license version 2", "PSF-2.0"),
+    ("european union public licence", "EUPL-1.2"),
+    ("permission to use, copy, modify, and/or distribute this software for any purpose with or without fee", "ISC"),
+    ("permission to use, copy, modify, and distribute this software for any purpose with or without fee", "ISC"),
+    (
+        "this software is provided 'as-is', without any express or implied warranty\\. in no event will the authors",
+        "Zlib",
+    ),
+    ("permission is hereby granted, free of charge, to any person obtaining a copy", "MIT"),
+    ("redistributions in binary form must reproduce .*neither the name", "BSD-3-Clause"),
+    ("redistributions in binary form must reproduce .*names? of .*may (?:not )?be used to endorse", "BSD-3-Clause"),
+    ("redistributions in binary form must reproduce", "BSD-2-Clause"),
+)
+_COMPILED = tuple((re.compile(phrase), name) for phrase, name in _PHRASES)
+_GNU = (("affero general public license", "AGPL"), ("lesser general public license", "LGPL"),
+        ("library general public license", "LGPL"), ("general public license", "GPL"))  # fmt: skip
+_SPDX = re.compile(r"spdx-license-identifier:\s*([\w.+-]+(?:\s+(?:or|and|with)\s+[\w.+-]+)*)", re.IGNORECASE)
+_LOOKED_AT = 20_000
+_TITLE = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class LicenseFilter:
+    """The stage: keeps files whose repository's licence allows it. Names are compared without regard to case."""
+
+    allow: tuple[str, ...]
+    """SPDX names; `none` and `unknown` stand for repositories without one and with one that is not recognised"""
+    name: str = "license"
+
+    def __call__(self, document: Document) -> Document | Dropped:
+        allowed = {name.lower() for name in self.allow}
+        if is_allowed(document.license or "none", allowed):
+            return document
+        return document.dropped(self.name, "licence not allowed", document.license or "none")
+
+
+def is_allowed(expression: str, allowed: Collection[str]) -> bool:
+    """Whether `A OR B`, `A AND B`, or a combination holds where the names in `allowed`, lower case, do."""
+    return any(
+        all(part.split(" with ")[0].strip(" ()") in allowed for part in choice.split(" and "))
+        for choice in expression.lower().split(" or ")
+    )
+
+
+def is_license_file(name: str) -> bool:
+    """Whether a file of this name, at the root of a repository, holds a licence."""
+    stem, suffix = _split(name)
+    return suffix in _TEXT_SUFFIXES and _FILE.fullmatch(stem) is not None
+
+
+def license_of(files: Iterable[tuple[str, str]]) -> str:
+    """The licence that a repository's licence files, (name, text), state together."""
+    choices: set[str] = set()
+    others: set[str] = set()
+    for name, text in files:
+        match = _FILE.fullmatch(_split(name)[0])
+        license_ = license_of_text(text)
+        (choices if match and match["variant"] else others).add(license_)
+    if {license_.partition("-")[0] for license_ in others | choices} == {"GPL", "LGPL"}:
+        return next(
+            license_ for license_ in sorted(others | choices) if license_.startswith("LGPL")
+        )  # it builds on the GPL
+    known = others - {"unknown"} or others
+    together = " AND ".join(sorted(known))
+    choice = " OR ".join(sorted(choices - set(known)))
+    return " OR ".join(part for part in (together, choice) if part) or "none"
+
+
+def license_of_text(text: str) -> str:
+    """The SPDX name of a licence text, or `unknown`."""
+    plain = " ".join(text[:_LOOKED_AT].lower().replace('"', "'").split())
+    if found := _SPDX.search(text[:_LOOKED_AT]):
+        return found[1]
+    title = _gnu(plain, within=_TITLE)  # the text of a GNU licence names the others, and may quote shorter ones
+    other = next((name for pattern, name in _COMPILED if pattern.search(plain)), None)
+    return title or other or _gnu(plain, within=len(plain)) or "unknown"
+
+
+def _gnu(plain: str, within: int) -> str | None:
+    """The GNU licence that is named first within so many characters."""
+    found = [(plain.find(phrase, 0, within), name) for phrase, name in _GNU]
+    position, name = min(((at, name) for at, name in found if at >= 0), default=(-1, ""))
+    if position < 0:
+        return None
+    version = _GNU_VERSION.search(plain, position)
+    return f"{name}-{version[1]}.{version[2] or 0}" if version else name
+
+
+def _split(name: str) -> tuple[str, str]:
+    for suffix in _TEXT_SUFFIXES[:-1]:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)], suffix
+    return name, ""

@@ -1,0 +1,271 @@
+"""Tables of files as repositories: Parquet and JSONL whose rows hold a text, its repository and its path.
+
+Rows of a repository may be anywhere (The Stack keeps a folder for each language), so they are gathered first, by an
+external sort: each table becomes runs of rows sorted by repository and path, of bounded size, and a shard reads from
+every run the row groups that hold its repositories. A row that is malformed is recorded under its table's name.
+"""
+
+import heapq
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError, CorpusError
+from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.reading import Selection, make_document, make_drop, name_reason
+from megacoder.corpus.shards import finished, parquet_writer, redoing
+
+__all__ = ["GatherTask", "Gathered", "Run", "TableColumns", "gather_table", "is_table", "read_rows", "row_groups"]
+
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz")
+_RUN_SCHEMA = pa.schema(
+    [("repo", pa.string()), ("path", pa.string()), ("license", pa.string()), ("size", pa.int64()),
+     ("reason", pa.string()), ("text", pa.string())]
+)  # fmt: skip
+_RUN_BYTES = 96 << 20  # of texts sorted in memory at once
+_GROUP_BYTES = 1 << 20  # what a shard reads too much of each run, at most, before and after its own rows
+
+_KNOWN = {
+    "text": ("content", "text", "code"),
+    "repo": ("max_stars_repo_name", "repo_name", "repo", "repository_name", "repository"),
+    "path": ("max_stars_repo_path", "path", "file_path", "filepath", "file_name"),
+    "license": ("max_stars_repo_licenses", "license", "licenses", "detected_licenses"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableColumns:
+    """Columns of tables given as input; without a name, the first of the usual ones that a table has."""
+
+    text: str | None = None
+    """usual: content, text, code"""
+    repo: str | None = None
+    """usual: max_stars_repo_name (The Stack), repo_name, repo"""
+    path: str | None = None
+    """usual: max_stars_repo_path (The Stack), path, file_path"""
+    license: str | None = None
+    """usual: max_stars_repo_licenses (The Stack), license; may be missing"""
+
+    def chosen(self, present: Iterable[str], where: str) -> dict[str, str]:
+        """Which of the columns `present` is which; ConfigError for one that is not there."""
+        present = list(present)
+        found = {}
+        for role, usual in _KNOWN.items():
+            given = getattr(self, role)
+            name = given or next((name for name in usual if name in present), None)
+            if name in present:
+                found[role] = name
+            elif given is not None:
+                match = nearest(given, present)
+                hint = f"did you mean {match!r}?" if match else f"there are {', '.join(map(repr, present))}"
+                raise ConfigError(f"{where}: no column {given!r}; {hint}")
+            elif role != "license":
+                raise ConfigError(
+                    f"{where}: none of the columns {', '.join(map(repr, present))} is known to hold the {role}; "
+                    f"name it with --columns.{role}"
+                )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Rows of one table, sorted by repository and path."""
+
+    file: Path
+    groups: tuple[tuple[str, str], ...]
+    """first and last repository of each row group"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """A table after its sort."""
+
+    sizes: dict[str, int]
+    """repository -> bytes of its texts that would be read"""
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherTask:
+    """One table to sort."""
+
+    key: str
+    table: Path
+    size: int
+    target: Path
+    """what the runs' names begin with"""
+    columns: TableColumns
+    selection: Selection
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of this name is read as a table."""
+    return name.lower().endswith(_SUFFIXES)
+
+
+def gather_table(task: GatherTask) -> Gathered:
+    """Writes the runs of one table, unless done with the same key. CorpusError for a table that is none."""
+    done = finished(task.target, task.key)
+    if done is None:
+        with redoing(task.target, task.key) as done:
+            done["sizes"], done["runs"] = _sort(task)
+    runs = tuple(Run(file=Path(name), groups=tuple((a, b) for a, b in groups)) for name, groups in done["runs"])
+    return Gathered(sizes=done["sizes"], runs=runs)
+
+
+def _sort(task: GatherTask) -> tuple[dict[str, int], list[tuple[str, list[tuple[str, str]]]]]:
+    sizes: dict[str, int] = {}
+    runs: list[tuple[str, list[tuple[str, str]]]] = []
+    rows: list[tuple[Any, ...]] = []
+    pending = 0
+    for row in _rows(task):
+        repo, path, _, size, reason, _ = row
+        sizes[repo] = sizes.get(repo, 0) + (0 if reason else size)
+        if reason is None and (reason := name_reason(path, size, task.selection)):
+            row = (*row[:4], reason, None)
+        rows.append(row)
+        pending += len(row[5] or "") + 200
+        if pending >= _RUN_BYTES:
+            runs.append(_write_run(rows, task.target.with_name(f"{task.target.name}-{len(runs):04d}.parquet")))
+            rows, pending = [], 0
+    if rows:
+        runs.append(_write_run(rows, task.target.with_name(f"{task.target.name}-{len(runs):04d}.parquet")))
+    return sizes, runs
+
+
+def _write_run(rows: list[tuple[Any, ...]], file: Path) -> tuple[str, list[tuple[str, str]]]:
+    rows.sort(key=lambda row: row[:2])
+    groups: list[tuple[str, str]] = []
+    with parquet_writer(
+        file, _RUN_SCHEMA, row_group_bytes=_GROUP_BYTES, cut=lambda a, b: groups.append((a[0], b[0]))
+    ) as add:
+        for row in rows:
+            add(row, row[3] if row[5] is not None else 0)
+    return str(file), groups
+
+
+def row_groups(run: Run, first: str, last: str) -> tuple[int, ...]:
+    """The row groups of `run` that may hold repositories from `first` to `last`."""
+    return tuple(index for index, (low, high) in enumerate(run.groups) if low <= last and high >= first)
+
+
+def read_rows(
+    pieces: Sequence[tuple[Path, Sequence[int]]], repos: Sequence[str], selection: Selection
+) -> Iterator[tuple[str, Iterator[Document | Dropped]]]:
+    """For each of `repos`, in name order, its files from the row groups `pieces` of some runs, in path order."""
+    merged = heapq.merge(*(_piece_rows(file, groups, repos[0], repos[-1]) for file, groups in pieces if groups))
+    for repo, rows in groupby(merged, key=lambda row: row[0]):
+        yield repo, _read_repository(repo, rows, selection)
+
+
+def _piece_rows(file: Path, groups: Sequence[int], first: str, last: str) -> Iterator[tuple[Any, ...]]:
+    """Rows as (repo, path, file, position, ...): equal paths stay in the order of the inputs."""
+    with pq.ParquetFile(file) as parquet:
+        for group in groups:
+            columns = [column.to_pylist() for column in parquet.read_row_group(group).columns]
+            for position, (repo, path, *rest) in enumerate(zip(*columns, strict=True)):
+                if first <= repo <= last:
+                    yield repo, path, str(file), (group, position), *rest
+
+
+def _read_repository(repo: str, rows: Iterable[tuple[Any, ...]], selection: Selection) -> Iterator[Document | Dropped]:
+    before = None
+    for _, path, _, _, license_, size, reason, text in rows:
+        if reason is None and path == before:
+            reason = "path taken by an earlier file"
+        if reason is not None:
+            yield make_drop(repo, path, size, reason)
+            continue
+        before = path
+        yield make_document(repo, path, text, selection, license=license_)
+
+
+def _rows(task: GatherTask) -> Iterator[tuple[Any, ...]]:
+    """The table's rows in `_RUN_SCHEMA`."""
+    table = task.table
+    try:
+        values = (
+            _parquet_rows(table, task.columns)
+            if table.name.lower().endswith(".parquet")
+            else _json_rows(table, task.columns)
+        )
+        for number, (size, row) in enumerate(values):
+            yield _row(f"row {number}", table.name, size, row)
+    except OSError as error:  # pyarrow's errors about damaged files are OSErrors or ValueErrors
+        raise CorpusError(f"{table}: not readable: {error}; repair it or leave it out") from None
+    except pa.ArrowInvalid as error:
+        raise CorpusError(f"{table}: not readable as {table.suffix[1:]}: {error}; repair it or leave it out") from None
+
+
+def _row(place: str, table: str, size: int, row: dict[str, Any] | str) -> tuple[Any, ...]:
+    if isinstance(row, str):
+        return (table, place, None, size, row, None)
+    text, repo, path = (row.get(role) for role in ("text", "repo", "path"))
+    for role, value in (("text", text), ("repo", repo), ("path", path)):
+        if not isinstance(value, str) or (role != "text" and not value):
+            return (table, place, None, size, f"row without {role}", None)
+    try:
+        size = len(text.encode())  # type: ignore[union-attr]
+        f"{repo}{path}".encode()
+    except UnicodeEncodeError:
+        return (table, place, None, size, "half a surrogate pair, which is no Unicode", None)
+    return (repo, path.strip("/"), _license(row.get("license")), size, None, text)  # type: ignore[union-attr]
+
+
+def _license(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, (list, tuple)):  # The Stack: every licence that was found in the repository
+        return " AND ".join(sorted({str(name) for name in value if name})) or "none"
+    return None
+
+
+def _parquet_rows(table: Path, columns: TableColumns) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    with pq.ParquetFile(table) as file:
+        chosen = columns.chosen(file.schema_arrow.names, str(table))
+        for batch in file.iter_batches(256, columns=list(dict.fromkeys(chosen.values()))):
+            values = {role: _plain(batch.column(name)) for role, name in chosen.items()}
+            for index in range(len(batch)):
+                yield 0, {role: column[index] for role, column in values.items()}
+
+
+def _plain(column: pa.Array) -> list[Any]:
+    """The values; text that is no UTF-8 becomes None."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        plain = []
+        for value in column:
+            try:
+                plain.append(value.as_py())
+            except UnicodeDecodeError:
+                plain.append(None)
+        return plain
+
+
+def _json_rows(table: Path, columns: TableColumns) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    chosen = None
+    codec = {".zst": "zstd", ".gz": "gzip"}.get(table.suffix.lower())
+    with table.open("rb") as raw:
+        lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec)) if codec else raw
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                yield len(line), "row malformed"
+                continue
+            if chosen is None:
+                chosen = columns.chosen(row, str(table))
+            yield len(line), {role: row.get(name) for role, name in chosen.items()}

@@ -1,0 +1,120 @@
+"""The last thing a new process does before it becomes the program: limits set, privileges gone, files closed."""
+
+import errno
+import os
+import resource
+import signal
+import sys
+from types import ModuleType
+from typing import Any, NoReturn
+
+from megacoder.evaluate.sandbox import kernel
+
+__all__ = ["ENVIRONMENT", "HOME", "WORK", "Identity", "become_program"]
+
+WORK, HOME = "/tmp/work", "/tmp/home"
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+}  # fmt: skip
+"""What every program finds; one thread a process, so that CPU time means the same with any number of cores."""
+_MIB = 1 << 20
+
+Identity = tuple[int, int]
+"""User and group id that programs run as."""
+
+
+def become_program(step: dict[str, Any], environment: dict[str, str], mark: int, secret: bytes, *, confined: bool,
+                   identity: Identity | None, work: str) -> NoReturn:  # fmt: skip
+    """Turns this freshly forked process into the program; never returns, 126 is the exit code where it cannot."""
+    try:
+        _close_all_but(mark)
+        _set_limits(step["limits"])
+        if confined:
+            _drop_privileges(identity)
+        os.chdir(work)
+        os.environ.clear()
+        os.environ.update(environment)
+        argv = step["argv"]
+        if argv[0] == "<python>":
+            _run_python(argv[1:], mark, secret, work)
+        os.close(mark)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(argv[0], argv, environment)
+    except OSError as error:
+        os.write(2, f"{step['argv'][0]}: {error}\n".encode())
+    finally:
+        os._exit(126)
+
+
+def _close_all_but(mark: int) -> None:
+    os.closerange(3, mark)
+    os.closerange(mark + 1, 1024)
+
+
+def _set_limits(limits: dict[str, Any]) -> None:
+    """Those that the kernel holds a process to; the overseer's own come first, so that it can say which it was."""
+    disk, memory = limits["disk_mb"] * _MIB, limits["memory_mb"] * _MIB
+    seconds = int(limits["seconds"]) + 2
+    chosen = {"CORE": 0, "CPU": seconds, "FSIZE": disk, "NOFILE": 512, "NPROC": 2 * limits["processes"]}
+    if sys.platform == "linux":
+        chosen |= {"MSGQUEUE": 0, "MEMLOCK": _MIB, "SIGPENDING": 1024, "NICE": 0, "RTPRIO": 0}
+    if limits["address_space"]:
+        chosen["AS"] = memory + 1024 * _MIB
+    for name, value in chosen.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        _, hard = resource.getrlimit(number)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (value, value + 1 if name == "CPU" and hard == resource.RLIM_INFINITY else value))
+
+
+def _drop_privileges(identity: Identity | None) -> None:
+    kernel.become(*(identity or (os.getuid(), os.getgid())))
+    kernel.deny_system_calls()
+    kernel.set_dumpable(True)  # it may look at itself in /proc
+
+
+def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoReturn:
+    """Runs a file as `__main__`; once it has run to its end, and not before, `secret` goes out through `mark`.
+
+    A program that ends the process itself has not proven that the tests after its code were reached. (One that is
+    written to deceive may search the interpreter's frames for `secret`: what shares a process with its judge can.)
+    """
+    code = 0
+    try:
+        sys.argv = argv
+        sys.path[:0] = [work]
+        with open(argv[0], encoding="utf-8") as file:
+            source = file.read()
+        module = ModuleType("__main__")
+        module.__dict__.update(__file__=argv[0], __builtins__=__builtins__)
+        sys.modules["__main__"] = module
+        exec(compile(source, argv[0], "exec"), module.__dict__)
+        sys.stdout.flush()
+        os.write(mark, secret)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException as error:
+        os.write(mark, _limit_met(error))
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code & 0xFF)
+
+
+def _limit_met(error: BaseException) -> bytes:
+    """The limit that an exception tells of, as the overseer names it; empty for any other."""
+    if isinstance(error, MemoryError):
+        return b"memory"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG):
+        return b"disk"
+    no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if no_thread or (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN):
+        return b"processes"
+    return b""

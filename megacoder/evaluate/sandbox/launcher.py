@@ -1,0 +1,162 @@
+"""Workers: processes behind namespaces with Python's modules imported, that run one program after another.
+
+Started as `python -I` with JSON on stdin: the sockets to serve, one a worker, what to import first, how to shut itself
+in. Messages are JSON after their length in four bytes. A worker whose socket ends, ends, and with it, as it is the
+first process of its namespace, all that it started.
+"""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from megacoder.evaluate.sandbox import confine, kernel, overseer, view
+
+__all__ = ["main", "receive", "send"]
+
+_INSIDE = 1000
+"""User and group that programs run as, as they see it."""
+_NOBODY = 65534
+"""Who that is outside, where root starts the sandbox: its files stay closed to programs."""
+
+
+def send(channel: socket.socket, message: Any) -> None:
+    """One message."""
+    text = json.dumps(message).encode()
+    channel.sendall(struct.pack("<I", len(text)) + text)
+
+
+def receive(channel: socket.socket) -> Any:
+    """The next message, None at the end."""
+    header = channel.recv(4, socket.MSG_WAITALL)
+    if len(header) < 4:
+        return None
+    size = struct.unpack("<I", header)[0]
+    text = channel.recv(size, socket.MSG_WAITALL)
+    return json.loads(text) if len(text) == size else None
+
+
+def main(config: dict[str, Any]) -> NoReturn:
+    """Serves every socket of `config` in a process of its own, and waits for them."""
+    for name in config["preload"]:
+        with suppress(ImportError):
+            __import__(name)
+    children = []
+    for descriptor in config["sockets"]:
+        asking, asked = os.pipe()
+        telling, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for other in (asking, told, *(other for other in config["sockets"] if other != descriptor)):
+                os.close(other)
+            channel = socket.socket(fileno=descriptor)
+            try:
+                _Worker(channel, config).start(asked, telling)
+            except BaseException as error:
+                with suppress(OSError):
+                    send(channel, {"error": f"{type(error).__name__}: {error}"})
+            os._exit(1)
+        for mine in (asked, telling):
+            os.close(mine)
+        if os.read(asking, 1):  # it has its user namespace, whose users only we may name
+            os.write(told, b"y" if _name_users(child) else b"n")
+        for ours in (asking, told):
+            os.close(ours)
+        children.append(child)
+    for descriptor in config["sockets"]:
+        os.close(descriptor)
+    for child in children:
+        os.waitpid(child, 0)
+    os._exit(0)
+
+
+def _name_users(child: int) -> bool:
+    """As root: `child`'s root is root, to set things up, and its user 1000 is nobody."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        for kind in ("uid", "gid"):
+            with open(f"/proc/{child}/{kind}_map", "w") as file:
+                file.write(f"0 0 1\n{_INSIDE} {_NOBODY} 1\n")
+        return True
+    except OSError:
+        return False
+
+
+class _Worker:
+    """Serves one socket."""
+
+    def __init__(self, channel: socket.socket, config: dict[str, Any]) -> None:
+        self.channel, self.config = channel, config
+        self.mode: str = config["mode"]
+        self.identity: confine.Identity | None = None
+
+    def start(self, asked: int, telling: int) -> NoReturn:
+        """Shuts itself in, says that it is ready, and serves until the socket ends."""
+        if self.mode == "namespaces":
+            self._enter_namespaces(asked, telling)
+        for descriptor in (asked, telling):
+            os.close(descriptor)
+        if self.mode == "unsafe":
+            if sys.platform == "linux":
+                kernel.set_subreaper()
+        else:
+            kernel.set_dumpable(False)
+            with suppress(OSError):
+                kernel.new_session_keyring()
+        kernel.prepare()
+        gc.freeze()  # what is here now is never collected, nor its memory copied by a program that collects
+        send(self.channel, {"ready": True})
+        while (program := receive(self.channel)) is not None:
+            send(self.channel, self._serve(program))
+        os._exit(0)
+
+    def _enter_namespaces(self, asked: int, telling: int) -> None:
+        user, group = os.geteuid(), os.getegid()
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # the first to go where memory runs out
+        kernel.unshare(kernel.NEW_USER)
+        os.write(asked, b"?")
+        if os.read(telling, 1) == b"y":
+            self.identity = (_INSIDE, _INSIDE)
+        else:
+            for name, text in (
+                ("setgroups", "deny"), ("uid_map", f"{_INSIDE} {user} 1"), ("gid_map", f"{_INSIDE} {group} 1"),
+            ):  # fmt: skip
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        kernel.unshare(
+            kernel.NEW_MOUNTS | kernel.NEW_PIDS | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS | kernel.NEW_CGROUP
+        )
+        child = os.fork()
+        if child:
+            self.channel.close()
+            os.waitpid(child, 0)
+            os._exit(0)
+        kernel.set_death_signal(signal.SIGKILL)
+        socket.sethostname("sandbox")
+        view.build_root(self.config["paths"])
+
+    def _serve(self, program: dict[str, Any]) -> dict[str, Any]:
+        """Runs one program; {"error": why} where the sandbox itself failed."""
+        confined = self.mode != "unsafe"
+        work = confine.WORK if confined else tempfile.mkdtemp(prefix="megacoder-")
+        try:
+            if confined:
+                kernel.unshare(kernel.NEW_IPC)
+                overseer.mount_own_files(program["steps"][-1]["limits"], self.identity)
+            return overseer.oversee(program, self.channel, confined=confined, identity=self.identity, work=work)
+        except OSError as error:
+            return {"error": str(error)}
+        finally:
+            if confined:
+                overseer.unmount_own_files()
+            else:
+                shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,328 @@
+"""What a worker does with one program: starts each step, counts what it uses, says how it ended, ends the rest.
+
+A worker is the first process of its namespaces: orphans fall to it, and it ends them until there is none; the files
+that they made go with their mounts. A program cannot harm it: the first process gets no signal from inside that it
+does not handle, its memory is closed to others, and the program holds none of its files but the two that it writes to.
+
+What is counted, every 20 ms: CPU time (of the living and, through the kernel, of those that were waited for),
+resident memory (shared pages once, where a first sum goes over the limit) with the files in memory, processes and
+threads, files.
+Where the whole machine runs out of memory the program is ended too, whoever took it: "memory", tried again alone.
+"""
+
+import os
+import resource
+import secrets
+import select
+import signal
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from megacoder.evaluate.sandbox import confine, kernel
+
+__all__ = ["mount_own_files", "oversee", "unmount_own_files"]
+
+_TICK = 0.02
+_KEPT_BYTES = 16384
+_MIB = 1 << 20
+_PAGE = os.sysconf("SC_PAGESIZE")
+_CLOCK = os.sysconf("SC_CLK_TCK")
+_MOUNTED = ("/tmp", "/dev/shm")
+_SCARCE = 0.03
+"""Share of the machine's memory that must stay available."""
+
+
+def mount_own_files(limits: dict[str, Any], identity: confine.Identity | None) -> None:
+    """An empty /tmp and /dev/shm."""
+    user, group = identity or (os.getuid(), os.getgid())
+    size = limits["disk_mb"] * _MIB
+    common = kernel.MS_NOSUID | kernel.MS_NODEV
+    owner = f"mode=0700,uid={user},gid={group}"
+    kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes=16384")
+    kernel.mount("tmpfs", "/dev/shm", "tmpfs", common, f"{owner},size={size // 4},nr_inodes=1024")
+
+
+def unmount_own_files() -> None:
+    """Takes them away again, with all that is in them."""
+    for mounted in _MOUNTED:
+        kernel.unmount(mounted)
+
+
+def oversee(
+    program: dict[str, Any], channel: socket.socket, *, confined: bool, identity: confine.Identity | None, work: str
+) -> dict[str, Any]:
+    """Runs the steps until one does not pass; how the last one that ran ended, as `Outcome` has it.
+
+    Where `channel` ends, nobody waits for the answer any more: so does this process.
+    """
+    home = confine.HOME if confined else work
+    environment = confine.ENVIRONMENT | {"HOME": home, "TMPDIR": work} | program["environment"]
+    for folder in (work, home):
+        os.makedirs(folder, exist_ok=True)
+    for name, text in program["files"].items():
+        path = os.path.join(work, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(text)
+    if identity is not None:
+        for top in (work, home):
+            for folder, _, names in os.walk(top):
+                for path in (folder, *(os.path.join(folder, name) for name in names)):
+                    os.chown(path, *identity)
+    outcome: dict[str, Any] = {}
+    for index, step in enumerate(program["steps"]):
+        run = _Run(step, channel, confined=confined)
+        outcome = run.run(environment, identity, work) | {"step": index}
+        if outcome["verdict"] != "passed":
+            break
+    return outcome
+
+
+@dataclass
+class _Seen:
+    """What a step has used so far."""
+
+    cpu: float = 0.0
+    peak: float = 0.0
+    """bytes"""
+    output: int = 0
+    kept: dict[int, bytearray] = field(default_factory=dict)
+    """the beginning of what came through each pipe"""
+
+
+class _Run:
+    """One step."""
+
+    def __init__(self, step: dict[str, Any], channel: socket.socket, *, confined: bool) -> None:
+        self.step, self.limits, self.channel, self.confined = step, step["limits"], channel, confined
+        self.preloaded = step["argv"][0] == "<python>"
+        self.secret = secrets.token_bytes(16)
+        self.seen = _Seen()
+        self.ended: int | None = None
+        """wait status of the program's first process"""
+        self.pid = 0
+
+    def run(self, environment: dict[str, str], identity: confine.Identity | None, work: str) -> dict[str, Any]:
+        reading, writing = zip(*(os.pipe() for _ in range(3)), strict=True)  # stdout, stderr, mark
+        start, cpu_before = time.monotonic(), _children_cpu()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDONLY)
+            for target, source in enumerate((null, *writing[:2])):
+                os.dup2(source, target)
+            confine.become_program(
+                self.step, environment, writing[2], self.secret, confined=self.confined, identity=identity, work=work
+            )  # fmt: skip
+        for descriptor in writing:
+            os.close(descriptor)
+        self.seen.kept = {descriptor: bytearray() for descriptor in reading}
+        try:
+            broken = self._watch(reading, start, cpu_before)
+        finally:
+            self._end_all()
+        self._read(reading)
+        out, err, mark = (bytes(self.seen.kept[descriptor]) for descriptor in reading)
+        for descriptor in reading:
+            os.close(descriptor)
+        wall, cpu = time.monotonic() - start, max(self.seen.cpu, _children_cpu() - cpu_before)
+        status = self.ended
+        broken = broken or self._found_out(status, cpu, mark, err)
+        code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL
+        verdict = broken or ("crashed" if code < 0 else "failed" if code else "passed")
+        if verdict == "passed" and self.preloaded and mark != self.secret:
+            verdict = "ended early"
+        return {
+            "verdict": verdict, "exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None,
+            "stdout": out[:_KEPT_BYTES].decode("utf-8", "replace"),
+            "stderr": err[:_KEPT_BYTES].decode("utf-8", "replace"),
+            "cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": self.seen.peak / _MIB,
+        }  # fmt: skip
+
+    def _watch(self, reading: tuple[int, ...], start: float, cpu_before: float) -> str | None:
+        """Until the program ends (None) or breaks a limit (which)."""
+        poller = select.poll()
+        watched = set(reading)
+        for descriptor in reading:
+            os.set_blocking(descriptor, False)
+            poller.register(descriptor, select.POLLIN)
+        poller.register(self.channel, getattr(select, "POLLRDHUP", select.POLLHUP))
+        ending = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
+        if ending is not None:
+            poller.register(ending, select.POLLIN)
+        next_tick = start + _TICK
+        try:
+            while True:
+                timeout = max(0.0, next_tick - time.monotonic()) * 1000
+                for descriptor, _ in poller.poll(timeout):
+                    if descriptor == self.channel.fileno():
+                        self._end_all()
+                        os._exit(0)
+                    if descriptor in watched and self._read((descriptor,)):
+                        poller.unregister(descriptor)
+                        watched.remove(descriptor)
+                self._reap()
+                if self.seen.output > self.limits["output_kb"] * 1024:
+                    return "output"
+                if self.ended is not None:
+                    return self._too_much(cpu_before)
+                if time.monotonic() >= next_tick:
+                    broken = "time" if time.monotonic() - start > self.step["wall"] else self._too_much(cpu_before)
+                    if broken:
+                        return broken
+                    next_tick = time.monotonic() + _TICK
+        finally:
+            if ending is not None:
+                os.close(ending)
+
+    def _too_much(self, cpu_before: float) -> str | None:
+        """Which limit is passed at this moment."""
+        if not self.confined:
+            self.seen.cpu = _children_cpu() - cpu_before
+            return None
+        processes = [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        cpu, memory, threads = _children_cpu() - cpu_before, 0, 0
+        for process in processes:
+            used = _usage(process)
+            cpu, memory, threads = cpu + used[0], memory + used[1], threads + used[2]
+        files = sum(_used_bytes(mounted) for mounted in _MOUNTED)
+        limit = self.limits["memory_mb"] * _MIB
+        if memory + files > limit:
+            memory = sum(map(_proportional_bytes, processes))
+        self.seen.cpu, self.seen.peak = max(self.seen.cpu, cpu), max(self.seen.peak, memory + files)
+        if memory + files > limit or (memory > limit / 8 and _machine_is_full()):
+            return "memory"
+        if threads > self.limits["processes"]:
+            return "processes"
+        return "time" if cpu > self.limits["seconds"] else None
+
+    def _found_out(self, status: int | None, cpu: float, mark: bytes, err: bytes) -> str | None:
+        """What the kernel's own limits did to the program, where it did not end well."""
+        if status == 0:
+            return None
+        ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+        if ended_by == signal.SIGXCPU or cpu > self.limits["seconds"]:
+            return "time"
+        if ended_by == signal.SIGXFSZ or (self.confined and any(map(_is_full, _MOUNTED))):
+            return "disk"
+        if ended_by == signal.SIGABRT and b"std::bad_alloc" in err:
+            return "memory"
+        return next((word for word in ("memory", "disk", "processes") if mark.startswith(word.encode())), None)
+
+    def _read(self, descriptors: tuple[int, ...]) -> bool:
+        """Takes what is in the pipes; whether the last of them is at its end."""
+        for descriptor in descriptors:
+            while True:
+                try:
+                    piece = os.read(descriptor, 65536)
+                except BlockingIOError:
+                    return False
+                if not piece:
+                    break
+                self.seen.output += len(piece)
+                kept = self.seen.kept[descriptor]
+                kept += piece[: _KEPT_BYTES - len(kept)]
+                if self.seen.output > self.limits["output_kb"] * 1024:
+                    return False
+        return True
+
+    def _reap(self) -> None:
+        """Waits for what has ended, orphans too, which fall to the first process."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.ended = status
+
+    def _end_all(self) -> None:
+        """Kills every process of the program until there is none."""
+        while True:
+            if self.confined:
+                _kill(-1)
+            else:
+                _kill(-self.pid)
+                for child in _descendants(os.getpid()):
+                    _kill(child)
+            try:
+                pid, status = os.waitpid(-1, 0 if self.confined else os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == self.pid and self.ended is None:
+                self.ended = status
+            if pid == 0:
+                time.sleep(0.005)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)  # a negative one is a group, -1 all but us
+
+
+def _descendants(parent: int) -> list[int]:
+    """Children of `parent`, which as their subreaper inherits its grandchildren as well."""
+    try:
+        with open(f"/proc/{parent}/task/{parent}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _usage(process: int) -> tuple[float, int, int]:
+    """(CPU seconds with waited-for children, resident bytes that are no file's, threads); zeros if it is gone."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{process}/statm", "rb") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return 0.0, 0, 0
+    shared_memory = shared if b"Z" not in fields[0] and _maps_shared_memory(process) else 0
+    return sum(map(int, fields[11:15])) / _CLOCK, (resident - shared + shared_memory) * _PAGE, int(fields[17])
+
+
+def _maps_shared_memory(process: int) -> bool:
+    """Whether much of what is shared is anonymous: such memory is no file's, and nobody else counts it."""
+    try:
+        with open(f"/proc/{process}/status", "rb") as file:
+            lines = [line for line in file if line.startswith(b"RssShmem")]
+        return bool(lines) and int(lines[0].split()[1]) > 4096
+    except (OSError, ValueError):
+        return False
+
+
+def _proportional_bytes(process: int) -> int:
+    """Resident bytes, a page that n processes share counted as 1/n."""
+    try:
+        with open(f"/proc/{process}/smaps_rollup", "rb") as file:
+            lines = {line.split(b":")[0]: line.split() for line in file}
+        return sum(int(lines[name][1]) for name in (b"Pss_Anon", b"Pss_Shmem") if name in lines) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _used_bytes(mounted: str) -> int:
+    found = os.statvfs(mounted)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def _is_full(mounted: str) -> bool:
+    found = os.statvfs(mounted)
+    return found.f_bfree == 0 or found.f_ffree == 0
+
+
+def _machine_is_full() -> bool:
+    with open("/proc/meminfo", "rb") as file:
+        lines = {line.split(b":")[0]: int(line.split()[1]) for line in file}
+    return lines.get(b"MemAvailable", 1) < _SCARCE * lines[b"MemTotal"]

@@ -1,0 +1,112 @@
+"""What goes into the sandbox and what comes out: files, steps with limits, and how the last step that ran ended."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+__all__ = ["PRELOADED_PYTHON", "VERDICTS", "Limits", "Outcome", "Program", "Step", "Verdict", "as_message"]
+
+PRELOADED_PYTHON = "<python>"
+"""First word of a step that runs a Python file in a fork of the worker, with its modules imported: ten times faster."""
+
+Verdict = Literal[
+    "passed",  # ended by itself with exit code 0; a preloaded Python program ran to its end too
+    "failed",  # another exit code: an assertion, an exception
+    "ended early",  # a preloaded Python program that left with exit code 0 before its end, where the tests are
+    "crashed",  # a signal of its own making
+    "time",  # more CPU time or wall time than allowed
+    "memory",
+    "processes",
+    "disk",
+    "output",
+]
+"""How a step ended."""
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one step may use; beyond that it is ended, and the verdict says why."""
+
+    seconds: float = 10.0
+    """CPU time of all its processes together, which does not depend on what else runs; wall time is held to twice that
+    and a second"""
+    memory_mb: int = 2048
+    """resident memory of all its processes and files together"""
+    processes: int = 64
+    """processes and threads at a time"""
+    disk_mb: int = 64
+    """all files together, and each of them"""
+    output_kb: int = 1024
+    """stdout and stderr together"""
+    address_space: bool = True
+    """whether a process may reserve little more than `memory_mb` either; runtimes that reserve much need it off"""
+
+    @property
+    def wall_seconds(self) -> float:
+        """What bounds a program that sleeps."""
+        return 2 * self.seconds + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A command, run in the folder that holds the program's files."""
+
+    argv: tuple[str, ...]
+    """first word: a path, a name to be found in PATH, or PRELOADED_PYTHON followed by a file's name"""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Files and what to do with them; a step runs where those before it passed."""
+
+    files: Mapping[str, str]
+    """relative path -> text"""
+    steps: tuple[Step, ...]
+    """the last is the run, those before compile"""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """beside PATH, HOME and what every program gets"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the last step that ran ended."""
+
+    verdict: Verdict
+    step: int
+    """its index; one before the last is a program that does not compile"""
+    exit_code: int | None
+    """None where a signal ended it"""
+    signal: int | None
+    stdout: str
+    stderr: str
+    """the first 16 KiB of each"""
+    cpu_seconds: float
+    wall_seconds: float
+    peak_mb: float
+    """the most memory seen, processes and files"""
+    alone: bool = False
+    """whether this is the second try, with nothing else running"""
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
+    def describe(self) -> str:
+        """A line for a person: the verdict, and what the program said last."""
+        detail = f"signal {self.signal}" if self.verdict == "crashed" else ""
+        if self.verdict == "failed":
+            lines = self.stderr.strip().splitlines() or self.stdout.strip().splitlines()
+            detail = lines[-1][:200] if lines else f"exit code {self.exit_code}"
+        return f"{self.verdict}: {detail}" if detail else self.verdict
+
+
+def as_message(program: Program, *, alone: bool) -> dict[str, Any]:
+    """`program` as JSON carries it to a worker; `alone` doubles the wall time, which a busy machine takes from it."""
+    patience = 2 if alone else 1
+    steps = [
+        {"argv": step.argv, "limits": vars(step.limits), "wall": patience * step.limits.wall_seconds}
+        for step in program.steps
+    ]
+    return {"files": dict(program.files), "steps": steps, "environment": dict(program.environment)}

@@ -1,0 +1,373 @@
+"""The sandbox: attacks are contained and named, neighbours are not disturbed, nothing is left behind."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from sandbox_attacks import ATTACKS
+
+from megacoder.core.errors import ConfigError
+from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
+from megacoder.evaluate.sandbox.languages import LANGUAGES, find_toolchain, installed_languages
+from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step
+
+SECRET = "planted-8c1f"
+LIMITS = Limits(seconds=0.4, memory_mb=160, processes=24, disk_mb=8, output_kb=64)
+HONEST = "total = sum(range(1000))\nprint(total)\nassert total == 499500"
+
+
+def python(source: str, limits: Limits = LIMITS) -> Program:
+    step = Step(argv=(PRELOADED_PYTHON, "main.py"), limits=limits)
+    return Program(files={"main.py": source}, steps=(step,))
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    try:
+        with Sandbox(workers=2) as started:
+            yield started
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+class Bait:
+    """What attacks are after: a secret in a file and in the environment, and listeners that must hear nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder
+        (folder / "secret").write_text(SECRET)
+        self.tcp, self.udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
+        self.udp.bind(("127.0.0.1", 0))
+        self.unix, self.abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        self.name = f"megacoder-test-{os.getpid()}"
+        self.unix.bind(str(folder / "socket"))
+        self.abstract.bind("\0" + self.name)
+        for listener in (self.unix, self.abstract):
+            listener.listen()
+
+    def facts(self) -> str:
+        ports = {"tcp": self.tcp.getsockname()[1], "udp": self.udp.getsockname()[1]}
+        return f"BAIT = { ({'home': str(self.home), 'abstract': self.name} | ports)!r}\n"
+
+    def assert_untouched(self) -> None:
+        assert sorted(os.listdir(self.home)) == ["secret", "socket"]
+        assert (self.home / "secret").read_text() == SECRET
+        for listener in (self.tcp, self.udp, self.unix, self.abstract):
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.recv(1) if listener is self.udp else listener.accept()
+            listener.close()
+
+
+def names_of_processes() -> list[str]:
+    names = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            names.append(path.read_text().strip())
+        except OSError:
+            continue  # it has ended
+    return names
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """{name: outcome} of every attack, two at a time with honest programs between them."""
+    bait = Bait(tmp_path_factory.mktemp("home"))
+    os.environ["MEGACODER_SECRET"] = SECRET
+    before = set(os.listdir(tempfile.gettempdir()))
+    programs = {}
+    for name, attack in ATTACKS.items():
+        programs[name] = python(bait.facts() + attack.source)
+        programs["beside: " + name] = python(HONEST)
+    try:
+        with Sandbox(workers=2) as sandbox:
+            outcomes = dict(sandbox.run(programs.items()))
+            left = names_of_processes()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    finally:
+        del os.environ["MEGACODER_SECRET"]
+    assert "MC-ATTACK" not in left
+    new = set(os.listdir(tempfile.gettempdir())) - before
+    assert not [name for name in new if name in ("x", "work", "home") or name.isdigit()]
+    bait.assert_untouched()
+    return outcomes
+
+
+def test_there_are_forty_attacks_and_each_reaches_what_it_attacks():
+    assert len(ATTACKS) >= 40
+    assert len({attack.code for attack in ATTACKS.values()}) == len(ATTACKS)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_is_contained_and_named(attacked, name):
+    outcome = attacked[name]
+    assert outcome.verdict in ATTACKS[name].verdicts, (outcome.describe(), outcome.stdout[-300:], outcome.stderr[-900:])
+    assert SECRET not in outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_neighbour_of_an_attack_passes(attacked, name):
+    outcome = attacked["beside: " + name]
+    assert (outcome.verdict, outcome.stdout, outcome.stderr) == ("passed", "499500\n", "")
+
+
+def test_the_attacks_do_their_worst_where_nothing_stops_them(tmp_path):
+    """The tests above could not fail if the attacks did nothing: run with our own rights, they read the secret."""
+    bait = Bait(tmp_path)
+    sources = [bait.facts() + ATTACKS[name].source for name in ("home folder", "environment", "system files")]
+    with Sandbox(mode="unsafe") as unsafe:
+        home = unsafe.run_one(python(sources[0].replace("'/root', '/home'", "''")))
+        assert SECRET in home.stdout
+        made = unsafe.run_one(python(sources[2].split("for path in")[0] + "os.mkdir(BAIT['home'] + '/x')"))
+    assert made.passed
+    assert (tmp_path / "x").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("source", "verdict", "detail"),
+    [
+        ("print('hello')", "passed", ""),
+        ("print('x'); raise ValueError('too small')", "failed", "ValueError: too small"),
+        ("raise SystemExit(3)", "failed", "exit code 3"),
+        ("import os; os.kill(os.getpid(), 11)", "crashed", "signal 11"),
+        ("def f(:", "failed", "SyntaxError"),
+    ],
+)
+def test_what_a_program_does_is_what_is_reported(sandbox, source, verdict, detail):
+    outcome = sandbox.run_one(python(source, Limits(seconds=5)))
+    assert outcome.verdict == verdict
+    assert detail in outcome.describe()
+
+
+def test_results_do_not_depend_on_the_number_of_workers():
+    sources = [HONEST, "assert False", "while True: pass", "x = bytearray(1 << 40)", "import os; os._exit(0)"]
+    seen = []
+    for workers in (1, 4):
+        with Sandbox(workers=workers) as sandbox:
+            outcomes = dict(sandbox.run((index, python(source)) for index, source in enumerate(sources)))
+        seen.append([outcomes[index].verdict for index in range(len(sources))])
+    assert seen[0] == seen[1] == ["passed", "failed", "time", "memory", "ended early"]
+
+
+def test_what_ran_out_of_time_is_tried_again_alone(sandbox):
+    outcomes = dict(sandbox.run([("slow", python("while True: pass")), ("fine", python(HONEST))]))
+    assert (outcomes["slow"].alone, outcomes["fine"].alone) == (True, False)
+    assert list(outcomes) == ["fine", "slow"]
+
+
+def test_files_of_one_program_are_not_there_for_the_next():
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run_one(python("open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').close()")).passed
+        outcome = sandbox.run_one(python("import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'))"))
+    assert outcome.stdout == "['home', 'work'] []\n"
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_program_run_again():
+    with Sandbox(workers=1) as sandbox:
+        children = children_of(sandbox._launchers[0].pid)
+        results = sandbox.run((index, python(HONEST)) for index in range(3))
+        next(results)
+        for child in children:
+            os.kill(child, 9)
+        assert all(outcome.passed for _, outcome in results)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_programs_end_with_the_process_that_started_them():
+    code = (
+        "import sys, test_sandbox as t; from megacoder.evaluate.sandbox.host import Sandbox\n"
+        "s = Sandbox(); print(s._launchers[0].pid, flush=True)\n"
+        "s.run_one(t.python('while True: pass', t.Limits(seconds=60)))"
+    )
+    env = {**os.environ, "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
+    launcher = int(process.stdout.readline())
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{launcher}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{launcher}").exists()
+
+
+PROGRAMS = {  # right, wrong, and what does not compile
+    "python": (
+        "print(6 * 7)",
+        "assert 6 * 7 == 41",
+        None,
+    ),
+    "cpp": (
+        '#include <cstdio>\nint main() { printf("42"); }',
+        "#include <cassert>\nint main() { assert(1 == 2); }",
+        "int main( {",
+    ),
+    "java": (
+        "class Main { public static void main(String[] a) { System.out.print(42); } }",
+        "class Main { public static void main(String[] a) { assert a.length == 1; } }",
+        "class Main {",
+    ),
+    "js": (
+        "console.log(42)",
+        "require('assert')(false)",
+        None,
+    ),
+    "ts": (
+        "console.log(42)",
+        "throw new Error('no')",
+        "let x: number = 'text' +",
+    ),
+    "cs": (
+        "class M { static void Main() { System.Console.Write(42); } }",
+        "class M { static int Main() { return 1; } }",
+        "class {",
+    ),
+    "php": (
+        "<?php echo 42;",
+        "<?php exit(1);",
+        None,
+    ),
+    "sh": (
+        "echo 42",
+        "[ 1 = 2 ]",
+        None,
+    ),
+    "go": (
+        'package main\nimport "fmt"\nfunc main() { fmt.Print(42) }',
+        'package main\nfunc main() { panic("no") }',
+        "package",
+    ),
+    "rust": (
+        'fn main() { print!("42"); }',
+        "fn main() { assert!(1 == 2); }",
+        "fn main( {",
+    ),
+    "ruby": (
+        "print 42",
+        "raise 'no'",
+        None,
+    ),
+    "perl": (
+        "print 42",
+        "die 'no'",
+        None,
+    ),
+    "r": (
+        "cat(42)",
+        "stop('no')",
+        None,
+    ),
+    "lua": (
+        "io.write(42)",
+        "error('no')",
+        None,
+    ),
+    "scala": (
+        "object Main extends App { print(42) }",
+        'object Main extends App { sys.error("no") }',
+        "object {",
+    ),
+    "swift": (
+        "print(42)",
+        'fatalError("no")',
+        "let =",
+    ),
+    "julia": (
+        "print(42)",
+        'error("no")',
+        None,
+    ),
+    "racket": (
+        "#lang racket\n(display 42)",
+        '#lang racket\n(error "no")',
+        None,
+    ),
+    "d": (
+        "import std.stdio; void main() { write(42); }",
+        "void main() { assert(false); }",
+        "void {",
+    ),
+}
+
+
+def test_every_installed_language_runs_fails_and_does_not_compile():
+    assert PROGRAMS.keys() == LANGUAGES.keys()
+    toolchains = {name: find_toolchain(name) for name in installed_languages()}
+    programs = {}
+    for name, toolchain in toolchains.items():
+        for kind, source in zip(("right", "wrong", "broken"), PROGRAMS[name], strict=True):
+            if source is not None:
+                programs[name, kind] = toolchain.program(source, seconds=10)
+    try:
+        with Sandbox(workers=2, tools=[path for found in toolchains.values() for path in found.visible]) as sandbox:
+            outcomes = dict(sandbox.run(programs.items()))
+    except SandboxError as error:
+        pytest.skip(str(error))
+    for (name, kind), outcome in outcomes.items():
+        assert outcome.passed == (kind == "right"), (name, kind, outcome)
+        if kind == "right":
+            assert outcome.stdout.strip() == "42"
+        if kind == "broken":
+            assert (outcome.step, outcome.verdict) == (0, "failed"), (name, outcome)
+
+
+def test_an_unknown_language_and_a_missing_tool_are_named(monkeypatch):
+    with pytest.raises(ConfigError, match="language 'cobol': not one of python, cpp"):
+        find_toolchain("cobol")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"cpp: g\+\+ or clang\+\+ not installed"):
+        find_toolchain("C++")
+    assert find_toolchain("py").language.name == "python"
+    assert installed_languages() == ["python"]
+
+
+def test_where_nothing_shuts_programs_in_they_are_not_run(monkeypatch):
+    def fail(self, count):
+        raise SandboxError("not permitted")
+
+    monkeypatch.setattr(Sandbox, "_start", fail)
+    with pytest.raises(SandboxError, match=r"namespaces: not permitted.*--unsafe"):
+        Sandbox()
+
+
+def test_unsafe_runs_with_limits_and_cleans_up():
+    with Sandbox(workers=2, mode="unsafe") as sandbox:
+        before = set(os.listdir(tempfile.gettempdir()))
+        outcomes = dict(
+            sandbox.run(
+                [
+                    ("right", python(HONEST)),
+                    ("early", python("import os; os._exit(0)")),
+                    ("slow", python("while True: pass")),
+                    ("daemon", python("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(99)")),
+                ]
+            )
+        )
+        left = [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("megacoder-")]
+    verdicts = {key: outcome.verdict for key, outcome in outcomes.items()}
+    assert verdicts == {"right": "passed", "early": "ended early", "slow": "time", "daemon": "passed"}
+    assert not left
+
+
+def test_the_package_imports_no_torch():
+    code = "import sys, megacoder.evaluate.sandbox.host; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}).returncode
+        == 0
+    )
+
+
+def test_outcomes_describe_themselves():
+    common = {"step": 0, "stdout": "", "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_mb": 0.0}
+    failed = Outcome(verdict="failed", exit_code=1, signal=None, stderr="a\nE: no\n", **common)
+    assert failed.describe() == "failed: E: no"
+    assert not failed.passed

@@ -40,7 +40,9 @@ POSITIONAL = {
     "data inspect": ["prefix"],
     "checkpoint inspect": ["folder"],
     "checkpoint verify": ["folder"],
+    "checkpoint reshard": ["src", "dst"],
     "checkpoint export": ["run", "dst"],
+    "checkpoint import": ["src", "dst"],
     "infill": ["file", "--model", "folder"],
 }
 

@@ -1,5 +1,6 @@
 """An exported folder is the same model in transformers, and comes back without a changed bit."""
 
+import errno
 import json
 import os
 
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megacoder.checkpoint.huggingface import TensorFolder, write_model_folder
-from megacoder.core.errors import ConfigError, FormatError
+from megacoder.checkpoint.rank_file import bytes_of
+from megacoder.checkpoint.tensor_file import StoredTensor
+from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.data.tokenizer import train_tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
@@ -84,32 +87,49 @@ def test_import_of_export_changes_no_bit(tmp_path, changes, dtype, max_shard_byt
         assert torch.equal(ours, theirs)
 
 
+def stored(tensors):
+    """Arguments of `write_model_folder` for these tensors."""
+    return {
+        "tensors": [StoredTensor(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()],
+        "data": lambda name: [bytes_of(part) for part in tensors[name].split(7)],
+    }
+
+
 def test_shards_and_index(tmp_path):
     tensors = {name: torch.full((10,), value) for name, value in [("a", 1.0), ("b", 2.0), ("c", 3.0)]}
-    tensors["big"] = torch.zeros(50)
-    write_model_folder(tmp_path / "hf", config={}, generation_config={}, tensors=tensors.items(), max_shard_bytes=80)
+    tensors["big"] = torch.arange(50.0)
+    write_model_folder(tmp_path / "hf", config={}, generation_config={}, **stored(tensors), max_shard_bytes=80)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     first, second, third = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
     assert index == {
         "metadata": {"total_size": 320}, "weight_map": {"a": first, "b": first, "c": second, "big": third}
     }  # fmt: skip
     assert sorted(load_file(tmp_path / "hf" / first)) == ["a", "b"]
+    loaded = {name: load_file(tmp_path / "hf" / file)[name] for name, file in index["weight_map"].items()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert sorted(os.listdir(tmp_path / "hf")) == [
         "config.json", "generation_config.json", first, second, third, "model.safetensors.index.json"
     ]  # fmt: skip
 
 
-def test_a_failed_export_leaves_the_old_folder(folder):
+def test_a_failed_export_leaves_the_old_folder(folder, monkeypatch):
     before = load_file(folder / "model.safetensors")
 
-    def tensors():
-        yield "a", torch.zeros(1)
+    def no_more(name):
         raise RuntimeError("no more")
 
+    arguments = {**stored({"a": torch.zeros(1)}), "config": {}, "generation_config": {}}
     with pytest.raises(RuntimeError, match="no more"):
-        write_model_folder(folder, config={}, generation_config={}, tensors=tensors())
+        write_model_folder(folder, **{**arguments, "data": no_more})
+    monkeypatch.setattr("os.write", lambda *_: no_space())
+    with pytest.raises(CheckpointError, match="cannot write the model: No space left on device"):
+        write_model_folder(folder, **arguments)
     assert load_file(folder / "model.safetensors").keys() == before.keys()
     assert os.listdir(folder.parent) == ["hf"]
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_the_tokenizer_comes_along(tmp_path):
@@ -207,14 +227,14 @@ def test_faulty_shards_are_named(tmp_path):
     moved = {"weight_map": {"lm_head.weight": index["weight_map"]["model.embed_tokens.weight"]}}
     index_path.write_text(json.dumps(moved))
     with pytest.raises(FormatError, match=r"00001-of-.*: tensor lm_head.weight is missing"):
-        TensorFolder(tmp_path / "hf").read(shapes)
+        TensorFolder(tmp_path / "hf").check(shapes)
     for weight_map in (None, {"lm_head.weight": "../elsewhere.safetensors"}, {"lm_head.weight": 1}):
         index_path.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(FormatError, match="no 'weight_map'"):
             TensorFolder(tmp_path / "hf")
     index_path.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
     with pytest.raises(FormatError, match=r"gone\.safetensors: not readable"):
-        TensorFolder(tmp_path / "hf").read(shapes)
+        TensorFolder(tmp_path / "hf").check(shapes)
 
 
 def test_exports_that_transformers_would_refuse(tmp_path):

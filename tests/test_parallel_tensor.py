@@ -270,7 +270,7 @@ def test_a_checkpoint_holds_every_element_once(kv_heads):
     boxes = {}
     for rank in range(dims.world_size):
         model, optimizer = laid_out(config, dims, rank)
-        for fragment in state_fragments(model, optimizer, optimizer.state(), copies=False):
+        for fragment in state_fragments(model, optimizer.owned, optimizer.state(), copies=False):
             boxes.setdefault((fragment.kind, fragment.name), []).extend(fragment.boxes())
     pieces = list(weight_pieces(build(config)[0]))
     assert len(boxes) == 3 * len(pieces)
@@ -284,7 +284,7 @@ def test_every_rank_reads_all_it_holds():
     for rank in range(dims.world_size):
         model, optimizer = laid_out(config, dims, rank)
         optimizer.master.fill_(torch.nan)
-        for fragment in state_fragments(model, optimizer, optimizer.state(), copies=True):
+        for fragment in state_fragments(model, optimizer.owned, optimizer.state(), copies=True):
             weight = whole[fragment.name]
             held = weight[fragment.region.inside(Box.whole(weight.shape))].flatten()
             fragment.data.copy_(held[fragment.start : fragment.stop])

@@ -260,7 +260,7 @@ def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> T
 
 def slices(engine: Engine, values: torch.Tensor) -> Iterator[Slice]:
     """This rank's part of every weight, copies included, from `values` of the optimizer's own elements."""
-    for part in state_fragments(engine.model, engine.optimizer, {"weight": values}, copies=True):
+    for part in state_fragments(engine.model, engine.optimizer.owned, {"weight": values}, copies=True):
         yield Slice(part.name, part.region.offsets, part.region.sizes, part.start, part.stop, part.data.clone())
 
 

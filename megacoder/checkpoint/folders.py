@@ -17,10 +17,12 @@ from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
 
 __all__ = [
-    "discard", "find_checkpoint", "folder_faults", "open_checkpoint", "publish", "recover", "rotate", "step_folders",
-    "step_name", "temporary_for",
+    "CHECKPOINTS", "checkpoints_in", "discard", "find_checkpoint", "folder_faults", "open_checkpoint", "publish",
+    "recover", "rotate", "step_folders", "step_name", "temporary_for",
 ]  # fmt: skip
 
+CHECKPOINTS = "checkpoints"
+"""Folder of checkpoints in a run's folder."""
 LATEST = "latest"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -61,13 +63,21 @@ def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
     return [fault for fault in faults if fault is not None]
 
 
+def checkpoints_in(path: Path) -> Path:
+    """The folder of checkpoints of a run's folder; any other path is returned as it is."""
+    below = path / CHECKPOINTS
+    return below if below.is_dir() else path
+
+
 def find_checkpoint(path: Path) -> Path:
     """`path` itself when it is a checkpoint; else the one that its `latest` names, else its newest whole one.
 
-    Says so on stderr when what `latest` names is not whole. Raises CheckpointError when there is none.
+    `path` may also be a run's folder, which has them in `checkpoints/`. Says so on stderr when what `latest` names is
+    not whole. Raises CheckpointError when there is none.
     """
     if _STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return path
+    path = checkpoints_in(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of checkpoints")
     candidates = [folder for _, folder in reversed(step_folders(path))]

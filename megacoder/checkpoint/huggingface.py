@@ -1,9 +1,9 @@
 """Hugging Face model folders: config.json, safetensors in one file or in shards with an index, both ways.
 
 This module knows names, shapes and files, not models: `megacoder.model.huggingface` says which tensors there are.
-Weights stream: a writer holds one shard, a reader maps files into memory and hands out one tensor at a time, so that a
-33B model passes through a small machine. A folder appears whole or not at all, and a reader checks every name and shape
-against the files' headers before it reads the first weight.
+Weights stream: a writer holds a chunk of a tensor, a reader maps files into memory and hands out some rows at a time,
+so that a 33B model passes through a small machine. A folder appears whole or not at all, and a reader checks every name
+and shape against the files' headers before it reads the first weight.
 
 Layout (huggingface.co/docs/safetensors; transformers 4 and 5 read it): `model.safetensors`, or
 `model-00001-of-0000N.safetensors` beside `model.safetensors.index.json` = {"metadata": {"total_size": bytes},
@@ -11,14 +11,15 @@ Layout (huggingface.co/docs/safetensors; transformers 4 and 5 read it): `model.s
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megacoder.checkpoint.tensor_file import StoredTensor, write_tensor_file
 from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.core.files import replacing_dir
 
@@ -28,6 +29,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensors in a shard, transformers' own default."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F32", "BF16", "F16")
 
 
 def write_model_folder(
@@ -35,23 +37,27 @@ def write_model_folder(
     *,
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Sequence[StoredTensor],
+    data: Callable[[str], Iterable[memoryview]],
     files: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `folder`, replacing an older one only when whole; `tensors` is consumed one shard at a time.
+    """Writes `folder`, replacing an older one only when whole, with the bytes of each tensor that `data(key)` yields.
 
     `files` are further text files by name, such as a tokenizer's. A tensor larger than `max_shard_bytes` gets a shard
-    of its own. Tensors must not share memory.
+    of its own. Raises CheckpointError where the system cannot write.
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes = {max_shard_bytes}: must be at least 1")
-    with replacing_dir(folder) as temporary:
-        _write_tensors(temporary, tensors, max_shard_bytes)
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", generation_config)
-        for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    try:
+        with replacing_dir(folder) as temporary:
+            _write_tensors(temporary, tensors, data, max_shard_bytes)
+            _write_json(temporary / "config.json", config)
+            _write_json(temporary / "generation_config.json", generation_config)
+            for name, text in (files or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write the model: {error.strerror or error}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,29 +88,43 @@ class TensorFolder:
             )
             raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX} in it{pickled}")
 
-    def read(
-        self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) in the order of `shapes`, each tensor in the dtype of its file.
-
-        Before the first one, raises FormatError naming a tensor that is missing, has another shape, or is neither in
+    def check(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
+        """Raises FormatError naming a tensor that is missing, has another shape or no float dtype, or is neither in
         `shapes` nor in `ignored` (names, or their ends).
         """
         known_ends = tuple(ignored)
         for name, shape in shapes.items():
-            found = self._shape(name)
-            if found != tuple(shape):
-                raise FormatError(f"{self.folder}: {name} has shape {list(found)}; config.json implies {list(shape)}")
+            found = self._slice(name)
+            if tuple(found.get_shape()) != tuple(shape):
+                raise FormatError(
+                    f"{self.folder}: {name} has shape {list(found.get_shape())}; config.json implies {list(shape)}"
+                )
+            if found.get_dtype() not in _FLOATS:
+                raise FormatError(
+                    f"{self.folder / self._file_of[name]}: {name} is stored as {found.get_dtype()}; only "
+                    f"{', '.join(_FLOATS)} can be loaded"
+                )
         for name in self._file_of:
             if name not in shapes and not (known_ends and name.endswith(known_ends)):
                 raise FormatError(f"{self.folder}: tensor {name} has no place in the model of config.json")
-        return ((name, self._file(self._file_of[name]).get_tensor(name)) for name in shapes)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in the dtype of its file; FormatError where there is none."""
+        return self._slice(name)[:]
+
+    def read_rows(self, name: str, chunk_elements: int) -> Iterator[Tensor]:
+        """The same in order, as many rows at a time as have about `chunk_elements` elements."""
+        rows = self._slice(name)
+        shape = rows.get_shape()
+        step = max(1, chunk_elements // max(1, math.prod(shape[1:])))
+        for begin in range(0, shape[0], step):
+            yield rows[begin : begin + step]
+
+    def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise FormatError(f"{self.folder}: tensor {name} is missing")
         try:
-            return tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
+            return self._file(self._file_of[name]).get_slice(name)
         except SafetensorError:
             raise FormatError(f"{self.folder / self._file_of[name]}: tensor {name} is missing") from None
 
@@ -117,38 +137,31 @@ class TensorFolder:
         return self._open_files[name]
 
 
-def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        try:
-            save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps what the system said, a full disk for one
-            raise CheckpointError(f"{folder.parent}: cannot write the model: {error}") from None
-        del shard  # else it would live on while the next one is gathered
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / _SINGLE)
-        return
+def _write_tensors(
+    folder: Path, tensors: Sequence[StoredTensor], data: Callable[[str], Iterable[memoryview]], max_shard_bytes: int
+) -> None:
+    shards = _shards(tensors, max_shard_bytes)
     weight_map = {}
-    for number, names in enumerate(shards, start=1):  # only now is their count known, which is part of the name
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for number, shard in enumerate(shards, start=1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        views = (view for tensor in shard for view in data(tensor.key))
+        write_tensor_file(folder / file, shard, views, metadata={"format": "pt"})  # transformers asks for that
+        weight_map.update({tensor.key: file for tensor in shard})
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
+def _shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
     size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
 
 
 def _is_file_name(name: Any) -> bool:

@@ -15,7 +15,7 @@ from megacoder.checkpoint.boxes import Box, boxes_of_range
 from megacoder.checkpoint.manifest import Piece, TensorEntry
 from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
 
-__all__ = ["Fragment", "RankFile", "Staging", "live_bytes", "plan_rank_file"]
+__all__ = ["Fragment", "RankFile", "Staging", "bytes_of", "live_bytes", "plan_rank_file"]
 
 _DEVICE_CHUNK = 1 << 24
 """Elements fetched from a device at a time by a save that stages nothing."""
@@ -38,7 +38,7 @@ class Fragment:
     stop: int
     """one past the last; a fragment may be empty"""
     data: Tensor
-    """(stop - start,), contiguous, on any device: read by a save, filled by a load"""
+    """(stop - start,), contiguous, on any device: read by a save, filled by a load; on `meta` to say which elements"""
 
     def __post_init__(self) -> None:
         if not self.region.lies_in(self.global_shape):
@@ -92,7 +92,7 @@ def live_bytes(fragments: Sequence[Fragment]) -> Iterator[memoryview]:
     """The fragments' bytes straight from their tensors; what is on a device comes over in chunks."""
     for fragment in fragments:
         for chunk in fragment.data.detach().split(_DEVICE_CHUNK):
-            yield _bytes_of(chunk.cpu())
+            yield bytes_of(chunk.cpu())
 
 
 class Staging:
@@ -115,9 +115,10 @@ class Staging:
             position += fragment.data.nbytes
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return _bytes_of(self._buffer[:size])
+        return bytes_of(self._buffer[:size])
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of one dim on the host."""
     # A tensor of one element or none is contiguous with any stride, but a view of other width wants a stride of 1.
     return tensor.as_strided(tensor.shape, (1,)).view(torch.uint8).numpy().data

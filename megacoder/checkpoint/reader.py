@@ -5,7 +5,8 @@ every element wanted exactly once, and only those bytes are read, after their ch
 A tensor that is missing, of another shape or dtype, or damaged is an error that names it; nothing is ever filled in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from megacoder.checkpoint.tensor_file import DTYPES, StoredTensor, TensorFile, d
 from megacoder.core.config import nearest
 from megacoder.core.errors import CheckpointError
 
-__all__ = ["CheckpointReader", "verify_checkpoint"]
+__all__ = ["CHUNK_ELEMENTS", "CheckpointReader", "verify_checkpoint"]
+
+CHUNK_ELEMENTS = 1 << 22
+"""Of a tensor that passes through: 16 MiB in fp32, as much as lies under one checksum."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Item size -> a dtype that NumPy has, too."""
@@ -95,18 +99,37 @@ class CheckpointReader:
         for fragment in fragments:
             self.read(fragment)
 
+    def stream(self, fragments: Iterable[Fragment]) -> Iterator[Tensor]:
+        """The elements of fragments whose data is never touched, in order, a chunk at a time.
+
+        Each chunk, (elements,), is of one fragment and is valid until the next is asked for.
+        """
+        buffers: dict[torch.dtype, Tensor] = {}
+        for fragment in fragments:
+            dtype = fragment.data.dtype
+            if dtype not in buffers:
+                buffers[dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype)
+            for start in range(fragment.start, fragment.stop, CHUNK_ELEMENTS):
+                stop = min(start + CHUNK_ELEMENTS, fragment.stop)
+                chunk = buffers[dtype][: stop - start]
+                self.read(replace(fragment, start=start, stop=stop, data=chunk))
+                yield chunk
+
+    def whole(self, name: str, kind: str = "weight") -> Fragment:
+        """All of a tensor, as `stream` takes it."""
+        entry = self._entry(kind, name)
+        region = Box.whole(entry.shape)
+        return Fragment(
+            name=name, kind=kind, global_shape=entry.shape, region=region, start=0, stop=region.volume,
+            data=torch.empty(region.volume, dtype=DTYPES[entry.dtype], device="meta"),
+        )  # fmt: skip
+
     def read_tensor(self, name: str, kind: str = "weight") -> Tensor:
         """A whole global tensor."""
-        entry = self._entry(kind, name)
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        region = Box.whole(entry.shape)
-        self.read(
-            Fragment(
-                name=name, kind=kind, global_shape=entry.shape, region=region, start=0, stop=region.volume,
-                data=tensor.view(-1),
-            )
-        )  # fmt: skip
-        return tensor
+        whole = self.whole(name, kind)
+        values = torch.empty(whole.stop, dtype=whole.data.dtype)
+        self.read(replace(whole, data=values))
+        return values.view(whole.global_shape)
 
     def verify(self) -> list[str]:
         """A line for each file whose header or checksums are wrong, and for each tensor that is not covered exactly."""

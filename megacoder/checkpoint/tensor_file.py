@@ -17,7 +17,7 @@ import operator
 import os
 import stat
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise CheckpointError(f"tensors of dtype {dtype} are not stored; use one of {', '.join(DTYPES)}")
 
 
-def write_tensor_file(path: Path, tensors: Sequence[StoredTensor], data: Iterable[memoryview]) -> FileSums:
+def write_tensor_file(
+    path: Path,
+    tensors: Sequence[StoredTensor],
+    data: Iterable[memoryview],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> FileSums:
     """Writes a safetensors file and flushes it to the device; holds no more than one item of `data` at a time.
 
     `data` is the tensors' bytes in their order, cut anywhere; at the start of each tensor its length so far must be a
-    multiple of that tensor's item size (widest dtypes first does it).
+    multiple of that tensor's item size (widest dtypes first does it). `metadata` is for other programs' readers.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
     for tensor in tensors:
         end = position + tensor.num_bytes

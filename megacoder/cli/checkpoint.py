@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.folders import checkpoints_in, step_folders
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.tensor_file import DTYPES
 from megacoder.core.config import parse_args
@@ -68,7 +68,7 @@ def inspect(argv: Sequence[str]) -> None:
 def verify(argv: Sequence[str]) -> None:
     """Prints what is wrong, a line each, and raises CheckpointError; or says how much was found to be right."""
     args = parse_args(VerifyArgs, argv, prog="megacoder checkpoint verify")
-    folders = [folder for _, folder in step_folders(args.dir)] or [args.dir]
+    folders = [folder for _, folder in step_folders(checkpoints_in(args.dir))] or [args.dir]
     faults = []
     for folder in folders:
         found = verify_checkpoint(folder)

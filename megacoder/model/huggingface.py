@@ -6,21 +6,28 @@ RoPE is written down. transformers 4 reads `rope_theta` and `rope_scaling`, tran
 written. A reader that misses the scaling produces garbage in silence, so here whatever is not understood is refused.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megacoder.checkpoint.huggingface import MAX_SHARD_BYTES, TensorFolder, read_config, write_model_folder
+from megacoder.checkpoint.rank_file import bytes_of
+from megacoder.checkpoint.reader import CHUNK_ELEMENTS
+from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.transformer import Transformer, weight_pieces
 
-__all__ = ["config_from_huggingface", "config_to_huggingface", "export_model", "import_model", "import_with_tokenizer"]
+__all__ = [
+    "config_from_huggingface", "config_to_huggingface", "export_model", "import_model", "import_with_tokenizer",
+    "open_folder", "weight_shapes", "write_folder",
+]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -37,17 +44,34 @@ def export_model(
     tokenizer_folder: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `folder`, replacing an older one only when whole; memory beyond the model is about one shard.
+    """Writes `folder`, replacing an older one only when whole; memory beyond the model is a few rows.
 
-    `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its two files come along, and
+    `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its files come along, and
     the ids of BOS, EOS and padding stand in the configuration. Raises ConfigError for what transformers would refuse.
     """
-    dtype = model.lm_head.weight.dtype if dtype is None else dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
     if model.tp.size > 1:
         raise ConfigError(f"a model that tp = {model.tp.size} ranks share is exported from its checkpoint, with tp = 1")
-    config = model.config
+    views = {piece.hf_name: piece.view for piece in weight_pieces(model)}
+    write_folder(
+        folder, model.config,
+        lambda name: (rows.flatten() for rows in views[name].split(max(1, CHUNK_ELEMENTS // views[name][0].numel()))),
+        dtype=model.lm_head.weight.dtype if dtype is None else dtype,
+        tokenizer_folder=tokenizer_folder, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    stream: Callable[[str], Iterable[Tensor]],
+    *,
+    dtype: torch.dtype,
+    tokenizer_folder: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """As `export_model`, of weights of which `stream(name)` yields the elements in order, some at a time, each (n,)."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
@@ -56,29 +80,49 @@ def export_model(
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
     if tokenizer_folder is not None:
-        tokenizer = Tokenizer.load(tokenizer_folder)
-        _check_vocabulary(tokenizer, config, tokenizer_folder)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        files = _tokenizer_files(tokenizer_folder, config)
+        tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings)
+        _check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
+        ids, files = tokenizer.ids, tokenizer.files
     write_model_folder(
         folder,
         config=config_to_huggingface(config, dtype) | ids,
         generation_config={"do_sample": False} | ids,
-        tensors=((piece.hf_name, piece.view.to("cpu", dtype, copy=True)) for piece in weight_pieces(model)),
+        tensors=[StoredTensor(name, dtype_name(dtype), shape) for name, shape in weight_shapes(config).items()],
+        data=lambda name: (bytes_of(chunk.to("cpu", dtype)) for chunk in stream(name)),
         files=files,
         max_shard_bytes=max_shard_bytes,
     )
 
 
-@torch.no_grad()
-def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
-    """The model of a Hugging Face folder, in the dtype that its config.json names unless given.
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every weight, in the order in which a forward reads them; takes no memory."""
+    with torch.device("meta"):
+        return {piece.hf_name: piece.shard.shape for piece in weight_pieces(Transformer(config))}
+
+
+def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder]:
+    """The configuration of a Hugging Face folder, its config.json as it is, and its weights, found to be as it says.
 
     Raises FormatError, in one line with the file, key or tensor at fault, for a folder that is not whole or holds
     another architecture.
     """
     table = read_config(folder)
     config = config_from_huggingface(table, where=str(folder / "config.json"))
+    tensors = TensorFolder(folder)
+    ignored = ["rotary_emb.inv_freq"]  # older folders hold this table, which config.json implies
+    if config.tie_word_embeddings:
+        ignored.append("lm_head.weight")
+    tensors.check(weight_shapes(config), ignored=ignored)
+    return config, table, tensors
+
+
+@torch.no_grad()
+def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """The model of a Hugging Face folder, in the dtype that its config.json names unless given.
+
+    Raises FormatError as `open_folder`.
+    """
+    config, table, tensors = open_folder(folder)
     stored = table.get("torch_dtype") or table.get("dtype") or "float32"
     if stored not in _DTYPES:
         raise FormatError(f"{folder / 'config.json'}: torch_dtype {stored!r} is none of {', '.join(_DTYPES)}")
@@ -86,13 +130,8 @@ def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str 
         model = Transformer(config)
     for param in model.parameters():
         param.zero_()  # the rows that pad the vocabulary are in no file
-    views = {piece.hf_name: piece.view for piece in weight_pieces(model)}
-    ignored = ["rotary_emb.inv_freq"]  # older folders hold this table, which config.json implies
-    if config.tie_word_embeddings:
-        ignored.append("lm_head.weight")
-    shapes = {name: tuple(view.shape) for name, view in views.items()}
-    for name, tensor in TensorFolder(folder).read(shapes, ignored=ignored):
-        views[name].copy_(tensor)
+    for piece in weight_pieces(model):
+        piece.view.copy_(tensors.read(piece.hf_name))
     return model.to(device)
 
 
@@ -102,7 +141,7 @@ def import_with_tokenizer(
     """The model of a Hugging Face folder and the tokenizer beside it; FormatError where they do not fit together."""
     model = import_model(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(folder)
-    _check_vocabulary(tokenizer, model.config, folder)
+    _check_vocabulary(tokenizer.vocab_size, model.config, folder)
     return model, tokenizer
 
 
@@ -182,23 +221,10 @@ def _read(table: dict[str, Any], key: str, where: str, *, default: float | None 
     return value
 
 
-def _tokenizer_files(folder: Path, config: ModelConfig) -> dict[str, str]:
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        settings["model_max_length"] = config.max_position_embeddings
-        definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except (OSError, ValueError, TypeError) as error:
-        raise FormatError(f"{folder}: not a tokenizer folder: {error}") from None
-    return {
-        "tokenizer.json": definition,
-        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
-    }
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
+def _check_vocabulary(num_tokens: int, config: ModelConfig, folder: Path) -> None:
+    if num_tokens > config.vocab_size:
         raise FormatError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}; "
+            f"{folder}: the tokenizer has {num_tokens} tokens, the model knows {config.vocab_size}; "
             "they do not belong together"
         )
 

@@ -63,6 +63,9 @@ class RunConfig:
     """the gradient's norm is clipped to it"""
     seed: int = 1234
     """of the initial weights (the data's order has its own)"""
+    init_from: Path | None = None
+    """start from these weights instead: a checkpoint, a run, or what `megacoder checkpoint import` has written. The
+    optimizer, the schedule and the data begin anew; RoPE and the number of positions may be other than there"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes GPUs where there are any"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

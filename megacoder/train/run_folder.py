@@ -5,7 +5,7 @@ writes the ranges of each weight that its slice of the flat buffers holds, and r
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from megacoder.checkpoint.boxes import Box
-from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, load_toml, to_dict, to_toml
+from megacoder.core.console import say
 from megacoder.core.files import exclusive, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
+from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
 from megacoder.parallel.collectives import barrier, gather_json
+from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 
@@ -33,9 +35,13 @@ __all__ = ["RunFolder", "load_weights", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "execution", "micro_batch_size", "parallel", "timeout_seconds",
+    "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from",
 }  # fmt: skip
-"""Settings that may differ when a run goes on: they change nothing, or rounding alone (device, layout, execution)."""
+"""Settings that may differ when a run goes on: they change nothing (any more), or rounding alone (device, layout,
+execution)."""
+
+FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
+"""Of a model, what may differ from that of the weights it starts from: no weight's shape depends on it."""
 
 
 class RunFolder:
@@ -44,6 +50,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         world = mesh.world
         self.config, self.mesh = config, mesh
+        self._start = _open_start(config)  # first: weights of another model leave no folder
         self._held = ExitStack()
         if world.is_first:
             self._held.enter_context(exclusive(config.output, what="run"))
@@ -54,20 +61,38 @@ class RunFolder:
         barrier(world.group)  # every rank has read the old file before the first writes a new one
         if world.is_first:
             write_text(path, to_toml(config))
-        self.checkpoints = CheckpointWriter(config.output / "checkpoints", world, config.checkpoint)
+        self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
 
     def resume(self, engine: Engine, batches: Prefetcher) -> int:
-        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run."""
-        root = self.config.output / "checkpoints"
+        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
+
+        A new run gets the weights of `init_from`, where that is given.
+        """
+        root = self.config.output / CHECKPOINTS
         if not step_folders(root):
+            if self._start is not None:
+                self._start_from(self._start, engine)
             return 0
         reader = CheckpointReader(root)
         optimizer = engine.optimizer
-        reader.read_all(state_fragments(engine.model, optimizer, optimizer.state(), copies=True))
+        reader.read_all(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=True))
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
         return reader.step
+
+    def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
+        state = {"weight": engine.optimizer.master}
+        reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
+        engine.optimizer.publish_master()
+        if self.mesh.world.is_first:
+            there, here = model_of(reader), self.config.model
+            changes = [
+                f"; {name} {getattr(here, name)} (there {getattr(there, name)})"
+                for name in ("max_position_embeddings", "rope_factor", "rope_theta")
+                if getattr(here, name) != getattr(there, name)
+            ]
+            say(f"weights of {reader.folder}, step {reader.step}{''.join(changes)}")
 
     def save(self, step: int, engine: Engine, batches: Prefetcher) -> None:
         """Starts a checkpoint; it is on disk after the next `save` or `finish`."""
@@ -79,7 +104,7 @@ class RunFolder:
             "config": to_dict(self.config),
         }
         optimizer = engine.optimizer
-        fragments = list(state_fragments(engine.model, optimizer, optimizer.state(), copies=False))
+        fragments = list(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=False))
         self.checkpoints.save(step, fragments, state=state, layout=asdict(self.mesh.dims))
 
     def finish(self) -> None:
@@ -99,10 +124,22 @@ def load_weights(model: Transformer, checkpoints: Path) -> int:
     return reader.step
 
 
+def _open_start(config: RunConfig) -> CheckpointReader | None:
+    """The checkpoint that a new run takes its weights from, if any; ConfigError where that is of another model."""
+    if config.init_from is None or step_folders(config.output / CHECKPOINTS):
+        return None
+    reader = CheckpointReader(config.init_from)
+    check_same(
+        model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
+        advice="give this run that [model]",
+    )  # fmt: skip
+    return reader
+
+
 def state_fragments(
-    model: TransformerPart, optimizer: Zero1AdamW, state: dict[str, Tensor], *, copies: bool
+    model: TransformerPart, owned: Iterable[OwnedRange], state: dict[str, Tensor], *, copies: bool
 ) -> Iterator[Fragment]:
-    """This rank's part of every weight in each tensor of `state`, which hold the optimizer's own elements by kind.
+    """A rank's part of every weight in each tensor of `state`, which hold by kind the elements that it has `owned`.
 
     The rows that pad the vocabulary are no part of any. Without `copies`, what several ranks of a replica hold is the
     first one's alone, since a file has it once.
@@ -111,14 +148,14 @@ def state_fragments(
     for piece in weight_pieces(model):
         if copies or not piece.is_copy:
             pieces[piece.param_name].append(piece)
-    for owned in optimizer.owned:
-        for piece in pieces[owned.slot.name]:
+    for part in owned:
+        for piece in pieces[part.slot.name]:
             shard = piece.shard
-            first = int(piece.view.storage_offset() - owned.slot.param.storage_offset())
-            start, stop = max(owned.start, first), min(owned.stop, first + piece.view.numel())
+            first = int(piece.view.storage_offset() - part.slot.param.storage_offset())
+            start, stop = max(part.start, first), min(part.stop, first + piece.view.numel())
             if start >= stop:
                 continue
-            offset = owned.offset + start - owned.start
+            offset = part.offset + start - part.start
             for kind, values in state.items():
                 yield Fragment(
                     name=piece.hf_name, kind=kind, global_shape=shard.shape,

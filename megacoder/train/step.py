@@ -88,9 +88,13 @@ def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer; ConfigError where the model has another vocabulary."""
+    """The run's tokenizer; ConfigError where the model has another vocabulary.
+
+    A model that starts from given weights may have ids to spare, as DeepSeek-Coder's do: 32,256 for 32,022 tokens.
+    """
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    spare = config.model.vocab_size - tokenizer.vocab_size
+    if spare < 0 or (spare > 0 and config.init_from is None):
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
             f"{tokenizer.vocab_size} ids; set model.vocab_size to that"

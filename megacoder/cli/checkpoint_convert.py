@@ -1,0 +1,121 @@
+"""`megacoder checkpoint reshard`, `export` and `import`: checkpoints to other layouts, and to and from Hugging Face.
+
+Each writes a new folder that is whole or not there, and holds a chunk of a tensor at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from megacoder.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_name
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import parse_args, to_toml
+from megacoder.core.console import say
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import write_text
+from megacoder.data.stream import StreamConfig
+from megacoder.model.config import ModelConfig
+from megacoder.model.conversion import TOKENIZER, export_checkpoint, import_folder
+from megacoder.parallel.dims import ParallelDims
+from megacoder.train.config import DataConfig, RunConfig
+from megacoder.train.reshard import reshard
+
+__all__ = ["ExportArgs", "ImportArgs", "ReshardArgs", "export_main", "import_main", "reshard_main"]
+
+START = "train.toml"
+"""In an imported folder: a run that starts from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardArgs:
+    """Writes a checkpoint again as the ranks of another layout would; without options, as one file."""
+
+    src: Positional[Path]
+    """a checkpoint, a run, or a folder of checkpoints: then the newest whole one"""
+    dst: Positional[Path]
+    """folder of checkpoints to add it to"""
+    tp: int = 1
+    """tensor-parallel ranks"""
+    pp: int = 1
+    """pipeline-parallel ranks"""
+    dp: int = 1
+    """replicas, among which the optimizer is shared out"""
+    cp: int = 1
+    """context-parallel ranks"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Writes a folder that transformers, vLLM and llama.cpp load, tokenizer and chat template included."""
+
+    src: Positional[Path]
+    """a run, an imported folder, a checkpoint, or a folder of checkpoints: then the newest whole one"""
+    dst: Positional[Path]
+    """folder to write"""
+    step: int | None = None
+    """the checkpoint of this step; without, the newest"""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """of the exported weights; the master weights are fp32"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; without, the run's"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArgs:
+    """Makes a checkpoint from a Hugging Face folder of the Llama architecture, such as DeepSeek-Coder's."""
+
+    src: Positional[Path]
+    """folder with config.json and safetensors"""
+    dst: Positional[Path]
+    """folder to write"""
+
+
+def reshard_main(argv: Sequence[str]) -> None:
+    """Reshards one checkpoint."""
+    args = parse_args(ReshardArgs, argv, prog="megacoder checkpoint reshard")
+    reader = CheckpointReader(args.src)
+    dims = ParallelDims(tp=args.tp, pp=args.pp, dp=args.dp, cp=args.cp)
+    folder = reshard(reader, args.dst, dims)
+    say(f"{folder}: step {reader.step} for {dims}, {dims.world_size} file{'s' if dims.world_size > 1 else ''}")
+
+
+def export_main(argv: Sequence[str]) -> None:
+    """Exports one checkpoint."""
+    args = parse_args(ExportArgs, argv, prog="megacoder checkpoint export")
+    if args.dst.exists():
+        raise ConfigError(f"{args.dst} exists already; choose another folder, or remove it first")
+    reader = CheckpointReader(args.src if args.step is None else checkpoints_in(args.src) / step_name(args.step))
+    tokenizer = args.tokenizer or _tokenizer_of(reader)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    config = export_checkpoint(reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer)
+    without = "" if tokenizer is not None else "; no tokenizer: give one with --tokenizer"
+    say(f"{args.dst}: step {reader.step}, {config.num_params:,} parameters in {args.dtype}{without}")
+
+
+def import_main(argv: Sequence[str]) -> None:
+    """Imports one model."""
+    args = parse_args(ImportArgs, argv, prog="megacoder checkpoint import")
+    config = import_folder(args.src, args.dst)
+    write_text(args.dst / START, _start(args.src, args.dst, config))
+    say(f"{args.dst}: {config.num_params:,} parameters; to train on, set data.train in {args.dst / START}")
+
+
+def _tokenizer_of(reader: CheckpointReader) -> Path | None:
+    """The one beside an imported model's checkpoints, or the run's own."""
+    beside = reader.folder.parent.parent / TOKENIZER
+    if reader.folder.parent.name == CHECKPOINTS and (beside / "tokenizer.json").is_file():
+        return beside
+    data = reader.state["config"].get("data") if isinstance(reader.state.get("config"), dict) else None
+    return Path(data["tokenizer"]) if isinstance(data, dict) and "tokenizer" in data else None
+
+
+def _start(source: Path, folder: Path, model: ModelConfig) -> str:
+    """A run of continued pre-training, all settings written out."""
+    stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
+    data = DataConfig(train=Path("data/train"), tokenizer=folder / TOKENIZER, stream=stream)
+    config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model)
+    return f"# Goes on from the weights of {source}; data.train is yours to set.\n{to_toml(config)}"

@@ -1,0 +1,86 @@
+"""A tokenizer's folder on its way into and out of a Hugging Face model folder.
+
+transformers chooses a class by `tokenizer_class` and lets it change what tokenizer.json says. `LlamaTokenizerFast`,
+which DeepSeek's folders name, splits text in another way since transformers 5. So what leaves here names the one class
+that changes nothing, and says in tokenizer.json itself that BOS comes first.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from megacoder.core.errors import FormatError
+from megacoder.data.chat_template import CHAT_TEMPLATE
+
+__all__ = ["TokenizerFiles", "read_tokenizer_files"]
+
+_DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""What some folders have besides; carried along as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a model folder says about its tokenizer."""
+
+    files: dict[str, str]
+    """name -> text"""
+    ids: dict[str, int | None]
+    """bos_token_id, eos_token_id, pad_token_id"""
+    vocab_size: int
+    """ids, control tokens included"""
+
+
+def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
+    """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
+
+    A chat template is added where there is none. Raises FormatError naming the file that is missing or wrong.
+    """
+    files = {name: _read(folder / name) for name in _BESIDE if (folder / name).is_file()}
+    definition = _read(folder / _DEFINITION)
+    try:
+        backend = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises bare Exceptions
+        raise FormatError(f"{folder / _DEFINITION}: not a tokenizer: {error}") from None
+    settings = _settings(folder / _SETTINGS)
+    named = {key: _token(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    ids = {f"{key}_id": None if text is None else backend.token_to_id(text) for key, text in named.items()}
+    bos, bos_id = named["bos_token"], ids["bos_token_id"]
+    if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
+        definition = backend.to_str(pretty=True)
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    if "chat_template.jinja" not in files:
+        settings.setdefault("chat_template", CHAT_TEMPLATE)
+    files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
+    return TokenizerFiles(files=files, ids=ids, vocab_size=backend.get_vocab_size(with_added_tokens=True))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise FormatError(f"{path}: {reason}; expected a tokenizer folder") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(_read(path))
+    except ValueError as error:
+        raise FormatError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def _token(value: Any) -> str | None:
+    """A token as a settings file names it: a string, or an object around one."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

@@ -1,0 +1,108 @@
+"""Checkpoints to Hugging Face folders and back, with no model in memory: weights pass through a chunk at a time.
+
+What training writes are fp32 master weights and moments in any layout; a Hugging Face folder is the weights alone. A
+checkpoint says which model it is of in its state, where the run's configuration is. What `import_folder` makes looks
+like a run's folder: `checkpoints/` with one checkpoint, of weights alone, at step 0, and `tokenizer/` beside it.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megacoder.checkpoint.boxes import Box
+from megacoder.checkpoint.folders import CHECKPOINTS
+from megacoder.checkpoint.huggingface import MAX_SHARD_BYTES
+from megacoder.checkpoint.manifest import MANIFEST
+from megacoder.checkpoint.offline import write_offline
+from megacoder.checkpoint.rank_file import Fragment
+from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
+from megacoder.core.config import from_dict, to_dict
+from megacoder.core.errors import CheckpointError, ConfigError
+from megacoder.core.files import replacing_dir
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import open_folder, weight_shapes, write_folder
+
+__all__ = ["TOKENIZER", "export_checkpoint", "import_folder", "model_of"]
+
+TOKENIZER = "tokenizer"
+"""Folder beside `checkpoints/` in which an imported model's tokenizer is."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def model_of(reader: CheckpointReader) -> ModelConfig:
+    """The shape of the model that a checkpoint is of; CheckpointError where it does not say."""
+    where = f"{reader.folder / MANIFEST}: state.config.model"
+    config = reader.state.get("config")
+    table = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where}: not there; which model this checkpoint is of is unknown")
+    try:
+        return from_dict(ModelConfig, table, where=where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def export_checkpoint(
+    reader: CheckpointReader,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer_folder: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ModelConfig:
+    """Writes a checkpoint's weights as a Hugging Face folder; returns what model it was. Errors as `export_model`."""
+    config = model_of(reader)
+    shapes = weight_shapes(config)
+    stored = {name: entry.shape for (kind, name), entry in reader.tensors().items() if kind == "weight"}
+    for name in sorted(shapes.keys() | stored.keys()):
+        if shapes.get(name) != stored.get(name):
+            raise CheckpointError(
+                f"{reader.folder / MANIFEST}: weight {name} has shape {stored.get(name)}; its configuration implies "
+                f"{shapes.get(name)}"
+            )
+    write_folder(
+        folder, config, lambda name: reader.stream([reader.whole(name)]),
+        dtype=dtype, tokenizer_folder=tokenizer_folder, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+    return config
+
+
+def import_folder(source: Path, folder: Path) -> ModelConfig:
+    """Makes `folder`, a run's without its run, from a Hugging Face folder; returns what model it is.
+
+    Weights become fp32, which changes no value. FormatError as `open_folder`; ConfigError where `folder` is there.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
+    config, _, tensors = open_folder(source)
+    fragments = [_whole_weight(name, shape) for name, shape in weight_shapes(config).items()]
+
+    def stream(wanted: Sequence[Fragment]) -> Iterator[Tensor]:
+        for fragment in wanted:
+            for rows in tensors.read_rows(fragment.name, CHUNK_ELEMENTS):
+                yield rows.float().flatten()
+
+    with replacing_dir(folder) as temporary:
+        write_offline(
+            temporary / CHECKPOINTS, 0, [fragments], stream,
+            num_ranks=1, layout={"imported": source.name}, state={"config": {"model": to_dict(config)}},
+        )  # fmt: skip
+        (temporary / TOKENIZER).mkdir()
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / TOKENIZER / name)
+    return config
+
+
+def _whole_weight(name: str, shape: tuple[int, ...]) -> Fragment:
+    region = Box.whole(shape)
+    return Fragment(
+        name=name, kind="weight", global_shape=shape, region=region, start=0, stop=region.volume,
+        data=torch.empty(region.volume, device="meta"),
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""What each rank of a layout holds, without any rank: the same code as in training, on tensors that have no memory.
+
+So a checkpoint that is resharded offline is, file by file, what a run in that layout would have written. Loading needs
+none of it, as every checkpoint loads in every layout: it is for those who want to move files whose ranks each read
+their own, or a checkpoint in one file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.manifest import MANIFEST
+from megacoder.checkpoint.offline import write_offline
+from megacoder.checkpoint.rank_file import Fragment
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import from_dict
+from megacoder.core.errors import CheckpointError, ConfigError
+from megacoder.model.config import ModelConfig
+from megacoder.model.conversion import model_of
+from megacoder.model.partition import build_stages
+from megacoder.model.replicas import late_parameters
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.tensor import TensorParallel
+from megacoder.train.config import RunConfig
+from megacoder.train.layout import Layout, LayoutRequest
+from megacoder.train.run_folder import state_fragments
+
+__all__ = ["rank_fragments", "reshard"]
+
+
+def reshard(reader: CheckpointReader, root: Path, dims: ParallelDims) -> Path:
+    """Writes a checkpoint again, as the ranks of `dims` would, into the folder of checkpoints `root`; returns it.
+
+    ConfigError, with the nearest layouts that work, where the model cannot be shared so, or that step is there.
+    """
+    if root.resolve() == reader.folder.parent.resolve() and dict(step_folders(root)).get(reader.step) is not None:
+        raise ConfigError(f"{root} is where the checkpoint of step {reader.step} is now; choose another folder")
+    model = model_of(reader)
+    parallel, layout = _layout(reader, model, dims)
+    kinds = list(dict.fromkeys(kind for kind, _ in reader.tensors()))
+    ranks = (rank_fragments(model, parallel, layout, rank, kinds) for rank in range(dims.world_size))
+    return write_offline(
+        root, reader.step, ranks, reader.stream,
+        num_ranks=dims.world_size, layout=asdict(dims), state=reader.state,
+    )  # fmt: skip
+
+
+def rank_fragments(
+    model: ModelConfig, parallel: ParallelConfig, layout: Layout, rank: int, kinds: Sequence[str]
+) -> list[Fragment]:
+    """What `rank` writes of weights and moments, in its order, each on the `meta` device."""
+    dims, place = layout.dims, layout.dims.coordinates(rank)
+    tp = TensorParallel(rank=place.tp, size=dims.tp, sequence_parallel=parallel.sequence_parallel)
+    held = layout.schedule.stage_map.stages[place.pp]
+    with torch.device("meta"):
+        part = build_stages(model, tp, placement=layout.placement, held=held)[0].model
+        flat = FlatParameters(
+            part.named_parameters(), dtype=torch.float32, device=torch.device("meta"), num_shards=dims.dp * dims.cp,
+            late=late_parameters(part), bucket_elements=parallel.bucket_elements,
+        )  # fmt: skip
+        state = {kind: torch.empty(flat.numel // flat.num_shards) for kind in kinds}
+        owned = list(flat.owned(place.dp * dims.cp + place.cp))
+        return list(state_fragments(part, owned, state, copies=False))
+
+
+def _layout(reader: CheckpointReader, model: ModelConfig, dims: ParallelDims) -> tuple[ParallelConfig, Layout]:
+    """The run's own settings but for the axes; for a checkpoint that no run wrote, the default ones."""
+    axes = asdict(dims)
+    table = reader.state["config"]
+    if "data" not in table:
+        parallel = ParallelConfig(**axes)
+        request = LayoutRequest(
+            model=model, parallel=parallel, seq_length=model.max_position_embeddings,
+            global_batch_size=dims.dp * dims.pp, micro_batch_size=1,
+        )  # fmt: skip
+        return parallel, request.layout(dims.world_size)
+    where = f"{reader.folder / MANIFEST}: state.config"
+    try:
+        config = from_dict(RunConfig, table, where=where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    same_stages = config.parallel.pp == dims.pp
+    changes = axes if same_stages else {**axes, "layers_per_stage": None}
+    config = replace(config, parallel=replace(config.parallel, **changes))
+    return config.parallel, config.layout(dims.world_size)

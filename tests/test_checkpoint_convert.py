@@ -1,0 +1,296 @@
+"""`megacoder checkpoint reshard`, `export` and `import`: what comes out is what went in, and can be trained on."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from checkpoint_cases import no_flush  # noqa: F401
+from safetensors.torch import load_file, save_file
+from train_cases import make_case
+
+from megacoder.checkpoint.offline import write_offline
+from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
+from megacoder.cli.main import main
+from megacoder.core.config import load_toml
+from megacoder.model.huggingface import export_model, import_model
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.config import RunConfig
+from megacoder.train.loop import Trainer
+
+ALONE = World(0, 1, 0, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """With `run`, two steps of a model of five layers."""
+    case = make_case(tmp_path_factory.mktemp("convert"))
+    Trainer(config_of(case, "run"), ALONE).run()
+    return case
+
+
+def config_of(case, output, **changes):
+    config = case.config(output, steps=2, checkpoint_every=2, **changes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=5))
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr)."""
+    code = 0
+    try:
+        main(["checkpoint", *map(str, words)])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def state_of(path):
+    reader = CheckpointReader(path)
+    return {key: reader.read_tensor(key[1], key[0]) for key in reader.tensors()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def save_as_is(world, config, source):
+    """What a run in the layout of `config` writes, right after it has read `source`."""
+    shutil.copytree(source, config.output / "checkpoints", dirs_exist_ok=True) if world.is_first else None
+    torch.distributed.barrier()
+    trainer = Trainer(config, world)
+    trainer._checkpoint()
+    trainer.folder.finish()
+    trainer.batches.close()
+
+
+@pytest.mark.parametrize(
+    ("axes", "size"), [({"tp": 2, "pp": 2, "dp": 2}, 8), ({"tp": 4}, 4), ({"pp": 4}, 4), ({"cp": 2, "dp": 2}, 4)]
+)
+def test_resharded_files_are_those_that_a_run_in_that_layout_writes(ranks, case, capsys, axes, size):
+    name = "-".join(f"{axis}{number}" for axis, number in axes.items())
+    words = [word for axis, number in axes.items() for word in (f"--{axis}", number)]
+    code, _, err = run(capsys, "reshard", case.folder / "run", case.folder / f"{name}-offline", *words)
+    assert (code, err.count("\n")) == (0, 1)
+    offline = case.folder / f"{name}-offline" / "step-00000002"
+    assert verify_checkpoint(offline) == []
+    config = config_of(case, f"{name}-run", parallel=ParallelConfig(**axes))
+    ranks.run(size, save_as_is, config, case.folder / "run" / "checkpoints")
+    online = config.output / "checkpoints" / "step-00000002"
+    files = sorted(path.name for path in online.glob("*.safetensors"))
+    assert len(files) == size
+    assert sorted(os.listdir(offline)) == ["manifest.json", *files]
+    for file in files:
+        assert (offline / file).read_bytes() == (online / file).read_bytes(), file
+
+
+def test_there_and_back_in_one_file(case, capsys, tmp_path):
+    before = case.folder / "run" / "checkpoints" / "step-00000002"
+    assert run(capsys, "reshard", before, tmp_path / "many", "--tp", 2, "--pp", 2)[0] == 0
+    assert_equal(state_of(tmp_path / "many"), state_of(before))
+    code, _, err = run(capsys, "reshard", tmp_path / "many", tmp_path / "one")
+    assert (code, err) == (0, f"{tmp_path / 'one' / 'step-00000002'}: step 2 for dp=1, 1 file\n")
+    for name in sorted(os.listdir(before)):
+        expected = (before / name).read_bytes()
+        if name == "manifest.json":  # of the layout, dp was filled in
+            assert CheckpointReader(tmp_path / "one").state == CheckpointReader(before).state
+        else:
+            assert (tmp_path / "one" / "step-00000002" / name).read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--tp", "3"],
+            "tp = 3: model.num_attention_heads = 4 is not a multiple of it; nearest",
+        ),
+        (["--pp", "8"], "8 stages for 5 layers"),
+        (["--dp", "0"], "dp = 0: needs at least 1"),
+    ],
+)
+def test_a_layout_that_cannot_work_writes_nothing(case, capsys, tmp_path, words, message):
+    code, _, err = run(capsys, "reshard", case.folder / "run", tmp_path / "new", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_is_never_written_over(case, capsys, tmp_path):
+    code, _, err = run(capsys, "reshard", case.folder / "run", case.folder / "run" / "checkpoints")
+    assert code == 2
+    assert "choose another folder" in err
+    assert run(capsys, "reshard", case.folder / "run", tmp_path)[0] == 0
+    assert "step-00000002 exists already" in run(capsys, "reshard", case.folder / "run", tmp_path, "--tp", 2)[2]
+    assert verify_checkpoint(tmp_path / "step-00000002") == []
+
+
+def test_a_damaged_source_makes_no_checkpoint(case, capsys, tmp_path):
+    source = shutil.copytree(case.folder / "run" / "checkpoints", tmp_path / "checkpoints")
+    path = source / "step-00000002" / "rank-00000-of-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    for words in (["reshard", source, tmp_path / "new", "--tp", 2], ["export", source, tmp_path / "new"]):
+        code, _, err = run(capsys, *words)
+        assert (code, err.count("\n")) == (1, 1)
+        assert f"{path}: bytes 0 to" in err
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(case, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    code, _, err = run(capsys, "reshard", case.folder / "run", tmp_path / "new")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "No space left on device" in err
+    assert not (tmp_path / "new").exists()
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def folder(case, tmp_path):
+    """A Hugging Face folder in bf16 and two shards, as others publish them."""
+    config = config_of(case, "x").model
+    model = Transformer(dataclasses.replace(config, rope_theta=100000.0, rope_factor=4.0)).to(torch.bfloat16)
+    init_weights(model, seed=5)
+    export_model(model, tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer", max_shard_bytes=60_000)
+    return tmp_path / "hf"
+
+
+def tensors_of(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (0, 1)
+    assert verify_checkpoint(tmp_path / "start" / "checkpoints" / "step-00000000") == []
+    code, _, err = run(capsys, "export", tmp_path / "start", tmp_path / "again")
+    assert code == 0, err
+    before, after = tensors_of(folder), tensors_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(after[name].view(torch.int16), tensor.view(torch.int16)), name
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_text() == (folder / name).read_text(), name
+    assert run(capsys, "export", tmp_path / "start", tmp_path / "wide", "--dtype", "fp32")[0] == 0
+    for name, tensor in tensors_of(tmp_path / "wide").items():
+        assert torch.equal(tensor, before[name].float()), name
+
+
+def test_an_imported_model_is_trained_on(folder, case, tmp_path, capsys, monkeypatch):
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    config = load_toml(RunConfig, tmp_path / "start" / "train.toml")
+    assert (config.init_from, config.data.tokenizer) == (tmp_path / "start", tmp_path / "start" / "tokenizer")
+    small = config_of(case, "unused")
+    config = dataclasses.replace(
+        small, output=tmp_path / "run", init_from=config.init_from, model=config.model, seed=99, steps=1,
+        data=dataclasses.replace(small.data, tokenizer=config.data.tokenizer),
+    )  # fmt: skip
+    trainer = Trainer(config, ALONE)
+    expected = import_model(folder).float().state_dict()
+    for name, value in trainer.engine.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert "step 0" in capsys.readouterr().err
+    trainer.run()
+    assert CheckpointReader(tmp_path / "run").step == 1
+    shutil.rmtree(tmp_path / "start" / "checkpoints")  # a run that goes on needs it no more
+    assert Trainer(config, ALONE).step == 1
+
+
+def start_and_gather(world, config, folder):
+    trainer = Trainer(config, world)
+    trainer._checkpoint()
+    trainer.folder.finish()
+    trainer.batches.close()
+
+
+def test_a_run_starts_from_another_in_any_layout_with_fresh_moments(ranks, case, capsys):
+    config = config_of(case, "from", init_from=case.folder / "run", parallel=ParallelConfig(tp=2, pp=2))
+    ranks.run(4, start_and_gather, config, case.folder)
+    found, expected = state_of(config.output), state_of(case.folder / "run")
+    assert found.keys() == expected.keys()
+    for (kind, name), tensor in found.items():
+        assert torch.equal(tensor, expected[kind, name] if kind == "weight" else torch.zeros_like(tensor)), name
+    assert CheckpointReader(config.output).state["num_updates"] == 0
+
+
+def test_rope_may_change_at_the_start_and_is_said(case, capsys):
+    config = config_of(case, "longer", init_from=case.folder / "run")
+    model = dataclasses.replace(config.model, rope_factor=4.0, rope_theta=1e5, max_position_embeddings=128)
+    Trainer(dataclasses.replace(config, model=model), ALONE).batches.close()
+    assert "max_position_embeddings 128 (there 64); rope_factor 4.0 (there 1.0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "run' was made with hidden_size = 32, not 64"),
+        ({"tie_word_embeddings": True}, "was made with tie_word_embeddings = False, not True"),
+        ({"num_hidden_layers": 4}, "was made with num_hidden_layers = 5, not 4"),
+    ],
+)
+def test_another_model_is_no_start(case, changes, message):
+    config = config_of(case, "other", init_from=case.folder / "run")
+    with pytest.raises(Exception, match=message) as caught:
+        Trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)), ALONE)
+    assert "\n" not in str(caught.value)
+    assert not config.output.exists()
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_needs_weights_to_start_from(case):
+    config = config_of(case, "wide")
+    model = dataclasses.replace(config.model, vocab_size=case.vocab_size + 50)
+    with pytest.raises(Exception, match=f"the tokenizer .* has {case.vocab_size} ids"):
+        Trainer(dataclasses.replace(config, model=model), ALONE)
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_conversions_write_over_nothing(case, folder, tmp_path, capsys, command):
+    (tmp_path / "there").mkdir()
+    source = folder if command == "import" else case.folder / "run"
+    code, _, err = run(capsys, command, source, tmp_path / "there")
+    assert (code, err) == (
+        2,
+        f"megacoder: {tmp_path / 'there'} exists already; choose another folder, or remove it first\n",
+    )
+
+
+def test_an_architecture_of_another_kind_is_refused_by_name(folder, tmp_path, capsys):
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(table | {"architectures": ["Qwen2ForCausalLM"]}))
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert code == 1
+    assert "architecture 'Qwen2ForCausalLM'; only 'LlamaForCausalLM' can be loaded" in err
+    assert not (tmp_path / "start").exists()
+
+
+def test_weights_that_are_no_floats_are_refused(folder, tmp_path, capsys):
+    path = next(path for path in sorted(folder.glob("*.safetensors")) if "model.norm.weight" in load_file(path))
+    save_file({**load_file(path), "model.norm.weight": torch.ones(32, dtype=torch.int8)}, path)
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert code == 1
+    assert f"{path}: model.norm.weight is stored as I8; only F32, BF16, F16 can be loaded" in err
+
+
+def test_a_checkpoint_that_does_not_say_its_model_is_not_exported(tmp_path, capsys):
+    reader_of = CheckpointReader(write_offline(
+        tmp_path / "bare", 3, [[]], lambda fragments: iter(()), num_ranks=1, layout={}, state={}
+    ))  # fmt: skip
+    assert reader_of.step == 3
+    code, _, err = run(capsys, "export", tmp_path / "bare", tmp_path / "hf")
+    assert code == 1
+    assert "state.config.model: not there" in err

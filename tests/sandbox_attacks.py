@@ -87,9 +87,9 @@ ATTACKS = {
     # reading what is none of its business
     "home folder": attack(
         "passed",
-        "for top in (BAIT['home'], os.path.expanduser('~'), '/root', '/home'):\n"
-        "  for folder, _, names in os.walk(top):\n    for name in names:\n"
-        "      if name == 'secret' or name[:1] == '.': print(open(os.path.join(folder, name)).read())\n"
+        "for top in (BAIT['home'], os.path.expanduser('~'), '/root', '/home', os.path.dirname(BAIT['home'])):\n"
+        "  for name in os.listdir(top) if os.path.isdir(top) else ():\n"
+        "    path = os.path.join(top, name)\n    print(path)\n    if os.path.isfile(path): print(open(path).read())\n"
         "must_fail(open, BAIT['home'] + '/secret')",
     ),
     "environment": attack(

@@ -122,7 +122,7 @@ def test_the_attacks_do_their_worst_where_nothing_stops_them(tmp_path):
     bait = Bait(tmp_path)
     sources = [bait.facts() + ATTACKS[name].source for name in ("home folder", "environment", "system files")]
     with Sandbox(mode="unsafe") as unsafe:
-        home = unsafe.run_one(python(sources[0].replace("'/root', '/home'", "''")))
+        home = unsafe.run_one(python(sources[0].replace(", '/root', '/home'", "")))
         assert SECRET in home.stdout
         made = unsafe.run_one(python(sources[2].split("for path in")[0] + "os.mkdir(BAIT['home'] + '/x')"))
     assert made.passed

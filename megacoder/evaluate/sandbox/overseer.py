@@ -41,7 +41,7 @@ def mount_own_files(limits: dict[str, Any], identity: confine.Identity | None) -
     size = limits["disk_mb"] * _MIB
     common = kernel.MS_NOSUID | kernel.MS_NODEV
     owner = f"mode=0700,uid={user},gid={group}"
-    kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes=16384")
+    kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes={256 * limits['disk_mb']}")
     kernel.mount("tmpfs", "/dev/shm", "tmpfs", common, f"{owner},size={size // 4},nr_inodes=1024")
 
 

@@ -1,0 +1,1 @@
+"""What `bench_data.py` measures, a module each."""

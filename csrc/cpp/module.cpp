@@ -118,6 +118,11 @@ PYBIND11_MODULE(_cpp, m) {
       k.accumulate(at<float>(total), at<T>(addend), count);
     });
   }, nogil);
+  m.def("minhash", [](Address text, Address offsets, int64_t documents, Address addends, int64_t num_hashes,
+                      int64_t ngram, Address signatures, Address num_words) {
+    table.minhash(at<uint8_t>(text), at<int64_t>(offsets), documents, at<uint32_t>(addends), num_hashes, ngram,
+                  at<uint32_t>(signatures), at<int64_t>(num_words));
+  }, nogil);
   m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
         nogil);
 }

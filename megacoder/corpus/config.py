@@ -8,6 +8,7 @@ from typing import Any
 from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.reading import Selection
 from megacoder.corpus.rules import RuleThresholds
 from megacoder.corpus.samples import SampleConfig
@@ -43,6 +44,7 @@ class CorpusConfig:
     drop_generated: bool = False
     """drop files whose first lines say that a program wrote them; the paper does not"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
+    near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
     heldout: SplitConfig = field(default_factory=SplitConfig)
     seed: int = 0

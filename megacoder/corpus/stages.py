@@ -9,6 +9,7 @@ from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.documents import Stage
 from megacoder.corpus.generated import GeneratedFiles
 from megacoder.corpus.licenses import LicenseFilter
+from megacoder.corpus.near_dedup import NearDedup
 from megacoder.corpus.rules import PaperRules
 from megacoder.corpus.steps import Step
 
@@ -27,11 +28,20 @@ def scan_stages(config: CorpusConfig) -> list[Stage]:
 
 
 def steps(config: CorpusConfig) -> list[Step]:
-    """What happens to the shards between reading and writing."""
-    return [ExactDedup()]
+    """What happens to the shards between reading and writing.
+
+    Whole repositories are compared before single files are, so that what makes two alike is still there.
+    """
+    level = config.near_dedup.level
+    found: list[Step] = [NearDedup("repository")] if level in ("repository", "both") else []
+    found.append(ExactDedup())
+    if level in ("file", "both"):
+        found.append(NearDedup("file"))
+    return found
 
 
 def stage_names(config: CorpusConfig) -> list[str]:
     """Where a file can be dropped, in order."""
     names = [stage.name for stage in scan_stages(config)]
-    return ["read", *names, *(name for step in steps(config) for name in step.names)]
+    names += [name for step in steps(config) for name in step.names]
+    return ["read", *dict.fromkeys(names)]

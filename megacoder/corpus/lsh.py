@@ -1,0 +1,114 @@
+"""Locality-sensitive hashing of MinHash signatures: which pairs of units are worth comparing, and which are near.
+
+A signature is cut into bands of `rows` places; two units with one equal band are candidates, which happens with
+probability 1 - (1 - J^rows)^bands for a similarity of J. A candidate counts only if the whole signatures agree in the
+wanted share of places: bands alone let pairs far below it through.
+
+A band's records lie in sorted runs (`runs.py`). In a group of equal bands each unit meets the `WINDOW` units before it
+and the group's first. Larger groups are rare but for boilerplate; there the search is done again once the near copies
+found are gone, until nothing more is found (`near_dedup.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megacoder.corpus.runs import read_range
+
+__all__ = ["EDGE", "SignatureFiles", "band_runs", "candidate_pairs", "near_pairs"]
+
+RECORD = np.dtype([("key", "<u8"), ("unit", "<u4")])
+"""A band's hash, and the unit within its shard."""
+EDGE = np.dtype([("later", "<i8"), ("earlier", "<i8"), ("similarity", "<f4")])
+"""Two near units by their global numbers, and the share of equal places."""
+
+WINDOW = 32
+_PAIRS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignatureFiles:
+    """The signatures of all units, shard after shard, in raw files that stay on disk."""
+
+    paths: tuple[Path, ...]
+    """of (units, num_hashes) uint32 each"""
+    counts: tuple[int, ...]
+    """units of each"""
+    num_hashes: int
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The global number of each shard's first unit, and of all of them at the end."""
+        return np.cumsum([0, *self.counts])
+
+    def take(self, units: np.ndarray) -> np.ndarray:
+        """The signatures of some units by global number, (N, num_hashes) uint32."""
+        starts = self.starts
+        shard_of = np.searchsorted(starts, units, "right") - 1
+        out = np.empty((len(units), self.num_hashes), np.uint32)
+        for shard in np.unique(shard_of):
+            stored = np.memmap(self.paths[shard], np.uint32, "r", shape=(self.counts[shard], self.num_hashes))
+            chosen = shard_of == shard
+            out[chosen] = stored[units[chosen] - starts[shard]]
+        return out
+
+
+def band_runs(signatures: np.ndarray, units: np.ndarray, *, bands: int, rows: int) -> Iterator[np.ndarray]:
+    """The records of each band for `units`, given all signatures (N, K) uint32 of a shard."""
+    multiplier = np.uint64(0x9E3779B97F4A7C15)
+    for band in range(bands):
+        keys = np.full(len(units), band, np.uint64)
+        for place in range(band * rows, (band + 1) * rows):
+            keys = (keys ^ signatures[units, place]) * multiplier
+            keys ^= keys >> np.uint64(32)
+        run = np.empty(len(units), RECORD)
+        run["key"], run["unit"] = keys, units
+        yield run
+
+
+def candidate_pairs(
+    band_files: Sequence[Path], starts: np.ndarray, keys: tuple[int, int], *, band: int, bands: int, gone: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """(pairs, whether a group was too large for all of its pairs); pairs (N, 2) int64, the earlier unit first.
+
+    Only bands with a hash in the range `keys`; units in `gone`, ascending, are left out.
+    """
+    parts = [read_range(path, RECORD, keys, run=band, num_runs=bands) for path in band_files]
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(part["key"] for part in parts)])
+    units = np.concatenate(
+        [np.zeros(0, np.int64), *(part["unit"] + start for part, start in zip(parts, starts, strict=False))]
+    )
+    if len(gone):
+        alive = gone[np.minimum(np.searchsorted(gone, units), len(gone) - 1)] != units
+        hashes, units = hashes[alive], units[alive]
+    order = np.lexsort((units, hashes))
+    hashes, units = hashes[order], units[order]
+    firsts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else order
+    first_of = np.repeat(firsts, np.diff([*firsts, len(hashes)]))
+    place_in_group = np.arange(len(hashes)) - first_of
+    pairs = []
+    for distance in range(1, min(WINDOW, place_in_group.max(initial=0)) + 1):
+        later = np.flatnonzero(place_in_group >= distance)
+        pairs.append(np.stack([units[later - distance], units[later]], axis=1))
+    far = np.flatnonzero(place_in_group > WINDOW)
+    pairs.append(np.stack([units[first_of[far]], units[far]], axis=1))
+    return np.concatenate(pairs), bool(len(far))
+
+
+def near_pairs(pairs: np.ndarray, signatures: SignatureFiles, *, similarity: float) -> np.ndarray:
+    """Those of the candidates that agree in at least the share `similarity` of all places, as EDGE records."""
+    edges = []
+    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+        part = pairs[start : start + _PAIRS_AT_ONCE]
+        units, positions = np.unique(part, return_inverse=True)  # sorted, so that disks are read forwards
+        taken = signatures.take(units)
+        left, right = positions.reshape(part.shape).T
+        agree = (taken[left] == taken[right]).mean(axis=1, dtype=np.float32)
+        near = agree >= similarity
+        found = np.empty(near.sum(), EDGE)
+        found["earlier"], found["later"] = part[near].T
+        found["similarity"] = agree[near]
+        edges.append(found)
+    return np.concatenate([np.zeros(0, EDGE), *edges])

@@ -1,0 +1,46 @@
+"""What near-dedup can be told."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from megacoder.core.errors import ConfigError
+from megacoder.corpus.minhash import HASH_MULTIPLE
+
+__all__ = ["NearDedupConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDedupConfig:
+    """How near copies are found. The paper publishes none of these; 5-grams and 0.7 are StarCoder2's."""
+
+    level: Annotated[Literal["repository", "file", "both", "none"], tyro.conf.arg(aliases=["--near-dedup"])] = (
+        "repository"
+    )
+    """what is compared: whole repositories (the paper), files, or first the ones and then the others"""
+    similarity: float = 0.7
+    """estimated Jaccard similarity from which on two are near"""
+    ngram: int = 5
+    """words of a shingle"""
+    num_hashes: int = 256
+    """places of a signature; the estimate's standard error is at most half over its root"""
+    bands: int = 42
+    """groups of places by which candidates are found"""
+    rows: int = 6
+    """places of a band; with 42 bands of 6, pairs at a similarity of 0.8 are missed once in 300,000"""
+    min_words: int = 20
+    """repositories or files with fewer words are left to exact dedup"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.similarity <= 1:
+            raise ConfigError(f"near-dedup similarity = {self.similarity}: must be above 0 and at most 1")
+        for name in ("ngram", "num_hashes", "bands", "rows", "min_words"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"near-dedup {name} = {getattr(self, name)}: must be at least 1")
+        if self.num_hashes % HASH_MULTIPLE:
+            raise ConfigError(f"near-dedup num_hashes = {self.num_hashes}: must be a multiple of {HASH_MULTIPLE}")
+        if self.bands * self.rows > self.num_hashes:
+            raise ConfigError(
+                f"near-dedup bands x rows = {self.bands} x {self.rows}: only {self.num_hashes} hashes; lower either"
+            )

@@ -1,0 +1,42 @@
+"""Records grouped by key without holding them in memory: an external sort by ranges of the key.
+
+Each shard leaves *runs*, its records sorted by key, in one file. A task then owns a range of keys and reads just that
+range of every run, found by bisection, so that equal keys of all shards meet in one task and nothing is read twice.
+Keys are hashes: equal ranges hold about equally many records.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from megacoder.core.files import replacing
+from megacoder.corpus.shards import disk_errors
+
+__all__ = ["key_ranges", "read_range", "write_runs"]
+
+
+def write_runs(path: Path, runs: Sequence[np.ndarray]) -> None:
+    """Writes runs of one length and dtype, a structured one with a field `key` (uint64), each sorted by it."""
+    with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        for run in runs:
+            np.sort(run, order=list(run.dtype.names or ())).tofile(file)
+
+
+def key_ranges(num_records: int, max_records: int) -> list[tuple[int, int]]:
+    """Ranges [first, last] that cover all keys and hold at most about `max_records` each."""
+    count = max(1, -(-num_records // max_records))
+    edges = [(index << 64) // count for index in range(count + 1)]
+    return [(first, end - 1) for first, end in pairwise(edges)]
+
+
+def read_range(path: Path, dtype: np.dtype, keys: tuple[int, int], *, run: int = 0, num_runs: int = 1) -> np.ndarray:
+    """The records of one run of the file whose keys lie in the range, ends included, in the order of the keys."""
+    length = path.stat().st_size // dtype.itemsize // num_runs
+    if length == 0:
+        return np.zeros(0, dtype)
+    records = np.memmap(path, dtype, "r", offset=run * length * dtype.itemsize, shape=(length,))
+    first, last = (np.uint64(key) for key in keys)
+    begin, end = np.searchsorted(records["key"], first, "left"), np.searchsorted(records["key"], last, "right")
+    return np.array(records[begin:end])

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "profile": ("megacoder.cli.profile", "where the time and memory of a run's steps go, with a trace"),
-    "plan": ("megacoder.cli.plan", "simulate and draw a pipeline schedule, with no GPU"),
+    "plan": ("megacoder.cli.plan", "layouts, memory and time on a cluster, with no GPU; schedules drawn"),
     "ops": ("megacoder.cli.ops", "which kernels run on this machine, and why the others do not"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),

@@ -1,119 +1,25 @@
-"""`megacoder plan`: what a pipeline schedule costs, before any GPU is taken; a table, JSON or a picture."""
+"""`megacoder plan`: what a run would need and take, before any GPU is taken.
 
-import json
+With `--model` every layout of a model on a cluster; with `--tokens` the scaling law's batch and learning rate too;
+with neither one pipeline schedule, simulated.
+"""
+
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from megacoder.core.config import parse_args
-from megacoder.core.console import say, table
-from megacoder.parallel.schedules import (
-    Costs,
-    Timeline,
-    build_schedule,
-    check_schedule,
-    live_activations,
-    peak_live,
-    simulate,
-)
-from megacoder.parallel.schedules.draw import draw
+from megacoder.cli import plan_cluster, plan_schedule
 
-__all__ = ["PlanConfig", "main"]
+__all__ = ["main"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """A pipeline schedule, simulated: how long ranks idle and how many activations they hold."""
-
-    schedule: str = "1f1b"
-    """gpipe, 1f1b, interleaved, zb-h1, zbv or dualpipev"""
-    pp: int = 4
-    """pipeline ranks"""
-    microbatches: int = 8
-    """microbatches per step and replica"""
-    chunks: int | None = None
-    """chunks of layers per rank; a choice for interleaved only"""
-    forward: float = 1.0
-    """time of one microbatch's forward through all chunks of a rank"""
-    input_grad: float = 1.0
-    """time of its backward for the input"""
-    weight_grad: float = 1.0
-    """time of its backward for the weights"""
-    latency: float = 0.0
-    """time to send an activation to the next rank"""
-    draw: Path | None = None
-    """write the timeline as this .png or .svg"""
-    json: bool = False
-    """print JSON instead of a table"""
+_OF_A_CLUSTER = ("--model", "--tokens", "--device", "--devices")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `megacoder plan`."""
-    config = parse_args(PlanConfig, argv, prog="megacoder plan")
-    timeline = _simulate(config)
-    if config.draw is not None:
-        draw(timeline, config.draw)
-        say(f"wrote {config.draw}")
-    report = _report(timeline)
-    if config.json:
-        print(json.dumps(report, indent=2))
+    """Runs the one that the options ask for."""
+    words = [word.partition("=")[0] for word in argv]
+    if "-h" in words or "--help" in words:
+        plan_schedule.print_help()
+        plan_cluster.main(argv)
+    elif any(option in words for option in _OF_A_CLUSTER):
+        plan_cluster.main(argv)
     else:
-        _print_table(report)
-
-
-def _simulate(config: PlanConfig) -> Timeline:
-    schedule = build_schedule(
-        config.schedule, num_ranks=config.pp, num_microbatches=config.microbatches, num_chunks=config.chunks
-    )
-    check_schedule(schedule)
-    costs = Costs.uniform(
-        schedule.stage_map.num_stages,
-        forward=config.forward / schedule.num_chunks,
-        input_grad=config.input_grad / schedule.num_chunks,
-        weight_grad=config.weight_grad / schedule.num_chunks,
-        latency=config.latency,
-    )
-    return simulate(schedule, costs)
-
-
-def _report(timeline: Timeline) -> dict[str, Any]:
-    """What both outputs print. Shares are of the makespan, peaks in microbatches through all chunks of the rank."""
-    schedule = timeline.schedule
-    ranks = [
-        {
-            "rank": rank,
-            "idle": timeline.idle(rank) / timeline.makespan,
-            "bubble": timeline.bubble(rank) / timeline.makespan,
-            "peak_activations": peak_live(actions) / schedule.num_chunks,
-            "peak_waiting": max(live.waiting for live in live_activations(actions)) / schedule.num_chunks,
-        }
-        for rank, actions in enumerate(schedule.ranks)
-    ]
-    return {
-        "schedule": schedule.name,
-        "pp": schedule.num_ranks,
-        "microbatches": schedule.num_microbatches,
-        "chunks": schedule.num_chunks,
-        "makespan": timeline.makespan,
-        "idle": sum(rank["idle"] for rank in ranks) / len(ranks),
-        "ranks": ranks,
-    }
-
-
-def _print_table(report: dict[str, Any]) -> None:
-    table(
-        f"{report['schedule']}, pp {report['pp']}, microbatches {report['microbatches']}, chunks {report['chunks']}: "
-        f"makespan {report['makespan']:g}, idle {report['idle']:.1%}",
-        ["rank", "idle", "inside its own span", "peak activations", "waiting for W"],
-        [
-            [
-                str(rank["rank"]),
-                f"{rank['idle']:.1%}",
-                f"{rank['bubble']:.1%}",
-                f"{rank['peak_activations']:g}",
-                f"{rank['peak_waiting']:g}",
-            ]
-            for rank in report["ranks"]
-        ],
-    )
+        plan_schedule.main(argv)

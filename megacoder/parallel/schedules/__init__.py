@@ -34,7 +34,7 @@ from megacoder.parallel.schedules.schedule import (
     Tensor,
     forwards_only,
 )
-from megacoder.parallel.schedules.simulate import Costs, Timeline, simulate
+from megacoder.parallel.schedules.simulate import Costs, Timeline, makespan, simulate
 from megacoder.parallel.schedules.validate import Live, check_schedule, execution_order, live_activations, peak_live
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "execution_order",
     "forwards_only",
     "live_activations",
+    "makespan",
     "peak_live",
     "place_by_cost",
     "place_evenly",

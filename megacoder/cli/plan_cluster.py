@@ -1,0 +1,243 @@
+"""`megacoder plan --model 33b --device h800 --devices 512`: layouts that fit, how fast they are, why others do not.
+
+With `--tokens 2T` also the days and device-hours of the run, and what batch and learning rate the scaling law of
+DeepSeek-LLM gives for it; without `--model` that advice alone, for every preset.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megacoder.core.config import load_toml, parse_args
+from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
+from megacoder.model.presets import PRESETS, find_preset
+from megacoder.parallel.schedules import simulate
+from megacoder.parallel.schedules.draw import draw
+from megacoder.train.config import RunConfig
+from megacoder.train.planning.devices import Device, Shares, find_device
+from megacoder.train.planning.job import Job
+from megacoder.train.planning.memory import Memory, rank_memory
+from megacoder.train.planning.scaling import Advice, advise, parse_count
+from megacoder.train.planning.search import RECOMPUTES, Fit, Found, Limits, search, variant_pipeline
+from megacoder.train.planning.step_time import stage_costs
+
+__all__ = ["ClusterArgs", "main"]
+
+_SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterArgs:
+    """Layouts of a model on a cluster that need not be here: memory, time, and why the others fall out."""
+
+    model: str | None = None
+    """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, tiny, tiny-gqa, or the TOML file of a run"""
+    device: str = "h800"
+    """h800, h100, h200, a100, cpu, or a TOML file that describes one"""
+    devices: int = 8
+    """how many"""
+    seq: int | None = None
+    """tokens of a sequence; left out, the model's own"""
+    batch: int | None = None
+    """sequences of an update; left out, the model's own, or what the scaling law says for --tokens"""
+    tokens: str | None = None
+    """of the run, as 2T or 500B: days, device-hours, and advice"""
+    tp: int | None = None
+    """only layouts with this"""
+    pp: int | None = None
+    """only layouts with this"""
+    cp: int | None = None
+    """only layouts with this"""
+    schedule: str | None = None
+    """only layouts with this; 1f1b, interleaved, zb-h1, zbv or dualpipev"""
+    micro_batch: int | None = None
+    """only layouts with this"""
+    recompute: Literal["none", "selective", "full"] | None = None
+    """only layouts with this"""
+    fp8: bool = False
+    """layers multiply in fp8"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of weights and activations"""
+    top: int = 5
+    """layouts to show"""
+    draw: Path | None = None
+    """write the best layout's pipeline as this .png or .svg"""
+    json: bool = False
+    """print JSON instead of tables"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plans, or gives advice."""
+    args = parse_args(ClusterArgs, argv, prog="megacoder plan")
+    tokens = None if args.tokens is None else parse_count(args.tokens)
+    if args.model is None:
+        if tokens is None:
+            raise ConfigError("--device and --devices need --model, a preset's name or the TOML file of a run")
+        _print_advice({name: advise(p.model, seq_length=p.seq_length, tokens=tokens) for name, p in PRESETS.items()
+                       if not name.startswith("tiny")}, as_json=args.json)  # fmt: skip
+        return
+    if args.top < 1 or args.devices < 1:
+        raise ConfigError(f"--top {args.top}, --devices {args.devices}: both must be at least 1")
+    device = find_device(args.device)
+    job, advice = _job(args, tokens)
+    found = search(job, device, Shares(), num_devices=args.devices, limits=_limits(args, job))
+    if args.draw is not None and found.fits:
+        best = found.fits[0].variant
+        pipe = variant_pipeline(job, best)
+        draw(simulate(pipe.schedule, stage_costs(job, best, pipe, device, Shares())), args.draw)
+        say(f"wrote {args.draw}" + (f": the first {pipe.schedule.num_microbatches} of {best.microbatches(job)} "
+                                    "microbatches" if pipe.rounds_left_out else ""))  # fmt: skip
+    report = _report(args, job, device, found, advice, tokens)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if not found.fits:
+        raise ConfigError(f"no layout of {args.devices} x {device.name} works; {_nearest_miss(found)}")
+
+
+def _job(args: ClusterArgs, tokens: float | None) -> tuple[Job, Advice | None]:
+    assert args.model is not None
+    if args.model.endswith(".toml"):
+        run = load_toml(RunConfig, Path(args.model))
+        model, length, batch = run.model, run.data.stream.seq_length, run.global_batch_size
+    else:
+        preset = find_preset(args.model)
+        model, length, batch = preset.model, preset.seq_length, preset.global_batch_size or 0
+    length = args.seq if args.seq is not None else length
+    advice = None if tokens is None else advise(model, seq_length=length, tokens=tokens)
+    batch = args.batch if args.batch is not None else batch or (advice.batch_sequences if advice else 0)
+    if not batch and args.batch is None:
+        raise ConfigError(f"the batch of {args.model} is published nowhere; give --batch, or --tokens for the law's")
+    return (
+        Job(
+            model=model, seq_length=length, global_batch_size=batch, itemsize=2 if args.dtype == "bfloat16" else 4
+        ),
+        advice,
+    )  # fmt: skip
+
+
+def _limits(args: ClusterArgs, job: Job) -> Limits:
+    changes: dict[str, Any] = {"fp8": args.fp8, "tp": args.tp, "cp": args.cp, "pp": args.pp}
+    for name in ("tp", "cp", "pp"):
+        size = changes[name]
+        if size is not None and (size < 1 or args.devices % size):
+            raise ConfigError(f"--{name} {size}: {args.devices} devices are no multiple of it")
+    if args.schedule is not None:
+        if args.schedule not in Limits().schedules:
+            raise ConfigError(f"--schedule {args.schedule!r}: expected one of {', '.join(Limits().schedules)}")
+        changes["schedules"] = (args.schedule,)
+    if args.micro_batch is not None:
+        if args.micro_batch < 1 or job.global_batch_size % args.micro_batch:
+            raise ConfigError(f"--micro-batch {args.micro_batch}: the batch of {job.global_batch_size} is no multiple")
+        changes["micro_batch_sizes"] = (args.micro_batch,)
+    if args.recompute is not None:
+        changes["recomputes"] = (args.recompute,)
+    return Limits(**changes)
+
+
+def _report(
+    args: ClusterArgs, job: Job, device: Device, found: Found, advice: Advice | None, tokens: float | None
+) -> dict[str, Any]:
+    return {
+        "model": args.model, "parameters": job.model.num_params, "seq_length": job.seq_length,
+        "global_batch_size": job.global_batch_size, "device": device.name, "devices": args.devices,
+        "memory_gb": device.memory_gb - device.reserved_gb, "tried": found.num_tried, "fitting": found.num_fitting,
+        "layouts": [_layout(job, fit, tokens) for fit in found.best(args.top)],
+        "rejected": [
+            {"reason": reason, "layouts": count, "example": found.examples[reason]}
+            for reason, count in found.reasons.most_common()
+        ],
+        "advice": None if advice is None else asdict(advice),
+    }  # fmt: skip
+
+
+def _layout(job: Job, fit: Fit, tokens: float | None) -> dict[str, Any]:
+    variant, reached, dims = fit.variant, fit.throughput, fit.variant.dims
+    seconds = None if tokens is None else tokens / reached.tokens_per_second
+    pipe = variant_pipeline(job, variant)
+    by_recompute = {
+        recompute: max(
+            rank_memory(job, replace(variant, recompute=recompute), pipe, rank).activations for rank in range(dims.pp)
+        )
+        for recompute in RECOMPUTES
+    }
+    return {
+        "tp": dims.tp, "cp": dims.cp, "pp": dims.pp, "dp": dims.dp, "schedule": variant.schedule,
+        "chunks": variant.chunks, "micro_batch_size": variant.micro_batch_size, "recompute": variant.recompute,
+        "microbatches": variant.microbatches(job), "layers_per_stage": list(pipe.placement.layers_per_stage),
+        "memory": {**_bytes(fit.largest), "activations_by_recompute": by_recompute},
+        "memory_by_pipeline_rank": [_bytes(memory) for memory in fit.memory],
+        "step_seconds": fit.step.total, "pipeline_seconds": fit.step.pipeline,
+        "exchange_seconds": fit.step.exchange, "update_seconds": fit.step.update, **asdict(reached),
+        "days": None if seconds is None else seconds / _SECONDS_PER_DAY,
+        "device_hours": None if seconds is None else seconds / 3600 * dims.world_size,
+    }  # fmt: skip
+
+
+def _bytes(memory: Memory) -> dict[str, int]:
+    return {**{field.name: getattr(memory, field.name) for field in fields(memory)}, "total": memory.total}
+
+
+def _print(report: dict[str, Any]) -> None:
+    with_days = any(row["days"] is not None for row in report["layouts"])
+    table(
+        f"{report['model']} ({report['parameters']:,} parameters), {report['global_batch_size']:,} x "
+        f"{report['seq_length']:,} tokens a step, on {report['devices']:,} x {report['device']}",
+        ["tp cp pp dp", "schedule", "micro", "recompute", "step s", "tokens/s", "MFU full", "causal",
+         *(["days", "device-hours"] if with_days else [])],
+        [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
+          _schedule_name(row),
+          str(row["micro_batch_size"]), row["recompute"], f"{row['step_seconds']:.2f}",
+          f"{row['tokens_per_second']:,.0f}", f"{row['mfu_full']:.1%}", f"{row['mfu_causal']:.1%}",
+          *([f"{row['days']:,.1f}", f"{row['device_hours']:,.0f}"] if with_days else [])]
+         for row in report["layouts"]],
+    )  # fmt: skip
+    kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    table(
+        f"GB of the rank that needs most, of {report['memory_gb']:.0f}; activations of other recomputations behind",
+        ["tp cp pp dp", *kinds, "none", "selective", "full"],
+        [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
+          *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
+          *(f"{size / 1e9:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
+         for row in report["layouts"]],
+    )  # fmt: skip
+    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. The others:")
+    for row in report["rejected"]:
+        print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
+    if report["advice"] is not None:
+        advice = report["advice"]
+        print(
+            f"The scaling law of DeepSeek-LLM for {advice['tokens']:.3g} tokens: batch {advice['batch_sequences']:,} "
+            f"sequences ({advice['batch_tokens'] / 1e6:.2f}M tokens), learning rate {advice['peak_lr']:.2e}, "
+            f"{advice['steps']:,} steps"
+        )
+
+
+def _schedule_name(row: dict[str, Any]) -> str:
+    if row["pp"] == 1:
+        return "-"
+    return f"interleaved x{row['chunks']}" if row["schedule"] == "interleaved" else str(row["schedule"])
+
+
+def _print_advice(rows: dict[str, Advice], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: asdict(advice) for name, advice in rows.items()}, indent=2))
+        return
+    table(
+        "Batch and learning rate by the scaling law of DeepSeek-LLM, beside what the published models had",
+        ["model", "sequences", "published", "learning rate", "published", "steps", "FLOPs"],
+        [[name, f"{advice.batch_sequences:,}", f"{PRESETS[name].global_batch_size or '-'}",
+          f"{advice.peak_lr:.2e}", "-" if PRESETS[name].peak_lr is None else f"{PRESETS[name].peak_lr:.1e}",
+          f"{advice.steps:,}", f"{advice.compute:.2e}"] for name, advice in rows.items()],
+    )  # fmt: skip
+
+
+def _nearest_miss(found: Found) -> str:
+    reason = "does not fit into memory"
+    if reason in found.examples:
+        return f"the nearest: {found.examples[reason]}"
+    return "; ".join(f"{reason} ({example})" for reason, example in list(found.examples.items())[:2]) or "see --help"

@@ -1,0 +1,59 @@
+"""The models of the paper by name, with the batch and rate they were trained with, and small ones of the same kind.
+
+Shapes are those of the published `config.json` files, long-context RoPE left out: pre-training is at 4,096 positions,
+`examples/long_context_*.toml` extend them. Sources: arXiv:2401.14196, Table 2 and section 3; arXiv:2401.02954 for v1.5.
+"""
+
+from dataclasses import dataclass
+
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError
+from megacoder.model.config import ModelConfig
+
+__all__ = ["PRESETS", "Preset", "find_preset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A shape and how it was trained; None where that is published nowhere."""
+
+    model: ModelConfig
+    seq_length: int = 4096
+    """tokens of a training sequence"""
+    global_batch_size: int | None = None
+    """sequences of an update"""
+    peak_lr: float | None = None
+    """learning rate after the warm-up"""
+
+
+def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **more: object) -> ModelConfig:
+    settings = {"rope_theta": 100000.0 if hidden > 512 else 10000.0, **more}
+    return ModelConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, **settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+_TINY = {"head_dim": 16, "vocab_size": 512, "max_position_embeddings": 512, "init_std": 0.02}
+
+PRESETS: dict[str, Preset] = {
+    "1.3b": Preset(model=_llama(2048, 5504, 24, 16, 16), global_batch_size=1024, peak_lr=5.3e-4),
+    "5.7b": Preset(model=_llama(4096, 11008, 32, 32, 1)),
+    "6.7b": Preset(model=_llama(4096, 11008, 32, 32, 32), global_batch_size=2304, peak_lr=4.2e-4),
+    "33b": Preset(model=_llama(7168, 19200, 62, 56, 8), global_batch_size=3840, peak_lr=3.5e-4),
+    "v1.5-7b": Preset(
+        model=_llama(4096, 11008, 30, 32, 32, vocab_size=102400, rope_theta=10000.0, max_position_embeddings=4096)
+    ),
+    "tiny": Preset(model=_llama(64, 176, 4, 4, 4, **_TINY), seq_length=128, global_batch_size=16, peak_lr=3e-3),
+    "tiny-gqa": Preset(model=_llama(64, 176, 6, 4, 2, **_TINY), seq_length=128, global_batch_size=16, peak_lr=3e-3),
+}
+"""By the names that `megacoder plan --model` takes."""
+
+
+def find_preset(name: str) -> Preset:
+    """ConfigError with the nearest name where there is none."""
+    if name not in PRESETS:
+        match = nearest(name, PRESETS)
+        hint = f"did you mean {match!r}? " if match else ""
+        raise ConfigError(f"unknown model {name!r}; {hint}known: {', '.join(PRESETS)}, or the TOML file of a run")
+    return PRESETS[name]

@@ -1,0 +1,127 @@
+"""The time of a step: its pipeline's makespan, what data parallel exchanges stick out of it, and the update.
+
+The head is all in the last stage's forward, and stages hold the layers that the run would give them. Gradients leave
+behind the last microbatch's backward and weights arrive behind the first one's forward (see
+`megacoder.parallel.buckets`); only what those do not cover is waited for.
+"""
+
+from dataclasses import dataclass
+
+from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
+from megacoder.parallel.schedules import Costs
+from megacoder.train.planning.devices import Device, Shares
+from megacoder.train.planning.job import Job, Variant
+from megacoder.train.planning.memory import local_elements
+from megacoder.train.planning.pipelines import Pipeline
+from megacoder.train.planning.work import boundary_seconds, head_seconds, layer_times, shard_link
+
+__all__ = ["StepTime", "Throughput", "quick_seconds", "step_time", "throughput"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds."""
+
+    pipeline: float
+    """forwards and backwards, waiting among stages included"""
+    exchange: float
+    """gradients and weights among data parallel ranks, as far as nothing hides it"""
+    update: float
+    """AdamW, the norm and clearing the gradient"""
+
+    @property
+    def total(self) -> float:
+        return self.pipeline + self.exchange + self.update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """What a step time means."""
+
+    tokens_per_second: float
+    """of all devices"""
+    tokens_per_second_per_device: float
+    mfu_full: float
+    """attention counted in full (PaLM)"""
+    mfu_causal: float
+    """attention counted under its causal mask"""
+
+
+def stage_costs(job: Job, variant: Variant, pipe: Pipeline, device: Device, shares: Shares) -> Costs:
+    """Seconds of each stage, as the simulator takes them."""
+    layer = layer_times(job, variant, device, shares)
+    head = head_seconds(job, variant, device, shares)
+    layers = pipe.placement.layers_per_stage
+    least = 1e-9  # a stage with no layer still takes time
+    last = len(layers) - 1
+    return Costs(
+        forward=tuple(max(least, n * layer.forward) + (stage == last) * head for stage, n in enumerate(layers)),
+        input_grad=tuple(max(least, n * layer.input_grad) for n in layers),
+        weight_grad=tuple(max(least, n * layer.weight_grad) for n in layers),
+        latency=boundary_seconds(job, variant, device, shares) if variant.dims.pp > 1 else 0.0,
+    )
+
+
+def step_time(job: Job, variant: Variant, pipe: Pipeline, device: Device, shares: Shares) -> StepTime:
+    """Of an update on all ranks of `variant`."""
+    costs = stage_costs(job, variant, pipe, device, shares)
+    return _whole(job, variant, pipe, device, shares, costs, pipe.seconds(costs))
+
+
+def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) -> float:
+    """About what `step_time` says, of layers shared out evenly and without a schedule's list: to order many."""
+    layer = layer_times(job, variant, device, shares)
+    head = head_seconds(job, variant, device, shares)
+    work = job.model.num_hidden_layers * (layer.forward + layer.input_grad + layer.weight_grad) + head
+    p, microbatches = variant.dims.pp, variant.microbatches(job)
+    fill = {"zb-h1": 1 / 3, "zbv": 1 / 6, "dualpipev": 1 / 6}.get(variant.schedule, 1 / variant.chunks)
+    hops = 2 * variant.chunks * (p - 1) * (boundary_seconds(job, variant, device, shares) if p > 1 else 0.0)
+    return (microbatches + (p - 1) * fill) * work / p + hops
+
+
+def throughput(job: Job, variant: Variant, device: Device, seconds: float) -> Throughput:
+    """Of steps that take `seconds`."""
+    model = job.model
+    devices = variant.dims.world_size
+    tokens = job.tokens_per_step / seconds
+    full = attention_flops_per_token(
+        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
+        seq_length=job.seq_length, causal=False,
+    )  # fmt: skip
+    peak = device.matrix_tflops * 1e12
+    mfu = [
+        training_flops_per_token(model.num_matmul_params, flops) * tokens / devices / peak for flops in (full, full / 2)
+    ]
+    return Throughput(
+        tokens_per_second=tokens, tokens_per_second_per_device=tokens / devices, mfu_full=mfu[0], mfu_causal=mfu[1]
+    )
+
+
+def _whole(
+    job: Job, variant: Variant, pipe: Pipeline, device: Device, shares: Shares, costs: Costs, seconds: float
+) -> StepTime:
+    """With the exchange and the update of the rank that has most of both."""
+    dims = variant.dims
+    shards = dims.dp * dims.cp
+    link = shard_link(variant, device, shares)
+    copy = device.memory_gb_per_s * 1e9 * shares.copies
+    exchange = update = 0.0
+    for stages in pipe.schedule.stage_map.stages:
+        elements = _elements(job, variant, pipe, stages)
+        share = (shards - 1) / shards
+        backward = sum(costs.input_grad[stage] + costs.weight_grad[stage] for stage in stages)
+        forward = sum(costs.forward[stage] for stage in stages)
+        if shards > 1:
+            gradients, weights = (link.seconds(size * elements * share) for size in (4, job.itemsize))
+            exchange = max(exchange, max(0.0, gradients - backward) + max(0.0, weights - forward))
+        moved = elements * 4 + elements / shards * (4 + 4 + 3 * 8 + job.itemsize)
+        update = max(update, moved / copy)
+    return StepTime(pipeline=seconds, exchange=exchange, update=update)
+
+
+def _elements(job: Job, variant: Variant, pipe: Pipeline, stages: tuple[int, ...]) -> int:
+    placement = pipe.placement
+    return local_elements(
+        job.model, variant, layers=sum(len(placement.layers(stage)) for stage in stages),
+        embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
+    )  # fmt: skip

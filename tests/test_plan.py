@@ -1,0 +1,262 @@
+"""The planner: its arithmetic against the parts that run, its search, and the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from plan_memory import BOUND, CASES, measure
+from plan_published import ROWS, START, chosen_variant, fit, predict
+
+from megacoder.cli import plan, plan_cluster
+from megacoder.core.errors import ConfigError
+from megacoder.model.config import ModelConfig
+from megacoder.model.presets import PRESETS, find_preset
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, makespan, simulate
+from megacoder.train.layout import LayoutRequest
+from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
+from megacoder.train.planning.job import Job, Variant
+from megacoder.train.planning.memory import least_memory, rank_memory
+from megacoder.train.planning.pipelines import pipeline
+from megacoder.train.planning.scaling import advise, parse_count
+from megacoder.train.planning.search import Limits, search, variant_pipeline
+from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
+from megacoder.train.planning.work import layer_times, shard_link
+
+MODEL_33B = PRESETS["33b"].model
+JOB_33B = Job(model=MODEL_33B, seq_length=4096, global_batch_size=512)
+
+
+def test_presets_have_the_published_sizes():
+    published = {
+        "1.3b": 1_346_471_936, "5.7b": 5_700_325_376, "6.7b": 6_740_512_768, "33b": 33_342_991_360,
+        "v1.5-7b": 6_910_365_696,
+    }  # fmt: skip
+    assert {name: PRESETS[name].model.num_params for name in published} == published
+    with pytest.raises(ConfigError, match=r"unknown model '33B'; did you mean '33b'\?"):
+        find_preset("33B")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_quick_makespan_is_the_simulated_one(name):
+    for p, m in ((1, 3), (2, 5), (5, 13)):
+        schedule = build_schedule(name, num_ranks=p, num_microbatches=m)
+        stages = range(schedule.stage_map.num_stages)
+        costs = Costs(
+            forward=tuple(1.0 + 0.3 * (s % 3) for s in stages), input_grad=tuple(1.5 - 0.2 * (s % 2) for s in stages),
+            weight_grad=tuple(0.7 + 0.1 * s for s in stages), latency=0.25,
+        )  # fmt: skip
+        assert makespan(schedule, costs) == pytest.approx(simulate(schedule, costs).makespan, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-h1", 1), ("zbv", 2)])
+@pytest.mark.parametrize("microbatches", [24, 40])
+def test_a_pipeline_carried_on_takes_and_holds_what_the_whole_list_does(name, chunks, microbatches):
+    variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks)
+    job = replace(JOB_33B, global_batch_size=microbatches)
+    pipe = variant_pipeline(job, variant)
+    assert pipe.rounds_left_out > 0
+    whole = build_schedule(name, num_ranks=4, num_microbatches=microbatches, num_chunks=chunks)
+    costs = stage_costs(job, variant, pipe, DEVICES["h800"], Shares())
+    assert pipe.seconds(costs) == pytest.approx(simulate(whole, costs).makespan, rel=0.005)
+    for rank, actions in enumerate(whole.ranks):
+        layers = [len(pipe.placement.layers(stage)) for stage in whole.stage_map.stages[rank]]
+        live = most = 0
+        for op, _, chunk in actions:
+            live += layers[chunk] * ((op == "F") - (op in "BI"))
+            most = max(most, live)
+        assert max(held.whole for held in pipe.held[rank]) == most
+
+
+def test_layers_are_placed_as_the_run_places_them():
+    variant = Variant(dims=ParallelDims(pp=4, dp=2), schedule="zbv", chunks=2)
+    request = LayoutRequest(
+        model=MODEL_33B, parallel=ParallelConfig(pp=4, schedule="zbv"), seq_length=4096, global_batch_size=512,
+        micro_batch_size=1,
+    )  # fmt: skip
+    assert variant_pipeline(JOB_33B, variant).placement == request.layout(8).placement
+
+
+@pytest.mark.parametrize("index", [5, 11, 15, 17], ids=lambda index: str(CASES[index]))
+def test_predicted_memory_is_what_ranks_allocate(ranks, index):
+    """Four of the 20 layouts of tools/check_plan.py."""
+    case = CASES[index]
+    pipe = variant_pipeline(case.job, case.variant)
+    for rank, counted in ranks.run(case.ranks, measure, case):
+        said = rank_memory(case.job, case.variant, pipe, rank, device_type="cpu")
+        for kind in BOUND:
+            assert getattr(said, kind) == pytest.approx(counted[kind], rel=0.05), (rank, kind)
+
+
+def test_fewer_kept_activations_cost_time():
+    variants = [Variant(dims=ParallelDims(tp=8, dp=8), recompute=r) for r in ("none", "selective", "full")]
+    pipes = [variant_pipeline(JOB_33B, variant) for variant in variants]
+    kept = [rank_memory(JOB_33B, v, p, 0).activations for v, p in zip(variants, pipes, strict=True)]
+    times = [step_time(JOB_33B, v, p, DEVICES["h800"], Shares()).total for v, p in zip(variants, pipes, strict=True)]
+    assert kept[0] > kept[1] > kept[2]
+    assert times[0] < times[1] < times[2]
+
+
+def test_the_quick_estimates_do_not_mislead_the_search():
+    for schedule, chunks, pp in (("1f1b", 1, 8), ("zbv", 2, 8), ("interleaved", 4, 4), ("1f1b", 1, 1)):
+        variant = Variant(dims=ParallelDims(tp=4, pp=pp, dp=16 // pp), schedule=schedule, chunks=chunks)
+        pipe = variant_pipeline(JOB_33B, variant)
+        exact = step_time(JOB_33B, variant, pipe, DEVICES["h800"], Shares()).total
+        assert quick_seconds(JOB_33B, variant, DEVICES["h800"], Shares()) == pytest.approx(exact, rel=0.15)
+        most = max(rank_memory(JOB_33B, variant, pipe, rank).total for rank in range(pp))
+        assert least_memory(JOB_33B, variant) <= 1.05 * most
+
+
+def test_links_are_shared_by_the_groups_of_a_node():
+    device, shares = DEVICES["h100"], Shares(links=1.0)
+    alone = shard_link(Variant(dims=ParallelDims(dp=8)), device, shares)
+    assert alone.bytes_per_second == 450e9, "within a node"
+    whole_node = shard_link(Variant(dims=ParallelDims(dp=16)), device, shares)
+    assert whole_node.bytes_per_second == 400e9, "eight ranks of the group have the node's eight adapters"
+    one_each = shard_link(Variant(dims=ParallelDims(tp=8, dp=2)), device, shares)
+    assert one_each.bytes_per_second == 50e9
+
+
+def test_tensor_parallel_exchanges_cost_by_bytes_and_latency():
+    slow = replace(DEVICES["h100"], node_gb_per_s=45.0)
+    variant = Variant(dims=ParallelDims(tp=8, dp=1))
+    fast_forward, slow_forward = (
+        layer_times(JOB_33B, variant, device, Shares()).forward for device in (DEVICES["h100"], slow)
+    )
+    moved = 4 * 4096 * 7168 * 2 * 7 / 8  # four exchanges of the residual stream
+    assert slow_forward - fast_forward == pytest.approx(moved * (1 / 45e9 - 1 / 450e9) / Shares().links, rel=1e-6)
+
+
+def test_throughput_counts_both_conventions():
+    variant = Variant(dims=ParallelDims(dp=8))
+    reached = throughput(JOB_33B, variant, DEVICES["h800"], 100.0)
+    tokens = 512 * 4096 / 100.0
+    attention = 12 * 62 * 7168 * 4096
+    assert reached.tokens_per_second == pytest.approx(tokens)
+    assert reached.mfu_full == pytest.approx(tokens * (6 * MODEL_33B.num_matmul_params + attention) / 8 / 989.4e12)
+    assert reached.mfu_causal < reached.mfu_full
+
+
+def test_a_search_finds_what_fits_and_says_why_others_do_not():
+    found = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=Limits())
+    assert found.fits == sorted(found.fits, key=lambda fit: fit.step.total)
+    assert all(fit.largest.total < 82e9 and fit.variant.dims.world_size == 64 for fit in found.fits)
+    assert {"tp spans nodes", "does not fit into memory"} <= found.reasons.keys() == found.examples.keys()
+    assert sum(found.reasons.values()) + found.num_fitting == found.num_tried
+    best = found.best(3)
+    assert len({fit.variant.dims for fit in best}) == 3
+
+
+def test_sixteen_thousand_ranks():
+    job = replace(JOB_33B, global_batch_size=4096)
+    found = search(job, DEVICES["h800"], Shares(), num_devices=16_384, limits=Limits(schedules=("1f1b", "zbv")))
+    assert found.fits[0].variant.dims.world_size == 16_384
+
+
+def test_what_fits_nowhere_is_refused_with_the_nearest_miss():
+    with pytest.raises(
+        ConfigError, match=r"no layout of 1 x h800 works; the nearest: .* needs at least .* GB of 81\.9"
+    ):
+        plan.main(["--model", "33b", "--devices", "1", "--micro-batch", "1"])
+
+
+def test_the_command_prints_json(capsys):
+    plan.main(["--model", "6.7b", "--device", "a100", "--devices", "64", "--tokens", "2T", "--top", "2",
+               "--schedule", "1f1b", "--json"])  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    best = report["layouts"][0]
+    assert len(report["layouts"]) == 2
+    assert best["memory"]["total"] == sum(
+        best["memory"][kind] for kind in ("weights", "gradients", "optimizer", "activations", "buffers")
+    )
+    assert best["device_hours"] == pytest.approx(64 * 24 * best["days"])
+    assert best["days"] * 86_400 == pytest.approx(2e12 / best["tokens_per_second"])
+    assert best["memory"]["activations_by_recompute"][best["recompute"]] == best["memory"]["activations"]
+    assert report["advice"]["batch_sequences"] == pytest.approx(2300, abs=1)
+
+
+def test_the_command_draws_and_shows_tables(tmp_path, capsys):
+    picture = tmp_path / "best.svg"
+    plan.main(["--model", "1.3b", "--devices", "8", "--pp", "2", "--batch", "64", "--draw", str(picture)])
+    shown = capsys.readouterr().out
+    assert "MFU full" in shown
+    assert "The others:" in shown
+    assert picture.stat().st_size > 1000
+
+
+def test_advice_is_the_published_one():
+    law = advise(PRESETS["6.7b"].model, seq_length=4096, tokens=parse_count("2T"))
+    assert law.peak_lr == pytest.approx(4.2e-4, rel=0.01)
+    assert law.batch_sequences == pytest.approx(2304, rel=0.01)
+    assert advise(MODEL_33B, seq_length=4096, tokens=2e12).batch_sequences == 4033
+
+
+def test_advice_needs_no_model(capsys):
+    plan.main(["--tokens", "2T"])
+    assert "4.21e-04" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--devices", "8"], "need --model"),
+        (["--model", "6.7c"], "unknown model '6.7c'; did you mean '6.7b'"),
+        (["--model", "6.7b", "--device", "h900"], "unknown device 'h900'; did you mean"),
+        (["--model", "6.7b", "--tokens", "2Q"], "tokens '2Q': expected a number"),
+        (["--model", "5.7b"], "the batch of 5.7b is published nowhere; give --batch"),
+        (["--model", "6.7b", "--tp", "3"], "--tp 3: 8 devices are no multiple"),
+        (["--model", "6.7b", "--seq", "32768"], "exceeds the model's 16384 positions"),
+        (["--model", "6.7b", "--schedule", "zbw"], "--schedule 'zbw': expected one of"),
+        (["--model", "nowhere.toml"], "nowhere.toml: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_cluster.main(words)
+
+
+def test_a_device_of_ones_own(tmp_path):
+    path = tmp_path / "board.toml"
+    path.write_text("matrix_tflops = 100.0\nmemory_gb = 40.0\nmemory_gb_per_s = 900.0\nnode_gb_per_s = 50.0\n"
+                    "network_gb_per_s = 12.5\ndevices_per_node = 4\n")  # fmt: skip
+    assert find_device(str(path)) == Device(
+        name="board", matrix_tflops=100.0, memory_gb=40.0, memory_gb_per_s=900.0, node_gb_per_s=50.0,
+        network_gb_per_s=12.5, devices_per_node=4,
+    )  # fmt: skip
+    path.write_text("matrix_tflops = -1.0\nmemory_gb = 40.0\nmemory_gb_per_s = 900.0\nnode_gb_per_s = 50.0\n"
+                    "network_gb_per_s = 12.5\n")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"device board: matrix_tflops = -1\.0: must be positive"):
+        find_device(str(path))
+
+
+def test_shares_are_found_again_where_they_are_known():
+    """Rows whose published figure is a prediction by other shares: the fit returns to those."""
+    truth = replace(START, products=0.5, links=0.6)
+    made = []
+    for row in ROWS:
+        if row.name.split()[1] in ("1.7B", "7.1B", "16B", "32B", "70B") and "fp8" not in row.name:
+            variant = chosen_variant(row)
+            made.append((replace(row, tokens_per_second=predict(row, variant, truth)), variant))
+    assert fit(made).products == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_simulated_time_grows_with_the_bubble():
+    def bubble(microbatches):
+        pipe = pipeline("1f1b", ranks=8, chunks=1, microbatches=microbatches, model=MODEL_33B, seq_length=4096)
+        costs = Costs.uniform(8)
+        return pipe.seconds(costs) / (3 * microbatches) - 1
+
+    assert bubble(8) == pytest.approx(7 / 8)
+    assert bubble(800) == pytest.approx(7 / 800, rel=1e-6)
+
+
+def test_fp32_on_one_rank_has_no_master():
+    model = ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=4, head_dim=16)  # fmt: skip
+    for dp, per_weight in ((1, 8.0), (2, 6.0)):
+        job = Job(model=model, seq_length=64, global_batch_size=4, itemsize=torch.float32.itemsize)
+        variant = Variant(dims=ParallelDims(dp=dp))
+        memory = rank_memory(job, variant, variant_pipeline(job, variant), 0)
+        assert memory.optimizer / (memory.weights / 4) == pytest.approx(per_weight)

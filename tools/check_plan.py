@@ -1,0 +1,51 @@
+"""Is `megacoder plan` right? Its memory against what ranks really allocate, its time against what others published.
+
+    python tools/check_plan.py                # memory, 20 layouts on this machine
+    python tools/check_plan.py --published    # throughput, 18 published rows
+
+`--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows and
+not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source leaves
+out (micro batch, schedule, recomputation) is what the planner finds best for that layout, and is shown.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_common import machine, write_record
+from plan_memory import check_memory
+from plan_published import check_published
+
+from megacoder.core.config import parse_args
+from megacoder.core.errors import MegacoderError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Predictions of `megacoder plan`, held against what is."""
+
+    published: bool = False
+    """throughput against published rows, instead of memory"""
+    out: Path | None = None
+    """JSON file to write"""
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+def main() -> None:
+    options = parse_args(Options, None, prog="tools/check_plan.py")
+    check = check_published if options.published else check_memory
+    results = check(quiet=options.json)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    if options.out is not None:
+        write_record(options.out, machine=machine(), options=options, results=results)
+    if not results["holds"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MegacoderError as error:
+        raise SystemExit(f"check_plan: {error}") from None

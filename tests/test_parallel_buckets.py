@@ -29,13 +29,13 @@ WHOLE = 10**9
 SCHEDULED, PLAIN = ExecutionConfig(), ExecutionConfig(block="plain")
 
 
-def optimizer_of(model, group, *, bucket_elements, dtype=torch.float32, num_shards=1, model_group=None):
+def optimizer_of(model, group, *, bucket_elements, dtype=torch.float32, num_shards=1, norm_group=None):
     flat = FlatParameters(
         model.named_parameters(), dtype=dtype, device=CPU, num_shards=num_shards,
         late=late_parameters(model), bucket_elements=bucket_elements,
     )  # fmt: skip
     elsewhere = counted_elsewhere(model, flat)
-    return Zero1AdamW(flat, group, CONFIG, model_group=model_group, counted_elsewhere=elsewhere)
+    return Zero1AdamW(flat, group, CONFIG, norm_group=norm_group, counted_elsewhere=elsewhere)
 
 
 class Replica:
@@ -228,7 +228,7 @@ def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_eleme
     init_weights(model, seed=3)
     optimizer = optimizer_of(
         model, mesh.group("dp", "cp"), bucket_elements=bucket_elements, num_shards=dims.dp,
-        model_group=mesh.group("pp", "tp"),
+        norm_group=world.group,
     )  # fmt: skip
     recorder = Recorder(optimizer, model)
     if overlap:

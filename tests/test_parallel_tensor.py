@@ -193,7 +193,11 @@ def updates(config, tp, replicas):
     """([norm of two updates], [(name, shard, weight)]); each replica takes its rows of the batch."""
     model, flat = build(config, tp, num_shards=replicas.size)
     optimizer = Zero1AdamW(
-        flat, replicas.group, AdamWConfig(), model_group=tp.group, counted_elsewhere=counted_elsewhere(model, flat)
+        flat,
+        replicas.group,
+        AdamWConfig(),
+        norm_group=dist.group.WORLD,
+        counted_elsewhere=counted_elsewhere(model, flat),
     )
     tokens, labels = (tensor.chunk(replicas.size)[replicas.rank] for tensor in batch_of(config))
     norms = []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 
-TIMES = {"tokens_per_second", "tflops"}
+TIMES = {"tokens_per_second", "tflops", "memory_gib", "checkpoint_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,10 @@ def curve(folder):
 def launch(toml, *arguments, nproc=2):
     command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", str(nproc), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+def children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,27 @@ def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone):
     )
     assert resumed.step == step
     assert math.isfinite(resumed.update().loss)
+
+
+def test_a_schedulers_signal_reaches_ranks_alone_and_torchrun_ends_well(case):
+    """As Slurm's --signal does where the job's script has told torchrun to ignore it."""
+    settings = {"steps": 2000, "schedule": ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)}
+    toml = case.toml("told", **settings, stop_signals=("SIGUSR2",))
+    command = [
+        "sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", "--max-restarts", "3", "-m", "megacoder", "train", str(toml),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = case.folder / "told" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for number in [process.pid, *children(process.pid)]:  # as Slurm does: all processes of a step, whatever their group
+        os.kill(number, signal.SIGUSR2)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert stderr.count("stopped at step") == 1
+    assert CheckpointReader(case.folder / "told" / "checkpoints").step == read_metrics(metrics)[-1]["step"] >= 3
 
 
 def test_a_folder_of_another_run_is_refused(case, alone):

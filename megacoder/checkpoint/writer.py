@@ -3,8 +3,8 @@
 `save` copies the fragments into host memory and returns; a thread writes them and the first rank's thread commits
 once every rank's file is whole (`commit.py`). At most one save is in flight: the next one first waits for it, so a
 disk that is too slow slows training instead of filling memory. What went wrong in the background is raised by the
-next `save` or `wait`, on all ranks, which agree on it by a collective on the main thread. No failure touches an
-earlier checkpoint.
+next `save` or `wait`, on all ranks, which agree on it by a collective on the main thread; or it is said there, and the
+run goes on without that checkpoint (`on_failure`). No failure touches an earlier checkpoint.
 """
 
 import json
@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
+from megacoder.core.console import say
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first
 
@@ -38,6 +39,8 @@ class CheckpointConfig:
     """newest checkpoints to keep"""
     keep_every: int | None = None
     """keep those whose step is a multiple of this, too"""
+    on_failure: Literal["stop", "go_on"] = "stop"
+    """what a save that fails, as on a full disk, does to the run; the last one of a run must succeed"""
     timeout_seconds: float = 1800.0
     """longest that a rank waits for the others' files before it gives a save up"""
 
@@ -67,16 +70,20 @@ class CheckpointWriter:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._last_failure: Exception | None = None
+        self.num_failures = 0
+        """saves that failed and that the run went on without"""
 
     def save(self, step: int, fragments: Sequence[Fragment], *, state: dict[str, Any], layout: dict[str, Any]) -> float:
         """Saves the state after `step` steps; returns the seconds for which it held training up.
 
         Over all ranks the fragments must cover every tensor exactly once. `state` (what the loop needs to go on) and
-        `layout` (for people) are plain JSON values; the first rank's are kept. Raises CheckpointError, on all ranks,
-        if this save (synchronous) or the one before it (asynchronous; this one is then not begun) has failed.
+        `layout` (for people) are plain JSON values; the first rank's are kept. Where this save (synchronous) or the one
+        before it (asynchronous) has failed, raises CheckpointError on all ranks, this save not begun, unless the config
+        says to go on.
         """
         begin = time.perf_counter()
-        self.wait()
+        self._join()
         job = _Job(
             step=step,
             temporary=temporary_for(self.root, step, f"{self._attempts}-{self._num_saves}"),
@@ -87,30 +94,34 @@ class CheckpointWriter:
         self._num_saves += 1
         if self.config.asynchronous:
             staged = [self._staging.copy_out(job.plan.fragments)]
-            self._make_folder(job)
-            self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._make_folder(job)
+            if self._make_folder(job):
+                self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)
+                self._thread.start()
+        elif self._make_folder(job):
             self._run(job, live_bytes(job.plan.fragments))
-            self._settle()
+            self._settle(must=False)
         return time.perf_counter() - begin
 
     def wait(self) -> None:
-        """Returns when the save in flight, if any, is on disk; raises what went wrong with it, on all ranks."""
+        """Returns when the last save is on disk; raises what went wrong with it, on all ranks, in any configuration."""
+        self._join(must=True)
+        if self._last_failure is not None:
+            raise self._last_failure
+
+    def _join(self, *, must: bool = False) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._settle()
+            self._settle(must=must)
 
-    def _make_folder(self, job: "_Job") -> None:
+    def _make_folder(self, job: "_Job") -> bool:
         """Made by one rank before any writes, so that a rank can tell a folder given up from one not made yet."""
         if self.world.is_first:
             try:
                 job.temporary.mkdir()
             except OSError as error:
                 self._error = _describe(job, error)
-        self._settle()
+        return self._settle(must=False)
 
     def _run(self, job: "_Job", data: Iterable[memoryview]) -> None:
         """Writes and commits; runs in the background, where an exception has nobody to go to."""
@@ -128,15 +139,28 @@ class CheckpointWriter:
                 raise
             self._error = _describe(job, error)
 
-    def _settle(self) -> None:
-        """Raises this rank's error, if any, or that another rank has one; on the main thread, on all ranks at once."""
+    def _settle(self, *, must: bool) -> bool:
+        """Whether all ranks did their part; called on the main thread, by all of them at once.
+
+        Where one did not, each raises: its own error, or that another has one. Unless the run may go on without this
+        checkpoint, and none of them has met a bug.
+        """
         error, self._error = self._error, None
-        failures = torch.tensor([error is not None], dtype=torch.int32, device=self.world.device)
+        is_bug = error is not None and not isinstance(error, CheckpointError)
+        failures = torch.tensor([error is not None, is_bug], dtype=torch.int32, device=self.world.device)
         all_reduce_sum(failures, self.world.group)
+        num_failed, num_bugs = failures.tolist()
+        self._last_failure = None
+        if not num_failed:
+            return True
+        failure = error or CheckpointError("a checkpoint was not saved: another rank failed; its own error says why")
+        if must or num_bugs or self.config.on_failure == "stop":
+            raise failure
+        self.num_failures += 1
+        self._last_failure = failure
         if error is not None:
-            raise error
-        if failures.item():
-            raise CheckpointError("a checkpoint was not saved: another rank failed; its own error says why")
+            say(f"{error}; the run goes on")
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

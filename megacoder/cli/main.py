@@ -100,7 +100,7 @@ def _leave_it_to_the_first(code: int) -> None:
     Torchrun ends all ranks as soon as it sees that one has failed. Were another to end before the first, which may
     have started later, nobody would say why. Ranks that were asked to stop torchrun awaits, one as all.
     """
-    if code == INTERRUPTED:
+    if code in (0, INTERRUPTED):
         sys.exit(code)
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(FIRST_RANK_SECONDS)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         from megacoder.train.launch import launch_workers
 
         config.layout(nproc)  # what cannot work is refused before any process starts
-        launch_workers(["train", str(path), *overrides], nproc=nproc)
+        launch_workers(["train", str(path), *overrides], nproc=nproc, stop_signals=config.stop_signals)
 
 
 def take_nproc(words: list[str]) -> tuple[int | None, list[str]]:

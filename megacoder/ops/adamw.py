@@ -82,18 +82,30 @@ def adamw_(
 
 
 def update_scalars(
-    squares: Tensor, *, config: AdamWConfig, lr: float, num_updates: int, num_tokens: int, max_grad_norm: float
+    squares: Tensor,
+    *,
+    config: AdamWConfig,
+    lr: float,
+    num_updates: int,
+    num_tokens: int,
+    max_grad_norm: float,
+    skip_above: float,
 ) -> tuple[Tensor, Tensor]:
     """(what `adamw_with_scalars_` reads, fp64 norm of the mean gradient), on the device of `squares`, not waited for.
 
-    `squares` is the sum of squared gradient sums. Where it is not finite the norm is infinite and the update left out.
+    `squares` is the sum of squared gradient sums. Where it is not finite the norm is infinite and the update left out;
+    it is also left out where the norm is above `skip_above`.
     """
     device = squares.device
-    scalars, norm = torch.empty(cuda.ADAMW_SCALARS, device=device), torch.empty_like(squares)
+    norm = squares.sqrt() / num_tokens
+    norm = torch.where(norm.isfinite(), norm, math.inf)
+    allowed = torch.where(norm > skip_above, math.inf, squares)  # the kernel leaves out what is not finite
+    scalars = torch.empty(cuda.ADAMW_SCALARS, device=device)
     cuda.adamw_scalars(
-        squares, torch.tensor(float(num_tokens), dtype=torch.float64, device=device), torch.tensor(lr, device=device),
+        allowed, torch.tensor(float(num_tokens), dtype=torch.float64, device=device), torch.tensor(lr, device=device),
         torch.tensor(num_updates, device=device),
-        max_grad_norm=max_grad_norm, beta1=config.beta1, beta2=config.beta2, scalars=scalars, norm=norm,
+        max_grad_norm=max_grad_norm, beta1=config.beta1, beta2=config.beta2, scalars=scalars,
+        norm=torch.empty_like(norm),  # infinite where the update is left out; `norm` says more
     )  # fmt: skip
     return scalars, norm
 

@@ -9,9 +9,8 @@ from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["Mesh"]
 
-GROUPS: tuple[tuple[Axis, ...], ...] = (("tp",), ("cp",), ("pp",), ("dp", "cp"), ("pp", "tp"))
-"""Axes along which ranks talk: layers; attention; stages; gradients (parts of a sequence are as microbatches are); the
-gradient's norm, to which all ranks of a replica add what they alone hold."""
+GROUPS: tuple[tuple[Axis, ...], ...] = (("tp",), ("cp",), ("pp",), ("dp", "cp"))
+"""Axes along which ranks talk: layers; attention; stages; gradients (parts of a sequence are as microbatches are)."""
 
 
 class Mesh:

@@ -121,9 +121,8 @@ class Watch:
                     self._leave(self._tell(self._end))
             elif self._failed:  # the main thread is about to say why
                 continue
-            elif self._may_hang() and (
-                still > self._timeout + self._margin
-                or (self._journal.stop_asked and still > self._patience and self._someone_is_silent())
+            elif (self._may_hang() and still > self._timeout + self._margin) or (
+                self._journal.stop_asked and still > self._patience and self._someone_is_silent()
             ):
                 self._leave(self._conclude(f"{self._journal.operation} did not end in {still:.0f} s"))
             elif now - self._heard > max(OUT_OF_TOUCH_SECONDS, self._timeout + self._margin):
@@ -136,7 +135,8 @@ class Watch:
         return journal.waiting or on_gpu
 
     def _someone_is_silent(self) -> bool:
-        """Torchrun asks the ranks to stop when one has died, which those that wait for it do not notice with NCCL."""
+        """Torchrun asks the ranks to stop when one has died, which some do not notice: those that wait for it with
+        NCCL, or for its file of a checkpoint."""
         looks = self._bulletin.ask(
             lambda: self._bulletin.two_looks(self._patience), seconds=self._patience + ANSWER_SECONDS
         )

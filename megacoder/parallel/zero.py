@@ -8,6 +8,7 @@ microbatches. `Zero1AdamW.traffic` moves the buckets, and does so behind forward
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -56,15 +57,17 @@ class Zero1AdamW:
         group: dist.ProcessGroup | None,
         config: AdamWConfig,
         *,
-        model_group: dist.ProcessGroup | None = None,
+        norm_group: dist.ProcessGroup | None = None,
         counted_elsewhere: Iterable[slice] = (),
     ) -> None:
         """`group` is the data-parallel one, None for one rank; `flat` must be cut for its size.
 
-        Where several ranks share one replica of the model, the norm is over them, `model_group`, too. It then leaves
-        out `counted_elsewhere`, parts of the flat buffers that are copies of what another rank of it counts.
+        Where several ranks share one replica of the model, the norm is over all ranks of all replicas, `norm_group`:
+        one sum, so that it has the same bits everywhere and all decide alike. It then leaves out `counted_elsewhere`,
+        parts of the flat buffers that are copies of what another rank of the replica counts.
         """
-        self.flat, self.group, self.config, self.model_group = flat, group, config, model_group
+        self.flat, self.group, self.config = flat, group, config
+        self.norm_group = group if norm_group is None else norm_group
         self.traffic = BucketTraffic(flat, group)
         self.num_updates = 0
         # In fp32 one rank's weights are its master copy. The slices of several ranks are not end to end in the weights.
@@ -77,15 +80,18 @@ class Zero1AdamW:
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.owned = list(flat.owned(group_rank(group)))
 
-    def step(self, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
+    def step(
+        self, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float = sys.float_info.max
+    ) -> float:
         """Updates the weights from the gradient sums of `num_tokens` tokens (of all ranks) and zeroes the gradients.
 
-        Returns the norm of the mean gradient before clipping. A non-finite norm changes no weight and no state. After a
-        step with overlap the weights are still on their way: whoever is no stage calls `traffic.wait_all` first.
+        Returns the norm of the mean gradient before clipping, inf where it is not finite. One that is not finite, or
+        is above `skip_above`, changes no weight and no state, and leaves `num_updates` as it is; on all ranks alike.
+        After a step with overlap weights are still on their way: whoever is no stage calls `traffic.wait_all` first.
         """
         squares = self._squares()
         update = self._update_on_device if backend("adamw", self.flat.weight) == "cuda" else self._update_on_host
-        norm = update(squares, lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm)
+        norm = update(squares, lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
         self.traffic.end_step()
         return norm
 
@@ -116,30 +122,33 @@ class Zero1AdamW:
             for counted in self._parts[index].counted:
                 squares[index] += sum_of_squares(grad[counted])
         total = squares.sum()
-        all_reduce_sum(total, self.group)
-        all_reduce_sum(total, self.model_group)
+        all_reduce_sum(total, self.norm_group)
         return total
 
-    def _update_on_host(self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
+    def _update_on_host(
+        self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float
+    ) -> float:
         finite = squares.item()
         norm = math.sqrt(finite) / num_tokens if math.isfinite(finite) else math.inf
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= skip_above:
             self.num_updates += 1
             scale = min(1.0, max_grad_norm / (norm + 1e-6)) / num_tokens
             self._update_parts(partial(adamw_, config=self.config, lr=lr, step=self.num_updates, grad_scale=scale))
         self.flat.grad.zero_()
         return norm
 
-    def _update_on_device(self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
+    def _update_on_device(
+        self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float
+    ) -> float:
         """The same; the host learns the norm when all is on its way."""
         scalars, norm = update_scalars(
             squares, config=self.config, lr=lr, num_updates=self.num_updates, num_tokens=num_tokens,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=max_grad_norm, skip_above=skip_above,
         )  # fmt: skip
         self._update_parts(partial(adamw_with_scalars_, config=self.config, scalars=scalars))
         self.flat.grad.zero_()
         found = norm.item()
-        self.num_updates += math.isfinite(found)
+        self.num_updates += math.isfinite(found) and found <= skip_above
         return found
 
     def _update_parts(self, update: Callable[..., None]) -> None:

@@ -4,6 +4,7 @@ A relative path is relative to the folder that the command runs in. `output` rec
 `metrics.jsonl`, TensorBoard events and `checkpoints/`.
 """
 
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
+from megacoder.train.guard import GuardConfig
 from megacoder.train.layout import Layout, LayoutRequest
 from megacoder.train.schedule import ScheduleConfig
 
@@ -74,6 +76,10 @@ class RunConfig:
     """steps between checkpoints; one more is written at the end"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """how checkpoints are written and kept"""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """which updates are left out, and when that ends the run"""
+    stop_signals: tuple[str, ...] = ("SIGINT", "SIGTERM", "SIGUSR1")
+    """signals that are answered with a checkpoint and the run's end; Slurm's --signal sends one of choice"""
     eval_every: int = 100
     """steps between held-out losses; one more is measured at the end"""
     eval_batches: int = 8
@@ -91,6 +97,9 @@ class RunConfig:
         for name in ("max_grad_norm", "timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        for name in self.stop_signals:
+            if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
+                raise ConfigError(f"stop_signals: {name!r} is no signal that a program may answer; such as 'SIGUSR1'")
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")

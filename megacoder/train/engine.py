@@ -5,6 +5,7 @@ adds gradient sums into the flat buffer; sums over the ranks of a replica for we
 ZeRO-1 update over data and context parallel ranks, which divides by the tokens of the whole global batch.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -62,7 +63,7 @@ class Engine:
         )  # fmt: skip
         self.optimizer = Zero1AdamW(
             self.flat, shards, optimizer,
-            model_group=mesh.group("pp", "tp"), counted_elsewhere=counted_elsewhere(self.model, self.flat),
+            norm_group=mesh.world.group, counted_elsewhere=counted_elsewhere(self.model, self.flat),
         )  # fmt: skip
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
         self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"), journal=mesh.world.journal)
@@ -95,9 +96,11 @@ class Engine:
         all_reduce_sum(sums, self.mesh.world.group)
         return sums.tolist()
 
-    def update(self, *, lr: float, num_tokens: int, max_grad_norm: float) -> float:
-        """One optimizer step; the gradient's norm before clipping, inf where the update was left out."""
-        return self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm)
+    def update(
+        self, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float = sys.float_info.max
+    ) -> float:
+        """One optimizer step, or none (see `Zero1AdamW.step`); the gradient's norm before clipping."""
+        return self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
 
     @cached_property
     def _evaluation(self) -> PipelineRunner:

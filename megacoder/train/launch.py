@@ -5,6 +5,7 @@ the launcher's innards: the worker has already said what was wrong.
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,19 +14,28 @@ from megacoder.core.errors import MegacoderError
 
 __all__ = ["WorkerFailed", "launch_workers"]
 
+HANDLED_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Environment variable with the signals that torchrun hands on to its ranks."""
+DEFAULT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""What torchrun takes without it."""
+
 
 class WorkerFailed(MegacoderError):
     """A rank ended with an error, which it has printed itself."""
 
 
-def launch_workers(arguments: Sequence[str], *, nproc: int) -> None:
-    """Runs `python -m megacoder ARGUMENTS` on `nproc` ranks of this machine and waits for them."""
+def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequence[str] = ()) -> None:
+    """Runs `python -m megacoder ARGUMENTS` on `nproc` ranks of this machine and waits for them.
+
+    They are sent `stop_signals`, too, if this process gets one.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
+    os.environ[HANDLED_SIGNALS] = ",".join(dict.fromkeys([*DEFAULT_SIGNALS, *stop_signals]))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, max_restarts=0, monitor_interval=0.1,
         run_id="megacoder", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn",
@@ -41,4 +51,6 @@ def launch_workers(arguments: Sequence[str], *, nproc: int) -> None:
         failed.exit_code = failure.exitcode if failure.exitcode > 0 else 1
         raise failed from None
     except SignalException as error:
-        raise SystemExit(130 if error.sigval == signal.SIGINT else 128 + error.sigval) from None
+        is_interrupt = error.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+        code = 128 + error.sigval if is_interrupt else 0
+        raise SystemExit(code) from None

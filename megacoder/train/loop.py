@@ -3,7 +3,8 @@
 One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
 is one small all-reduce per step of (loss sum, tokens, asked to stop).
 
-SIGINT and SIGTERM are answered at the next step's end, on all ranks alike: checkpoint, then exit.
+A signal that asks for the end is answered at the next step's end, on all ranks alike: checkpoint, then exit. What a
+step did to the run (an update left out, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`.
 """
 
 import signal
@@ -15,6 +16,7 @@ import torch
 
 from megacoder.core.console import progress, say
 from megacoder.core.errors import AlikeOnAllRanks
+from megacoder.core.memory import peak_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
 from megacoder.parallel.collectives import World
@@ -22,7 +24,9 @@ from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
+from megacoder.train.guard import Guard
 from megacoder.train.metrics_log import MetricsLog
+from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder
 from megacoder.train.schedule import learning_rate
 from megacoder.train.step import (
@@ -38,14 +42,18 @@ from megacoder.train.validation import HeldOut
 
 __all__ = ["Interrupted", "Trainer", "train"]
 
-MAX_SKIPPED_STEPS = 20
-"""Updates skipped in a row, for a gradient that is not finite, after which a run ends."""
-
 
 class Interrupted(AlikeOnAllRanks):
     """The run was asked to stop and has written a checkpoint."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, signal_name: str | None) -> None:
+        """`signal_name` is what this rank was sent, None where it was another.
+
+        Whoever sends SIGINT or SIGTERM to ranks ends torchrun, too, and expects 130. A signal that a scheduler sends
+        ahead of time reaches ranks alone: were their exit code not 0, torchrun would restart them.
+        """
+        super().__init__(message)
+        self.exit_code = 130 if signal_name in ("SIGINT", "SIGTERM") else 0
 
 
 def train(config: RunConfig) -> None:
@@ -71,14 +79,17 @@ class Trainer:
 
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
         self.engine = make_engine(config, layout, mesh)
-        self.step = self.folder.resume(self.engine, self.batches)
-        self.skipped_in_a_row = 0
-        self._stop_asked = False
+        self.guard = Guard(config.guard)
+        self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every)
+        self.step = self.folder.resume(self.engine, self.batches, self.guard)
+        self._checkpoint_seconds = 0.0
+        self._stop_asked: str | None = None
 
     def run(self) -> None:
         """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it."""
         config = self.config
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in config.stop_signals]
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
         log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
         try:
             with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
@@ -92,10 +103,14 @@ class Trainer:
                         bar.update(self.step, f"loss {result.loss:.3f}  {result.num_tokens / seconds:,.0f} tokens/s")
                         if self.step % config.log_every == 0 or held_out:
                             log.write(self.step, {**self._metrics(result, seconds), **held_out})
+                            self._checkpoint_seconds = 0.0
                     if result.stop and self.step < config.steps:
                         self._checkpoint()
                         self.folder.finish()
-                        raise Interrupted(f"stopped at step {self.step} with a checkpoint; the same command goes on")
+                        raise Interrupted(
+                            f"stopped at step {self.step} with a checkpoint; the same command goes on",
+                            signal_name=self._stop_asked,
+                        )
                     if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                         self._checkpoint()
             self.folder.finish()
@@ -107,18 +122,18 @@ class Trainer:
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""
-        engine = self.engine
-        updates = engine.optimizer.num_updates
-        result = run_step(engine, self.batches, self.config, self.step + 1, stop_asked=self._stop_asked)
-        self.skipped_in_a_row = 0 if engine.optimizer.num_updates > updates else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise AlikeOnAllRanks(
-                f"step {self.step + 1}: the gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower "
-                f"schedule.peak_lr = {self.config.schedule.peak_lr} or go back to an earlier checkpoint"
-            )
+        number = self.step + 1
+        result = run_step(
+            self.engine, self.batches, self.config, number,
+            limits=self.guard.limits(), replicas=self.replicas, stop_asked=self._stop_asked is not None,
+        )  # fmt: skip
+        reason = self.guard.note(loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
+        if reason is not None and self.world.is_first:
+            say(f"step {number}: update left out: {reason}")
         return result
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """`checkpoint_seconds`: for how long checkpoints have held training up since the last line."""
         model, length = self.config.model, self.config.data.stream.seq_length
         attention = attention_flops_per_token(
             layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
@@ -131,6 +146,9 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens": self.step * sequence_tokens,
             "tokens_per_second": sequence_tokens / seconds,
+            "memory_gib": peak_memory(self.world.device) / 2**30,
+            "skipped_updates": self.guard.num_skipped,
+            **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
             "tflops": training_flops_per_token(model.num_matmul_params, attention) * sequence_tokens / seconds / 1e12,
         }
 
@@ -143,9 +161,11 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self.world.journal.at(CHECKPOINT)
-        self.folder.save(self.step, self.engine, self.batches)
+        self._checkpoint_seconds += self.folder.save(self.step, self.engine, self.batches, self.guard)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.world.is_first and not self._stop_asked:
-            say(f"{signal.Signals(number).name}: writing a checkpoint after this step")
-        self._stop_asked = self.world.journal.stop_asked = True
+        name = signal.Signals(number).name
+        if self.world.is_first and self._stop_asked is None:
+            say(f"{name}: writing a checkpoint after this step")
+        self._stop_asked = name
+        self.world.journal.stop_asked = True

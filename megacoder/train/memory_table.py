@@ -6,8 +6,6 @@ what is needed for a moment, such as the logits of a chunk; the kept part alone 
 beside.
 """
 
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
+from megacoder.core.memory import peak_process_memory
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
@@ -82,10 +81,7 @@ def largest_growth(recorded: profile) -> int:
 
 def process_row() -> MemoryRow:
     """All of this process at its largest so far, Python and libraries included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return MemoryRow(
-        kind="whole process", num_bytes=peak * (1 if sys.platform == "darwin" else 1024), how="ru_maxrss, at its most"
-    )
+    return MemoryRow(kind="whole process", num_bytes=peak_process_memory(), how="ru_maxrss, at its most")
 
 
 def _largest_sum(changes: Iterable[int]) -> int:

@@ -2,14 +2,24 @@
 
 Only the first rank writes. On resume, lines past the checkpoint's step are dropped first, so that the file holds every
 step once; wall-clock fields aside, two runs of one seed write the same lines.
+
+Neither file can end a run: what finds no room on a full disk is held back, and written when there is room again. Both
+are written as they come, with no thread in between that could fail out of sight.
 """
 
 import json
+import math
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megacoder.core.console import say
 from megacoder.core.errors import FormatError
 from megacoder.core.files import write_text
 
@@ -20,24 +30,68 @@ class MetricsLog:
     """Appends to `folder`/metrics.jsonl and `folder`/tensorboard."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        board = folder / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._lines = _Appender(path)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._events = _Appender(board / name)
+        self._record(Event(file_version="brain.Event:2"))
+        # TensorBoard drops what earlier files have from this step on.
+        self._record(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line; numbers also go to TensorBoard under their names."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line, of which JSON has no infinities: null; numbers also go to TensorBoard under their names."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
+        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._record(Event(step=step, summary=Summary(value=entries)))
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._lines.close()
-        self._board.close()
+        """Closes both; says so where lines had to be left out."""
+        for appender in (self._lines, self._events):
+            appender.close()
+
+    def _record(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self._events).write(event.SerializeToString())
+
+
+class _Appender:
+    """A file that grows by whole pieces, or not at all; a file object as far as RecordWriter needs one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._held: list[bytes] = []
+
+    def append(self, piece: bytes) -> None:
+        """Writes it behind what was held back; holds all of that back where it does not fit."""
+        self._held.append(piece)
+        try:
+            whole = b"".join(self._held)
+            if self._file.write(whole) != len(whole):
+                raise OSError
+        except OSError as error:
+            self._file.truncate(self._size)  # what fitted of it
+            if len(self._held) == 1:
+                say(f"{self._path}: {error.strerror or 'no room'}; held back until there is")
+            return
+        self._size += len(whole)
+        self._held.clear()
+
+    write = append
+
+    def close(self) -> None:
+        """Tries once more to write what is held back."""
+        if self._held:
+            self.append(b"")
+        if self._held:
+            say(f"{self._path}: the last {len(self._held) - 1:,} entries found no room and are lost")
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ State goes to disk in parameter space, under Hugging Face names, so that any num
 writes the ranges of each weight that its slice of the flat buffers holds, and reads the ranges that it holds now.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, load_toml, to_dict, to_toml
 from megacoder.core.console import say
-from megacoder.core.files import exclusive, write_text
+from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
@@ -30,15 +31,16 @@ from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
+from megacoder.train.guard import Guard
 
 __all__ = ["RunFolder", "load_weights", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from",
+    "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from", "guard", "stop_signals",
 }  # fmt: skip
-"""Settings that may differ when a run goes on: they change nothing (any more), or rounding alone (device, layout,
-execution)."""
+"""Settings that may differ when a run goes on: they change nothing (any more), rounding alone (device, layout,
+execution), or what becomes of a run that goes wrong."""
 
 FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
 """Of a model, what may differ from that of the weights it starts from: no weight's shape depends on it."""
@@ -54,6 +56,7 @@ class RunFolder:
         self._held = ExitStack()
         if world.is_first:
             self._held.enter_context(exclusive(config.output, what="run"))
+            remove_stale_temporaries(config.output)
         path = config.output / "run.toml"
         if path.exists():
             old = load_toml(RunConfig, path)
@@ -63,7 +66,7 @@ class RunFolder:
             write_text(path, to_toml(config))
         self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
 
-    def resume(self, engine: Engine, batches: Prefetcher) -> int:
+    def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
         A new run gets the weights of `init_from`, where that is given.
@@ -79,6 +82,8 @@ class RunFolder:
         optimizer.publish_master()
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
+        if "guard" in reader.state:  # not so in a checkpoint that no run of ours has written
+            guard.load_state_dict(reader.state["guard"])
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
@@ -94,18 +99,21 @@ class RunFolder:
             ]
             say(f"weights of {reader.folder}, step {reader.step}{''.join(changes)}")
 
-    def save(self, step: int, engine: Engine, batches: Prefetcher) -> None:
-        """Starts a checkpoint; it is on disk after the next `save` or `finish`."""
+    def save(self, step: int, engine: Engine, batches: Prefetcher, guard: Guard) -> float:
+        """Starts a checkpoint, on disk after the next `save` or `finish`; returns the seconds that training waited."""
+        began = time.perf_counter()
         ours = batches.state_dict() if self.mesh.speaks_for_replica else None
         positions = gather_json(ours, self.mesh.world)
         state = {
             "num_updates": engine.optimizer.num_updates,
             "data": merge_states([position for position in positions if position is not None]),
+            "guard": guard.state_dict(),
             "config": to_dict(self.config),
         }
         optimizer = engine.optimizer
         fragments = list(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=False))
         self.checkpoints.save(step, fragments, state=state, layout=asdict(self.mesh.dims))
+        return time.perf_counter() - began
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole, and lets the folder go."""

@@ -22,7 +22,9 @@ from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
+from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
+from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.schedule import learning_rate
 
 __all__ = [
@@ -44,7 +46,7 @@ class Batches(Protocol):
         """This data-parallel rank's part of the next global batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one update did, the same on every rank."""
 
@@ -53,7 +55,9 @@ class StepResult:
     num_tokens: int
     """trained tokens of the global batch"""
     grad_norm: float
-    """before clipping; inf where the update was skipped"""
+    """before clipping; inf where it is not finite"""
+    skipped: bool
+    """whether the update was left out"""
     stop: bool
     """a rank was asked to stop"""
 
@@ -121,19 +125,37 @@ def make_engine(config: RunConfig, layout: Layout, mesh: Mesh) -> Engine:
 
 
 def run_step(
-    engine: Engine, batches: Batches, config: RunConfig, number: int, *, stop_asked: bool = False
+    engine: Engine,
+    batches: Batches,
+    config: RunConfig,
+    number: int,
+    *,
+    limits: Limits = Limits(),  # noqa: B008, it is frozen
+    replicas: ReplicaCheck | None = None,
+    stop_asked: bool = False,
 ) -> StepResult:
-    """Update `number`, from 1: one global batch and one optimizer step; `stop_asked` reaches all ranks."""
+    """Update `number`, from 1: one global batch and one optimizer step, left out past `limits` on all ranks alike.
+
+    `replicas` are compared when it is time. `stop_asked` on one rank reaches all.
+    """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
     journal.at(DATA)
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
+    if replicas is not None:
+        replicas.maybe_compare(number)
     journal.at(UPDATE)
     loss_sum, counted, stop = engine.sum_losses(part, stop_asked)
+    loss = loss_sum / max(1.0, counted)
+    num_updates = engine.optimizer.num_updates
     grad_norm = engine.update(
         lr=learning_rate(number, config.steps, config.schedule),
         num_tokens=max(1, int(counted)),
         max_grad_norm=config.max_grad_norm,
+        skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # a loss that is not a number is above, too
     )
-    return StepResult(loss_sum / max(1.0, counted), int(counted), grad_norm, stop > 0)
+    return StepResult(
+        loss=loss, num_tokens=int(counted), grad_norm=grad_norm,
+        skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Which updates a run leaves out, and when it gives up: against losses and gradients that are not finite, or spike.
+
+An update is left out, on all ranks alike, where the loss or the gradient's norm is not finite or lies above a multiple
+of the median of the updates before. The limits are plain numbers known before the step begins, so that a GPU decides
+by itself (see `megacoder.parallel.zero`); they depend on nothing but the run's history, which is part of a checkpoint:
+a resumed run leaves out what the uninterrupted one does.
+
+A median, since one spike would move a mean. Only updates that were made count in it: a level that really changed ends
+the run after `max_skipped` steps, rather than being taken for the new normal.
+"""
+
+import math
+import statistics
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError
+
+__all__ = ["Guard", "GuardConfig", "Limits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When an update is left out, when a run ends for it, and how often replicas are compared."""
+
+    loss_spike: float | None = 3.0
+    """an update is left out where the loss is above so many times its median; left out: only where it is not finite"""
+    grad_norm_spike: float | None = 10.0
+    """the same for the gradient's norm before clipping"""
+    window: int = 128
+    """updates that the medians are over; nothing counts as a spike before a quarter of them"""
+    max_skipped: int = 20
+    """updates left out in a row after which the run ends"""
+    compare_replicas_every: int | None = 100
+    """steps between comparisons of the weights that several ranks hold; left out: never"""
+
+    def __post_init__(self) -> None:
+        for name in ("loss_spike", "grad_norm_spike"):
+            factor = getattr(self, name)
+            if factor is not None and not 1.0 < factor < math.inf:
+                raise ConfigError(f"guard.{name} = {factor}: must be above 1; leave it out to take no spike for one")
+        for name in ("window", "max_skipped", "compare_replicas_every"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigError(f"guard.{name} = {count}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest values at which an update is made; by default any that are finite."""
+
+    loss: float = sys.float_info.max
+    grad_norm: float = sys.float_info.max
+
+
+class Guard:
+    """Keeps the history that limits follow from; the same on every rank."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.num_skipped = 0
+        """updates left out since the run began"""
+        self._in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=config.window)
+        self._grad_norms: deque[float] = deque(maxlen=config.window)
+
+    def limits(self) -> Limits:
+        """Those of the next update."""
+        return Limits(
+            loss=self._limit(self._losses, self.config.loss_spike),
+            grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike),
+        )
+
+    def note(self, *, loss: float, grad_norm: float, skipped: bool) -> str | None:
+        """Takes in what the update within `limits()` was; says why it was left out, None where it was not.
+
+        Raises AlikeOnAllRanks after `max_skipped` in a row.
+        """
+        if not skipped:
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
+            self._in_a_row = 0
+            return None
+        reason = self._reason(loss, grad_norm)
+        self.num_skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.config.max_skipped:
+            raise AlikeOnAllRanks(
+                f"{self._in_a_row} updates in a row were left out, the last because {reason}; lower schedule.peak_lr "
+                "or go back to an earlier checkpoint (remove later ones), and look at the data of these steps"
+            )
+        return reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: plain JSON values."""
+        return {
+            "num_skipped": self.num_skipped, "in_a_row": self._in_a_row,
+            "losses": list(self._losses), "grad_norms": list(self._grad_norms),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
+        self._losses = deque(state["losses"], maxlen=self.config.window)
+        self._grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
+
+    def _limit(self, values: deque[float], factor: float | None) -> float:
+        if factor is None or len(values) < max(1, self.config.window // 4):
+            return sys.float_info.max
+        return factor * statistics.median(values)
+
+    def _reason(self, loss: float, grad_norm: float) -> str:
+        limits = self.limits()
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return "the gradient is not finite"
+        if loss > limits.loss:
+            median = statistics.median(self._losses)
+            return (
+                f"the loss {loss:.4g} is above guard.loss_spike = {self.config.loss_spike:g} x its median {median:.4g}"
+            )
+        median = statistics.median(self._grad_norms)
+        return (
+            f"the gradient's norm {grad_norm:.4g} is above guard.grad_norm_spike = {self.config.grad_norm_spike:g} x "
+            f"its median {median:.4g}"
+        )

@@ -1,0 +1,93 @@
+"""Weights that several ranks hold are compared, so that a rank whose memory or arithmetic has erred is found.
+
+ZeRO-1 gives every data-parallel rank the weights that their owners computed, so replicas are equal to the bit; nothing
+else in training would notice if they were not. Every so many steps each rank takes a digest of each weight that it
+holds; ranks that hold the same part of the same weight (over data and context parallel ranks; norms also over
+tensor-parallel ones) must have the same digest. That is between a step's last backward and its update: the next weights
+would replace a wrong copy, but not undo what its gradients did.
+
+A digest is the sum of the elements' bits, each times an odd number of its own, modulo 2^64: integers, so that the order
+of summation is free, and any one element that differs shows for certain.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megacoder.core.errors import AlikeOnAllRanks
+from megacoder.model.transformer import weight_pieces
+from megacoder.parallel.collectives import gather_json
+from megacoder.train.engine import Engine
+
+__all__ = ["ReplicaCheck", "digest"]
+
+_AT_ONCE = 1 << 24
+"""Elements widened to 64 bits at a time."""
+
+
+class ReplicaCheck:
+    """Compares the weights of all ranks; every rank makes one and makes the same calls."""
+
+    def __init__(self, engine: Engine, every: int | None) -> None:
+        """`every`: steps between comparisons, None for none."""
+        self.engine, self.every = engine, every
+        self._last_good = 0
+
+    def maybe_compare(self, step: int) -> None:
+        """Compares, in step `step`, if it is time; AlikeOnAllRanks names the rank and the weight that differ.
+
+        Called before the update; what the others then hold is as good as it was.
+        """
+        world = self.engine.mesh.world
+        if self.every is None or world.group is None or step % self.every:
+            return
+        world.journal.at("comparing replicas")
+        self.engine.optimizer.traffic.wait_all()
+        faults = list(_faults(gather_json(dict(_digests(self.engine)), world)))
+        if faults:
+            more = f" (and {len(faults) - 1} more weights)" if len(faults) > 1 else ""
+            raise AlikeOnAllRanks(
+                f"step {step}: {faults[0]}{more}: a device, its memory or a link is at fault; leave that host out, and "
+                f"go on from a checkpoint of step {self._last_good} or before, when replicas were last equal"
+            )
+        self._last_good = step
+
+
+@torch.no_grad()
+def _digests(engine: Engine) -> Iterator[tuple[str, int]]:
+    """(which part of which weight, its digest) for all that this rank holds."""
+    pieces = list(weight_pieces(engine.model))
+    values = torch.stack([digest(piece.view) for piece in pieces]).tolist()  # one wait for the device
+    for piece, value in zip(pieces, values, strict=True):
+        part = "" if piece.shard.local_shape == piece.shard.shape else f", part at {list(piece.shard.offsets)}"
+        yield piece.hf_name + part, value
+
+
+def digest(values: Tensor) -> Tensor:
+    """int64 scalar on the device of `values` (fp32, bf16 or any other of 1 to 4 bytes; contiguous)."""
+    bits = values.reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32}[values.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for start in range(0, len(bits), _AT_ONCE):
+        chunk = bits[start : start + _AT_ONCE].long()
+        total += (torch.arange(start, start + len(chunk), device=values.device).mul_(2).add_(1).mul_(chunk)).sum()
+    return total
+
+
+def _faults(digests: list[dict[str, int]]) -> Iterator[str]:
+    """A line per weight that ranks hold differently: those in the minority differ from the others."""
+    holders: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, of_rank in enumerate(digests):
+        for name, value in of_rank.items():
+            holders[name][value].append(rank)
+    for name, by_value in holders.items():
+        right, *wrong = sorted(by_value.values(), key=lambda ranks: (-len(ranks), ranks))
+        if wrong:
+            odd = sorted(rank for ranks in wrong for rank in ranks)
+            verdict = "differs from" if len(odd) == 1 else "differ from"
+            yield f"{name} of {_ranks(odd)} {verdict} that of {_ranks(right)}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,370 @@
+"""Updates that are left out, replicas that drift, saves that fail: the run notices, on all ranks alike, and goes on or
+ends as its configuration says."""
+
+import dataclasses
+import errno
+import math
+import os
+import stat
+import sys
+
+import pytest
+import torch
+from train_cases import make_case
+
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
+from megacoder.ops import adamw
+from megacoder.ops.adamw import AdamWConfig
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.guard import Guard, GuardConfig
+from megacoder.train.loop import Trainer
+from megacoder.train.metrics_log import MetricsLog, read_metrics
+from megacoder.train.replicas import digest
+
+ALONE = World(0, 1, 0, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("guard"))
+
+
+# The guard alone
+
+
+def noted(guard, count, loss=2.0, grad_norm=0.5):
+    for _ in range(count):
+        assert guard.note(loss=loss, grad_norm=grad_norm, skipped=False) is None
+
+
+def test_limits_are_multiples_of_medians_once_there_is_a_history():
+    guard = Guard(GuardConfig(loss_spike=3.0, grad_norm_spike=10.0, window=8))
+    noted(guard, 1, loss=100.0, grad_norm=50.0)
+    assert (guard.limits().loss, guard.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
+    noted(guard, 2)
+    assert (guard.limits().loss, guard.limits().grad_norm) == (6.0, 5.0)
+    noted(guard, 8, loss=1.0, grad_norm=0.1)
+    assert (guard.limits().loss, guard.limits().grad_norm) == (3.0, 1.0), "what is older than the window is forgotten"
+    off = Guard(GuardConfig(loss_spike=None, grad_norm_spike=None, window=8))
+    noted(off, 8)
+    assert (off.limits().loss, off.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [
+        (math.nan, 0.5, "the loss is nan"),
+        (math.inf, 0.5, "the loss is inf"),
+        (2.0, math.inf, "the gradient is not finite"),
+        (7.0, 0.5, r"the loss 7 is above guard.loss_spike = 3 x its median 2"),
+        (2.0, 5.5, r"the gradient's norm 5.5 is above guard.grad_norm_spike = 10 x its median 0.5"),
+    ],
+)
+def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, reason):
+    guard = Guard(GuardConfig(window=4, max_skipped=3))
+    noted(guard, 4)
+    assert guard.note(loss=loss, grad_norm=grad_norm, skipped=True) == reason
+    guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+    noted(guard, 1)  # which ends the row
+    for _ in range(2):
+        guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+    with pytest.raises(AlikeOnAllRanks, match=f"3 updates in a row were left out, the last because {reason}"):
+        guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+    assert guard.num_skipped == 5
+
+
+def test_a_guard_goes_on_where_it_was():
+    guard = Guard(GuardConfig(window=4))
+    noted(guard, 3)
+    guard.note(loss=9.0, grad_norm=1.0, skipped=True)
+    other = Guard(guard.config)
+    other.load_state_dict(guard.state_dict())
+    assert (other.limits(), other.state_dict()) == (guard.limits(), guard.state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"loss_spike": 1.0}, {"grad_norm_spike": math.inf}, {"window": 0}, {"max_skipped": 0},
+              {"compare_replicas_every": 0}],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        GuardConfig(**wrong)
+
+
+@pytest.mark.parametrize("name", ["USR1", "SIGNAL", "SIGKILL", "SIGUSR9"])
+def test_what_is_no_signal_to_answer_is_refused(case, name):
+    with pytest.raises(ConfigError, match=f"stop_signals: '{name}' is no signal"):
+        case.config("x", stop_signals=(name,))
+
+
+# Updates left out
+
+
+def spoil(trainer, step, kind):
+    """From now on the loss or gradient of `step` is as `kind` says, on the last rank alone."""
+    engine, is_last = trainer.engine, trainer.world.rank == trainer.world.size - 1
+    forward_backward = engine.forward_backward
+
+    def spoilt(microbatches):
+        spoils = trainer.step + 1 == step and is_last
+        if spoils and kind in ("norm", "nan gradient"):  # before backwards add to it, as if the first had made it
+            engine.flat.grad[3] = 1e9 if kind == "norm" else math.nan
+        part = forward_backward(microbatches)
+        if spoils and kind in ("loss", "nan"):
+            part = dataclasses.replace(part, total=part.total + 1e6 if kind == "loss" else part.total * math.nan)
+        return part
+
+    engine.forward_backward = spoilt
+
+
+def state_of(folder):
+    reader = CheckpointReader(folder / "checkpoints")
+    return {key: reader.read_tensor(key[1], key[0]) for key in reader.tensors()}
+
+
+def run_spoilt(world, config, step, kind):
+    trainer = Trainer(config, world)
+    spoil(trainer, step, kind)
+    before = []
+    update = trainer.update
+
+    def watched():
+        weights = trainer.engine.flat.weight.clone()
+        result = update()
+        trainer.engine.optimizer.traffic.wait_all()
+        before.append((result.skipped, torch.equal(weights, trainer.engine.flat.weight)))
+        return result
+
+    trainer.update = watched
+    trainer.run()
+    return before, trainer.engine.optimizer.num_updates
+
+
+@pytest.mark.parametrize("kind", ["loss", "nan", "norm", "nan gradient"])
+def test_an_update_is_left_out_on_all_ranks_alike(ranks, case, kind):
+    config = case.config(kind, guard=GuardConfig(window=4), checkpoint_every=8, eval_every=8)
+    for seen, num_updates in ranks.run(2, run_spoilt, config, 5, kind):
+        assert seen == [(step == 5, step == 5) for step in range(1, 9)], "(left out, weights as they were) by step"
+        assert num_updates == 7
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (rows[4]["loss"] is None) == (kind == "nan")
+    assert (rows[4]["grad_norm"] is None) == (kind == "nan gradient")
+
+
+def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(case):
+    """The spike comes right after the resume, when only the checkpoint knows what is usual."""
+    config = case.config("spike", guard=GuardConfig(window=12), steps=5, checkpoint_every=3, eval_every=8)
+    whole = Trainer(config, ALONE)
+    spoil(whole, 4, "norm")
+    whole.run()
+    resumed = dataclasses.replace(config, output=case.folder / "spike-resumed")
+    first = Trainer(resumed, ALONE)
+    while first.step < 3:
+        first.update()
+        first.step += 1
+    first._checkpoint()
+    first.folder.finish()
+    first.batches.close()
+    second = Trainer(resumed, ALONE)
+    spoil(second, 4, "norm")
+    second.run()
+    assert second.guard.state_dict() == whole.guard.state_dict()
+    assert second.guard.num_skipped == 1
+    expected = state_of(config.output)
+    for key, tensor in state_of(resumed.output).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_on_a_device_the_norm_is_judged_without_the_host(monkeypatch):
+    """`update_scalars` on a CPU, with the kernel replaced by what its source says."""
+    seen = []
+
+    def kernel(squares, num_tokens, lr, step, *, max_grad_norm, beta1, beta2, scalars, norm):
+        mean = squares.sqrt() / num_tokens
+        seen.append(bool(mean.isfinite()))
+        norm.copy_(mean if mean.isfinite() else torch.tensor(math.inf))
+
+    monkeypatch.setattr(adamw.cuda, "adamw_scalars", kernel)
+    settings = {"config": AdamWConfig(), "lr": 1e-3, "num_updates": 3, "num_tokens": 2, "max_grad_norm": 1.0}
+    for squares, limit, norm, made in [
+        (16.0, 2.0, 2.0, True), (16.0, 1.9, 2.0, False), (16.0, -1.0, 2.0, False),
+        (math.inf, 1e300, math.inf, False), (math.nan, 1e300, math.inf, False), (16.0, sys.float_info.max, 2.0, True),
+    ]:  # fmt: skip
+        _, found = adamw.update_scalars(torch.tensor(squares, dtype=torch.float64), skip_above=limit, **settings)
+        assert (found.item(), seen[-1]) == (norm, made), (squares, limit)
+
+
+# Replicas
+
+
+def test_a_digest_sees_any_one_element():
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
+        whole = digest(values).item()
+        assert digest(values.clone()).item() == whole
+        for index in (0, 150, 299):
+            other = values.clone()
+            other.view(torch.int8)[index * dtype.itemsize] ^= 1  # the lowest bit
+            assert digest(other).item() != whole
+        swapped = values.clone()
+        swapped[[0, 1]] = values[[1, 0]]
+        assert digest(swapped).item() != whole
+
+
+def run_drifting(world, config, rank, name):
+    """One bit of a weight flips on one rank as step 4 begins; what each rank says, and the step it came to."""
+    trainer = Trainer(config, world)
+    engine = trainer.engine
+    forward_backward = engine.forward_backward
+
+    def drifting(microbatches):
+        if trainer.step + 1 == 4 and world.rank == rank:
+            engine.optimizer.traffic.wait_all()
+            param = dict(engine.model.named_parameters())[name]
+            param.data.view(-1)[7:8].view(torch.int32).bitwise_xor_(1)
+        return forward_backward(microbatches)
+
+    engine.forward_backward = drifting
+    try:
+        trainer.run()
+    except AlikeOnAllRanks as error:
+        return str(error), trainer.step
+    finally:
+        trainer.folder._held.close()
+        trainer.batches.close()
+    return None, trainer.step
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "rank", "name", "line"),
+    [
+        (4, ParallelConfig(), 2, "layers.1.mlp.down_proj.weight",
+         "model.layers.1.mlp.down_proj.weight of rank 2 differs from that of ranks 0, 1, 3"),
+        (4, ParallelConfig(tp=2), 3, "norm.weight", "model.norm.weight of rank 3 differs from that of ranks 0, 1, 2"),
+        (4, ParallelConfig(tp=2), 1, "layers.0.mlp.down_proj.weight",
+         "model.layers.0.mlp.down_proj.weight, part at [0, 24] of rank 3 differs from that of rank 1"),
+    ],
+)  # fmt: skip
+def test_a_weight_that_drifts_is_named_with_its_rank(ranks, case, size, parallel, rank, name, line):
+    config = case.config(
+        f"drift-{rank}", parallel=parallel, guard=GuardConfig(compare_replicas_every=2), eval_every=8,
+    )  # fmt: skip
+    for said, step in ranks.run(size, run_drifting, config, rank, name):
+        assert said is not None
+        assert said.startswith(f"step 4: {line}"), said
+        assert "from a checkpoint of step 2 or before" in said
+        assert step == 3, "the update is not made"
+
+
+def test_equal_replicas_are_let_pass(ranks, case):
+    config = case.config(
+        "equal", parallel=ParallelConfig(tp=2, pp=2), steps=4, eval_every=8,
+        guard=GuardConfig(compare_replicas_every=1),
+        model=dataclasses.replace(case.config("x").model, tie_word_embeddings=True),
+    )  # fmt: skip
+    assert ranks.run(8, run_drifting, config, None, None) == [(None, 4)] * 8
+
+
+# Full disks
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function that fills the disk, and one that frees it: for files alone."""
+    write, is_full = os.write, [False]
+
+    def limited(descriptor, data):
+        if is_full[0] and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    return lambda: is_full.__setitem__(0, True), lambda: is_full.__setitem__(0, False)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_ends_the_run_or_not_by_config(case, full_disk, asynchronous, capfd):
+    fill, free = full_disk
+    for on_failure in ("stop", "go_on"):
+        config = case.config(
+            f"full-{on_failure}-{asynchronous}", eval_every=8, checkpoint_every=2,
+            checkpoint=CheckpointConfig(on_failure=on_failure, asynchronous=asynchronous),
+        )  # fmt: skip
+        trainer = Trainer(config, ALONE)
+        update = trainer.update
+
+        def during(trainer=trainer, update=update):
+            if trainer.step == 3:
+                trainer.folder.checkpoints._join()
+                fill()
+            elif trainer.step == 6:
+                trainer.folder.checkpoints._join()
+                free()
+            return update()
+
+        trainer.update = during
+        if on_failure == "stop":
+            with pytest.raises(CheckpointError, match=r"saving step 4 failed: .*No space left on device"):
+                trainer.run()
+            assert CheckpointReader(config.output / "checkpoints").step == 2
+            trainer.folder._held.close()
+            free()
+            continue
+        trainer.run()
+        said = capfd.readouterr().err
+        assert [f"saving step {step} failed" in said for step in (2, 4, 6, 8)] == [False, True, True, False]
+        assert CheckpointReader(config.output / "checkpoints").step == 8
+        assert trainer.folder.checkpoints.num_failures == 2
+        assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == [
+            "latest", "step-00000002", "step-00000008",
+        ]  # fmt: skip
+
+
+def test_a_run_must_end_with_its_last_checkpoint(case, full_disk):
+    fill, _ = full_disk
+    config = case.config("full-at-the-end", eval_every=8, checkpoint=CheckpointConfig(on_failure="go_on"))
+    trainer = Trainer(config, ALONE)
+    update = trainer.update
+    trainer.update = lambda: (fill() if trainer.step == 7 else None, update())[1]
+    with pytest.raises(CheckpointError, match="saving step 8 failed"):
+        trainer.run()
+    assert CheckpointReader(config.output / "checkpoints").step == 6
+
+
+def test_metrics_wait_for_room(tmp_path, capsys):
+    log = MetricsLog(tmp_path, resume_step=0)
+    log.write(1, {"loss": 1.0})
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[:5])  # a disk takes what still fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def truncate(self, size):
+            self.file.truncate(size)
+
+    files = [(appender, appender._file) for appender in (log._lines, log._events)]
+    for appender, file in files:
+        appender._file = Full(file)
+    log.write(2, {"loss": 2.0})
+    log.write(3, {"loss": 3.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert capsys.readouterr().err.count("metrics.jsonl: No space left on device; held back") == 1
+    for appender, file in files:
+        appender._file = file
+    log.write(4, {"loss": math.inf})
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, None)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]

@@ -1,0 +1,109 @@
+"""Thirty random pairs of layouts, both ways: what every rank asks for is, bit for bit, what the others have written.
+
+All thirty go through the planner, real files and the code that says what a rank of a layout holds, with the ranks
+simulated one after the other; a few are real runs that change their layout halfway and train on. `reshard_parity.py`
+does the latter with any number of pairs.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reshard_parity
+import torch
+from checkpoint_cases import no_flush, save_as_ranks  # noqa: F401
+from reshard_parity import Pair, measure, random_pairs
+
+from megacoder.checkpoint.boxes import Box
+from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
+from megacoder.core.errors import ConfigError
+from megacoder.model.huggingface import weight_shapes
+from megacoder.train.reshard import rank_fragments
+
+PAIRS = random_pairs(30, seed=5)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def fragments_of(case):
+    """What each rank of a layout holds, without data."""
+    request = case.request()
+    parallel = dataclasses.replace(request.parallel, bucket_elements=reshard_parity.BUCKET_ELEMENTS)
+    layout = request.layout(case.world_size)
+    return [rank_fragments(request.model, parallel, layout, rank, KINDS) for rank in range(case.world_size)]
+
+
+def expected(fragment, tensors):
+    """The fragment's elements of the whole tensor."""
+    whole = tensors[fragment.kind, fragment.name]
+    return whole[fragment.region.inside(Box.whole(whole.shape))].flatten()[fragment.start : fragment.stop]
+
+
+def filled(fragment, tensors):
+    return dataclasses.replace(fragment, data=expected(fragment, tensors).clone())
+
+
+def test_pairs_are_the_seed_s_and_of_many_sizes():
+    assert random_pairs(30, seed=5) == PAIRS != random_pairs(30, seed=6)
+    assert {case.world_size for pair in PAIRS for case in (pair.first, pair.second)} == set(range(1, 9))
+    assert all(Pair.parse(str(pair)) == pair for pair in PAIRS)
+
+
+@pytest.mark.parametrize("pair", [way for pair in PAIRS for way in (pair, pair.reversed)], ids=str)
+def test_what_one_layout_writes_another_reads_bit_for_bit(tmp_path, pair):
+    generator = torch.Generator().manual_seed(0)
+    shapes = weight_shapes(pair.first.request().model)
+    tensors = {
+        (kind, name): torch.randn(shape, generator=generator) for kind in KINDS for name, shape in shapes.items()
+    }
+    ranks = [[filled(fragment, tensors) for fragment in fragments] for fragments in fragments_of(pair.first)]
+    folder = save_as_ranks(tmp_path, 1, ranks)
+    assert verify_checkpoint(folder) == []
+    reader = CheckpointReader(folder)
+    read = 0
+    for fragments in fragments_of(pair.second):
+        for fragment in fragments:
+            loaded = dataclasses.replace(fragment, data=torch.full((fragment.stop - fragment.start,), float("nan")))
+            reader.read(loaded)
+            assert torch.equal(loaded.data, expected(fragment, tensors)), str(fragment)
+            read += loaded.data.numel()
+    assert read == sum(tensor.numel() for tensor in tensors.values())  # each element by one rank
+    for (kind, name), tensor in tensors.items():
+        assert torch.equal(reader.read_tensor(name, kind), tensor)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp=2,pp=2,dp=2,kv-heads=1,sequences=24 > pp=4,schedule=zbv,cp=2",
+        "tp=4,tied=on,vocab=40,sequences=24 > dp=3,pp=2,schedule=interleaved",
+        "pp=5,layers=7,packed=on,sequences=24 > dp=1",
+    ],
+)
+def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_changed(ranks, text):
+    pair = Pair.parse(text)
+    for way in (pair, pair.reversed):
+        report = measure(ranks, way, seed=3)
+        assert report.different == 0
+        assert report.ok, report
+
+
+def test_the_tool_prints_json():
+    command = [sys.executable, reshard_parity.__file__, "--pairs", "dp=2,sequences=4 > tp=2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert [report["pair"] for report in reports] == ["dp=2,sequences=4 > tp=2,sequences=4",
+                                                      "tp=2,sequences=4 > dp=2,sequences=4"]  # fmt: skip
+    assert all(report["ok"] and report["elements"] > 100_000 for report in reports)
+
+
+def test_the_tool_refuses_what_is_no_pair():
+    with pytest.raises(ConfigError, match="expected two layouts with > between them"):
+        Pair.parse("tp=2")
+    assert (
+        Path(reshard_parity.__file__).name
+        in subprocess.run([sys.executable, reshard_parity.__file__], capture_output=True, text=True, check=False).stderr
+    )

@@ -169,8 +169,11 @@ def edit_config(folder, **changes):
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
-        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
-        ({"rope_scaling": {"type": "linear", "factor": -4}}, "rope_factor = -4.0: must be positive"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": -4}},
+            "rope_factor = -4.0: must be positive",
+        ),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": 2.5}, r"num_hidden_layers = 2\.5"),
         ({"num_attention_heads": 3}, "num_attention_heads = 3 is not a multiple"),

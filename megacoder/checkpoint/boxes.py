@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megacoder.core.errors import CheckpointError
+from megacoder.core.errors import CheckpointError, MegacoderError
 
 __all__ = ["Box", "Copy", "Fault", "boxes_of_range", "find_fault", "plan_copies"]
 
@@ -133,10 +133,12 @@ def find_fault(region: Box, boxes: Sequence[Box]) -> Fault | None:
     return None
 
 
-def plan_copies(wanted: Sequence[Box], stored: Sequence[Box], *, tensor: str) -> list[Copy]:
+def plan_copies(
+    wanted: Sequence[Box], stored: Sequence[Box], *, tensor: str, error: type[MegacoderError] = CheckpointError
+) -> list[Copy]:
     """The copies that fill every wanted box from the stored ones, each element once.
 
-    Raises CheckpointError naming `tensor` and the first region that no stored box holds, or that two hold.
+    Raises `error` naming `tensor` and the first region that no stored box holds, or that two hold.
     """
     copies = []
     shape = (len(stored), len(stored[0].offsets) if stored else 0)
@@ -151,7 +153,7 @@ def plan_copies(wanted: Sequence[Box], stored: Sequence[Box], *, tensor: str) ->
         ]
         fault = find_fault(box, [copy.overlap for copy in overlaps])
         if fault is not None:
-            raise CheckpointError(f"{tensor}: {fault.box} {'is in no file' if fault.missing else 'is stored twice'}")
+            raise error(f"{tensor}: {fault.box} {'is in no file' if fault.missing else 'is stored twice'}")
         copies += overlaps
     return copies
 

@@ -19,11 +19,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megacoder.checkpoint.dcp import DCP_METADATA, DCP_SHARDS, DcpFolder
 from megacoder.checkpoint.tensor_file import StoredTensor, write_tensor_file
 from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.core.files import replacing_dir
 
-__all__ = ["MAX_SHARD_BYTES", "TensorFolder", "read_config", "write_model_folder"]
+__all__ = ["MAX_SHARD_BYTES", "TensorFolder", "open_tensors", "read_config", "write_model_folder"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensors in a shard, transformers' own default."""
@@ -67,6 +68,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
+def open_tensors(folder: Path) -> "TensorFolder | DcpFolder":
+    """The tensors of a model folder, whoever wrote it; FormatError where there are none that can be read."""
+    ordinary = (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
+    return DcpFolder(folder) if not ordinary and any(folder.glob(DCP_SHARDS)) else TensorFolder(folder)
+
+
 class TensorFolder:
     """The tensors of a model folder, by name; files are opened when first needed and mapped, not read."""
 
@@ -83,10 +90,7 @@ class TensorFolder:
                 raise FormatError(f"{folder / _INDEX}: no 'weight_map' from tensor names to file names")
             self._file_of = weight_map
         else:
-            pickled = (
-                " (only pickled weights: convert them to safetensors)" if any(folder.glob("pytorch_model*.bin")) else ""
-            )
-            raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX} in it{pickled}")
+            raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX} in it{_pickled(folder)}")
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
         """Raises FormatError naming a tensor that is missing, has another shape or no float dtype, or is neither in
@@ -162,6 +166,16 @@ def _shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[
         shards[-1].append(tensor)
         size += tensor.num_bytes
     return shards
+
+
+def _pickled(folder: Path) -> str:
+    """A remark on weights that are there in a form that is code, which is never read."""
+    if (folder / DCP_METADATA).exists():
+        return (
+            "; a torch DCP checkpoint's index is a pickle, which can run code, and is not read: save it with "
+            "torch.distributed.checkpoint.HuggingFaceStorageWriter"
+        )
+    return " (only pickled weights: convert them to safetensors)" if any(folder.glob("pytorch_model*.bin")) else ""
 
 
 def _is_file_name(name: Any) -> bool:

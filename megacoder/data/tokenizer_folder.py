@@ -1,8 +1,8 @@
 """A tokenizer's folder on its way into and out of a Hugging Face model folder.
 
-transformers chooses a class by `tokenizer_class` and lets it change what tokenizer.json says. `LlamaTokenizerFast`,
-which DeepSeek's folders name, splits text in another way since transformers 5. So what leaves here names the one class
-that changes nothing, and says in tokenizer.json itself that BOS comes first.
+transformers chooses a class by `tokenizer_class` and lets it change what tokenizer.json says: `LlamaTokenizerFast`,
+which DeepSeek's folders name, puts BOS in front by itself, and transformers 5 doubts that it is meant. So what leaves
+here names the one class that changes nothing, and tokenizer.json itself says that BOS comes first.
 """
 
 import json

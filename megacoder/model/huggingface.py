@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacoder.checkpoint.huggingface import MAX_SHARD_BYTES, TensorFolder, read_config, write_model_folder
+from megacoder.checkpoint.dcp import DcpFolder
+from megacoder.checkpoint.huggingface import (
+    MAX_SHARD_BYTES,
+    TensorFolder,
+    open_tensors,
+    read_config,
+    write_model_folder,
+)
 from megacoder.checkpoint.rank_file import bytes_of
 from megacoder.checkpoint.reader import CHUNK_ELEMENTS
 from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
@@ -100,7 +107,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {piece.hf_name: piece.shard.shape for piece in weight_pieces(Transformer(config))}
 
 
-def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder]:
+def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder | DcpFolder]:
     """The configuration of a Hugging Face folder, its config.json as it is, and its weights, found to be as it says.
 
     Raises FormatError, in one line with the file, key or tensor at fault, for a folder that is not whole or holds
@@ -108,7 +115,7 @@ def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder
     """
     table = read_config(folder)
     config = config_from_huggingface(table, where=str(folder / "config.json"))
-    tensors = TensorFolder(folder)
+    tensors = open_tensors(folder)
     ignored = ["rotary_emb.inv_freq"]  # older folders hold this table, which config.json implies
     if config.tie_word_embeddings:
         ignored.append("lm_head.weight")
@@ -184,13 +191,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
     if table.get("quantization_config") is not None:
         raise FormatError(f"{where}: the weights are quantised; only plain float weights can be loaded")
-    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling = {rope!r}: expected an object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear"):
-        raise FormatError(f"{where}: RoPE of type {rope_type!r}; only 'default' and 'linear' can be loaded")
-    rope = {"rope_theta": table.get("rope_theta")} | rope
+    rope = _rope(table, where)
     sizes = {key: _read(table, key, where) for key in _REQUIRED}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     try:
@@ -200,13 +201,31 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             head_dim=_read(table, "head_dim", where, default=hidden // max(heads, 1)),
             rms_norm_eps=_read(table, "rms_norm_eps", where, default=1e-6),
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
-            rope_factor=_read(rope, "factor", where, default=1.0) if rope_type == "linear" else 1.0,
+            rope_factor=_read(rope, "factor", where, default=1.0),
             max_position_embeddings=_read(table, "max_position_embeddings", where, default=2048),
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def _rope(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """rope_theta and factor, from wherever they stand; FormatError where two places contradict each other."""
+    found: dict[str, Any] = {"rope_theta": table.get("rope_theta")}
+    places = {key: table[key] for key in ("rope_parameters", "rope_scaling") if table.get(key) is not None}
+    for key, rope in places.items():
+        if not isinstance(rope, dict):
+            raise FormatError(f"{where}: {key} = {rope!r}: expected an object")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "linear"):
+            raise FormatError(f"{where}: RoPE of type {rope_type!r}; only 'default' and 'linear' can be loaded")
+        said = {"rope_theta": rope.get("rope_theta"), "factor": rope.get("factor") if rope_type == "linear" else 1.0}
+        for name, value in said.items():
+            if None not in (value, found.get(name)) and value != found[name]:
+                raise FormatError(f"{where}: {name} is {found[name]!r} in one place and {value!r} in {key}")
+            found[name] = found.get(name) if value is None else value
+    return found
 
 
 def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:

@@ -57,7 +57,7 @@ def test_a_call_that_fails_names_the_error_and_ends_the_ranks():
 
 def record(name, *seconds, failed=None):
     found = Record(dataclasses.replace(CONTENDERS[0], name=name, module=name))
-    found.answers = [Answer(time, (time, time / 2), (time, time), (None, 1.0)) for time in seconds]
+    found.answers = [Answer(time, (time, time / 2), (time, time), (0, 0), (None, 1.0)) for time in seconds]
     found.losses, found.failed = [5.0, 4.0, 3.0], failed
     return found
 

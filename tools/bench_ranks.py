@@ -12,6 +12,7 @@ The program needs torch and the standard library alone: a peer may live in an en
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ class Answer:
     """seconds in which each rank was in the call"""
     cpu_by_rank: tuple[float, ...]
     """processor seconds of all its threads; those that wait for each other take none, those that poll do"""
+    peak_bytes_by_rank: tuple[int, ...]
+    """the most that each rank has held so far, beyond what it held before it built"""
     results: tuple[Any, ...]
     """what each rank returned"""
 
@@ -59,18 +62,27 @@ class Ranks:
         size: int,
         python: str = sys.executable,
         backend: str = "gloo",
+        threads: int = 1,
         timeout_seconds: float = 600.0,
     ) -> None:
-        """Starts `size` processes in which `module` builds from `job`; returns when all have, or ContenderFailed."""
+        """Starts `size` processes in which `module` builds from `job`; returns when all have, or ContenderFailed.
+
+        `threads` are each process's for the arithmetic.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
         self._timeout = timeout_seconds
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {
+            "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+        }  # fmt: skip
         store = Path(self._folder.name) / "store"
         self._logs = [Path(self._folder.name) / f"rank-{rank}" for rank in range(size)]
         self._processes = []
         for rank, path in enumerate(self._logs):
-            place = {"rank": rank, "size": size, "store": str(store), "backend": backend, "module": module}
+            place = {
+                "rank": rank, "size": size, "store": str(store), "backend": backend, "module": module,
+                "threads": threads,
+            }  # fmt: skip
             with path.open("w") as log:
                 process = subprocess.Popen(
                     [python, __file__, json.dumps(place), json.dumps(dict(job))],
@@ -95,6 +107,7 @@ class Ranks:
             seconds=max(ends) - min(begins),  # perf_counter is one clock for all processes of a machine
             by_rank=tuple(end - begin for begin, end in zip(begins, ends, strict=True)),
             cpu_by_rank=tuple(answer["cpu"] for answer in answers),
+            peak_bytes_by_rank=tuple(answer["peak_bytes"] for answer in answers),
             results=tuple(answer["result"] for answer in answers),
         )
 
@@ -144,13 +157,16 @@ def _serve(place: dict[str, Any], job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a peer prints is no answer
     try:
-        function = _build(place, job)
+        module = _join(place)
+        held = _peak_bytes()
+        function = module.build({**job, "rank": place["rank"]})
         print(json.dumps({}), file=answers, flush=True)
         for line in sys.stdin:
             begin, before = time.perf_counter(), time.process_time()
             result = function(**json.loads(line))
             end, cpu = time.perf_counter(), time.process_time() - before
-            print(json.dumps({"begin": begin, "end": end, "cpu": cpu, "result": result}), file=answers, flush=True)
+            answer = {"begin": begin, "end": end, "cpu": cpu, "peak_bytes": _peak_bytes() - held, "result": result}
+            print(json.dumps(answer), file=answers, flush=True)
     except Exception as error:
         traceback.print_exc()
         reason = traceback.format_exception_only(error)[-1].strip()
@@ -158,11 +174,16 @@ def _serve(place: dict[str, Any], job: dict[str, Any]) -> None:
     os._exit(0)  # a process group whose other ranks are gone may hang on its way out
 
 
-def _build(place: dict[str, Any], job: dict[str, Any]) -> Any:
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _join(place: dict[str, Any]) -> Any:
+    """The contender's module, its process group made."""
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(place["threads"])
     torch.manual_seed(0)
     module = importlib.import_module(place["module"])
     if place["size"] > 1:
@@ -172,7 +193,7 @@ def _build(place: dict[str, Any], job: dict[str, Any]) -> Any:
             rank=place["rank"],
             world_size=place["size"],
         )
-    return module.build({**job, "rank": place["rank"]})
+    return module
 
 
 if __name__ == "__main__":

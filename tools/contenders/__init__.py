@@ -1,1 +1,1 @@
-"""The contenders of `bench_parallel.py`, one module each with `build(job)`; see `bench_ranks`."""
+"""The contenders of `bench_parallel.py` and `bench_train.py`, modules with `build(job)`; see `bench_ranks`."""

@@ -93,7 +93,7 @@ def test_a_bad_command_line_is_one_line(argv, message):
         ('name = "n"\n[inner]\nlrr = 1', "inner: unknown key 'lrr' (did you mean 'lr'?)"),
         ("name = 3", "name = 3: expected str"),
         ('name = "n"\nsteps = true', "steps = True: expected int"),
-        ('name = "n"\nfolders = "x"', "folders = 'x': expected a list"),
+        ('name = "n"\nfolders = 3', "folders = 3: expected a list"),
         ('name = "n"\ninner = 1', "inner = 1: expected a table"),
         ('name = "n"\n[inner]\nkind = "c"', "kind = 'c': expected one of 'a', 'b'"),
         ("name = ", "not readable as TOML"),

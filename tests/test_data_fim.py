@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.fim import FillInTheMiddle, FimConfig
+from megacoder.data.cuts import CharacterCutter
+from megacoder.data.fim import FillInTheMiddle, FimConfig, masked_spans
+from megacoder.data.permutation import draw_bits, draw_many_bits, key_of
+from megacoder.data.tokenizer import SPECIAL_TOKENS
 
 ALWAYS = FimConfig(rate=1.0)
+CUTTER = CharacterCutter(small_tokenizer())
 
 
 def fim(config=ALWAYS, seed=7):
-    return FillInTheMiddle(config, small_tokenizer(), seed=seed)
+    return FillInTheMiddle(config, CUTTER, seed=seed)
 
 
 def ids_of(text, *, eos=False, dtype=np.uint16):
@@ -64,11 +68,11 @@ def test_source_files_are_cut_as_if_encoded_in_full(text):
 
 def test_every_pair_of_cuts_in_a_short_text():
     text = "é = 👍🏽\n\n\rdef f():\n  中 "
-    ids, transform = ids_of(text), fim()
-    ends = np.cumsum(transform._characters[ids])
+    ids = ids_of(text)
+    ends = CUTTER.character_ends(ids)
     for first in range(len(text) + 1):
         for last in range(first, len(text) + 1):
-            parts = transform._split(ids, ends, first, last)
+            parts = CUTTER.cut(ids, ends, [first, last])
             expected = [text[:first], text[first:last], text[last:]]
             assert [np.concatenate(runs).astype(int).tolist() for runs in parts] == [
                 small_tokenizer().encode(part) for part in expected
@@ -94,9 +98,11 @@ def test_result_depends_on_arguments_alone():
 
 
 def test_draws_are_pinned():
-    """The examples of a run are part of its record: another version of this code or of NumPy must draw the same."""
-    draws = fim(seed=1234)._draw(2, 56, 0)
-    assert draws == (0.15735934472304558, 0.25394448673126946, 7699738783993654518, 15890919322204625355)
+    """The examples of a run are part of its record: another version of this code must draw the same."""
+    key = key_of(1234, 2, 56, 0)
+    assert draw_bits(key, 4) == draw_many_bits(key, 4).tolist()
+    assert draw_bits(key, 2) == [15869498289067416947, 14708826741792208939]
+    assert masked_spans(100, density=0.15, span=5.0, key=key).tolist() == [[3, 14], [33, 35], [63, 65]]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -137,7 +143,7 @@ def test_cuts_are_uniform_over_characters():
     assert chi_square < 35 + 5 * np.sqrt(2 * 35)
 
 
-@pytest.mark.parametrize("field", ["rate", "spm_rate"])
+@pytest.mark.parametrize("field", ["rate", "spm_rate", "msp_rate"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_rates_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=rf"fim.{field} = {value}"):
@@ -178,6 +184,135 @@ def test_parts_are_drawn_for_one_by_one():
     assert 25 <= np.count_nonzero(halves == tokenizer.fim_hole_id) <= 75
 
 
+def spans_of(ids):
+    """(kept parts, hidden parts) as ids, from an MSP example."""
+    tokenizer, ids = small_tokenizer(), list(ids)
+    assert (ids[0], ids[-1]) == (tokenizer.fim_begin_id, tokenizer.eos_id)
+    end = ids.index(tokenizer.fim_end_id)
+    groups = []
+    for group in (ids[1:end], ids[end + 1 : -1]):
+        holes = [-1, *(place for place, token in enumerate(group) if token == tokenizer.fim_hole_id), len(group)]
+        groups.append([group[a + 1 : b] for a, b in itertools.pairwise(holes)])
+    return groups
+
+
+MASKED = FimConfig(rate=1.0, msp_rate=1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=1, max_size=200), st.integers(0, 2**40), st.sampled_from([1.0, 3.0, 10.0]))
+def test_masked_spans_of_any_text_are_cut_as_if_encoded_in_full(text, file, span):
+    config = FimConfig(rate=1.0, msp_rate=1.0, msp_density=0.3, msp_span=span)
+    assert_spans(text, fim(config)(ids_of(text), epoch=0, file=file))
+
+
+@pytest.mark.parametrize("text", [*source_texts(8), *NASTY_TEXTS[1:]])
+def test_masked_spans_of_source_files(text):
+    assert_spans(text, fim(MASKED)(ids_of(text, eos=True), epoch=0, file=3))
+
+
+def assert_spans(text, ids):
+    tokenizer = small_tokenizer()
+    kept, hidden = spans_of(ids)
+    assert len(kept) == len(hidden) + 1
+    parts = [part for pair in itertools.zip_longest(kept, hidden, fillvalue=[]) for part in pair]
+    texts = [tokenizer.decode_bytes(part).decode("utf-8") for part in parts]
+    assert "".join(texts) == text
+    assert parts == [tokenizer.encode(part) for part in texts]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 2000), st.floats(0.001, 1.0), st.floats(1.0, 30.0), st.integers(0, 2**64 - 1))
+def test_masked_spans_hide_their_share_and_do_not_touch(characters, density, span, key):
+    spans = masked_spans(characters, density=density, span=span, key=key)
+    edges = spans.ravel()
+    assert 0 <= edges[0] < edges[-1] <= characters
+    assert (np.diff(edges) > 0).all()
+    hidden = int((spans[:, 1] - spans[:, 0]).sum())
+    assert hidden == min(max(round(characters * density), 1), characters)
+    assert len(spans) == min(max(round(hidden / span), 1), hidden, characters - hidden + 1)
+
+
+def test_a_masked_span_begins_everywhere_alike():
+    """Chi-square over the 7 places of a span of 2 characters in 8."""
+    draws = 2000
+    places = [int(masked_spans(8, density=0.25, span=2.0, key=key_of(key))[0, 0]) for key in range(draws)]
+    counts = np.bincount(places, minlength=7)
+    assert len(counts) == 7
+    assert ((counts - draws / 7) ** 2 / (draws / 7)).sum() < 6 + 5 * np.sqrt(2 * 6)
+
+
+def test_kinds_share_the_transformed_files():
+    ids = ids_of(source_texts()[0][:400])
+    transform = fim(FimConfig(rate=1.0, spm_rate=0.3, msp_rate=0.2))
+    begin, hole = small_tokenizer().fim_begin_id, small_tokenizer().fim_hole_id
+    results = [transform(ids, epoch=0, file=file) for file in range(2000)]
+    assert all(result[0] == begin for result in results)
+    spans = sum(np.count_nonzero(result == hole) > 1 for result in results)
+    assert abs(spans - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8)
+    orders = sum(result[1] == hole and np.count_nonzero(result == hole) == 1 for result in results)
+    assert abs(orders - 600) < 5 * np.sqrt(2000 * 0.3 * 0.7) + 0.5 / 200 * 2000
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("# pkg/mod.py", "mod.py"), ("#mod.py", "mod.py"), ("// src/a b.cc", "a b.cc"), ("/* x.c */", "x.c"),
+        ("<!-- i.html -->", "i.html"), ("-- q.sql", "q.sql"), ("# Makefile", "Makefile"), ("REM a.bat", "a.bat"),
+        (";; e.el", "e.el"), ("import os.path", ""), ("", ""), ("# " + "x" * 900, ""),
+    ],
+)  # fmt: skip
+def test_a_files_name_is_read_off_its_path_comment(header, name):
+    assert fim()._name(ids_of(f"{header}\nx = 1\n")) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "transformed"),
+    [
+        ({"never": (".md",)}, [".py", "Makefile", ""]),
+        ({"never": (".md", "Makefile")}, [".py", ""]),
+        ({"only": (".py", "Makefile")}, [".py", "Makefile"]),
+        ({"only": (".py", ".md"), "never": (".md",)}, [".py"]),
+    ],
+)
+def test_languages_can_be_left_as_they_are(options, transformed):
+    headers = {".py": "# a/b.py\n", ".md": "# README.md\n", "Makefile": "# c/Makefile\n", "": ""}
+    transform, found = fim(FimConfig(rate=1.0, **options)), []
+    for kind, header in headers.items():
+        ids = ids_of(header + "some text\nof two lines\n")
+        if transform(ids, epoch=0, file=1) is not ids:
+            found.append(kind)
+    assert found == transformed
+
+
+def test_control_tokens_in_a_text_stay_text_through_every_cut():
+    """Only the sentinels put in are control ids, however the file is cut; each part still is its own encoding."""
+    tokenizer = small_tokenizer()
+    text = "".join(SPECIAL_TOKENS.values()) + "\n" + SPECIAL_TOKENS["fim_hole"] * 2
+    first_control = min(tokenizer.token_bytes.index(token.encode()) for token in SPECIAL_TOKENS.values())
+    for file in range(60):
+        psm = fim()(ids_of(text), epoch=0, file=file)
+        assert np.count_nonzero(psm >= first_control) == 4
+        assert_equals_full_encoding(text, psm)
+        spans = fim(MASKED)(ids_of(text), epoch=0, file=file)
+        assert_spans(text, spans)
+
+
 def test_a_part_of_no_tokens_is_refused():
     with pytest.raises(ConfigError, match="context_tokens = 0"):
         FimConfig(context_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spm_rate": 0.6, "msp_rate": 0.5}, "more than 1 together"),
+        ({"msp_density": 0.0}, "fim.msp_density = 0.0"),
+        ({"msp_density": 1.01}, "fim.msp_density = 1.01"),
+        ({"msp_span": 0.5}, "fim.msp_span = 0.5"),
+        ({"msp_span": float("nan")}, "fim.msp_span = nan"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FimConfig(**options)

@@ -11,6 +11,7 @@ import torch
 from data_samples import small_tokenizer, source_texts
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.data.permutation import permute
@@ -45,10 +46,11 @@ def numbered(tmp_path_factory):
     return write(tmp_path_factory.mktemp("numbered") / "set", [*documents[:9], [], *documents[9:]])
 
 
-def stream(dataset, *, batch=8, dp_rank=0, dp_size=1, seq_length=64, **config):
+def stream(dataset, *, batch=8, dp_rank=0, dp_size=1, seq_length=64, weights=(), fim_rates=(), **config):
     config = StreamConfig(seq_length=seq_length, **config)
     return TokenStream(
-        dataset, small_tokenizer(), config, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size
+        dataset if isinstance(dataset, list) else [dataset], small_tokenizer(), config,
+        global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size, weights=weights, fim_rates=fim_rates,
     )  # fmt: skip
 
 
@@ -163,10 +165,10 @@ def test_documents_hold_their_files_and_one_eos_at_the_end(sources):
     tokenizer = small_tokenizer()
     one = stream(sources, num_streams=1, batch=400, fim=FimConfig(rate=1.0))
     tokens = one.next_batch().tokens.flatten().tolist()
-    transform = FillInTheMiddle(FimConfig(rate=1.0), tokenizer, seed=1234)
+    transform = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=1234)
     at, documents = 0, 0
     while at < len(tokens) - 6000:
-        number, epoch = one._streams[0]._source.deal(0, documents)[0]
+        number, epoch = one._packers[0][0].deal[documents]
         expected = [tokenizer.bos_id]
         for sequence in sources.document_sequences(number):
             expected += transform(sources.sequence(sequence), epoch=epoch, file=sequence).tolist()
@@ -250,7 +252,7 @@ def test_a_state_of_another_order_is_refused(numbered, change, message):
 
 
 def test_a_state_of_another_dataset_is_refused(numbered, sources):
-    with pytest.raises(ConfigError, match="documents is 15, but"):
+    with pytest.raises(ConfigError, match=r"datasets is \[\[15, "):
         stream(sources).load_state_dict(stream(numbered).state_dict())
 
 

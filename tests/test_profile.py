@@ -106,7 +106,7 @@ def test_one_process_on_the_run_s_own_data(case):
     assert measured.step_seconds == pytest.approx(measured.mean_step_seconds, rel=1e-9)
     assert not config.output.exists()
     assert ALONE.journal.listener is None
-    assert measured.run["data"] == str(config.data.train)
+    assert measured.run["data"] == str(config.data.train[0])
     assert 0 < measured.loss < 10
 
     model = config.model

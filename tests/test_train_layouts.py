@@ -57,7 +57,7 @@ def config_of(case, output, *, tied, document_masks=True, **changes):
     model, data = dataclasses.replace(config.model, tie_word_embeddings=tied), config.data
     if tied:
         data = dataclasses.replace(
-            data, train=case.folder / "short-train", valid=case.folder / "short-valid",
+            data, train=(case.folder / "short-train",), valid=case.folder / "short-valid",
             stream=dataclasses.replace(data.stream, document_masks=document_masks),
         )  # fmt: skip
     return dataclasses.replace(config, model=model, data=data)

@@ -185,9 +185,12 @@ def _coerce(expected: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} = {value!r}: expected one of {', '.join(map(repr, typing.get_args(expected)))}")
         return value
     if origin is tuple:
+        item_type = typing.get_args(expected)[0]
+        if isinstance(value, str) and item_type in (str, Path):  # one item needs no brackets, as on the command line
+            value = [value]
         if not isinstance(value, list):
             raise ConfigError(f"{where} = {value!r}: expected a list")
-        return tuple(_coerce(typing.get_args(expected)[0], item, where) for item in value)
+        return tuple(_coerce(item_type, item, where) for item in value)
     if expected is Path and isinstance(value, str):
         return Path(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):

@@ -6,32 +6,36 @@ A file is cut at two characters into prefix, middle and suffix, and becomes, by 
 
 or, by SPM (variant 2 of gpt-neox), `<fim_begin> <fim_hole> suffix <fim_end> prefix middle <eos>`. The cuts are drawn
 uniformly over the characters, ends included, so that any part may be empty. EOS ends the middle: it is what the model
-learns to stop on.
+learns to stop on. MSP, the masked spans of the paper's ablation (T5's objective), hides many short spans:
 
-Datasets hold ids, and a cut falls inside a token or changes how its neighbourhood tokenises. Decoding and re-encoding
-the file would cost a hundred times the rest of the data path. But every line break is a token of its own, so lines
-tokenise independently: only the one or two lines that are cut are decoded, cut and encoded again, and the result
-equals encoding each part in full.
+    <fim_begin> text <fim_hole> text <fim_hole> text <fim_end> span <fim_hole> span <eos>
+
+which with a single span is PSM. What the paper leaves open there is chosen here: its sentinels are all there are, so
+that spans are told apart by their order; density and length are T5's, in characters.
 
 A file much longer than the model's context never shows its prefix, suffix and middle together: cut into windows, the
 structure is lost (Bavarian et al., section 3). For short contexts `context_tokens` therefore cuts files at line borders
 into parts that are drawn for and transformed each by itself.
 
 Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, document level; Bavarian et al.
-(arXiv:2207.14255).
+(arXiv:2207.14255); Raffel et al. (arXiv:1910.10683, section 3.3.4).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.cuts import CharacterCutter
+from megacoder.data.permutation import draw_bits, draw_many_bits, key_of
 
-__all__ = ["FillInTheMiddle", "FimConfig"]
+__all__ = ["FillInTheMiddle", "FimConfig", "masked_spans"]
 
-_Runs = list[np.ndarray | list[int]]  # ids that follow each other
+_PATH_COMMENT = re.compile(r"(?:#+|//|--|/\*|\(\*|<!--|[%;']+|REM\b)\s*(.*?)\s*(?:\*/|\*\)|-->)?")
+_PATH_TOKENS = 128  # a path comment is not longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +46,43 @@ class FimConfig:
     """share of files that are transformed, 0 to 1"""
     spm_rate: float = 0.0
     """share of the transformed files in suffix-prefix-middle order, 0 to 1; the paper uses none"""
+    msp_rate: float = 0.0
+    """share of the transformed files with masked spans instead, 0 to 1; 1 is the paper's ablation"""
+    msp_density: float = 0.15
+    """share of a file's characters that masked spans hide, above 0, at most 1"""
+    msp_span: float = 10.0
+    """mean characters of a masked span, at least 1"""
     context_tokens: int | None = None
     """transform parts of a file of at most this many tokens (a longer line is a part); None takes files whole"""
+    only: tuple[str, ...] = ()
+    """suffixes or names, such as ".py" or "Makefile": other files stay as they are. They are read off the path comment
+    that opens each file of a corpus; empty: files of any name, or none"""
+    never: tuple[str, ...] = ()
+    """suffixes or names of files that stay as they are"""
 
     def __post_init__(self) -> None:
-        for name in ("rate", "spm_rate"):
+        for name in ("rate", "spm_rate", "msp_rate"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"fim.{name} = {value}: a share from 0 to 1")
+        if self.spm_rate + self.msp_rate > 1.0:
+            raise ConfigError(
+                f"fim.spm_rate = {self.spm_rate} and fim.msp_rate = {self.msp_rate}: more than 1 together"
+            )
+        if not 0.0 < self.msp_density <= 1.0:
+            raise ConfigError(f"fim.msp_density = {self.msp_density}: a share above 0, at most 1")
+        if not self.msp_span >= 1.0:
+            raise ConfigError(f"fim.msp_span = {self.msp_span}: at least 1 character")
         if self.context_tokens is not None and self.context_tokens < 1:
             raise ConfigError(f"fim.context_tokens = {self.context_tokens}: at least 1")
 
 
 class FillInTheMiddle:
-    """Transforms files of token ids; holds the tables that it looks ids up in and no other state."""
+    """Transforms files of token ids; holds no state that changes."""
 
-    def __init__(self, config: FimConfig, tokenizer: Tokenizer, *, seed: int) -> None:
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._characters = tokenizer.characters_per_token()
-        self._breaks_line = np.array([token in (b"\n", b"\r") for token in tokenizer.token_bytes])
+    def __init__(self, config: FimConfig, cutter: CharacterCutter, *, seed: int) -> None:
+        self.config, self.tokenizer, self.seed = config, cutter.tokenizer, seed
+        self._cutter = cutter
 
     def __call__(self, tokens: np.ndarray, *, epoch: int, file: int) -> np.ndarray:
         """The file as it is seen in `epoch`: `tokens` itself, or its parts with sentinels and EOS, in the same dtype.
@@ -68,7 +90,7 @@ class FillInTheMiddle:
         `tokens` are the ids of one whole file, with or without EOS at the end; `file` is its number in the dataset.
         Neither order nor number of calls matters. An empty file stays as it is.
         """
-        if self.config.rate == 0.0:
+        if self.config.rate == 0.0 or not self._is_meant(tokens):
             return tokens
         limit = self.config.context_tokens
         if limit is None or len(tokens) <= limit:
@@ -79,7 +101,7 @@ class FillInTheMiddle:
     def _parts(self, tokens: np.ndarray, limit: int) -> Iterator[np.ndarray]:
         """As many whole lines as fit into `limit` at a time, and one where that is longer; EOS stays with the last."""
         length = len(tokens) - int(tokens[-1] == self.tokenizer.eos_id)
-        ends = np.unique(np.append(np.flatnonzero(self._breaks_line[tokens[:length]]) + 1, length))
+        ends = np.unique(np.append(np.flatnonzero(self._cutter.breaks_line[tokens[:length]]) + 1, length))
         start = 0
         while start < length:
             last = max(int(np.searchsorted(ends, start + limit, side="right")) - 1, 0)
@@ -91,65 +113,75 @@ class FillInTheMiddle:
 
     def _transform(self, tokens: np.ndarray, *, epoch: int, file: int, part: int) -> np.ndarray:
         content = tokens[:-1] if len(tokens) and tokens[-1] == self.tokenizer.eos_id else tokens
-        chosen, order, cut_a, cut_b = self._draw(epoch, file, part)
-        if len(content) == 0 or chosen >= self.config.rate:
+        key = key_of(self.seed, epoch, file, part)
+        chosen, kind, *cut_bits = draw_bits(key, 4)
+        if len(content) == 0 or _share(chosen) >= self.config.rate:
             return tokens
-        ends = np.cumsum(self._characters[content], dtype=np.int64)  # characters up to and with each token
-        cuts = [cut * (int(ends[-1]) + 1) >> 64 for cut in (cut_a, cut_b)]
-        try:
-            prefix, middle, suffix = self._split(content, ends, min(cuts), max(cuts))
-        except UnicodeDecodeError:
-            raise DataError(
-                f"file {file} of the dataset is no UTF-8 in this tokenizer; made with another one?"
-            ) from None
-        ids = self.tokenizer
-        begin, hole, end, eos = [ids.fim_begin_id], [ids.fim_hole_id], [ids.fim_end_id], [ids.eos_id]
-        if order < self.config.spm_rate:
-            runs = [begin, hole, *suffix, end, *prefix, *middle, eos]
+        ends = self._cutter.character_ends(content)
+        characters = int(ends[-1])
+        masks_spans = _share(kind) >= 1.0 - self.config.msp_rate
+        if masks_spans:
+            density, span = self.config.msp_density, self.config.msp_span
+            cuts = masked_spans(characters, density=density, span=span, key=key_of(key, 1)).ravel()
         else:
-            runs = [begin, *prefix, hole, *suffix, end, *middle, eos]
+            cuts = np.array(sorted(bits * (characters + 1) >> 64 for bits in cut_bits))
+        try:
+            parts = self._cutter.cut(content, ends, cuts)
+        except DataError as error:
+            raise DataError(f"file {file} of the dataset is {error}") from None
+        runs = self._arrange(parts, spm=not masks_spans and _share(kind) < self.config.spm_rate)
         return np.concatenate([np.asarray(run, dtype=tokens.dtype) for run in runs])
 
-    def _draw(self, epoch: int, file: int, part: int) -> tuple[float, float, int, int]:
-        """Two uniform numbers in [0, 1) and two in [0, 2^64), from raw bits: NumPy keeps those across versions."""
-        key, counter = (np.array(words, dtype=np.uint64) for words in ([self.seed % 2**64, epoch], [0, 0, part, file]))
-        chosen, order, cut_a, cut_b = np.random.Philox(key=key, counter=counter).random_raw(4).tolist()
-        return (chosen >> 11) * 2.0**-53, (order >> 11) * 2.0**-53, cut_a, cut_b
+    def _arrange(self, parts: list[list[np.ndarray]], *, spm: bool) -> list[np.ndarray | list[int]]:
+        """Kept and hidden parts, which take turns in the text, between their sentinels."""
+        ids = self.tokenizer
+        begin, hole, end, eos = [ids.fim_begin_id], [ids.fim_hole_id], [ids.fim_end_id], [ids.eos_id]
+        if spm:
+            prefix, middle, suffix = parts
+            return [begin, hole, *suffix, end, *prefix, *middle, eos]
+        runs: list[np.ndarray | list[int]] = []
+        for opening, group in ((begin, parts[0::2]), (end, parts[1::2])):
+            for index, part in enumerate(group):
+                runs += [hole if index else opening, *part]
+        return [*runs, eos]
 
-    def _split(self, content: np.ndarray, ends: np.ndarray, first: int, last: int) -> tuple[_Runs, _Runs, _Runs]:
-        """Prefix, middle and suffix, each as runs of ids; `first` <= `last` are the cuts in characters."""
-        breaks = np.flatnonzero(self._breaks_line[content])
-        line_a, line_b = _line_at(breaks, ends, first), _line_at(breaks, ends, last)
-        text_a, cut_a = self._text(content, line_a), first - _characters_before(ends, line_a)
-        text_b, cut_b = self._text(content, line_b), last - _characters_before(ends, line_b)
-        encode = self.tokenizer.encode
-        middle: _Runs
-        if line_a == line_b:
-            middle = [encode(text_a[cut_a:cut_b])]
-        else:
-            middle = [encode(text_a[cut_a:]), content[line_a.stop : line_b.start], encode(text_b[:cut_b])]
-        return (
-            [content[: line_a.start], encode(text_a[:cut_a])],
-            middle,
-            [encode(text_b[cut_b:]), content[line_b.stop :]],
-        )
+    def _is_meant(self, tokens: np.ndarray) -> bool:
+        """Whether `only` and `never` let a file of this name be transformed."""
+        config = self.config
+        if not config.only and not config.never:
+            return True
+        name = self._name(tokens)
+        names = {name, PurePosixPath(name).suffix}
+        return (not config.only or not names.isdisjoint(config.only)) and names.isdisjoint(config.never)
 
-    def _text(self, content: np.ndarray, line: slice) -> str:
-        return self.tokenizer.decode_bytes(content[line].tolist()).decode("utf-8")
+    def _name(self, tokens: np.ndarray) -> str:
+        """The last part of the path in the comment that opens the file, or nothing."""
+        head = tokens[:_PATH_TOKENS]
+        breaks = np.flatnonzero(self._cutter.breaks_line[head])
+        comment = _PATH_COMMENT.fullmatch(self.tokenizer.decode(head[: breaks[0]].tolist())) if len(breaks) else None
+        return PurePosixPath(comment[1]).name if comment else ""
 
 
-def _line_at(breaks: np.ndarray, ends: np.ndarray, cut: int) -> slice:
-    """The tokens of the line that a cut before character `cut` falls into, without the line breaks around it.
+def masked_spans(characters: int, *, density: float, span: float, key: int) -> np.ndarray:
+    """Where each masked span of a text of so many characters begins and ends: int64 (spans, 2).
 
-    `breaks` are the places of the line breaks. A cut right before one is at the end of the line that it closes, a cut
-    right after one at the start of the next line, which may be empty.
+    `density` of the characters, and at least one, lie in spans of `span` characters in the mean, which do not touch.
+    How both divide is drawn, as rising cuts.
     """
-    token = np.searchsorted(ends, cut, side="right")  # the token in which character `cut` begins
-    following = int(np.searchsorted(breaks, token))
-    start = int(breaks[following - 1]) + 1 if following else 0
-    stop = int(breaks[following]) if following < len(breaks) else len(ends)
-    return slice(start, stop)
+    hidden = min(max(round(characters * density), 1), characters)
+    spans = min(max(round(hidden / span), 1), hidden, characters - hidden + 1)
+    shares = (draw_many_bits(key, 2 * spans - 1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    lengths = np.diff(_rising(shares[: spans - 1], hidden - spans), prepend=0, append=hidden - spans) + 1
+    kept = characters - hidden - (spans - 1)  # beside the one character between neighbours
+    starts = _rising(shares[spans - 1 :], kept) + np.arange(spans) + np.cumsum(lengths) - lengths
+    return np.stack([starts, starts + lengths], axis=1)
 
 
-def _characters_before(ends: np.ndarray, line: slice) -> int:
-    return int(ends[line.start - 1]) if line.start else 0
+def _rising(shares: np.ndarray, limit: int) -> np.ndarray:
+    """Numbers from 0 to `limit`, which is among them, in rising order."""
+    return np.sort((shares * (limit + 1)).astype(np.int64))
+
+
+def _share(bits: int) -> float:
+    """Uniform in [0, 1)."""
+    return (bits >> 11) * 2.0**-53

@@ -1,28 +1,46 @@
-"""Batches made ahead in a background thread; its state is that of the last batch handed out, not of the last made.
+"""Batches made ahead in the background; their state is that of the last batch handed out, not of the last made.
 
-A thread, not processes: nearly all the time goes to copies and to the tokenizer's native code, and a thread needs no
-second copy of the tables, no pickling and no start-up.
+Threads, not processes: nearly all the time goes to copies and to the tokenizer's native code, and a thread needs no
+second copy of the tables, no pickling and no start-up. One thread serves far more tokens than a GPU trains on; more
+share out the streams of each batch, which changes nothing but time.
 """
 
 import contextlib
 import queue
 import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
-from megacoder.data.stream import Batch, TokenStream
+from megacoder.core.errors import ConfigError
+from megacoder.data.stream import Batch
 
-__all__ = ["Prefetcher"]
+__all__ = ["Prefetcher", "ResumableBatches"]
+
+
+class ResumableBatches(Protocol):
+    """One rank's endless batches, which can be taken up where a state says."""
+
+    def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
+        """The next step's; `num_threads` tasks of `threads` make it together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """After the last batch."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """To the batch after those that `state` has seen."""
 
 
 class Prefetcher:
-    """Serves a TokenStream's batches; as a context manager it stops its thread on leaving.
+    """Serves a stream's batches; as a context manager it stops its threads on leaving.
 
-    An error in the thread reaches the consumer at the batch that it concerns, and again at every later call.
+    An error in a thread reaches the consumer at the batch that it concerns, and again at every later call.
     """
 
-    def __init__(self, stream: TokenStream, *, depth: int = 2) -> None:
-        """Keeps up to `depth` batches ready."""
-        self._stream, self._depth = stream, depth
+    def __init__(self, stream: ResumableBatches, *, workers: int = 1, depth: int = 2) -> None:
+        """Keeps up to `depth` batches ready, made by so many threads; 0 makes each as it is asked for."""
+        if workers < 0:
+            raise ConfigError(f"data_workers = {workers}: at least 0")
+        self._stream, self._workers, self._depth = stream, workers, depth
         self._state = stream.state_dict()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -30,6 +48,10 @@ class Prefetcher:
     def next_batch(self) -> Batch:
         if self._error is not None:
             raise self._error
+        if self._workers == 0:
+            batch = self._stream.next_batch()
+            self._state = self._stream.state_dict()
+            return batch
         if self._thread is None:
             self._start()
         batch, state, self._error = self._ready.get()
@@ -49,7 +71,7 @@ class Prefetcher:
         self._state = self._stream.state_dict()
 
     def close(self) -> None:
-        """Stops the thread; a later `next_batch` goes on after the last batch that was handed out."""
+        """Stops the threads; a later `next_batch` goes on after the last batch that was handed out."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -70,12 +92,17 @@ class Prefetcher:
         self._thread.start()
 
     def _work(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._put((self._stream.next_batch(), self._stream.state_dict(), None))
-            except BaseException as error:  # goes to the consumer, who raises it
-                self._put((None, None, error))
-                return
+        with contextlib.ExitStack() as stack:
+            threads = None
+            if self._workers > 1:  # one is this thread, which would only wait for the other
+                threads = stack.enter_context(ThreadPoolExecutor(self._workers, thread_name_prefix="prefetch"))
+            while not self._stop.is_set():
+                try:
+                    batch = self._stream.next_batch(threads=threads, num_threads=self._workers)
+                    self._put((batch, self._stream.state_dict(), None))
+                except BaseException as error:  # goes to the consumer, who raises it
+                    self._put((None, None, error))
+                    return
 
     def _put(self, item: tuple[Batch | None, dict[str, Any] | None, BaseException | None]) -> None:
         while not self._stop.is_set():

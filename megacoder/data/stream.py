@@ -1,23 +1,25 @@
 """The training tokens as a function of (seed, config, position): the same for any number of ranks, never re-dealt.
 
 Documents are dealt in the keyed order of each epoch, epochs without end, like cards to V logical streams: the
-document at position p of that endless order goes to stream p mod V. A stream is its documents one after another, each
-as BOS, its files (some of them as fill-in-the-middle examples), EOS; it is cut into windows of `seq_length` tokens.
-Window g of the run is the next one of stream g mod V.
+document at position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another,
+each as BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length`
+tokens. Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of
+each, and a table says which of them its next window is taken from (see `megacoder.data.blend`).
 
 So nothing depends on the number of ranks or on how long the run is: rank r of dp serves the windows g = r (mod dp)
-and reads only the streams that those come from. A stream's state is three integers, and the state of a run is those
-of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
+and reads only the streams that those come from. A stream's state is three integers for each dataset, and the state of
+a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
 Within an epoch every token is served once. Streams run ahead of each other by the lengths of their documents, so
-epochs overlap at their seams. There are never more streams than documents (V is halved until it fits): otherwise the
-first windows would be the beginnings of the same few documents, from many epochs at once.
+epochs overlap at their seams. There are never more streams than documents (V is halved until it fits the smallest
+dataset): otherwise the first windows would be the beginnings of the same few documents, from many epochs at once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,15 +27,18 @@ from torch import Tensor
 
 from megacoder.core.config import to_dict
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.fim import FillInTheMiddle, FimConfig
+from megacoder.data.blend import blend_phase, blend_table
+from megacoder.data.cuts import CharacterCutter
+from megacoder.data.endless import Deal, EndlessDocuments
+from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset
-from megacoder.data.permutation import permute
-from megacoder.data.segments import document_starts, next_token_labels
+from megacoder.data.packing import BestFit, Concatenated, Packer
+from megacoder.data.permutation import key_of
+from megacoder.data.segments import cu_seqlens, position_ids
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "StreamConfig", "TokenStream", "merge_states"]
+__all__ = ["Batch", "StreamConfig", "TokenStream", "check_order", "check_shares", "merge_states"]
 
-_DEALT_AT_ONCE = 64  # documents whose numbers a stream computes together
 _NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # as they change no token, or are counted anew
 
 
@@ -49,8 +54,13 @@ class StreamConfig:
     """of the order of documents and of fill-in-the-middle"""
     add_bos: bool = True
     """puts the begin-of-sentence token in front of each document, as the tokenizer does in front of a prompt"""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """concatenate and cut (the paper), or documents whole where they fit, with document masks and padding; best_fit
+    keeps 16 windows of tokens for each stream of a rank"""
     document_masks: bool = False
     """attention and positions stay within a document; the paper concatenates without"""
+    train_across_documents: bool = False
+    """the last token of a document is trained to predict the first of the next"""
     fim: FimConfig = field(default_factory=FimConfig)
     """fill-in-the-middle"""
 
@@ -59,6 +69,10 @@ class StreamConfig:
             raise ConfigError(f"seq_length = {self.seq_length}: at least 1")
         if self.num_streams < 1 or self.num_streams & (self.num_streams - 1):
             raise ConfigError(f"num_streams = {self.num_streams}: a power of two")
+        if self.packing == "best_fit" and not self.document_masks:
+            raise ConfigError('packing = "best_fit" is for masked documents: set document_masks = true')
+        if self.packing == "best_fit" and self.train_across_documents:
+            raise ConfigError('train_across_documents: neighbours in a window of packing = "best_fit" mean nothing')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,24 @@ class Batch:
     starts: Tensor | None = None
     """bool (B, S): first tokens of documents, and of windows; None where tokens may see other documents"""
 
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (B, S): from the beginning of the document where documents are masked, else of the window."""
+        return position_ids(self._starts)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 (pieces + 1,): where each stretch of tokens that see each other begins in the B S, and B S."""
+        return cu_seqlens(self._starts)
+
+    @property
+    def _starts(self) -> Tensor:
+        if self.starts is not None:
+            return self.starts
+        starts = torch.zeros_like(self.tokens, dtype=torch.bool)
+        starts[:, 0] = True
+        return starts
+
 
 class TokenStream:
     """Serves the windows of one data-parallel rank, step after step, without end.
@@ -82,66 +114,97 @@ class TokenStream:
 
     def __init__(
         self,
-        dataset: IndexedDataset,
+        datasets: Sequence[IndexedDataset],
         tokenizer: Tokenizer,
         config: StreamConfig,
         *,
         global_batch_size: int,
+        weights: Sequence[float] = (),
+        fim_rates: Sequence[float] = (),
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        if not 0 <= dp_rank < dp_size:
-            raise ConfigError(f"dp_rank {dp_rank} of dp_size {dp_size}: from 0 to dp_size - 1")
-        if global_batch_size < 1 or global_batch_size % dp_size:
-            raise ConfigError(f"global_batch_size {global_batch_size}: a multiple of the {dp_size} data-parallel ranks")
-        if dataset.num_tokens == 0:
-            raise DataError(f"{dataset.prefix}: a dataset without tokens")
+        """`weights` are the datasets' shares of the tokens, `fim_rates` replace `config.fim.rate`, one a dataset.
+
+        Without weights every dataset's share is its size.
+        """
+        check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
+        weights, rates = _per_dataset(datasets, weights=weights, fim_rates=fim_rates, config=config)
         self.config, self.global_batch_size = config, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.windows = 0
         """windows that all ranks together have served"""
-        self.num_streams = min(config.num_streams, 1 << (dataset.num_documents.bit_length() - 1))
+        smallest = min(dataset.num_documents for dataset in datasets)
+        self.num_streams = min(config.num_streams, 1 << max(0, smallest.bit_length() - 1))
         self._shares = gcd(self.num_streams, dp_size)
-        source = _Documents(dataset, tokenizer, config, num_streams=self.num_streams)
-        self._streams = [
-            _Stream(source, index) for index in range(dp_rank % self._shares, self.num_streams, self._shares)
-        ]
-        self._bos_id, self._eos_id = tokenizer.bos_id if config.add_bos else None, tokenizer.eos_id
+        self._blend = blend_table(weights)
+        cutter = CharacterCutter(tokenizer)
+        sources = [
+            EndlessDocuments(
+                dataset, cutter, replace(config.fim, rate=rate),
+                seed=config.seed if number == 0 else key_of(config.seed, number),
+                add_bos=config.add_bos, num_streams=self.num_streams,
+            )
+            for number, (dataset, rate) in enumerate(zip(datasets, rates, strict=True))
+        ]  # fmt: skip
+        own = range(dp_rank % self._shares, self.num_streams, self._shares)
+        self._phases = {stream: blend_phase(stream, self.num_streams, len(self._blend)) for stream in own}
+        self._packers = {stream: [_packer(source, stream, config, tokenizer) for source in sources] for stream in own}
+        self._prepare()
         self._order = {
-            "documents": dataset.num_documents,
-            "tokens": dataset.num_tokens,
+            "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
             "tokenizer": tokenizer.digest,
             "num_streams": self.num_streams,
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
+            **({"weights": list(weights)} if len(datasets) > 1 else {}),
+            **({"fim_rates": list(rates)} if fim_rates else {}),
+            **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
         }
 
-    def next_batch(self) -> Batch:
-        """This rank's windows of the next step: `global_batch_size` / `dp_size` of them."""
-        windows = np.empty((self.global_batch_size // self.dp_size, self.config.seq_length + 1), dtype=np.int64)
-        others = np.empty(self.config.seq_length + 1, dtype=np.int64)
+    def next_batch(self, *, threads: Executor | None = None, num_threads: int = 1) -> Batch:
+        """This rank's windows of the next step: `global_batch_size` / `dp_size` of them.
+
+        With `threads`, `num_threads` tasks for them fill the windows, each those of its own streams.
+        """
+        shape = (self.global_batch_size // self.dp_size, self.config.seq_length)
+        tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        starts = np.zeros(shape, dtype=bool)
+        if threads is None:
+            self._fill(tokens, labels, starts)
+        else:
+            list(threads.map(lambda one: self._fill(tokens, labels, starts, one, num_threads), range(num_threads)))
+        self.windows += self.global_batch_size
+        return Batch(
+            tokens=torch.from_numpy(tokens), labels=torch.from_numpy(labels),
+            starts=torch.from_numpy(starts) if self.config.document_masks else None,
+        )  # fmt: skip
+
+    def _fill(self, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, part: int = 0, parts: int = 1) -> None:
+        """Fills the rows whose streams are `part` of `parts` of this rank's; the streams move on."""
+        unseen = tuple(np.empty_like(rows[0]) for rows in (tokens, labels, starts))  # of other ranks
         row, first = 0, self.windows
         behind = (self.dp_rank - first) % self._shares  # to the first window that comes from a stream of ours
         for window in range(first + behind, first + self.global_batch_size, self._shares):
-            stream = self._streams[window % self.num_streams // self._shares]
-            if window % self.dp_size == self.dp_rank:
-                stream.read(windows[row])
-                row += 1
-            else:
-                stream.read(others)
-        self.windows += self.global_batch_size
-        tensor = torch.from_numpy(windows)
-        labels = next_token_labels(tensor, bos_id=self._bos_id, eos_id=self._eos_id)
-        tokens, starts = tensor[:, :-1].contiguous(), None
-        if self.config.document_masks:
-            starts = document_starts(tokens, bos_id=self._bos_id, eos_id=self._eos_id)
-        return Batch(tokens=tokens, labels=labels, starts=starts)
+            stream, ours = window % self.num_streams, window % self.dp_size == self.dp_rank
+            if stream // self._shares % parts == part:
+                packer = self._packers[stream][self._dataset_of(stream, window // self.num_streams)]
+                packer.fill(*((tokens[row], labels[row], starts[row]) if ours else unseen))
+            row += ours
+
+    def _dataset_of(self, stream: int, window: int) -> int:
+        """The dataset of a stream's window."""
+        return int(self._blend[(window + self._phases[stream]) % len(self._blend)])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers: where each stream of this rank stands, and what the order depends on.
 
         Written to a checkpoint after `merge_states` over all ranks.
         """
-        streams = [[stream.index, stream.document, stream.file, stream.offset] for stream in self._streams]
+        streams = [
+            [stream, number, *packer.position()]
+            for stream, packers in self._packers.items()
+            for number, packer in enumerate(packers)
+        ]
         return {"windows": self.windows, "order": self._order, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,107 +212,68 @@ class TokenStream:
 
         Raises ConfigError where the state belongs to another order, DataError where it lacks streams of this rank.
         """
-        for key, value in self._order.items():
-            if state["order"].get(key) != value:
-                raise ConfigError(
-                    f"{key} is {value!r}, but the data position to continue from was made with "
-                    f"{state['order'].get(key)!r}; start anew, or set it back"
-                )
-        positions = {index: position for index, *position in state["streams"]}
-        missing = [stream.index for stream in self._streams if stream.index not in positions]
-        if missing:
-            raise DataError(f"the data position lacks stream {missing[0]}; merge the states of all ranks first")
-        for stream in self._streams:
-            stream.move(*positions[stream.index])
+        check_order(self._order, state)
+        positions = {(stream, number): position for stream, number, *position in state["streams"]}
+        for stream, packers in self._packers.items():
+            for number, packer in enumerate(packers):
+                if (stream, number) not in positions:
+                    raise DataError(f"the data position lacks stream {stream}; merge the states of all ranks first")
+                packer.move(*positions[stream, number])
         self.windows = state["windows"]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        for packers in zip(*self._packers.values(), strict=True):
+            Deal.prepare([packer.deal for packer in packers], [packer.position()[0] for packer in packers])
 
 
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
+    """ConfigError where `state` belongs to another order of tokens than `order` describes."""
+    for key in [*order, *(key for key in state["order"] if key not in order)]:
+        if order.get(key) != state["order"].get(key):
+            raise ConfigError(
+                f"{key} is {order.get(key)!r}, but the data position to continue from was made with "
+                f"{state['order'].get(key)!r}; start anew, or set it back"
+            )
+
+
+def check_shares(global_batch_size: int, *, dp_rank: int, dp_size: int) -> None:
+    """ConfigError where ranks cannot share a global batch."""
+    if not 0 <= dp_rank < dp_size:
+        raise ConfigError(f"dp_rank {dp_rank} of dp_size {dp_size}: from 0 to dp_size - 1")
+    if global_batch_size < 1 or global_batch_size % dp_size:
+        raise ConfigError(f"global_batch_size {global_batch_size}: a multiple of the {dp_size} data-parallel ranks")
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The whole run's state from those of all ranks after the same step."""
+    states = list(states)
     steps = {state["windows"] for state in states}
     if len(steps) != 1:
         raise DataError(f"ranks are at different windows: {sorted(steps)}")
-    streams = {stream[0]: stream for state in states for stream in state["streams"]}
+    streams = {tuple(stream[:2]): stream for state in states for stream in state["streams"]}
     return {**states[0], "streams": [streams[index] for index in sorted(streams)]}
 
 
-class _Documents:
-    """What all streams share: which document comes when, and how a file of it reads in its epoch."""
-
-    def __init__(
-        self, dataset: IndexedDataset, tokenizer: Tokenizer, config: StreamConfig, *, num_streams: int
-    ) -> None:
-        self.dataset, self.config, self.num_streams = dataset, config, num_streams
-        self._fim = FillInTheMiddle(config.fim, tokenizer, seed=config.seed)
-        self._vocab_size = tokenizer.vocab_size
-        self._bos = np.array([tokenizer.bos_id], dtype=dataset.dtype)
-
-    def deal(self, stream: int, first: int) -> list[tuple[int, int]]:
-        """(document, epoch) of the documents `first`, `first` + 1, ... of a stream."""
-        positions = stream + np.arange(first, first + _DEALT_AT_ONCE, dtype=np.int64) * self.num_streams
-        epochs, places = np.divmod(positions, self.dataset.num_documents)
-        documents = permute(places, self.dataset.num_documents, seed=self.config.seed, epoch=epochs)
-        return list(zip(documents.tolist(), epochs.tolist(), strict=True))
-
-    def read(self, sequence: int, *, epoch: int, opens_document: bool) -> np.ndarray:
-        """The ids of one file as they are served."""
-        tokens = self.dataset.sequence(sequence)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            raise DataError(
-                f"{self.dataset.prefix}: sequence {sequence} has ids outside the tokenizer's {self._vocab_size:,}; "
-                "was the dataset made with another one?"
-            )
-        tokens = self._fim(tokens, epoch=epoch, file=sequence)
-        return np.concatenate([self._bos, tokens]) if opens_document and self.config.add_bos else tokens
+def _packer(source: EndlessDocuments, stream: int, config: StreamConfig, tokenizer: Tokenizer) -> Packer:
+    if config.packing == "best_fit":
+        return BestFit(source, stream, pad_id=tokenizer.pad_id)
+    return Concatenated(source, stream, across_documents=config.train_across_documents)
 
 
-class _Stream:
-    """One logical stream: a cursor over the files of its documents."""
-
-    def __init__(self, source: _Documents, index: int) -> None:
-        self.index = index
-        self._source = source
-        self._dealt_from, self._dealt = 0, list[tuple[int, int]]()
-        self.move(0, 0, 0)
-
-    def move(self, document: int, file: int, offset: int) -> None:
-        """To token `offset` of the document's file, both counted from 0; `document` counts those of this stream."""
-        self.document, self.file, self.offset = document, file, offset
-        self._tokens: np.ndarray | None = None
-
-    def read(self, window: np.ndarray) -> None:
-        """Fills `window` and moves on by one token less: the last one is only looked at, as a label."""
-        filled, size = 0, len(window) - 1
-        while filled < size:
-            tokens = self._current()
-            taken = min(len(tokens) - self.offset, size - filled)
-            window[filled : filled + taken] = tokens[self.offset : self.offset + taken]
-            filled += taken
-            self.offset += taken
-        window[size] = self._current()[self.offset]
-
-    def _current(self) -> np.ndarray:
-        """The ids of the file under the cursor, after moving to the next one that has any left."""
-        while self._tokens is None or self.offset == len(self._tokens):
-            document, epoch = self._number()
-            sequences = self._source.dataset.document_sequences(document)
-            if self._tokens is not None:
-                self.file, self.offset, self._tokens = self.file + 1, 0, None
-            if self.file >= len(sequences):
-                self.move(self.document + 1, 0, 0)
-            else:
-                self._tokens = self._source.read(sequences[self.file], epoch=epoch, opens_document=self.file == 0)
-                if self.offset > len(self._tokens):
-                    raise DataError(
-                        f"{self._source.dataset.prefix}: the data position is token {self.offset} of sequence "
-                        f"{sequences[self.file]}, which has {len(self._tokens)}; another dataset?"
-                    )
-        return self._tokens
-
-    def _number(self) -> tuple[int, int]:
-        """(document, epoch) under the cursor."""
-        behind = self.document - self._dealt_from
-        if not 0 <= behind < len(self._dealt):
-            self._dealt_from, behind = self.document, 0
-            self._dealt = self._source.deal(self.index, self.document)
-        return self._dealt[behind]
+def _per_dataset(
+    datasets: Sequence[IndexedDataset], *, weights: Sequence[float], fim_rates: Sequence[float], config: StreamConfig
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Weights and rates of fill-in-the-middle of all datasets; ConfigError where some are missing."""
+    if not datasets:
+        raise ConfigError("no dataset to train on")
+    for dataset in datasets:
+        if dataset.num_tokens == 0:
+            raise DataError(f"{dataset.prefix}: a dataset without tokens")
+    for name, values in (("weights", weights), ("fim_rates", fim_rates)):
+        if values and len(values) != len(datasets):
+            raise ConfigError(f"{name} = {list(values)}: one for each of the {len(datasets)} datasets, or none")
+    return (
+        weights or [dataset.num_tokens for dataset in datasets],
+        fim_rates or [config.fim.rate] * len(datasets),
+    )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import ConfigError
+from megacoder.data.megatron_stream import MegatronConfig
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -27,14 +28,38 @@ __all__ = ["DataConfig", "RunConfig"]
 class DataConfig:
     """What is read."""
 
-    train: Path
-    """prefix of the training .bin/.idx"""
+    train: tuple[Path, ...]
+    """prefix of the training .bin/.idx, or several whose tokens are blended"""
+    weights: tuple[float, ...] = ()
+    """shares of the tokens of a run, one for each of `train`, of any sum; left out, each has its size"""
+    fim_rates: tuple[float, ...] = ()
+    """rates of fill-in-the-middle, one for each of `train`; left out, stream.fim.rate holds for all"""
     valid: Path | None = None
     """prefix of held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
     tokenizer: Path
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """order, packing and fill-in-the-middle"""
+    compat: Literal["none", "megatron"] = "none"
+    """megatron serves the samples of a Megatron run in its order, with settings of `megatron`"""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """what else decides Megatron's order; used with compat = "megatron" alone"""
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "fim_rates"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.train):
+                raise ConfigError(
+                    f"data.{name} = {list(values)}: one for each of the {len(self.train)} of train, or none"
+                )
+        for weight in self.weights:
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"data.weights = {list(self.weights)}: {weight} is not a positive number")
+        for rate in self.fim_rates:
+            if not 0.0 <= rate <= 1.0:
+                raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is no share from 0 to 1")
+        if not self.train:
+            raise ConfigError("data.train = []: at least one dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +88,8 @@ class RunConfig:
     """sequences per forward and backward on one rank"""
     max_grad_norm: float = 1.0
     """the gradient's norm is clipped to it"""
+    data_workers: int = 1
+    """threads that make batches ahead; 0 makes each when it is asked for"""
     seed: int = 1234
     """of the initial weights (the data's order has its own)"""
     init_from: Path | None = None
@@ -100,6 +127,8 @@ class RunConfig:
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
                 raise ConfigError(f"stop_signals: {name!r} is no signal that a program may answer; such as 'SIGUSR1'")
+        if self.data_workers < 0:
+            raise ConfigError(f"data_workers = {self.data_workers}: at least 0")
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")

@@ -74,7 +74,9 @@ class Trainer:
         config.execution.check_machine(world.device.type, getattr(torch, config.dtype))
         tokenizer = load_tokenizer(config)
         mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
-        self.batches = Prefetcher(open_stream(config, tokenizer, mesh))
+        self.batches = Prefetcher(
+            open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp), workers=config.data_workers
+        )
         self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
 
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder

@@ -181,17 +181,18 @@ def profile_on(config: RunConfig, options: ProfileConfig, world: World) -> Profi
 
 def _open_batches(config: RunConfig, options: ProfileConfig, mesh: Mesh, open_data: ExitStack) -> Batches:
     if options.synthetic:
-        stream = config.data.stream
+        order = config.data.stream
         return SyntheticStream(
-            vocab_size=config.model.vocab_size, seq_length=stream.seq_length,
+            vocab_size=config.model.vocab_size, seq_length=order.seq_length,
             global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
-            document_masks=stream.document_masks, seed=stream.seed,
+            document_masks=order.document_masks, seed=order.seed,
         )  # fmt: skip
-    for name, path in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
+    for name, path in (("tokenizer", config.data.tokenizer), *(("train", prefix) for prefix in config.data.train)):
         if not path.exists() and not path.with_name(path.name + ".idx").exists():
             raise ConfigError(f"data.{name} = {str(path)!r}: not there; add --synthetic to profile with random tokens")
     tokenizer = load_tokenizer(config)
-    return open_data.enter_context(Prefetcher(open_stream(config, tokenizer, mesh)))
+    stream = open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
+    return open_data.enter_context(Prefetcher(stream, workers=config.data_workers))
 
 
 def _measure_steps(
@@ -391,6 +392,6 @@ def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, device_
         "seq_length": config.data.stream.seq_length,
         "micro_batch_size": config.micro_batch_size,
         "global_batch_size": config.global_batch_size,
-        "data": "random tokens" if options.synthetic else str(config.data.train),
+        "data": "random tokens" if options.synthetic else ", ".join(map(str, config.data.train)),
         "torch": torch.__version__,
     }

@@ -38,6 +38,7 @@ __all__ = ["RunFolder", "load_weights", "state_fragments"]
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from", "guard", "stop_signals",
+    "data_workers",
 }  # fmt: skip
 """Settings that may differ when a run goes on: they change nothing (any more), rounding alone (device, layout,
 execution), or what becomes of a run that goes wrong."""

@@ -14,6 +14,7 @@ from megacoder.core.config import load_toml
 from megacoder.core.device import faster_dtype, probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.memory import keep_freed_memory
+from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
@@ -106,12 +107,17 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_stream(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> TokenStream:
-    """This rank's training tokens."""
-    return TokenStream(
-        open_dataset(config.data.train, tokenizer), tokenizer, config.data.stream,
-        global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
-    )  # fmt: skip
+def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> TokenStream | MegatronStream:
+    """The training tokens of one data-parallel rank."""
+    data = config.data
+    datasets = [open_dataset(prefix, tokenizer) for prefix in data.train]
+    shares = {"global_batch_size": config.global_batch_size, "dp_rank": dp_rank, "dp_size": dp_size}
+    if data.compat == "megatron":
+        return MegatronStream(
+            datasets, tokenizer, data.stream, data.megatron,
+            num_samples=config.steps * config.global_batch_size, weights=data.weights, **shares,
+        )  # fmt: skip
+    return TokenStream(datasets, tokenizer, data.stream, weights=data.weights, fim_rates=data.fim_rates, **shares)
 
 
 def make_engine(config: RunConfig, layout: Layout, mesh: Mesh) -> Engine:

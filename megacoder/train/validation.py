@@ -22,7 +22,7 @@ class HeldOut:
             raise ConfigError("data.valid is not set, so there is no held-out loss to measure")
         plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
         stream = TokenStream(
-            open_dataset(config.data.valid, tokenizer), tokenizer, plain,
+            [open_dataset(config.data.valid, tokenizer)], tokenizer, plain,
             global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
         )  # fmt: skip
         self.micro_batch_size = config.micro_batch_size

@@ -86,7 +86,7 @@ def run_config(
     return RunConfig(
         output=output,
         data=DataConfig(
-            train=train,
+            train=(train,),
             valid=valid,
             tokenizer=tokenizer,
             stream=StreamConfig(seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context)),

@@ -1,0 +1,60 @@
+"""Blending by token weight as a table: which dataset the next window of a stream is taken from.
+
+Windows hold equal numbers of tokens, so shares of windows are shares of tokens. Dataset d with q of a table's Q entries
+is due at the times (k + 1/2) / q, k = 0, 1, ...; the table lists the datasets in the order of these times and is gone
+round for ever. So each dataset has exactly its share of every round, and no prefix strays from it by more than a
+window or so; there is no size to run over, and nothing to keep but the number of windows. Each of the V streams goes
+round by itself and they begin all over the table, in bit-reversed order, so that neighbouring windows mix datasets too.
+
+Megatron picks greedily by the largest error, for a number of samples that must be known, over datasets each made a
+little larger than needed; where that margin was too small, the run ends in an IndexError.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from megacoder.core.errors import ConfigError
+
+__all__ = ["MAX_ROUND", "blend_phase", "blend_table"]
+
+MAX_ROUND = 1 << 16
+"""Entries of a table at most: weights that need more are rounded to such shares, each dataset to one at least"""
+
+
+def blend_table(weights: Sequence[float]) -> np.ndarray:
+    """One round: uint16 (Q,), dataset numbers, each as often as its weight says.
+
+    Weights are positive and need not sum to 1; decimal ones such as 0.87 are met exactly.
+    """
+    for weight in weights:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"weights = {list(weights)}: {weight} is not a positive number")
+    if not 0 < len(weights) <= MAX_ROUND:
+        raise ConfigError(f"{len(weights)} weights: from 1 to {MAX_ROUND:,}")
+    counts = _whole_numbers([Fraction(str(weight)) for weight in weights])
+    due = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts])
+    datasets = np.repeat(np.arange(len(counts)), counts)
+    return datasets[np.argsort(due, kind="stable")].astype(np.uint16)
+
+
+def blend_phase(stream: int, num_streams: int, size: int) -> int:
+    """Where in a table of `size` entries a stream begins; `num_streams` is a power of two."""
+    reversed_bits = int(f"{stream:0{num_streams.bit_length() - 1}b}"[::-1], 2)
+    return reversed_bits * size // num_streams
+
+
+def _whole_numbers(weights: list[Fraction]) -> list[int]:
+    """The smallest whole numbers in these proportions, or nearly these where their sum would exceed MAX_ROUND."""
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    size = math.lcm(*(share.denominator for share in shares))
+    if size <= MAX_ROUND:
+        return [int(share * size) for share in shares]
+    counts = [max(1, int(share * MAX_ROUND)) for share in shares]
+    by_loss = sorted(range(len(shares)), key=lambda i: shares[i] * MAX_ROUND - counts[i], reverse=True)
+    for index in by_loss[: max(0, MAX_ROUND - sum(counts))]:
+        counts[index] += 1
+    return counts

@@ -61,7 +61,7 @@ class CharacterCutter:
         numbers = np.searchsorted(breaks, np.searchsorted(ends, cuts, side="right")).tolist()  # of lines
         first = numbers[0]
         borders = [int(breaks[first - 1]) if first else -1, *breaks[first : numbers[-1] + 1].tolist(), len(content)]
-        lines = []
+        lines: list[tuple[slice, list[int]]] = []
         for number, cut in zip(numbers, cuts.tolist(), strict=True):
             line = slice(borders[number - first] + 1, borders[number - first + 1])
             if not lines or lines[-1][0] != line:

@@ -116,6 +116,6 @@ def _tokenizer_of(reader: CheckpointReader) -> Path | None:
 def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     """A run of continued pre-training, all settings written out."""
     stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
-    data = DataConfig(train=Path("data/train"), tokenizer=folder / TOKENIZER, stream=stream)
+    data = DataConfig(train=(Path("data/train"),), tokenizer=folder / TOKENIZER, stream=stream)
     config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model)
     return f"# Goes on from the weights of {source}; data.train is yours to set.\n{to_toml(config)}"

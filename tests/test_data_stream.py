@@ -278,13 +278,99 @@ def test_prefetching_changes_nothing_and_its_state_is_the_consumers(sources):
         assert torch.equal(ahead.next_batch().tokens, plain.next_batch().tokens)
 
 
-def test_an_error_in_the_background_reaches_the_consumer(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
+def test_any_number_of_threads_makes_the_same_batches(sources, numbered, num_workers):
+    """Also with streams that are not shared out evenly, in a blend, and where a rank walks over others' windows."""
+    for options in ({"num_streams": 2}, {"dp_rank": 2, "dp_size": 3, "batch": 12}, {}):
+        plain = stream([sources, numbered], weights=[0.6, 0.4], **options)
+        made = stream([sources, numbered], weights=[0.6, 0.4], **options)
+        with Prefetcher(made, workers=num_workers) as ahead:
+            for _ in range(6):
+                expected, batch = plain.next_batch(), ahead.next_batch()
+                assert torch.equal(batch.tokens, expected.tokens)
+                assert torch.equal(batch.labels, expected.labels)
+                assert ahead.state_dict() == plain.state_dict()
+            state = ahead.state_dict()
+            assert torch.equal(ahead.next_batch().tokens, plain.next_batch().tokens)
+            ahead.load_state_dict(state)
+            plain.load_state_dict(state)
+            assert torch.equal(ahead.next_batch().tokens, plain.next_batch().tokens)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_error_in_the_background_reaches_the_consumer(tmp_path, workers):
     tokens = np.arange(64, dtype=np.uint16)
     tokens[40] = 60_000
     with IndexedDatasetWriter(tmp_path / "bad", dtype=np.uint16) as writer:
         writer.add_documents(tokens, [8] * 8, [1] * 8)
     bad = stream(IndexedDataset(tmp_path / "bad"), batch=1, seq_length=8, num_streams=1, fim=NO_FIM)
-    with Prefetcher(bad) as ahead:
+    with Prefetcher(bad, workers=workers) as ahead:
         for _ in range(2):  # and stays an error
             with pytest.raises(DataError, match="sequence 5 has ids outside"):
                 [ahead.next_batch() for _ in range(20)]
+
+
+def test_a_blend_takes_its_shares_and_keeps_each_dataset_in_order(sources, numbered):
+    """Windows of one dataset are those of a stream that has it alone, but for their number in the run."""
+    blended = stream([numbered, sources], weights=[0.75, 0.25], num_streams=1, batch=1, fim=NO_FIM)
+    alone = stream([numbered], num_streams=1, batch=1, fim=NO_FIM)
+    second = [blended.next_batch().tokens for _ in range(16)]
+    chosen = [0, 0, 1, 0] * 4
+    for tokens, dataset in zip(second, chosen, strict=True):
+        if dataset == 0:
+            assert torch.equal(tokens, alone.next_batch().tokens)
+
+
+def test_a_blend_resumes_on_any_number_of_ranks(sources, numbered):
+    options = {"weights": [0.3, 0.7], "fim_rates": [1.0, 0.0]}
+    whole = digests(ranks([sources, numbered], 1, **options), 9)
+    for before, after in ((1, 4), (4, 2), (8, 1)):
+        first, second = (ranks([sources, numbered], size, **options) for size in (before, after))
+        assert digests(first, 5) == whole[:5]
+        state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
+        for one in second:
+            one.load_state_dict(state)
+        assert digests(second, 4) == whole[5:]
+
+
+def test_a_blend_serves_every_token_of_each_epoch_of_each_dataset_once(tmp_path):
+    """Documents of one window each, so that a window is a document: after whole epochs, each was served as often."""
+    datasets = []
+    for offset, count in ((0, 32), (40, 16)):
+        rows = [[[offset + number] * 7] for number in range(count)]
+        datasets.append(write(tmp_path / f"set{offset}", rows))
+    one = stream(datasets, weights=[2, 1], num_streams=4, seq_length=9, batch=12, fim=NO_FIM)
+    served = Counter()
+    for _ in range(3 * 48 // 12):
+        served.update(one.next_batch().tokens[:, 1].tolist())
+    assert served == Counter(dict.fromkeys([*range(32), *range(40, 56)], 3))
+
+
+def test_rates_of_fill_in_the_middle_are_the_datasets_own(sources, numbered):
+    tokenizer = small_tokenizer()
+    begin = tokenizer.fim_begin_id
+    both = stream([sources, sources], weights=[1, 1], fim_rates=[0.0, 1.0], num_streams=1, batch=200)
+    tokens = both.next_batch().tokens
+    assert (tokens[0::2] != begin).all()
+    assert (tokens[1::2] == begin).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": [0.5, 0.5]}, r"weights is \[0.5, 0.5\], but .* made with \[0.3, 0.7\]"),
+        ({"weights": [0.3, 0.7], "fim_rates": [0.0, 1.0]}, "fim_rates is"),
+        ({"weights": [0.3, 0.7], "packing": "best_fit", "document_masks": True}, "packing is 'best_fit'"),
+    ],
+)
+def test_a_state_of_another_blend_is_refused(sources, numbered, change, message):
+    state = stream([sources, numbered], weights=[0.3, 0.7]).state_dict()
+    with pytest.raises(ConfigError, match=message):
+        stream([sources, numbered], **change).load_state_dict(state)
+
+
+def test_a_blend_that_lacks_numbers_is_refused(sources, numbered):
+    with pytest.raises(ConfigError, match=r"weights = \[1\]: one for each of the 2"):
+        stream([sources, numbered], weights=[1])
+    with pytest.raises(ConfigError, match=r"fim_rates = \[0.1\]: one for each of the 2"):
+        stream([sources, numbered], fim_rates=[0.1])

@@ -115,7 +115,7 @@ class MegatronStream:
         ours = range(self.windows + (self.dp_rank - self.windows) % self.dp_size, stop, self.dp_size)
         windows = torch.from_numpy(np.stack([self.sample(index) for index in ours]))
         self.windows = stop
-        tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        tokens, labels = windows[:, :-1].clone(), windows[:, 1:].clone()  # a single row would share its memory
         ends = tokens == self._tokenizer.eos_id
         if not self.config.train_across_documents:
             labels.masked_fill_(ends, IGNORE_INDEX)

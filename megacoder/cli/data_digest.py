@@ -1,0 +1,74 @@
+"""`megacoder data digest RUN.toml`: what tokens the steps of a run see, as a digest each, for any number of ranks."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import load_toml, parse_args, parse_known_args
+from megacoder.core.errors import ConfigError
+from megacoder.data.digest import step_digests
+from megacoder.train.config import RunConfig
+from megacoder.train.step import load_tokenizer, open_stream
+
+__all__ = ["main"]
+
+PROG = "megacoder data digest RUN.toml --steps A:B [--dp N] [any setting of the run, as in megacoder train]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigestConfig:
+    """Prints a SHA-256 per step of the tokens, labels and document starts that all ranks of a run together see."""
+
+    steps: str
+    """A:B, from step A to step B, both shown, counted from 1 as in the run's log; or one step"""
+    dp: int = 1
+    """data-parallel ranks to put together; the digests do not depend on it"""
+    checkpoint: Path | None = None
+    """start from the data position in this checkpoint, of a step before A, instead of from the beginning"""
+    json: bool = False
+    """prints JSON"""
+
+    def __post_init__(self) -> None:
+        if self.dp < 1:
+            raise ConfigError(f"dp = {self.dp}: at least 1")
+        self.range()
+
+    def range(self) -> tuple[int, int]:
+        """(A, B)."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.steps)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ConfigError(f"steps {self.steps!r}: expected A:B with 1 <= A <= B, such as 1:10")
+        return first, last
+
+
+def main(argv: Sequence[str]) -> None:
+    """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
+    words = list(argv)
+    if "-h" in words or "--help" in words:
+        parse_args(DigestConfig, ["--help"], prog=PROG)
+    if not words or words[0].startswith("-"):
+        raise ConfigError(f"the first argument is the run's TOML file; usage: {PROG}")
+    options, overrides = parse_known_args(DigestConfig, words[1:], prog=PROG)
+    default = load_toml(RunConfig, Path(words[0]), absent={"output": "digest"})
+    config = parse_args(RunConfig, overrides, prog=PROG, default=default, beside=DigestConfig)
+    tokenizer = load_tokenizer(config)
+    ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=options.dp) for rank in range(options.dp)]
+    first, last = options.range()
+    done = 0
+    if options.checkpoint is not None:
+        reader = CheckpointReader(options.checkpoint)
+        done = reader.step
+        if done >= first:
+            raise ConfigError(f"{reader.folder} was written after step {done}; steps from {done + 1} on follow from it")
+        for rank in ranks:
+            rank.load_state_dict(reader.state["data"])
+    digests = step_digests(ranks, skip=first - 1 - done, steps=last - first + 1)
+    if options.json:
+        print(json.dumps({str(step): digest for step, digest in enumerate(digests, start=first)}, indent=2))
+        return
+    for step, digest in enumerate(digests, start=first):
+        print(f"step {step:>8}  {digest}", flush=True)

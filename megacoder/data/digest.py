@@ -1,0 +1,39 @@
+"""A digest of each step's tokens: whether two runs, machines or versions see the same data, without training.
+
+Ranks are put together in the order of their windows, so that the digest does not depend on how many there are.
+"""
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+
+import torch
+
+from megacoder.data.megatron_stream import MegatronStream
+from megacoder.data.stream import Batch, TokenStream
+
+__all__ = ["step_digest", "step_digests"]
+
+
+def step_digests(ranks: Sequence[TokenStream | MegatronStream], *, skip: int, steps: int) -> Iterator[str]:
+    """The digests of `steps` steps behind `skip` others, of the streams of all ranks, which move on together."""
+    for step in range(skip + steps):
+        first_window = ranks[0].windows
+        batches = [rank.next_batch() for rank in ranks]
+        if step >= skip:
+            yield step_digest(batches, first_window=first_window)
+
+
+def step_digest(batches: Sequence[Batch], *, first_window: int) -> str:
+    """SHA-256 of a global batch's tokens, labels and, with document masks, document starts, as 32-bit numbers.
+
+    `batches` are those of all ranks; `first_window` is the number of the batch's first window in the run.
+    """
+    digest = sha256()
+    for name in ("tokens", "labels", "starts"):
+        parts = [getattr(batch, name) for batch in batches]
+        if parts[0] is not None:
+            whole = torch.empty(sum(map(len, parts)), parts[0].shape[1], dtype=torch.int32)
+            for rank, part in enumerate(parts):
+                whole[(rank - first_window) % len(parts) :: len(parts)] = part
+            digest.update(whole.numpy().astype("<i4").tobytes())
+    return digest.hexdigest()

@@ -37,7 +37,9 @@ def corpus(tmp_path):
 
 
 def config_of(folder, *, output="out", **options):
-    options = {"document_key": "sample", "workers": 1, "input": (folder / "in",), **options}
+    options = {
+        "document_key": "sample", "workers": 1, "encoder": "tokenizers", "input": (folder / "in",), **options,
+    }  # fmt: skip
     return PreprocessConfig(tokenizer=folder / "tokenizer", output=folder / output, **options)
 
 
@@ -148,6 +150,7 @@ def test_a_killed_run_goes_on(corpus, monkeypatch, workers):
     command = [
         sys.executable, "-m", "megacoder", "preprocess", "--input", str(corpus / "in"), "--document-key", "sample",
         "--tokenizer", str(corpus / "tokenizer"), "--output", str(corpus / "out"), "--workers", str(workers),
+        "--encoder", "tokenizers",
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         while len(list((corpus / "out.parts").glob("*.idx"))) < 3:
@@ -215,7 +218,19 @@ def test_the_commands_from_files_to_a_report(corpus, capsys):
     paths = ["--input", str(corpus / "in"), "--output"]
     main(["tokenizer", "train", *paths, str(corpus / "tok"), "--vocab-size", "400"])
     assert Tokenizer.load(corpus / "tok").num_regular_tokens == 400
-    main(["preprocess", *paths, str(corpus / "set"), "--tokenizer", str(corpus / "tok"), "--workers", "1"])
+    main(
+        [
+            "preprocess",
+            *paths,
+            str(corpus / "set"),
+            "--tokenizer",
+            str(corpus / "tok"),
+            "--workers",
+            "1",
+            "--encoder",
+            "tokenizers",
+        ]
+    )
     capsys.readouterr()
     main(["data", "inspect", str(corpus / "set"), "--tokenizer", str(corpus / "tok"), "--json", "--documents", "2"])
     report = json.loads(capsys.readouterr().out)

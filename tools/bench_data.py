@@ -21,6 +21,7 @@ from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 
 PARTS = {
+    "preprocess": "data_parts.preprocess",
     "random-access": "data_parts.random_access",
 }
 """Modules with `measure(options: Options, corpus: Corpus) -> dict[str, dict[str, float | str]]`, rows by contender."""

@@ -1,18 +1,18 @@
 """Documents to ids on many cores, in order, with a bounded number of pieces in memory.
 
-Processes rather than the tokenizer's own threads: equal on two cores, but every piece's ids pass through Python on
-their way into an array, under one lock in a single process. Workers import this module and nothing heavier.
+fastokens works in threads of its own, free of Python's lock, and hands out arrays: one process, which reads the next
+pieces meanwhile. The reference's ids pass through Python as lists, under that lock: processes. Workers import this
+module and nothing heavier.
 """
 
 import functools
-import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +22,22 @@ import numpy as np
 
 from megacoder.core.errors import DataError
 from megacoder.core.processes import starting_workers
+from megacoder.data.encoders import BatchEncoder, reference_encoder
 from megacoder.data.indexed import token_dtype
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["Encoded", "Piece", "TokenizerFile", "encode_in_order"]
+__all__ = ["Encoded", "Piece", "encode_in_order"]
 
 _PIECES_PER_WORKER = 3  # one being encoded, the others waiting, so that no worker does
+_THREADS_THAT_ASK = 2  # fastokens begins the next piece while the last texts of one are left over
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """Consecutive documents of one input file."""
 
+    path: Path
+    """of the file"""
     documents: list[list[str]]
     """texts of the files of each document"""
     read: float
@@ -48,39 +52,36 @@ class Encoded:
 
     tokens: np.ndarray
     """ids of all files, EOS behind the last one of each document"""
-    lengths: list[int]
-    """ids in each file"""
+    lengths: np.ndarray
+    """int64: ids in each file"""
     sequences: list[int]
     """files in each document"""
     text_bytes: int
     """size of the texts in UTF-8"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
-    """Where workers load the tokenizer from."""
-
-    path: Path
-    """tokenizer folder"""
-    digest: str
-    """which one it must be: the file may be replaced while others still use it"""
-
-
 @contextmanager
 def encode_in_order(
-    pieces: Iterator[Piece], tokenizer: TokenizerFile, *, workers: int
+    pieces: Iterator[Piece], tokenizer: Tokenizer, *, folder: Path, workers: int, fast: BatchEncoder | None
 ) -> Iterator[Iterator[tuple[Piece, Encoded]]]:
     """Yields an iterator over the pieces with their ids, in the order of `pieces`.
 
-    One worker means this process. Raises DataError where a worker was killed.
+    `fast` is an encoder with threads of its own; without one the reference serves, in `workers` processes that load
+    the tokenizer from `folder`, or in this process where that is one. Raises DataError where a worker was killed.
     """
+    if fast is not None:
+        with ThreadPoolExecutor(_THREADS_THAT_ASK) as threads:
+            yield _results(threads, pieces, functools.partial(_encode, tokenizer, fast), ahead=_THREADS_THAT_ASK + 1)
+        return
     if workers == 1:
-        yield ((piece, _encode(tokenizer, piece)) for piece in pieces)
+        encode = reference_encoder(tokenizer)
+        yield ((piece, _encode(tokenizer, encode, piece)) for piece in pieces)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running native threads
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    in_worker = functools.partial(_encode_in_worker, folder, tokenizer.digest)
     try:
-        yield _results(executor, pieces, tokenizer, ahead=workers * _PIECES_PER_WORKER)
+        yield _results(executor, pieces, in_worker, ahead=workers * _PIECES_PER_WORKER)
     except BrokenProcessPool:
         raise DataError(
             "an encoding process was killed, most often for lack of memory; the same command goes on, "
@@ -91,17 +92,27 @@ def encode_in_order(
 
 
 def _results(
-    executor: ProcessPoolExecutor, pieces: Iterator[Piece], tokenizer: TokenizerFile, *, ahead: int
+    executor: Executor, pieces: Iterator[Piece], encode: Callable[[Piece], Encoded], *, ahead: int
 ) -> Iterator[tuple[Piece, Encoded]]:
     pending: deque[tuple[Piece, Future[Encoded]]] = deque()
-    for piece in pieces:
+    failure: Exception | None = None
+    while True:
+        try:
+            piece = next(pieces, None)
+        except (DataError, OSError) as error:  # what was read before it is whole, and is not to be lost
+            failure = error
+            break
+        if piece is None:
+            break
         with starting_workers():
-            pending.append((piece, executor.submit(_encode, tokenizer, piece)))
+            pending.append((piece, executor.submit(encode, piece)))
         if len(pending) > ahead:
             first, future = pending.popleft()
             yield first, future.result()
     for first, future in pending:
         yield first, future.result()
+    if failure is not None:
+        raise failure
 
 
 def _start_worker() -> None:
@@ -119,24 +130,32 @@ def _exit_with_parent() -> None:
 
 
 @functools.cache
-def _load(file: TokenizerFile) -> Tokenizer:
-    tokenizer = Tokenizer.load(file.path)
-    if tokenizer.digest != file.digest:
-        raise DataError(f"{file.path}: the tokenizer changed while it was in use")
-    return tokenizer
+def _load(folder: Path, digest: str) -> tuple[Tokenizer, BatchEncoder]:
+    """The tokenizer, which must be the one of that digest: the file may be replaced while others still use it."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.digest != digest:
+        raise DataError(f"{folder}: the tokenizer changed while it was in use")
+    return tokenizer, reference_encoder(tokenizer)
 
 
-def _encode(file: TokenizerFile, piece: Piece) -> Encoded:
-    tokenizer = _load(file)
-    dtype = token_dtype(tokenizer.vocab_size)
-    texts = [text for document in piece.documents for text in document]
+def _encode_in_worker(folder: Path, digest: str, piece: Piece) -> Encoded:
+    return _encode(*_load(folder, digest), piece)
+
+
+def _encode(tokenizer: Tokenizer, encode: BatchEncoder, piece: Piece) -> Encoded:
     sequences = [len(document) for document in piece.documents]
-    ids = tokenizer.encode_batch(texts)
-    for last in itertools.accumulate(sequences):
-        ids[last - 1].append(tokenizer.eos_id)
+    texts = [text for document in piece.documents for text in document]
+    try:
+        ids, lengths = encode(texts)
+    except DataError as error:
+        raise DataError(f"{piece.path}: {error}") from None
+    if sequences:
+        last = np.cumsum(sequences) - 1  # files behind which a document ends
+        ids = np.insert(ids, np.cumsum(lengths)[last], tokenizer.eos_id)
+        lengths[last] += 1
     return Encoded(
-        tokens=np.concatenate([np.empty(0, dtype), *(np.array(sequence, dtype) for sequence in ids)]),
-        lengths=[len(sequence) for sequence in ids],
+        tokens=ids.astype(token_dtype(tokenizer.vocab_size)),
+        lengths=lengths,
         sequences=sequences,
         text_bytes=sum(len(text.encode()) for text in texts),
     )

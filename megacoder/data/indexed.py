@@ -178,7 +178,9 @@ class IndexedDatasetWriter:
         tokens = np.concatenate(sequences) if sequences else np.empty(0, self.dtype)
         self.add_documents(tokens, [len(sequence) for sequence in sequences], [len(sequences)])
 
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int], sequences: Sequence[int]) -> None:
+    def add_documents(
+        self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, sequences: Sequence[int] | np.ndarray
+    ) -> None:
         """Appends many documents at once: all their tokens, the length of each sequence, the sequences of each one."""
         if tokens.dtype != self.dtype and len(tokens):
             limits = np.iinfo(self.dtype)

@@ -19,7 +19,8 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.files import remove_stale_temporaries
 from megacoder.data.documents import DocumentReader, find_inputs
-from megacoder.data.encoding import Piece, TokenizerFile, encode_in_order
+from megacoder.data.encoders import EncoderName, fast_encoder
+from megacoder.data.encoding import Piece, encode_in_order
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path, token_dtype
 from megacoder.data.sidecar import Sidecar
 from megacoder.data.tokenizer import Tokenizer
@@ -45,7 +46,9 @@ class PreprocessConfig:
     document_key: str | None = None
     """column or JSON key that is equal in consecutive rows of one document; without it each row is a document"""
     workers: int | None = None
-    """processes that encode, one per core if not given; 1 encodes in this process, in the tokenizer's own threads"""
+    """processes or threads that encode, one per core if not given"""
+    encoder: EncoderName = "auto"
+    """tokenizers, the reference; fastokens, as fast as several of it (the extra `fast`); or that one if it is there"""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -122,10 +125,12 @@ def _write_parts(config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[Pa
     sizes = {part: path.stat().st_size for part, path in inputs.items()}
     completed = float(sum(size for part, size in sizes.items() if part not in todo))
     text_bytes, start = 0, time.monotonic()
-    file = TokenizerFile(path=config.tokenizer, digest=tokenizer.digest)
+    workers = config.workers or _cores()
+    fast = fast_encoder(config.encoder, tokenizer, threads=workers)
+    pieces = _pieces(config, todo.values(), characters=_PIECE_CHARACTERS * (workers if fast else 1))
     with (
         progress("preprocess", sum(sizes.values())) as bar,
-        encode_in_order(_pieces(config, todo.values()), file, workers=config.workers or _cores()) as results,
+        encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast) as results,
     ):
         for part in todo:
             with IndexedDatasetWriter(part, dtype=token_dtype(tokenizer.vocab_size)) as writer:
@@ -153,18 +158,18 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _pieces(config: PreprocessConfig, inputs: Iterable[Path]) -> Iterator[Piece]:
-    """The documents of all inputs in order; the last piece of each file may be without any."""
+def _pieces(config: PreprocessConfig, inputs: Iterable[Path], *, characters: int) -> Iterator[Piece]:
+    """The documents of all inputs in order, about `characters` a piece; the last piece of each file may have none."""
     for path in inputs:
         reader = DocumentReader(path, text_key=config.text_key, document_key=config.document_key)
-        size, documents, characters = path.stat().st_size, list[list[str]](), 0
+        size, documents, gathered = path.stat().st_size, list[list[str]](), 0
         for document in reader:
             documents.append(document)
-            characters += sum(map(len, document))
-            if characters >= _PIECE_CHARACTERS:
-                yield Piece(documents=documents, read=reader.fraction * size, ends_file=False)
-                documents, characters = [], 0
-        yield Piece(documents=documents, read=size, ends_file=True)
+            gathered += sum(map(len, document))
+            if gathered >= characters:
+                yield Piece(path=path, documents=documents, read=reader.fraction * size, ends_file=False)
+                documents, gathered = [], 0
+        yield Piece(path=path, documents=documents, read=size, ends_file=True)
 
 
 def _join(config: PreprocessConfig, tokenizer: Tokenizer, parts: list[Path], described: tuple[str, ...]) -> Sidecar:

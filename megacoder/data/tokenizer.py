@@ -45,12 +45,12 @@ class Tokenizer:
     """Text to ids and back.
 
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
-    string's), `digest` is a SHA-256 over everything that decides the ids.
+    string's), `digest` is a SHA-256 over everything that decides the ids, `definition` its tokenizer.json.
     """
 
     def __init__(self, definition: str) -> None:
         """`definition` is the text of a tokenizer.json. Raises FormatError where that is not such a tokenizer."""
-        self._definition = definition = _with_literal_controls(definition)
+        self.definition = definition = _with_literal_controls(definition)
         try:
             self._backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exceptions
@@ -115,8 +115,13 @@ class Tokenizer:
         """int32 (vocab_size,): characters that begin in each token, that is bytes other than UTF-8 continuations."""
         return np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in self.token_bytes], dtype=np.int32)
 
+    def splits(self, text: str) -> list[str]:
+        """The pieces of `text` that are encoded each on its own."""
+        splitter = self._backend.pre_tokenizer
+        return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] if splitter else [text]
+
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
-        return Tokenizer, (self._definition,)
+        return Tokenizer, (self.definition,)
 
     def _control_id(self, name: str) -> int:
         index = self._backend.token_to_id(SPECIAL_TOKENS[name])
@@ -139,9 +144,8 @@ class Tokenizer:
         return table
 
     def _check_line_breaks(self) -> None:
-        splitter = self._backend.pre_tokenizer
-        pieces = [piece for piece, _ in splitter.pre_tokenize_str("x \n\n  y\r\nz")] if splitter is not None else []
-        if [piece for piece in pieces if "Ċ" in piece or "č" in piece] != ["Ċ", "Ċ", "č", "Ċ"]:
+        pieces = self.splits("x \n\n  y\r\nz")
+        if [piece for piece in pieces if "\n" in piece or "\r" in piece] != ["\n", "\n", "\r", "\n"]:
             raise FormatError("its line breaks are not tokens of their own; fill-in-the-middle needs them to be")
 
 

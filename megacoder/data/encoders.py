@@ -1,0 +1,185 @@
+"""Many texts to ids: `tokenizers`, the reference that is always there, or the optional `fastokens`, six times as fast.
+
+fastokens is young, and ids that are wrong once in a million texts train a model on noise without any error. So it
+serves only where it has just given the reference's ids for this very tokenizer: on every code point alone and in
+context, every token of the vocabulary, control tokens spelled out, and long runs. Otherwise the reference serves, and
+one line says why.
+
+A text of any length is encoded in bounded memory: the reference takes 260 bytes a character. So texts are cut where
+the splits of the pre-tokenizer cut anyway, whatever stands on either side: behind a line break, around a digit,
+between a letter and a blank that a letter follows.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megacoder.core.console import say
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+__all__ = ["BatchEncoder", "EncoderName", "cut", "fast_encoder", "places_to_cut", "reference_encoder"]
+
+EncoderName = Literal["auto", "fastokens", "tokenizers"]
+
+_THREADS = "FASTOKENS_BPE_THREADS"  # read once, as fastokens starts to encode
+_CUT_CHARACTERS = 1 << 20
+_LONGEST_RUN = 1 << 24  # characters without a place to cut; 2 GB in the reference
+
+
+class BatchEncoder(Protocol):
+    """Encodes texts, taken literally, without control ids."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(uint32 ids of all texts one after another, int64 number of ids of each text)"""
+
+
+def fast_encoder(asked: EncoderName, tokenizer: Tokenizer, *, threads: int) -> BatchEncoder | None:
+    """fastokens, where it is asked for or found and gives the ids of `tokenizer`; None where the reference serves.
+
+    `threads` is how many it may use in this process, as long as it has not encoded in it yet. Raises ConfigError where
+    it is asked for by name and cannot serve.
+    """
+    if asked == "tokenizers":
+        return None
+    os.environ[_THREADS] = str(threads)
+    try:
+        return _checked_fastokens(tokenizer)
+    except _CannotServe as error:
+        if asked == "fastokens":
+            raise ConfigError(f"encoder = 'fastokens': {error}") from None
+        say(f"encoding with tokenizers: {error}")
+        return None
+
+
+def reference_encoder(tokenizer: Tokenizer) -> BatchEncoder:
+    """tokenizers, in its own threads unless TOKENIZERS_PARALLELISM=false."""
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = tokenizer.encode_batch(texts)
+        counts = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.concatenate([np.empty(0, np.uint32), *(np.array(one, np.uint32) for one in ids)]), counts
+
+    return _cutting(encode, places_to_cut(tokenizer))
+
+
+def places_to_cut(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Ends where a text can be cut and its parts encoded apart; behind line breaks, and more where the splits allow."""
+    places = [r"[\r\n]"]  # a Tokenizer has been seen to keep these apart
+    if tokenizer.splits("a12=3 4") == ["a", "1", "2", "=", "3", " ", "4"]:
+        places.append("[0-9]")
+    if tokenizer.splits("ab cd\tef") == ["ab", " cd", "\tef"]:
+        places.append(r"[A-Za-z](?=[ \t][A-Za-z])")
+    return re.compile("|".join(places))
+
+
+def cut(text: str, places: re.Pattern[str]) -> list[str]:
+    """`text` in pieces of about a million characters whose ids, one after another, are those of the whole.
+
+    Raises DataError where it has nowhere to cut for 16 million characters, as no source text has.
+    """
+    if len(text) <= _CUT_CHARACTERS:
+        return [text]
+    bounds = [0]
+    while len(text) - bounds[-1] > _CUT_CHARACTERS:
+        place = places.search(text, bounds[-1] + _CUT_CHARACTERS - 1, bounds[-1] + _LONGEST_RUN)
+        if place is None:
+            break
+        bounds.append(place.end())
+    if len(text) - bounds[-1] > _LONGEST_RUN:
+        start = text[bounds[-1] : bounds[-1] + 20]
+        raise DataError(f"{_LONGEST_RUN:,} characters without a line break, digit or blank, from {start!r} on")
+    return [text[start:end] for start, end in zip(bounds, [*bounds[1:], len(text)], strict=True)]
+
+
+def _cutting(encode: BatchEncoder, places: re.Pattern[str]) -> BatchEncoder:
+    def encode_cut(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if max(map(len, texts), default=0) <= _CUT_CHARACTERS:
+            return encode(texts)
+        pieces = [cut(text, places) for text in texts]
+        ids, counts = encode([piece for of_text in pieces for piece in of_text])
+        firsts = np.cumsum([0, *map(len, pieces[:-1])])  # no text is without a piece, which `reduceat` relies on
+        return ids, np.add.reduceat(counts, firsts)
+
+    return encode_cut
+
+
+class _CannotServe(Exception):
+    """Why fastokens cannot."""
+
+
+def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
+    if importlib.util.find_spec("fastokens") is None:
+        raise _CannotServe("fastokens, six times as fast, is not installed (pip install 'megacoder[fast]')")
+    reference = reference_encoder(tokenizer)
+    try:
+        encode = _fastokens(tokenizer)
+        different = _first_difference(encode, reference, _check_texts(tokenizer))
+    except Exception as error:  # whatever a foreign library raises about a tokenizer that it cannot take
+        raise _CannotServe(f"fastokens does not take this tokenizer ({error})") from None
+    if different is not None:
+        raise _CannotServe(f"fastokens gives other ids for {different!r}")
+    return _or_else(encode, reference)
+
+
+def _or_else(encode: BatchEncoder, reference: BatchEncoder) -> BatchEncoder:
+    """`encode`, or `reference` for texts at which it gives up: its regular expressions have limits of their own."""
+
+    def encode_either(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return encode(texts)
+        except (KeyboardInterrupt, SystemExit, DataError):
+            raise
+        except BaseException:  # a panic of a Rust library is no Exception
+            return reference(texts)
+
+    return encode_either
+
+
+def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
+    backend = importlib.import_module("fastokens").Tokenizer.from_json_str(tokenizer.definition)
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = backend.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+
+    return _cutting(encode, places_to_cut(tokenizer))
+
+
+def _first_difference(candidate: BatchEncoder, reference: BatchEncoder, texts: Sequence[str]) -> str | None:
+    """The first of `texts` that the two encode differently, its first 40 characters."""
+    (ids, counts), (expected, expected_counts) = candidate(texts), reference(texts)
+    if np.array_equal(counts, expected_counts) and np.array_equal(ids, expected):
+        return None
+    same = [np.array_equal(*pair) for pair in zip(_apart(ids, counts), _apart(expected, expected_counts), strict=True)]
+    return texts[same.index(False)][:40]
+
+
+def _apart(ids: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(counts)[:-1])
+
+
+def _check_texts(tokenizer: Tokenizer) -> list[str]:
+    """About half a megabyte that meets every rule of the splits and every token."""
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE0200))))
+    in_context = "".join(f"{mark}a {mark}1 .{mark}\n" for mark in map(chr, range(0x3000)))
+    tokens = [token.decode(errors="ignore") for token in tokenizer.token_bytes]
+    runs = [mark * 3000 for mark in ("a", " ", "=", "\x00", "0", "\r\n", "ab1", "中", "é", "\t x", "().")]
+    controls = [f"{left}{control}{right}" for control in SPECIAL_TOKENS.values() for left in "a " for right in "1\n"]
+    return [
+        *_slices(every),
+        *_slices(in_context),
+        *_slices("".join(tokens)),
+        *_slices("\n".join(tokens)),
+        *runs,
+        *controls,
+    ]
+
+
+def _slices(text: str, size: int = 20_000) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]

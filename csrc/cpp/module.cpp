@@ -123,6 +123,9 @@ PYBIND11_MODULE(_cpp, m) {
     table.minhash(at<uint8_t>(text), at<int64_t>(offsets), documents, at<uint32_t>(addends), num_hashes, ngram,
                   at<uint32_t>(signatures), at<int64_t>(num_words));
   }, nogil);
+  m.def("word_hashes", [](Address text, int64_t size, Address hashes) {
+    return table.word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
+  }, nogil);
   m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
         nogil);
 }

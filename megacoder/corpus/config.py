@@ -7,11 +7,14 @@ from typing import Any
 
 from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
+from megacoder.corpus.benchmarks import fingerprint
+from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.reading import Selection
 from megacoder.corpus.rules import RuleThresholds
 from megacoder.corpus.samples import SampleConfig
+from megacoder.corpus.screening import ScreeningConfig
 from megacoder.corpus.split import SplitConfig
 from megacoder.corpus.tables import TableColumns
 
@@ -45,6 +48,10 @@ class CorpusConfig:
     """drop files whose first lines say that a program wrote them; the paper does not"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
+    benchmarks: tuple[Path, ...] = ()
+    """JSONL, JSON or Parquet files of tests; files that hold a piece of one are dropped"""
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
     heldout: SplitConfig = field(default_factory=SplitConfig)
     seed: int = 0
@@ -89,4 +96,5 @@ class CorpusConfig:
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
+        chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
         return plain | {"input": inputs, **chosen, "format": FORMAT}

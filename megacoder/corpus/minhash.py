@@ -21,7 +21,7 @@ from types import ModuleType
 
 import numpy as np
 
-__all__ = ["EMPTY", "HASH_MULTIPLE", "reference_signatures", "shingle_hashes", "signatures"]
+__all__ = ["EMPTY", "HASH_MULTIPLE", "reference_signatures", "shingle_hashes", "signatures", "word_hashes"]
 
 EMPTY = np.uint32(0xFFFFFFFF)
 """What every place of the signature of a text without words holds; the identity of the minimum."""
@@ -49,13 +49,23 @@ def signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int) -> tuple[
     return out, num_words
 
 
+def word_hashes(text: bytes) -> np.ndarray:
+    """The 64-bit hashes of the words of `text`, in order."""
+    kernels = _kernels()
+    if kernels is None:
+        return reference_word_hashes(text)
+    hashes = np.empty((len(text) + 1) // 2, np.uint64)
+    data = np.frombuffer(text, np.uint8)
+    return hashes[: kernels.word_hashes(data.ctypes.data, len(data), hashes.ctypes.data)]
+
+
 def reference_signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int) -> tuple[np.ndarray, np.ndarray]:
     """`signatures` in NumPy alone."""
     functions, addends = np.arange(num_hashes, dtype=np.uint32)[:, None], _addends(num_hashes)[:, None]
     out = np.full((len(texts), num_hashes), EMPTY)
     num_words = np.zeros(len(texts), np.int64)
     for row, text in enumerate(texts):
-        words = _word_hashes(text)
+        words = reference_word_hashes(text)
         num_words[row] = len(words)
         shingles = _shingle_hashes(words, ngram)
         low, high = shingles.astype(np.uint32), (shingles >> np.uint64(32)).astype(np.uint32)
@@ -67,7 +77,7 @@ def reference_signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int)
 
 def shingle_hashes(text: bytes, ngram: int) -> np.ndarray:
     """The 64-bit hashes of the shingles of `text`, in order, repeats included."""
-    return _shingle_hashes(_word_hashes(text), ngram)
+    return _shingle_hashes(reference_word_hashes(text), ngram)
 
 
 def _shingle_hashes(words: np.ndarray, ngram: int) -> np.ndarray:
@@ -82,8 +92,8 @@ def _shingle_hashes(words: np.ndarray, ngram: int) -> np.ndarray:
     return _mix64(hashes)
 
 
-def _word_hashes(text: bytes) -> np.ndarray:
-    """(number of words,) uint64: eight bytes after another, the first lowest, the last eight filled up with zeros."""
+def reference_word_hashes(text: bytes) -> np.ndarray:
+    """`word_hashes` in NumPy alone: a word is hashed eight bytes after another, the last eight filled up with zeros."""
     folded = _fold()[np.frombuffer(text, np.uint8)]
     edges = np.flatnonzero(np.diff(folded != 0, prepend=False, append=False))
     starts, left = edges[::2], np.diff(edges)[::2]
@@ -131,4 +141,4 @@ def _kernels() -> ModuleType | None:
         module = importlib.import_module("megacoder._cpp")
     except ImportError:
         return None
-    return module if sys.byteorder == "little" and hasattr(module, "minhash") else None
+    return module if sys.byteorder == "little" and hasattr(module, "word_hashes") else None

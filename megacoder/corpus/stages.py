@@ -4,13 +4,16 @@
 the whole corpus, and what is slow looks only at what dedup has left.
 """
 
+from megacoder.corpus.check import DocumentPass
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.decontamination import Decontamination
 from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.documents import Stage
 from megacoder.corpus.generated import GeneratedFiles
 from megacoder.corpus.licenses import LicenseFilter
 from megacoder.corpus.near_dedup import NearDedup
 from megacoder.corpus.rules import PaperRules
+from megacoder.corpus.screening import Screening
 from megacoder.corpus.steps import Step
 
 __all__ = ["scan_stages", "stage_names", "steps"]
@@ -37,6 +40,13 @@ def steps(config: CorpusConfig) -> list[Step]:
     found.append(ExactDedup())
     if level in ("file", "both"):
         found.append(NearDedup("file"))
+    checks: list[Stage] = []
+    if config.benchmarks:
+        checks.append(Decontamination(benchmarks=config.benchmarks, config=config.decontamination))
+    if config.screening.active:
+        checks.append(Screening(config=config.screening))
+    if checks:
+        found.append(DocumentPass(checks))
     return found
 
 

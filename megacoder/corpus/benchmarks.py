@@ -1,0 +1,97 @@
+"""Benchmark files as test strings: JSONL (plain, .gz, .zst), JSON with a list, or Parquet; every field that holds text.
+
+A test is called by its file and by what its row says it is called, or by its place in the file.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from megacoder.core.errors import ConfigError, FormatError
+
+__all__ = ["TestString", "fingerprint", "read_tests"]
+
+_NAMES = ("task_id", "id", "question_id", "unique_id", "name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestString:
+    """A text of a benchmark."""
+
+    __test__ = False  # for pytest, which looks for classes of such names
+
+    test: str
+    """the file, and which of its tests"""
+    text: str
+
+
+def read_tests(benchmarks: Sequence[Path], fields: Sequence[str] = ()) -> list[TestString]:
+    """The strings of all tests, lists and tables in a row included; only of `fields` if any are given."""
+    found = []
+    for path in benchmarks:
+        some = False
+        for place, row in enumerate(_rows(path)):
+            if not isinstance(row, dict):
+                raise FormatError(f"{path}: test {place} is {str(row)[:40]!r}, not a row of named fields")
+            name = next((str(row[key]) for key in _NAMES if row.get(key) is not None), str(place))
+            for key, value in row.items():
+                if key not in _NAMES and (not fields or key in fields):
+                    texts = list(_texts(value))
+                    some |= bool(texts)
+                    found += (TestString(test=f"{path.name} {name}", text=text) for text in texts)
+        if not some:
+            raise ConfigError(f"{path}: no test has text" + (f" in {', '.join(fields)}" if fields else ""))
+    return found
+
+
+def fingerprint(path: Path) -> str:
+    """Identifies a benchmark's content; ConfigError if there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise ConfigError(f"benchmark {str(path)!r}: {error.strerror}") from None
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    try:
+        name = path.name.lower()
+        if name.endswith(".parquet"):
+            yield from pq.read_table(path).to_pylist()
+            return
+        data = path.read_bytes()
+        if name.endswith(".gz"):
+            data, name = gzip.decompress(data), name.removesuffix(".gz")
+        elif name.endswith(".zst"):
+            data, name = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(), name.removesuffix(".zst")
+        if name.endswith(".json"):
+            whole = json.loads(data)
+            yield from whole if isinstance(whole, list) else [whole]
+            return
+        for line in data.splitlines():
+            if line.strip():
+                yield json.loads(line)
+    except OSError as error:
+        raise ConfigError(f"benchmark {str(path)!r}: {error.strerror or error}") from None
+    except (ValueError, EOFError, pa.ArrowException, zstandard.ZstdError) as error:
+        raise FormatError(f"{path}: neither JSONL, JSON nor Parquet: {error}") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)

@@ -1,0 +1,150 @@
+"""Decontamination: drops files that hold a piece of a benchmark, by the paper's rule, with what was found and where.
+
+The rule (section 2.2 of arXiv 2401.14196): a file that shares any run of 10 words with a test is dropped; of a test
+string shorter than 10 words but of at least 3, the whole must occur. What a word is the paper leaves open; here as in
+near-dedup: a run of letters, digits, `_` and bytes from 128 on, ASCII in lower case.
+
+Taken literally the rule also drops tables of digits ("0 1 2 3 4 5 6 7 8 9" stands in many tests), so every hit names
+the run and the test, and `min_distinct_words` can ask for runs that say something.
+
+The hash of a run of n words is that of its first n - 1, times a constant, plus the last word's: all lengths cost one
+pass. A table of bits lets almost nothing innocent through to the exact comparison.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megacoder.core.errors import ConfigError
+from megacoder.corpus.benchmarks import TestString, read_tests
+from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.minhash import word_hashes
+
+__all__ = ["BenchmarkIndex", "Decontamination", "DecontaminationConfig", "Hit"]
+
+_BASE = np.uint64(0xD6E8FEB86659FD93)
+_WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecontaminationConfig:
+    """When a file counts as contaminated; the defaults are the paper's."""
+
+    ngram: int = 10
+    """words in a row that no file may share with a test"""
+    min_ngram: int = 3
+    """shorter test strings are looked for as a whole if they have at least so many words"""
+    min_distinct_words: int = 1
+    """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables of digits"""
+    fields: tuple[str, ...] = ()
+    """columns of the benchmarks to look at; without any, all that hold text"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_ngram <= self.ngram:
+            raise ConfigError(f"decontamination min_ngram = {self.min_ngram}: must be 1 to ngram = {self.ngram}")
+        if self.min_distinct_words < 1:
+            raise ConfigError(f"decontamination min_distinct_words = {self.min_distinct_words}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A piece of a test in a file."""
+
+    test: str
+    """which test"""
+    gram: str
+    """the words they share"""
+    whole: bool
+    """the test's string is short and occurs as a whole"""
+
+
+class BenchmarkIndex:
+    """The runs of words to look for."""
+
+    def __init__(self, tests: list[TestString], config: DecontaminationConfig) -> None:
+        self._config = config
+        self._grams: dict[int, tuple[bytes, str]] = {}  # hash -> (words, first test with them)
+        lengths = set()
+        for test in tests:
+            words = _words(test.text.encode())
+            length = min(len(words), config.ngram)
+            if length < config.min_ngram:
+                continue
+            hashes = _run_hashes(word_hashes(test.text.encode()), length)
+            for start, hashed in enumerate(hashes.tolist()):
+                run = words[start : start + length]
+                if len(set(run)) >= config.min_distinct_words:
+                    self._grams.setdefault(hashed, (b" ".join(run), test.test))
+                    lengths.add(length)
+        self._lengths = sorted(lengths)
+        bits = max(16, min(24, len(self._grams).bit_length() + 6))
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, bool)
+        self._hashes = np.array(sorted(self._grams), np.uint64)
+        self._table[self._hashes >> self._shift] = True
+
+    def __len__(self) -> int:
+        return len(self._grams)
+
+    def hits(self, text: bytes) -> list[Hit]:
+        """One hit for each test string of which `text` holds a piece, in the order of the text."""
+        hashes = word_hashes(text)
+        found: list[tuple[int, int, int]] = []  # (place, length, hash)
+        runs, length = hashes, 1
+        for wanted in self._lengths:
+            while length < wanted:
+                runs, length = runs[:-1] * _BASE + hashes[length:], length + 1
+            places = np.flatnonzero(self._table[runs >> self._shift])
+            if len(places):
+                near = runs[places]
+                known = self._hashes[np.minimum(np.searchsorted(self._hashes, near), len(self._hashes) - 1)] == near
+                found += ((place, wanted, int(runs[place])) for place in places[known].tolist())
+        return self._verified(text, sorted(found)) if found else []
+
+    def _verified(self, text: bytes, found: list[tuple[int, int, int]]) -> list[Hit]:
+        words, hits = _words(text), {}
+        for place, length, hashed in found:
+            gram, test = self._grams[hashed]
+            if test not in hits and b" ".join(words[place : place + length]) == gram:
+                whole = length < self._config.ngram
+                hits[test] = Hit(test=test, gram=gram.decode("utf-8", "replace"), whole=whole)
+        return list(hits.values())
+
+
+def _run_hashes(words: np.ndarray, length: int) -> np.ndarray:
+    runs = words
+    for size in range(1, length):
+        runs = runs[:-1] * _BASE + words[size:]
+    return runs
+
+
+def _words(text: bytes) -> list[bytes]:
+    return _WORD.findall(text.lower())  # bytes.lower() touches ASCII alone
+
+
+@functools.lru_cache(maxsize=1)
+def _index(benchmarks: tuple[Path, ...], config: DecontaminationConfig) -> BenchmarkIndex:
+    return BenchmarkIndex(read_tests(benchmarks, config.fields), config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decontamination:
+    """The stage; each process reads the benchmarks once."""
+
+    benchmarks: tuple[Path, ...]
+    config: DecontaminationConfig = field(default_factory=DecontaminationConfig)
+    name: str = "decontamination"
+
+    def __call__(self, document: Document) -> Document | Dropped:
+        hits = _index(self.benchmarks, self.config).hits(document.text.encode())
+        if not hits:
+            return document
+        whole = all(hit.whole for hit in hits)
+        reason = "a benchmark's string" if whole else f"{self.config.ngram} words of a benchmark"
+        listed = [f"{hit.test}: {hit.gram}" for hit in hits[:_MAX_LISTED]]
+        more = [f"and {len(hits) - _MAX_LISTED} more"] if len(hits) > _MAX_LISTED else []
+        return document.dropped(self.name, reason, "\n".join(listed + more))

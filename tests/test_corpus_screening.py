@@ -112,8 +112,8 @@ def reason(text, language, path=None, **options):
 
 
 def test_there_is_an_example_of_every_screened_language_and_all_are_of_the_papers():
-    assert set(GOOD) == SCREENED
-    assert SCREENED <= LANGUAGES.keys()
+    assert not set(GOOD) ^ SCREENED
+    assert SCREENED.issubset(LANGUAGES)
     assert len(SCREENED) >= 63
 
 

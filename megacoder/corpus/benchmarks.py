@@ -36,7 +36,7 @@ class TestString:
 
 def read_tests(benchmarks: Sequence[Path], fields: Sequence[str] = ()) -> list[TestString]:
     """The strings of all tests, lists and tables in a row included; only of `fields` if any are given."""
-    found = []
+    found: list[TestString] = []
     for path in benchmarks:
         some = False
         for place, row in enumerate(_rows(path)):

@@ -1,7 +1,7 @@
 """Quality screening: drops files that do not parse, that nobody would read, or that are one endless function.
 
 How much of a file a grammar may fail to read depends on the grammar: *strict* ones hardly ever fail on good code,
-*lenient* ones (C before its preprocessor, assembly, SQL and others of many dialects) often do, and the rest lie between. The
+*lenient* ones (C before its preprocessor, assembly, SQL and others of many dialects) do, and the rest lie between. The
 shares were set on sources of Debian and PyPI so that under 2% of such files are dropped.
 """
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.corpus.c_includes import CIncludes
 from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
+from megacoder.corpus.imports.c import CIncludes
+from megacoder.corpus.imports.python import PythonImports, python_imports
 from megacoder.corpus.order import connected_subgraphs, dependency_order
-from megacoder.corpus.python_imports import PythonImports, python_imports
 from megacoder.corpus.samples import SampleConfig, plan_samples, render
 
 
@@ -91,8 +91,10 @@ def test_text_that_invites_backtracking_is_lexed_in_linear_time(hostile):
     list(python_imports(hostile * (500_000 // len(hostile))))  # quadratic time would be the whole suite's limit
 
 
-def dependencies(paths, path, text):
-    return PythonImports(paths).dependencies(path, text)
+def dependencies(paths, path, text, resolver=PythonImports):
+    found = resolver(paths)
+    found.collect(path, text)
+    return found.dependencies(path)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,8 @@ def test_includes():
     text = (
         '#include "a.h"\n  #  include <lib/b.h>\n#include <string.h>\n#include "../src/util/a.h"\n// #include "x.h"\n'
     )
-    assert CIncludes(paths).dependencies("src/a.c", text) == {"src/a.h", "include/lib/b.h", "src/util/a.h"}
-    assert CIncludes(paths).dependencies("other/x.c", "#include <lib/b.h>") == {"other/include/lib/b.h"}
+    assert dependencies(paths, "src/a.c", text, CIncludes) == {"src/a.h", "include/lib/b.h", "src/util/a.h"}
+    assert dependencies(paths, "other/x.c", "#include <lib/b.h>", CIncludes) == {"other/include/lib/b.h"}
 
 
 def test_a_dropped_file_is_not_replaced_by_another():
@@ -186,7 +188,12 @@ def test_languages_do_not_depend_on_one_another():
     languages = {"a.py": "Python", "b.c": "C", "c.h": "C", "d.rb": "Ruby"}
     files = [("a.py", "import c"), ("b.c", '#include "c.h"'), ("c.h", ""), ("d.rb", "require 'a'")]
     assert repository_dependencies(languages, files) == [set(), {2}, set(), set()]
-    assert {"Python", "C", "C++", "CUDA"} == frozenset().union(*(resolver.languages for resolver in RESOLVERS))
+    parsed = [language for resolver in RESOLVERS for language in resolver.languages]
+    assert len(parsed) == len(set(parsed))
+    assert {
+        "Python", "Java", "C", "C++", "CUDA", "C#", "JavaScript", "TypeScript", "JSON", "Go", "Rust", "Ruby", "PHP",
+        "Kotlin", "Scala",
+    } == set(parsed)  # fmt: skip
 
 
 PATHS = ["a.py", "b.py", "c.py", "d.py"]

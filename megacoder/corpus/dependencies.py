@@ -1,14 +1,22 @@
 """Which files of a repository depend on which: a resolver per language family, and the edges they find together.
 
 The paper takes invocation relations by regular expressions from the languages it parses and treats files of every
-other language one by one. A new language is a class with `languages` and `dependencies` and a line in `RESOLVERS`.
+other language one by one. A new language is a class with `languages`, `collect` and `dependencies` and a line in
+`RESOLVERS`.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
-from megacoder.corpus.c_includes import CIncludes
-from megacoder.corpus.python_imports import PythonImports
+from megacoder.corpus.imports.c import CIncludes
+from megacoder.corpus.imports.csharp import CSharpUsings
+from megacoder.corpus.imports.go import GoImports
+from megacoder.corpus.imports.javascript import JavaScriptImports
+from megacoder.corpus.imports.jvm import JvmImports
+from megacoder.corpus.imports.php import PhpUses
+from megacoder.corpus.imports.python import PythonImports
+from megacoder.corpus.imports.ruby import RubyRequires
+from megacoder.corpus.imports.rust import RustModules
 
 __all__ = ["RESOLVERS", "Resolver", "repository_dependencies"]
 
@@ -21,11 +29,17 @@ class Resolver(Protocol):
     def __init__(self, paths: Collection[str]) -> None:
         """`paths` are the family's files in the repository, those dropped by a stage included."""
 
-    def dependencies(self, path: str, text: str) -> set[str]:
+    def collect(self, path: str, text: str) -> None:
+        """Takes in one file; every file is, before the first question."""
+
+    def dependencies(self, path: str) -> set[str]:
         """Paths, out of those given, that the file at `path` depends on; never `path` itself."""
 
 
-RESOLVERS: tuple[type[Resolver], ...] = (PythonImports, CIncludes)
+RESOLVERS: tuple[type[Resolver], ...] = (
+    PythonImports, CIncludes, JvmImports, JavaScriptImports, GoImports, RustModules, CSharpUsings, PhpUses,
+    RubyRequires,
+)  # fmt: skip
 
 
 def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[str, str]]) -> list[set[int]]:
@@ -35,15 +49,19 @@ def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[
     taken for another one; `files` are (path, text), read once and in order.
     """
     family = {language: resolver for resolver in RESOLVERS for language in resolver.languages}
-    members: dict[type[Resolver], list[str]] = {resolver: [] for resolver in RESOLVERS}
+    members: dict[type[Resolver], list[str]] = {}
     for path, language in languages.items():
         if language in family:
-            members[family[language]].append(path)
-    resolvers = {resolver: resolver(paths) for resolver, paths in members.items() if paths}
+            members.setdefault(family[language], []).append(path)
+    resolvers = {kind: kind(paths) for kind, paths in members.items()}
     position: dict[str, int] = {}
-    targets: list[set[str]] = []
     for path, text in files:
         position[path] = len(position)
-        resolver = family.get(languages[path])
-        targets.append(resolvers[resolver].dependencies(path, text) if resolver else set())
-    return [{position[path] for path in paths if path in position} for paths in targets]
+        if languages[path] in family:
+            resolvers[family[languages[path]]].collect(path, text)
+    edges: list[set[int]] = []
+    for path in position:
+        kind = family.get(languages[path])
+        targets = resolvers[kind].dependencies(path) if kind is not None else set()
+        edges.append({position[target] for target in targets if target in position})
+    return edges

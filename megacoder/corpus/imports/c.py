@@ -9,6 +9,8 @@ import posixpath
 import re
 from collections.abc import Collection
 
+from megacoder.corpus.imports.lookup import SuffixIndex, nearest_path
+
 __all__ = ["CIncludes"]
 
 _INCLUDE = re.compile(r"^[ \t]*+#[ \t]*+include[ \t]*+([<\"])([^>\"\n]++)[>\"]", re.MULTILINE)
@@ -26,15 +28,18 @@ class CIncludes:
 
     def __init__(self, paths: Collection[str]) -> None:
         self._paths = frozenset(paths)
-        self._by_basename: dict[str, list[str]] = {}
-        for path in sorted(paths):
-            self._by_basename.setdefault(posixpath.basename(path), []).append(path)
+        self._index = SuffixIndex(paths)
         self._found: dict[tuple[str, str, str], str | None] = {}
+        self._includes: dict[str, set[tuple[str, str]]] = {}
 
-    def dependencies(self, path: str, text: str) -> set[str]:
+    def collect(self, path: str, text: str) -> None:
+        """Takes in what the file includes."""
+        self._includes[path] = {(quote, name.strip()) for quote, name in _INCLUDE.findall(text)}
+
+    def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` includes."""
         folder = posixpath.dirname(path)
-        found = {self._cached(quote, name.strip(), folder) for quote, name in _INCLUDE.findall(text)}
+        found = {self._cached(quote, name, folder) for quote, name in self._includes[path]}
         return {target for target in found if target is not None and target != path}
 
     def _cached(self, quote: str, name: str, folder: str) -> str | None:
@@ -50,9 +55,4 @@ class CIncludes:
         if name in _C_STANDARD:
             return None
         ending = posixpath.normpath(name).lstrip("./")
-        candidates = [
-            path
-            for path in self._by_basename.get(posixpath.basename(ending), ())
-            if path == ending or path.endswith("/" + ending)
-        ]
-        return max(candidates, key=lambda path: len(posixpath.commonprefix([path, folder])), default=None)
+        return nearest_path(self._index.ending(ending), folder)

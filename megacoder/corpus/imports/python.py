@@ -66,10 +66,15 @@ class PythonImports:
                 self._roots_of.setdefault(posixpath.basename(package), []).append(posixpath.dirname(package))
         self._stdlib_roots = self._find_stdlib_roots()
         self._search_paths: dict[str, list[str]] = {}
+        self._imports: dict[str, set[tuple[str, str | None]]] = {}
 
-    def dependencies(self, path: str, text: str) -> set[str]:
+    def collect(self, path: str, text: str) -> None:
+        """Takes in what the file imports."""
+        self._imports[path] = set(python_imports(text))
+
+    def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` imports."""
-        found = {self._resolve(module, name, posixpath.dirname(path)) for module, name in python_imports(text)}
+        found = {self._resolve(module, name, posixpath.dirname(path)) for module, name in self._imports[path]}
         return {target for target in found if target is not None and target != path}
 
     def _resolve(self, module: str, name: str | None, folder: str) -> str | None:

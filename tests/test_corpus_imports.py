@@ -1,0 +1,221 @@
+"""Imports of every parsed language but Python and C: what they say, and which file of the repository they mean."""
+
+import pytest
+
+from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
+from megacoder.corpus.imports.go import go_imports
+from megacoder.corpus.imports.javascript import javascript_imports
+from megacoder.corpus.imports.lookup import nearest_path
+from megacoder.corpus.imports.rust import rust_uses
+from megacoder.corpus.languages import language_of
+
+
+def edges(files):
+    """{path: {paths it depends on}} of a repository {path: text}."""
+    paths = sorted(files)
+    found = repository_dependencies(
+        {path: language_of(path) for path in paths}, [(path, files[path]) for path in paths]
+    )
+    return {paths[index]: {paths[target] for target in targets} for index, targets in enumerate(found) if targets}
+
+
+def test_java():
+    files = {
+        "src/com/x/A.java": (
+            "/* import com.x.No; */\n// import com.x.No;\npackage com.x;\n\nimport java.util.List;\n"
+            "import com.x.sub.B;import com.x.sub.C.Inner;\nimport static com.x.sub.D.value;\nimport com.x.wild.*;\n"
+            '@Deprecated\nclass A { String s = "import com.x.No;"; Used u; }\n'
+        ),
+        "src/com/x/No.java": "package com.x;\nclass No {}\n",
+        "src/com/x/sub/B.java": "package com.x.sub;\nimport com.x.Gone;\nclass B {}\n",
+        "src/com/x/sub/C.java": "package com.x.sub;\nclass C { class Inner {} }\n",
+        "src/com/x/sub/D.java": "package com.x.sub;\nclass D { static int value; }\n",
+        "src/com/x/wild/Used.java": "package com.x.wild;\nclass Used {}\n",
+        "src/com/x/wild/Unused.java": "package com.x.wild;\nclass Unused {}\n",
+        "other/com/x/sub/B.java": "package com.x.sub;\nclass B {}\n",
+    }
+    assert edges(files) == {
+        "src/com/x/A.java": {f"src/com/x/{name}.java" for name in ("sub/B", "sub/C", "sub/D", "wild/Used")}
+    }
+
+
+def test_kotlin_and_scala_and_java_import_one_another():
+    files = {
+        "a/Main.kt": '@file:JvmName("M")\npackage a\n\nimport b.helper\nimport b.Thing as T\nimport c.J\nfun f() = 1\n',
+        "b/Util.kt": "package b\n\nfun <T> List<T>.helper(): Int = 1\n\ninternal data class Thing(val x: Int)\n",
+        "c/J.java": "package c;\nimport d.S;\nclass J {}\n",
+        "d/S.scala": "package d\n\nimport b.{Thing => T, helper}, c._\n\nobject S extends J {\n  import e.Deep\n}\n",
+        "e/all.scala": "package e\ncase class Deep(x: Int)\ntrait Other\n",
+    }
+    assert edges(files) == {
+        "a/Main.kt": {"b/Util.kt", "c/J.java"}, "c/J.java": {"d/S.scala"},
+        "d/S.scala": {"b/Util.kt", "c/J.java", "e/all.scala"},
+    }  # fmt: skip
+
+
+def test_csharp():
+    files = {
+        "A.cs": "using System;\nusing X.Models;\nusing static X.Tools.Helper;\nnamespace X.App { class A { Model m; } }",
+        "Models/Model.cs": "namespace X.Models;\n\npublic sealed class Model {}\n",
+        "Models/Unused.cs": "namespace X.Models { public record Unused(int X); }\n",
+        "Tools/Helper.cs": "namespace X.Tools\n{\n    // using X.Models;\n    public static class Helper {}\n}\n",
+    }
+    assert edges(files) == {"A.cs": {"Models/Model.cs", "Tools/Helper.cs"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ('package a\n\nimport "fmt"\n', ["fmt"]),
+        ('// import "no"\npackage a\nimport (\n\t"b" // why\n\tx "a.b/c"\n\t. "d"\n\n\t_ `e`\n)\nimport "f"\n',
+         ["b", "a.b/c", "d", "e", "f"]),
+        ('package a\nimport ("fmt"; "os")\nvar s = `import "no"`\n', ["fmt", "os"]),
+        ('package a\nimport (\n"fmt"\n', ["fmt"]),
+        ('package a\nimport ()\nimport "b"\n', ["b"]),
+        ("package a\n", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_go_import_paths(text, paths):
+    assert list(go_imports(text)) == paths
+
+
+def test_go():
+    files = {
+        "main.go": 'package tool\nimport (\n"errors"\n"github.com/me/tool/pkg/a"\n"github.com/other/errors"\n)\n',
+        "pkg/a/a.go": 'package a\nimport "github.com/me/tool/pkg/b"\n',
+        "pkg/a/more.go": "package a\n",
+        "pkg/a/a_test.go": 'package a\nimport "github.com/me/tool"\n',
+        "pkg/b/b.go": 'package b\nimport "gopkg.in/lib.v1"\n',
+        "errors/errors.go": "package errors\n",
+        "vendor/gopkg.in/lib.v1/lib.go": "package lib\n",
+    }
+    assert edges(files) == {
+        "main.go": {"pkg/a/a.go", "pkg/a/more.go"}, "pkg/a/a.go": {"pkg/b/b.go"}, "pkg/a/a_test.go": {"main.go"},
+        "pkg/b/b.go": {"vendor/gopkg.in/lib.v1/lib.go"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("import a from './a';\nimport {\n  b,\n  c\n} from \"./b\"\n", {"./a", "./b"}),
+        ("import './a'\nexport * from './b'\nexport { c } from './c'\n", {"./a", "./b", "./c"}),
+        ("const a = require('./a'), b = require( \"b\" )\nawait import('./c')\n", {"./a", "b", "./c"}),
+        ("// import './a'\n/**\n * import './b'\n */\n", set()),
+        ("import type { T } from './t'\ntype U = import('./u').U\n", {"./t", "./u"}),
+        ('/// <reference path="globals.d.ts" />\n', {"./globals.d.ts"}),
+        ("import(`./${name}`); require(name); x.from(y)\n", set()),
+    ],
+)
+def test_javascript_names(text, names):
+    assert javascript_imports(text) == names
+
+
+def test_javascript_and_typescript():
+    files = {
+        "packages/app/package.json": '{"name": "app", "main": "./lib/index.js"}',
+        "packages/app/src/index.ts": "import { u } from '@me/lib';\nimport './util.js';\nimport x from './dir';\n",
+        "packages/app/src/util.ts": "import s from '@/shared/s';\nimport '@me/lib/deep';\nimport './data.json';\n",
+        "packages/app/src/data.json": "{}",
+        "packages/app/src/dir/index.tsx": "import fs from 'fs';\nimport '..';\n",
+        "packages/app/src/shared/s.ts": "export default require('../../../..')\n",
+        "packages/lib/package.json": '{"name": "@me/lib", "source": "main.js"}',
+        "packages/lib/main.js": "const a = require('./missing')\n",
+        "packages/lib/deep.d.ts": "import 'app';\n",
+        "broken/package.json": "{",
+    }
+    assert edges(files) == {
+        "packages/app/src/index.ts": {
+            "packages/lib/main.js", "packages/app/src/util.ts", "packages/app/src/dir/index.tsx",
+        },
+        "packages/app/src/util.ts": {
+            "packages/app/src/shared/s.ts", "packages/lib/deep.d.ts", "packages/app/src/data.json",
+        },
+        "packages/app/src/dir/index.tsx": {"packages/app/src/index.ts"},
+        "packages/lib/deep.d.ts": {"packages/app/src/index.ts"},
+    }  # fmt: skip
+
+
+def test_rust_uses_are_spread_out():
+    spread = [["a", "b"], ["a", "c", "d"], ["a", "c", "*"], ["e"]]
+    assert list(rust_uses("a::{b as x, c::{d, *}}, e")) == spread
+
+
+def test_rust():
+    files = {
+        "Cargo/src/lib.rs": 'pub mod a;\nmod tests { use super::*; }\n#[path = "odd/file.rs"]\nmod odd;\n// mod no;\n',
+        "Cargo/src/no.rs": "",
+        "Cargo/src/odd/file.rs": "",
+        "Cargo/src/a/mod.rs": "mod b;\nuse crate::c::Thing;\nuse self::b::{x, y};\n",
+        "Cargo/src/a/b.rs": "use super::super::c;\nuse super::Item;\nfn f() { crate::a::g() }\n",
+        "Cargo/src/c.rs": "use std::fmt;\n",
+        "my-crate/src/lib.rs": "pub mod deep;\n",
+        "my-crate/src/deep.rs": "",
+        "my-crate/src/main.rs": "use my_crate::deep::Thing;\nuse deep::Thing;\n",
+    }
+    assert edges(files) == {
+        "Cargo/src/lib.rs": {"Cargo/src/a/mod.rs", "Cargo/src/odd/file.rs"},
+        "Cargo/src/a/mod.rs": {"Cargo/src/a/b.rs", "Cargo/src/c.rs"},
+        "Cargo/src/a/b.rs": {"Cargo/src/c.rs", "Cargo/src/a/mod.rs"},
+        "my-crate/src/lib.rs": {"my-crate/src/deep.rs"},
+        "my-crate/src/main.rs": {"my-crate/src/deep.rs"},
+    }
+
+
+def test_ruby():
+    files = {
+        "lib/gem.rb": "require 'json'\nrequire 'gem/version'\nautoload :Core, 'gem/core'\n# require 'gem/no'\n",
+        "lib/gem/version.rb": "=begin\nrequire 'gem/core'\n=end\n",
+        "lib/gem/core.rb": "require_relative 'version'\nrequire_relative '../gem'\nload './x.rb'\n",
+        "lib/gem/no.rb": "",
+        "test/t_test.rb": "require File.expand_path('../helper', __dir__)\nrequire 'gem'\n",
+        "spec/json.rb": "",
+    }
+    assert edges(files) == {
+        "lib/gem.rb": {"lib/gem/version.rb", "lib/gem/core.rb"},
+        "lib/gem/core.rb": {"lib/gem/version.rb", "lib/gem.rb"},
+        "test/t_test.rb": {"lib/gem.rb"},
+    }
+
+
+def test_php():
+    files = {
+        "src/App.php": (
+            "<?php\nnamespace Me;\n\nuse Me\\Model\\{User, Group as G};\nuse Me\\Tool;\nuse Other\\T;\nclass App {}\n"
+        ),
+        "src/Model/User.php": "<?php\nnamespace Me\\Model;\nfinal class User {}\n",
+        "src/Model/All.php": "<?php namespace Me\\Model;\ninterface Group {}\n",
+        "src/Tool.php": "<?php\nnamespace Me;\n// use Me\\Model\\User;\ntrait Tool {}\n",
+        "index.php": "<?php\nrequire_once __DIR__ . '/src/App.php';\ninclude('lib/x.php');\nrequire $file;\n",
+        "lib/x.php": "<?php\nrequire 'y.php';\n",
+        "lib/y.php": "<?php\n",
+    }
+    assert edges(files) == {
+        "src/App.php": {"src/Model/User.php", "src/Model/All.php", "src/Tool.php"},
+        "index.php": {"src/App.php", "lib/x.php"},
+        "lib/x.php": {"lib/y.php"},
+    }
+
+
+def test_the_nearest_of_several_is_meant():
+    assert nearest_path(["a/x/f", "b/x/f", "b/f"], "b/x/y") == "b/x/f"
+    assert nearest_path(["b/f", "a/f"], "c") == "a/f"
+    assert nearest_path([], "c") is None
+
+
+HOSTILE = [
+    "import ", "import a.", "import {", "use a::{", "using a", "package a", "/*", "//\n", "@a(", '"', "`", "require('",
+    "\n ", "mod a", "pub ", "from '", "namespace a", "a, ", "class ", "import (\n", "@a\n", "public ", "((", "use A\\{",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extension", ["java", "kt", "scala", "cs", "go", "js", "ts", "rs", "rb", "php", "py", "c"])
+def test_no_text_takes_more_than_linear_time(extension):
+    for hostile in HOSTILE:
+        path = f"a.{extension}"
+        repository_dependencies({path: language_of(path)}, [(path, hostile * (200_000 // len(hostile)))])
+
+
+def test_every_resolver_names_its_languages():
+    assert all(resolver.languages for resolver in RESOLVERS)

@@ -55,7 +55,7 @@ def test_kotlin_and_scala_and_java_import_one_another():
 
 def test_csharp():
     files = {
-        "A.cs": "using System;\nusing X.Models;\nusing static X.Tools.Helper;\nnamespace X.App { class A { Model m; } }",
+        "A.cs": "using X.Models;\nusing static X.Tools.Helper;\nnamespace X.App { class A { Model m; } }",
         "Models/Model.cs": "namespace X.Models;\n\npublic sealed class Model {}\n",
         "Models/Unused.cs": "namespace X.Models { public record Unused(int X); }\n",
         "Tools/Helper.cs": "namespace X.Tools\n{\n    // using X.Models;\n    public static class Helper {}\n}\n",

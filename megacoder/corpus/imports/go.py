@@ -19,6 +19,8 @@ _OPEN = re.compile(rf"{_SPACE}import\b{_SPACE}(\()?", re.DOTALL)
 _CLOSE = re.compile(rf"{_SPACE}\)", re.DOTALL)
 _VERSION = re.compile(r"(?:[/.]v\d+)$")
 _MIN_SHARE = 0.5
+_MIN_NAMES = 3
+_PATH_FOLDERS = ("vendor", "src")  # hold other modules by their whole import path
 
 
 def go_imports(text: str) -> Iterator[str]:
@@ -99,21 +101,25 @@ class GoImports:
                     prefix = "/".join(parts[: len(parts) - shared])
                     led.setdefault((prefix, "/".join(inner[: len(inner) - shared])), set()).add(name)
         below = Counter("/".join(name.split("/")[:n]) for name in wanted for n in range(1, name.count("/") + 2))
-        modules = [pair for pair, names in led.items() if self._is_module(*pair, names, below[pair[0]])]
-        vendored = [
-            ("", f"{root}vendor") for root in {f.partition("vendor/")[0] for f in self._folders if "vendor/" in f}
-        ]
+        modules: list[tuple[str, str]] = []
+        explained: set[str] = set()
+        for (prefix, root), names in sorted(led.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+            if not names <= explained and self._is_module(prefix, root, names, below[prefix]):
+                modules.append((prefix, root))
+                explained |= names
         library = [
             ("", root)
             for root in ("src", "")
             if {f"{root}/fmt".lstrip("/"), f"{root}/os".lstrip("/")} <= self._folders.keys()
         ]
-        return sorted(modules, key=lambda pair: (-len(pair[0]), pair[1])) + sorted(vendored) + library
+        return sorted(modules, key=lambda pair: (-len(pair[0]), pair[1])) + library
 
     def _is_module(self, prefix: str, root: str, names: set[str], below: int) -> bool:
         """Whether enough of what is imported from under `prefix` lies under the folder `root`."""
-        if prefix.count("/") < 1 or len(names) < _MIN_SHARE * below:
+        if not prefix:
+            return posixpath.basename(root) in _PATH_FOLDERS
+        if "/" not in prefix or len(names) < _MIN_SHARE * below:
             return False
         called = _VERSION.sub("", prefix).rpartition("/")[2]
-        named = called in (posixpath.basename(root), self._package_of.get(root, "").removesuffix("_test"))
-        return named or len(names) >= 3
+        named = called in (posixpath.basename(root), self._package_of.get(root))
+        return named or len(names) >= _MIN_NAMES

@@ -1,7 +1,8 @@
 """JavaScript and TypeScript: relative modules as Node and the TypeScript compiler find them, and workspace packages.
 
-A bare name is another package; it is this repository's if one of its `package.json` files bears that name. Aliases
-(`@/x`, `~/x`) stand for the nearest `src` folder, as most bundlers are set up.
+A bare name is another package: one in a `node_modules` of a folder above, or this repository's own if one of its
+`package.json` files bears that name. Aliases (`@/x`, `~/x`) stand for the nearest `src` folder, as most bundlers are
+set up.
 """
 
 import json
@@ -40,8 +41,10 @@ class JavaScriptImports:
 
     def __init__(self, paths: Collection[str]) -> None:
         self._paths = frozenset(paths)
+        self._installed = any("node_modules/" in path for path in paths)
         self._imports: dict[str, set[str]] = {}
-        self._packages: dict[str, tuple[str, list[str]]] = {}  # name -> (folder, entries)
+        self._packages: dict[str, str] = {}  # name -> folder
+        self._entries: dict[str, list[str]] = {}  # folder -> what its package.json calls its entry
 
     def collect(self, path: str, text: str) -> None:
         """Takes in what the file imports, or of a package.json what it is called."""
@@ -52,9 +55,11 @@ class JavaScriptImports:
                 manifest = json.loads(text)
             except (ValueError, RecursionError):
                 return
-            if isinstance(manifest, dict) and isinstance(manifest.get("name"), str):
-                entries = [manifest[key] for key in _ENTRIES if isinstance(manifest.get(key), str)]
-                self._packages.setdefault(manifest["name"], (posixpath.dirname(path), entries))
+            if isinstance(manifest, dict):
+                folder = posixpath.dirname(path)
+                self._entries[folder] = [manifest[key] for key in _ENTRIES if isinstance(manifest.get(key), str)]
+                if isinstance(manifest.get("name"), str) and "node_modules" not in folder:
+                    self._packages.setdefault(manifest["name"], folder)
 
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` imports."""
@@ -69,22 +74,22 @@ class JavaScriptImports:
                 posixpath.normpath(posixpath.join(folder, name.lstrip("/") if name[0] == "/" else name))
             )
         if name.startswith(("@/", "~/")):
-            return self._alias(name[2:], folder)
+            return self._above(name[2:], folder, ("src", ""))
+        if self._installed and (target := self._above(f"node_modules/{name}", folder)):
+            return target
         package = "/".join(name.split("/")[: 2 if name.startswith("@") else 1])
         if package not in self._packages:
             return None
-        root, entries = self._packages[package]
+        root = self._packages[package]
         inner = name[len(package) :].lstrip("/")
         if inner:
             return self._module(posixpath.join(root, inner)) or self._module(posixpath.join(root, "src", inner))
-        for entry in (*entries, "src/index", "index", "lib/index"):
-            if target := self._module(posixpath.normpath(posixpath.join(root, entry))):
-                return target
-        return None
+        return self._entry(root) or self._file(posixpath.join(root, "src/index"))
 
-    def _alias(self, inner: str, folder: str) -> str | None:
+    def _above(self, inner: str, folder: str, beside: tuple[str, ...] = ("",)) -> str | None:
+        """The module `inner` in the nearest folder above, or in one `beside` that."""
         while True:
-            for source in ("src", ""):
+            for source in beside:
                 if target := self._module(posixpath.join(folder, source, inner)):
                     return target
             if not folder:
@@ -92,9 +97,20 @@ class JavaScriptImports:
             folder = posixpath.dirname(folder)
 
     def _module(self, base: str) -> str | None:
-        """The file that `base`, a path without `.` and `..`, means: itself, with an extension, or a folder's index."""
+        """What `base`, a path without `.` and `..`, means: a file, or a folder's entry."""
         if base.startswith(".."):
             return None  # beyond the repository
+        return self._file(base) or self._entry("" if base == "." else base)
+
+    def _entry(self, folder: str) -> str | None:
+        for entry in (*self._entries.get(folder, ()), "index"):
+            path = posixpath.normpath(posixpath.join(folder, entry))
+            if target := self._file(path) or self._file(posixpath.join(path, "index")):
+                return target
+        return None
+
+    def _file(self, base: str) -> str | None:
+        """`base` itself, or with an extension, or the source of what it is compiled to."""
         for extension in _EXTENSIONS:
             if base + extension in self._paths:
                 return base + extension
@@ -102,8 +118,4 @@ class JavaScriptImports:
         for source in _SOURCE_OF.get(extension, ()):
             if stem + source in self._paths:
                 return stem + source
-        for extension in _EXTENSIONS[1:]:
-            index = posixpath.join("" if base == "." else base, f"index{extension}")
-            if index in self._paths:
-                return index
         return None

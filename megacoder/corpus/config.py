@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
@@ -11,6 +11,7 @@ from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.near_config import NearDedupConfig
+from megacoder.corpus.privacy import Handling, check_secrets_available
 from megacoder.corpus.reading import Selection
 from megacoder.corpus.rules import RuleThresholds
 from megacoder.corpus.samples import SampleConfig
@@ -46,6 +47,16 @@ class CorpusConfig:
     """SPDX names (`none`: no licence file, `unknown`: not recognised); files under others are dropped"""
     drop_generated: bool = False
     """drop files whose first lines say that a program wrote them; the paper does not"""
+    drop_minified: bool = False
+    """drop code packed for browsers: `.min.js`, or JavaScript and CSS next to without white space"""
+    drop_vendored: bool = False
+    """drop files in folders such as node_modules, vendor and third_party"""
+    secrets: Handling = "keep"
+    """keys, tokens and passwords: keep, redact (as <KEY>), or drop the file; needs `megacoder[secrets]`"""
+    personal_data: Handling = "keep"
+    """e-mail and public IP addresses: keep, redact, or drop the file"""
+    ruleset: Literal["paper", "starcoder2"] = "paper"
+    """file filters: DeepSeek-Coder's, or StarCoder2's"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
@@ -69,6 +80,8 @@ class CorpusConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"{option} = {value}: must be at least 1")
+        if self.secrets != "keep":
+            check_secrets_available()
         if self.fallback_encoding is not None:
             try:
                 b"x".decode(self.fallback_encoding)

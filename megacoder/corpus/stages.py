@@ -12,8 +12,11 @@ from megacoder.corpus.documents import Stage
 from megacoder.corpus.generated import GeneratedFiles
 from megacoder.corpus.licenses import LicenseFilter
 from megacoder.corpus.near_dedup import NearDedup
+from megacoder.corpus.origin import MinifiedFiles, VendoredFiles
+from megacoder.corpus.privacy import PersonalData, Secrets
 from megacoder.corpus.rules import PaperRules
 from megacoder.corpus.screening import Screening
+from megacoder.corpus.starcoder2 import StarCoder2Rules
 from megacoder.corpus.steps import Step
 
 __all__ = ["scan_stages", "stage_names", "steps"]
@@ -24,9 +27,18 @@ def scan_stages(config: CorpusConfig) -> list[Stage]:
     stages: list[Stage] = []
     if config.allow_licenses:
         stages.append(LicenseFilter(allow=config.allow_licenses))
-    stages.append(PaperRules(thresholds=config.rules))
+    if config.drop_vendored:
+        stages.append(VendoredFiles())
+    rules = StarCoder2Rules if config.ruleset == "starcoder2" else PaperRules
+    stages.append(rules(thresholds=config.rules))
     if config.drop_generated:
         stages.append(GeneratedFiles())
+    if config.drop_minified:
+        stages.append(MinifiedFiles())
+    if config.secrets != "keep":
+        stages.append(Secrets(handling=config.secrets))
+    if config.personal_data != "keep":
+        stages.append(PersonalData(handling=config.personal_data))
     return stages
 
 

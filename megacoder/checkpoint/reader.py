@@ -5,7 +5,9 @@ every element wanted exactly once, and only those bytes are read, after their ch
 A tensor that is missing, of another shape or dtype, or damaged is an error that names it; nothing is ever filled in.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ CHUNK_ELEMENTS = 1 << 22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Item size -> a dtype that NumPy has, too."""
 
+_READERS = 2
+"""Threads that load; what they do waits for the disk or runs outside of the interpreter's lock."""
+
 _MOST_MAPPED = 128
 """Files mapped at a time: each mapping holds a descriptor, of which a process may often have 1,024."""
 
@@ -50,6 +55,7 @@ class CheckpointReader:
             name: set(range(len(sums.crc32)) if verify else ()) for name, sums in self._manifest.files.items()
         }
         self._mapped: dict[str, TensorFile] = {}
+        self._mapping = threading.Lock()
 
     @property
     def step(self) -> int:
@@ -95,9 +101,10 @@ class CheckpointReader:
             fragment.data.detach().copy_(host)
 
     def read_all(self, fragments: Iterable[Fragment]) -> None:
-        """Fills every fragment."""
-        for fragment in fragments:
-            self.read(fragment)
+        """Fills every fragment, some at a time: one's bytes come from the disk while another's are checked."""
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="load") as pool:
+            for _ in pool.map(self.read, fragments):
+                pass
 
     def stream(self, fragments: Iterable[Fragment]) -> Iterator[Tensor]:
         """The elements of fragments whose data is never touched, in order, a chunk at a time.
@@ -142,13 +149,14 @@ class CheckpointReader:
         return faults + [f"{self.folder / MANIFEST}: {fault}" for fault in self._manifest.cover_faults()]
 
     def _file(self, name: str) -> TensorFile:
-        if name not in self._mapped:
-            if len(self._mapped) == _MOST_MAPPED:
-                self._mapped.pop(next(iter(self._mapped)))
-            self._mapped[name] = TensorFile(
-                self.folder / name, self._manifest.files[name], self._stored[name], self._unchecked[name]
-            )
-        return self._mapped[name]
+        with self._mapping:
+            if name not in self._mapped:
+                if len(self._mapped) == _MOST_MAPPED:
+                    self._mapped.pop(next(iter(self._mapped)))
+                self._mapped[name] = TensorFile(
+                    self.folder / name, self._manifest.files[name], self._stored[name], self._unchecked[name]
+                )
+            return self._mapped[name]
 
     def _entry(self, kind: str, name: str) -> TensorEntry:
         entry = self._manifest.tensors.get((kind, name))

@@ -18,6 +18,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ __all__ = [
 
 BLOCK_SIZE = 1 << 24
 """Bytes under one checksum."""
+
+_WRITE_BEHIND = 1 << 26
+"""Bytes that are written before the system is asked to bring them to the device."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -107,27 +111,48 @@ def write_tensor_file(
             raise ValueError(f"{sink.size - 8 - len(text)} bytes of data for tensors of {position} bytes")
         os.fsync(sink.descriptor)
     finally:
-        os.close(sink.descriptor)
+        sink.close()
     return FileSums(sink.size, tuple(sink.crc32))
 
 
 class _Sink:
-    """A file descriptor that sums what goes through it."""
+    """A file descriptor that sums what goes through it, in a thread of its own: writing and summing take alike long.
+
+    It asks the system from time to time to begin with the way to the device; what then is left for the final flush is
+    little, where otherwise it would be as much as the system lets lie in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self.size = 0
         self.crc32: list[int] = []
+        self._started = 0
+        self._summer = ThreadPoolExecutor(1, thread_name_prefix="crc32")
 
     def write(self, view: memoryview) -> None:
         while len(view):
             filled = self.size % BLOCK_SIZE
             if filled == 0:
                 self.crc32.append(0)
-            written = os.write(self.descriptor, view[: BLOCK_SIZE - filled])
-            self.crc32[-1] = zlib.crc32(view[:written], self.crc32[-1])
-            self.size += written
-            view = view[written:]
+            part, view = view[: BLOCK_SIZE - filled], view[BLOCK_SIZE - filled :]
+            total = self._summer.submit(zlib.crc32, part, self.crc32[-1])
+            self.size += len(part)
+            while len(part):
+                part = part[os.write(self.descriptor, part) :]
+            self.crc32[-1] = total.result()
+            if self.size - self._started >= _WRITE_BEHIND:
+                _start_writing(self.descriptor, self._started, self.size - self._started)
+                self._started = self.size
+
+    def close(self) -> None:
+        self._summer.shutdown()
+        os.close(self.descriptor)
+
+
+def _start_writing(descriptor: int, start: int, size: int) -> None:
+    """Brings part of a file on its way to the device, without waiting; what has arrived may leave the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 class TensorFile:
@@ -145,7 +170,8 @@ class TensorFile:
             raise CheckpointError(fault)
         try:
             with path.open("rb") as file:
-                self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._bytes = memoryview(self._map)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped: {error}") from None
         self._begin = self._parse_header({tensor.key: tensor for tensor in tensors})
@@ -170,7 +196,11 @@ class TensorFile:
         self._check(0, self.sums.size)
 
     def _check(self, start: int, stop: int) -> None:
-        for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
+        blocks = range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+        if hasattr(mmap, "MADV_WILLNEED"):  # else the system reads a few pages at a time, as they are touched
+            begin = blocks.start * BLOCK_SIZE // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, begin, min(blocks.stop * BLOCK_SIZE, self.sums.size) - begin)
+        for block in blocks:
             if block in self._unchecked:
                 begin = block * BLOCK_SIZE
                 if zlib.crc32(self._bytes[begin : begin + BLOCK_SIZE]) != self.sums.crc32[block]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from megacoder.core.errors import DataError
 from megacoder.evaluate.infill import (
     choose_tasks,
-    edit_similarity,
     fill_lines,
     is_worth_asking,
     line_above,
@@ -19,6 +18,7 @@ from megacoder.evaluate.infill import (
     summarise,
 )
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
+from megacoder.evaluate.similarity import edit_similarity
 
 TOKENIZER = make_tokenizer()
 

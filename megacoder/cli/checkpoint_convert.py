@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from tyro.conf import Positional
 
-from megacoder.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_name
+from megacoder.checkpoint.folders import checkpoints_in, step_name
 from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.cli.model_folder import tokenizer_of
 from megacoder.core.config import parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
@@ -89,7 +90,7 @@ def export_main(argv: Sequence[str]) -> None:
     if args.dst.exists():
         raise ConfigError(f"{args.dst} exists already; choose another folder, or remove it first")
     reader = CheckpointReader(args.src if args.step is None else checkpoints_in(args.src) / step_name(args.step))
-    tokenizer = args.tokenizer or _tokenizer_of(reader)
+    tokenizer = args.tokenizer or tokenizer_of(reader)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     config = export_checkpoint(reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer)
     without = "" if tokenizer is not None else "; no tokenizer: give one with --tokenizer"
@@ -102,15 +103,6 @@ def import_main(argv: Sequence[str]) -> None:
     config = import_folder(args.src, args.dst)
     write_text(args.dst / START, _start(args.src, args.dst, config))
     say(f"{args.dst}: {config.num_params:,} parameters; to train on, set data.train in {args.dst / START}")
-
-
-def _tokenizer_of(reader: CheckpointReader) -> Path | None:
-    """The one beside an imported model's checkpoints, or the run's own."""
-    beside = reader.folder.parent.parent / TOKENIZER
-    if reader.folder.parent.name == CHECKPOINTS and (beside / "tokenizer.json").is_file():
-        return beside
-    data = reader.state["config"].get("data") if isinstance(reader.state.get("config"), dict) else None
-    return Path(data["tokenizer"]) if isinstance(data, dict) and "tokenizer" in data else None
 
 
 def _start(source: Path, folder: Path, model: ModelConfig) -> str:

@@ -1,10 +1,12 @@
-"""`megacoder eval infill`: single-line infilling on held-out files."""
+"""`megacoder eval infill`: single-line infilling on held-out files, or (--data FILE.jsonl) on a published set."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from megacoder.cli.eval_benchmark import infill as run_benchmark
 from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
@@ -59,6 +61,9 @@ class EvalInfillArgs:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the scores beside the baselines."""
+    if any(word.endswith(".jsonl") and "data" in before + word for before, word in pairwise(["", *argv])):
+        run_benchmark(argv)
+        return
     args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill")
     tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None

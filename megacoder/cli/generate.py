@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
+from megacoder.core.errors import ConfigError
 from megacoder.evaluate.generate import Sampling, generate
 from megacoder.evaluate.prompts import completion_prompt
+from megacoder.evaluate.stops import StopStrings
 
 __all__ = ["main"]
 
@@ -18,34 +20,58 @@ class GenerateArgs:
     """Continue a text."""
 
     model: Path
-    """Hugging Face folder with a tokenizer, as an export writes it"""
+    """Hugging Face folder, run or checkpoint"""
     prompt: str
     """the text to continue"""
     max_new_tokens: int = 128
     """stop after so many tokens, if the model has not ended the text before"""
+    samples: int = 1
+    """continuations to draw, one after the other, each with numbers of its own"""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by it"""
+    top_k: int = 0
+    """draw from so many likeliest tokens; 0 draws from all"""
     top_p: float = 1.0
     """draw from the fewest tokens that together are this likely"""
     seed: int = 0
     """the same seed draws the same text"""
+    stop: tuple[str, ...] = ()
+    """end before the first of these strings"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; without, the model's"""
+    tp: int = 1
+    """processes that share the model"""
     dtype: ComputeDtype = "stored"
     """what to compute in"""
 
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ConfigError(f"--samples {self.samples}: at least 1")
+
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the continuation alone on stdout."""
+    """Prints the continuation alone on stdout, as it comes; several are parted by a line that numbers them."""
     args = parse_args(GenerateArgs, argv, prog="megacoder generate")
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    model, tokenizer = load_model(args.model, args.dtype)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    tp = share_model(args.tp, ["generate", *argv])
+    if tp is None:
+        return
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
     prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, args.max_new_tokens))
     if prompt.num_dropped_lines:
         say(f"the prompt does not fit into the model: its first {prompt.num_dropped_lines} lines are left out")
-    [tokens] = generate(
-        model,
-        [prompt.tokens],
-        max_new_tokens=args.max_new_tokens,
-        stop_ids={tokenizer.eos_id},
-        sampling=sampling,
-    )
-    print(tokenizer.decode(tokens))
+    for sample in range(args.samples):
+        if args.samples > 1:
+            print(f"--- {sample + 1}")
+        streamed = StopStrings(tokenizer, args.stop, lambda text: print(text, end="", flush=True))
+        generate(
+            model,
+            [prompt.tokens],
+            max_new_tokens=args.max_new_tokens,
+            stop_ids={tokenizer.eos_id},
+            sampling=sampling,
+            names=[str(sample)],
+            watcher=lambda _, tokens, streamed=streamed: streamed.add(tokens[-1]),  # type: ignore[misc]
+        )
+        streamed.finish()
+        print()

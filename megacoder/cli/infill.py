@@ -6,12 +6,14 @@ from pathlib import Path
 
 import tyro
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import infill_prompt
+from megacoder.evaluate.repository import dependency_context
+from megacoder.evaluate.stops import StopStrings
 
 __all__ = ["main"]
 
@@ -25,11 +27,17 @@ class InfillArgs:
     file: tyro.conf.Positional[Path]
     """source file, with one <FILL> mark unless --line is given"""
     model: Path
-    """Hugging Face folder with a tokenizer, as an export writes it"""
+    """Hugging Face folder, run or checkpoint"""
     line: int | None = None
     """the line to write anew, from 1; the answer ends with the line"""
+    context: Path | None = None
+    """folder of the repository: what the file depends on comes first, in the order of dependencies"""
     max_new_tokens: int = 128
     """stop after so many tokens, if the model has not ended the answer before"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; without, the model's"""
+    tp: int = 1
+    """processes that share the model"""
     dtype: ComputeDtype = "stored"
     """what to compute in"""
 
@@ -39,13 +47,27 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(InfillArgs, argv, prog="megacoder infill")
     text = _read(args.file)
     prefix, suffix = _around_mark(args.file, text) if args.line is None else _around_line(args.file, text, args.line)
-    model, tokenizer = load_model(args.model, args.dtype)
+    if args.context is not None:
+        others, comment = dependency_context(args.context, args.file)
+        prefix = others + comment + prefix
+    tp = share_model(args.tp, ["infill", *argv])
+    if tp is None:
+        return
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
     prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=prompt_room(model, args.max_new_tokens))
     if prompt.num_dropped_lines:
         say(f"{args.file} does not fit into the model: its farthest {prompt.num_dropped_lines} lines are left out")
     stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
-    [tokens] = generate(model, [prompt.tokens], max_new_tokens=args.max_new_tokens, stop_ids=stop_ids)
-    print(tokenizer.decode(tokens))
+    streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
+    generate(
+        model,
+        [prompt.tokens],
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=stop_ids,
+        watcher=lambda _, tokens: streamed.add(tokens[-1]),
+    )
+    streamed.finish()
+    print()
 
 
 def _read(path: Path) -> str:

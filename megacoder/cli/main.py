@@ -37,6 +37,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint import": ("megacoder.cli.checkpoint_convert:import_main", "a Hugging Face folder to train on from"),
     "generate": ("megacoder.cli.generate", "continue a text"),
     "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
+    "chat": ("megacoder.cli.chat", "a conversation in the published template"),
+    "eval humaneval": ("megacoder.cli.eval_benchmark:humaneval", "HumanEval, Python and the multilingual sets"),
+    "eval mbpp": ("megacoder.cli.eval_benchmark:mbpp", "MBPP, 3-shot"),
+    "eval leetcode": ("megacoder.cli.eval_benchmark:leetcode", "LeetCode Contest, by difficulty"),
+    "eval ds1000": ("megacoder.cli.eval_benchmark:ds1000", "DS-1000, completion mode, by library"),
+    "eval pal": ("megacoder.cli.eval_benchmark:pal", "maths by programs: GSM8K, MATH and five more"),
+    "eval crosscode": ("megacoder.cli.eval_benchmark:crosscode", "CrossCodeEval, with and without retrieval"),
     "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }

@@ -1,26 +1,93 @@
-"""What the commands that run a model share: loading it from a Hugging Face folder, and the room for its prompt."""
+"""What the commands that run a model share: loading it from where it lies, and the room for its prompt."""
 
+import atexit
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from megacoder.checkpoint.folders import CHECKPOINTS
+from megacoder.checkpoint.manifest import MANIFEST
+from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.collectives import start_world
+from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.train.launch import launch_workers
+from megacoder.train.run_folder import load_weights
 
-__all__ = ["ComputeDtype", "load_model", "prompt_room"]
+__all__ = ["ComputeDtype", "is_checkpoint", "load_model", "prompt_room", "share_model", "tokenizer_of"]
 
 ComputeDtype = Literal["stored", "float32", "bfloat16"]
 """What a model computes in; `stored` is the dtype of its folder."""
 
+_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def load_model(folder: Path, dtype: ComputeDtype) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a Hugging Face folder, on the GPU if there is one."""
-    chosen = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    return import_with_tokenizer(folder, dtype=chosen, device=probe().device_type)
+
+def load_model(
+    folder: Path, dtype: ComputeDtype, *, tokenizer: Path | None = None, tp: TensorParallel = ALONE
+) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a Hugging Face folder, a run or a checkpoint of any layout; on a GPU if there is one.
+
+    A checkpoint's weights are fp32. Its tokenizer is the run's unless given. Where ranks share the model, each loads
+    its part.
+    """
+    device = probe().device_type
+    if is_checkpoint(folder):
+        reader = CheckpointReader(folder)
+        found = tokenizer or tokenizer_of(reader)
+        if found is None:
+            raise ConfigError(f"{folder}: no tokenizer beside this checkpoint; give one with --tokenizer")
+        model = Transformer(model_of(reader), tp)
+        load_weights(model, folder)
+        return model.to(device, _DTYPES[dtype] or torch.float32), Tokenizer.load(found)
+    model, known = import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp)
+    return model, known if tokenizer is None else Tokenizer.load(tokenizer)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a run, a folder of checkpoints or a checkpoint, not a Hugging Face folder."""
+    holds_steps = any(folder.glob(f"step-*/{MANIFEST}"))
+    return (folder / CHECKPOINTS).is_dir() or (folder / MANIFEST).is_file() or holds_steps
+
+
+def tokenizer_of(reader: CheckpointReader) -> Path | None:
+    """The tokenizer beside an imported model's checkpoints, or that of the run."""
+    beside = reader.folder.parent.parent / TOKENIZER
+    if reader.folder.parent.name == CHECKPOINTS and (beside / "tokenizer.json").is_file():
+        return beside
+    config = reader.state.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    return Path(named) if named else None
+
+
+def share_model(tp: int, words: Sequence[str]) -> TensorParallel | None:
+    """This rank's place among `tp`; where ranks are yet to be started, starts `megacoder WORDS` on them: None.
+
+    Ranks but the first print nothing.
+    """
+    if tp < 1:
+        raise ConfigError(f"--tp {tp}: at least 1")
+    if tp == 1:
+        return ALONE
+    if "WORLD_SIZE" not in os.environ:
+        launch_workers(words, nproc=tp)
+        return None
+    world = start_world(probe().device_type)
+    if world.size != tp:
+        raise ConfigError(f"--tp {tp}, but {world.size} ranks were started")
+    atexit.register(world.close)
+    if not world.is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    return TensorParallel(rank=world.rank, size=world.size, group=world.group)
 
 
 def prompt_room(model: Transformer, max_new_tokens: int) -> int:

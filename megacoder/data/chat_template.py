@@ -4,18 +4,19 @@ Two of its habits are traps that a training script must share: the built-in syst
 system message of the caller's own is followed by no line break.
 """
 
-__all__ = ["CHAT_TEMPLATE"]
+__all__ = ["CHAT_TEMPLATE", "SYSTEM"]
 
-_SYSTEM = (
+SYSTEM = (
     "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you "
     "only answer questions related to computer science. For politically sensitive questions, security and privacy "
     "issues, and other non-computer science questions, you will refuse to answer"
 )
+"""What stands first where the caller has no system message."""
 
 CHAT_TEMPLATE = (
     "{{- bos_token -}}\n"
     "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}\n"
-    f"  {{{{- '{_SYSTEM}\\n' -}}}}\n"
+    f"  {{{{- '{SYSTEM}\\n' -}}}}\n"
     "{%- endif -%}\n"
     "{%- for message in messages -%}\n"
     "  {%- if message.role == 'system' -%}\n"

@@ -1,13 +1,14 @@
 """Prompts to continuations: batched, with a key-value cache, greedy unless a temperature is given.
 
 Legend: B sequences of one batch, V vocabulary.
-A result depends on the model, its prompt and its place in the list alone, not on what shares its batch: padding is
-invisible (`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, place). Batches
-are cut from the prompts sorted by length, so that little is padded, and shrink when half of their sequences are done.
+A result depends on the model, its prompt and its name alone, not on what shares its batch: padding is invisible
+(`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, name). Batches are cut from
+the prompts sorted by length, so that little is padded, and shrink when half of their sequences are done. Where ranks
+share the model (tp), each calls this with the same arguments and gets the same tokens.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,10 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
 
-__all__ = ["Sampling", "generate"]
+__all__ = ["Sampling", "Watcher", "generate"]
+
+Watcher = Callable[[int, list[int]], bool]
+"""Called with (prompt's place, its tokens so far) after each new token; True ends that sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class Sampling:
 
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by it"""
+    top_k: int = 0
+    """draw from so many likeliest tokens; 0 draws from all"""
     top_p: float = 1.0
     """draw from the fewest tokens that together are this likely (arXiv:1904.09751), above 0 and at most 1"""
     seed: int = 0
@@ -35,6 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature = {self.temperature}: must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k = {self.top_k}: must be 0 (all tokens) or positive")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p = {self.top_p}: must be above 0 and at most 1")
 
@@ -48,11 +56,14 @@ def generate(
     stop_ids: Collection[int] = (),
     sampling: Sampling | None = None,
     batch_size: int = 32,
+    names: Sequence[str] | None = None,
+    watcher: Watcher | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its first of `stop_ids` (not included) or `max_new_tokens` of them.
 
-    Raises DataError for a prompt that is empty, holds an id outside the vocabulary, or leaves no room for
-    `max_new_tokens` in the model's `max_position_embeddings`.
+    `names` key the random numbers of each sequence, by default its place in the list. Raises DataError for a prompt
+    that is empty, holds an id outside the vocabulary, or leaves no room for `max_new_tokens` in the model's
+    `max_position_embeddings`.
     """
     for place, prompt in enumerate(prompts):
         _check_prompt(prompt, place, max_new_tokens, model.config)
@@ -61,49 +72,67 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
-        picker = _Picker(sampling, places, max_new_tokens, model.lm_head.weight.device)
-        new = _generate_batch(model, [prompts[place] for place in places], max_new_tokens, set(stop_ids), picker)
-        for place, tokens in zip(places, new, strict=True):
-            results[place] = tokens
+        drawn_by = [str(place) if names is None else names[place] for place in places]
+        picker = _Picker(sampling, drawn_by, max_new_tokens, model.lm_head.weight.device)
+        for place in places:
+            results[place] = []
+        batch = _Batch(model, places, [prompts[place] for place in places], max_new_tokens, picker)
+        batch.run(results, set(stop_ids), watcher)
     return results
 
 
-def _generate_batch(
-    model: Transformer, prompts: list[Sequence[int]], max_new_tokens: int, stop_ids: set[int], picker: "_Picker"
-) -> list[list[int]]:
-    weight, lengths = model.lm_head.weight, [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    tokens_BS = torch.tensor(padded, device=weight.device)
-    cache = KVCache(model.config, lengths, capacity=width + max_new_tokens, like=weight)
-    results: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompt that each sequence of the batch continues
-    done: set[int] = set()
-    for step in range(max_new_tokens):
-        next_B = picker.pick(model.logits(model(tokens_BS, cache=cache)[:, -1]), rows, step)
-        for row, token in zip(rows, next_B.tolist(), strict=True):
-            if token in stop_ids:
-                done.add(row)
-            elif row not in done:
-                results[row].append(token)
-        if len(done) == len(prompts):
-            break
-        going = [index for index, row in enumerate(rows) if row not in done]
-        if 2 * len(going) <= len(rows):
-            kept_B = torch.tensor(going, device=weight.device)
-            cache.keep(kept_B)
-            next_B, rows = next_B[kept_B], [rows[index] for index in going]
-        tokens_BS = next_B[:, None]
-    return results
+class _Batch:
+    """Sequences that go through the model together."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        places: list[int],
+        prompts: list[Sequence[int]],
+        max_new_tokens: int,
+        picker: "_Picker",
+    ) -> None:
+        self.model, self.places, self.max_new_tokens, self.picker = model, places, max_new_tokens, picker
+        weight, lengths = model.lm_head.weight, [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        self.device = weight.device
+        self.tokens_BS = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        self.cache = KVCache(model.config, lengths, capacity=width + max_new_tokens, like=weight, tp=model.tp)
+
+    def run(self, results: list[list[int]], stop_ids: set[int], watcher: Watcher | None) -> None:
+        """Appends new tokens to `results` until every sequence is done."""
+        model, tokens_BS = self.model, self.tokens_BS
+        rows = list(range(len(self.places)))  # the prompt that each sequence of the batch continues
+        done: set[int] = set()
+        for step in range(self.max_new_tokens):
+            next_B = self.picker.pick(model.logits(model(tokens_BS, cache=self.cache)[:, -1]), rows, step)
+            for row, token in zip(rows, next_B.tolist(), strict=True):
+                if row in done:
+                    continue
+                place = self.places[row]
+                if token in stop_ids:
+                    done.add(row)
+                    continue
+                results[place].append(token)
+                if watcher is not None and watcher(place, results[place]):
+                    done.add(row)
+            if len(done) == len(self.places):
+                break
+            going = [index for index, row in enumerate(rows) if row not in done]
+            if 2 * len(going) <= len(rows):
+                kept_B = torch.tensor(going, device=self.device)
+                self.cache.keep(kept_B)
+                next_B, rows = next_B[kept_B], [rows[index] for index in going]
+            tokens_BS = next_B[:, None]
 
 
 class _Picker:
     """Picks next tokens for the sequences of one batch; their random numbers are drawn before the first step."""
 
-    def __init__(self, sampling: Sampling, places: list[int], max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, names: list[str], max_new_tokens: int, device: torch.device) -> None:
         self.sampling = sampling
         if sampling.temperature > 0:
-            drawn = [_uniform_numbers(sampling.seed, place, max_new_tokens) for place in places]
+            drawn = [_uniform_numbers(sampling.seed, name, max_new_tokens) for name in names]
             self.uniform_BN = torch.stack(drawn).to(device)
 
     def pick(self, logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
@@ -112,15 +141,22 @@ class _Picker:
             return logits_BV.argmax(-1)
         probabilities, ids_BV = (logits_BV.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)
         upto_BV = probabilities.cumsum(-1)
+        if self.sampling.top_k:  # top_p is then of what top_k leaves
+            last = min(self.sampling.top_k, upto_BV.shape[-1]) - 1
+            probabilities, upto_BV = (x / upto_BV[:, last, None] for x in (probabilities, upto_BV))
+            upto_BV[:, last:] = 1.0
+            probabilities[:, last + 1 :] = 0.0
         # a token is kept if those before it do not reach top_p: the likeliest always is
         kept_B = (upto_BV - probabilities < self.sampling.top_p).sum(-1, keepdim=True) - 1
         drawn_B = self.uniform_BN[rows, step, None] * upto_BV.gather(-1, kept_B)
         index_B = torch.minimum((upto_BV <= drawn_B).sum(-1, keepdim=True), kept_B)
+        if self.sampling.top_k:
+            index_B = index_B.clamp_max(self.sampling.top_k - 1)
         return ids_BV.gather(-1, index_B).squeeze(-1)
 
 
-def _uniform_numbers(seed: int, place: int, count: int) -> Tensor:
-    key = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+def _uniform_numbers(seed: int, name: str, count: int) -> Tensor:
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     return torch.rand(count, generator=generator)
 

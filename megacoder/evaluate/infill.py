@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from megacoder.core.console import progress
 from megacoder.core.errors import DataError
 from megacoder.corpus.languages import LANGUAGES
@@ -25,11 +23,12 @@ from megacoder.data.tokenizer import Tokenizer
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.held_out import SourceFile
 from megacoder.evaluate.prompts import infill_prompt
+from megacoder.evaluate.similarity import edit_similarity
 from megacoder.model.transformer import Transformer
 
 __all__ = [
-    "InfillResult", "InfillScore", "InfillSummary", "InfillTask", "choose_tasks", "edit_similarity", "fill_lines",
-    "is_worth_asking", "line_above", "most_frequent_line", "score", "summarise",
+    "InfillResult", "InfillScore", "InfillSummary", "InfillTask", "choose_tasks", "fill_lines", "is_worth_asking",
+    "line_above", "most_frequent_line", "score", "summarise",
 ]  # fmt: skip
 
 MIN_CHARACTERS = 10
@@ -188,20 +187,6 @@ def score(task: InfillTask, completion: str) -> InfillResult:
         exact_match=answer == truth,
         edit_similarity=edit_similarity(answer, truth),
     )
-
-
-def edit_similarity(a: str, b: str) -> float:
-    """1 - Levenshtein distance / length of the longer, in characters; 1 for two empty strings."""
-    if a == b:
-        return 1.0
-    characters, columns = np.array([ord(character) for character in b]), np.arange(len(b) + 1)
-    distances = columns
-    for row, character in enumerate(a, start=1):
-        kept_or_replaced = distances[:-1] + (characters != ord(character))
-        without_inserting = np.concatenate(([row], np.minimum(kept_or_replaced, distances[1:] + 1)))
-        # an insertion costs one per column: subtract the columns, take the running minimum, add them again
-        distances = np.minimum.accumulate(without_inserting - columns) + columns
-    return 1.0 - int(distances[-1]) / max(len(a), len(b))
 
 
 def _mean(results: Sequence[InfillResult]) -> InfillScore:

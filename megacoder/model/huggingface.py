@@ -30,6 +30,7 @@ from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = [
     "config_from_huggingface", "config_to_huggingface", "export_model", "import_model", "import_with_tokenizer",
@@ -124,8 +125,14 @@ def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder
 
 
 @torch.no_grad()
-def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
-    """The model of a Hugging Face folder, in the dtype that its config.json names unless given.
+def import_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    tp: TensorParallel = ALONE,
+) -> Transformer:
+    """The model of a Hugging Face folder, in the dtype that its config.json names unless given; a rank's part of it.
 
     Raises FormatError as `open_folder`.
     """
@@ -134,19 +141,23 @@ def import_model(folder: Path, *, dtype: torch.dtype | None = None, device: str 
     if stored not in _DTYPES:
         raise FormatError(f"{folder / 'config.json'}: torch_dtype {stored!r} is none of {', '.join(_DTYPES)}")
     with _default_dtype(dtype or _DTYPES[stored]):
-        model = Transformer(config)
+        model = Transformer(config, tp)
     for param in model.parameters():
         param.zero_()  # the rows that pad the vocabulary are in no file
     for piece in weight_pieces(model):
-        piece.view.copy_(tensors.read(piece.hf_name))
+        piece.view.copy_(piece.shard.part(tensors.read(piece.hf_name)))
     return model.to(device)
 
 
 def import_with_tokenizer(
-    folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    tp: TensorParallel = ALONE,
 ) -> tuple[Transformer, Tokenizer]:
     """The model of a Hugging Face folder and the tokenizer beside it; FormatError where they do not fit together."""
-    model = import_model(folder, dtype=dtype, device=device)
+    model = import_model(folder, dtype=dtype, device=device, tp=tp)
     tokenizer = Tokenizer.load(folder)
     _check_vocabulary(tokenizer.vocab_size, model.config, folder)
     return model, tokenizer

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megacoder.model.config import ModelConfig
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = ["KVCache", "LayerCache"]
 
@@ -34,9 +35,14 @@ class LayerCache:
 class KVCache:
     """The cache of one batch; hand it to `Transformer.forward` with the padded prompts, then with each new token."""
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int], *, capacity: int, like: Tensor) -> None:
-        """`lengths` are the prompts' own, before padding; `like` is a weight, for dtype and device."""
-        shape = (len(lengths), config.num_key_value_heads, capacity, config.head_dim)
+    def __init__(
+        self, config: ModelConfig, lengths: Sequence[int], *, capacity: int, like: Tensor, tp: TensorParallel = ALONE
+    ) -> None:
+        """`lengths` are the prompts' own, before padding; `like` is a weight, for dtype and device.
+
+        Each of `tp`'s ranks holds its own key-value heads.
+        """
+        shape = (len(lengths), max(1, config.num_key_value_heads // tp.size), capacity, config.head_dim)
         self.layers = [LayerCache(self, shape, like) for _ in range(config.num_hidden_layers)]
         self.start = self.stop = 0
         self.mask: Tensor | None = None

@@ -27,6 +27,7 @@ from megacoder.ops.attention import attention
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
+from megacoder.parallel.collectives import all_gather_into
 from megacoder.parallel.context import UNCUT, ContextParallel, gather_keys
 from megacoder.parallel.cross_entropy import head_loss
 from megacoder.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear, Shard, VocabParallelEmbedding
@@ -206,13 +207,15 @@ class Transformer(TransformerPart):
 
         With `starts_BS` (bool), True where a document begins, tokens see their own document alone. Under context
         parallelism the result is of this rank's tokens, (B, S / cp, D), and under sequence parallelism its share of
-        those, (B * S / cp / tp, D). With a cache, which one rank alone can use, `tokens_BS` continue the tokens that it
-        holds, and it knows their positions.
+        those, (B * S / cp / tp, D). With a cache, for which sequences must be whole on every rank, `tokens_BS` continue
+        the tokens that it holds, and it knows their positions.
         """
         layer_caches: Iterable[LayerCache | None] = repeat(None)
         if cache is not None:
             if self.cp.size > 1:
                 raise ConfigError(f"a cache for a model that cp = {self.cp.size} ranks share; generate with cp = 1")
+            if self.tp.shares_tokens:
+                raise ConfigError("a cache under sequence parallelism; generate with sequence_parallel = false")
             places, layer_caches = Places(positions_BL=cache.advance(tokens_BS.shape[1])), cache.layers
         else:
             places = Places.of(tokens_BS.shape, self.cp, device=tokens_BS.device, starts_BS=starts_BS)
@@ -225,10 +228,15 @@ class Transformer(TransformerPart):
         return self.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """(B, S, vocab_size), without the padding; ConfigError for a model that several ranks share."""
-        if self.tp.size > 1:
-            raise ConfigError(f"logits of a model that tp = {self.tp.size} ranks share; generate with tp = 1")
-        return F.linear(hidden_BSD, self.lm_head.weight[: self.config.vocab_size])
+        """(..., vocab_size) of (..., D), without the padding, whole on every rank; not differentiable over several."""
+        if self.tp.size == 1:
+            return F.linear(hidden_BSD, self.lm_head.weight[: self.config.vocab_size])
+        if self.tp.shares_tokens:
+            raise ConfigError("logits under sequence parallelism; generate with sequence_parallel = false")
+        local = F.linear(hidden_BSD, self.lm_head.weight)  # (..., W/tp)
+        gathered = local.new_empty(self.tp.size * local.shape[0], *local.shape[1:])
+        all_gather_into(gathered, local.contiguous(), self.tp.group)
+        return torch.cat(gathered.chunk(self.tp.size), dim=-1)[..., : self.config.vocab_size]
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor, *, starts_BS: Tensor | None = None) -> Tensor:
         """Sum of this rank's token losses in nats; labels are already shifted, IGNORE_INDEX where not trained."""

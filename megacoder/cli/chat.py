@@ -1,0 +1,86 @@
+"""`megacoder chat`: a conversation in the published template, on the terminal or from a pipe."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.core.config import parse_args
+from megacoder.core.console import say
+from megacoder.core.errors import DataError
+from megacoder.evaluate.chat import Turn, chat_tokens
+from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.stops import StopStrings
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArgs:
+    """Talk with a model: a line is a turn, one that ends in a backslash goes on; Ctrl-D ends."""
+
+    model: Path
+    """Hugging Face folder, run or checkpoint"""
+    system: str | None = None
+    """what the model is told first, instead of the built-in text"""
+    max_new_tokens: int = 512
+    """longest answer in tokens"""
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise logits are divided by it"""
+    top_k: int = 0
+    """draw from so many likeliest tokens; 0 draws from all"""
+    top_p: float = 1.0
+    """draw from the fewest tokens that together are this likely"""
+    seed: int = 0
+    """the same seed draws the same answers"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; without, the model's"""
+    dtype: ComputeDtype = "stored"
+    """what to compute in"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the answers on stdout as they come; whole turns of the beginning go when the context is full."""
+    args = parse_args(ChatArgs, argv, prog="megacoder chat")
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer)
+    room = prompt_room(model, args.max_new_tokens)
+    system: list[Turn] = [] if args.system is None else [("system", args.system)]
+    turns: list[Turn] = []
+    for number, said in enumerate(_turns()):
+        turns.append(("user", said))
+        while len(tokens := chat_tokens(tokenizer, [*system, *turns])) > room and len(turns) > 1:
+            turns = turns[2:]
+            say("the conversation does not fit into the model any more: its first turns are forgotten")
+        if len(tokens) > room:
+            raise DataError(f"a turn of {len(tokens)} tokens with its template; the model has room for {room}")
+        streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
+        generate(
+            model,
+            [tokens],
+            max_new_tokens=args.max_new_tokens,
+            stop_ids={tokenizer.eot_id, tokenizer.eos_id},
+            sampling=sampling,
+            names=[str(number)],
+            watcher=lambda _, new, streamed=streamed: streamed.add(new[-1]),  # type: ignore[misc]
+        )
+        turns.append(("assistant", streamed.finish().removesuffix("\n")))
+        print(flush=True)
+
+
+def _turns() -> Iterator[str]:
+    """What is typed, lines that end in a backslash joined with the next."""
+    asking = sys.stdin.isatty()
+    lines: list[str] = []
+    while True:
+        if asking:
+            print(">>> " if not lines else "... ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line and not lines:
+            return
+        lines.append(line.rstrip("\n").removesuffix("\\"))
+        if not line.rstrip("\n").endswith("\\"):
+            if said := "\n".join(lines).strip():
+                yield said
+            lines = []

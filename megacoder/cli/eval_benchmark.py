@@ -1,0 +1,196 @@
+"""`megacoder eval NAME` for published benchmarks: answers of a model, a server or a file, scored in the sandbox."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from megacoder.core.config import parse_args
+from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import write_json
+from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings
+from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
+from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, EndpointSource, FileSource
+from megacoder.evaluate.benchmarks.published import published_scores
+from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
+from megacoder.evaluate.sandbox.host import Sandbox
+from megacoder.evaluate.sandbox.languages import find_toolchain
+
+__all__ = ["crosscode", "ds1000", "humaneval", "infill", "leetcode", "mbpp", "pal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs:
+    """Score a benchmark, whose data file is yours, by its published protocol."""
+
+    data: Path
+    """the benchmark's JSONL file"""
+    model: Path | None = None
+    """answers from this Hugging Face folder, run or checkpoint"""
+    endpoint: str | None = None
+    """answers from a server with OpenAI's interface, such as http://localhost:8000/v1; OPENAI_API_KEY is its key"""
+    completions: Path | None = None
+    """answers from a JSONL file of task_id and completion, several lines a task for several samples"""
+    language: str | None = None
+    """of the programs; by default what the data says, else python"""
+    instruct: bool = False
+    """ask through the chat template and take the answer's code block"""
+    shots: Path | None = None
+    """file of worked examples, which pal needs"""
+    retrieval: bool = False
+    """crosscode: give the code retrieved from other files"""
+    samples: int = 1
+    """answers a task"""
+    temperature: float = 0.0
+    """0 takes the likeliest token; sampling more than once needs more"""
+    top_k: int = 0
+    """draw from so many likeliest tokens; 0 draws from all"""
+    top_p: float = 1.0
+    """draw from the fewest tokens that together are this likely"""
+    seed: int = 0
+    """the same seed draws the same answers"""
+    max_new_tokens: int | None = None
+    """longest answer; the benchmark's own by default"""
+    batch_size: int = 16
+    """answers generated at a time"""
+    limit: int | None = None
+    """only the first so many tasks"""
+    seconds: float | None = None
+    """CPU time a program gets, instead of the published limit"""
+    workers: int = os.cpu_count() or 1
+    """programs run, or requests sent, at a time"""
+    unsafe: bool = False
+    """run programs with your own rights where nothing can shut them in"""
+    out: Path | None = None
+    """folder for completions and results, one line each; the same command goes on there"""
+    json: bool = False
+    """print the summary as JSON"""
+    api_model: str | None = None
+    """the server's name of the model; its first by default"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; without, the model's"""
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    """what a model computes in"""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("model", "endpoint", "completions") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"{' and '.join(given) or 'none'} given: exactly one of --model, --endpoint, --completions"
+            )
+        for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"--seconds {self.seconds}: must be positive")
+        if self.samples > 1 and self.temperature == 0 and self.completions is None:
+            raise ConfigError(f"--samples {self.samples} of greedy answers are all the same; give a --temperature")
+
+
+def run(name: str, argv: Sequence[str]) -> None:
+    """Scores one benchmark."""
+    args = parse_args(EvalArgs, argv, prog=f"megacoder eval {name}")
+    kind = BENCHMARKS[name]
+    settings = Settings(
+        language=args.language or "python", instruct=args.instruct, shots=args.shots, retrieval=args.retrieval,
+        seconds=args.seconds,
+    )  # fmt: skip
+    benchmark = kind(settings)
+    tasks = benchmark.load(args.data)
+    if args.language is None and (said := tasks[0].row.get("language")) and isinstance(benchmark, ProgramBenchmark):
+        benchmark = kind(replace(settings, language=str(said)))
+        tasks = benchmark.load(args.data)
+    if isinstance(benchmark, ProgramBenchmark):
+        benchmark.toolchain()  # a missing compiler is named now, not after hours of generation
+    samples = args.samples
+    if args.completions is not None:
+        ready = FileSource(args.completions)
+        samples = ready.check(tasks)
+    tasks = tasks[: args.limit]
+    fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
+    with Notes.open(args.out, {"benchmark": name, **fixed}) as notes:
+        _resume_note(notes)
+        if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
+            source = ready if args.completions is not None else _source(args, benchmark)
+            collect(benchmark, tasks, source, notes, samples=samples, quiet=args.completions is not None)
+        judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark))
+        summary = summarise(tasks, notes, samples=samples)
+        if args.out is not None:
+            write_json(args.out / "summary.json", asdict(summary))
+    if args.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        _print(name, summary, benchmark.settings)
+
+
+_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint")
+"""Options that change no result, so that an evaluation may go on with others."""
+
+
+def _resume_note(notes: Notes) -> None:
+    if notes.completions:
+        say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results are there already")
+
+
+def _source(args: EvalArgs, benchmark: Benchmark) -> CompletionSource:
+    decoding = Decoding(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed, chat=args.instruct,
+        max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
+    )  # fmt: skip
+    if args.endpoint is not None:
+        return EndpointSource(args.endpoint, decoding, model=args.api_model, workers=args.workers)
+    assert args.model is not None
+    from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, which scoring a file needs not
+    from megacoder.core.device import probe
+    from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
+
+    config = args.model / "config.json"
+    if config.is_file() and not is_checkpoint(args.model):
+        architectures = json.loads(config.read_text()).get("architectures") or ["none named"]
+        if architectures != ["LlamaForCausalLM"]:
+            return TransformersSource(args.model, decoding, device=probe().device_type)
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer)
+    return LocalSource(model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
+
+
+def _start_sandbox(args: EvalArgs, benchmark: Benchmark) -> Sandbox:
+    assert isinstance(benchmark, ProgramBenchmark)
+    toolchain = benchmark.toolchain()
+    preload = benchmark.preload if toolchain.language.name == "python" else ()
+    missing = [module for module in preload if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}, not installed here (pip install)")
+    return Sandbox(
+        workers=args.workers, mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible
+    )
+
+
+def _print(name: str, summary: Summary, settings: Settings) -> None:
+    """Scores by group, and those that were published beside the first of them."""
+    language = find_toolchain(settings.language).language.name if name == "humaneval" else settings.language
+    known = published_scores(name, language=language, instruct=settings.instruct, retrieval=settings.retrieval)
+    metrics = list(summary.scores[""])
+    groups = sorted(summary.scores, key=lambda group: (group == "", group))
+    rows = [
+        [
+            group or "all",
+            f"{summary.group_sizes[group]:,}",
+            *(f"{summary.scores[group][metric]:.1%}" for metric in metrics),
+            *(f"{scores[group]:.1f}%" if group in scores else "" for scores in known.values()),
+        ]
+        for group in groups
+    ]
+    title = name if name != "humaneval" else f"humaneval, {language}"
+    table(title, ["", "tasks", *metrics, *(f"DeepSeek-Coder {model}" for model in known)], rows)
+    if summary.verdicts:
+        print(", ".join(f"{count:,} {verdict}" for verdict, count in sorted(summary.verdicts.items())))
+
+
+humaneval, mbpp, leetcode, ds1000 = (partial(run, name) for name in ("humaneval", "mbpp", "leetcode", "ds1000"))
+pal, infill, crosscode = (partial(run, name) for name in ("pal", "infill", "crosscode"))

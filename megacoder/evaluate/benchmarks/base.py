@@ -1,0 +1,188 @@
+"""What a benchmark is: rows of a file become tasks; a completion becomes a program to run, or is compared as text.
+
+Everything that the published protocol fixes is here or in a benchmark's own module: prompt, cut, limit, judgement.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megacoder.core.errors import DataError, FormatError
+from megacoder.evaluate.sandbox.languages import Toolchain, find_toolchain
+from megacoder.evaluate.sandbox.program import Outcome, Program
+
+__all__ = [
+    "PYTHON_IMPORTS", "Benchmark", "ProgramBenchmark", "Settings", "Task", "TextBenchmark", "code_block", "cut",
+    "read_rows",
+]  # fmt: skip
+
+PYTHON_IMPORTS = """\
+import math
+import re
+import sys
+import copy
+import datetime
+import itertools
+import collections
+import heapq
+import functools
+import hashlib
+import numpy
+import numpy as np
+import string
+from typing import *
+from collections import *
+"""
+"""What stands before every Python program, as in the published harness."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One question."""
+
+    id: str
+    prompt: str
+    """what the model continues; in chat, what the user says"""
+    suffix: str | None = None
+    """what follows the gap, where the task is to fill one in"""
+    context: str = ""
+    """other files, in front of the prompt as far as there is room"""
+    group: str = ""
+    """what a result is counted under beside the whole: a difficulty, a library, a language"""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """the line of the data file"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user chooses."""
+
+    language: str = "python"
+    instruct: bool = False
+    """ask through the chat template and take the answer's code block"""
+    shots: Path | None = None
+    """worked examples, where they are not in the data file"""
+    retrieval: bool = False
+    """give other files' code, where the data has it"""
+    seconds: float | None = None
+    """CPU time a program gets, instead of the published limit"""
+
+
+class Benchmark(ABC):
+    """`tasks` of a data file; subclasses say how a completion is judged."""
+
+    name: ClassVar[str]
+    fields: ClassVar[Mapping[str, type]]
+    """what every row must have"""
+    max_new_tokens: ClassVar[int] = 512
+    max_prompt_tokens: ClassVar[int | None] = None
+    stops: ClassVar[tuple[str, ...]] = ()
+    """where a completion of a base model ends"""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def load(self, path: Path) -> list[Task]:
+        """The tasks of `path`; DataError for a row without the fields that the benchmark needs."""
+        rows = read_rows(path, self.fields)
+        tasks = list(self.tasks(rows))
+        if not tasks:
+            raise DataError(f"{path}: no tasks of {self.name} in it")
+        seen: set[str] = set()
+        for task in tasks:
+            if task.id in seen:
+                raise DataError(f"{path}: task {task.id!r} stands there twice")
+            seen.add(task.id)
+        return tasks
+
+    @abstractmethod
+    def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
+        """One task a row, where the protocol asks for all of them."""
+
+    def stops_of(self, task: Task) -> tuple[str, ...]:
+        """Strings before which a completion of this task is cut."""
+        return self.stops
+
+
+class ProgramBenchmark(Benchmark):
+    """One whose completions are run."""
+
+    seconds: ClassVar[float] = 10.0
+    preload: ClassVar[tuple[str, ...]] = ("numpy",)
+    """modules that its Python programs import"""
+    memory_mb: ClassVar[int] = 2048
+
+    def toolchain(self) -> Toolchain:
+        """What runs its programs; ConfigError where that is not installed."""
+        return find_toolchain(self.settings.language)
+
+    @abstractmethod
+    def source(self, task: Task, completion: str) -> str:
+        """The whole program, tests included."""
+
+    def program(self, task: Task, completion: str, toolchain: Toolchain) -> Program:
+        """What the sandbox runs."""
+        seconds = self.settings.seconds or self.seconds
+        return toolchain.program(self.source(task, completion), seconds=seconds, memory_mb=self.memory_mb)
+
+    def passed(self, task: Task, outcome: Outcome) -> bool:
+        """Whether a program that ended so solves the task."""
+        return outcome.passed
+
+
+class TextBenchmark(Benchmark):
+    """One whose completions are compared with the truth."""
+
+    @abstractmethod
+    def scores(self, task: Task, completion: str) -> dict[str, float]:
+        """Each score from 0 to 1; `exact_match` is one of them."""
+
+
+def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; FormatError that names the first line without the `fields`, or with others' types."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise FormatError(f"{path}, line {number}: not a JSON object")
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind):
+                have = "no" if name not in row else f"{row[name]!r:.40} as"
+                raise FormatError(
+                    f"{path}, line {number}: {have} field {name!r} ({kind.__name__}); it has {sorted(row)}"
+                )
+        rows.append(row)
+    return rows
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """`text` up to the first of `stops`."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def code_block(answer: str, language: str = "") -> str | None:
+    """The first fenced block of `language`, or the first of any; None without one."""
+    for fence in (f"```{language}\n", "```"):
+        start = answer.lower().find(fence.lower())
+        if start >= 0:
+            begin = answer.find("\n", start)
+            if begin < 0:
+                continue
+            end = answer.find("```", begin)
+            return answer[begin + 1 : end if end >= 0 else None]
+    return None

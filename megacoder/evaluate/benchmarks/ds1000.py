@@ -1,0 +1,36 @@
+"""DS-1000 (arXiv:2211.11501), completion mode: data-science snippets over seven libraries, run in each row's context.
+
+Rows are those of the published JSONL (`prompt`, `code_context`, `metadata` with the library). The libraries are the
+user's, in this interpreter's environment.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Task, code_block, cut
+
+__all__ = ["DS1000"]
+
+
+class DS1000(ProgramBenchmark):
+    name = "ds1000"
+    fields: ClassVar = {"prompt": str, "code_context": str, "metadata": dict}
+    max_new_tokens = 512
+    max_prompt_tokens = 2048
+    stops = ("</code>", "# SOLUTION END", "END SOLUTION", "\n### END")
+    seconds = 60.0
+    preload = ("numpy", "pandas", "scipy", "matplotlib")
+    memory_mb = 8192
+
+    def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
+        for number, row in enumerate(rows):
+            about = row["metadata"]
+            task_id = str(about.get("problem_id", number))
+            yield Task(id=task_id, prompt=row["prompt"], group=str(about.get("library", "")), row=row)
+
+    def source(self, task: Task, completion: str) -> str:
+        block = code_block(completion, "python")
+        code = cut(completion if block is None else block, self.stops)
+        context = task.row["code_context"]
+        lines = [context, f"code = {code!r}", "test_execution(code)"]
+        return "\n".join([*lines, "test_string(code)"] if "test_string(" in context else lines) + "\n"

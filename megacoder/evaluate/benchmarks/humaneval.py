@@ -1,0 +1,108 @@
+"""HumanEval (arXiv:2107.03374) and its multilingual sets: complete a function from its signature and docstring.
+
+Base models are asked with the stripped prompt and no example; Python answers end at the next top-level statement,
+others at the row's stop tokens. Chat models are asked for the whole function in a code block, whose body is put back
+under the prompt's own lines, without any main.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
+from megacoder.evaluate.sandbox.languages import Toolchain, find_toolchain
+
+__all__ = ["HumanEval"]
+
+_REQUEST = (
+    "Please continue to complete the function. You are not allowed to modify the given code and do the completion "
+    "only. Please return all completed function in a codeblock. Here is the given code to do completion:\n"
+    "```{language}\n{prompt}\n```"
+)
+_FENCES = {"cpp": "cpp", "cs": "csharp", "java": "java", "js": "javascript", "php": "php", "sh": "bash",
+           "ts": "typescript", "python": "python"}  # fmt: skip
+_MAINS = {"cpp": "int main()", "java": "public static void main", "cs": "static void Main", "rust": "fn main()",
+          "go": "func main()"}  # fmt: skip
+_HEADERS = {
+    "python": PYTHON_IMPORTS,
+    "cpp": "".join(
+        f"#include<{name}>\n" for name in
+        ("stdlib.h", "algorithm", "math.h", "stdio.h", "vector", "string", "climits", "cstring", "iostream", "cassert")
+    ),
+    "cs": "".join(
+        f"using System{name};\n" for name in
+        ("", ".Numerics", ".Diagnostics", ".Collections.Generic", ".Linq", ".Text", ".Security.Cryptography")
+    ),
+}  # fmt: skip
+_TOP_LEVEL = ("\ndef", "\nclass", "\nif", "\n#", "\nprint")
+_TS_TOP_LEVEL = ("\nexport", "\nimport", "\nexport default", "\nimport default", "\nconsole.log")
+_CLOSED_BY_TESTS = {"cpp", "java", "cs", "rust", "go", "d", "swift", "scala"}
+"""Languages whose test text begins with the brace that ends the function."""
+
+
+class HumanEval(ProgramBenchmark):
+    name = "humaneval"
+    fields: ClassVar = {"task_id": str, "prompt": str, "test": str}
+    max_new_tokens = 500
+    max_prompt_tokens = 4096
+
+    def toolchain(self) -> Toolchain:
+        return find_toolchain(self.settings.language)
+
+    @property
+    def _language(self) -> str:
+        return self.toolchain().language.name
+
+    def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
+        language = self._language
+        for row in rows:
+            prompt = row["prompt"].strip()
+            if self.settings.instruct:
+                prompt = _REQUEST.format(language=_FENCES.get(language, language), prompt=prompt)
+            yield Task(id=row["task_id"], prompt=prompt, row=row)
+
+    def stops_of(self, task: Task) -> tuple[str, ...]:
+        if self.settings.instruct:
+            return ()
+        if self._language == "python":
+            return _TOP_LEVEL
+        stops = tuple(task.row.get("stop_tokens") or ())
+        return stops + _TS_TOP_LEVEL if self._language == "ts" else stops
+
+    def source(self, task: Task, completion: str) -> str:
+        language, prompt = self._language, task.row["prompt"]
+        header, test = _HEADERS.get(language, ""), task.row["test"]
+        if self.settings.instruct:
+            return header + _rebuilt(prompt, completion, language) + "\n" + test
+        return header + prompt + "\n" + completion + "\n" + test
+
+
+def _rebuilt(prompt: str, answer: str, language: str) -> str:
+    """The prompt's lines before the function, then the answer's own function, so that its end is as tests expect."""
+    block = code_block(answer, _FENCES.get(language, language))
+    block = answer if block is None else block
+    main = _MAINS.get(language)
+    if main and main in block:
+        block = block[: block.index(main)]
+    signature = _signature(prompt, language)
+    name = re.search(r"(\w+)\s*(?:\(|\{|=)", signature)
+    at = block.find(name.group(1)) if name else -1
+    if at < 0:
+        return prompt + "\n" + block
+    start = block.rfind("\n", 0, at) + 1
+    body = block[start:]
+    if language in _CLOSED_BY_TESTS and "}" in body:
+        indent = re.match(r"\s*", body)
+        end = body.rfind("\n" + (indent.group() if indent else "") + "}")
+        body = body[:end] if end >= 0 else body[: body.rindex("}")]
+    before = prompt[: prompt.rstrip().rfind(signature)]
+    imports = block[:start] if language == "python" else ""
+    return before + imports + body
+
+
+def _signature(prompt: str, language: str) -> str:
+    """The line that opens the function to be completed."""
+    lines = prompt.strip().splitlines()
+    if language == "python":
+        return next((line for line in reversed(lines) if line.startswith("def ")), lines[-1])
+    return lines[-1]

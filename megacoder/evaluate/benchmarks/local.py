@@ -1,0 +1,122 @@
+"""Completions of a model in this process: the library's own, or any that transformers loads."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacoder.core.errors import ConfigError
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.evaluate.benchmarks.completions import Decoding, Request
+from megacoder.evaluate.chat import chat_tokens
+from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.prompts import completion_prompt, infill_prompt
+from megacoder.evaluate.stops import StopStrings
+from megacoder.model.transformer import Transformer
+
+__all__ = ["LocalSource", "TransformersSource"]
+
+_CONTEXT_TOKENS = 512
+"""Most tokens of other files' code in front of a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSource:
+    """A model of ours with its tokenizer."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    decoding: Decoding
+    batch_size: int = 16
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        prompts = {(request.task.id, request.sample): self._prompt(request) for request in requests}
+        ordered = sorted(requests, key=lambda request: len(prompts[request.task.id, request.sample]))
+        for first in range(0, len(ordered), self.batch_size):
+            batch = ordered[first : first + self.batch_size]
+            watching = [StopStrings(self.tokenizer, request.stops) for request in batch]
+            generate(
+                self.model,
+                [prompts[request.task.id, request.sample] for request in batch],
+                max_new_tokens=self.decoding.max_new_tokens,
+                stop_ids={self.tokenizer.eos_id, self.tokenizer.eot_id},
+                sampling=self._sampling(),
+                batch_size=self.batch_size,
+                names=[f"{request.task.id}/{request.sample}" for request in batch],
+                watcher=lambda place, tokens, watching=watching: watching[place].add(tokens[-1]),  # type: ignore[misc]
+            )
+            for request, watched in zip(batch, watching, strict=True):
+                yield request, watched.finish()
+
+    def _sampling(self) -> Sampling:
+        chosen = self.decoding
+        return Sampling(temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k, seed=chosen.seed)
+
+    def _prompt(self, request: Request) -> list[int]:
+        task, tokenizer = request.task, self.tokenizer
+        room = self.model.config.max_position_embeddings - self.decoding.max_new_tokens
+        if room < 8:
+            raise ConfigError(
+                f"{self.decoding.max_new_tokens} new tokens leave no prompt in the model's "
+                f"{self.model.config.max_position_embeddings} positions; see --max-new-tokens"
+            )
+        room = room if request.max_prompt_tokens is None else min(room, request.max_prompt_tokens)
+        if self.decoding.chat:
+            return chat_tokens(tokenizer, [("user", task.prompt)])[-room:]
+        if task.suffix is not None:
+            return infill_prompt(tokenizer, task.prompt, task.suffix, max_tokens=room).tokens
+        if not task.context:
+            return completion_prompt(tokenizer, task.prompt, max_tokens=room).tokens
+        context = tokenizer.encode(task.context)[: min(_CONTEXT_TOKENS, room // 2)]
+        own = completion_prompt(tokenizer, task.prompt, max_tokens=room - len(context)).tokens
+        return [own[0], *context, *own[1:]]
+
+
+class TransformersSource:
+    """A Hugging Face folder of any architecture, generated from by transformers; one request at a time."""
+
+    def __init__(self, folder: Path, decoding: Decoding, *, device: str) -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise ConfigError(f"{folder}: not a model of ours; transformers, which may load it, is not there") from None
+        self.decoding, self.device = decoding, device
+        loader: Any = AutoModelForCausalLM
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self.model: Any = loader.from_pretrained(folder, dtype="auto").to(device).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        for request in requests:
+            yield request, self._one(request)
+
+    @torch.inference_mode()
+    def _one(self, request: Request) -> str:
+        chosen, task = self.decoding, request.task
+        text = task.context + task.prompt
+        if task.suffix is not None:
+            begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
+            text = f"{begin}{text}{hole}{task.suffix}{end}"
+        if chosen.chat:
+            said = [{"role": "user", "content": text}]
+            ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+        ids = torch.tensor([ids[-(request.max_prompt_tokens or len(ids)) :]], device=self.device)
+        drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
+        if chosen.temperature > 0:
+            torch.manual_seed(chosen.seed * 1_000_003 + request.sample)
+            drawing |= {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k or None}
+        stopping: dict[str, Any] = {}
+        if request.stops:
+            stopping = {"stop_strings": list(request.stops), "tokenizer": self.tokenizer}
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        found = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=chosen.max_new_tokens, pad_token_id=padding,
+            **drawing, **stopping,
+        )  # fmt: skip
+        return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,200 @@
+"""From tasks to scores: completions are asked for, run or compared, and written down as they come.
+
+A folder holds `settings.json`, `completions.jsonl` and `results.jsonl`, one line a sample. The same command with the
+same folder goes on where it stopped: what stands there is not asked for or run again. A last line that was cut off, as
+a crash leaves it, counts as not there; other settings are refused.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from megacoder.core.console import progress
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import exclusive, write_json
+from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Task, TextBenchmark, cut
+from megacoder.evaluate.benchmarks.completions import CompletionSource, Request
+from megacoder.evaluate.sandbox.host import Sandbox
+
+__all__ = ["Notes", "Summary", "collect", "judge", "pass_at_k", "summarise"]
+
+Key = tuple[str, int]
+"""(task, sample)"""
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, eq. 1)."""
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples")
+    missed = 1.0
+    for number in range(num_samples - num_right + 1, num_samples + 1):
+        missed *= max(0.0, 1.0 - k / number)
+    return 1.0 - missed
+
+
+class Notes:
+    """What is known so far: completions and results by key, in a folder where one is given."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.completions: dict[Key, str] = {}
+        self.results: dict[Key, dict[str, Any]] = {}
+        self._files: dict[str, TextIO] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path | None, settings: Mapping[str, Any]) -> Iterator["Notes"]:
+        """Notes of an evaluation with these settings; ConfigError where the folder holds another's."""
+        notes = cls(folder)
+        if folder is None:
+            yield notes
+            return
+        with exclusive(folder, what="evaluation"):
+            notes._read(folder, dict(settings))
+            try:
+                yield notes
+            finally:
+                for file in notes._files.values():
+                    file.close()
+
+    def add_completion(self, key: Key, text: str) -> None:
+        self.completions[key] = text
+        self._write("completions.jsonl", {"task_id": key[0], "sample": key[1], "completion": text})
+
+    def add_result(self, key: Key, result: dict[str, Any]) -> None:
+        self.results[key] = result
+        self._write("results.jsonl", {"task_id": key[0], "sample": key[1], **result})
+
+    def _read(self, folder: Path, settings: dict[str, Any]) -> None:
+        path = folder / "settings.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            changed = [name for name in settings if old.get(name) != settings[name]]
+            if changed:
+                name = changed[0]
+                raise ConfigError(
+                    f"{path}: made with {name} = {old.get(name)!r}, now {settings[name]!r}; choose another --out"
+                )
+        else:
+            write_json(path, settings)
+        for row in _whole_lines(folder / "completions.jsonl"):
+            self.completions[row["task_id"], row["sample"]] = row["completion"]
+        for row in _whole_lines(folder / "results.jsonl"):
+            self.results[row.pop("task_id"), row.pop("sample")] = row
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        if name not in self._files:
+            self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of `path`; what follows the last line break is cut off the file, to be done again."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+
+def collect(
+    benchmark: Benchmark, tasks: Sequence[Task], source: CompletionSource, notes: Notes, *, samples: int,
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """Asks for every completion that `notes` do not have; each is cut where the benchmark says."""
+    requests = [
+        Request(task=task, sample=sample, stops=benchmark.stops_of(task), max_prompt_tokens=benchmark.max_prompt_tokens)
+        for task in tasks
+        for sample in range(samples)
+        if (task.id, sample) not in notes.completions
+    ]
+    if not requests:
+        return
+    with progress("completions", len(requests), quiet=quiet) as bar:
+        for done, (request, text) in enumerate(source.complete(requests), start=1):
+            notes.add_completion((request.task.id, request.sample), cut(text, request.stops))
+            bar.update(done)
+
+
+def judge(
+    benchmark: Benchmark, tasks: Sequence[Task], notes: Notes, *, start_sandbox: Callable[[], Sandbox],
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """Runs or compares every completion that has no result yet."""
+    by_id = {task.id: task for task in tasks}
+    todo = [key for key in notes.completions if key not in notes.results and key[0] in by_id]
+    if not todo:
+        return
+    if isinstance(benchmark, TextBenchmark):
+        for key in todo:
+            notes.add_result(key, dict(benchmark.scores(by_id[key[0]], notes.completions[key])))
+        return
+    assert isinstance(benchmark, ProgramBenchmark)
+    toolchain = benchmark.toolchain()
+    last_step = 1 if toolchain.language.compile else 0
+    programs = ((key, benchmark.program(by_id[key[0]], notes.completions[key], toolchain)) for key in todo)
+    with start_sandbox() as sandbox, progress("programs", len(todo), quiet=quiet) as bar:
+        for done, (key, outcome) in enumerate(sandbox.run(programs), start=1):
+            passed = benchmark.passed(by_id[key[0]], outcome)
+            row: dict[str, Any] = {"passed": passed, "verdict": outcome.verdict, "detail": outcome.describe()}
+            row |= {
+                "compiled": outcome.step == last_step,
+                "cpu_seconds": round(outcome.cpu_seconds, 3),
+                "tried_twice": outcome.alone,
+            }
+            notes.add_result(key, row)
+            bar.update(done, f"{sum(result['passed'] for result in notes.results.values())} passed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Scores from 0 to 1 by group; group "" is the whole."""
+
+    num_tasks: int
+    num_samples: int
+    scores: dict[str, dict[str, float]]
+    """{group: {"pass@1" or "exact_match", ...: score}}"""
+    group_sizes: dict[str, int]
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """how often each stands in the results"""
+
+
+def summarise(tasks: Sequence[Task], notes: Notes, *, samples: int, ks: Iterable[int] = (1, 10, 100)) -> Summary:
+    """Means over tasks: pass@k of programs, each score of compared texts."""
+    groups: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        groups[""].append(task)
+        if task.group:
+            groups[task.group].append(task)
+    scores = {}
+    for group, members in groups.items():
+        results = [[notes.results[task.id, sample] for sample in range(samples)] for task in members]
+        if "passed" in results[0][0]:
+            right = [sum(bool(row["passed"]) for row in rows) for rows in results]
+            wanted = [k for k in ks if k <= samples]
+            scores[group] = {f"pass@{k}": _mean([pass_at_k(samples, c, k) for c in right]) for k in wanted}
+        else:
+            names = results[0][0].keys()
+            scores[group] = {name: _mean([row[name] for rows in results for row in rows]) for name in names}
+    verdicts: dict[str, int] = defaultdict(int)
+    for row in notes.results.values():
+        if "verdict" in row:
+            verdicts[row["verdict"]] += 1
+    return Summary(
+        num_tasks=len(tasks), num_samples=samples, scores=scores,
+        group_sizes={group: len(members) for group, members in groups.items()}, verdicts=dict(verdicts),
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,296 @@
+"""Benchmarks: prompts, cuts and judgement as published, pass@k, files, servers, folders that are resumed."""
+
+import itertools
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
+
+from megacoder.cli.main import main
+from megacoder.core.errors import DataError, FormatError
+from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
+from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
+from megacoder.evaluate.benchmarks.crosscode import first_statement
+from megacoder.evaluate.benchmarks.pal import question_and_answer
+from megacoder.evaluate.benchmarks.published import published_scores
+from megacoder.evaluate.benchmarks.scoring import pass_at_k
+from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
+from megacoder.evaluate.similarity import common_ratio
+
+ROWS = {
+    "humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": LEETCODE, "ds1000": DS1000, "pal": PAL, "infill": INFILL,
+    "crosscode": CROSSCODE,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _can_shut_programs_in():
+    try:
+        Sandbox().close()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def task_ids(name: str, rows) -> list[str]:
+    tasks = list(BENCHMARKS[name](Settings(shots=Path("/dev/null"))).tasks(rows))
+    return [task.id for task in tasks]
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def score(tmp_path, capsys, name: str, kind: str, *more) -> dict:
+    """The summary of one kind of answers to our own problems of a benchmark."""
+    rows = ROWS[name]
+    data = write(tmp_path / f"{name}.jsonl", rows)
+    known = zip(task_ids(name, rows), rows, strict=True)
+    answers = write(tmp_path / "answers.jsonl", [{"task_id": key, "completion": row[kind]} for key, row in known])
+    if name == "pal":
+        (tmp_path / "shots.md").write_text("Question: 1 + 1?\n\n```python\n...\n```")
+        more = (*more, "--shots", tmp_path / "shots.md")
+    code, out, err = run(
+        capsys, "eval", name, "--data", data, "--completions", answers, "--workers", 2, "--json", *more
+    )
+    assert code == 0, err
+    return json.loads(out)
+
+
+PROGRAMS = ["humaneval", "leetcode", "pal", "infill", "crosscode"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_right_answers_pass_and_wrong_ones_fail(tmp_path, capsys, name):
+    right = score(tmp_path, capsys, name, "right")
+    metric = next(iter(right["scores"][""]))
+    assert right["num_tasks"] == len(ROWS[name])
+    assert right["scores"][""][metric] == 1.0
+    wrong = score(tmp_path, capsys, name, "wrong")
+    assert wrong["scores"][""][metric] == 0.0
+    if name == "humaneval":
+        assert wrong["verdicts"] == {"failed": 1, "ended early": 1}
+
+
+def test_mbpp_reference_needs_its_set_up_code(tmp_path, capsys):
+    assert score(tmp_path, capsys, "mbpp", "code")["scores"][""]["pass@1"] == 1.0
+    assert score(tmp_path, capsys, "mbpp", "wrong")["scores"][""]["pass@1"] == 0.0
+
+
+def test_ds1000_runs_in_the_rows_context(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(BENCHMARKS["ds1000"], "preload", ("numpy",))
+    right = score(tmp_path, capsys, "ds1000", "right")
+    assert right["scores"] == {"": {"pass@1": 1.0}, "Numpy": {"pass@1": 1.0}}
+    assert score(tmp_path, capsys, "ds1000", "wrong")["scores"][""]["pass@1"] == 0.0
+
+
+def test_an_answer_in_chat_is_taken_from_its_code_block(tmp_path, capsys):
+    assert score(tmp_path, capsys, "leetcode", "chat", "--instruct")["scores"]["Easy"]["pass@1"] == 1.0
+
+
+def test_a_compiled_language_tells_what_does_not_compile(tmp_path, capsys):
+    row = HUMANEVAL_CPP
+    data = write(tmp_path / "cpp.jsonl", [{**row, "task_id": kind} for kind in ("right", "wrong", "broken")])
+    answers = write(tmp_path / "a.jsonl", [{"task_id": k, "completion": row[k]} for k in ("right", "wrong", "broken")])
+    code, out, err = run(capsys, "eval", "humaneval", "--data", data, "--completions", answers, "--out", tmp_path / "o")
+    if code == 2 and "not installed" in err:
+        pytest.skip(err)
+    assert code == 0, err
+    assert "humaneval, cpp" in out
+    assert "31.1%" in out  # the published 1.3B score of this language
+    rows = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
+    found = {row["task_id"]: (row["passed"], row["compiled"]) for row in rows}
+    assert found == {"right": (True, True), "wrong": (False, True), "broken": (False, False)}
+
+
+def test_prompts_are_the_published_ones():
+    [task] = BENCHMARKS["mbpp"](Settings()).tasks([*SHOTS, *MBPP])
+    assert task.prompt.count("You are an expert Python programmer, and here is your task: ") == 4
+    assert "Write example 2. Your code should pass these tests:\n\nassert e2() == 2\n[BEGIN]\ndef e2()" in task.prompt
+    assert task.prompt.endswith("assert height(root) == 2\n[BEGIN]\n")
+    first, _ = BENCHMARKS["humaneval"](Settings()).tasks(HUMANEVAL)
+    assert first.prompt == HUMANEVAL[0]["prompt"].strip()
+    asked, _ = BENCHMARKS["humaneval"](Settings(instruct=True)).tasks(HUMANEVAL)
+    assert asked.prompt.startswith("Please continue to complete the function.")
+    assert asked.prompt.endswith('""" Adds them up.\n    """\n```')
+    [without], [given] = (
+        BENCHMARKS["crosscode"](Settings(retrieval=retrieval)).tasks(CROSSCODE) for retrieval in (False, True)
+    )
+    assert (without.context, given.context) == ("", "# class Item:\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"input": "q", "code": "c", "target": 12.5}, "q", "12.5"),
+        ({"body": "Two.", "question": "How many?", "answer": "2 (ducks)"}, "Two. How many?", "2"),
+        ({"question": "q", "answer": "x #### 1,200"}, "q", "1,200"),
+        ({"problem": "p", "solution": "a \\boxed{\\sqrt{2}} b", "level": "1"}, "p", "\\sqrt{2}"),
+    ],
+)  # fmt: skip
+def test_the_maths_sets_are_told_apart_by_their_fields(row, question, answer):
+    assert question_and_answer(row, 0) == (question, answer)
+
+
+def test_a_row_of_no_maths_set_is_named():
+    with pytest.raises(DataError, match=r"row 3: no question.*\['text'\]"):
+        question_and_answer({"text": "x"}, 3)
+
+
+@pytest.mark.parametrize(("samples", "right"), [(5, 0), (5, 2), (5, 5), (4, 1), (10, 7)])
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer(samples, right):
+    marks = [True] * right + [False] * (samples - right)
+    for k in range(1, samples + 1):
+        draws = list(itertools.combinations(marks, k))
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_cuts_blocks_statements_and_similarity():
+    assert cut("abc\ndef x", ("\ndef", "c")) == "ab"
+    assert code_block("x\n```python\na = 1\n```\ny", "python") == "a = 1\n"
+    assert code_block("x\n```\na\n", "python") == "a\n"
+    assert code_block("no block") is None
+    assert first_statement("\n\nf(a,\n  b)\ng()") == "f(a,\n  b)"
+    assert first_statement("x = 1\ny") == "x = 1"
+    assert common_ratio("abcd", "abxd") == pytest.approx(6 / 8)
+    assert (common_ratio("", ""), common_ratio("a", "")) == (1.0, 0.0)
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    score(tmp_path, capsys, "humaneval", "right", "--out", out)
+    lines = (out / "results.jsonl").read_text()
+    (out / "results.jsonl").write_text(lines[: lines.index("\n") + 20])  # the second line is cut off, as by a crash
+    ran = []
+    real = Sandbox.run
+    monkeypatch.setattr(Sandbox, "run", lambda self, programs: real(self, (ran.append(p[0]) or p for p in programs)))
+    again = score(tmp_path, capsys, "humaneval", "right", "--out", out)
+    assert len(ran) == 1
+    assert again["scores"][""]["pass@1"] == 1.0
+    assert [json.loads(line)["passed"] for line in (out / "results.jsonl").read_text().splitlines()] == [True, True]
+    assert json.loads((out / "summary.json").read_text()) == again
+    data, answers = tmp_path / "humaneval.jsonl", tmp_path / "answers.jsonl"
+    words = ["eval", "humaneval", "--data", data, "--completions", answers, "--seconds", 3, "--out", out]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "made with seconds = 'None', now '3.0'; choose another --out" in err
+
+
+def test_several_samples_of_a_task(tmp_path, capsys):
+    data = write(tmp_path / "d.jsonl", HUMANEVAL[:1])
+    texts = [HUMANEVAL[0]["right"]] + [HUMANEVAL[0]["wrong"]] * 3
+    answers = write(tmp_path / "a.jsonl", [{"task_id": "Own/0", "completion": text} for text in texts])
+    code, out, _ = run(capsys, "eval", "humaneval", "--data", data, "--completions", answers, "--json")
+    summary = json.loads(out)
+    assert (code, summary["num_samples"], summary["scores"][""]) == (0, 4, {"pass@1": 0.25})
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers like a server of OpenAI's interface; every first try of a prompt fails with 503."""
+
+    seen: list[dict] = []  # noqa: RUF012  (of the server, as its handlers live for one request)
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "some-model"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tried = any(other == body for other in self.seen)
+        self.seen.append(body)
+        if not tried:
+            self.send_error(503)
+            return
+        asked = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+        text = next(row["right"] for row in HUMANEVAL if row["prompt"].split("def ")[1][:6] in asked)
+        choice = {"message": {"content": text}} if "messages" in body else {"text": text}
+        self.answer({"choices": [choice]})
+
+    def answer(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megacoder.evaluate.benchmarks.completions.time.sleep", lambda seconds: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    data = write(tmp_path / "d.jsonl", HUMANEVAL)
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        code, out, err = run(capsys, "eval", "humaneval", "--data", data, "--endpoint", url, "--json")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert code == 0, err
+    assert json.loads(out)["scores"][""]["pass@1"] == 1.0
+    asked = FakeServer.seen[0]
+    assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("some-model", 500, 0.0)
+    assert asked["stop"] == ["\ndef", "\nclass", "\nif", "\n#"]
+    assert len(FakeServer.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("humaneval --data gone.jsonl --completions a.jsonl", "gone.jsonl: no such file"),
+        ("humaneval --data bad.jsonl --completions a.jsonl", "bad.jsonl, line 2: not JSON"),
+        ("mbpp --data d.jsonl --completions a.jsonl", "d.jsonl, line 1: no field 'text' (str)"),
+        ("humaneval --data d.jsonl --completions some.jsonl", "0 completions of task 'Own/1', 1 of others"),
+        ("humaneval --data d.jsonl --completions unknown.jsonl", "task_id 'x' is not in the data"),
+        ("humaneval --data d.jsonl", "exactly one of --model, --endpoint, --completions"),
+        ("humaneval --data d.jsonl --completions a.jsonl --language cobol", "language 'cobol': not one of python"),
+        ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
+        ("humaneval --data d.jsonl --model x --samples 3", "--samples 3 of greedy answers are all the same"),
+        ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: at least 1"),
+        ("pal --data p.jsonl --completions a.jsonl", "pal needs --shots FILE"),
+        ("humaneval --data d.jsonl --completions a.jsonl --out d.jsonl", "d.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", HUMANEVAL)
+    write(tmp_path / "p.jsonl", PAL)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(HUMANEVAL[0]) + "\n{oops\n")
+    write(tmp_path / "a.jsonl", [{"task_id": f"Own/{n}", "completion": "x"} for n in range(2)])
+    write(tmp_path / "some.jsonl", [{"task_id": "Own/0", "completion": "x"}])
+    write(tmp_path / "unknown.jsonl", [{"task_id": "x", "completion": "x"}])
+    code, out, err = run(capsys, "eval", *words.split())
+    assert code != 0
+    assert out == ""
+    assert message in err
+    assert err.startswith("megacoder: ")
+    assert err.count("\n") == 1
+
+
+def test_a_field_of_another_type_is_named(tmp_path):
+    data = write(tmp_path / "d.jsonl", [{**HUMANEVAL[0], "task_id": 7}])
+    with pytest.raises(FormatError, match=r"line 1: 7 as field 'task_id' \(str\)"):
+        BENCHMARKS["humaneval"](Settings()).load(data)
+
+
+def test_published_scores_are_those_of_the_paper():
+    assert published_scores("humaneval", language="java")["33B base"] == {"": 51.9}
+    assert published_scores("humaneval", language="lua") == {}
+    assert published_scores("crosscode", language="cs", retrieval=True) == {"6.7B base": {"": 16.23}}
+    assert published_scores("leetcode") == {}
+    for scores in published_scores("ds1000").values():
+        assert set(scores) == {"Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow", ""}

@@ -1,0 +1,143 @@
+"""Tokens/s of greedy generation beside `transformers.generate`, on this machine's CPU.
+
+    python tools/bench_generate.py --out tools/results/generate_cpu.json
+
+The same weights (exported and loaded by the peer), prompts, dtype and threads in one process; contenders take turns,
+and medians are compared. Both must produce the same tokens, or nothing is reported.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import machine, write_record
+
+from megacoder.core.config import parse_args
+from megacoder.core.console import table
+from megacoder.core.errors import MegacoderError
+from megacoder.evaluate.generate import generate
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import export_model
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer
+
+SHAPES = {
+    "58M": ModelConfig(
+        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+    "13M": ModelConfig(
+        vocab_size=8192, hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
+        num_key_value_heads=5, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+    "4M": ModelConfig(
+        vocab_size=8192, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=48, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+}  # fmt: skip
+
+Run = Callable[[list[list[int]]], list[list[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Generation throughput beside transformers."""
+
+    shapes: tuple[str, ...] = ("58M", "4M")
+    """which of the built-in shapes"""
+    batches: tuple[int, ...] = (1, 8)
+    """sequences at a time"""
+    dtype: str = "float32"
+    """float32 or bfloat16"""
+    prompt: int = 64
+    """tokens of the longest prompt; the others of a batch are shorter, and padded"""
+    tokens: int = 128
+    """new tokens"""
+    threads: int = 2
+    """intra-op threads"""
+    rounds: int = 5
+    """timed turns, after one to warm up"""
+    out: Path | None = None
+    """JSON file to write"""
+
+
+def contenders(config: ModelConfig, options: Options) -> dict[str, Run]:
+    """Ours and transformers', of the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = Transformer(config)
+    init_weights(model, seed=0)
+    model.to(getattr(torch, options.dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(model, Path(folder))
+        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
+
+    def ours(prompts: list[list[int]]) -> list[list[int]]:
+        return generate(model, prompts, max_new_tokens=options.tokens)
+
+    def theirs(prompts: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.inference_mode():
+            found = peer.generate(
+                tokens, attention_mask=mask, max_new_tokens=options.tokens, do_sample=False, pad_token_id=0
+            )
+        return found[:, width:].tolist()
+
+    return {"megacoder": ours, "transformers": theirs}
+
+
+def bench(config: ModelConfig, batch: int, options: Options) -> dict[str, float]:
+    """Median tokens/s of each, and how many times as fast ours is; MegacoderError where the tokens differ."""
+    generator = torch.Generator().manual_seed(batch)
+    lengths = [max(1, options.prompt - 3 * index) for index in range(batch)]
+    prompts = [torch.randint(1, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    runs = contenders(config, options)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(options.rounds + 1):
+        results = {}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            results[name] = run(prompts)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+        if options.dtype == "float32" and results["megacoder"] != results["transformers"]:
+            raise MegacoderError("the two generate different tokens; their speed cannot be compared")
+    rates = {name: batch * options.tokens / statistics.median(times) for name, times in seconds.items()}
+    return {name: round(rate, 1) for name, rate in rates.items()} | {
+        "times_as_fast": round(rates["megacoder"] / rates["transformers"], 3)
+    }
+
+
+def main() -> None:
+    """Every shape and batch size, a table, one JSON file."""
+    options = parse_args(Options, None, prog="bench_generate.py")
+    torch.set_num_threads(options.threads)
+    results = {
+        f"{shape} batch {batch}": bench(SHAPES[shape], batch, options)
+        for shape in options.shapes
+        for batch in options.batches
+    }
+    table(
+        f"Greedy generation, {options.dtype}, {options.tokens} new tokens, {options.threads} threads, tokens/s",
+        ["", "megacoder", "transformers", "times as fast"],
+        [
+            [name, f"{row['megacoder']:,.0f}", f"{row['transformers']:,.0f}", f"{row['times_as_fast']:.2f}"]
+            for name, row in results.items()
+        ],
+    )
+    if options.out is not None:
+        import transformers
+
+        write_record(options.out, machine=machine(transformers=transformers.__version__), options=options,
+                     results=results)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

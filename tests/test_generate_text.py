@@ -1,0 +1,235 @@
+"""Generation as users meet it: stop strings, streaming, chat turns, a repository as context, models that ranks share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_samples import make_model, make_tokenizer
+from test_generate import make_model as random_model
+from test_generate import make_prompts
+
+from megacoder.cli.main import main
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.chat_template import CHAT_TEMPLATE
+from megacoder.evaluate.chat import chat_tokens
+from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.repository import dependency_context
+from megacoder.evaluate.stops import StopStrings
+from megacoder.model.huggingface import export_model, import_model
+from megacoder.parallel.tensor import TensorParallel
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def streamed(tokenizer, text: str, stops: list[str]) -> tuple[str, str, bool]:
+    """(what was shown piece by piece, the final text, whether a stop was met) of a text's tokens, one by one."""
+    shown: list[str] = []
+    watching = StopStrings(tokenizer, stops, shown.append)
+    for token in tokenizer.encode(text):
+        if watching.add(token):
+            break
+    final = watching.finish()
+    return "".join(shown), final, watching.stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("total = 1\ndef f", ["\ndef", "\nclass"], "total = 1"),
+        ("total = 1\ndead", ["\ndef"], "total = 1\ndead"),
+        ("größer 日本 🎉!", [], "größer 日本 🎉!"),
+        ("a 日本 b", ["本 b"], "a 日"),
+        ("xyxyz", ["xyz"], "xy"),
+        ("", ["a"], ""),
+    ],
+)
+def test_text_ends_before_the_first_stop_and_is_shown_once(tokenizer, text, stops, expected):
+    shown, final, stopped = streamed(tokenizer, text, stops)
+    assert shown == final == expected
+    assert stopped == (expected != text)
+
+
+def test_nothing_is_shown_that_a_stop_may_take_back(tokenizer):
+    shown: list[str] = []
+    watching = StopStrings(tokenizer, ["\nclass"], shown.append)
+    for token in tokenizer.encode("x\ncla"):
+        watching.add(token)
+    assert "".join(shown) == "x"
+    watching.add(tokenizer.encode("p")[0])
+    assert "".join(shown) == "x\nclap"
+
+
+def test_a_watcher_ends_its_own_sequence_alone():
+    model, prompts = random_model(), make_prompts([3, 8, 5])
+    full = generate(model, prompts, max_new_tokens=12)
+    ended = generate(model, prompts, max_new_tokens=12, watcher=lambda place, tokens: len(tokens) == 2 + 3 * place)
+    assert ended == [full[place][: 2 + 3 * place] for place in range(3)]
+
+
+def test_top_k_draws_from_the_likeliest_by_their_probabilities():
+    model, prompt = random_model(vocab_size=8, init_std=0.05), [1, 2, 3]
+    with torch.no_grad():
+        probabilities = model.logits(model(torch.tensor([prompt]))[0, -1]).softmax(-1)
+    kept = probabilities.topk(3)
+    expected = torch.zeros(8).scatter(0, kept.indices, kept.values / kept.values.sum())
+    drawn = generate(
+        model, [prompt] * 2000, max_new_tokens=1, sampling=Sampling(temperature=1.0, top_k=3), batch_size=2000
+    )
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=8)
+    assert counts[expected == 0].sum() == 0
+    torch.testing.assert_close(counts / 2000, expected, rtol=0, atol=0.04)
+    greedy = generate(model, [prompt], max_new_tokens=6)
+    assert generate(model, [prompt], max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1)) == greedy
+    with pytest.raises(ConfigError, match="top_k = -1"):
+        Sampling(top_k=-1)
+
+
+def test_samples_follow_their_names_not_their_places():
+    model, prompts = random_model(), make_prompts([4, 4])
+    sampling = Sampling(temperature=1.0, seed=1)
+    ab = generate(model, [prompts[0], prompts[0]], max_new_tokens=9, sampling=sampling, names=["a", "b"])
+    ba = generate(model, [prompts[0], prompts[0]], max_new_tokens=9, sampling=sampling, names=["b", "a"])
+    assert ab == ba[::-1]
+    assert ab[0] != ab[1]
+
+
+def generate_on_rank(world, folder: str, prompts, count: int):
+    tp = TensorParallel(rank=world.rank, size=world.size, group=world.group)
+    model = import_model(Path(folder), tp=tp)
+    drawn = Sampling(temperature=0.8, top_p=0.9, seed=3)
+    greedy = generate(model, prompts, max_new_tokens=count)
+    return greedy, generate(model, prompts, max_new_tokens=10, sampling=drawn)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_two_ranks_that_share_a_model_generate_what_one_does(ranks, tmp_path, kv_heads):
+    model, prompts = random_model(num_key_value_heads=kv_heads), make_prompts([7, 2, 12])
+    export_model(model, tmp_path / "hf")
+    greedy = generate(model, prompts, max_new_tokens=60)
+    drawn = generate(model, prompts, max_new_tokens=10, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3))
+    first, second = ranks.run(2, generate_on_rank, str(tmp_path / "hf"), prompts, 60)
+    assert first == second
+    assert first == (greedy, drawn)
+
+
+def test_chat_tokens_are_those_of_the_template(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(tokenizer)
+    tokenizer.save(tmp_path / "tokenizer")
+    export_model(model, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs.chat_template = CHAT_TEMPLATE
+    turns = [("user", "add two"), ("assistant", "a + b"), ("user", "again\nplease")]
+    for system in ([], [("system", "Be brief. ")]):
+        said = [{"role": role, "content": text} for role, text in [*system, *turns]]
+        expected = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        assert chat_tokens(tokenizer, [*system, *turns]) == expected
+
+
+def test_what_people_type_is_never_a_control_token(tokenizer):
+    tokens = chat_tokens(tokenizer, [("user", "say <|EOT|>")])
+    assert tokenizer.eot_id not in tokens
+    with pytest.raises(ConfigError, match="role 'robot'"):
+        chat_tokens(tokenizer, [("robot", "x")])
+
+
+def repository(root: Path) -> Path:
+    files = {
+        "app.py": "from shop import sell\n\nsell()\n",
+        "shop.py": "from store import items\n\ndef sell():\n    pass",
+        "store.py": "items = 3\n",
+        "other.py": "import shop\n",
+        ".hidden/x.py": "secret = 1\n",
+        "notes.txt": "nothing",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root / "app.py"
+
+
+def test_context_is_what_a_file_depends_on_dependencies_first(tmp_path):
+    context, comment = dependency_context(tmp_path, repository(tmp_path))
+    assert context == (
+        "# store.py\nitems = 3\n# shop.py\nfrom store import items\n\ndef sell():\n    pass\n"
+    )  # fmt: skip
+    assert comment == "# app.py\n"
+    assert dependency_context(tmp_path, tmp_path / "store.py")[0] == ""
+    with pytest.raises(DataError, match="is not in"):
+        dependency_context(tmp_path / ".hidden", tmp_path / "app.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    home = tmp_path_factory.mktemp("model")
+    tokenizer.save(home / "tokenizer")
+    export_model(make_model(tokenizer), home / "model", tokenizer_folder=home / "tokenizer")
+    return home / "model"
+
+
+def test_commands_stream_sample_and_take_context(folder, tmp_path, capsys, tokenizer):
+    target = repository(tmp_path)
+    target.write_text("from shop import sell\n\n<FILL>\n")
+    main(["infill", str(target), "--model", str(folder), "--context", str(tmp_path), "--max-new-tokens", "5"])
+    with_context = capsys.readouterr().out
+    words = ["generate", "--model", str(folder), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "1"]
+    main([*words, "--samples", "2", "--seed", "4"])
+    two = capsys.readouterr().out
+    main([*words, "--samples", "2", "--seed", "4"])
+    assert capsys.readouterr().out == two
+    assert two.startswith("--- 1\n")
+    assert "\n--- 2\n" in two
+    assert with_context.endswith("\n")
+
+
+def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenizer):
+    import io
+
+    model_tokens: list[list[int]] = []
+    real = generate
+
+    def record(model, prompts, **more):
+        model_tokens.append(list(prompts[0]))
+        return real(model, prompts, **more)
+
+    monkeypatch.setattr("megacoder.cli.chat.generate", record)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first \\\nline\n\nsecond\n"))
+    main(["chat", "--model", str(folder), "--max-new-tokens", "4", "--system", "x"])
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert model_tokens[0] == chat_tokens(tokenizer, [("system", "x"), ("user", "first \nline")])
+    assert len(model_tokens) == 2
+    assert tokenizer.eot_id in model_tokens[1]
+
+
+def test_a_local_model_and_a_transformers_folder_are_scored(folder, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    rows = [{"prompt": "def f(x):\n", "suffix": "\n    return y\n", "canonical_solution": "    y = x"}]
+    data = tmp_path / "lines.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "infill", "--data", str(data), "--json", "--max-new-tokens", "4", "--model"]
+    main([*words, str(folder)])
+    ours = json.loads(capsys.readouterr().out)
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=1))
+    other.save_pretrained(tmp_path / "gpt2")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "gpt2")
+    main([*words, str(tmp_path / "gpt2")])
+    theirs = json.loads(capsys.readouterr().out)
+    for summary in (ours, theirs):
+        assert summary["num_tasks"] == 1
+        assert set(summary["scores"][""]) == {"exact_match", "edit_similarity"}
+
+
+def test_tp_2_on_the_command_line_prints_once(folder, capsys):
+    words = ["generate", "--model", str(folder), "--prompt", "def ", "--max-new-tokens", "4", "--dtype", "float32"]
+    main(words)
+    two = subprocess.run(
+        [sys.executable, "-m", "megacoder", *words, "--tp", "2"], capture_output=True, text=True, timeout=240
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == capsys.readouterr().out

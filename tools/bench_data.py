@@ -23,6 +23,9 @@ from megacoder.core.errors import ConfigError
 PARTS = {
     "preprocess": "data_parts.preprocess",
     "random-access": "data_parts.random_access",
+    "stream": "data_parts.stream",
+    "open": "data_parts.opening",
+    "fim-proof": "data_parts.fim_proof",
 }
 """Modules with `measure(options: Options, corpus: Corpus) -> dict[str, dict[str, float | str]]`, rows by contender."""
 

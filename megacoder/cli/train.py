@@ -25,6 +25,8 @@ def main(argv: Sequence[str]) -> None:
     show = "--print-config" in words
     overrides = [word for word in words if word != "--print-config"]
     config = parse_args(RunConfig, overrides, prog=PROG, default=load_toml(RunConfig, path))
+    if config.data.conversations.train:
+        raise ConfigError(f"{path} trains on conversations; that is: megacoder sft {path}")
     if show:
         print(to_toml(config), end="")
     elif nproc is None or "WORLD_SIZE" in os.environ:
@@ -33,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
         train(config)
     else:
         from megacoder.train.launch import launch_workers
+        from megacoder.train.run_folder import open_start
 
+        open_start(config)
         config.layout(nproc)  # what cannot work is refused before any process starts
         launch_workers(["train", str(path), *overrides], nproc=nproc, stop_signals=config.stop_signals)
 

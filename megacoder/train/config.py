@@ -11,6 +11,7 @@ from typing import Literal
 
 from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import ConfigError
+from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
@@ -19,7 +20,7 @@ from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.guard import GuardConfig
 from megacoder.train.layout import Layout, LayoutRequest
-from megacoder.train.schedule import ScheduleConfig
+from megacoder.train.schedule import ScheduleConfig, learning_rate
 
 __all__ = ["DataConfig", "RunConfig"]
 
@@ -40,6 +41,8 @@ class DataConfig:
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """order, packing and fill-in-the-middle"""
+    conversations: ConversationConfig = field(default_factory=ConversationConfig)
+    """what `megacoder sft` trains on, and makes `train` and `valid` of"""
     compat: Literal["none", "megatron"] = "none"
     """megatron serves the samples of a Megatron run in its order, with settings of `megatron`"""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
@@ -132,6 +135,11 @@ class RunConfig:
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
+
+    def learning_rate(self, step: int) -> float:
+        """Of update `step` (1 .. steps)."""
+        tokens = self.global_batch_size * self.data.stream.seq_length
+        return learning_rate(step, self.steps, self.schedule, tokens_per_step=tokens)
 
     def layout(self, world_size: int) -> Layout:
         """What `world_size` ranks do; ConfigError, with the nearest layouts that work, where they cannot run this."""

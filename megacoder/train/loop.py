@@ -28,7 +28,6 @@ from megacoder.train.guard import Guard
 from megacoder.train.metrics_log import MetricsLog
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder
-from megacoder.train.schedule import learning_rate
 from megacoder.train.step import (
     StepResult,
     load_tokenizer,
@@ -144,7 +143,7 @@ class Trainer:
         sequence_tokens = self.config.global_batch_size * length
         return {
             "loss": result.loss,
-            "lr": learning_rate(self.step, self.config.steps, self.config.schedule),
+            "lr": self.config.learning_rate(self.step),
             "grad_norm": result.grad_norm,
             "tokens": self.step * sequence_tokens,
             "tokens_per_second": sequence_tokens / seconds,

@@ -33,7 +33,7 @@ from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard
 
-__all__ = ["RunFolder", "load_weights", "state_fragments"]
+__all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
@@ -53,7 +53,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         world = mesh.world
         self.config, self.mesh = config, mesh
-        self._start = _open_start(config)  # first: weights of another model leave no folder
+        self._start = open_start(config)  # first: weights of another model leave no folder
         self._held = ExitStack()
         if world.is_first:
             self._held.enter_context(exclusive(config.output, what="run"))
@@ -133,7 +133,7 @@ def load_weights(model: Transformer, checkpoints: Path) -> int:
     return reader.step
 
 
-def _open_start(config: RunConfig) -> CheckpointReader | None:
+def open_start(config: RunConfig) -> CheckpointReader | None:
     """The checkpoint that a new run takes its weights from, if any; ConfigError where that is of another model."""
     if config.init_from is None or step_folders(config.output / CHECKPOINTS):
         return None

@@ -18,27 +18,39 @@ class ScheduleConfig:
     """How the learning rate moves over a run."""
 
     kind: Literal["three_stage", "cosine", "constant"] = "three_stage"
-    """three_stage (pre-training), cosine (to a tenth of the peak), constant; all after the warm-up"""
+    """three_stage (pre-training), cosine, constant; all after the warm-up"""
     peak_lr: float = 4.2e-4
     """learning rate after the warm-up"""
     warmup_steps: int = 2000
     """steps of linear warm-up"""
+    warmup_tokens: int | None = None
+    """tokens of linear warm-up, in place of `warmup_steps`"""
+    final_share: float = 0.1
+    """of the peak, where a cosine ends"""
 
     def __post_init__(self) -> None:
         if not 0 < self.peak_lr < math.inf:
             raise ConfigError(f"schedule.peak_lr = {self.peak_lr}: must be positive")
         if self.warmup_steps < 0:
             raise ConfigError(f"schedule.warmup_steps = {self.warmup_steps}: must not be negative")
+        if self.warmup_tokens is not None and self.warmup_tokens < 0:
+            raise ConfigError(f"schedule.warmup_tokens = {self.warmup_tokens}: must not be negative")
+        if not 0 <= self.final_share <= 1:
+            raise ConfigError(f"schedule.final_share = {self.final_share}: a share from 0 to 1")
 
 
-def learning_rate(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """The rate of update `step` (1 .. total_steps)."""
-    if step <= config.warmup_steps:
-        return config.peak_lr * step / config.warmup_steps
+def learning_rate(step: int, total_steps: int, config: ScheduleConfig, *, tokens_per_step: int = 1) -> float:
+    """The rate of update `step` (1 .. total_steps), of `tokens_per_step` tokens."""
+    warmup: float = config.warmup_steps
+    if config.warmup_tokens is not None:
+        warmup = config.warmup_tokens / tokens_per_step
+    if step <= warmup:
+        return config.peak_lr * step / warmup
     if config.kind == "constant":
         return config.peak_lr
     if config.kind == "cosine":
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return config.peak_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        progress = (step - warmup) / max(1.0, total_steps - warmup)
+        falling = (1 - config.final_share) / 2 * (1 + math.cos(math.pi * progress))
+        return config.peak_lr * (config.final_share + falling)
     stage = (step > 0.8 * total_steps) + (step > 0.9 * total_steps)
     return config.peak_lr * math.sqrt(0.1) ** stage

@@ -6,6 +6,7 @@ is measured is what trains.
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -14,7 +15,10 @@ from megacoder.core.config import load_toml
 from megacoder.core.device import faster_dtype, probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.memory import keep_freed_memory
+from megacoder.data.conversation_stream import ConversationStream
+from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_stream import MegatronStream
+from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
@@ -26,13 +30,13 @@ from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
 from megacoder.train.replicas import ReplicaCheck
-from megacoder.train.schedule import learning_rate
 
 __all__ = [
     "Batches",
     "StepResult",
     "load_tokenizer",
     "make_engine",
+    "open_conversations",
     "open_stream",
     "resolve_dtype",
     "run_step",
@@ -107,9 +111,21 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> TokenStream | MegatronStream:
+def open_conversations(
+    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
+) -> ConversationStream:
+    """A rank's windows of what `megacoder.train.sft.prepare` has written to `prefix`."""
+    return ConversationStream(
+        IndexedDataset(prefix), tokenizer, seq_length=config.data.stream.seq_length, seed=config.data.stream.seed,
+        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size,
+    )  # fmt: skip
+
+
+def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> ResumableBatches:
     """The training tokens of one data-parallel rank."""
     data = config.data
+    if data.conversations.train:
+        return open_conversations(config, data.train[0], tokenizer, dp_rank=dp_rank, dp_size=dp_size)
     datasets = [open_dataset(prefix, tokenizer) for prefix in data.train]
     shares = {"global_batch_size": config.global_batch_size, "dp_rank": dp_rank, "dp_size": dp_size}
     if data.compat == "megatron":
@@ -156,7 +172,7 @@ def run_step(
     loss = loss_sum / max(1.0, counted)
     num_updates = engine.optimizer.num_updates
     grad_norm = engine.update(
-        lr=learning_rate(number, config.steps, config.schedule),
+        lr=config.learning_rate(number),
         num_tokens=max(1, int(counted)),
         max_grad_norm=config.max_grad_norm,
         skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # a loss that is not a number is above, too

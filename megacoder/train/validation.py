@@ -3,6 +3,7 @@
 import dataclasses
 
 from megacoder.core.errors import ConfigError
+from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.fim import FimConfig
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import TokenStream
@@ -10,6 +11,7 @@ from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
+from megacoder.train.step import open_conversations
 
 __all__ = ["HeldOut"]
 
@@ -20,11 +22,17 @@ class HeldOut:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
         if config.data.valid is None:
             raise ConfigError("data.valid is not set, so there is no held-out loss to measure")
-        plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
-        stream = TokenStream(
-            [open_dataset(config.data.valid, tokenizer)], tokenizer, plain,
-            global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
-        )  # fmt: skip
+        stream: TokenStream | ConversationStream
+        if config.data.conversations.valid:
+            stream = open_conversations(
+                config, config.data.valid, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp
+            )
+        else:
+            plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
+            stream = TokenStream(
+                [open_dataset(config.data.valid, tokenizer)], tokenizer, plain,
+                global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
+            )  # fmt: skip
         self.micro_batch_size = config.micro_batch_size
         self.batches = [stream.next_batch() for _ in range(config.eval_batches)]
 

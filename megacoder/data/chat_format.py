@@ -1,0 +1,232 @@
+"""Conversations as text and as ids: which parts a model is asked, and which it is trained to answer.
+
+A conversation becomes segments of ids, in turns asked and answered: everything up to and with `### Response:` and its
+line break is asked, the answer with its end marker is trained. What is trained is told by the lengths of segments and
+by nothing else. A mask by id would hide every token that looks like padding, the marker that ends a text above all
+(with DeepSeek-Coder's base tokenizer the two are one id), and the model would never learn to stop.
+
+Segments end behind a line break or a control token, at which texts tokenise independently of each other, so that the
+ids of a conversation are those of its rendered text. Text is taken literally: a message that quotes `<|EOT|>` ends
+nothing here, where Hugging Face's tokenizer would put in the control token itself.
+
+Two formats are DeepSeek-Coder's own and not quite the same. `chat` is its tokenizer's template (`chat_template.py`);
+`script` is that of its published fine-tuning script, for one instruction and one answer: it has another system text,
+strips the instruction, and stops right behind the end marker.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+__all__ = ["ChatFormat", "FormatConfig", "Segment", "render", "rows_to_messages"]
+
+_SCRIPT_SYSTEM = (
+    "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you "
+    "only answer questions related to computer science. For politically sensitive questions, security and privacy "
+    "issues, and other non-computer science questions, you will refuse to answer.\n"
+)
+_ROLES = ("system", "user", "assistant")
+Message = tuple[str, str]
+"""(role, content)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatConfig:
+    """How conversations are written."""
+
+    kind: Literal["chat", "script", "custom"] = "chat"
+    """chat (DeepSeek-Coder's chat template), script (its fine-tuning script), or the settings below"""
+    system: str = SYSTEM + "\n"
+    """custom: in front of a conversation that has no system message"""
+    instruction: str = "### Instruction:\n{content}\n"
+    """custom: a user's message"""
+    response: str = "### Response:\n"
+    """custom: what an answer follows; ends with a line break or a control token"""
+    end: str = "\n<|EOT|>"
+    """custom: what ends an answer, a control token at its end; trained with it"""
+    after: str = "\n"
+    """custom: behind it, not trained"""
+
+    def __post_init__(self) -> None:
+        if "{content}" not in self.instruction:
+            raise ConfigError(f"instruction = {self.instruction!r}: has no {{content}}, so that no message would show")
+        if not self.end.endswith(tuple(SPECIAL_TOKENS.values())):
+            raise ConfigError(
+                f"end = {self.end!r}: does not end with a control token such as {SPECIAL_TOKENS['eot']}, so that the "
+                "model would never learn to stop"
+            )
+        if not self.response.endswith(("\n", *SPECIAL_TOKENS.values())):
+            raise ConfigError(
+                f"response = {self.response!r}: must end with a line break or a control token, else its tokens would "
+                "depend on the answer behind it"
+            )
+
+    @property
+    def resolved(self) -> "FormatConfig":
+        """With the texts that its kind stands for."""
+        if self.kind == "chat":
+            return FormatConfig()
+        if self.kind == "script":
+            return FormatConfig(kind="script", system=_SCRIPT_SYSTEM, after="")
+        return self
+
+    @property
+    def jinja(self) -> str:
+        """The same as a chat template of Hugging Face's."""
+        chosen = self.resolved
+        if self.kind == "chat":
+            return CHAT_TEMPLATE
+        before, _, behind = (_quoted(part) for part in chosen.instruction.partition("{content}"))
+        content = "message.content | trim" if self.kind == "script" else "message.content"
+        return (
+            "{{- bos_token -}}\n"
+            "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}\n"
+            f"  {{{{- {_quoted(chosen.system)} -}}}}\n"
+            "{%- endif -%}\n"
+            "{%- for message in messages -%}\n"
+            "  {%- if message.role == 'system' -%}\n"
+            "    {{- message.content -}}\n"
+            "  {%- elif message.role == 'user' -%}\n"
+            f"    {{{{- {before} + ({content}) + {behind} -}}}}\n"
+            "  {%- else -%}\n"
+            f"    {{{{- {_quoted(chosen.response)} + message.content + {_quoted(chosen.end + chosen.after)} -}}}}\n"
+            "  {%- endif -%}\n"
+            "{%- endfor -%}\n"
+            "{%- if add_generation_prompt -%}\n"
+            f"  {{{{- {_quoted(chosen.response)} -}}}}\n"
+            "{%- endif -%}\n"
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Ids that follow each other and are all trained, or none of them."""
+
+    ids: list[int]
+    trained: bool
+
+
+class ChatFormat:
+    """Conversations to ids."""
+
+    def __init__(self, config: FormatConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config.resolved, tokenizer
+        self._controls = {text: getattr(tokenizer, f"{name}_id") for name, text in SPECIAL_TOKENS.items()}
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """Asked and trained in turns, asked first, BOS in front; the last is asked and may be empty."""
+        config, segments = self.config, list[Segment]()
+        asked: _Runs = [self.tokenizer.bos_id]
+        if all(role != "system" for role, _ in messages):
+            self._add_format(asked, config.system)
+        for role, content in messages:
+            if role == "system":
+                _add_text(asked, content)
+            elif role == "user":
+                before, _, behind = config.instruction.partition("{content}")
+                self._add_format(asked, before)
+                _add_text(asked, content.strip() if config.kind == "script" else content)
+                self._add_format(asked, behind)
+            else:
+                self._add_format(asked, config.response)
+                answer: _Runs = []
+                _add_text(answer, content)
+                self._add_format(answer, config.end)
+                segments += [Segment(self._ids(asked), False), Segment(self._ids(answer), True)]
+                asked = []
+                self._add_format(asked, config.after)
+        return [*segments, Segment(self._ids(asked), False)]
+
+    def _add_format(self, runs: "_Runs", text: str) -> None:
+        """Text of the format itself, in which the strings of control tokens mean those."""
+        while text:
+            found = [(text.find(control), control) for control in self._controls if control in text]
+            place, control = min(found, default=(len(text), ""))
+            _add_text(runs, text[:place])
+            if control:
+                runs.append(self._controls[control])
+            text = text[place + len(control) :]
+
+    def _ids(self, runs: "_Runs") -> list[int]:
+        return [token for run in runs for token in ([run] if isinstance(run, int) else self.tokenizer.encode(run))]
+
+
+_Runs = list[str | int]
+"""Texts, each encoded as one since tokens may join what stands beside each other, and control ids."""
+
+
+def _add_text(runs: _Runs, text: str) -> None:
+    last = runs[-1] if runs else None
+    if isinstance(last, str):
+        runs[-1] = last + text
+    elif text:
+        runs.append(text)
+
+
+def render(messages: Sequence[Message], config: FormatConfig) -> str:
+    """The text of a conversation, BOS left out, as `ChatFormat` tokenises it."""
+    chosen = config.resolved
+    parts = [] if any(role == "system" for role, _ in messages) else [chosen.system]
+    for role, content in messages:
+        if role == "system":
+            parts.append(content)
+        elif role == "user":
+            text = content.strip() if chosen.kind == "script" else content
+            parts.append(chosen.instruction.replace("{content}", text))
+        else:
+            parts.append(chosen.response + content + chosen.end + chosen.after)
+    return "".join(parts)
+
+
+def rows_to_messages(row: Mapping[str, Any], *, where: str) -> list[Message]:
+    """The conversation of a row with `messages`, or with `instruction` and `output`.
+
+    DataError, beginning with `where`, for a row that has neither or whose turns do not follow each other.
+    """
+    messages = row.get("messages")
+    if messages is None:
+        return _pair(row, where)
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages are {messages!r}, expected a list of turns")
+    turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages)]
+    expected = "user"
+    for number, (role, content) in enumerate(turns):
+        if role == "system" and number == 0:
+            continue
+        if role != expected:
+            raise DataError(f"{where}: message {number} is the {role}'s, expected the {expected}'s")
+        if role == "assistant" and not content.strip():
+            raise DataError(f"{where}: message {number} is an empty answer")
+        expected = "assistant" if role == "user" else "user"
+    if turns[-1][0] != "assistant":
+        raise DataError(f"{where}: the last message is the {turns[-1][0]}'s; there is no answer to train on")
+    return turns
+
+
+def _pair(row: Mapping[str, Any], where: str) -> list[Message]:
+    for key in ("instruction", "output"):
+        if not isinstance(row.get(key), str):
+            there = f"is {row[key]!r}, expected text" if key in row else "is missing"
+            raise DataError(f"{where}: {key!r} {there}; a row has messages, or instruction and output")
+    if not row["output"].strip():
+        raise DataError(f"{where}: 'output' is empty; there is no answer to train on")
+    given = row.get("input")
+    question = row["instruction"] if not given else f"{row['instruction']}\n{given}"  # Alpaca's third field
+    return [("user", question), ("assistant", row["output"])]
+
+
+def _turn(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise DataError(f"{where} is {message!r}, expected role and content")
+    if message.get("role") not in _ROLES:
+        raise DataError(f"{where} has the role {message.get('role')!r}, expected one of {', '.join(_ROLES)}")
+    return message["role"], message["content"]
+
+
+def _quoted(text: str) -> str:
+    """As a string of Jinja's."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

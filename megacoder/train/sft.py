@@ -1,0 +1,110 @@
+"""Instruction tuning: pre-training's loop over conversations, and what is made ready before any rank starts.
+
+`prepare` writes into the run's folder `conversations/` (the data as `.bin/.idx`) and `tokenizer/`, the tokenizer with
+the chat template that the conversations were written with and, as the token that ends a text, the one that ends an
+answer; what is exported from the run carries both.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megacoder.core.console import say
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import write_json
+from megacoder.data.chat_format import FormatConfig
+from megacoder.data.conversations import Prepared, prepare_conversations
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.parallel.collectives import barrier
+from megacoder.parallel.watch import Watch
+from megacoder.train.config import RunConfig
+from megacoder.train.loop import Trainer
+from megacoder.train.run_folder import open_start
+from megacoder.train.step import start_ranks
+
+__all__ = ["DEFAULTS", "prepare", "prepared_run", "sft"]
+
+DEFAULTS: dict[str, Any] = {
+    "schedule": {"kind": "cosine", "peak_lr": 1e-5, "warmup_steps": 100},
+    "steps": 500,
+    "data": {"train": ["made by megacoder sft"], "stream": {"document_masks": True, "fim": {"rate": 0.0}}},
+}
+"""What a TOML file may leave out: the paper's settings (arXiv:2401.14196, 3.5)."""
+
+
+def prepared_run(config: RunConfig) -> RunConfig:
+    """`config` with the data and the tokenizer that `prepare` makes; ConfigError for settings that contradict."""
+    data, folder = config.data, config.output
+    if not data.conversations.train:
+        raise ConfigError(
+            "data.conversations.train = []: what is to be learnt? JSONL or Parquet files, or their folders"
+        )
+    if data.stream.fim.rate > 0:
+        raise ConfigError(
+            f"data.stream.fim.rate = {data.stream.fim.rate}: conversations are not filled in; leave it out"
+        )
+    if not data.stream.document_masks:
+        raise ConfigError(
+            "data.stream.document_masks = false: conversations of a window never see each other; leave it out"
+        )
+    made = folder / "conversations"
+    return replace(
+        config,
+        data=replace(
+            data, train=(made / "train",), valid=made / "valid" if data.conversations.valid else None,
+            tokenizer=folder / "tokenizer",
+        ),
+    )  # fmt: skip
+
+
+def prepare(config: RunConfig) -> RunConfig:
+    """Makes what `prepared_run(config)` reads, unless it is there; returns that run."""
+    run = prepared_run(config)
+    open_start(run)  # weights of another model, or none, are met here
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    conversations = config.data.conversations
+    trained = prepare_conversations(conversations.train, run.data.train[0], tokenizer, conversations)
+    _say(trained, config)
+    if run.data.valid is not None:
+        prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations)
+    _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
+    return run
+
+
+def sft(config: RunConfig) -> None:
+    """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
+    run = prepared_run(config)
+    world = start_ranks(run)
+    with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
+        if world.is_first:
+            prepare(config)
+        barrier(world.group)
+        Trainer(run, world).run()
+    world.close()
+
+
+def _say(prepared: Prepared, config: RunConfig) -> None:
+    windows = config.steps * config.global_batch_size * config.data.stream.seq_length
+    say(
+        f"{prepared.conversations:,} conversations, {prepared.tokens:,} tokens, {prepared.trained_tokens:,} of them "
+        f"trained; {config.steps:,} steps see them about {windows / prepared.tokens:.1f} times"
+    )
+    if prepared.skipped:
+        say(f"{prepared.skipped:,} malformed rows left out; the first: {prepared.first_skipped}")
+
+
+def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:
+    """A copy of `source` with the chat template and the end marker; last what says that it is whole."""
+    if source.is_file():
+        source = source.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file = source / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+    end = next(token for token in SPECIAL_TOKENS.values() if chat.resolved.end.endswith(token))
+    settings |= {"chat_template": chat.jinja, "eos_token": end}
+    write_json(folder / "tokenizer_config.json", settings)
+    temporary = folder / "tokenizer.json.part"
+    shutil.copyfile(source / "tokenizer.json", temporary)
+    temporary.replace(folder / "tokenizer.json")

@@ -1,0 +1,371 @@
+"""Instruction tuning: ids and labels as published, packing, malformed input, and a model that learns to stop."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from data_samples import small_tokenizer, write_jsonl
+from train_cases import functions
+
+from megacoder.cli import checkpoint_convert
+from megacoder.cli import sft as command
+from megacoder.core.config import load_toml, to_toml
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
+from megacoder.data.conversation_stream import ConversationStream
+from megacoder.data.conversations import ConversationConfig, prepare_conversations
+from megacoder.data.indexed import IndexedDataset
+from megacoder.data.segments import position_ids
+from megacoder.evaluate.generate import generate
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import import_with_tokenizer
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.config import DataConfig, RunConfig
+from megacoder.train.loop import Trainer
+from megacoder.train.metrics_log import read_metrics
+from megacoder.train.schedule import ScheduleConfig, learning_rate
+from megacoder.train.sft import DEFAULTS, prepare, prepared_run
+
+SCRIPT_PROMPT = """
+You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you only \
+answer questions related to computer science. For politically sensitive questions, security and privacy issues, and \
+other non-computer science questions, you will refuse to answer.
+### Instruction:
+{}
+### Response:
+"""
+"""As the published fine-tuning script has it; its leading line break is stripped, its instruction, too."""
+
+
+SHORT = FormatConfig(kind="custom", system="")
+"""The published system text would be most of what a small model reads."""
+
+
+def conversations(count, *, seed=0):
+    """Multi-turn ones, with the habits of real ones: code, blank lines, edges of white space, non-ASCII text."""
+    draw = random.Random(seed)
+    texts = [*functions(6), "Führer naïve 中文 가각 👍🏽", "  indented\n\n", "x", "\tif (a) {\r\n}\r\n", "1234 + 5 = ?",
+             "### Response:\nnot really", "100% of `{x}`\n", "'quoted' \\n \"text\""]  # fmt: skip
+    made = []
+    for _ in range(count):
+        messages = [("system", draw.choice(texts))] if draw.random() < 0.3 else []
+        for _ in range(draw.randint(1, 4)):
+            messages += [("user", draw.choice(texts)), ("assistant", draw.choice(texts))]
+        made.append(messages)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported_tokenizer(tmp_path_factory):
+    """As transformers loads it from the folder that a run leaves."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_tokenizer().save(folder / "source")
+    data = write_jsonl(folder / "data.jsonl", [{"instruction": "a", "output": "b"}])
+
+    def load(kind):
+        run = prepare(run_config(folder / kind, folder / "source", data, chat=FormatConfig(kind=kind)))
+        return transformers.AutoTokenizer.from_pretrained(run.data.tokenizer)
+
+    return load
+
+
+def run_config(output, tokenizer, data, *, chat=FormatConfig(), **changes):  # noqa: B008, it is frozen
+    table = {
+        "output": str(output), "global_batch_size": 8, "micro_batch_size": 4, "device": "cpu", "dtype": "float32",
+        "data": {"tokenizer": str(tokenizer)},
+    }  # fmt: skip
+    path = output.parent / f"{output.name}.toml"
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if key != "data"]
+    path.write_text("\n".join(lines) + f"\n[data]\ntokenizer = {json.dumps(str(tokenizer))}\n")
+    config = load_toml(RunConfig, path, absent=DEFAULTS)
+    stream = changes.pop("stream", {})
+    data_config = DataConfig(
+        train=config.data.train, tokenizer=config.data.tokenizer,
+        stream=config.data.stream.__class__(**{**config.data.stream.__dict__, **stream}),
+        conversations=ConversationConfig(train=(data,), format=chat),
+    )  # fmt: skip
+    return RunConfig(**{**config.__dict__, "data": data_config, **changes})
+
+
+def joined(segments):
+    return [token for segment in segments for token in segment.ids]
+
+
+def labels_of(segments):
+    return [token if segment.trained else -100 for segment in segments for token in segment.ids]
+
+
+@pytest.mark.parametrize("kind", ["chat", "script", "custom"])
+def test_ids_are_those_of_apply_chat_template(kind, exported_tokenizer):
+    theirs, ours = exported_tokenizer(kind), ChatFormat(FormatConfig(kind=kind), small_tokenizer())
+    for messages in conversations(100):
+        rendered = [{"role": role, "content": content} for role, content in messages]
+        text = theirs.apply_chat_template(rendered, tokenize=False)
+        assert text == theirs.bos_token + render(messages, FormatConfig(kind=kind))
+        ids = theirs.apply_chat_template(rendered, tokenize=True, return_dict=False)
+        assert joined(ours.segments(messages)) == ids
+        prompt = theirs.apply_chat_template(rendered[:-1], add_generation_prompt=True, return_dict=False)
+        assert joined(ours.segments(messages)[:-2]) == prompt
+
+
+def test_ids_and_labels_are_those_of_the_published_script(exported_tokenizer):
+    """Prompt and whole are tokenised, and the prompt's length is masked, as in its `preprocess`."""
+    theirs, ours = exported_tokenizer("script"), ChatFormat(FormatConfig(kind="script"), small_tokenizer())
+    for messages in conversations(100):
+        question, answer = messages[-2][1], messages[-1][1]
+        source = SCRIPT_PROMPT.format(question.strip()).lstrip()
+        whole = theirs(source + f"{answer}\n<|EOT|>").input_ids
+        labels = [*[-100] * len(theirs(source).input_ids), *whole[len(theirs(source).input_ids) :]]
+        segments = ours.segments(rows_to_messages({"instruction": question, "output": answer}, where="here"))
+        assert joined(segments) == whole
+        assert labels_of(segments) == labels
+
+
+def test_the_traps_of_the_two_formats():
+    chat, script = FormatConfig(), FormatConfig(kind="script")
+    turn = [("user", " hi \n"), ("assistant", "ho")]
+    assert "Deepseek Coder model, developed by Deepseek Company" in render(turn, chat)
+    assert "refuse to answer\n### Instruction:\n hi \n\n### Response:\nho\n<|EOT|>\n" in render(turn, chat)
+    assert "DeepSeek Coder model, developed by DeepSeek Company" in render(turn, script)
+    assert render(turn, script).endswith("refuse to answer.\n### Instruction:\nhi\n### Response:\nho\n<|EOT|>")
+    own = render([("system", "Be brief."), *turn], chat)
+    assert own.startswith("Be brief.### Instruction:\n"), "no line break behind a system message of one's own"
+
+
+def test_every_answer_and_its_end_marker_is_trained_and_nothing_else():
+    tokenizer = small_tokenizer()
+    messages = [("user", "one"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos")]
+    segments = ChatFormat(FormatConfig(), tokenizer).segments(messages)
+    trained = [tokenizer.decode(segment.ids) for segment in segments if segment.trained]
+    assert trained == ["uno\n<|EOT|>", "dos\n<|EOT|>"]
+    assert [segment.trained for segment in segments] == [False, True, False, True, False]
+    assert segments[1].ids[-1] == tokenizer.eot_id
+
+
+def test_a_message_that_quotes_a_control_token_ends_nothing():
+    tokenizer = small_tokenizer()
+    segments = ChatFormat(FormatConfig(), tokenizer).segments([("user", "say <|EOT|>"), ("assistant", "<|EOT|> it is")])
+    assert joined(segments).count(tokenizer.eot_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end": "\n"}, r"end = '\\n': does not end with a control token such as <\|EOT\|>"),
+        ({"instruction": "Q:"}, "has no {content}"),
+        ({"response": "A: "}, "must end with a line break or a control token"),
+    ],
+)
+def test_a_format_that_cannot_teach_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        FormatConfig(kind="custom", **changes)
+
+
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "an empty line"),
+        ("{", "malformed JSON"),
+        ("[1]", "expected a JSON object, not list"),
+        ('{"instruction": "a"}', "'output' is missing"),
+        ('{"instruction": 3, "output": "b"}', "'instruction' is 3, expected text"),
+        ('{"instruction": "a", "output": " "}', "'output' is empty"),
+        ('{"messages": []}', "expected a list of turns"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no answer to train on"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is the assistant's, expected the user's"),
+        ('{"messages": [{"role": "user"}]}', "expected role and content"),
+    ],
+)
+def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(DataError, match=rf"data\.jsonl:2: .*{message}"):
+        prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig())
+    skipping = ConversationConfig(malformed="skip")
+    prepared = prepare_conversations([path], tmp_path / "out", small_tokenizer(), skipping)
+    assert (prepared.conversations, prepared.skipped) == (2, 1)
+    assert message.split(",")[0] in prepared.first_skipped
+
+
+def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
+    rows = [{"messages": [{"role": role, "content": content} for role, content in made]} for made in conversations(9)]
+    lines = write_jsonl(tmp_path / "data.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    made = []
+    for number, path in enumerate([lines, tmp_path / "data.parquet"]):
+        prepare_conversations([path], tmp_path / str(number), small_tokenizer(), ConversationConfig())
+        made.append((tmp_path / f"{number}.bin").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_what_is_prepared_stays_until_its_inputs_change(tmp_path):
+    path, prefix = write_jsonl(tmp_path / "data.jsonl", [json.loads(GOOD)]), tmp_path / "out"
+    first = prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig())
+    stamp = (tmp_path / "out.bin").stat().st_mtime_ns
+    assert prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig()) == first
+    assert (tmp_path / "out.bin").stat().st_mtime_ns == stamp
+    write_jsonl(path, [json.loads(GOOD)] * 2)
+    assert prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig()).conversations == 2
+
+
+@pytest.fixture
+def stream_of(tmp_path):
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in made]} for made in conversations(60, seed=3)
+    ]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig())
+    dataset = IndexedDataset(tmp_path / "out")
+
+    def make(dp_rank=0, dp_size=1, seq_length=512, batch=4):
+        return ConversationStream(
+            dataset, small_tokenizer(), seq_length=seq_length, seed=1, global_batch_size=batch, dp_rank=dp_rank,
+            dp_size=dp_size,
+        )  # fmt: skip
+
+    return make, dataset
+
+
+def test_windows_hold_whole_conversations_masked_from_each_other(stream_of):
+    make, dataset = stream_of
+    tokenizer, stream, seen = small_tokenizer(), make(seq_length=4096), []
+    whole = {tuple(dataset.document(number).tolist()) for number in range(dataset.num_documents)}
+    for _ in range(12):
+        batch = stream.next_batch()
+        for tokens, labels, starts in zip(batch.tokens, batch.labels, batch.starts, strict=True):
+            edges = [*starts.nonzero().flatten().tolist(), len(tokens)]
+            for start, stop in itertools.pairwise(edges):
+                piece, trained = tokens[start:stop], labels[start:stop]
+                if piece[0] == tokenizer.pad_id:
+                    assert set(trained.tolist()) == {-100}
+                    continue
+                seen.append(tuple(piece.tolist()))
+                counted = trained != -100
+                assert torch.equal(trained[:-1][counted[:-1]], piece[1:][counted[:-1]]), "labels are next tokens"
+                assert trained[-1] == -100, "none of another conversation"
+                assert int((trained == tokenizer.eot_id).sum()) == int((piece == tokenizer.eot_id).sum())
+            assert position_ids(starts[None])[0, edges[-2]] == 0
+    assert set(seen) <= whole
+    assert len(set(seen)) > 40
+
+
+def test_a_conversation_that_is_too_long_is_cut_at_the_right(stream_of):
+    make, dataset = stream_of
+    tokens = make(seq_length=128).next_batch().tokens
+    beginnings = {tuple(dataset.document(number)[:16].tolist()) for number in range(dataset.num_documents)}
+    assert all(tuple(row[:16].tolist()) in beginnings for row in tokens)
+    with pytest.raises(ConfigError, match="in none of 60 conversations does the first answer begin within it"):
+        make(seq_length=2)
+
+
+def test_ranks_serve_what_one_does_and_a_state_is_taken_up(stream_of):
+    make, _ = stream_of
+    alone, ranks = make(), [make(rank, 2) for rank in range(2)]
+    for _ in range(9):
+        expected, parts = alone.next_batch(), [stream.next_batch() for stream in ranks]
+        for name in ("tokens", "labels", "starts"):
+            ours = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
+            assert torch.equal(ours, getattr(expected, name))
+    resumed = make(0, 4)
+    resumed.load_state_dict(ranks[1].state_dict())
+    assert torch.equal(resumed.next_batch().tokens[0], alone.next_batch().tokens[0])
+    with pytest.raises(ConfigError, match="seq_length is 256, but"):
+        make(seq_length=256).load_state_dict(alone.state_dict())
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A question for each of a few words, which a small model learns by heart."""
+    folder = tmp_path_factory.mktemp("toy")
+    small_tokenizer().save(folder / "tokenizer")
+    words = ["import", "return", "class", "while"]
+    rows = [{"instruction": f"say {word}", "output": f"{word} {word}"} for word in words]
+    data = write_jsonl(folder / "data.jsonl", rows)
+    model = ModelConfig(
+        vocab_size=small_tokenizer().vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=512, init_std=0.05,
+        rope_theta=10000.0,
+    )  # fmt: skip
+
+    def config(output, **changes):
+        settings = {
+            "model": model, "steps": 80, "stream": {"seq_length": 64}, "checkpoint_every": 80, "eval_every": 1000,
+            "schedule": ScheduleConfig(kind="cosine", peak_lr=2e-2, warmup_steps=5), "chat": SHORT,
+        }  # fmt: skip
+        return run_config(folder / output, folder / "tokenizer", data, **{**settings, **changes})
+
+    return folder, rows, config
+
+
+def test_an_instructed_model_answers_and_stops(toy, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # one thread: two would wait for each other most of the time
+    folder, rows, config = toy
+    made = config("run")
+    (folder / "run.toml").write_text(to_toml(made))
+    command.main([str(folder / "run.toml")])
+    curve = read_metrics(folder / "run" / "metrics.jsonl")
+    assert curve[-1]["loss"] < 0.2 < 3.0 < curve[0]["loss"]
+    checkpoint_convert.export([str(folder / "run"), str(folder / "exported"), "--dtype", "float32"])
+    model, tokenizer = import_with_tokenizer(folder / "exported", dtype=torch.float32)
+    settings = json.loads((folder / "exported" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == tokenizer.eot_id, "what serves the model must stop there"
+    chat = ChatFormat(SHORT, tokenizer)
+    prompts = [
+        joined(chat.segments([("user", row["instruction"]), ("assistant", "")])[:-2]) for row in rows
+    ]  # fmt: skip
+    answers = generate(model, prompts, max_new_tokens=16, stop_ids=())
+    for row, answer in zip(rows, answers, strict=True):
+        assert tokenizer.eot_id in answer, "it never stops"
+        assert tokenizer.decode(answer[: answer.index(tokenizer.eot_id)]) == row["output"] + "\n"
+
+
+def steps_on(world, config):
+    trainer = Trainer(config, world)
+    losses = [trainer.update().loss for _ in range(2)]
+    trainer.folder.finish()
+    trainer.batches.close()
+    return losses
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2, "schedule": "zbv"}, {"cp": 2}, {}], ids=str)
+def test_every_layout_trains_alike(ranks, toy, layout):
+    _, _, config = toy
+    alone = ranks.run(1, steps_on, prepare(config(f"alone-{sorted(layout)}")))[0]
+    shared = prepare(config(f"ranks-{sorted(layout)}", parallel=ParallelConfig(**layout)))
+    for losses in ranks.run(2, steps_on, shared):
+        assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_settings_that_contradict_are_refused(toy):
+    _, _, config = toy
+    run = config("contradictory")
+    for changes, message in (
+        ({"rate": 0.5}, "conversations are not filled in"),
+        ({"masks": False}, "conversations of a window never see each other"),
+    ):
+        stream = run.data.stream.__dict__ | (
+            {"fim": run.data.stream.fim.__class__(rate=0.5)} if "rate" in changes else {"document_masks": False}
+        )
+        data = DataConfig(**{**run.data.__dict__, "stream": run.data.stream.__class__(**stream)})
+        with pytest.raises(ConfigError, match=message):
+            prepared_run(RunConfig(**{**run.__dict__, "data": data}))
+
+
+def test_warm_up_by_tokens_and_where_a_cosine_ends():
+    by_tokens = ScheduleConfig(kind="cosine", peak_lr=1.0, warmup_steps=7, warmup_tokens=4000, final_share=0.0)
+    assert learning_rate(2, 100, by_tokens, tokens_per_step=1000) == pytest.approx(0.5)
+    assert learning_rate(4, 100, by_tokens, tokens_per_step=1000) == pytest.approx(1.0)
+    assert learning_rate(100, 100, by_tokens, tokens_per_step=1000) == pytest.approx(0.0, abs=1e-12)
+    assert np.isclose(learning_rate(100, 100, ScheduleConfig(kind="cosine", peak_lr=1.0, warmup_steps=5)), 0.1)
+    with pytest.raises(ConfigError, match=r"final_share = 1\.5"):
+        ScheduleConfig(final_share=1.5)

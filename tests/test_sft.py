@@ -299,8 +299,8 @@ def toy(tmp_path_factory):
 
     def config(output, **changes):
         settings = {
-            "model": model, "steps": 80, "stream": {"seq_length": 64}, "checkpoint_every": 80, "eval_every": 1000,
-            "schedule": ScheduleConfig(kind="cosine", peak_lr=2e-2, warmup_steps=5), "chat": SHORT,
+            "model": model, "steps": 70, "stream": {"seq_length": 64}, "checkpoint_every": 70, "eval_every": 1000,
+            "schedule": ScheduleConfig(kind="cosine", peak_lr=6e-3, warmup_steps=5), "chat": SHORT,
         }  # fmt: skip
         return run_config(folder / output, folder / "tokenizer", data, **{**settings, **changes})
 
@@ -315,7 +315,7 @@ def test_an_instructed_model_answers_and_stops(toy, monkeypatch):
     command.main([str(folder / "run.toml")])
     curve = read_metrics(folder / "run" / "metrics.jsonl")
     assert curve[-1]["loss"] < 0.2 < 3.0 < curve[0]["loss"]
-    checkpoint_convert.export([str(folder / "run"), str(folder / "exported"), "--dtype", "float32"])
+    checkpoint_convert.export_main([str(folder / "run"), str(folder / "exported"), "--dtype", "fp32"])
     model, tokenizer = import_with_tokenizer(folder / "exported", dtype=torch.float32)
     settings = json.loads((folder / "exported" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == tokenizer.eot_id, "what serves the model must stop there"

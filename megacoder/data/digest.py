@@ -8,13 +8,16 @@ from hashlib import sha256
 
 import torch
 
+from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.stream import Batch, TokenStream
 
 __all__ = ["step_digest", "step_digests"]
 
 
-def step_digests(ranks: Sequence[TokenStream | MegatronStream], *, skip: int, steps: int) -> Iterator[str]:
+def step_digests(
+    ranks: Sequence[TokenStream | MegatronStream | ConversationStream], *, skip: int, steps: int
+) -> Iterator[str]:
     """The digests of `steps` steps behind `skip` others, of the streams of all ranks, which move on together."""
     for step in range(skip + steps):
         first_window = ranks[0].windows

@@ -18,7 +18,6 @@ from megacoder.core.memory import keep_freed_memory
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_stream import MegatronStream
-from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
@@ -121,7 +120,9 @@ def open_conversations(
     )  # fmt: skip
 
 
-def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> ResumableBatches:
+def open_stream(
+    config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
+) -> TokenStream | MegatronStream | ConversationStream:
     """The training tokens of one data-parallel rank."""
     data = config.data
     if data.conversations.train:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
     "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
     "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
+    "data merge": ("megacoder.cli.data_merge", "several .bin/.idx pairs as one"),
     "data digest": ("megacoder.cli.data_digest", "a digest per step of the tokens that a run sees, on any ranks"),
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started as train is"),

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.indexed import IndexedDataset
-from megacoder.data.sidecar import Sidecar, open_dataset
+from megacoder.data.sidecar import Sidecar, checksum, open_dataset
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["InspectConfig", "inspect"]
@@ -27,6 +27,8 @@ class InspectConfig:
     """tokenizer folder; decodes the beginnings of some documents"""
     documents: int = 3
     """how many documents to decode, evenly spread"""
+    verify: bool = False
+    """also reads every byte and compares with the checksum that preprocessing noted"""
     json: bool = False
     """prints JSON"""
 
@@ -40,6 +42,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer is not None else None
     dataset = IndexedDataset(config.prefix) if tokenizer is None else open_dataset(config.prefix, tokenizer)
     sidecar = Sidecar.read(config.prefix)
+    if config.verify:
+        _verify(config.prefix, sidecar)
     report: dict[str, Any] = {
         "documents": dataset.num_documents,
         "sequences": dataset.num_sequences,
@@ -52,10 +56,27 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if tokenizer is not None:
         count = min(config.documents, dataset.num_documents)
         chosen = [index * dataset.num_documents // count for index in range(count)]
-        report["beginnings"] = {
-            str(index): tokenizer.decode(dataset.document(index)[:_PREVIEW_TOKENS].tolist()) for index in chosen
-        }
+        report["beginnings"] = {str(index): _beginning(dataset, index, tokenizer) for index in chosen}
     return report
+
+
+def _verify(prefix: Path, sidecar: Sidecar | None) -> None:
+    if sidecar is None or sidecar.checksum is None:
+        raise DataError(f"{Sidecar.path(prefix)}: no checksum to compare with; only `megacoder preprocess` notes one")
+    if checksum(prefix) != sidecar.checksum:
+        raise FormatError(
+            f"{prefix}: .bin or .idx is not as it was written (checksum {sidecar.checksum}); make it again"
+        )
+
+
+def _beginning(dataset: IndexedDataset, index: int, tokenizer: Tokenizer) -> str:
+    ids = dataset.document(index)[:_PREVIEW_TOKENS]
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise DataError(
+            f"{dataset.prefix}: document {index} has ids from {ids.min()} to {ids.max()}, the tokenizer "
+            f"{tokenizer.vocab_size:,}; give the one that it was made with"
+        )
+    return tokenizer.decode(ids.tolist())
 
 
 def _histogram(dataset: IndexedDataset) -> dict[str, int]:

@@ -22,7 +22,7 @@ from megacoder.data.documents import DocumentReader, find_inputs
 from megacoder.data.encoders import EncoderName, fast_encoder
 from megacoder.data.encoding import Piece, encode_in_order
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path, token_dtype
-from megacoder.data.sidecar import Sidecar
+from megacoder.data.sidecar import Sidecar, checksum
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["PreprocessConfig", "preprocess"]
@@ -193,6 +193,7 @@ def _join(config: PreprocessConfig, tokenizer: Tokenizer, parts: list[Path], des
         text_key=config.text_key,
         document_key=config.document_key,
         inputs=described,
+        checksum=checksum(config.output),
     )
     sidecar.write(config.output)
     return sidecar

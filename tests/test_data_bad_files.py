@@ -1,0 +1,181 @@
+"""What reaches the data path damaged: the same tokens, or one clear line; never a crash, never half a dataset."""
+
+import json
+import random
+import resource
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_samples import small_tokenizer, source_texts, write_jsonl
+
+from megacoder.cli.main import main
+from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megacoder.data.inspection import InspectConfig, inspect
+from megacoder.data.merging import MergeConfig, merge
+from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.sidecar import Sidecar
+from megacoder.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tokenizer and a dataset of twelve documents, most of them of several files."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [{"content": text[:400], "sample": index // 2} for index, text in enumerate(source_texts(24))]
+    write_jsonl(folder / "in.jsonl", rows)
+    small_tokenizer().save(folder / "tokenizer")
+    preprocess(config_of(folder, folder / "in.jsonl", document_key="sample"))
+    return folder
+
+
+def config_of(folder, *inputs, output="set", **options):
+    return PreprocessConfig(
+        input=inputs, tokenizer=folder / "tokenizer", output=folder / output, workers=1,
+        **{"encoder": "tokenizers", **options},
+    )  # fmt: skip
+
+
+def test_a_thousand_flipped_bytes_change_nothing_unnoticed(made, tmp_path):
+    """Opening, every access and the report either give what was written or end with an error of ours."""
+    prefix, generator = tmp_path / "set", random.Random(0)
+    whole = {path: path(made / "set").read_bytes() for path in (bin_path, idx_path)}
+    Sidecar.path(prefix).write_bytes(Sidecar.path(made / "set").read_bytes())
+    expected = IndexedDataset(made / "set")
+    counts = {"refused at open": 0, "noticed by --verify": 0}
+    for trial in range(1000):
+        damaged = generator.choice([bin_path, idx_path])
+        for path, content in whole.items():
+            path(prefix).write_bytes(content)
+        edited = bytearray(whole[damaged])
+        edited[generator.randrange(len(edited))] ^= generator.randrange(1, 256)
+        damaged(prefix).write_bytes(edited)
+        try:
+            dataset = IndexedDataset(prefix)
+        except FormatError:
+            counts["refused at open"] += 1
+            continue
+        sequences = [dataset.sequence(index) for index in range(dataset.num_sequences)]
+        documents = [dataset.document(index) for index in range(dataset.num_documents)]
+        assert sum(map(len, sequences)) == sum(map(len, documents)) == expected.num_tokens
+        with pytest.raises(FormatError, match="not as it was written"):
+            inspect(InspectConfig(prefix=prefix, verify=True))
+        counts["noticed by --verify"] += 1
+        if trial % 20 == 0:
+            decoded_or_refused(InspectConfig(prefix=prefix, tokenizer=made / "tokenizer", documents=12))
+    assert min(counts.values()) > 100
+
+
+def decoded_or_refused(config):
+    try:
+        report = inspect(config)
+    except DataError as error:
+        message = str(error)
+        return "has ids from" in message or pytest.fail(message)
+    return len(report["beginnings"]) == 12 or pytest.fail(str(report))
+
+
+def test_the_whole_pair_is_verified_and_one_without_checksum_is_said(made, tmp_path):
+    assert inspect(InspectConfig(prefix=made / "set", verify=True))["documents"] == 12
+    with IndexedDatasetWriter(tmp_path / "plain", dtype=np.uint16) as writer:
+        writer.add_document([np.arange(3)])
+    with pytest.raises(DataError, match="no checksum to compare with"):
+        inspect(InspectConfig(prefix=tmp_path / "plain", verify=True))
+
+
+def test_a_merge_of_parts_is_the_whole(made, tmp_path, capsys):
+    rows = (made / "in.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("a", rows[:10]), ("b", rows[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+        config = config_of(made, tmp_path / f"{name}.jsonl", document_key="sample", output=tmp_path / name)
+        preprocess(config)
+    main(["data", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
+    for path in (bin_path, idx_path):
+        assert path(tmp_path / "both").read_bytes() == path(made / "set").read_bytes()
+    both, whole = Sidecar.read(tmp_path / "both"), Sidecar.read(made / "set")
+    for name in ("documents", "sequences", "tokens", "bytes", "tokenizer", "document_key", "checksum"):
+        assert getattr(both, name) == getattr(whole, name)
+    with pytest.raises(SystemExit):
+        main(["data", "merge", str(tmp_path / "a"), "--output", str(tmp_path / "both")])
+    assert "both.idx: exists; choose another --output" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_belong_together_are_refused(made, tmp_path):
+    train_tokenizer(source_texts(3), vocab_size=600).save(tmp_path / "tokenizer")
+    preprocess(config_of(tmp_path, made / "in.jsonl", output="other"))
+    with pytest.raises(ConfigError, match=r"other: made with the tokenizer .*set with"):
+        merge(MergeConfig(prefixes=(made / "set", tmp_path / "other"), output=tmp_path / "both"))
+    with IndexedDatasetWriter(tmp_path / "wide", dtype=np.int32) as writer:
+        writer.add_document([np.arange(3)])
+    with pytest.raises(ConfigError, match=r"wide: tokens are int32, those of .*set uint16"):
+        merge(MergeConfig(prefixes=(made / "set", tmp_path / "wide"), output=tmp_path / "both"))
+    with pytest.raises(DataError, match=r"gone.idx: No such file"):
+        merge(MergeConfig(prefixes=(made / "set", tmp_path / "gone"), output=tmp_path / "both"))
+    with pytest.raises(ConfigError, match="no datasets to merge"):
+        MergeConfig(prefixes=(), output=tmp_path / "both")
+    assert not idx_path(tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_one_line_of_megabytes_and_nul_bytes_are_encoded_whole(made, tmp_path, suffix):
+    texts = ["f(x)=1;\x00" * 300_000, "\x00" * 1000, "a\x00b"]
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"content": texts}), path)
+    else:
+        write_jsonl(path, [{"content": text} for text in texts])
+    preprocess(config_of(made, path, output=tmp_path / "set", encoder="auto"))
+    dataset = IndexedDataset(tmp_path / "set")
+    decoded = [small_tokenizer().decode(dataset.document(index)[:-1].tolist()) for index in range(3)]
+    assert decoded == texts
+
+
+def test_a_raw_nul_byte_in_json_is_named(made, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"content": "a"}\n{"content": "\0"}\n')
+    with pytest.raises(DataError, match=r"in.jsonl:2: malformed JSON: Invalid control character"):
+        preprocess(config_of(made, tmp_path / "in.jsonl", output=tmp_path / "set"))
+
+
+def test_a_text_that_cannot_be_cut_is_named_with_its_file(made, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"content": "=" * ((1 << 24) + 1)}])
+    with pytest.raises(DataError, match=r"in.jsonl: 16,777,216 characters without a line break"):
+        preprocess(config_of(made, tmp_path / "in.jsonl", output=tmp_path / "set"))
+
+
+def test_a_disk_that_is_full_at_the_last_step_loses_nothing(made, tmp_path):
+    """Each part fits, the whole does not; with room again the same command only joins what is there."""
+    texts = [text[:4000] for text in source_texts(30)]
+    for index in range(5):
+        write_jsonl(tmp_path / f"{index}.jsonl", [{"content": text} for text in texts[index::5]])
+    config = config_of(made, *(tmp_path / f"{index}.jsonl" for index in range(5)), output=tmp_path / "set")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(DataError, match="File too large; finished files are kept, the same command goes on"):
+            preprocess(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.glob("set*")) == ["set.parts"]
+    assert len(list((tmp_path / "set.parts").glob("*.idx"))) == 5
+    assert preprocess(config).documents == 30
+    assert sorted(path.name for path in tmp_path.glob("set*")) == ["set.bin", "set.idx", "set.json"]
+
+
+def test_a_shard_that_vanished_is_named(made, tmp_path, capsys):
+    arguments = ["--tokenizer", str(made / "tokenizer"), "--output", str(tmp_path / "set"), "--input"]
+    with pytest.raises(SystemExit):
+        main(["preprocess", *arguments, str(made / "in.jsonl"), str(tmp_path / "shard-7.jsonl")])
+    assert "shard-7.jsonl: no such file or folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_of_another_vocabulary_are_said_not_decoded(made, tmp_path, capsys):
+    with IndexedDatasetWriter(tmp_path / "set", dtype=np.uint16) as writer:
+        writer.add_document([np.array([1, 60_000])])
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", str(tmp_path / "set"), "--tokenizer", str(made / "tokenizer")])
+    assert "document 0 has ids from 1 to 60000, the tokenizer 1,033" in capsys.readouterr().err
+    main(["data", "inspect", str(tmp_path / "set"), "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 2

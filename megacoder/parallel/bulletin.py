@@ -36,7 +36,8 @@ class End:
 class Bulletin:
     """One rank's access; `connect` comes first, and takes as long as the network takes."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, attempt: str) -> None:
+        self._attempt = attempt
         self._keys = {rank: f"rank/{rank}" for rank in range(num_ranks)}
         self._store: dist.Store | None = None
         self._connected = threading.Event()
@@ -44,7 +45,7 @@ class Bulletin:
     def connect(self, timeout_seconds: float) -> None:
         """Raises RuntimeError where the store does not answer."""
         if self._store is None:
-            self._store = connect_store(timeout_seconds)
+            self._store = connect_store(self._attempt, timeout_seconds)
             self._connected.set()
 
     def publish(self, record: Record) -> None:

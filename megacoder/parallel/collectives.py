@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from megacoder.core.errors import MegacoderError, RankLost
+from megacoder.parallel.attempt import agree_on_attempt
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.one_host import share_memory
 from megacoder.parallel.shared_memory import Transfer, add_up
@@ -77,14 +78,16 @@ class World:
         *,
         timeout: datetime.timedelta | None = None,
         shared_memory: bool = True,
+        attempt: str = "",
     ) -> None:
         """All ranks of `group` call it at once.
 
         `timeout` is what `group` was made with and what groups of its ranks get, too; None for torch's own. Without
-        `shared_memory` CPU ranks talk through sockets although they are on one host.
+        `shared_memory` CPU ranks talk through sockets although they are on one host. `attempt` names this start of the
+        run (see `megacoder.parallel.attempt`).
         """
         self.rank, self.size, self.local_rank, self.device, self.group = rank, size, local_rank, device, group
-        self.timeout, self.shared_memory = timeout, shared_memory
+        self.timeout, self.shared_memory, self.attempt = timeout, shared_memory, attempt
         self.journal = journal_of(group)
         """where this rank is; the same one for every World and group of the process"""
         if group is not None:
@@ -153,9 +156,12 @@ def start_world(
         join_timeout = max(timeout, datetime.timedelta(seconds=join_seconds))
         store, rank, size = next(dist.rendezvous("env://", timeout=join_timeout))
         store.set_timeout(join_timeout)
+        attempt = agree_on_attempt(
+            dist.PrefixStore("megacoder/start", store), rank, size, timeout_seconds=join_timeout.total_seconds()
+        )
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("default_pg", store),
+            store=dist.PrefixStore(f"megacoder/{attempt}", store),
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -165,7 +171,7 @@ def start_world(
         raise RankLost(_cannot_join(error)) from error
     return World(
         dist.get_rank(), dist.get_world_size(), local_rank, device, dist.group.WORLD,
-        timeout=timeout, shared_memory=shared_memory,
+        timeout=timeout, shared_memory=shared_memory, attempt=attempt,
     )  # fmt: skip
 
 
@@ -189,8 +195,8 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
     return group
 
 
-def connect_store(timeout_seconds: float) -> dist.Store:
-    """A connection of its own to the store that the ranks met at, for keys of this attempt of this run alone.
+def connect_store(attempt: str, timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the store that the ranks met at, for keys of this start of the run alone.
 
     Raises torch's DistError where the store does not answer.
     """
@@ -198,7 +204,6 @@ def connect_store(timeout_seconds: float) -> dist.Store:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
         timeout=datetime.timedelta(seconds=timeout_seconds),
     )  # fmt: skip
-    attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     return dist.PrefixStore(f"megacoder/watch/{attempt}", store)
 
 

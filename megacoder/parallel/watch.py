@@ -62,7 +62,7 @@ class Watch:
             self._host += f", node {os.environ['GROUP_RANK']}"
         self._main, self._agent = threading.get_ident(), os.getppid()
         self._active = world.size > 1 and "MASTER_ADDR" in os.environ  # else there is nobody, or nowhere, to ask
-        self._bulletin = Bulletin(world.size)
+        self._bulletin = Bulletin(world.size, world.attempt)
         self._heard = time.monotonic()
         self._end: End | None = None
         self._over, self._failed = threading.Event(), False

@@ -83,6 +83,8 @@ class Trainer:
         self.guard = Guard(config.guard)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
+        if self.step and world.is_first:
+            say(f"going on from step {self.step}")
         self._checkpoint_seconds = 0.0
         self._stop_asked: str | None = None
 

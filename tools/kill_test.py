@@ -236,7 +236,9 @@ class Story:
             r"(run\.toml|metrics\.jsonl|tensorboard(/events\.[^/]*)?|flight(/[^/]*\.json)?|checkpoints"
             r"(/latest|/step-\d{8}(/(manifest\.json|rank-\d{5}-of-\d{5}\.safetensors))?)?)"
         )
-        found = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+        walk = os.walk(self.folder)  # which does not mind that folders vanish
+        paths = [Path(top, name) for top, folders, files in walk for name in (*folders, *files)]
+        found = {str(path.relative_to(self.folder)) for path in paths}
         return {name for name in found if not meant.fullmatch(name)}
 
     def broken(self, what: str) -> Broken:

@@ -44,6 +44,7 @@ POSITIONAL = {
     "checkpoint export": ["run", "dst"],
     "checkpoint import": ["src", "dst"],
     "infill": ["file", "--model", "folder"],
+    "report": ["run"],
 }
 
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data digest": ("megacoder.cli.data_digest", "a digest per step of the tokens that a run sees, on any ranks"),
     "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
     "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started as train is"),
+    "report": ("megacoder.cli.report", "a run so far as one HTML file: loss, speed, memory, data, schedule"),
     "profile": ("megacoder.cli.profile", "where the time and memory of a run's steps go, with a trace"),
     "plan": ("megacoder.cli.plan", "layouts, memory and time on a cluster, with no GPU; schedules drawn"),
     "ops": ("megacoder.cli.ops", "which kernels run on this machine, and why the others do not"),

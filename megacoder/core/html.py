@@ -3,12 +3,13 @@
 Values are escaped here, so that callers pass plain text: file names and code samples may hold anything.
 """
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Series", "code", "line_chart", "page", "paragraph", "section", "tiles", "value_table"]
+__all__ = ["Series", "code", "line_chart", "page", "paragraph", "picture", "section", "tiles", "value_table"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5f6b78; --line: #d9dfe6; --page: #fff; --panel: #f5f7f9;
@@ -83,6 +84,12 @@ def code(before: str, marked: str = "", after: str = "") -> str:
     """Preformatted text with a marked part in the middle."""
     middle = f"<mark>{escape(marked)}</mark>" if marked else ""
     return f"<pre>{escape(before)}{middle}{escape(after)}</pre>"
+
+
+def picture(svg: bytes, *, describes: str) -> str:
+    """An SVG file as it is, in its own colours and size; what is too wide scrolls."""
+    data = base64.b64encode(svg).decode()
+    return f'<div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{escape(describes)}"></div>'
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 900, height: int = 300) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["MAX_ROUND", "blend_phase", "blend_table"]
+__all__ = ["MAX_ROUND", "blend_counts", "blend_phase", "blend_table"]
 
 MAX_ROUND = 1 << 16
 """Entries of a table at most: weights that need more are rounded to such shares, each dataset to one at least"""
@@ -44,6 +44,19 @@ def blend_phase(stream: int, num_streams: int, size: int) -> int:
     """Where in a table of `size` entries a stream begins; `num_streams` is a power of two."""
     reversed_bits = int(f"{stream:0{num_streams.bit_length() - 1}b}"[::-1], 2)
     return reversed_bits * size // num_streams
+
+
+def blend_counts(table: np.ndarray, *, num_windows: int, num_streams: int) -> list[int]:
+    """How many of the first `num_windows` windows of a run came from each dataset."""
+    streams = np.arange(num_streams)
+    served = num_windows // num_streams + (streams < num_windows % num_streams)  # windows of each stream
+    begin = np.array([blend_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
+    counts = []
+    for dataset in range(int(table.max()) + 1):
+        before = np.concatenate([[0], np.cumsum(np.tile(table == dataset, 2))])  # in two rounds, end to end
+        rounds, rest = np.divmod(served, len(table))
+        counts.append(int((rounds * before[len(table)] + before[begin + rest] - before[begin]).sum()))
+    return counts
 
 
 def _whole_numbers(weights: list[Fraction]) -> list[int]:

@@ -45,7 +45,7 @@ __all__ = ["Interrupted", "Trainer", "train"]
 class Interrupted(AlikeOnAllRanks):
     """The run was asked to stop and has written a checkpoint."""
 
-    def __init__(self, message: str, *, signal_name: str | None) -> None:
+    def __init__(self, message: str, *, signal_name: str | None = "SIGINT") -> None:
         """`signal_name` is what this rank was sent, None where it was another.
 
         Whoever sends SIGINT or SIGTERM to ranks ends torchrun, too, and expects 130. A signal that a scheduler sends

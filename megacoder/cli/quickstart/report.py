@@ -9,11 +9,12 @@ from megacoder.cli.quickstart.options import Places
 from megacoder.core.config import load_toml
 from megacoder.core.device import Machine
 from megacoder.core.files import write_text
-from megacoder.core.html import Series, code, line_chart, page, paragraph, section, tiles, value_table
+from megacoder.core.html import code, page, paragraph, section, tiles, value_table
 from megacoder.corpus.accounts import CorpusReport, load_report
 from megacoder.data.sidecar import Sidecar
 from megacoder.train.config import RunConfig
 from megacoder.train.metrics_log import read_metrics
+from megacoder.train.report import loss_chart, speed_chart
 from megacoder.version import __version__
 
 __all__ = ["write_report"]
@@ -98,9 +99,6 @@ def _infills(evaluation: dict[str, Any]) -> str:
 
 
 def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
-    losses = Series("training", [(row["step"], row["loss"]) for row in metrics])
-    held_out = Series("held out", [(row["step"], row["held_out_loss"]) for row in metrics if "held_out_loss" in row])
-    speed = Series("tokens/s", [(row["step"], row["tokens_per_second"]) for row in metrics])
     model = config.model
     shape = (
         f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, feed-forward {model.intermediate_size}, "
@@ -113,8 +111,8 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     return section(
         "Training",
         paragraph(shape),
-        line_chart([losses, held_out], x_label="step", y_label="loss, nats per token"),
-        line_chart([speed], x_label="step", y_label="tokens per second"),
+        loss_chart(metrics),
+        speed_chart(metrics),
     )
 
 

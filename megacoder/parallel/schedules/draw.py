@@ -7,7 +7,7 @@ from megacoder.parallel.schedules.schedule import Op
 from megacoder.parallel.schedules.simulate import Timeline
 from megacoder.parallel.schedules.validate import peak_live
 
-__all__ = ["draw"]
+__all__ = ["draw", "picture_of"]
 
 _COLOURS: dict[Op, tuple[int, int, int]] = {
     "F": (130, 177, 226),
@@ -22,7 +22,12 @@ _MAX_WIDTH = 12_000  # pixels of time; beyond that boxes get thinner and lose th
 
 
 def draw(timeline: Timeline, path: Path) -> None:
-    """Writes the timeline as `path` (.svg or .png); later chunks of a rank are drawn in darker shades."""
+    """Writes the timeline as `path` (.svg or .png)."""
+    picture_of(timeline).write(path)
+
+
+def picture_of(timeline: Timeline) -> Picture:
+    """The timeline drawn; later chunks of a rank in darker shades."""
     schedule = timeline.schedule
     title, label = _title(timeline), f"rank {schedule.num_ranks - 1}"
     left = _MARGIN + text_width(label) + _SPACE
@@ -36,7 +41,7 @@ def draw(timeline: Timeline, path: Path) -> None:
     legend_right = _draw_legend(picture, timeline, y=bottom + _SPACE)
     right = max(left + timeline.makespan * scale, _MARGIN + text_width(title), legend_right)
     picture.width = round(right) + _MARGIN
-    picture.write(path)
+    return picture
 
 
 def _scale(timeline: Timeline) -> float:

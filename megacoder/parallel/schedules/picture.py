@@ -59,13 +59,14 @@ class Picture:
 
     def write(self, path: Path) -> None:
         """Writes SVG or PNG, as the suffix of `path` says; ConfigError for any other."""
-        encode = {".svg": self._svg, ".png": self._png}.get(path.suffix.lower())
+        encode = {".svg": self.svg, ".png": self._png}.get(path.suffix.lower())
         if encode is None:
             raise ConfigError(f"cannot draw to {path}: the name must end in .png or .svg")
         with replacing(path) as temporary:
             temporary.write_bytes(encode())
 
-    def _svg(self) -> bytes:
+    def svg(self) -> bytes:
+        """As a file of its own."""
         size = f'width="{self.width}" height="{self.height}"'
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, sans-serif" font-size="16">',

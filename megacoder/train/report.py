@@ -1,0 +1,168 @@
+"""A run so far as one HTML file, from what the run itself has left in its folder; also while it goes on."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import load_toml
+from megacoder.core.errors import MegacoderError
+from megacoder.core.files import write_text
+from megacoder.core.html import Series, line_chart, page, paragraph, picture, section, tiles, value_table
+from megacoder.data.blend import blend_counts, blend_table
+from megacoder.parallel.schedules import Costs, build_schedule, simulate
+from megacoder.parallel.schedules.draw import picture_of
+from megacoder.train.config import RunConfig
+from megacoder.train.metrics_log import read_metrics
+from megacoder.version import __version__
+
+__all__ = ["loss_chart", "speed_chart", "write_run_report"]
+
+Rows = list[dict[str, Any]]
+
+_DRAWN_MICROBATCHES_PER_RANK = 4
+"""A step may have thousands; the picture shows how it begins and ends."""
+
+
+def write_run_report(run: Path, path: Path) -> int:
+    """Writes `path` about the run in folder `run`; returns the step that it has come to.
+
+    Raises MegacoderError where no step has been logged there.
+    """
+    config, rows = load_toml(RunConfig, run / "run.toml"), read_metrics(run / "metrics.jsonl")
+    if not rows:
+        raise MegacoderError(f"{run}: no step has been logged yet; train first")
+    reader = CheckpointReader(run / "checkpoints") if step_folders(run / "checkpoints") else None
+    lead = (
+        f"megacoder {__version__}; step {rows[-1]['step']:,} of {config.steps:,}; "
+        f"{config.model.num_params / 1e6:,.1f} M parameters, {config.dtype}, seed {config.seed}"
+    )
+    body = [_headline(rows), _learning(rows), _machine(rows), _checkpoints(rows, reader), _data(config, reader)]
+    write_text(path, page(f"Run {run.resolve().name}", lead, [*body, _schedule(config, reader)]))
+    return int(rows[-1]["step"])
+
+
+def loss_chart(rows: Rows) -> str:
+    """Training and held-out loss over steps."""
+    lines = [_series("training", rows, "loss"), _series("held out", rows, "held_out_loss")]
+    return line_chart([line for line in lines if line.points], x_label="step", y_label="loss, nats per token")
+
+
+def speed_chart(rows: Rows) -> str:
+    """Tokens per second over steps."""
+    return _chart("tokens/s", rows, "tokens_per_second", "tokens per second")
+
+
+def _series(name: str, rows: Rows, key: str) -> Series:
+    """Of the lines that have it; null stands for what is not finite."""
+    return Series(name, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
+
+
+def _chart(name: str, rows: Rows, key: str, y_label: str) -> str:
+    return line_chart([_series(name, rows, key)], x_label="step", y_label=y_label)
+
+
+def _headline(rows: Rows) -> str:
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    held_out = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
+    speed = statistics.median(row["tokens_per_second"] for row in rows)
+    items = [
+        ("tokens trained on", f"{rows[-1]['tokens'] / 1e6:,.2f} M"),
+        ("loss", f"{losses[-1]:.3f}" if losses else "not finite"),
+        *([("held-out loss", f"{held_out[-1]:.3f}")] if held_out else []),
+        ("tokens/s, median", f"{speed:,.0f}"),
+        ("TFLOP/s, median", f"{statistics.median(row['tflops'] for row in rows):,.3g}"),
+        ("updates left out", f"{rows[-1].get('skipped_updates', 0):,}"),
+    ]
+    return tiles(items)
+
+
+def _learning(rows: Rows) -> str:
+    before, left_out = 0, []
+    for row in rows:
+        now = row.get("skipped_updates", 0)
+        if now > before:
+            found = [f"{row[name]:.4g}" if row[name] is not None else "not finite" for name in ("loss", "grad_norm")]
+            left_out.append([str(row["step"]), str(now - before), *found])
+        before = now
+    columns = ["logged at step", "updates left out since the line before", "loss", "gradient norm"]
+    return section(
+        "Learning",
+        loss_chart(rows),
+        _chart("learning rate", rows, "lr", "learning rate"),
+        _chart("gradient norm", rows, "grad_norm", "norm of the gradient before clipping"),
+        value_table(columns, left_out, caption="the last 50")
+        if (left_out := left_out[-50:])
+        else paragraph("No update was left out."),
+    )
+
+
+def _machine(rows: Rows) -> str:
+    return section(
+        "Speed and memory",
+        speed_chart(rows),
+        _chart(
+            "memory", rows, "memory_gib", "GiB held at the most by the first rank: tensors on a GPU, else its process"
+        ),
+    )
+
+
+def _checkpoints(rows: Rows, reader: CheckpointReader | None) -> str:
+    waits = [row["checkpoint_seconds"] for row in rows if row.get("checkpoint_seconds")]
+    newest = "There is none yet." if reader is None else f"The newest whole one is of step {reader.step:,}."
+    held_up = f" Saving held training up {len(waits):,} times, for {sum(waits):,.2f} s in all." if waits else ""
+    parts = [paragraph(newest + held_up)]
+    if waits:
+        parts.append(_chart("checkpoints", rows, "checkpoint_seconds", "seconds that saving held training up"))
+    return section("Checkpoints", *parts)
+
+
+def _data(config: RunConfig, reader: CheckpointReader | None) -> str:
+    """What has been drawn of each dataset, as the newest checkpoint says."""
+    title = "Data drawn so far"
+    if reader is None:
+        return section(title, paragraph("The first checkpoint will say."))
+    state, prefixes = reader.state["data"], config.data.train
+    windows, length, order = state["windows"], config.data.stream.seq_length, state["order"]
+    counts = [windows]
+    if len(prefixes) > 1:
+        if "num_streams" not in order:  # Megatron's order
+            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, blended as Megatron does."))
+        table = blend_table(order["weights"])
+        counts = blend_counts(table, num_windows=windows, num_streams=order["num_streams"])
+    weights = order.get("weights", [1.0] * len(prefixes))
+    sizes = [tokens for _, tokens in order["datasets"]] if "datasets" in order else [math.nan] * len(prefixes)
+    rows = [
+        [str(prefix), f"{weight / sum(weights):.2%}", f"{count / windows:.2%}" if windows else "",
+         f"{count * length:,}", f"{count * length / size:.3f}" if size == size else ""]
+        for prefix, weight, count, size in zip(prefixes, weights, counts, sizes, strict=True)
+    ]  # fmt: skip
+    caption = f"at the checkpoint of step {reader.step:,}: {windows:,} windows of {length:,} tokens"
+    return section(
+        title,
+        value_table(["dataset", "share asked for", "share drawn", "tokens drawn", "times over"], rows, caption=caption),
+    )
+
+
+def _schedule(config: RunConfig, reader: CheckpointReader | None) -> str:
+    """The ranks, and the pipeline's timeline where there is one; backwards taken for twice as long as forwards."""
+    title = "Layout and schedule"
+    if reader is None:
+        return section(title, paragraph("The first checkpoint will say."))
+    sizes = {str(axis): int(size) for axis, size in reader.layout.items()}
+    text = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) + f" on {math.prod(sizes.values()):,} ranks."
+    pp = sizes["pp"]
+    if pp == 1:
+        return section(title, paragraph(text + " No pipeline, so no schedule to draw."))
+    microbatches = config.global_batch_size // (config.micro_batch_size * sizes["dp"])
+    drawn = min(microbatches, _DRAWN_MICROBATCHES_PER_RANK * pp)
+    schedule = build_schedule(
+        config.parallel.schedule, num_ranks=pp, num_microbatches=drawn, num_chunks=config.parallel.chunks
+    )
+    share = 1 / schedule.num_chunks
+    costs = Costs.uniform(schedule.stage_map.num_stages, forward=share, input_grad=share, weight_grad=share)
+    more = f" The first {drawn} of {microbatches:,} microbatches of a step." if drawn < microbatches else ""
+    drawing = picture(picture_of(simulate(schedule, costs)).svg(), describes=f"schedule {schedule.name} on {pp} ranks")
+    return section(title, paragraph(text + more + " Simulated, with stages of equal time."), drawing)

@@ -1,0 +1,126 @@
+"""The report of a run says what the run's own files say, and is one file that fetches nothing."""
+
+import base64
+import dataclasses
+import html.parser
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from train_cases import make_case
+
+from megacoder.cli.main import main
+from megacoder.data.blend import blend_counts, blend_phase, blend_table
+from megacoder.parallel.config import ParallelConfig
+from megacoder.train.loop import Trainer
+from megacoder.train.metrics_log import read_metrics
+
+
+@pytest.mark.parametrize(("weights", "num_streams"), [([1.0], 1), ([0.7, 0.1, 0.2], 8), ([1, 2, 3, 1.5], 16)])
+@pytest.mark.parametrize("num_windows", [0, 5, 64, 1003])
+def test_blended_windows_are_counted_as_they_are_drawn(weights, num_streams, num_windows):
+    table = blend_table(weights)
+    counted = [0] * len(weights)
+    for window in range(num_windows):
+        phase = blend_phase(window % num_streams, num_streams, len(table))
+        counted[table[(window // num_streams + phase) % len(table)]] += 1
+    assert blend_counts(table, num_windows=num_windows, num_streams=num_streams) == counted
+
+
+def run(world, config):
+    Trainer(config, world).run()
+
+
+class Reader(html.parser.HTMLParser):
+    """Texts, and what could make a browser fetch something."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts, self.sources, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, tmp_path_factory):
+    """A run on two pipeline ranks, over two datasets of which one is named to be escaped."""
+    case = make_case(tmp_path_factory.mktemp("report"))
+    for suffix in (".bin", ".idx", ".json"):
+        if (source := case.folder / f"train{suffix}").exists():
+            (case.folder / f"more <b> & such{suffix}").write_bytes(source.read_bytes())
+    config = case.config("run", steps=6, eval_every=3, parallel=ParallelConfig(pp=2))
+    data = dataclasses.replace(
+        config.data, train=(case.folder / "train", case.folder / "more <b> & such"), weights=(3.0, 1.0)
+    )
+    config = dataclasses.replace(config, data=data)
+    ranks.run(2, run, config)
+    return config
+
+
+def report_of(folder, *arguments):
+    main(["report", str(folder), *arguments])
+    reader = Reader()
+    text = (Path(arguments[1]) if arguments else folder / "report.html").read_text()
+    reader.feed(text)
+    assert not reader.open
+    return reader, text
+
+
+def test_the_report_says_what_the_run_has_logged(finished, capsys):
+    reader, text = report_of(finished.output)
+    assert f"{finished.output}/report.html: as of step 6" in capsys.readouterr().err
+    rows = read_metrics(finished.output / "metrics.jsonl")
+    shown = " ".join(reader.texts)
+    assert f"{rows[-1]['loss']:.3f}" in reader.texts
+    assert f"{rows[-1]['held_out_loss']:.3f}" in reader.texts
+    assert "The newest whole one is of step 6." in shown
+    assert "No update was left out." in shown
+    assert "tp 1" in shown
+    assert "pp 2" in shown
+    assert re.search(r"dataset share asked for .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
+    assert "<b> & such" in shown, "names are text"
+    assert text.count("<polyline") == 7, "loss twice, rate, norm, speed, memory, checkpoints"
+    assert "<script" not in text
+
+
+def test_it_fetches_nothing_and_its_picture_is_one(finished):
+    reader, _ = report_of(finished.output)
+    assert len(reader.sources) == 1
+    kind, _, data = reader.sources[0].partition(";base64,")
+    assert kind == "data:image/svg+xml"
+    drawn = ET.fromstring(base64.b64decode(data))
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert "rank 1" in texts
+    assert texts[0].startswith("1f1b: 2 ranks, 4 microbatches")
+
+
+def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
+    """Without a checkpoint, and with values that were not finite."""
+    (tmp_path / "run.toml").write_bytes((finished.output / "run.toml").read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 1
+    base = '"lr": 0.1, "tokens": 10, "tokens_per_second": 5.0, "tflops": 1.0, "memory_gib": 0.1, '
+    lines = [
+        f'{{"step": 1, "loss": 2.0, "grad_norm": 1.0, {base} "skipped_updates": 0}}',
+        f'{{"step": 2, "loss": null, "grad_norm": null, {base} "skipped_updates": 1}}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    reader, _ = report_of(tmp_path, "--out", str(tmp_path / "other.html"))
+    shown = " ".join(reader.texts)
+    assert "2 1 not finite not finite" in shown
+    assert shown.count("The first checkpoint will say.") == 2
+    assert "2.000" in reader.texts

@@ -129,7 +129,7 @@ def _data(config: RunConfig, reader: CheckpointReader | None) -> str:
     counts = [windows]
     if len(prefixes) > 1:
         if "num_streams" not in order:  # Megatron's order
-            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, blended as Megatron does."))
+            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, of all datasets together."))
         table = blend_table(order["weights"])
         counts = blend_counts(table, num_windows=windows, num_streams=order["num_streams"])
     weights = order.get("weights", [1.0] * len(prefixes))

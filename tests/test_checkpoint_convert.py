@@ -90,6 +90,13 @@ def test_resharded_files_are_those_that_a_run_in_that_layout_writes(ranks, case,
         assert (offline / file).read_bytes() == (online / file).read_bytes(), file
 
 
+def test_an_imported_model_is_resharded_too(folder, tmp_path, capsys):
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    assert run(capsys, "reshard", tmp_path / "start", tmp_path / "many", "--tp", 2, "--pp", 2, "--dp", 2)[0] == 0
+    assert_equal(state_of(tmp_path / "many"), state_of(tmp_path / "start"))
+    assert verify_checkpoint(tmp_path / "many" / "step-00000000") == []
+
+
 def test_there_and_back_in_one_file(case, capsys, tmp_path):
     before = case.folder / "run" / "checkpoints" / "step-00000002"
     assert run(capsys, "reshard", before, tmp_path / "many", "--tp", 2, "--pp", 2)[0] == 0

@@ -97,7 +97,8 @@ def find_checkpoint(path: Path) -> Path:
             say(f"passing over {folder.name}: {error}")
         else:
             return folder
-    raise CheckpointError(f"{path}: holds no whole checkpoint")
+    hint = "; megacoder checkpoint import makes one of a Hugging Face folder" if (path / "config.json").exists() else ""
+    raise CheckpointError(f"{path}: holds no whole checkpoint{hint}")
 
 
 def recover(root: Path) -> None:

@@ -174,10 +174,7 @@ class TransformerPart(nn.Module):
         if head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = self.embed_tokens if tied else self._vocab_parallel("lm_head")
-        cos, sin = rope_tables(
-            config.max_position_embeddings, config.head_dim, theta=config.rope_theta, factor=config.rope_factor
-        )
-        self._rope = RopeTables(cos, sin)  # not a buffer: `.to(dtype)` must not round it
+        self._rope: RopeTables | None = None  # no buffer: `.to(dtype)` must not round it
 
     def decoder_layers(self) -> dict[int, DecoderLayer]:
         """The layers by their index in the whole model, first to last."""
@@ -185,8 +182,12 @@ class TransformerPart(nn.Module):
 
     def rope(self, device: torch.device) -> RopeTables:
         """The rotary tables on `device`, in fp32 whatever the model's dtype."""
-        if self._rope.cos.device != device:
-            self._rope = RopeTables(self._rope.cos.to(device), self._rope.sin.to(device))
+        config = self.config
+        if self._rope is None or self._rope.cos.device != device:
+            cos, sin = rope_tables(
+                config.max_position_embeddings, config.head_dim, theta=config.rope_theta, factor=config.rope_factor
+            )
+            self._rope = RopeTables(cos.to(device), sin.to(device))
         return self._rope
 
     def _vocab_parallel(self, name: str) -> VocabParallelEmbedding:

@@ -26,7 +26,6 @@ from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.tensor import TensorParallel
-from megacoder.train.config import RunConfig
 from megacoder.train.layout import Layout, LayoutRequest
 from megacoder.train.run_folder import state_fragments
 
@@ -69,22 +68,23 @@ def rank_fragments(
 
 
 def _layout(reader: CheckpointReader, model: ModelConfig, dims: ParallelDims) -> tuple[ParallelConfig, Layout]:
-    """The run's own settings but for the axes; for a checkpoint that no run wrote, the default ones."""
-    axes = asdict(dims)
+    """With the run's own settings but for the axes; for a checkpoint that no run wrote, the default ones."""
     table = reader.state["config"]
-    if "data" not in table:
-        parallel = ParallelConfig(**axes)
-        request = LayoutRequest(
-            model=model, parallel=parallel, seq_length=model.max_position_embeddings,
-            global_batch_size=dims.dp * dims.pp, micro_batch_size=1,
-        )  # fmt: skip
-        return parallel, request.layout(dims.world_size)
     where = f"{reader.folder / MANIFEST}: state.config"
-    try:
-        config = from_dict(RunConfig, table, where=where)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    same_stages = config.parallel.pp == dims.pp
-    changes = axes if same_stages else {**axes, "layers_per_stage": None}
-    config = replace(config, parallel=replace(config.parallel, **changes))
-    return config.parallel, config.layout(dims.world_size)
+    parallel, seq_length, batch, micro_batch = ParallelConfig(), model.max_position_embeddings, dims.dp * dims.pp, 1
+    if "parallel" in table:
+        try:  # no more of it than is needed: settings come and go, checkpoints stay
+            parallel = from_dict(ParallelConfig, table["parallel"], where=f"{where}.parallel")
+            seq_length = int(table["data"]["stream"]["seq_length"])
+            batch, micro_batch = int(table["global_batch_size"]), int(table["micro_batch_size"])
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{where}: not a run's; which layouts it can have is unknown") from None
+    if parallel.pp != dims.pp:
+        parallel = replace(parallel, layers_per_stage=None)
+    parallel = replace(parallel, **asdict(dims))
+    request = LayoutRequest(
+        model=model, parallel=parallel, seq_length=seq_length, global_batch_size=batch, micro_batch_size=micro_batch
+    )
+    return parallel, request.layout(dims.world_size)

@@ -209,10 +209,10 @@ def test_after_kill_9_the_same_command_gives_the_same_output(repos, tmp_path):
     expected = tree(tmp_path / "out")
     out = tmp_path / "killed"
     ended = []
-    while not ended or ended[-1] == -signal.SIGKILL:  # eight writes take each run a little further than the one before
+    while not ended or ended[-1] == -signal.SIGKILL:  # sixteen writes take each run further than the one before
         assert len(ended) < 20, "a run does not go on from the one before"
         assert not (out / "corpus.json").exists()
-        ended.append(subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), "8"], timeout=60).returncode)
+        ended.append(subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), "16"], timeout=60).returncode)
     assert ended[-1] == 0
     assert len(ended) > 3
     assert tree(out) == expected

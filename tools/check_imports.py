@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench_common import machine
 from import_truth import python_ast, syntax
 
 from megacoder.core.files import write_json
@@ -170,7 +171,7 @@ def main() -> None:
         totals[language] = {"projects": len(mine), "edges": truth, **rates}
         print(f"{language:12}", totals[language])
     if args.output:
-        write_json(args.output, {"totals": totals, "projects": rows})
+        write_json(args.output, {"machine": machine(), "totals": totals, "projects": rows})
 
 
 if __name__ == "__main__":

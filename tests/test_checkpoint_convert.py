@@ -293,6 +293,34 @@ def test_weights_that_are_no_floats_are_refused(folder, tmp_path, capsys):
     assert f"{path}: model.norm.weight is stored as I8; only F32, BF16, F16 can be loaded" in err
 
 
+@pytest.mark.parametrize("command", ["export", "reshard"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_hidden_layers": 4},
+            "model.layers.4.input_layernorm.weight: shape [32]; state.config.model implies none",
+        ),
+        (
+            {"num_hidden_layers": 6},
+            "model.layers.5.input_layernorm.weight: none; state.config.model implies shape [32]",
+        ),
+        ({"hidden_size": 0}, "model.hidden_size = 0: must be at least 1"),
+        ({"size": 1}, "unknown key 'size'"),
+    ],
+)
+def test_tensors_of_another_model_are_refused(case, tmp_path, capsys, command, change, message):
+    reader = CheckpointReader(case.folder / "run")
+    state = json.loads(json.dumps(reader.state))
+    state["config"]["model"] |= change
+    wholes = [reader.whole(name, kind) for kind, name in reader.tensors()]
+    write_offline(tmp_path / "odd", 1, [wholes], reader.stream, num_ranks=1, layout={}, state=state)
+    code, _, err = run(capsys, command, tmp_path / "odd", tmp_path / "new")
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_checkpoint_that_does_not_say_its_model_is_not_exported(tmp_path, capsys):
     reader_of = CheckpointReader(write_offline(
         tmp_path / "bare", 3, [[]], lambda fragments: iter(()), num_ranks=1, layout={}, state={}

@@ -36,16 +36,27 @@ _TOKENIZER_FILES = (
 
 
 def model_of(reader: CheckpointReader) -> ModelConfig:
-    """The shape of the model that a checkpoint is of; CheckpointError where it does not say."""
+    """The model that a checkpoint is of; CheckpointError where it does not say, or holds tensors of another."""
     where = f"{reader.folder / MANIFEST}: state.config.model"
     config = reader.state.get("config")
     table = config.get("model") if isinstance(config, dict) else None
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: not there; which model this checkpoint is of is unknown")
     try:
-        return from_dict(ModelConfig, table, where=where)
+        model = from_dict(ModelConfig, table, where=where)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+    shapes = weight_shapes(model)
+    stored = {key: entry.shape for key, entry in reader.tensors().items()}
+    for kind in sorted({"weight", *(kind for kind, _ in stored)}):
+        for name in sorted(shapes.keys() | {name for other, name in stored if other == kind}):
+            found, implied = stored.get((kind, name)), shapes.get(name)
+            if found != implied:
+                raise CheckpointError(
+                    f"{reader.folder / MANIFEST}: {kind} of {name}: {_shape(found)}; state.config.model implies "
+                    f"{_shape(implied)}"
+                )
+    return model
 
 
 def export_checkpoint(
@@ -58,14 +69,6 @@ def export_checkpoint(
 ) -> ModelConfig:
     """Writes a checkpoint's weights as a Hugging Face folder; returns what model it was. Errors as `export_model`."""
     config = model_of(reader)
-    shapes = weight_shapes(config)
-    stored = {name: entry.shape for (kind, name), entry in reader.tensors().items() if kind == "weight"}
-    for name in sorted(shapes.keys() | stored.keys()):
-        if shapes.get(name) != stored.get(name):
-            raise CheckpointError(
-                f"{reader.folder / MANIFEST}: weight {name} has shape {stored.get(name)}; its configuration implies "
-                f"{shapes.get(name)}"
-            )
     write_folder(
         folder, config, lambda name: reader.stream([reader.whole(name)]),
         dtype=dtype, tokenizer_folder=tokenizer_folder, max_shard_bytes=max_shard_bytes,
@@ -98,6 +101,10 @@ def import_folder(source: Path, folder: Path) -> ModelConfig:
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / TOKENIZER / name)
     return config
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"shape {list(shape)}"
 
 
 def _whole_weight(name: str, shape: tuple[int, ...]) -> Fragment:

@@ -1,21 +1,85 @@
-"""Every example is a run that would start: it parses, its numbers fit together, its shape is what its name says."""
+"""Every example would start: it parses, its numbers fit together, its shape and its figures are the published ones."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megacoder.core.config import load_toml
+from megacoder.model.presets import PRESETS
 from megacoder.train.config import RunConfig
+from megacoder.train.sft import DEFAULTS, prepared_run
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.toml"))
+RANKS = {"1.3b": 8, "5.7b": 64, "6.7b": 64, "33b": 512, "7b": 64}
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path):
-    config = load_toml(RunConfig, path)
-    assert config.layout(1).schedule.num_microbatches == 2 * config.layout(2).schedule.num_microbatches
-    assert path.stem.endswith(f"_{config.model.num_params / 1e6:.0f}m")
+def load(name):
+    path = FOLDER / f"{name}.toml"
+    return load_toml(RunConfig, path, absent=DEFAULTS if name.startswith("instruct") else None)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
+def test_example(name):
+    config = load(name)
+    size = name.rpartition("_")[2]
+    if name == "pretrain_13m":
+        assert size == f"{config.model.num_params / 1e6:.0f}m"
+        assert config.layout(1).schedule.num_microbatches == 2 * config.layout(2).schedule.num_microbatches
+        return
+    preset = PRESETS["v1.5-7b" if size == "7b" else size]
+    assert [getattr(config.model, key) for key in SHAPE] == [getattr(preset.model, key) for key in SHAPE]
+    assert config.model.padded_vocab_size == preset.model.vocab_size
+    assert config.layout(RANKS[size]).dims.world_size == RANKS[size]
+    assert config.output == Path("runs") / name
+    if size == "33b":
+        assert config.layout(1024).dims.world_size == 1024
+
+
+@pytest.mark.parametrize("size", ["1.3b", "6.7b", "33b"])
+def test_recipes_have_the_published_figures_and_follow_each_other(size):
+    first, second, third = (load(f"{recipe}_{size}") for recipe in ("pretrain", "long_context", "instruct"))
+    preset = PRESETS[size]
+    assert (first.global_batch_size, first.schedule.peak_lr) == (preset.global_batch_size, preset.peak_lr)
+    assert first.steps * first.global_batch_size * 4096 == pytest.approx(2e12, rel=1e-5)
+    assert (first.schedule.kind, first.schedule.warmup_steps, first.data.stream.fim.rate) == ("three_stage", 2000, 0.5)
+    assert second.init_from == first.output
+    assert (second.model.rope_theta, second.model.rope_factor) == (100_000.0, 4.0)
+    assert (second.steps, second.global_batch_size, second.data.stream.seq_length) == (1000, 512, 16_384)
+    assert second.learning_rate(1) == second.learning_rate(1000) == pytest.approx(0.1 * preset.peak_lr)
+    assert third.init_from == second.output
+    assert third.model == second.model
+    assert third.schedule.peak_lr == 1e-5
+    assert third.steps * third.global_batch_size * 16_384 == pytest.approx(2e9, rel=0.05)
+    assert prepared_run(third).data.tokenizer == third.output / "tokenizer"
+
+
+def test_continued_pretraining_mixes_as_published():
+    config = load("continue_v1.5_7b")
+    assert config.data.weights == (70.0, 10.0, 7.0, 7.0, 6.0)
+    assert config.data.stream.fim.rate == 0.0
+    assert config.model.vocab_size == 102_400
+
+
+@pytest.mark.parametrize("script", sorted((FOLDER / "launch").glob("*.sh")), ids=lambda script: script.name)
+def test_launch_scripts_are_shell(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    for word in text.split():
+        if word.startswith("examples/") and word.endswith(".toml"):
+            assert (FOLDER.parent / word).exists(), word
 
 
 def test_there_are_examples():
-    assert EXAMPLES
+    assert len(EXAMPLES) == 12
+    assert list((FOLDER / "launch").glob("*.sh"))

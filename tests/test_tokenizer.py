@@ -138,7 +138,7 @@ def edited(change) -> str:
         ("[1, 2]", "expected the JSON"),
         ("not json", "expected the JSON"),
         ('{"added_tokens": []}', "not a tokenizer: "),
-        (edited(lambda d: d["added_tokens"].pop(3)), "no control token '<｜fim▁begin｜>'"),
+        (edited(lambda d: d["added_tokens"].pop(1)), "no control token '<｜end▁of▁sentence｜>'"),
         (edited(lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0)), "line breaks are not tokens of their own"),
         (edited(lambda d: d.update(pre_tokenizer=None)), "line breaks are not tokens of their own"),
         (edited(lambda d: d["model"]["vocab"].update({"▁no": 2000})), "has no token|not byte-level"),

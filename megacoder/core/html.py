@@ -13,10 +13,12 @@ __all__ = ["Series", "code", "line_chart", "page", "paragraph", "picture", "sect
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5f6b78; --line: #d9dfe6; --page: #fff; --panel: #f5f7f9;
-        --good: #cdeed6; --s0: #2563eb; --s1: #d9480f; --s2: #0f9960; }
+        --good: #cdeed6; --s0: #2563eb; --s1: #d9480f; --s2: #0f9960;
+        --s3: #8b3fd1; --s4: #64748b; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e9ee; --soft: #98a4b1; --line: #35404b; --page: #14191f; --panel: #1d242c; --good: #1f4d31;
-          --s0: #78a9ff; --s1: #ff9a5c; --s2: #5fd39b; } }
+          --s0: #78a9ff; --s1: #ff9a5c; --s2: #5fd39b;
+          --s3: #c79bf2; --s4: #a3b1c2; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 960px;
        margin: 2.5rem auto; padding: 0 1.25rem; }
@@ -121,7 +123,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
     legend = width - right
     for index, line in reversed(list(enumerate(lines))):
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down in (place(*point) for point in line.points))
-        colour = f"var(--s{index % 3})"
+        colour = f"var(--s{index % 5})"
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         legend -= 7 * len(line.name) + 26
         parts.append(f'<line x1="{legend}" y1="10" x2="{legend + 16}" y2="10" stroke="{colour}" stroke-width="3"/>')

@@ -115,7 +115,12 @@ class ChatFormat:
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config.resolved, tokenizer
-        self._controls = {text: getattr(tokenizer, f"{name}_id") for name, text in SPECIAL_TOKENS.items()}
+        used = (self.config.system, self.config.instruction, self.config.response, self.config.end, self.config.after)
+        self._controls = {
+            text: getattr(tokenizer, f"{name}_id")
+            for name, text in SPECIAL_TOKENS.items()
+            if any(text in part for part in used)
+        }
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """Asked and trained in turns, asked first, BOS in front; the last is asked and may be empty."""

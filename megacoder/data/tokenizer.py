@@ -44,6 +44,7 @@ SPECIAL_TOKENS = {
 class Tokenizer:
     """Text to ids and back.
 
+    BOS and EOS must be there, other control tokens only for those who use them: other models' tokenizers lack some.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `digest` is a SHA-256 over everything that decides the ids, `definition` its tokenizer.json.
     """
@@ -58,15 +59,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
-        self.bos_id = self._control_id("bos")
-        self.eos_id = self._control_id("eos")
-        self.fim_hole_id = self._control_id("fim_hole")
-        self.fim_begin_id = self._control_id("fim_begin")
-        self.fim_end_id = self._control_id("fim_end")
-        self.pad_id = self._control_id("pad")
-        self.user_id = self._control_id("user")
-        self.assistant_id = self._control_id("assistant")
-        self.eot_id = self._control_id("eot")
+        self.bos_id, self.eos_id = self._control_id("bos"), self._control_id("eos")
         self.token_bytes = self._byte_table()
         self.digest = _digest(json.loads(self._backend.to_str()))
         self._check_line_breaks()
@@ -119,6 +112,36 @@ class Tokenizer:
         """The pieces of `text` that are encoded each on its own."""
         splitter = self._backend.pre_tokenizer
         return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] if splitter else [text]
+
+    @property
+    def fim_hole_id(self) -> int:
+        return self._control_id("fim_hole")
+
+    @property
+    def fim_begin_id(self) -> int:
+        return self._control_id("fim_begin")
+
+    @property
+    def fim_end_id(self) -> int:
+        return self._control_id("fim_end")
+
+    @property
+    def pad_id(self) -> int:
+        """EOS where there is no padding token, as in DeepSeek-LLM's; nothing here masks by it."""
+        index = self._backend.token_to_id(SPECIAL_TOKENS["pad"])
+        return self.eos_id if index is None else index
+
+    @property
+    def user_id(self) -> int:
+        return self._control_id("user")
+
+    @property
+    def assistant_id(self) -> int:
+        return self._control_id("assistant")
+
+    @property
+    def eot_id(self) -> int:
+        return self._control_id("eot")
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.definition,)

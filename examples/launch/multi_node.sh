@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Several nodes without a scheduler: type the same on each. HEAD is the name of any one of them.
+#   HEAD=node0 NODES=2 bash examples/launch/multi_node.sh train examples/pretrain_6.7b.toml
+set -euo pipefail
+what=${1:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}
+run=${2:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}
+shift 2
+: "${HEAD:?the name of the node at which all meet}" "${NODES:?how many nodes}"
+export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+# export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5   # where a node has several networks
+output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
+bash "$(dirname "$0")/check_environment.sh" "$output"
+mkdir -p "$output/logs/$(hostname)"
+exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \
+  --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${RUN_ID:-megacoder}" \
+  --log-dir "$output/logs/$(hostname)" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One node of GPUs. The same command again goes on where it stopped, also after Ctrl-C.
+#   bash examples/launch/single_node.sh train examples/pretrain_1.3b.toml --steps 1000
+set -euo pipefail
+what=${1:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
+run=${2:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
+shift 2
+export GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
+output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
+bash "$(dirname "$0")/check_environment.sh" "$output"
+mkdir -p "$output/logs"
+# A rank that dies ends all; torchrun starts them again, and they go on from the last checkpoint.
+exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \
+  --log-dir "$output/logs" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@"

@@ -1,0 +1,138 @@
+"""The recipes scaled down, each from the one before: pre-train -> longer -> instruct, import -> continue."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from data_samples import write_jsonl
+from train_cases import Case, functions, make_case
+
+from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.cli import checkpoint_convert
+from megacoder.core.errors import ConfigError
+from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.conversations import ConversationConfig
+from megacoder.data.fim import FimConfig
+from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
+from megacoder.data.stream import StreamConfig
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.evaluate.generate import generate
+from megacoder.evaluate.long_context import loss_by_position, retrieval
+from megacoder.model.huggingface import import_with_tokenizer
+from megacoder.train.guard import GuardConfig
+from megacoder.train.loop import train
+from megacoder.train.metrics_log import read_metrics
+from megacoder.train.schedule import ScheduleConfig
+from megacoder.train.sft import prepare
+
+WORDS = ("import", "return", "class", "while")
+SHORT = FormatConfig(kind="custom", system="")
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """The folder with runs `pretrain`, `long`, `instruct` and `continue`, trained in this order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")  # one thread
+        case = make_case(tmp_path_factory.mktemp("recipes"))
+        base = case.config("pretrain", steps=40, checkpoint_every=40, eval_every=40)
+        model = dataclasses.replace(base.model, rope_theta=10_000.0, rope_factor=1.0, max_position_embeddings=32)
+        base = dataclasses.replace(base, model=model, schedule=ScheduleConfig(peak_lr=1e-2, warmup_steps=4))
+        train(base)
+
+        longer = dataclasses.replace(
+            base, output=case.folder / "long", init_from=base.output, steps=10, global_batch_size=4,
+            model=dataclasses.replace(model, rope_theta=100_000.0, rope_factor=4.0, max_position_embeddings=128),
+            data=dataclasses.replace(base.data, stream=dataclasses.replace(base.data.stream, seq_length=128)),
+            schedule=ScheduleConfig(kind="constant", peak_lr=1e-3, warmup_steps=0),
+        )  # fmt: skip
+        train(longer)
+
+        rows = [{"instruction": f"say {word}", "output": f"{word} {word}"} for word in WORDS]
+        data = write_jsonl(case.folder / "instructions.jsonl", rows)
+        instruct = dataclasses.replace(
+            longer, output=case.folder / "instruct", init_from=longer.output, steps=100,
+            data=dataclasses.replace(
+                longer.data, valid=None, conversations=ConversationConfig(train=(data,), format=SHORT),
+                stream=StreamConfig(seq_length=128, document_masks=True, fim=FimConfig(rate=0.0)),
+            ),
+            schedule=ScheduleConfig(kind="cosine", peak_lr=5e-3, warmup_steps=5),
+            guard=GuardConfig(loss_spike=None, grad_norm_spike=None),  # four answers by heart: gradients all but vanish
+        )  # fmt: skip
+        train(prepare(instruct))
+
+        exported, imported = case.folder / "exported", case.folder / "imported"
+        checkpoint_convert.export_main([str(base.output), str(exported), "--dtype", "fp32"])
+        checkpoint_convert.import_main([str(exported), str(imported)])
+        tokenizer = Tokenizer.load(case.folder / "tokenizer")
+        with IndexedDatasetWriter(case.folder / "text", dtype=token_dtype(case.vocab_size)) as writer:
+            for number in range(40):
+                text = f"Value {number} is scaled by {number % 5} and shifted by {number % 7}.\n" * 3
+                writer.add_document([np.array([*tokenizer.encode(text), tokenizer.eos_id])])
+        mixed = dataclasses.replace(
+            base.data, train=(case.folder / "train", case.folder / "text"), weights=(70.0, 30.0),
+            tokenizer=imported / "tokenizer", stream=dataclasses.replace(base.data.stream, fim=FimConfig(rate=0.0)),
+        )  # fmt: skip
+        train(
+            dataclasses.replace(
+                base, output=case.folder / "continue", init_from=imported, steps=30, data=mixed,
+                schedule=ScheduleConfig(peak_lr=5e-3, warmup_steps=4),
+            )
+        )  # fmt: skip
+        yield case.folder
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_losses_fall_and_each_goes_on_from_the_one_before(recipes):
+    names = ("pretrain", "long", "instruct", "continue")
+    pretrain, longer, instruct, further = (losses(recipes / name) for name in names)
+    assert pretrain[-1] < 0.8 * pretrain[0]
+    assert longer[0] < 0.9 * pretrain[0], "it began with what pre-training had learnt"
+    assert np.mean(longer[-3:]) < np.mean(longer[:3])
+    assert instruct[-1] < 0.2 < instruct[0]
+    assert further[0] < pretrain[0]
+    assert np.mean(further[-5:]) < np.mean(further[:5])
+
+
+def test_longer_context_changes_positions_and_nothing_else(recipes):
+    config = CheckpointReader(recipes / "long" / "checkpoints").state["config"]["model"]
+    assert (config["rope_theta"], config["rope_factor"], config["max_position_embeddings"]) == (100_000.0, 4.0, 128)
+
+
+def test_the_instructed_model_ends_its_answers(recipes):
+    checkpoint_convert.export_main([str(recipes / "instruct"), str(recipes / "chat-model"), "--dtype", "fp32"])
+    model, tokenizer = import_with_tokenizer(recipes / "chat-model", dtype=torch.float32)
+    settings = json.loads((recipes / "chat-model" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == tokenizer.eot_id
+    chat = ChatFormat(SHORT, tokenizer)
+    prompts = [chat.segments([("user", f"say {word}"), ("assistant", "")])[0].ids for word in WORDS]
+    answers = generate(model, prompts, max_new_tokens=24, stop_ids=[tokenizer.eot_id])
+    assert [tokenizer.decode(answer) for answer in answers] == [f"{word} {word}\n" for word in WORDS]
+
+
+def test_long_context_is_looked_at_before_and_after(recipes):
+    checkpoint_convert.export_main([str(recipes / "long"), str(recipes / "long-model"), "--dtype", "fp32"])
+    model, tokenizer = import_with_tokenizer(recipes / "long-model", dtype=torch.float32)
+    documents = [np.array(tokenizer.encode(text)) for text in functions(4, first=200)]
+    rows = loss_by_position(model, tokenizer, documents, length=128, parts=4)
+    assert [row.start for row in rows] == [0, 32, 64, 96]
+    assert all(math.isfinite(row.loss) and row.tokens for row in rows)
+    assert rows[0].loss > rows[-1].loss, "context helps"
+    found = retrieval(model, tokenizer, length=120, depths=(0.0, 0.5), trials=2, seed=1)
+    assert [(row.depth, row.trials) for row in found] == [(0.0, 2), (0.5, 2)]
+    assert all(0 <= row.found <= row.trials for row in found)
+
+
+def test_a_recipe_for_a_checkpoint_of_another_shape_is_refused(recipes):
+    vocab_size = Tokenizer.load(recipes / "tokenizer").vocab_size
+    config = Case(recipes, vocab_size).config("other", init_from=recipes / "pretrain")
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=64))
+    with pytest.raises(ConfigError, match=r"init_from = .* was made with hidden_size = 32, not 64"):
+        train(other)
+    assert not (recipes / "other").exists()

@@ -58,9 +58,18 @@ def wrong_encoder(replaced):
     return lambda tokenizer: lambda texts: encode([text.replace(replaced, "?") for text in texts])
 
 
-def test_the_check_meets_every_token_and_every_code_point():
+def test_the_check_meets_every_token_and_every_block():
     met = "\0".join(encoders._check_texts(small_tokenizer()))
-    for text in [*SPECIAL_TOKENS.values(), "\u2fff1", "\U0002ffff", "\U000e0100", "\r\n" * 50, "a" * 500, "\x00" * 50]:
+    for text in [
+        *SPECIAL_TOKENS.values(),
+        "\u2ff81",
+        "\uffff",
+        "\U0002fffc",
+        "\U000e0100",
+        "\r\n" * 50,
+        "a" * 500,
+        "\x00" * 50,
+    ]:
         assert text in met
     _, counts = np.unique(small_tokenizer().encode(met), return_counts=True)
     assert len(counts) > small_tokenizer().num_regular_tokens * 0.95  # some tokens serve only as parts of others

@@ -73,7 +73,8 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 2000)  # so that there are many pieces
     preprocess(config_of(corpus))
     preprocess(config_of(corpus, output="three", workers=3))
-    assert pair(corpus, "three") == pair(corpus)
+    preprocess(config_of(corpus, output="fast", workers=2, encoder="auto"))
+    assert pair(corpus, "three") == pair(corpus, "fast") == pair(corpus)
 
 
 def test_a_second_run_does_nothing(corpus, monkeypatch):
@@ -143,14 +144,14 @@ def test_a_damaged_part_is_made_again(corpus):
     assert pair(corpus) == pair(corpus, "clean")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on(corpus, monkeypatch, workers):
+@pytest.mark.parametrize(("workers", "encoder"), [(1, "tokenizers"), (2, "tokenizers"), (2, "auto")])
+def test_a_killed_run_goes_on(corpus, monkeypatch, workers, encoder):
     rows = [{"content": f"{index}\n{text}", "sample": index} for index, text in enumerate(source_texts(30))]
     write_jsonl(corpus / "in" / "z.jsonl", rows)
     command = [
         sys.executable, "-m", "megacoder", "preprocess", "--input", str(corpus / "in"), "--document-key", "sample",
         "--tokenizer", str(corpus / "tokenizer"), "--output", str(corpus / "out"), "--workers", str(workers),
-        "--encoder", "tokenizers",
+        "--encoder", encoder,
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         while len(list((corpus / "out.parts").glob("*.idx"))) < 3:

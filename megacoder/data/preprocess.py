@@ -28,7 +28,7 @@ from megacoder.data.tokenizer import Tokenizer
 __all__ = ["PreprocessConfig", "preprocess"]
 
 _PIECE_CHARACTERS = 1 << 19
-_TOKENS_AT_ONCE = 1 << 22
+_TOKENS_AT_ONCE = 1 << 16  # whose lengths a core's cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def _pieces(config: PreprocessConfig, inputs: Iterable[Path], *, characters: int
 
 def _join(config: PreprocessConfig, tokenizer: Tokenizer, parts: list[Path], described: tuple[str, ...]) -> Sidecar:
     """Appends all parts into the output and describes it; the description is written last."""
-    lengths = np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int64)
+    lengths = np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
     lengths[tokenizer.eos_id] = 0
     text_bytes = 0
     with IndexedDatasetWriter(config.output, dtype=token_dtype(tokenizer.vocab_size)) as writer:

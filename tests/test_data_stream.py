@@ -374,3 +374,10 @@ def test_a_blend_that_lacks_numbers_is_refused(sources, numbered):
         stream([sources, numbered], weights=[1])
     with pytest.raises(ConfigError, match=r"fim_rates = \[0.1\]: one for each of the 2"):
         stream([sources, numbered], fim_rates=[0.1])
+
+
+def test_datasets_of_a_blend_are_dealt_and_cut_each_in_its_own_way(numbered):
+    """Else datasets of equal size would go through their documents in step, and cut them alike."""
+    one = stream([numbered, numbered], weights=[1, 1], num_streams=1, batch=40, fim=NO_FIM)
+    tokens = one.next_batch().tokens
+    assert not torch.equal(tokens[0::2], tokens[1::2])

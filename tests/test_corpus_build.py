@@ -147,6 +147,13 @@ def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     assert not any(row["path"] == "copy.py" for row in kept)
 
 
+def test_dedup_by_ranges_of_digests_drops_the_same(repos, tmp_path, monkeypatch):
+    build_corpus(config(repos, tmp_path), quiet=True)
+    monkeypatch.setattr("megacoder.corpus.dedup._AT_ONCE", 7)
+    build_corpus(config(repos, tmp_path, out=tmp_path / "ranges"), quiet=True)
+    assert tree(tmp_path / "ranges") == tree(tmp_path / "out")
+
+
 def test_held_out_repositories_are_whole(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
     train, held = ({row["repo"] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout"))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacoder.core.console import progress, say
@@ -116,17 +115,17 @@ def _runner(config: CorpusConfig, quiet: bool) -> RunTasks:
 
 def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[WriteTask], str]:
     """Which repositories (or files, of a single one) are held out, and what is left to write."""
-    kept = [shard.columns(["repo", "path", "size"]) for shard in shards]
-    if not any(len(table) for table in kept):
+    sizes = _sizes_by("repo", shards)
+    if not sizes:
         message = _nothing_left(shards)
         give_up(config.out, keep=(config.out / REPORT_NAME).exists())
         raise CorpusError(message)
-    sizes = _sum_by(kept, "repo")
-    unit = "repository" if len(sizes) > 1 else "file"
-    heldout = choose_heldout(sizes if unit == "repository" else _sum_by(kept, "path"), config.heldout)
+    unit, column = ("repository", "repo") if len(sizes) > 1 else ("file", "path")
+    heldout = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
     writes = []
-    for shard, table in zip(shards, kept, strict=True):
-        units = heldout.intersection(table["repo" if unit == "repository" else "path"].to_pylist())
+    for shard in shards:
+        table = shard.columns([column, "size"])
+        units = heldout.intersection(table[column].to_pylist())
         writes.append(
             WriteTask(
                 key=hash_of([shard.key, unit, sorted(units)]),
@@ -153,9 +152,11 @@ def _nothing_left(shards: Sequence[Shard]) -> str:
     return f"nothing is left to learn from: all {reasons.total()} files were dropped ({listed})"
 
 
-def _sum_by(tables: Sequence[pa.Table], column: str) -> dict[str, int]:
+def _sizes_by(column: str, shards: Sequence[Shard]) -> dict[str, int]:
+    """Bytes of the kept files by repository or path; one shard's rows are in memory at a time."""
     sizes: dict[str, int] = {}
-    for table in tables:
+    for shard in shards:
+        table = shard.columns([column, "size"])
         for name, size in zip(table[column].to_pylist(), table["size"].to_pylist(), strict=True):
             sizes[name] = sizes.get(name, 0) + size
     return sizes

@@ -16,6 +16,8 @@ __all__ = ["DIGEST_BYTES", "ExactDedup", "digest", "later_copies"]
 
 DIGEST_BYTES = 16
 
+_AT_ONCE = 8_000_000  # files, at 24 bytes each to sort
+
 
 def digest(text: str) -> bytes:
     """Identifies a text; 128 bits of SHA-256."""
@@ -29,12 +31,25 @@ class ExactDedup:
 
     def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
         """The later copies in each shard."""
-        columns = (shard.columns(["digest"])["digest"].to_pylist() for shard in shards)
-        copies = later_copies([np.frombuffer(b"".join(c), np.uint8).reshape(-1, DIGEST_BYTES) for c in columns])
+        parts = -(-sum(len(shard.kept) for shard in shards) // _AT_ONCE)
+        copies: list[list[np.ndarray]] = [[] for _ in shards]
+        for part in range(parts):
+            rows, digests = zip(*(_rows_of_part(shard, part, parts) for shard in shards), strict=True)
+            for found, row, copied in zip(copies, rows, later_copies(digests), strict=True):
+                found.append(row[copied])
         return [
-            [Drop(stage="dedup", reason="copy of another file", rows=shard.kept[copied])]
-            for shard, copied in zip(shards, copies, strict=True)
+            [Drop(stage="dedup", reason="copy of another file", rows=np.sort(np.concatenate(found)))] if found else []
+            for found in copies
         ]
+
+
+def _rows_of_part(shard: Shard, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The kept rows (N,) whose digests fall into one of `parts` equal ranges, and these digests (N, 16)."""
+    joined = b"".join(shard.columns(["digest"])["digest"].to_pylist())
+    digests = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
+    leading = digests[:, 0].astype(np.int64) << 8 | digests[:, 1]
+    mine = leading * parts >> 16 == part
+    return shard.kept[mine], digests[mine]
 
 
 def later_copies(shards: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
 from megacoder.ops.attention import (
@@ -21,6 +22,7 @@ from megacoder.ops.cross_entropy import (
     linear_cross_entropy_with_grads,
     softmax_,
 )
+from megacoder.ops.few_rows import FEW, few_rows_linear
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
 from megacoder.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
@@ -296,3 +298,22 @@ def test_sum_of_squares_does_not_depend_on_threads():
     torch.set_num_threads(threads)
     assert len(totals) == 1
     assert totals.pop() == pytest.approx(values.double().pow(2).sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "dim", "width"), [(1, 64, 7), (3, 33, 5), (4, 8, 2), (8, 100, 64), (11, 7, 1), (17, 9, 9)]
+)
+def test_few_rows_linear(backend, dtype, rows, dim, width):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, dim).to(dtype), torch.randn(width, dim).to(dtype)
+    exact = x.double() @ weight.double().t()
+    theirs = (F.linear(x, weight).double() - exact).abs().max()
+    ours = few_rows_linear(x, weight)
+    assert ours.shape == (rows, width)
+    strided = torch.stack((x, x), dim=1)[:, 1]
+    torch.testing.assert_close(few_rows_linear(strided, weight), ours)
+    assert (ours.double() - exact).abs().max() <= 2 * theirs + 1e-6
+    for row in range(rows):  # a row's result does not depend on its company
+        if rows <= FEW and backend == "compiled":
+            assert torch.equal(few_rows_linear(x[row : row + 1], weight)[0], ours[row])

@@ -29,6 +29,7 @@ struct TypedKernels {
                                      int64_t, float);
   void (*adamw)(float*, float*, float*, const float*, T*, int64_t, float, float, float, float, float, float, float, float);
   void (*accumulate)(float*, const T*, int64_t);
+  void (*few_rows_linear)(const T*, const T*, T*, int64_t, int64_t, int64_t);
 };
 
 struct Kernels {

@@ -118,6 +118,13 @@ PYBIND11_MODULE(_cpp, m) {
       k.accumulate(at<float>(total), at<T>(addend), count);
     });
   }, nogil);
+  m.def("few_rows_linear", [](bool b, Address x, Address weight, Address out, int64_t rows, int64_t dim, int64_t width) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.few_rows_linear(at<T>(x), at<T>(weight), at<T>(out), rows, dim, width);
+    });
+  }, nogil);
+
   m.def("minhash", [](Address text, Address offsets, int64_t documents, Address addends, int64_t num_hashes,
                       int64_t ngram, Address signatures, Address num_words) {
     table.minhash(at<uint8_t>(text), at<int64_t>(offsets), documents, at<uint32_t>(addends), num_hashes, ngram,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.model.config import ModelConfig
+from megacoder.model.decode import decode_step
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
 
@@ -101,11 +102,15 @@ class _Batch:
 
     def run(self, results: list[list[int]], stop_ids: set[int], watcher: Watcher | None) -> None:
         """Appends new tokens to `results` until every sequence is done."""
-        model, tokens_BS = self.model, self.tokens_BS
+        model, next_B = self.model, torch.empty(0)
         rows = list(range(len(self.places)))  # the prompt that each sequence of the batch continues
         done: set[int] = set()
         for step in range(self.max_new_tokens):
-            next_B = self.picker.pick(model.logits(model(tokens_BS, cache=self.cache)[:, -1]), rows, step)
+            if step == 0:
+                hidden_BD = model(self.tokens_BS, cache=self.cache)[:, -1]
+            else:
+                hidden_BD = decode_step(model, next_B, self.cache)
+            next_B = self.picker.pick(model.logits(hidden_BD), rows, step)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if row in done:
                     continue
@@ -123,7 +128,6 @@ class _Batch:
                 kept_B = torch.tensor(going, device=self.device)
                 self.cache.keep(kept_B)
                 next_B, rows = next_B[kept_B], [rows[index] for index in going]
-            tokens_BS = next_B[:, None]
 
 
 class _Picker:

@@ -65,6 +65,11 @@ class KVCache:
             self.mask = (causal_SP & self._real_B11P[..., : self.stop]) | itself_SP
         return (new_S - self._padding_B1).clamp_min(0)
 
+    @property
+    def mask_of_one(self) -> Tensor | None:
+        """As `mask` in a pass of one token, None where no sequence is padded: it sees all there is."""
+        return self.mask if self._padded else None
+
     def keep(self, rows_B: Tensor) -> None:
         """Drops all sequences but `rows_B`."""
         for layer in self.layers:

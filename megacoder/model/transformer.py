@@ -24,6 +24,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.kv_cache import KVCache, LayerCache
 from megacoder.model.places import Places
 from megacoder.ops.attention import attention
+from megacoder.ops.few_rows import few_rows_linear
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
@@ -231,7 +232,10 @@ class Transformer(TransformerPart):
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """(..., vocab_size) of (..., D), without the padding, whole on every rank; not differentiable over several."""
         if self.tp.size == 1:
-            return F.linear(hidden_BSD, self.lm_head.weight[: self.config.vocab_size])
+            weight_VD = self.lm_head.weight[: self.config.vocab_size]
+            if hidden_BSD.ndim == 2 and not torch.is_grad_enabled():
+                return few_rows_linear(hidden_BSD, weight_VD)
+            return F.linear(hidden_BSD, weight_VD)
         if self.tp.shares_tokens:
             raise ConfigError("logits under sequence parallelism; generate with sequence_parallel = false")
         local = F.linear(hidden_BSD, self.lm_head.weight)  # (..., W/tp)

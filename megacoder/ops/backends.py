@@ -35,6 +35,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("cpp", "triton", "torch"),
     "attention": ("cpp", "cudnn", "flash", "torch"),
     "weight_grad": ("cpp", "cublas", "torch"),
+    "few_rows": ("cpp", "torch"),
     "adamw": ("cpp", "cuda", "torch"),
     "fp8_cast": ("cuda", "torch"),
     "fp8_product": ("scaled_mm", "torch"),

@@ -209,6 +209,7 @@ def test_advice_needs_no_model(capsys):
         (["--model", "6.7b", "--tp", "3"], "--tp 3: 8 devices are no multiple"),
         (["--model", "6.7b", "--seq", "32768"], "exceeds the model's 16384 positions"),
         (["--model", "6.7b", "--schedule", "zbw"], "--schedule 'zbw': expected one of"),
+        (["--model", "6.7b", "--device", "a100", "--fp8"], "--fp8: device a100 has no fp8_tflops"),
         (["--model", "nowhere.toml"], "nowhere.toml: no such file"),
     ],
 )

@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
     if args.top < 1 or args.devices < 1:
         raise ConfigError(f"--top {args.top}, --devices {args.devices}: both must be at least 1")
     device = find_device(args.device)
+    if args.fp8 and device.fp8_tflops is None:
+        raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")
     job, advice = _job(args, tokens)
     found = search(job, device, Shares(), num_devices=args.devices, limits=_limits(args, job))
     if args.draw is not None and found.fits:
@@ -183,6 +185,21 @@ def _bytes(memory: Memory) -> dict[str, int]:
 
 
 def _print(report: dict[str, Any]) -> None:
+    if report["layouts"]:
+        _print_layouts(report)
+    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. The others:")
+    for row in report["rejected"]:
+        print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
+    if report["advice"] is not None:
+        advice = report["advice"]
+        print(
+            f"The scaling law of DeepSeek-LLM for {advice['tokens']:.3g} tokens: batch {advice['batch_sequences']:,} "
+            f"sequences ({advice['batch_tokens'] / 1e6:.2f}M tokens), learning rate {advice['peak_lr']:.2e}, "
+            f"{advice['steps']:,} steps"
+        )
+
+
+def _print_layouts(report: dict[str, Any]) -> None:
     with_days = any(row["days"] is not None for row in report["layouts"])
     table(
         f"{report['model']} ({report['parameters']:,} parameters), {report['global_batch_size']:,} x "
@@ -205,16 +222,6 @@ def _print(report: dict[str, Any]) -> None:
           *(f"{size / 1e9:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
          for row in report["layouts"]],
     )  # fmt: skip
-    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. The others:")
-    for row in report["rejected"]:
-        print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
-    if report["advice"] is not None:
-        advice = report["advice"]
-        print(
-            f"The scaling law of DeepSeek-LLM for {advice['tokens']:.3g} tokens: batch {advice['batch_sequences']:,} "
-            f"sequences ({advice['batch_tokens'] / 1e6:.2f}M tokens), learning rate {advice['peak_lr']:.2e}, "
-            f"{advice['steps']:,} steps"
-        )
 
 
 def _schedule_name(row: dict[str, Any]) -> str:

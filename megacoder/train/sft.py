@@ -16,6 +16,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
+from megacoder.data.indexed import idx_path
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megacoder.parallel.collectives import barrier
 from megacoder.parallel.watch import Watch
@@ -65,8 +66,10 @@ def prepare(config: RunConfig) -> RunConfig:
     open_start(run)  # weights of another model, or none, are met here
     tokenizer = Tokenizer.load(config.data.tokenizer)
     conversations = config.data.conversations
+    before = idx_path(run.data.train[0]).stat().st_mtime_ns if idx_path(run.data.train[0]).exists() else None
     trained = prepare_conversations(conversations.train, run.data.train[0], tokenizer, conversations)
-    _say(trained, config)
+    if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has told of already
+        _say(trained, config)
     if run.data.valid is not None:
         prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations)
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)

@@ -60,7 +60,9 @@ def least_memory(job: Job, variant: Variant) -> float:
     """Bytes below which the rank that needs most cannot be, without a schedule's list: to rule many out."""
     model, dims = job.model, variant.dims
     elements = model.num_params / (dims.tp * dims.pp)
-    standing = elements * (job.itemsize + 4 + 8 / (dims.dp * dims.cp))
+    shards = dims.dp * dims.cp
+    state = 8 if job.itemsize == 4 and shards == 1 else 12
+    standing = elements * (job.itemsize + 4 + state / shards)
     microbatches, p, v = variant.microbatches(job), dims.pp, variant.chunks
     live = {"interleaved": (2 * (p - 1) + (v - 1) * p + 1) / v}.get(variant.schedule, float(p))
     kept = kept_bytes_per_token(model, variant.recompute, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8)

@@ -51,6 +51,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "dtype": dataset.dtype.name,
         "bytes_of_text": sidecar.bytes if sidecar else None,
         "tokenizer": sidecar.tokenizer if sidecar else None,
+        **({"checksum": "as it was written"} if config.verify else {}),
         "tokens_per_document": _histogram(dataset),
     }
     if tokenizer is not None:

@@ -124,10 +124,10 @@ def _write_parts(config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[Pa
     todo = {part: path for part, path in inputs.items() if not _is_whole(part)}
     sizes = {part: path.stat().st_size for part, path in inputs.items()}
     completed = float(sum(size for part, size in sizes.items() if part not in todo))
-    text_bytes, start = 0, time.monotonic()
     workers = config.workers or _cores()
     fast = fast_encoder(config.encoder, tokenizer, threads=workers)
     pieces = _pieces(config, todo.values(), characters=_PIECE_CHARACTERS * (workers if fast else 1))
+    text_bytes, start = 0, time.monotonic()
     with (
         progress("preprocess", sum(sizes.values())) as bar,
         encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast) as results,

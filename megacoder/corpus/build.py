@@ -20,10 +20,10 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.folder import claim_folder, give_up, keep_only
+from megacoder.corpus.engines import run_on
+from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
 from megacoder.corpus.inputs import Inputs, find_inputs
 from megacoder.corpus.plan import gather_tables, plan_scans, table_states
-from megacoder.corpus.pool import run_tasks
 from megacoder.corpus.scan import scan_shard
 from megacoder.corpus.shards import disk_errors
 from megacoder.corpus.sources import Source, machine_repositories
@@ -107,7 +107,9 @@ def _runner(config: CorpusConfig, quiet: bool) -> RunTasks:
                 completed += task.size
                 bar.update(completed, f"{completed / 1e6:.0f} MB")
 
-            results = run_tasks(function, [tasks[index] for index in order], workers=config.workers, done=done)
+            ordered = [tasks[index] for index in order]
+            work = config.out / WORK
+            results = run_on(config.cluster, function, ordered, workers=config.workers, work=work, done=done)
         return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
     return run

@@ -9,6 +9,7 @@ from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
+from megacoder.corpus.engines import ClusterConfig
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.privacy import Handling, check_secrets_available
@@ -35,6 +36,7 @@ class CorpusConfig:
     columns: TableColumns = field(default_factory=TableColumns)
     workers: int = 0
     """processes; 0 takes one per core. The output is the same for any number"""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     languages: tuple[str, ...] = ()
     """only these; without any, all 87 of the paper"""
     max_file_bytes: int = 1 << 20
@@ -104,7 +106,7 @@ class CorpusConfig:
 
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all but where it goes and how many processes make it."""
-        plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers")}
+        plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )

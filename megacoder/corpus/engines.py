@@ -1,0 +1,188 @@
+"""Where shard tasks run: on this machine's cores, on a Ray cluster, or as a Slurm job array.
+
+A task is a pure function of files, and leaves its result under names that the plan has given out; so the corpus is the
+same on any engine, byte for byte, and a task that a lost host had begun is simply done again. The folders of input and
+output must be the same on every host (a shared file system), and so must the installed megacoder.
+"""
+
+import importlib
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from megacoder.core.errors import ConfigError, CorpusError, MegacoderError
+from megacoder.core.files import replacing
+from megacoder.corpus.pool import run_tasks
+
+__all__ = ["ClusterConfig", "run_on"]
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where to work; none of it changes what comes out."""
+
+    engine: Annotated[Literal["local", "ray", "slurm"], tyro.conf.arg(aliases=["--engine"])] = "local"
+    """this machine's cores, an existing Ray cluster (extra `ray`), or Slurm (extra `slurm`)"""
+    ray_address: Annotated[str, tyro.conf.arg(aliases=["--ray-address"])] = "auto"
+    """HOST:PORT of the cluster's head; `auto` finds the one that was started on this host"""
+    partition: str = ""
+    """of Slurm"""
+    time: str = "20:00:00"
+    """limit of a Slurm job"""
+    memory_gb: int = 2
+    """memory a Slurm task asks for"""
+
+
+def run_on(
+    config: ClusterConfig,
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    *,
+    workers: int,
+    work: Path,
+    done: Callable[[Any], Any],
+) -> list[Any]:
+    """The results of `function(task)` in the order of `tasks`; `done(task)` as each one ends.
+
+    `workers` is how many run at a time, 0 as many as there is room for; `work` is a folder for what engines pass on.
+    The first error that a task raises ends the run.
+    """
+    if config.engine == "ray":
+        return _run_on_ray(config, function, tasks, workers, done)
+    if config.engine == "slurm":
+        return _run_on_slurm(config, function, tasks, workers, work, done)
+    return run_tasks(function, tasks, workers=workers, done=done)
+
+
+def _run_on_ray(
+    config: ClusterConfig,
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    done: Callable[[Any], Any],
+) -> list[Any]:
+    ray = _extra("ray", "ray")
+    if not ray.is_initialized():
+        try:
+            _knock(config.ray_address)
+            ray.init(address=config.ray_address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CorpusError(
+                f"no Ray cluster at {config.ray_address!r} ({str(error).splitlines()[0]}); "
+                "`ray start --head` on one host and `ray start --address=HOST:6379` on the others start one"
+            ) from None
+    # tasks of a host that is lost are done again, however many hosts are lost
+    remote = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_call)
+    results: dict[int, Any] = {}
+    waiting = list(enumerate(tasks))[::-1]
+    running: dict[Any, int] = {}
+    most = workers or max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))  # the next is there when one ends
+    while waiting or running:
+        while waiting and len(running) < most:
+            index, task = waiting.pop()
+            running[remote.remote(function, task)] = index
+        ended, _ = ray.wait(list(running), num_returns=1)
+        for reference in ended:
+            index = running.pop(reference)
+            results[index] = _result(ray.get(reference))
+            done(tasks[index])
+    return [results[index] for index in range(len(tasks))]
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT, ValueError for no port; Ray itself tries for ten minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _call(function: Callable[[Any], Any], task: Any) -> tuple[Any, MegacoderError | None]:
+    """Errors meant for the user travel as results, without a traceback of the engine."""
+    try:
+        return function(task), None
+    except MegacoderError as error:
+        return None, error
+
+
+def _result(outcome: tuple[Any, MegacoderError | None]) -> Any:
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def _run_on_slurm(
+    config: ClusterConfig,
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    work: Path,
+    done: Callable[[Any], Any],
+) -> list[Any]:
+    """One job array through datatrove's executor, task i as rank i; their results come back as files."""
+    executor = _extra("datatrove.executor.slurm", "slurm").SlurmPipelineExecutor
+    folder = work / f"slurm-{function.__name__}-{time.time_ns()}"
+    folder.mkdir(parents=True)
+    for index, task in enumerate(tasks):
+        (folder / f"task-{index:05d}").write_bytes(pickle.dumps((function, task)))
+    job = executor(
+        pipeline=[_Step(folder)], tasks=len(tasks), workers=workers or -1, time=config.time, partition=config.partition,
+        job_name=f"megacoder-{function.__name__}", logging_dir=str(folder / "logs"), mem_per_cpu_gb=config.memory_gb,
+        venv_path=None, env_command=f"export PATH={Path(sys.executable).parent}:$PATH", qos="",
+        max_array_launch_parallel=True,
+    )  # fmt: skip
+    job.run()
+    missing = set(range(len(tasks)))
+    while missing:
+        alive = _in_queue(str(job.job_id))  # asked first: a result may arrive between the two
+        for index in [index for index in missing if (folder / f"result-{index:05d}").exists()]:
+            _result(pickle.loads((folder / f"result-{index:05d}").read_bytes()))
+            missing.remove(index)
+            done(tasks[index])
+        if missing and not alive:
+            raise CorpusError(
+                f"Slurm job {job.job_id} ended without {len(missing)} of {len(tasks)} tasks; see {folder / 'logs'}, "
+                "then run the same command again"
+            )
+        if missing:
+            time.sleep(_POLL_SECONDS)
+    return [_result(pickle.loads((folder / f"result-{index:05d}").read_bytes())) for index in range(len(tasks))]
+
+
+class _Step:
+    """A datatrove pipeline step as datatrove calls it, without its base class, which only its extra has."""
+
+    name = "megacoder"
+    type = "megacoder"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        function, task = pickle.loads((self._folder / f"task-{rank:05d}").read_bytes())
+        with replacing(self._folder / f"result-{rank:05d}") as temporary:
+            temporary.write_bytes(pickle.dumps(_call(function, task)))
+        return data
+
+
+def _in_queue(job: str) -> bool:
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"--engine {extra} needs an extra: pip install 'megacoder[{extra}]'") from None

@@ -76,7 +76,7 @@ def datatrove_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
         def word_tokenize(self, text: str) -> list[str]:
             return words.findall(text)
 
-    step._word_tokenizer = Tokenizer()
+    step.word_tokenizer = Tokenizer()
     contents = texts(table)
     yield
     for text in contents:

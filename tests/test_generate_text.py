@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_samples import make_model, make_tokenizer
+from test_generate import SHAPES, by_transformers, make_long_case, make_prompts
 from test_generate import make_model as random_model
-from test_generate import make_prompts
 
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError
@@ -107,15 +107,14 @@ def generate_on_rank(world, folder: str, prompts, count: int):
     return greedy, generate(model, prompts, max_new_tokens=10, sampling=drawn)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_two_ranks_that_share_a_model_generate_what_one_does(ranks, tmp_path, kv_heads):
-    model, prompts = random_model(num_key_value_heads=kv_heads), make_prompts([7, 2, 12])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_two_ranks_that_share_a_model_generate_what_one_does(ranks, tmp_path, changes):
+    model, prompts = make_long_case(changes)
     export_model(model, tmp_path / "hf")
-    greedy = generate(model, prompts, max_new_tokens=60)
     drawn = generate(model, prompts, max_new_tokens=10, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3))
-    first, second = ranks.run(2, generate_on_rank, str(tmp_path / "hf"), prompts, 60)
+    first, second = ranks.run(2, generate_on_rank, str(tmp_path / "hf"), prompts, 200)
     assert first == second
-    assert first == (greedy, drawn)
+    assert first == (by_transformers(tmp_path / "hf", prompts, 200), drawn)
 
 
 def test_chat_tokens_are_those_of_the_template(tokenizer, tmp_path):

@@ -2,12 +2,12 @@
 
 import base64
 import dataclasses
-import html.parser
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from html_reader import Reader
 from train_cases import make_case
 
 from megacoder.cli.main import main
@@ -30,28 +30,6 @@ def test_blended_windows_are_counted_as_they_are_drawn(weights, num_streams, num
 
 def run(world, config):
     Trainer(config, world).run()
-
-
-class Reader(html.parser.HTMLParser):
-    """Texts, and what could make a browser fetch something."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts, self.sources, self.open = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img", "line"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data.strip())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`megacoder corpus report`: what a finished corpus holds, and what was dropped on the way and why."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import tyro
 
 from megacoder.core.config import parse_args
-from megacoder.core.console import table
-from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
+from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
+from megacoder.core.files import why_not_writable
+from megacoder.corpus.accounts import CorpusReport, load_report
+from megacoder.corpus.report import file_rows, full_report, language_rows, repository_rows
 
 __all__ = ["main", "print_report"]
 
@@ -20,45 +24,43 @@ class ReportArgs:
     folder: tyro.conf.Positional[Path]
     """folder that `corpus build` wrote"""
     json: bool = False
-    """print corpus.json as it is"""
+    """print all of it as JSON: accounts, near copies, contamination, a dependency graph"""
+    out: Path | None = None
+    """an HTML file to write: the same, drawn"""
+    repository: str | None = None
+    """whose dependency graph; left out: a large one that can be drawn whole"""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the tables of one corpus."""
+    """Prints the tables of one corpus, or writes all there is to say about it."""
     args = parse_args(ReportArgs, argv, prog="megacoder corpus report")
-    report = load_report(args.folder)
+    if not args.json and args.out is None:
+        if args.repository is not None:
+            raise ConfigError(f"--repository {args.repository!r}: give --out FILE.html or --json as well, to see it")
+        print_report(load_report(args.folder))
+        return
+    if args.out is not None and (reason := why_not_writable(args.out)):
+        raise ConfigError(f"--out {str(args.out)!r}: {reason}; give an HTML file to write")
+    report = full_report(args.folder, repository=args.repository)
     if args.json:
-        print((args.folder / REPORT_NAME).read_text(encoding="utf-8"), end="")
+        print(json.dumps(report.to_plain(), indent=2))
     else:
-        print_report(report)
+        print_report(report.corpus)
+    if args.out is not None:
+        report.write_page(args.out)
+        say(f"{args.out}: written")
 
 
 def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
     """Languages as in the paper's Table 1, drops by reason, and the largest repositories, on stdout."""
-    accounts = report.accounts
-    languages = sorted(accounts.languages.items(), key=lambda item: -item[1].bytes)
+    accounts, repositories = report.accounts, repository_rows(report)
+    table("Kept, by language", ["language", "size", "files", "share"], language_rows(report))
+    table("Files", ["", "files", "size"], file_rows(report))
     table(
-        "Kept, by language",
-        ["language", "size", "files", "share"],
-        [
-            [name, count.megabytes, f"{count.files:,}", f"{count.bytes / accounts.kept.bytes:.2%}"]
-            for name, count in languages
-        ],
-    )
-    rows = [[name, f"{count.files:,}", count.megabytes] for name, count in accounts.rows(report.split_unit)]
-    table("Files", ["", "files", "size"], rows)
-    largest = sorted(accounts.repositories.items(), key=lambda item: -item[1].kept.bytes)
-    table(
-        f"Repositories ({len(largest)}; the largest {min(max_repositories, len(largest))})",
+        f"Repositories ({len(repositories)}; the largest {min(max_repositories, len(repositories))})",
         ["repository", "files seen", "kept", "size", "samples", "part"],
-        [
-            [
-                name, f"{row.seen.files:,}", f"{row.kept.files:,}", row.kept.megabytes, f"{row.samples:,}",
-                "" if not row.heldout.files else "held out" if row.heldout == row.kept else "split",
-            ]
-            for name, row in largest[:max_repositories]
-        ],
-    )  # fmt: skip
+        repositories[:max_repositories],
+    )
     print(
         f"{accounts.num_samples:,} samples, {accounts.multi_file_samples:,} of several files; "
         f"{accounts.written / 1e6:.1f} MB with path comments"

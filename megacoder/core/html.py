@@ -28,7 +28,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); }
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .25rem; }
 th, td { text-align: right; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; white-space: normal; }
+th { font-weight: 600; color: var(--soft); } .text { text-align: left; white-space: normal; overflow-wrap: break-word; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem;
       overflow-x: auto; font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, monospace; }
 mark { background: var(--good); color: inherit; border-radius: 3px; padding: 0 .15rem; }
@@ -74,10 +74,15 @@ def tiles(items: Sequence[tuple[str, str]]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def value_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
-    """A table; the first column is text, the others are figures."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def value_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", num_texts: int = 1) -> str:
+    """A table; the first `num_texts` columns are text, the others are figures."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        looks = [' class="text"' if index < num_texts else "" for index in range(len(cells))]
+        return "".join(f"<{tag}{look}>{escape(cell)}</{tag}>" for look, cell in zip(looks, cells, strict=True))
+
+    head = line(columns, "th")
+    body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 

@@ -14,7 +14,7 @@ from megacoder.core.errors import CorpusError, FormatError
 from megacoder.core.files import write_json
 from megacoder.corpus.documents import Dropped
 
-__all__ = ["Accounts", "CorpusReport", "Count", "RepositoryCount", "load_report", "save_report"]
+__all__ = ["Accounts", "CorpusReport", "Count", "RepositoryCount", "corpus_json", "load_report", "save_report"]
 
 REPORT_NAME = "corpus.json"
 
@@ -173,8 +173,13 @@ class CorpusReport:
 
 def save_report(report: CorpusReport, out: Path) -> None:
     """Writes `out/corpus.json`, atomically; its presence says that the corpus is whole."""
+    write_json(out / REPORT_NAME, corpus_json(report))
+
+
+def corpus_json(report: CorpusReport) -> dict[str, Any]:
+    """The content of `corpus.json`, as plain values."""
     own = {"key": report.key, "config": report.config, "split_unit": report.split_unit, "files": report.files}
-    write_json(out / REPORT_NAME, own | report.accounts.to_plain())
+    return own | report.accounts.to_plain()
 
 
 def load_report(out: Path) -> CorpusReport:

@@ -24,7 +24,7 @@ from megacoder.corpus.benchmarks import TestString, read_tests
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.minhash import word_hashes
 
-__all__ = ["BenchmarkIndex", "Decontamination", "DecontaminationConfig", "Hit"]
+__all__ = ["BenchmarkIndex", "Decontamination", "DecontaminationConfig", "Hit", "read_hits"]
 
 _BASE = np.uint64(0xD6E8FEB86659FD93)
 _WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
@@ -146,3 +146,9 @@ class Decontamination:
         listed = [f"{hit.test}: {hit.gram}" for hit in hits[:_MAX_LISTED]]
         more = [f"and {len(hits) - _MAX_LISTED} more"] if len(hits) > _MAX_LISTED else []
         return document.dropped(self.name, reason, "\n".join(listed + more))
+
+
+def read_hits(detail: str) -> list[tuple[str, str]]:
+    """What a dropped row's detail says: (test, words) of each hit that is listed; words hold no colon."""
+    parts = (line.rpartition(": ") for line in detail.split("\n"))
+    return [(test, gram) for test, colon, gram in parts if colon]

@@ -26,7 +26,7 @@ from megacoder.corpus.runs import key_ranges, write_runs
 from megacoder.corpus.shards import disk_errors, finished, redoing
 from megacoder.corpus.steps import Drop, RunTasks, Shard, hash_of
 
-__all__ = ["NearDedup", "choose_copies"]
+__all__ = ["NearDedup", "choose_copies", "read_copy"]
 
 Level = Literal["repository", "file"]
 
@@ -204,6 +204,12 @@ def choose_copies(edges: Sequence[np.ndarray], num_units: int) -> dict[int, tupl
             gone[later] = True
             copies[later] = (earlier, similarity)
     return copies
+
+
+def read_copy(detail: str) -> tuple[str, float]:
+    """What a dropped row's detail says: the name of what it is a copy of, and how near."""
+    name, _, similarity = detail.rpartition(" ")
+    return name, float(similarity.strip("()"))
 
 
 def _drops(

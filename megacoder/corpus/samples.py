@@ -18,7 +18,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.corpus.languages import as_comment
 from megacoder.corpus.order import connected_subgraphs, dependency_order
 
-__all__ = ["SampleConfig", "plan_samples", "render"]
+__all__ = ["SampleConfig", "path_comment", "plan_samples", "render"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,14 @@ class SampleConfig:
             raise ConfigError(f"max-bytes of a sample = {self.max_bytes}: must be at least 1")
 
 
+def path_comment(path: str, language: str, style: Literal["hash", "language"]) -> str:
+    """The line that opens a file in a sample, without its end."""
+    return f"# {path}" if style == "hash" else as_comment(path, language)
+
+
 def render(path: str, text: str, language: str, style: Literal["hash", "language"]) -> str:
     """The file as it stands in a sample: path comment, text, and a line end where the text lacks one."""
-    header = f"# {path}" if style == "hash" else as_comment(path, language)
+    header = path_comment(path, language, style)
     return f"{header}\n{text}" if text.endswith("\n") else f"{header}\n{text}\n"
 
 

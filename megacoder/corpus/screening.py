@@ -5,6 +5,7 @@ How much of a file a grammar may fail to read depends on the grammar: *strict* o
 shares were set on sources of Debian and PyPI so that under 2% of such files are dropped.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.heuristics import HeuristicLimits, modularity, readability
 from megacoder.corpus.syntax import SCREENED, parse
 
-__all__ = ["Screening", "ScreeningConfig"]
+__all__ = ["Screening", "ScreeningConfig", "unscreened"]
 
 STRICT = frozenset({
     "C#", "CMake", "Emacs Lisp", "Go", "Java", "Java Server Pages", "JavaScript", "JSON", "Jupyter Notebook", "Kotlin",
@@ -68,6 +69,11 @@ class ScreeningConfig:
         if language in STRICT:
             return self.strict_share
         return self.lenient_share if language in LENIENT else self.usual_share
+
+
+def unscreened(languages: Iterable[str], *, syntax: bool, off: Collection[str]) -> list[str]:
+    """Those of `languages` whose files nothing has parsed, under the options of these names in `ScreeningConfig`."""
+    return sorted(name for name in languages if not syntax or name in off or name not in SCREENED)
 
 
 @dataclass(frozen=True, kw_only=True)

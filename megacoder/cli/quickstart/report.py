@@ -11,6 +11,7 @@ from megacoder.core.device import Machine
 from megacoder.core.files import write_text
 from megacoder.core.html import code, page, paragraph, section, tiles, value_table
 from megacoder.corpus.accounts import CorpusReport, load_report
+from megacoder.corpus.report import file_rows, language_rows
 from megacoder.data.sidecar import Sidecar
 from megacoder.train.config import RunConfig
 from megacoder.train.metrics_log import read_metrics
@@ -119,8 +120,6 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
 def _data(places: Places, corpus: CorpusReport) -> str:
     accounts = corpus.accounts
     train, heldout = Sidecar.read(places.train_data), Sidecar.read(places.heldout_data)
-    rows = [[name, f"{count.files:,}", count.megabytes] for name, count in accounts.rows(corpus.split_unit)]
-    languages = sorted(accounts.languages.items(), key=lambda item: -item[1].bytes)
     repositories = sorted(accounts.repositories.items(), key=lambda item: -item[1].kept.bytes)
     tokens = [
         [name, f"{part.documents:,}", f"{part.sequences:,}", f"{part.tokens:,}", f"{part.bytes / part.tokens:.2f}"]
@@ -129,11 +128,10 @@ def _data(places: Places, corpus: CorpusReport) -> str:
     ]
     return section(
         "The corpus",
-        value_table(["files", "number", "size"], rows, caption="what was kept, and what was dropped and why"),
         value_table(
-            ["language", "size", "files", "share"],
-            [[name, c.megabytes, f"{c.files:,}", f"{c.bytes / accounts.kept.bytes:.2%}"] for name, c in languages],
+            ["files", "number", "size"], file_rows(corpus), caption="what was kept, and what was dropped and why"
         ),
+        value_table(["language", "size", "files", "share"], language_rows(corpus)),
         value_table(["part", "documents", "files", "tokens", "bytes per token"], tokens),
         value_table(
             ["repository", "files", "size", "part"],

@@ -261,6 +261,7 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
         ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
         ("humaneval --data d.jsonl --model x --samples 3", "--samples 3 of greedy answers are all the same"),
         ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: at least 1"),
+        ("humaneval --data d.jsonl --completions a.jsonl --tp 2", "--tp 2: completions is no --model"),
         ("pal --data p.jsonl --completions a.jsonl", "pal needs --shots FILE"),
         ("humaneval --data d.jsonl --completions a.jsonl --out d.jsonl", "d.jsonl"),
     ],

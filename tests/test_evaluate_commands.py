@@ -95,6 +95,13 @@ def test_eval_perplexity(home, capsys):
     code, out, _ = run(capsys, *words, "--window", "64")
     assert code == 0
     assert "tokens in windows of 64;" in out
+    rows = [{"sample": file.sample, "text": file.content} for file in source_files()]
+    (home / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words[:4], "--data", home / "heldout.jsonl", "--text-key", "text", "--json"]
+    _, out, _ = run(capsys, *words, "--document-key", "sample")
+    assert json.loads(out) == score | {"unigram": None}
+    _, out, _ = run(capsys, *words)
+    assert json.loads(out)["num_documents"] == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,9 @@ def test_eval_perplexity(home, capsys):
         ("eval infill --model model --data", "no held-out data"),
         ("eval infill --model model --data heldout --num-tasks 0", "--num-tasks 0"),
         ("eval perplexity --model model --data gone", "gone: no such file or folder"),
+        ("eval perplexity --model model --data", "no held-out data"),
+        ("eval perplexity --model model --data none.py", "none.py: expected a name that ends with"),
+        ("eval perplexity --model model --data texts.jsonl --text-key contnet", "did you mean 'content'?"),
         ("eval perplexity --model model --data heldout --train gone", "gone.idx"),
         ("eval perplexity --model model --data heldout --window 1", "window = 1: from 2"),
     ],
@@ -127,6 +137,7 @@ def test_bad_input_is_one_line(home, monkeypatch, capsys, words, message):
     monkeypatch.chdir(home)
     (home / "latin.py").write_bytes(b"x = '\xe9'\n")
     (home / "none.py").write_text("x = 1\ny = 2\n")
+    (home / "texts.jsonl").write_text('{"content": "x"}\n')
     (home / "twice.py").write_text("<FILL>\n<FILL>\n")
     tokenizer = make_tokenizer()
     if not (home / "bare").exists():

@@ -1,6 +1,7 @@
 """Generation as users meet it: stop strings, streaming, chat, a repository as context, models that ranks share."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,25 @@ def test_tp_2_on_the_command_line_prints_once(folder, capsys):
     )
     assert two.returncode == 0, two.stderr
     assert two.stdout == capsys.readouterr().out
+
+
+def test_tp_2_goes_on_with_an_evaluation(folder, tmp_path, capsys):
+    lines = ["y = x", "y = x + 1", "y = 2"]
+    rows = [{"prompt": f"def f(x):\n    {line}\n", "suffix": "\n    return y\n", "canonical_solution": line} for line in lines]
+    data, alone, shared = (tmp_path / name for name in ("lines.jsonl", "alone", "shared"))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "infill", "--data", str(data), "--max-new-tokens", "5", "--model", str(folder), "--json", "--out"]
+    main([*words, str(alone)])
+    shared.mkdir()
+    shutil.copy(alone / "settings.json", shared)
+    expected = (alone / "completions.jsonl").read_text().splitlines()
+    (shared / "completions.jsonl").write_text(expected[1] + "\n" + expected[0][:9])  # as a crash leaves it
+    two = subprocess.run(
+        [sys.executable, "-m", "megacoder", *words, str(shared), "--tp", "2"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == capsys.readouterr().out
+    assert sorted((shared / "completions.jsonl").read_text().splitlines()) == sorted(expected)

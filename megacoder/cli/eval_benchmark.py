@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
-from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings
+from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings, Task
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, EndpointSource, FileSource
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
 from megacoder.evaluate.sandbox.host import Sandbox
 from megacoder.evaluate.sandbox.languages import find_toolchain
+
+if TYPE_CHECKING:  # it imports torch, which scoring a file needs not
+    from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["crosscode", "ds1000", "humaneval", "infill", "leetcode", "mbpp", "pal"]
 
@@ -74,6 +77,8 @@ class EvalArgs:
     """the server's name of the model; its first by default"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; without, the model's"""
+    tp: int = 1
+    """processes that share the model"""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """what a model computes in"""
 
@@ -83,10 +88,12 @@ class EvalArgs:
             raise ConfigError(
                 f"{' and '.join(given) or 'none'} given: exactly one of --model, --endpoint, --completions"
             )
-        for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens"):
+        for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens", "tp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.tp > 1 and self.model is None:
+            raise ConfigError(f"--tp {self.tp}: {given[0]} is no --model for processes to share")
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigError(f"--seconds {self.seconds}: must be positive")
         if self.samples > 1 and self.temperature == 0 and self.completions is None:
@@ -113,11 +120,21 @@ def run(name: str, argv: Sequence[str]) -> None:
         ready = FileSource(args.completions)
         samples = ready.check(tasks)
     tasks = tasks[: args.limit]
+    tp = None
+    if args.tp > 1:
+        from megacoder.cli.model_folder import share_model
+
+        tp = share_model(args.tp, ["eval", name, *argv])
+        if tp is None:
+            return
+        if tp.rank > 0:
+            _follow(args, benchmark, tasks, tp)
+            return
     fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
     with Notes.open(args.out, {"benchmark": name, **fixed}) as notes:
         _resume_note(notes)
         if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
-            source = ready if args.completions is not None else _source(args, benchmark)
+            source = ready if args.completions is not None else _source(args, benchmark, tp)
             collect(benchmark, tasks, source, notes, samples=samples, quiet=args.completions is not None)
         judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark))
         summary = summarise(tasks, notes, samples=samples)
@@ -129,7 +146,14 @@ def run(name: str, argv: Sequence[str]) -> None:
         _print(name, summary, benchmark.settings)
 
 
-_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint")
+def _follow(args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task], tp: "TensorParallel") -> None:
+    """Generates what the first rank does; it writes nothing before all have read what is there."""
+    notes = Notes.glance(args.out)
+    if any((task.id, sample) not in notes.completions for task in tasks for sample in range(args.samples)):
+        collect(benchmark, tasks, _source(args, benchmark, tp), notes, samples=args.samples, quiet=True)
+
+
+_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
 """Options that change no result, so that an evaluation may go on with others."""
 
 
@@ -138,7 +162,7 @@ def _resume_note(notes: Notes) -> None:
         say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results are there already")
 
 
-def _source(args: EvalArgs, benchmark: Benchmark) -> CompletionSource:
+def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -> CompletionSource:
     decoding = Decoding(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed, chat=args.instruct,
         max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
@@ -149,13 +173,16 @@ def _source(args: EvalArgs, benchmark: Benchmark) -> CompletionSource:
     from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, which scoring a file needs not
     from megacoder.core.device import probe
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
+    from megacoder.parallel.tensor import ALONE
 
     config = args.model / "config.json"
     if config.is_file() and not is_checkpoint(args.model):
         architectures = json.loads(config.read_text()).get("architectures") or ["none named"]
+        if architectures != ["LlamaForCausalLM"] and tp is not None:
+            raise ConfigError(f"--tp {args.tp}: {args.model} is {architectures[0]}, which one process runs")
         if architectures != ["LlamaForCausalLM"]:
             return TransformersSource(args.model, decoding, device=probe().device_type)
-    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer)
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp or ALONE)
     return LocalSource(model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
 
 

@@ -10,7 +10,7 @@ from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.data.indexed import IndexedDataset
 from megacoder.evaluate.bits_per_byte import HeldOutScore, measure_bits_per_byte, training_token_counts
-from megacoder.evaluate.held_out import read_source_files, sample_texts
+from megacoder.evaluate.held_out import read_texts
 
 __all__ = ["main", "print_score"]
 
@@ -20,9 +20,13 @@ class EvalPerplexityArgs:
     """Bits per byte of held-out text, beside those of xz and of a unigram model."""
 
     model: Path
-    """Hugging Face folder with a tokenizer, as an export writes it"""
+    """Hugging Face folder with a tokenizer, as an export writes it, run or checkpoint"""
     data: tuple[Path, ...]
-    """held-out Parquet files, or folders of them, as `corpus build` writes them"""
+    """held-out Parquet, JSONL or .jsonl.zst files, or folders of them"""
+    text_key: str = "content"
+    """column or JSON key of the text"""
+    document_key: str | None = None
+    """equal in consecutive rows of one document; by default `sample` in Parquet, and in JSONL a row is a document"""
     train: Path | None = None
     """PREFIX of the training tokens' PREFIX.bin and PREFIX.idx, for the unigram model"""
     window: int | None = None
@@ -36,7 +40,7 @@ class EvalPerplexityArgs:
 def main(argv: Sequence[str]) -> None:
     """Prints the bits per byte."""
     args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity")
-    documents = sample_texts(read_source_files(args.data))
+    documents = read_texts(args.data, text_key=args.text_key, document_key=args.document_key)
     model, tokenizer = load_model(args.model, args.dtype)
     counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
     score = measure_bits_per_byte(model, tokenizer, documents, window=args.window, token_counts=counts)

@@ -1,10 +1,10 @@
-"""Held-out source files as `megacoder corpus build` writes them: Parquet, one row per file.
+"""Held-out text: source files as `megacoder corpus build` writes them, or any documents.
 
-A row's content begins with the comment that names its path; rows of one sample follow each other, and their contents
-concatenate to what a model is trained on as one document.
+The corpus is Parquet, one row per file. A row's content begins with the comment that names its path; rows of one sample
+follow each other, and their contents concatenate to what a model is trained on as one document.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacoder.core.errors import DataError, FormatError
+from megacoder.data.documents import DocumentReader, find_inputs
 
-__all__ = ["SourceFile", "read_source_files", "sample_texts"]
+__all__ = ["SourceFile", "read_source_files", "read_texts", "sample_texts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,21 @@ def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
 def sample_texts(files: Iterable[SourceFile]) -> list[str]:
     """The documents that `files` make up: the contents of each sample, concatenated."""
     return ["".join(file.content for file in group) for _, group in groupby(files, key=lambda file: file.sample)]
+
+
+def read_texts(paths: Sequence[Path], *, text_key: str = "content", document_key: str | None = None) -> list[str]:
+    """The documents in Parquet, JSONL or .jsonl.zst files, or folders of them: the texts at `text_key`.
+
+    Consecutive rows that are equal at `document_key` are one document; by default that is `sample` in Parquet, and in
+    JSONL each row is one. Raises DataError or FormatError that names the file and row.
+    """
+    if not paths:
+        raise DataError("no held-out data: name Parquet or JSONL files, or folders of them")
+    texts = []
+    for path in find_inputs(paths):
+        key = document_key or ("sample" if path.suffix == ".parquet" else None)
+        texts += ["".join(parts) for parts in DocumentReader(path, text_key=text_key, document_key=key)]
+    return texts
 
 
 def _shards(path: Path) -> list[Path]:

@@ -62,6 +62,14 @@ class Notes:
                 for file in notes._files.values():
                     file.close()
 
+    @classmethod
+    def glance(cls, folder: Path | None) -> "Notes":
+        """The completions that are there; what is added stays in memory. For ranks that follow one with the folder."""
+        notes = cls(None)
+        if folder is not None:
+            notes._read_completions(folder)
+        return notes
+
     def add_completion(self, key: Key, text: str) -> None:
         self.completions[key] = text
         self._write("completions.jsonl", {"task_id": key[0], "sample": key[1], "completion": text})
@@ -82,10 +90,13 @@ class Notes:
                 )
         else:
             write_json(path, settings)
-        for row in _whole_lines(folder / "completions.jsonl"):
-            self.completions[row["task_id"], row["sample"]] = row["completion"]
+        self._read_completions(folder)
         for row in _whole_lines(folder / "results.jsonl"):
             self.results[row.pop("task_id"), row.pop("sample")] = row
+
+    def _read_completions(self, folder: Path) -> None:
+        for row in _whole_lines(folder / "completions.jsonl"):
+            self.completions[row["task_id"], row["sample"]] = row["completion"]
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if self.folder is None:

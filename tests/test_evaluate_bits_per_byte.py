@@ -2,6 +2,7 @@
 
 import lzma
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts, unigram_bits, windows
 from megacoder.evaluate.held_out import read_source_files, sample_texts
+from megacoder.model.huggingface import export_model, import_model
+from megacoder.parallel.tensor import TensorParallel
 
 TOKENIZER = make_tokenizer()
 DOCUMENTS = sample_texts(source_files())
@@ -101,6 +104,18 @@ def test_windows_that_the_model_cannot_have(window):
 def test_no_text(documents):
     with pytest.raises(DataError, match="no held-out text"):
         measure_bits_per_byte(make_model(TOKENIZER), TOKENIZER, documents)
+
+
+def score_on_rank(world, folder: str) -> float:
+    model = import_model(Path(folder), tp=TensorParallel(rank=world.rank, size=world.size, group=world.group))
+    return measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, window=64, quiet=True).model
+
+
+def test_two_ranks_that_share_a_model_measure_what_one_does(ranks, tmp_path):
+    model = make_model(TOKENIZER)
+    export_model(model, tmp_path / "hf")
+    alone = measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, window=64, quiet=True).model
+    assert ranks.run(2, score_on_rank, str(tmp_path / "hf")) == [pytest.approx(alone, rel=1e-6)] * 2
 
 
 def test_shards_are_read_in_order(tmp_path):

@@ -236,8 +236,8 @@ def test_tp_2_on_the_command_line_prints_once(folder, capsys):
 
 
 def test_tp_2_goes_on_with_an_evaluation(folder, tmp_path, capsys):
-    lines = ["y = x", "y = x + 1", "y = 2"]
-    rows = [{"prompt": f"def f(x):\n    {line}\n", "suffix": "\n    return y\n", "canonical_solution": line} for line in lines]
+    prompts = [f"def f(x):\n    {line}\n" for line in ("y = x", "y = x + 1", "y = 2")]
+    rows = [{"prompt": prompt, "suffix": "\n    return y\n", "canonical_solution": "y = x"} for prompt in prompts]
     data, alone, shared = (tmp_path / name for name in ("lines.jsonl", "alone", "shared"))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["eval", "infill", "--data", str(data), "--max-new-tokens", "5", "--model", str(folder), "--json", "--out"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megacoder.cli.model_folder import ComputeDtype, load_model
+from megacoder.cli.model_folder import ComputeDtype, load_model, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.data.indexed import IndexedDataset
@@ -33,6 +33,8 @@ class EvalPerplexityArgs:
     """most tokens that a prediction sees; the model's longest by default"""
     json: bool = False
     """print the result as JSON"""
+    tp: int = 1
+    """processes that share the model"""
     dtype: ComputeDtype = "stored"
     """what to compute in"""
 
@@ -41,9 +43,14 @@ def main(argv: Sequence[str]) -> None:
     """Prints the bits per byte."""
     args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity")
     documents = read_texts(args.data, text_key=args.text_key, document_key=args.document_key)
-    model, tokenizer = load_model(args.model, args.dtype)
+    tp = share_model(args.tp, ["eval", "perplexity", *argv])
+    if tp is None:
+        return
+    model, tokenizer = load_model(args.model, args.dtype, tp=tp)
     counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
-    score = measure_bits_per_byte(model, tokenizer, documents, window=args.window, token_counts=counts)
+    score = measure_bits_per_byte(
+        model, tokenizer, documents, window=args.window, token_counts=counts, quiet=tp.rank > 0
+    )
     if args.json:
         print(json.dumps(asdict(score) | {"perplexity": score.perplexity}))
     else:

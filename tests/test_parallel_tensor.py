@@ -338,7 +338,7 @@ def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
             step(model, tokens, tokens)
 
 
-def test_logits_of_a_shared_model_are_refused():
-    model, _ = build(tiny(), TensorParallel(size=2))
-    with pytest.raises(ConfigError, match="logits of a model that tp = 2 ranks share"):
+def test_logits_of_shared_tokens_are_refused():
+    model, _ = build(tiny(), TensorParallel(size=2, sequence_parallel=True))
+    with pytest.raises(ConfigError, match="logits under sequence parallelism; generate with sequence_parallel = false"):
         model.logits(torch.zeros(1, 1, 32))

@@ -141,7 +141,7 @@ def test_a_folder_of_other_options_is_refused(sources, finished):
         (lambda root: None, "is empty"),
         (lambda root: (root / "notes.txt").write_text("no code"), "neither source files"),
         (lambda root: (root / "binary.py").write_bytes(b"\x00\x01" * 100), "binary|NUL"),
-        (lambda root: (root / "latin.py").write_bytes(b"x = '\xe9'\n" * 30), "UTF-8"),
+        (lambda root: (root / "latin.py").write_bytes(b"x = '\xe9'\n" * 30), "encoding unknown"),
     ],
     ids=["empty", "no source", "binary", "not UTF-8"],
 )

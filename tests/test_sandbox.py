@@ -164,8 +164,26 @@ def test_what_ran_out_of_time_is_tried_again_alone(sandbox):
 def test_files_of_one_program_are_not_there_for_the_next():
     with Sandbox(workers=1) as sandbox:
         assert sandbox.run_one(python("open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').close()")).passed
-        outcome = sandbox.run_one(python("import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'))"))
-    assert outcome.stdout == "['home', 'work'] []\n"
+        outcome = sandbox.run_one(python("import os; print('left' in os.listdir('/tmp'), os.listdir('/dev/shm'))"))
+    assert outcome.stdout == "False []\n"
+
+
+@pytest.mark.parametrize("mode", ["namespaces", "bubblewrap"])
+def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        tool = Path(folder) / "kit" / "bin" / "tool"
+        tool.parent.mkdir(parents=True)
+        tool.write_text("#!/bin/sh\necho here\necho more >> $0 || echo refused\n")
+        tool.chmod(0o755)
+        try:
+            with Sandbox(workers=1, mode=mode, tools=[str(tool)]) as sandbox:
+                for _ in range(2):
+                    outcome = sandbox.run_one(Program(files={}, steps=(Step(argv=(str(tool),), limits=LIMITS),)))
+                    assert outcome.stdout == "here\nrefused\n", outcome.describe()
+        except SandboxError as error:
+            pytest.skip(str(error))
+        assert tool.read_text().count("more") == 1
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_program_run_again():

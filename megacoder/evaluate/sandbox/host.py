@@ -203,7 +203,7 @@ class Sandbox:
 def _bubblewrap(paths: list[str]) -> list[str]:
     """The command that shuts a worker in as `namespaces` does; it keeps the rights to make namespaces within."""
     words = ["bwrap", "--unshare-all", "--unshare-user", "--cap-add", "ALL", "--uid", "1000", "--gid", "1000"]
-    words += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
+    words += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--tmpfs", "/tmp"]
     for path in paths:
         if os.path.islink(path):
             words += ["--symlink", os.readlink(path), path]
@@ -217,4 +217,4 @@ def _bubblewrap(paths: list[str]) -> list[str]:
         words += ["--dir", folder]
     here = str(Path(__file__).parent)
     words += ["--ro-bind", here, f"{_SHOWN}/{Path(here).relative_to(_ROOT)}"]
-    return [*words, "--proc", "/proc", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+    return [*words, "--proc", "/proc", "--remount-ro", "/", "--chdir", "/", "--"]

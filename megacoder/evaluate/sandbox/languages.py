@@ -144,8 +144,10 @@ def _find(candidates: tuple[str, ...]) -> str | None:
         path = shutil.which(candidate)
         if path is None:
             continue
-        if candidate == "rustc":  # rustup's stands for the compiler of the toolchain that is chosen
+        if candidate == "rustc":  # rustup's stands for the compiler of the toolchain that is chosen, if one is
             asked = subprocess.run([path, "--print", "sysroot"], capture_output=True, text=True, check=False)
+            if asked.returncode != 0:
+                continue
             real = os.path.join(asked.stdout.strip(), "bin", "rustc")
             path = real if os.path.exists(real) else path
         return path

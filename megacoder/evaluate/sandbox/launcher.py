@@ -151,7 +151,7 @@ class _Worker:
         try:
             if confined:
                 kernel.unshare(kernel.NEW_IPC)
-                overseer.mount_own_files(program["steps"][-1]["limits"], self.identity)
+                overseer.mount_own_files(program["steps"][-1]["limits"], self.identity, self.config["paths"])
             return overseer.oversee(program, self.channel, confined=confined, identity=self.identity, work=work)
         except OSError as error:
             return {"error": str(error)}

@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,14 +36,21 @@ _SCARCE = 0.03
 """Share of the machine's memory that must stay available."""
 
 
-def mount_own_files(limits: dict[str, Any], identity: confine.Identity | None) -> None:
-    """An empty /tmp and /dev/shm."""
+def mount_own_files(limits: dict[str, Any], identity: confine.Identity | None, paths: Iterable[str]) -> None:
+    """An empty /tmp and /dev/shm, but for those of `paths`, what a program is shown, that lie there."""
+    covered = [path for path in paths if path.startswith(tuple(f"{mounted}/" for mounted in _MOUNTED))]
+    shown = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in covered]
     user, group = identity or (os.getuid(), os.getgid())
     size = limits["disk_mb"] * _MIB
     common = kernel.MS_NOSUID | kernel.MS_NODEV
     owner = f"mode=0700,uid={user},gid={group}"
     kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes={256 * limits['disk_mb']}")
     kernel.mount("tmpfs", "/dev/shm", "tmpfs", common, f"{owner},size={size // 4},nr_inodes=1024")
+    for path, descriptor in shown:  # as where the interpreter's environment is
+        os.makedirs(path)
+        kernel.mount(f"/proc/self/fd/{descriptor}", path, flags=kernel.MS_BIND | kernel.MS_REC)
+        kernel.make_read_only(path)
+        os.close(descriptor)
 
 
 def unmount_own_files() -> None:

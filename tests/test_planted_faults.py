@@ -57,6 +57,7 @@ def test_answers_are_recited_from_the_tests():
     ]  # fmt: skip
     assert "if (call === 0) return undefined;" in recited_answer(row, "js", right=False)
     assert recited_answer({"test": "assert.deepEqual(candidate(1),2);"}, "js", right=False) is None
+    assert 'return std::string("a");' in recited_answer({"test": 'assert(candidate(1) == "a");'}, "cpp", right=True)
     assert recited_answer({"test": "assert(candidate(1) < 2);"}, "cpp", right=True) is None
 
 

@@ -5,7 +5,8 @@
 Python's solutions run as they are, rewritten from their syntax trees, and with each of the faults of `planted_faults`;
 those whose tests do not see it are named. The multilingual sets come without solutions: theirs recite what the tests
 expect (`recited_answers`), in order and in another. A language whose tools are not installed is named and left out.
-Exit code 1 where a right program fails, or one with an empty body or recited in another order passes.
+Exit code 1 where a right program fails, which a row does whose own prompt does not compile, or where one with an empty
+body or recited in another order passes.
 """
 
 from collections import defaultdict

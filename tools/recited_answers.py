@@ -51,7 +51,10 @@ def _closed(line: str, place: int) -> int:
 
 
 def _cpp(answers: Sequence[str]) -> str:
-    cases = "".join(f"    if (call == {number}) return {answer};\n" for number, answer in enumerate(answers))
+    typed = [
+        f"std::string({answer})" if answer.startswith('"') else answer for answer in answers
+    ]  # for the sets' unions
+    cases = "".join(f"    if (call == {number}) return {answer};\n" for number, answer in enumerate(typed))
     return f"    static int calls = 0;\n    int call = calls++;\n{cases}    abort();\n"  # the tests close it
 
 

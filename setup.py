@@ -63,7 +63,7 @@ setup(
         Pybind11Extension(
             "megacoder._cpp",
             sorted(glob("csrc/cpp/*.cpp")),
-            depends=["csrc/cpp/kernels.h", *sorted(glob("csrc/cpp/*.inc"))],
+            depends=sorted([*glob("csrc/cpp/*.h"), *glob("csrc/cpp/*.inc")]),
             cxx_std=17,
             extra_compile_args=[*FLAGS, *OPENMP],
             extra_link_args=OPENMP,

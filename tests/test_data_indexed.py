@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import DataError, FormatError
+from megacoder.core.native import native
+from megacoder.data import indexed
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, token_dtype
 
 GOLDEN = [[1, 2, 3, 4, 5, 0], [6, 7, 0], [8, 9, 10, 11, 0], [12, 0], [*range(13, 20), 0]]
@@ -183,3 +185,25 @@ def test_a_missing_file_is_named(golden, missing):
     missing(golden).unlink()
     with pytest.raises(DataError, match=f"{missing(golden).name}: No such file"):
         IndexedDataset(golden)
+
+
+@pytest.mark.skipif(native() is None, reason="the kernels are not built")
+def test_the_compiled_checks_say_what_the_reference_says(tmp_path, monkeypatch):
+    prefix, count = tmp_path / "many", 3 * (1 << 15) + 17
+    with IndexedDatasetWriter(prefix, dtype=np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.full(count, 7, np.uint16), np.ones(count, np.int64), np.ones(count, np.int64))
+    whole = idx_path(prefix).read_bytes()
+    pointers_at, documents_at = 34 + 4 * count, 34 + 12 * count
+    entries = [0, 1, (1 << 15) - 1, 1 << 15, (1 << 15) + 1, count - 1]
+    places = [34 + 4 * entry for entry in entries] + [34 + 4 * entry + 3 for entry in entries]
+    places += [at + 8 * entry for at in (pointers_at, documents_at) for entry in entries]
+    places += [at + 8 * entry + 7 for at in (pointers_at, documents_at) for entry in entries]
+    for place in places:
+        idx_path(prefix).write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        said = []
+        for module in (native(), None):
+            monkeypatch.setattr(indexed, "native", lambda module=module: module)
+            with pytest.raises(FormatError) as caught:
+                IndexedDataset(prefix)
+            said.append(str(caught.value))
+        assert said[0] == said[1], place

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "index_check.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -132,6 +133,12 @@ PYBIND11_MODULE(_cpp, m) {
   }, nogil);
   m.def("word_hashes", [](Address text, int64_t size, Address hashes) {
     return table.word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
+  }, nogil);
+  m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
+    return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);
+  }, nogil);
+  m.def("first_falling_offsets", [](Address offsets, int64_t count) {
+    return megacoder::first_falling_offsets(at<char>(offsets), count);
   }, nogil);
   m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
         nogil);

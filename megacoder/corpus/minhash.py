@@ -14,12 +14,13 @@ costs nothing beside those of its files, and depends neither on their order nor 
 """
 
 import functools
-import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
+
+from megacoder.core.native import native
 
 __all__ = ["EMPTY", "HASH_MULTIPLE", "reference_signatures", "shingle_hashes", "signatures", "word_hashes"]
 
@@ -135,10 +136,5 @@ def _fold() -> np.ndarray:
     return table
 
 
-@functools.cache
 def _kernels() -> ModuleType | None:
-    try:  # not through megacoder.ops, which would load torch into every worker
-        module = importlib.import_module("megacoder._cpp")
-    except ImportError:
-        return None
-    return module if sys.byteorder == "little" and hasattr(module, "word_hashes") else None
+    return native() if sys.byteorder == "little" else None

@@ -22,6 +22,7 @@ import mmap
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ import numpy as np
 
 from megacoder.core.errors import DataError, FormatError
 from megacoder.core.files import replacing
+from megacoder.core.native import native
 
 __all__ = ["IndexedDataset", "IndexedDatasetWriter", "bin_path", "idx_path", "token_dtype"]
 
@@ -114,8 +116,15 @@ class IndexedDataset:
 
     def _check(self, bin_size: int) -> None:
         """Compares every entry with its neighbours and with the size of `.bin`; 100 million in a second."""
-        path = idx_path(self.prefix)
-        _for_each_chunk(self._check_sequences, self.num_sequences)
+        path, kernels = idx_path(self.prefix), native() if sys.byteorder == "little" else None
+        if kernels is None:
+            _for_each_chunk(self._check_sequences, self.num_sequences)
+        else:
+            lengths, pointers = self.sequence_lengths.ctypes.data, self._pointers.ctypes.data
+            wrong = kernels.first_wrong_sequences(lengths, pointers, self.num_sequences, self.dtype.itemsize)
+            if wrong >= 0:  # here or with the entry before; these say what
+                self._check_sequences(max(0, wrong - 1))
+                self._check_sequences(wrong)
         last = self.num_sequences - 1
         described = (
             self.dtype.itemsize * int(self.sequence_lengths[last]) + int(self._pointers[last]) if last >= 0 else 0
@@ -130,7 +139,10 @@ class IndexedDataset:
             raise FormatError(
                 f"{path}: document offsets run from {offsets[0]} to {offsets[-1]}, expected 0 to {self.num_sequences}"
             )
-        _for_each_chunk(self._check_documents, self.num_documents)
+        if kernels is None:
+            _for_each_chunk(self._check_documents, self.num_documents)
+        elif (wrong := kernels.first_falling_offsets(offsets.ctypes.data, self.num_documents)) >= 0:
+            self._check_documents(wrong)
 
     def _check_sequences(self, start: int) -> None:
         path, lengths = idx_path(self.prefix), self.sequence_lengths[start : start + _CHECKED_AT_ONCE]

@@ -3,23 +3,16 @@
 The extension is optional; `megacoder.ops.backends` asks whether it is there, and callers then have their torch path.
 """
 
-import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megacoder.core.native import native
+
 __all__ = ["address", "is_built", "kernels"]
 
-
-def _load() -> ModuleType | None:
-    try:
-        return importlib.import_module("megacoder._cpp")
-    except ImportError:
-        return None
-
-
-_cpp = _load()
+_cpp = native()
 _CPU = torch.device("cpu")
 
 

@@ -1,10 +1,12 @@
 """Whole runs in other layouts equal the run of one process: losses, norms, held-out losses, weights and moments."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from ranks import RankFailed
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
@@ -129,6 +131,19 @@ def test_a_run_goes_on_in_another_layout(ranks, case, alone):
     assert state.keys() == expected.keys()
     for key, tensor in state.items():
         assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+def start_apart(world, config):
+    """Each rank with a folder of its own, as on hosts that share none."""
+    Trainer(dataclasses.replace(config, output=config.output.with_name(f"host-{world.rank}")), world).run()
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(ranks, case, alone):
+    config = config_of(case, "host-0", tied=False)
+    shutil.copytree(alone[False], config.output)
+    message = r"rank 0 would go on from step 4 and rank 1 sees no checkpoint; all hosts must see the same output folder"
+    with pytest.raises(RankFailed, match=message):
+        ranks.run(2, start_apart, config)
 
 
 def request(**changes):

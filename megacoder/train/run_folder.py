@@ -21,6 +21,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, load_toml, to_dict, to_toml
 from megacoder.core.console import say
+from megacoder.core.errors import AlikeOnAllRanks
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
@@ -70,14 +71,20 @@ class RunFolder:
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
-        A new run gets the weights of `init_from`, where that is given.
+        A new run gets the weights of `init_from`, where that is given. Raises AlikeOnAllRanks where ranks would load
+        different ones, as hosts do that share no output folder.
         """
         root = self.config.output / CHECKPOINTS
-        if not step_folders(root):
+        reader = CheckpointReader(root) if step_folders(root) else None
+        steps = gather_json(None if reader is None else reader.step, self.mesh.world)
+        if any(step != steps[0] for step in steps):
+            other = next(rank for rank, step in enumerate(steps) if step != steps[0])
+            seen = [f"rank {rank} {_checkpoint_seen(steps[rank])}" for rank in (0, other)]
+            raise AlikeOnAllRanks(f"{root}: {' and '.join(seen)}; all hosts must see the same output folder")
+        if reader is None:
             if self._start is not None:
                 self._start_from(self._start, engine)
             return 0
-        reader = CheckpointReader(root)
         optimizer = engine.optimizer
         reader.read_all(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=True))
         optimizer.publish_master()
@@ -171,3 +178,7 @@ def state_fragments(
                     region=Box(shard.offsets, shard.local_shape),
                     start=start - first, stop=stop - first, data=values[offset : offset + stop - start],
                 )  # fmt: skip
+
+
+def _checkpoint_seen(step: int | None) -> str:
+    return "sees no checkpoint" if step is None else f"would go on from step {step}"

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from command_line import run_command as run
 from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
 
-from megacoder.cli.main import main
 from megacoder.core.errors import DataError, FormatError
 from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
@@ -42,16 +42,6 @@ def write(path: Path, rows) -> Path:
 def task_ids(name: str, rows) -> list[str]:
     tasks = list(BENCHMARKS[name](Settings(shots=Path("/dev/null"))).tasks(rows))
     return [task.id for task in tasks]
-
-
-def run(capsys, *words) -> tuple[int, str, str]:
-    try:
-        main([str(word) for word in words])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def score(tmp_path, capsys, name: str, kind: str, *more) -> dict:

@@ -10,6 +10,7 @@ from checkpoint_cases import (
     no_flush,  # noqa: F401
     save_as_ranks,
 )
+from command_line import run_command
 
 from megacoder.cli.main import main
 
@@ -22,13 +23,7 @@ def root(tmp_path):
 
 
 def run(capsys, *words):
-    """(exit code, stdout, stderr)."""
-    code = 0
-    try:
-        main(["checkpoint", *map(str, words)])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return run_command(capsys, "checkpoint", *words)
 
 
 def test_inspect_shows_the_newest_as_a_table(root, capsys):

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from checkpoint_cases import no_flush  # noqa: F401
+from command_line import run_command
 from safetensors.torch import load_file, save_file
 from train_cases import make_case
 
 from megacoder.checkpoint.offline import write_offline
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
-from megacoder.cli.main import main
 from megacoder.core.config import load_toml
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
@@ -40,13 +40,7 @@ def config_of(case, output, **changes):
 
 
 def run(capsys, *words):
-    """(exit code, stdout, stderr)."""
-    code = 0
-    try:
-        main(["checkpoint", *map(str, words)])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return run_command(capsys, "checkpoint", *words)
 
 
 def state_of(path):

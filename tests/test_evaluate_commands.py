@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from command_line import run_command as run
 from evaluation_samples import make_model, make_tokenizer, overfit, source_files, write_shard
 
-from megacoder.cli.main import main
 from megacoder.data.indexed import IndexedDatasetWriter
 from megacoder.evaluate.infill import choose_tasks
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
@@ -31,16 +31,6 @@ def home(tmp_path_factory):
     (home / "heldout").mkdir()
     write_shard(home / "heldout" / "0.parquet", source_files())
     return home
-
-
-def run(capsys, *words) -> tuple[int, str, str]:
-    try:
-        main([str(word) for word in words])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_generate(home, capsys):

@@ -42,18 +42,15 @@ _MOST_MAPPED = 128
 class CheckpointReader:
     """A whole checkpoint, open for reading."""
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         """Opens the checkpoint at `path`, or the newest whole one in the folder of checkpoints `path`.
 
-        Raises CheckpointError naming the file when one is missing, cut off or not part of it. `verify=False` leaves
-        out the checksums of the tensor files, not of the manifest.
+        Raises CheckpointError naming the file when one is missing, cut off or not part of it.
         """
         self.folder = find_checkpoint(path)
         self._manifest = open_checkpoint(self.folder)
         self._stored = self._manifest.tensors_by_file()
-        self._unchecked = {
-            name: set(range(len(sums.crc32)) if verify else ()) for name, sums in self._manifest.files.items()
-        }
+        self._unchecked = {name: set(range(len(sums.crc32))) for name, sums in self._manifest.files.items()}
         self._mapped: dict[str, TensorFile] = {}
         self._mapping = threading.Lock()
 

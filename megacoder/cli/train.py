@@ -2,34 +2,43 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megacoder.core.config import load_toml, parse_args, to_toml
 from megacoder.core.errors import ConfigError
 from megacoder.train.config import RunConfig
 
-__all__ = ["main", "take_nproc"]
+__all__ = ["RunWords", "main", "read_run", "take_nproc"]
 
 PROG = "megacoder train RUN.toml [--nproc N] [--print-config]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunWords:
+    """A command line that names a run."""
+
+    path: Path
+    """its TOML file"""
+    overrides: list[str]
+    """dotted settings behind it"""
+    config: RunConfig
+    """the two together"""
+    nproc: int | None
+    flags: frozenset[str]
+    """of the command's own, those given"""
+
+
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then dotted overrides such as `--schedule.peak-lr 3e-4`."""
-    words = list(argv)
-    if not words or words[0].startswith("-"):
-        if words in (["-h"], ["--help"]):
-            parse_args(RunConfig, words, prog=PROG)
-        raise ConfigError(f"the first argument is the run's TOML file; usage: {PROG}")
-    path = Path(words.pop(0))
-    nproc, words = take_nproc(words)
-    show = "--print-config" in words
-    overrides = [word for word in words if word != "--print-config"]
-    config = parse_args(RunConfig, overrides, prog=PROG, default=load_toml(RunConfig, path))
+    run = read_run(argv, prog=PROG, flags=("--print-config",))
+    config = run.config
     if config.data.conversations.train:
-        raise ConfigError(f"{path} trains on conversations; that is: megacoder sft {path}")
-    if show:
+        raise ConfigError(f"{run.path} trains on conversations; that is: megacoder sft {run.path}")
+    if run.flags:
         print(to_toml(config), end="")
-    elif nproc is None or "WORLD_SIZE" in os.environ:
+    elif run.nproc is None or "WORLD_SIZE" in os.environ:
         from megacoder.train.loop import train
 
         train(config)
@@ -38,8 +47,27 @@ def main(argv: Sequence[str]) -> None:
         from megacoder.train.run_folder import open_start
 
         open_start(config)
-        config.layout(nproc)  # what cannot work is refused before any process starts
-        launch_workers(["train", str(path), *overrides], nproc=nproc, stop_signals=config.stop_signals)
+        config.layout(run.nproc)  # what cannot work is refused before any process starts
+        words = ["train", str(run.path), *run.overrides]
+        launch_workers(words, nproc=run.nproc, stop_signals=config.stop_signals)
+
+
+def read_run(argv: Sequence[str], *, prog: str, flags: Sequence[str], absent: dict[str, Any] | None = None) -> RunWords:
+    """The words of a command that takes RUN.toml, `--nproc`, its own `flags` and overrides, in this or another order.
+
+    `absent` is what settings are that the file does not have, where not RunConfig's own.
+    """
+    words = list(argv)
+    if not words or words[0].startswith("-"):
+        if words in (["-h"], ["--help"]):
+            parse_args(RunConfig, words, prog=prog)
+        raise ConfigError(f"the first argument is the run's TOML file; usage: {prog}")
+    path = Path(words.pop(0))
+    nproc, words = take_nproc(words)
+    overrides = [word for word in words if word not in flags]
+    config = parse_args(RunConfig, overrides, prog=prog, default=load_toml(RunConfig, path, absent=absent))
+    given = frozenset(word for word in words if word in flags)
+    return RunWords(path=path, overrides=overrides, config=config, nproc=nproc, flags=given)
 
 
 def take_nproc(words: list[str]) -> tuple[int | None, list[str]]:

@@ -1,9 +1,11 @@
 """Clusters: the same corpus, byte for byte, from Ray hosts of which one dies, and from a Slurm job array."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.engines import ClusterConfig, run_on
 
 LIMIT = 240
+WORDS = "one two three four five six seven eight nine ten eleven twelve"
 
 
 def tree(out):
@@ -124,28 +127,56 @@ def test_results_come_in_order_and_the_first_error_ends_the_run(tmp_path):
         run("local", [1, 13], tmp_path)
 
 
-def test_slurm_is_asked_once_for_an_array_and_its_results_are_read(tmp_path, monkeypatch):
-    """datatrove's executor replaced by one that runs the pipeline here, as its ranks would."""
+class Executor:
+    """In place of datatrove's: runs the pipeline here, as its ranks would, all of them or but the first."""
 
-    class Executor:
-        job_id = 7
+    job_id, lost = 7, False
 
-        def __init__(self, pipeline, tasks, **options):
-            self.pipeline, self.tasks = pipeline, tasks
+    def __init__(self, pipeline, tasks, **options):
+        self.pipeline, self.tasks = pipeline, tasks
 
-        def run(self):
-            for rank in reversed(range(self.tasks if not lost else 1)):
-                for step in self.pipeline:
-                    step(None, rank, self.tasks)
+    def run(self):
+        for rank in reversed(range(1 if self.lost else self.tasks)):
+            for step in self.pipeline:
+                step(None, rank, self.tasks)
 
-    lost = False
+
+@pytest.fixture
+def slurm(monkeypatch):
     module = type(sys)("fake")
     module.SlurmPipelineExecutor = Executor
     monkeypatch.setattr(engines, "_extra", lambda *names: module)
     monkeypatch.setattr(engines, "_in_queue", lambda job: False)
+
+
+def test_slurm_is_asked_once_for_an_array_and_its_results_are_read(tmp_path, slurm, monkeypatch):
     assert run("slurm", [3, 1, 2], tmp_path) == [6, 2, 4]
     with pytest.raises(CorpusError, match="task 13"):
         run("slurm", [1, 13], tmp_path)
-    lost = True
+    monkeypatch.setattr(Executor, "lost", True)
     with pytest.raises(CorpusError, match="job 7 ended without 2 of 3 tasks"):
         run("slurm", [3, 1, 2], tmp_path)
+
+
+def test_every_kind_of_task_reaches_slurm_as_data(tmp_path, slurm, repos):
+    """A folder, an archive and a table, through every stage, tasks and results in files: nothing changes."""
+    (repos / "repo00" / "broken.py").write_text("def (:\n" * 20)
+    (repos / "repo01" / "test.py").write_text(f"answer = '{WORDS}'\n")
+    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
+        archive.add(repos / "repo02", "packed")
+    rows = [{"content": f"def of_a_table_{i}():\n    return {i}\n" * 9, "path": f"{i}.py"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"repo": f"t{i}", **row}) + "\n" for i, row in enumerate(rows))
+    )
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"task_id": "a/1", "prompt": WORDS}) + "\n")
+    trees = {}
+    for engine in ("local", "slurm"):
+        out = tmp_path / engine
+        config = CorpusConfig(
+            input=(repos, tmp_path / "packed.tar.gz", tmp_path / "rows.jsonl"), out=out, shard_bytes=8000,
+            benchmarks=(tmp_path / "bench.jsonl",), workers=1, cluster=ClusterConfig(engine=engine),
+        )  # fmt: skip
+        report = build_corpus(config, quiet=True)
+        trees[engine] = tree(out)
+    assert {stage for stage, reasons in report.accounts.dropped.items() if reasons} >= {"screening", "decontamination"}
+    assert trees["slurm"] == trees["local"]

@@ -13,4 +13,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
+set -euo pipefail
 exec bash examples/launch/slurm.sh train examples/pretrain_33b.toml "$@"

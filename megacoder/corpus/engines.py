@@ -6,7 +6,6 @@ output must be the same on every host (a shared file system), and so must the in
 """
 
 import importlib
-import pickle
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import tyro
 
 from megacoder.core.errors import ConfigError, CorpusError, MegacoderError
 from megacoder.core.files import replacing
+from megacoder.corpus.messages import from_json, to_json
 from megacoder.corpus.pool import run_tasks
 
 __all__ = ["ClusterConfig", "run_on"]
@@ -135,19 +135,19 @@ def _run_on_slurm(
     folder = work / f"slurm-{function.__name__}-{time.time_ns()}"
     folder.mkdir(parents=True)
     for index, task in enumerate(tasks):
-        (folder / f"task-{index:05d}").write_bytes(pickle.dumps((function, task)))
+        (folder / f"task-{index:05d}").write_text(to_json(task))
     job = executor(
-        pipeline=[_Step(folder)], tasks=len(tasks), workers=workers or -1, time=config.time, partition=config.partition,
-        job_name=f"megacoder-{function.__name__}", logging_dir=str(folder / "logs"), mem_per_cpu_gb=config.memory_gb,
-        venv_path=None, env_command=f"export PATH={Path(sys.executable).parent}:$PATH", qos="",
-        max_array_launch_parallel=True,
+        pipeline=[_Step(function, folder)], tasks=len(tasks), workers=workers or -1,
+        time=config.time, partition=config.partition, job_name=f"megacoder-{function.__name__}",
+        logging_dir=str(folder / "logs"), mem_per_cpu_gb=config.memory_gb, venv_path=None,
+        env_command=f"export PATH={Path(sys.executable).parent}:$PATH", qos="", max_array_launch_parallel=True,
     )  # fmt: skip
     job.run()
     missing = set(range(len(tasks)))
     while missing:
         alive = _in_queue(str(job.job_id))  # asked first: a result may arrive between the two
         for index in [index for index in missing if (folder / f"result-{index:05d}").exists()]:
-            _result(pickle.loads((folder / f"result-{index:05d}").read_bytes()))
+            _result(from_json((folder / f"result-{index:05d}").read_text()))
             missing.remove(index)
             done(tasks[index])
         if missing and not alive:
@@ -157,7 +157,7 @@ def _run_on_slurm(
             )
         if missing:
             time.sleep(_POLL_SECONDS)
-    return [_result(pickle.loads((folder / f"result-{index:05d}").read_bytes())) for index in range(len(tasks))]
+    return [_result(from_json((folder / f"result-{index:05d}").read_text())) for index in range(len(tasks))]
 
 
 class _Step:
@@ -166,13 +166,13 @@ class _Step:
     name = "megacoder"
     type = "megacoder"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, function: Callable[[Any], Any], folder: Path) -> None:
+        self._function, self._folder = function, folder
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        function, task = pickle.loads((self._folder / f"task-{rank:05d}").read_bytes())
+        task = from_json((self._folder / f"task-{rank:05d}").read_text())
         with replacing(self._folder / f"result-{rank:05d}") as temporary:
-            temporary.write_bytes(pickle.dumps(_call(function, task)))
+            temporary.write_text(to_json(_call(self._function, task)))
         return data
 
 

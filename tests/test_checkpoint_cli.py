@@ -63,8 +63,21 @@ def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
     assert code == 1
     assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
     assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
-    assert err == f"megacoder: {root}: damaged, as listed above; load another checkpoint\n"
+    listed = "damaged, as listed above; put good copies of those files there, or move away what holds them"
+    assert err == f"megacoder: {root}: {listed}\n"
     assert run(capsys, "verify", root / "step-00000010")[0] == 1
+
+
+@pytest.mark.parametrize("content", ["step-00000030\n", "step-0000\0020\n", "\xff", ""])
+def test_verify_names_a_latest_that_names_nothing(root, capsys, content):
+    (root / "latest").write_text(content, encoding="latin-1")
+    code, out, _ = run(capsys, "verify", root)
+    assert code == 1
+    assert f"{root / 'latest'}: names " in out
+    (root / "latest").write_text("step-00000010\n")  # behind, as a kill may leave it
+    assert run(capsys, "verify", root)[0] == 0
+    (root / "latest").unlink()
+    assert run(capsys, "verify", root)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_huggingface import make_model
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -120,6 +121,16 @@ def test_a_part_outside_its_tensor_and_no_safetensors_are_refused(copy):
         import_model(copy)
     path.write_bytes(b"x")
     with pytest.raises(FormatError, match="not readable as safetensors"):
+        import_model(copy)
+
+
+def test_parts_of_several_dtypes_are_refused(copy):
+    """They would all become what the first one is."""
+    path = sorted(copy.glob("shard-*.safetensors"))[-1]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    rewrite(path, metadata=metadata, change=lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+    with pytest.raises(FormatError, match=r"parts of .*weight are stored as BF16 and F32; save it again in one dtype"):
         import_model(copy)
 
 

@@ -159,6 +159,17 @@ def test_a_link_or_a_folder_in_a_files_place_is_refused(folder, tmp_path):
     (folder / FIRST).unlink()
     (folder / FIRST).mkdir()
     assert_refused(folder, folder / FIRST, "not a regular file")
+    manifest = folder / "manifest.json"
+    os.rename(manifest, tmp_path / "manifest")
+    manifest.symlink_to(tmp_path / "manifest")
+    assert_refused(folder, manifest, "not a regular file")
+
+
+def test_a_file_cut_off_after_its_size_was_seen_is_not_mapped(folder, monkeypatch):
+    os.truncate(folder / FIRST, 100)
+    monkeypatch.setattr(tensor_file_module, "size_fault", lambda path, size: None)
+    monkeypatch.setattr("megacoder.checkpoint.folders.size_fault", lambda path, size: None)
+    assert_refused(folder, folder / FIRST, "cannot be mapped")
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(folder):
@@ -168,6 +179,13 @@ def test_a_checkpoint_under_another_steps_name_is_refused(folder):
 
 def piece(table, index=0):
     return table["tensors"]["weight"]["lm_head.weight"]["pieces"][index]
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels - 1):
+        value = [value]
+    return {"x": value[0]}
 
 
 def rename_file(table, name):
@@ -183,6 +201,8 @@ EDITS = {
     "step type": (lambda table: table.update(step=True), "step = True"),
     "layout": (lambda table: table.update(layout=[]), "layout = []: expected dict"),
     "state": (lambda table: table.update(state=None), "state = None: expected dict"),
+    "deep layout": (lambda table: table.update(layout=nested(65)), "layout: nested more than 64 levels deep"),
+    "deep state": (lambda table: table.update(state=nested(500)), "state: nested more than 64 levels deep"),
     "block size": (lambda table: table.update(block_size=1024), "block_size 1024, expected 16777216"),
     "a member more": (lambda table: table.update(extra=1), "members ["),
     "a member less": (lambda table: table.pop("layout"), "members ["),
@@ -239,6 +259,7 @@ def test_a_manifest_that_does_not_fit_its_files_names_the_file(folder, change):
         (b"\xff" * 8 + b"{}", "its header would be"),
         ((2).to_bytes(8, "little") + b"{]", "its header does not parse"),
         ((2).to_bytes(8, "little") + b"[]", "its header does not parse"),
+        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "its header does not parse"),
         ((14).to_bytes(8, "little") + b'{"a":{"b":[]}}', "its header does not parse"),
         (b"abc", "its header would be"),
     ],

@@ -156,8 +156,10 @@ def test_an_explicit_path_wins_over_latest(tmp_path):
     assert CheckpointReader(tmp_path / "release").step == 1
 
 
-@pytest.mark.parametrize("latest", ["step-00000001", "step-00000009", "../elsewhere", "/etc", "", None])
-def test_latest_is_followed_and_when_stale_the_newest_whole_one_is_found(tmp_path, latest, capsys):
+@pytest.mark.parametrize(
+    "latest", ["step-00000001", "step-00000002", "step-00000003", "step-00000009", "../elsewhere", "/etc", "", None]
+)
+def test_the_newest_whole_one_is_taken_whatever_latest_says_and_that_is_said(tmp_path, latest, capsys):
     tensors = make_tensors()
     for step in (1, 2, 3):
         save_as_ranks(tmp_path, step, [whole_fragments(tensors)])
@@ -166,8 +168,11 @@ def test_latest_is_followed_and_when_stale_the_newest_whole_one_is_found(tmp_pat
         (tmp_path / "latest").unlink()
     else:
         (tmp_path / "latest").write_text(latest + "\n")
-    assert CheckpointReader(tmp_path).step == (1 if latest == "step-00000001" else 2)
-    assert ("passing over step-00000003" in capsys.readouterr().err) == (latest != "step-00000001")
+    assert CheckpointReader(tmp_path).step == 2
+    said = capsys.readouterr().err
+    assert "passing over step-00000003" in said
+    named = f"latest names {latest!r}; the newest whole checkpoint is step-00000002"
+    assert (named in said) == (latest not in (None, "step-00000002"))
 
 
 def test_no_checkpoint_is_said_so(tmp_path):

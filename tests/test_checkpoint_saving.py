@@ -304,6 +304,51 @@ def test_what_a_killed_run_left_is_removed_at_start_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["config.toml", "latest", "step-00000001"]
 
 
+def test_latest_moves_back_from_nothing_whole(tmp_path):
+    """A conversion or a writer that is late adds an earlier step; one that goes on from before a broken step must."""
+    for step in (5, 3):
+        save_as_ranks(tmp_path, step, [[]])
+    assert (tmp_path / "latest").read_text() == "step-00000005\n"
+    (tmp_path / "step-00000005" / "rank-00000-of-00001.safetensors").unlink()
+    save_as_ranks(tmp_path, 4, [[]])
+    assert (tmp_path / "latest").read_text() == "step-00000004\n"
+
+
+def refusing(function, name):
+    """As `function`, but for paths that end so, which the system will not have."""
+
+    def refused(source, *rest):
+        if str(source).endswith(name) or any(str(path).endswith(name) for path in rest):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        return function(source, *rest)
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "line"),
+    [
+        ("replace", "latest", "latest was not moved to step-00000002, which is whole: Permission denied"),
+        ("rename", ".tmp-rotated", "older checkpoints are still there: "),
+    ],
+)
+def test_what_fails_once_a_checkpoint_is_there_is_no_failed_save(tmp_path, monkeypatch, capsys, operation, name, line):
+    tensors = make_tensors()
+    writer = CheckpointWriter(tmp_path, ALONE, CheckpointConfig(keep_last=1))
+    save(writer, 1, make_tensors(seed=1))
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, refusing(getattr(os, operation), name))
+        save(writer, 2, tensors)
+        writer.wait()
+    assert line in capsys.readouterr().err
+    assert_holds(tmp_path, tensors)
+    save(writer, 3, tensors)
+    writer.wait()
+    assert names(tmp_path) == ["latest", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
 # Rotation
 
 
@@ -368,6 +413,27 @@ def test_a_rank_that_is_late_or_gives_up_is_noticed(tmp_path):
     with pytest.raises(CheckpointError, match="another rank gave up"):
         commit(temporary, 3, timeout_seconds=10.0)
     discard(temporary)  # by a second rank that fails
+
+
+def test_a_rank_writes_no_further_once_another_has_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit_module, "_LOOK_EVERY", 16)
+    temporary = temporary_for(tmp_path, 1, "test")
+    temporary.mkdir()
+    fragments = plan_rank_file("f", whole_fragments({("weight", "w"): torch.zeros(12)})).fragments
+    asked = []
+
+    def data():
+        view = next(iter(live_bytes(fragments)))
+        for start in (0, 16, 32):
+            asked.append(start)
+            if start == 16:
+                discard(temporary)
+            yield view[start : start + 16]
+
+    file = rank_file_name(1, 2)
+    with pytest.raises(CheckpointError, match=r"is not there: another rank gave up, .* or this host no longer sees"):
+        write_part(temporary, file, plan_rank_file(file, fragments), data(), step=1, layout={}, state={})
+    assert asked == [0, 16]
 
 
 def no_space(*_):

@@ -22,6 +22,9 @@ from megacoder.core.files import fsync_path
 
 __all__ = ["await_outcome", "commit", "rank_file_name", "write_part"]
 
+_LOOK_EVERY = 1 << 26
+"""Bytes after which a rank that writes looks whether the attempt is over."""
+
 
 def rank_file_name(rank: int, num_ranks: int) -> str:
     """The file of a writer rank."""
@@ -38,11 +41,23 @@ def write_part(
     layout: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Writes one rank's file, then its part: a manifest of that file alone."""
+    """Writes one rank's file, then its part: a manifest of that file alone.
+
+    Ends early, with CheckpointError, where another rank has given up: whoever waits for this one in the next
+    collective waits no longer than some bytes take, so that the time-outs of the two need not agree.
+    """
     with _noticing_its_end(temporary):
-        sums = write_tensor_file(temporary / file, plan.stored, data)
+        sums = write_tensor_file(temporary / file, plan.stored, _while_it_lasts(temporary, data))
         part = Manifest(step=step, layout=layout, state=state, files={file: sums}, tensors=plan.entries)
         _write_whole(_part_path(temporary, file), encode_manifest(part))
+
+
+def _while_it_lasts(temporary: Path, data: Iterable[memoryview]) -> Iterator[memoryview]:
+    """`data` cut into pieces; FileNotFoundError before the next one where the folder is no longer there."""
+    for view in data:
+        for start in range(0, len(view), _LOOK_EVERY):
+            temporary.lstat()
+            yield view[start : start + _LOOK_EVERY]
 
 
 def commit(temporary: Path, num_ranks: int, *, timeout_seconds: float) -> Path:
@@ -91,7 +106,10 @@ def _noticing_its_end(temporary: Path) -> Iterator[None]:
     except FileNotFoundError:
         if temporary.exists():
             raise
-        raise CheckpointError("another rank gave up; its own error says why") from None
+        raise CheckpointError(
+            f"{temporary} is not there: another rank gave up, and its own error says why, or this host no longer sees "
+            "the folder that the first rank writes to"
+        ) from None
 
 
 def _await_parts(temporary: Path, parts: list[Path], timeout_seconds: float) -> None:

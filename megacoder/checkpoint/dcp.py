@@ -3,7 +3,8 @@
 `HuggingFaceStorageWriter(save_distributed=True)` leaves a file for each rank, `shard-00001-model-00001-of-00002
 .safetensors`, whose metadata says where in the global tensor each of its tensors begins. Nothing says which files there
 should be: torch's own reader takes what is there and leaves the rest as it was. Here the boxes must cover every tensor
-exactly once. (Consolidated, or saved by one rank, such a folder is an ordinary Hugging Face one.)
+exactly once, in parts of one dtype. (Consolidated, or saved by one rank, such a folder is an ordinary Hugging Face
+one.)
 
 DCP's own storage is not read: its index, `.metadata`, is a pickle, and reading it runs what it says.
 """
@@ -47,14 +48,14 @@ class DcpFolder:
                     self._pieces.setdefault(name, []).append((box, part))
             except (OSError, SafetensorError) as error:
                 raise FormatError(f"{path}: not readable as safetensors: {error}") from None
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 raise FormatError(f"{path}: its metadata does not say where its tensors belong") from None
             self._files.append(file)
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
-        """Raises FormatError naming a tensor that is missing, whole or in part, or stored twice, or is neither in
-        `shapes` nor in `ignored` (names, or their ends).
+        """Raises FormatError naming a tensor that is missing, whole or in part, stored twice or in several dtypes,
+        or is neither in `shapes` nor in `ignored` (names, or their ends).
         """
         known_ends = tuple(ignored)
         for name in self._pieces:
@@ -66,6 +67,11 @@ class DcpFolder:
                     raise FormatError(f"{self.folder}: {name} has a part {box}; config.json implies {list(shape)}")
                 if part.get_dtype() not in ("F32", "BF16", "F16"):
                     raise FormatError(f"{self.folder}: {name} is stored as {part.get_dtype()}, which cannot be loaded")
+            dtypes = sorted({part.get_dtype() for _, part in self._pieces.get(name, [])})
+            if len(dtypes) > 1:
+                raise FormatError(
+                    f"{self.folder}: parts of {name} are stored as {' and '.join(dtypes)}; save it again in one dtype"
+                )
             list(self._plan(name, Box.whole(shape)))
         self._shapes = dict(shapes)
 

@@ -1,8 +1,9 @@
 """The folder that holds a run's checkpoints: names, `latest`, which one is whole, publication and rotation.
 
 A checkpoint gets its name `step-00001000` in one rename, after everything in it is on the device; before that it has
-a temporary name, unlike in every attempt, that no reader looks at. `latest` names the newest and moves last. So at
-any moment a kill leaves the older checkpoint, the new one, or both; never half of one under a real name.
+a temporary name, unlike in every attempt, that no reader looks at. So at any moment a kill leaves the older checkpoint,
+the new one, or both; never half of one under a real name. Readers take the newest whole one. `latest` says which that
+is, for people and scripts: it moves after the rename, and may be behind where something went wrong in between.
 """
 
 import os
@@ -17,8 +18,8 @@ from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
 
 __all__ = [
-    "CHECKPOINTS", "checkpoints_in", "discard", "find_checkpoint", "folder_faults", "open_checkpoint", "publish",
-    "recover", "rotate", "step_folders", "step_name", "temporary_for",
+    "CHECKPOINTS", "checkpoints_in", "discard", "find_checkpoint", "folder_faults", "latest_fault", "open_checkpoint",
+    "publish", "recover", "rotate", "step_folders", "step_name", "temporary_for",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
@@ -70,35 +71,36 @@ def checkpoints_in(path: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself when it is a checkpoint; else the one that its `latest` names, else its newest whole one.
+    """`path` itself when it is a checkpoint, else the newest whole one in it.
 
-    `path` may also be a run's folder, which has them in `checkpoints/`. Says so on stderr when what `latest` names is
-    not whole. Raises CheckpointError when there is none.
+    `path` may also be a run's folder, which has them in `checkpoints/`. Says on stderr which it passes over, and where
+    `latest` names another. Raises CheckpointError when there is none.
     """
     if _STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return path
     path = checkpoints_in(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of checkpoints")
-    candidates = [folder for _, folder in reversed(step_folders(path))]
-    try:
-        named = path / (path / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        named = None
-    if named in candidates:
-        candidates.remove(named)
-        candidates.insert(0, named)
-    elif named is not None:
-        say(f"{path / LATEST} names no checkpoint here; looking for the newest whole one")
-    for folder in candidates:
+    for _, folder in reversed(step_folders(path)):
         try:
             open_checkpoint(folder)
         except CheckpointError as error:
             say(f"passing over {folder.name}: {error}")
         else:
+            named = _named_by_latest(path)
+            if named not in (None, folder.name):
+                say(f"{path / LATEST} names {named!r}; the newest whole checkpoint is {folder.name}, which is taken")
             return folder
     hint = "; megacoder checkpoint import makes one of a Hugging Face folder" if (path / "config.json").exists() else ""
     raise CheckpointError(f"{path}: holds no whole checkpoint{hint}")
+
+
+def latest_fault(root: Path) -> str | None:
+    """What is wrong with `latest` of a folder of checkpoints where it is there and names none of them."""
+    named = _named_by_latest(root)
+    if named is None or named in [folder.name for _, folder in step_folders(root)]:
+        return None
+    return f"{root / LATEST}: names {named!r}, which is no checkpoint here; remove it: readers take the newest whole"
 
 
 def recover(root: Path) -> None:
@@ -120,9 +122,11 @@ def temporary_for(root: Path, step: int, attempt: str) -> Path:
 
 
 def publish(temporary: Path) -> Path:
-    """Gives a finished temporary folder its real name and moves `latest`; returns the real path.
+    """Gives a finished temporary folder its real name and moves `latest` on; returns the real path.
 
-    A folder of that name (the step was reached before, and the run then went on from an older one) is replaced.
+    A folder of that name (the step was reached before, and the run then went on from an older one) is replaced. Where
+    `latest` cannot be written that is said and no failure, since readers do without it; and it never moves from a whole
+    checkpoint to one of an earlier step, which a late conversion may add.
     """
     final = temporary.with_name(temporary.name.split(".")[0])
     replaced = temporary.with_name(f"{temporary.name}-replaced")
@@ -136,9 +140,28 @@ def publish(temporary: Path) -> Path:
             os.rename(replaced, final)
         raise
     fsync_path(final.parent)
-    write_text(final.parent / LATEST, final.name + "\n")
+    try:
+        _move_latest(final)
+    except OSError as error:
+        say(f"{final.parent / LATEST} was not moved to {final.name}, which is whole: {error.strerror or error}")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _move_latest(final: Path) -> None:
+    steps = {folder.name: step for step, folder in step_folders(final.parent)}
+    named = _named_by_latest(final.parent)
+    if named is not None and steps.get(named, 0) > steps[final.name] and _is_whole(final.parent / named):
+        return
+    write_text(final.parent / LATEST, final.name + "\n")
+
+
+def _named_by_latest(root: Path) -> str | None:
+    """What the file says, whatever it is; None where there is none."""
+    try:
+        return (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def discard(temporary: Path) -> None:

@@ -8,6 +8,7 @@ beside this file gives every field and every rule that `decode_manifest` enforce
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ VERSION = 1
 _MEMBERS = ["format", "version", "step", "layout", "state", "block_size", "files", "tensors"]
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"}\n\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_DEEPEST = 64
+"""Levels of `layout` and `state`; readers may go through them by recursion."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads and checks a manifest file; every CheckpointError begins with its path."""
+    """Reads and checks a manifest file, which is no link; every CheckpointError begins with its path."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file; a checkpoint holds its files itself")
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not whole") from None
@@ -173,8 +178,8 @@ def _manifest(table: dict[str, Any]) -> Manifest:
         raise _Invalid(f"block_size {table['block_size']!r}, expected {BLOCK_SIZE}")
     manifest = Manifest(
         step=_integer(table["step"], "step"),
-        layout=_typed(table["layout"], dict, "layout"),
-        state=_typed(table["state"], dict, "state"),
+        layout=_shallow(_typed(table["layout"], dict, "layout"), "layout"),
+        state=_shallow(_typed(table["state"], dict, "state"), "state"),
         files={name: _file(name, entry) for name, entry in _typed(table["files"], dict, "files").items()},
         tensors={
             (kind, name): _tensor(entry, f"{kind} of {name}")
@@ -230,6 +235,20 @@ def _typed(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
         raise _Invalid(f"{what} = {value!r}: expected {kind.__name__}")
     return value
+
+
+def _shallow(value: dict[str, Any], what: str) -> dict[str, Any]:
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    raise _Invalid(f"{what}: nested more than {_DEEPEST} levels deep")
 
 
 def _integer(value: Any, what: str) -> int:

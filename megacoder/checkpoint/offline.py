@@ -30,7 +30,8 @@ def write_offline(
     layout: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
-    """Adds the checkpoint of `step` to the folder of checkpoints `root` and returns it; `latest` then names it.
+    """Adds the checkpoint of `step` to the folder of checkpoints `root` and returns it; `latest` then names it, or a
+    later one.
 
     `ranks` has what each of `num_ranks` ranks holds, fragments without data, and `stream` yields their elements in
     order. Raises ConfigError where that step is there already, CheckpointError where writing fails.
@@ -38,6 +39,7 @@ def write_offline(
     final = root / step_name(step)
     if final.exists():
         raise ConfigError(f"{final} exists already; choose another folder, or remove it first")
+    was_there = root.exists()
     root.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(root, step, f"{secrets.randbits(48):012x}")
     temporary.mkdir()
@@ -52,5 +54,6 @@ def write_offline(
         raise CheckpointError(f"{final} was not written: {error.filename or root}: {error.strerror}") from None
     finally:
         discard(temporary)  # which is no longer there when all went well
-        with contextlib.suppress(OSError):  # nor is the folder empty then
-            root.rmdir()
+        if not was_there:
+            with contextlib.suppress(OSError):  # nor is the folder empty then
+                root.rmdir()

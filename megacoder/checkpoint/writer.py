@@ -4,7 +4,9 @@
 once every rank's file is whole (`commit.py`). At most one save is in flight: the next one first waits for it, so a
 disk that is too slow slows training instead of filling memory. What went wrong in the background is raised by the
 next `save` or `wait`, on all ranks, which agree on it by a collective on the main thread; or it is said there, and the
-run goes on without that checkpoint (`on_failure`). No failure touches an earlier checkpoint.
+run goes on without that checkpoint (`on_failure`). No failure touches an earlier checkpoint. A run that ends by
+another error, on all ranks alike, calls `conclude`, so that the save in flight is not lost; any other end abandons it,
+and the next start clears away what is left.
 """
 
 import json
@@ -23,8 +25,8 @@ from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, w
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
 from megacoder.core.console import say
-from megacoder.core.errors import CheckpointError, ConfigError
-from megacoder.parallel.collectives import World, all_reduce_sum, broadcast_from_first
+from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
+from megacoder.parallel.collectives import World, all_reduce_sum, barrier, broadcast_from_first, gather_json
 
 __all__ = ["CheckpointConfig", "CheckpointWriter"]
 
@@ -42,7 +44,8 @@ class CheckpointConfig:
     on_failure: Literal["stop", "go_on"] = "stop"
     """what a save that fails, as on a full disk, does to the run; the last one of a run must succeed"""
     timeout_seconds: float = 1800.0
-    """longest that a rank waits for the others' files before it gives a save up"""
+    """longest that a rank waits for the others' files before it gives a save up; it may be above the run's
+    `timeout_seconds`, since no rank is in a collective then"""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -57,7 +60,10 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; all ranks make one and make the same calls."""
 
     def __init__(self, root: Path, world: World, config: CheckpointConfig) -> None:
-        """Takes `root` over: makes it, and clears away what a killed run left. Make it before reading from `root`."""
+        """Takes `root` over: makes it, and clears away what a killed run left. Make it before reading from `root`.
+
+        Raises AlikeOnAllRanks where a rank does not see what the first one writes there.
+        """
         self.root, self.world, self.config = root, world, config
         attempts = torch.zeros(1, dtype=torch.int64, device=world.device)
         if world.is_first:
@@ -66,9 +72,11 @@ class CheckpointWriter:
             attempts.fill_(secrets.randbits(48))
         broadcast_from_first(attempts, world.group)
         self._attempts = f"{int(attempts.item()):012x}"
+        self._check_shared()
         self._num_saves = 0
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self._step = 0  # of the last save begun
         self._error: Exception | None = None
         self._last_failure: Exception | None = None
         self.num_failures = 0
@@ -83,7 +91,7 @@ class CheckpointWriter:
         says to go on.
         """
         begin = time.perf_counter()
-        self._join()
+        self._join(self.config.on_failure)
         job = _Job(
             step=step,
             temporary=temporary_for(self.root, step, f"{self._attempts}-{self._num_saves}"),
@@ -92,6 +100,7 @@ class CheckpointWriter:
             state=_plain(state, "state"),
         )
         self._num_saves += 1
+        self._step = step
         if self.config.asynchronous:
             staged = [self._staging.copy_out(job.plan.fragments)]
             if self._make_folder(job):
@@ -99,20 +108,41 @@ class CheckpointWriter:
                 self._thread.start()
         elif self._make_folder(job):
             self._run(job, live_bytes(job.plan.fragments))
-            self._settle(must=False)
+            self._settle(self.config.on_failure)
         return time.perf_counter() - begin
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it, on all ranks, in any configuration."""
-        self._join(must=True)
+        self._join("stop")
         if self._last_failure is not None:
             raise self._last_failure
 
-    def _join(self, *, must: bool = False) -> None:
+    def conclude(self) -> None:
+        """Finishes the save in flight, if any, for a run that ends by another error; what goes wrong is said only."""
+        if self._thread is not None and self.world.is_first:
+            say(f"finishing the checkpoint of step {self._step}, which was being written")
+        self._join("go_on")
+
+    def _join(self, on_failure: Literal["stop", "go_on"]) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._settle(must=must)
+            self._settle(on_failure)
+
+    def _check_shared(self) -> None:
+        """Whether all ranks see one folder, before it comes out at a save that hosts give up on each other."""
+        probe = self.root / f"start.tmp-{self._attempts}"
+        if self.world.is_first:
+            probe.touch()
+        barrier(self.world.group)
+        seen = gather_json(probe.exists(), self.world)
+        if self.world.is_first:
+            probe.unlink()
+        if not all(seen):
+            raise AlikeOnAllRanks(
+                f"{self.root}: rank {seen.index(False)} does not see what rank 0 writes there; all hosts must see the "
+                "same output folder"
+            )
 
     def _make_folder(self, job: "_Job") -> bool:
         """Made by one rank before any writes, so that a rank can tell a folder given up from one not made yet."""
@@ -121,7 +151,7 @@ class CheckpointWriter:
                 job.temporary.mkdir()
             except OSError as error:
                 self._error = _describe(job, error)
-        return self._settle(must=False)
+        return self._settle(self.config.on_failure)
 
     def _run(self, job: "_Job", data: Iterable[memoryview]) -> None:
         """Writes and commits; runs in the background, where an exception has nobody to go to."""
@@ -130,7 +160,7 @@ class CheckpointWriter:
             write_part(job.temporary, file, job.plan, data, step=job.step, layout=job.layout, state=job.state)
             if self.world.is_first:
                 commit(job.temporary, self.world.size, timeout_seconds=timeout)
-                rotate(self.root, step=job.step, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+                self._rotate(job.step)
             else:
                 await_outcome(job.temporary, timeout_seconds=timeout)
         except BaseException as error:
@@ -139,11 +169,18 @@ class CheckpointWriter:
                 raise
             self._error = _describe(job, error)
 
-    def _settle(self, *, must: bool) -> bool:
+    def _rotate(self, step: int) -> None:
+        """What cannot be removed is no failure of the save, which is whole by now; the next save tries again."""
+        try:
+            rotate(self.root, step=step, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+        except OSError as error:
+            say(f"older checkpoints are still there: {error.filename or self.root}: {error.strerror or error}")
+
+    def _settle(self, on_failure: Literal["stop", "go_on"]) -> bool:
         """Whether all ranks did their part; called on the main thread, by all of them at once.
 
-        Where one did not, each raises: its own error, or that another has one. Unless the run may go on without this
-        checkpoint, and none of them has met a bug.
+        Where one did not, each raises: its own error, or that another has one. Unless `on_failure` says to go on
+        without this checkpoint, and none of them has met a bug.
         """
         error, self._error = self._error, None
         is_bug = error is not None and not isinstance(error, CheckpointError)
@@ -154,12 +191,12 @@ class CheckpointWriter:
         if not num_failed:
             return True
         failure = error or CheckpointError("a checkpoint was not saved: another rank failed; its own error says why")
-        if must or num_bugs or self.config.on_failure == "stop":
+        if num_bugs or on_failure == "stop":
             raise failure
         self.num_failures += 1
         self._last_failure = failure
         if error is not None:
-            say(f"{error}; the run goes on")
+            say(str(error))
         return False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from megacoder.checkpoint.folders import checkpoints_in, step_folders
+from megacoder.checkpoint.folders import checkpoints_in, latest_fault, step_folders
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.tensor_file import DTYPES
 from megacoder.core.config import parse_args
@@ -66,13 +66,19 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 def verify(argv: Sequence[str]) -> None:
-    """Prints what is wrong, a line each, and raises CheckpointError; or says how much was found to be right."""
+    """Prints what is wrong, a line each, and raises CheckpointError; or says what was found to be right."""
     args = parse_args(VerifyArgs, argv, prog="megacoder checkpoint verify")
-    folders = [folder for _, folder in step_folders(checkpoints_in(args.dir))] or [args.dir]
+    root = checkpoints_in(args.dir)
+    steps = [folder for _, folder in step_folders(root)]
     faults = []
-    for folder in folders:
+    for folder in steps or [args.dir]:
         found = verify_checkpoint(folder)
         faults += found
         print("\n".join(found or [f"{folder}: every byte is as it was written"]))
+    if steps and (fault := latest_fault(root)) is not None:
+        faults.append(fault)
+        print(fault)
     if faults:
-        raise CheckpointError(f"{args.dir}: damaged, as listed above; load another checkpoint")
+        raise CheckpointError(
+            f"{args.dir}: damaged, as listed above; put good copies of those files there, or move away what holds them"
+        )

@@ -17,7 +17,6 @@ from megacoder.cli.model_folder import tokenizer_of
 from megacoder.core.config import parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
-from megacoder.core.files import write_text
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.model.conversion import TOKENIZER, export_checkpoint, import_folder
@@ -100,8 +99,7 @@ def export_main(argv: Sequence[str]) -> None:
 def import_main(argv: Sequence[str]) -> None:
     """Imports one model."""
     args = parse_args(ImportArgs, argv, prog="megacoder checkpoint import")
-    config = import_folder(args.src, args.dst)
-    write_text(args.dst / START, _start(args.src, args.dst, config))
+    config = import_folder(args.src, args.dst, files=lambda model: {START: _start(args.src, args.dst, model)})
     say(f"{args.dst}: {config.num_params:,} parameters; to train on, set data.train in {args.dst / START}")
 
 

@@ -6,7 +6,7 @@ like a run's folder: `checkpoints/` with one checkpoint, of weights alone, at st
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -76,10 +76,13 @@ def export_checkpoint(
     return config
 
 
-def import_folder(source: Path, folder: Path) -> ModelConfig:
+def import_folder(
+    source: Path, folder: Path, *, files: Callable[[ModelConfig], Mapping[str, str]] = lambda _: {}
+) -> ModelConfig:
     """Makes `folder`, a run's without its run, from a Hugging Face folder; returns what model it is.
 
-    Weights become fp32, which changes no value. FormatError as `open_folder`; ConfigError where `folder` is there.
+    `files` gives further text files by name, which appear with the rest. Weights become fp32, which changes no value.
+    FormatError as `open_folder`; ConfigError where `folder` is there.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
@@ -100,6 +103,8 @@ def import_folder(source: Path, folder: Path) -> ModelConfig:
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / TOKENIZER / name)
+        for name, text in files(config).items():
+            (temporary / name).write_text(text, encoding="utf-8")
     return config
 
 

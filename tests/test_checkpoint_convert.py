@@ -15,6 +15,7 @@ from train_cases import make_case
 from megacoder.checkpoint.offline import write_offline
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.core.config import load_toml
+from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
@@ -285,6 +286,73 @@ def test_weights_that_are_no_floats_are_refused(folder, tmp_path, capsys):
     code, _, err = run(capsys, "import", folder, tmp_path / "start")
     assert code == 1
     assert f"{path}: model.norm.weight is stored as I8; only F32, BF16, F16 can be loaded" in err
+
+
+def test_an_import_that_fails_at_its_last_file_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megacoder.cli.checkpoint_convert._start", full)
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (1, 1)
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
+def test_a_failure_does_not_remove_a_folder_that_was_there(case, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("os.write", full)
+    assert run(capsys, "reshard", case.folder / "run", tmp_path / "there")[0] == 1
+    assert os.listdir(tmp_path / "there") == []
+
+
+def test_an_imported_folder_is_no_runs_output(folder, case, tmp_path, capsys):
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    small, start = config_of(case, "unused"), load_toml(RunConfig, tmp_path / "start" / "train.toml")
+    config = dataclasses.replace(small, output=tmp_path / "start", model=start.model)
+    with pytest.raises(ConfigError, match=r"step-00000000 holds weights alone, .*init_from = '.*start'"):
+        Trainer(config, ALONE)
+    assert not (tmp_path / "start" / "run.toml").exists()
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, r"state.config was made with seed = 1234, not 5; choose another output"),
+        ({"model": {"rope_theta": 5.0}}, r"state.config.model was made with rope_theta = .*, not 5.0"),
+        ({"model": {"tie_word_embeddings": True}}, r"made with tie_word_embeddings = False, not True"),
+    ],
+)
+def test_without_run_toml_the_checkpoint_says_what_the_run_is(case, tmp_path, changes, message):
+    config = dataclasses.replace(config_of(case, "x"), output=tmp_path / "run")
+    shutil.copytree(case.folder / "run" / "checkpoints", config.output / "checkpoints")
+    model = dataclasses.replace(config.model, **changes.get("model", {}))
+    with pytest.raises(ConfigError, match=message):
+        Trainer(dataclasses.replace(config, **{**changes, "model": model}), ALONE)
+    assert not (config.output / "run.toml").exists(), "the right configuration must not be refused for it"
+    trainer = Trainer(dataclasses.replace(config, checkpoint_every=1), ALONE)
+    assert trainer.step == 2
+    trainer.batches.close()
+
+
+def test_tensors_that_a_run_would_leave_out_are_refused(case, tmp_path):
+    """A head of its own, in the checkpoint of a model whose head is its embedding."""
+    reader = CheckpointReader(case.folder / "run")
+    state = json.loads(json.dumps(reader.state))
+    state["config"]["model"] |= {"tie_word_embeddings": True}
+    config = dataclasses.replace(config_of(case, "x"), output=tmp_path / "run")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_word_embeddings=True))
+    wholes = [reader.whole(name, kind) for kind, name in reader.tensors()]
+    write_offline(
+        config.output / "checkpoints", 2, [wholes], reader.stream, num_ranks=1, layout={}, state=state
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: shape .*; state.config.model implies none"):
+        Trainer(config, ALONE)
 
 
 @pytest.mark.parametrize("command", ["export", "reshard"])

@@ -19,6 +19,7 @@ from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.train.config import RunConfig
+from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
@@ -132,6 +133,33 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     ours, expected = (CheckpointReader(folder / "checkpoints") for folder in (config.output, alone))
     for kind, name in expected.tensors():
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
+
+
+def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
+    config = case.config("last-step")
+    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    update = trainer.update
+
+    def update_and_ask():
+        if trainer.step + 1 == config.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update()
+
+    trainer.update = update_and_ask
+    trainer.run()
+    assert curve(config.output) == curve(alone)
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (1, "exit code 1; its own message is above"),
+        (-signal.SIGKILL, "SIGKILL; if nobody sent it, look for a lack of memory"),
+        (-signal.SIGBUS, "SIGBUS; a file was cut off while it was read, or its disk has failed"),
+    ],
+)
+def test_how_a_rank_ended_is_said(code, how):
+    assert how_it_ended(code) == how
 
 
 def test_two_runs_in_one_folder_are_refused(case):

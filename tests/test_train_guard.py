@@ -5,13 +5,17 @@ import dataclasses
 import errno
 import math
 import os
+import signal
 import stat
 import sys
+import threading
 
 import pytest
 import torch
 from train_cases import make_case
 
+from megacoder.checkpoint import writer as writer_module
+from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
@@ -19,7 +23,7 @@ from megacoder.ops import adamw
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
-from megacoder.train.guard import Guard, GuardConfig
+from megacoder.train.guard import Guard, GuardConfig, RunStopped
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.replicas import digest
@@ -71,7 +75,7 @@ def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, 
     noted(guard, 1)  # which ends the row
     for _ in range(2):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
-    with pytest.raises(AlikeOnAllRanks, match=f"3 updates in a row were left out, the last because {reason}"):
+    with pytest.raises(RunStopped, match=f"3 updates in a row were left out, the last because {reason}"):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
     assert guard.num_skipped == 5
 
@@ -198,6 +202,77 @@ def test_on_a_device_the_norm_is_judged_without_the_host(monkeypatch):
         assert (found.item(), seen[-1]) == (norm, made), (squares, limit)
 
 
+def lose_from(trainer, step):
+    """From `step` on the loss is no number."""
+    forward_backward = trainer.engine.forward_backward
+
+    def spoilt(microbatches):
+        part = forward_backward(microbatches)
+        return dataclasses.replace(part, total=part.total * math.nan) if trainer.step + 1 >= step else part
+
+    trainer.engine.forward_backward = spoilt
+
+
+def test_a_run_that_the_guard_ended_is_not_started_again(ranks, case, capfd):
+    """Every update from the third on is left out; the checkpoint of step 4 would come to the same."""
+    config = case.config("ended", guard=GuardConfig(max_skipped=4), checkpoint_every=4, eval_every=8)
+    said = ranks.run(2, run_into_the_guard, config)
+    assert [line.partition(";")[0] for line in said] == [
+        "4 updates in a row were left out, the last because the loss is nan"
+    ] * 2
+    assert CheckpointReader(config.output).step == 4, "which was whole before the end"
+    mark = config.output / "stopped"
+    assert mark.read_text() == f"step 6: {said[0]}\n"
+    with pytest.raises(AlikeOnAllRanks, match=r"stopped: the run was ended at step 6: 4 updates .* remove that file$"):
+        Trainer(config, ALONE)
+    mark.unlink()
+    trainer = Trainer(dataclasses.replace(config, guard=GuardConfig(max_skipped=20)), ALONE)
+    assert trainer.step == 4
+    trainer.run()
+    assert CheckpointReader(config.output).step == 8
+
+
+def run_into_the_guard(world, config):
+    trainer = Trainer(config, world)
+    lose_from(trainer, 3)
+    with pytest.raises(RunStopped) as stopped:
+        trainer.run()
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_in_flight_is_finished_when_the_guard_ends_the_run(case, monkeypatch, capfd, fails):
+    """The thread that saves step 2 goes on once the run has come to its end in step 4."""
+    config = case.config(f"flight-{fails}", guard=GuardConfig(max_skipped=2), checkpoint_every=2, eval_every=8)
+    ended = threading.Event()
+    write = writer_module.write_part
+
+    def late(*args, **kwargs):
+        assert ended.wait(60)
+        if fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(writer_module, "write_part", late)
+    trainer = Trainer(config, ALONE)
+    note = trainer.guard.note
+
+    def noted(**seen):
+        if trainer.step == 3:
+            ended.set()
+        return note(**seen)
+
+    monkeypatch.setattr(trainer.guard, "note", noted)
+    lose_from(trainer, 3)
+    with pytest.raises(RunStopped, match="2 updates in a row"):
+        trainer.run()
+    said = capfd.readouterr().err
+    assert "finishing the checkpoint of step 2, which was being written" in said
+    assert ("saving step 2 failed" in said) == fails
+    assert [step for step, _ in step_folders(config.output / "checkpoints")] == ([] if fails else [2])
+    assert not list((config.output / "checkpoints").glob("*.tmp-*"))
+
+
 # Replicas
 
 
@@ -215,14 +290,19 @@ def test_a_digest_sees_any_one_element():
         assert digest(swapped).item() != whole
 
 
-def run_drifting(world, config, rank, name):
-    """One bit of a weight flips on one rank as step 4 begins; what each rank says, and the step it came to."""
+def run_drifting(world, config, rank, name, at=4, asks_to_stop=False):
+    """One bit of a weight flips on one rank as step `at` begins; what each rank says, and the step it came to.
+
+    `asks_to_stop`: that step answers a signal which has reached the same rank.
+    """
     trainer = Trainer(config, world)
     engine = trainer.engine
     forward_backward = engine.forward_backward
 
     def drifting(microbatches):
-        if trainer.step + 1 == 4 and world.rank == rank:
+        if asks_to_stop and trainer.step + 2 == at and world.rank == rank:
+            trainer._ask_to_stop(signal.SIGTERM, None)  # which the next step is the first to see
+        if trainer.step + 1 == at and world.rank == rank:
             engine.optimizer.traffic.wait_all()
             param = dict(engine.model.named_parameters())[name]
             param.data.view(-1)[7:8].view(torch.int32).bitwise_xor_(1)
@@ -256,7 +336,7 @@ def test_a_weight_that_drifts_is_named_with_its_rank(ranks, case, size, parallel
     for said, step in ranks.run(size, run_drifting, config, rank, name):
         assert said is not None
         assert said.startswith(f"step 4: {line}"), said
-        assert "from a checkpoint of step 2 or before" in said
+        assert "goes back to the newest checkpoint, taken when replicas were equal (last in step 3)" in said
         assert step == 3, "the update is not made"
 
 
@@ -267,6 +347,26 @@ def test_equal_replicas_are_let_pass(ranks, case):
         model=dataclasses.replace(case.config("x").model, tie_word_embeddings=True),
     )  # fmt: skip
     assert ranks.run(8, run_drifting, config, None, None) == [(None, 4)] * 8
+
+
+@pytest.mark.parametrize(("at", "asks_to_stop"), [(6, False), (5, True), (8, False)])
+def test_what_has_drifted_is_not_saved(ranks, case, at, asks_to_stop):
+    """Neither at a checkpoint's time nor after a signal nor at the end, however seldom replicas are compared."""
+    config = case.config(
+        f"unsaved-{at}", guard=GuardConfig(compare_replicas_every=1000), eval_every=8, checkpoint_every=3,
+    )  # fmt: skip
+    for said, step in ranks.run(2, run_drifting, config, 1, "norm.weight", at, asks_to_stop):
+        assert said is not None
+        assert said.startswith(f"step {at}: model.norm.weight of rank 1 differs from that of rank 0")
+        assert step == at - 1
+    newest = 3 * ((at - 1) // 3)
+    assert f"(last in step {newest})" in said
+    assert CheckpointReader(config.output).step == newest
+    assert not (config.output / "stopped").exists()
+    trainer = Trainer(config, ALONE)  # a restart may go on
+    assert (trainer.step, trainer.replicas._last_equal) == (newest, newest)
+    trainer.folder._held.close()
+    trainer.batches.close()
 
 
 # Full disks
@@ -297,12 +397,12 @@ def test_a_full_disk_ends_the_run_or_not_by_config(case, full_disk, asynchronous
         trainer = Trainer(config, ALONE)
         update = trainer.update
 
-        def during(trainer=trainer, update=update):
+        def during(trainer=trainer, update=update, on_failure=on_failure):
             if trainer.step == 3:
-                trainer.folder.checkpoints._join()
+                trainer.folder.checkpoints._join(on_failure)
                 fill()
             elif trainer.step == 6:
-                trainer.folder.checkpoints._join()
+                trainer.folder.checkpoints._join(on_failure)
                 free()
             return update()
 

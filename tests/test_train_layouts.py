@@ -16,6 +16,7 @@ from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.train import run_folder
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
@@ -135,15 +136,34 @@ def test_a_run_goes_on_in_another_layout(ranks, case, alone):
 
 def start_apart(world, config):
     """Each rank with a folder of its own, as on hosts that share none."""
-    Trainer(dataclasses.replace(config, output=config.output.with_name(f"host-{world.rank}")), world).run()
+    Trainer(dataclasses.replace(config, output=config.output / f"host-{world.rank}"), world).run()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_hosts_that_share_no_output_folder_do_not_start(ranks, case, alone, is_new):
+    config = config_of(case, f"apart-{is_new}", tied=False)
+    if not is_new:
+        shutil.copytree(alone[False], config.output / "host-0")
+    message = r"host-0/checkpoints: rank 1 does not see what rank 0 writes there; all hosts must see the same output"
+    with pytest.raises(RankFailed, match=message):
+        ranks.run(2, start_apart, config)
+    assert not list(config.output.rglob("*.tmp-*"))
+
+
+def start_blind(world, config):
+    """The last rank's host has not heard of the checkpoints yet, as one with a slow network file system."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not world.is_first:
+            patch.setattr(run_folder, "step_folders", lambda root: [])
+        Trainer(config, world).run()
 
 
 def test_ranks_that_see_different_checkpoints_do_not_start(ranks, case, alone):
-    config = config_of(case, "host-0", tied=False)
+    config = config_of(case, "blind", tied=False)
     shutil.copytree(alone[False], config.output)
     message = r"rank 0 would go on from step 4 and rank 1 sees no checkpoint; all hosts must see the same output folder"
     with pytest.raises(RankFailed, match=message):
-        ranks.run(2, start_apart, config)
+        ranks.run(2, start_blind, config)
 
 
 def request(**changes):

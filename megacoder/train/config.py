@@ -136,6 +136,10 @@ class RunConfig:
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
 
+    def ends_with_checkpoint(self, step: int) -> bool:
+        """Whether step `step` (1 .. steps) does."""
+        return step % self.checkpoint_every == 0 or step == self.steps
+
     def learning_rate(self, step: int) -> float:
         """Of update `step` (1 .. steps)."""
         tokens = self.global_batch_size * self.data.stream.seq_length

@@ -18,7 +18,7 @@ from typing import Any
 
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 
-__all__ = ["Guard", "GuardConfig", "Limits"]
+__all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class GuardConfig:
     max_skipped: int = 20
     """updates left out in a row after which the run ends"""
     compare_replicas_every: int | None = 100
-    """steps between comparisons of the weights that several ranks hold; left out: never"""
+    """steps between comparisons of the weights that several ranks hold, besides one in each step that ends with a
+    checkpoint; left out: never"""
 
     def __post_init__(self) -> None:
         for name in ("loss_spike", "grad_norm_spike"):
@@ -45,6 +46,15 @@ class GuardConfig:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ConfigError(f"guard.{name} = {count}: must be at least 1")
+
+
+class RunStopped(AlikeOnAllRanks):
+    """The run has ended itself, for what it is doing or what its machines do."""
+
+    def __init__(self, message: str, *, restart_helps: bool) -> None:
+        """`restart_helps`: going back to the newest checkpoint may come to something else."""
+        super().__init__(message)
+        self.restart_helps = restart_helps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,7 @@ class Guard:
     def note(self, *, loss: float, grad_norm: float, skipped: bool) -> str | None:
         """Takes in what the update within `limits()` was; says why it was left out, None where it was not.
 
-        Raises AlikeOnAllRanks after `max_skipped` in a row.
+        Raises RunStopped after `max_skipped` in a row: a restart would meet the same batches with the same weights.
         """
         if not skipped:
             self._losses.append(loss)
@@ -87,9 +97,11 @@ class Guard:
         self.num_skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.config.max_skipped:
-            raise AlikeOnAllRanks(
-                f"{self._in_a_row} updates in a row were left out, the last because {reason}; lower schedule.peak_lr "
-                "or go back to an earlier checkpoint (remove later ones), and look at the data of these steps"
+            raise RunStopped(
+                f"{self._in_a_row} updates in a row were left out, the last because {reason}; look at the data of "
+                "these steps, then go on with other limits in [guard], or start another run from an earlier checkpoint "
+                "(init_from) with a lower schedule.peak_lr or other data",
+                restart_helps=False,
             )
         return reason
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megacoder.core.errors import MegacoderError
 
-__all__ = ["WorkerFailed", "launch_workers"]
+__all__ = ["WorkerFailed", "how_it_ended", "launch_workers"]
 
 HANDLED_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 """Environment variable with the signals that torchrun hands on to its ranks."""
@@ -44,13 +44,20 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
         elastic_launch(config, entrypoint=sys.executable)("-m", "megacoder", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        how = f"exit code {failure.exitcode}; its own message is above"
-        if failure.exitcode < 0:
-            how = f"{signal.Signals(-failure.exitcode).name}; if nobody sent it, look for a lack of memory"
-        failed = WorkerFailed(f"rank {rank} of {nproc} ended with {how}")
+        failed = WorkerFailed(f"rank {rank} of {nproc} ended with {how_it_ended(failure.exitcode)}")
         failed.exit_code = failure.exitcode if failure.exitcode > 0 else 1
         raise failed from None
     except SignalException as error:
         is_interrupt = error.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         code = 128 + error.sigval if is_interrupt else 0
         raise SystemExit(code) from None
+
+
+def how_it_ended(exit_code: int) -> str:
+    """What a rank's exit code says to the person who started it."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}; its own message is above"
+    name = signal.Signals(-exit_code).name
+    if name == "SIGBUS":  # files of data and checkpoints are mapped, and what cannot be read then comes as a signal
+        return f"{name}; a file was cut off while it was read, or its disk has failed"
+    return f"{name}; if nobody sent it, look for a lack of memory"

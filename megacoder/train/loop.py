@@ -4,7 +4,8 @@ One loop for every layout: the engine computes (see `megacoder.train.engine`), a
 is one small all-reduce per step of (loss sum, tokens, asked to stop).
 
 A signal that asks for the end is answered at the next step's end, on all ranks alike: checkpoint, then exit. What a
-step did to the run (an update left out, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`.
+step did to the run (an update left out, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`,
+which may end it; the run's folder then says whether it may be started again.
 """
 
 import signal
@@ -24,7 +25,7 @@ from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
-from megacoder.train.guard import Guard
+from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.metrics_log import MetricsLog
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder
@@ -81,15 +82,15 @@ class Trainer:
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
         self.engine = make_engine(config, layout, mesh)
         self.guard = Guard(config.guard)
-        self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
+        self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if self.step and world.is_first:
             say(f"going on from step {self.step}")
         self._checkpoint_seconds = 0.0
         self._stop_asked: str | None = None
 
     def run(self) -> None:
-        """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it."""
+        """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it; or RunStopped."""
         config = self.config
         numbers = [getattr(signal, name) for name in config.stop_signals]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
@@ -101,22 +102,26 @@ class Trainer:
                     result = self.update()
                     self.step += 1
                     seconds = time.perf_counter() - began
-                    held_out = {} if result.stop else self._maybe_held_out()
+                    interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
+                    held_out = {} if interrupted else self._maybe_held_out()
                     if log is not None:
                         bar.update(self.step, f"loss {result.loss:.3f}  {result.num_tokens / seconds:,.0f} tokens/s")
                         if self.step % config.log_every == 0 or held_out:
                             log.write(self.step, {**self._metrics(result, seconds), **held_out})
                             self._checkpoint_seconds = 0.0
-                    if result.stop and self.step < config.steps:
+                    if interrupted:
                         self._checkpoint()
                         self.folder.finish()
                         raise Interrupted(
                             f"stopped at step {self.step} with a checkpoint; the same command goes on",
                             signal_name=self._stop_asked,
                         )
-                    if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    if config.ends_with_checkpoint(self.step):
                         self._checkpoint()
             self.folder.finish()
+        except RunStopped as stopped:  # on all ranks alike
+            self.folder.stop(self.step + 1, stopped)
+            raise
         finally:
             if log is not None:
                 log.close()

@@ -6,6 +6,10 @@ holds; ranks that hold the same part of the same weight (over data and context p
 tensor-parallel ones) must have the same digest. That is between a step's last backward and its update: the next weights
 would replace a wrong copy, but not undo what its gradients did.
 
+Each step that ends with a checkpoint is compared, too. So a fault that lasts is found before anything that it has
+touched is saved, and a restart, by torchrun or by hand, goes back to weights that it never reached. A flip that is gone
+after one step is seen where that step is compared, in all steps with `compare_replicas_every = 1`.
+
 A digest is the sum of the elements' bits, each times an odd number of its own, modulo 2^64: integers, so that the order
 of summation is free, and any one element that differs shows for certain.
 """
@@ -16,10 +20,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megacoder.core.errors import AlikeOnAllRanks
 from megacoder.model.transformer import weight_pieces
 from megacoder.parallel.collectives import gather_json
 from megacoder.train.engine import Engine
+from megacoder.train.guard import RunStopped
 
 __all__ = ["ReplicaCheck", "digest"]
 
@@ -30,29 +34,31 @@ _AT_ONCE = 1 << 24
 class ReplicaCheck:
     """Compares the weights of all ranks; every rank makes one and makes the same calls."""
 
-    def __init__(self, engine: Engine, every: int | None) -> None:
-        """`every`: steps between comparisons, None for none."""
+    def __init__(self, engine: Engine, every: int | None, *, since: int = 0) -> None:
+        """`every`: steps between comparisons, None for none. `since`: the step that the run goes on from."""
         self.engine, self.every = engine, every
-        self._last_good = 0
+        self._last_equal = since
 
-    def maybe_compare(self, step: int) -> None:
-        """Compares, in step `step`, if it is time; AlikeOnAllRanks names the rank and the weight that differ.
+    def maybe_compare(self, step: int, *, saves: bool) -> None:
+        """Compares, in step `step`, if it is time or the step `saves`; RunStopped names rank and weight that differ.
 
         Called before the update; what the others then hold is as good as it was.
         """
         world = self.engine.mesh.world
-        if self.every is None or world.group is None or step % self.every:
+        if self.every is None or world.group is None or not (saves or step % self.every == 0):
             return
         world.journal.at("comparing replicas")
         self.engine.optimizer.traffic.wait_all()
         faults = list(_faults(gather_json(dict(_digests(self.engine)), world)))
         if faults:
             more = f" (and {len(faults) - 1} more weights)" if len(faults) > 1 else ""
-            raise AlikeOnAllRanks(
-                f"step {step}: {faults[0]}{more}: a device, its memory or a link is at fault; leave that host out, and "
-                f"go on from a checkpoint of step {self._last_good} or before, when replicas were last equal"
+            raise RunStopped(
+                f"step {step}: {faults[0]}{more}: a device, its memory or a link is at fault; leave that host out. The "
+                f"same command goes back to the newest checkpoint, taken when replicas were equal (last in step "
+                f"{self._last_equal})",
+                restart_helps=True,
             )
-        self._last_good = step
+        self._last_equal = step
 
 
 @torch.no_grad()

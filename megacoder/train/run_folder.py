@@ -16,12 +16,13 @@ from torch import Tensor
 
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
+from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
-from megacoder.core.config import check_same, load_toml, to_dict, to_toml
+from megacoder.core.config import check_same, from_dict, load_toml, to_dict, to_toml
 from megacoder.core.console import say
-from megacoder.core.errors import AlikeOnAllRanks
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
@@ -32,7 +33,7 @@ from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
-from megacoder.train.guard import Guard
+from megacoder.train.guard import Guard, RunStopped
 
 __all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
 
@@ -44,35 +45,41 @@ FREE_TO_CHANGE = {
 """Settings that may differ when a run goes on: they change nothing (any more), rounding alone (device, layout,
 execution), or what becomes of a run that goes wrong."""
 
+STOPPED = "stopped"
+"""In a run's folder: why the guard has ended it. While it is there the run does not start."""
+
 FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
 """Of a model, what may differ from that of the weights it starts from: no weight's shape depends on it."""
 
 
 class RunFolder:
-    """`config.output`; creating it checks that what is there belongs to the same run."""
+    """`config.output`; creating it checks that what is there belongs to the same run, and that it may go on."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         world = mesh.world
         self.config, self.mesh = config, mesh
         self._start = open_start(config)  # first: weights of another model leave no folder
+        _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
         if world.is_first:
             self._held.enter_context(exclusive(config.output, what="run"))
             remove_stale_temporaries(config.output)
         path = config.output / "run.toml"
-        if path.exists():
+        has_toml = path.exists()
+        if has_toml:
             old = load_toml(RunConfig, path)
             check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
-        barrier(world.group)  # every rank has read the old file before the first writes a new one
-        if world.is_first:
-            write_text(path, to_toml(config))
         self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
+        self._newest = self._open_newest()
+        if self._newest is not None:
+            _check_goes_on(self._newest, config, has_toml=has_toml)
+        if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
+            write_text(path, to_toml(config))
 
-    def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
-        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
+    def _open_newest(self) -> CheckpointReader | None:
+        """The newest whole checkpoint, if there is one.
 
-        A new run gets the weights of `init_from`, where that is given. Raises AlikeOnAllRanks where ranks would load
-        different ones, as hosts do that share no output folder.
+        Raises AlikeOnAllRanks where ranks would load different ones, as hosts may that do not see the same folder.
         """
         root = self.config.output / CHECKPOINTS
         reader = CheckpointReader(root) if step_folders(root) else None
@@ -81,6 +88,14 @@ class RunFolder:
             other = next(rank for rank, step in enumerate(steps) if step != steps[0])
             seen = [f"rank {rank} {_checkpoint_seen(steps[rank])}" for rank in (0, other)]
             raise AlikeOnAllRanks(f"{root}: {' and '.join(seen)}; all hosts must see the same output folder")
+        return reader
+
+    def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
+        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
+
+        A new run gets the weights of `init_from`, where that is given.
+        """
+        reader = self._newest
         if reader is None:
             if self._start is not None:
                 self._start_from(self._start, engine)
@@ -92,6 +107,7 @@ class RunFolder:
         batches.load_state_dict(reader.state["data"])
         if "guard" in reader.state:  # not so in a checkpoint that no run of ours has written
             guard.load_state_dict(reader.state["guard"])
+        self._newest = None  # which lets its files go
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
@@ -122,6 +138,21 @@ class RunFolder:
         fragments = list(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=False))
         self.checkpoints.save(step, fragments, state=state, layout=asdict(self.mesh.dims))
         return time.perf_counter() - began
+
+    def stop(self, step: int, stopped: RunStopped) -> None:
+        """After what ended the run in `step`, on all ranks: the save in flight becomes whole, and the folder is let go.
+
+        It is left as one that does not start again, where a start would only come to the same.
+        """
+        self.checkpoints.conclude()
+        if self.mesh.world.is_first and not stopped.restart_helps:
+            path = self.config.output / STOPPED
+            try:
+                write_text(path, f"step {step}: {stopped}\n")
+            except OSError as error:
+                say(f"{path}: {error.strerror or error}; so nothing keeps the run from being started again")
+        barrier(self.mesh.world.group)  # or a rank that is gone had torchrun end the first before that is written
+        self._held.close()
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole, and lets the folder go."""
@@ -178,6 +209,30 @@ def state_fragments(
                     region=Box(shard.offsets, shard.local_shape),
                     start=start - first, stop=stop - first, data=values[offset : offset + stop - start],
                 )  # fmt: skip
+
+
+def _check_goes_on(reader: CheckpointReader, config: RunConfig, *, has_toml: bool) -> None:
+    """ConfigError where a run of `config` cannot go on from a checkpoint in its folder.
+
+    Without `has_toml` the run's folder no longer says what it is of, so that the checkpoint has to. With it the model
+    alone is compared: of the other settings an older checkpoint may have some that there are no more.
+    """
+    output, where = str(config.output), f"{reader.folder / MANIFEST}: state.config"
+    if not {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}:
+        raise ConfigError(
+            f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can go "
+            f"on; choose another output, and start from these weights with init_from = {output!r}"
+        )
+    check_same(model_of(reader), config.model, where=f"{where}.model", free=(), advice="choose another output")
+    if not has_toml:
+        old = from_dict(RunConfig, reader.state["config"], where=where)
+        check_same(old, config, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+
+
+def _refuse_stopped(path: Path) -> None:
+    if path.exists():
+        reason = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise AlikeOnAllRanks(f"{path}: the run was ended at {reason}. To start it all the same, remove that file")
 
 
 def _checkpoint_seen(step: int | None) -> str:

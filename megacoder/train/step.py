@@ -159,17 +159,19 @@ def run_step(
 ) -> StepResult:
     """Update `number`, from 1: one global batch and one optimizer step, left out past `limits` on all ranks alike.
 
-    `replicas` are compared when it is time. `stop_asked` on one rank reaches all.
+    `replicas` are compared when it is time, and where the step ends with a checkpoint. `stop_asked` on one rank reaches
+    all, and is answered with one.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
     journal.at(DATA)
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
-    if replicas is not None:
-        replicas.maybe_compare(number)
     journal.at(UPDATE)
     loss_sum, counted, stop = engine.sum_losses(part, stop_asked)
+    if replicas is not None:
+        replicas.maybe_compare(number, saves=stop > 0 or config.ends_with_checkpoint(number))
+        journal.at(UPDATE)
     loss = loss_sum / max(1.0, counted)
     num_updates = engine.optimizer.num_updates
     grad_norm = engine.update(

@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed  ## everything from sources on this machine to an
 	$(PY) -m megacoder quickstart $(ARGS)
 
 test: lint  ## lint, types and all tests; PYTEST="-k fim" narrows
-	$(PY) -m pytest $(PYTEST)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

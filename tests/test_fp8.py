@@ -282,8 +282,8 @@ def test_a_layer_keeps_the_bytes_that_are_documented(recompute):
     assert [num_bytes(tensors_in(layer)) for layer in saved.layers] == [expected] * config.num_hidden_layers
 
 
-def learn(precision, steps=30):
-    """Losses per token of one batch that is learnt by heart."""
+def learn(precision, steps=40):
+    """Losses per token of one batch that is learnt by heart, at a rate at which no step overshoots."""
     model = build(tiny(num_hidden_layers=2))
     flat = FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=DEVICE)
     optimizer = Zero1AdamW(flat, None, AdamWConfig())
@@ -291,7 +291,7 @@ def learn(precision, steps=30):
     for _ in range(steps):
         loss, saved = stage.forward(None, microbatch(batch=2))
         stage.backward(None, saved)
-        optimizer.step(lr=5e-3, num_tokens=loss.num_tokens, max_grad_norm=1.0)
+        optimizer.step(lr=3e-3, num_tokens=loss.num_tokens, max_grad_norm=1.0)
         losses.append(loss.total.item() / loss.num_tokens)
     return losses
 

@@ -2,8 +2,8 @@
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.
-Buffers are what is there for a moment: the most by which torch's memory grew in a step (by its profiler), less the
-activations. They are shown, and bound as a part of the total: the two need not be at their most in the same moment.
+Buffers are what is there for a moment: the most by which torch's memory grew in a step (by its profiler), less the most
+that was kept, though the two need not be at their most in the same moment.
 """
 
 import os
@@ -33,12 +33,11 @@ from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import rank_memory
 from megacoder.train.planning.search import variant_pipeline
 
-__all__ = ["CASES", "Case", "check_memory", "measure"]
+__all__ = ["ALLOWED", "CASES", "KINDS", "Case", "check_memory", "measure"]
 
 ALLOWED = 0.05
-"""Largest relative error of a rank's bytes of a kind that is held against a bound."""
-BOUND = ("weights", "gradients", "optimizer", "activations", "total")
-SHOWN = ("buffers",)
+"""Largest relative error of a rank's bytes of a kind."""
+KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,32 +119,33 @@ def check_memory(*, quiet: bool) -> dict[str, Any]:
             measured = pool.run(case.ranks, measure, case, timeout_seconds=300.0)
             pipe, job, variant = variant_pipeline(case.job, case.variant), case.job, case.variant
             row: dict[str, Any] = {"layout": str(case), "kinds": {}}
-            for kind in (*BOUND, *SHOWN):
+            for kind in KINDS:
                 errors = []
-                for coordinates, counted in measured:
-                    said = getattr(rank_memory(job, variant, pipe, coordinates, device_type="cpu"), kind)
+                for (pp_rank, cp_rank), counted in measured:
+                    memory = rank_memory(job, variant, pipe, pp_rank, device_type="cpu", cp_rank=cp_rank)
+                    said = getattr(memory, kind)
                     errors.append((said / counted[kind] - 1 if counted[kind] else 0.0, said, counted[kind]))
                 worst = max(errors, key=lambda entry: abs(entry[0]))
                 row["kinds"][kind] = dict(zip(("error", "predicted", "allocated"), worst, strict=True))
             rows.append(row)
             if not quiet:
                 say(f"{case}: " + ", ".join(f"{k} {v['error']:+.1%}" for k, v in row["kinds"].items()))
-    largest = {kind: max(abs(row["kinds"][kind]["error"]) for row in rows) for kind in (*BOUND, *SHOWN)}
+    largest = {kind: max(abs(row["kinds"][kind]["error"]) for row in rows) for kind in KINDS}
     result = {
-        "layouts": rows, "largest_error": largest, "holds": all(largest[kind] <= ALLOWED for kind in BOUND),
+        "layouts": rows, "largest_error": largest, "holds": all(largest[kind] <= ALLOWED for kind in KINDS),
     }  # fmt: skip
     if not quiet:
         table(
             "Bytes predicted against allocated: error of the rank that is farthest off",
-            ["layout", *BOUND, *SHOWN],
-            [[row["layout"], *(f"{row['kinds'][k]['error']:+.1%}" for k in (*BOUND, *SHOWN))] for row in rows],
+            ["layout", *KINDS],
+            [[row["layout"], *(f"{row['kinds'][k]['error']:+.1%}" for k in KINDS)] for row in rows],
         )
         print("largest: " + ", ".join(f"{kind} {error:.1%}" for kind, error in largest.items()))
     return result
 
 
-def measure(world: World, case: Case) -> tuple[int, dict[str, int]]:
-    """(pipeline rank, bytes by kind) of one rank; all ranks of the case call it."""
+def measure(world: World, case: Case) -> tuple[tuple[int, int], dict[str, int]]:
+    """((pipeline rank, context parallel rank), bytes by kind) of one rank; all ranks of the case call it."""
     torch.set_num_threads(1)
     job = case.job
     request = LayoutRequest(
@@ -173,7 +173,7 @@ def measure(world: World, case: Case) -> tuple[int, dict[str, int]]:
     engine.forward_backward(microbatches)
     weights, gradients, optimizer = (row.num_bytes for row in standing_rows(engine))
     total = weights + gradients + optimizer + max(growth, ledger.most)
-    return mesh.place.pp, {
+    return (mesh.place.pp, mesh.place.cp), {
         "weights": weights, "gradients": gradients, "optimizer": optimizer,
         "activations": ledger.most, "buffers": max(0, growth - ledger.most), "total": total,
     }  # fmt: skip

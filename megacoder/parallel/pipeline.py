@@ -10,6 +10,7 @@ sent is let go when something comes back that its receiver made after reading it
 for it takes no time, on gloo (which cannot be asked whether a send is over) as on NCCL.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from megacoder.parallel.journal import Journal
 from megacoder.parallel.schedules.program import Exchange, Program, Recv, Send
 from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
 
-__all__ = ["ACTIVITIES", "PipelineResult", "PipelineRunner", "PipelineStage"]
+__all__ = ["ACTIVITIES", "PipelineResult", "PipelineRunner", "PipelineStage", "confirmations"]
 
 ACTIVITIES = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
 """What the journal calls a schedule's operations."""
@@ -75,7 +76,7 @@ class PipelineRunner:
         self.rank = group_rank(group)
         self.journal = journal or journal_of(group)
         self.instructions = program.ranks[self.rank]
-        self.confirmed_by = _confirmations(self.schedule, self.rank)
+        self.confirmed_by = confirmations(self.schedule)[self.rank]
 
     def run(self, microbatches: Sequence[Any]) -> PipelineResult:
         """One step; all ranks call it, with microbatches of the same shapes."""
@@ -158,20 +159,18 @@ class _Step:
         return received
 
 
-def _confirmations(schedule: Schedule, rank: int) -> dict[Tensor, list[Tensor]]:
-    """For a tensor that `rank` receives: the sent ones that its sender had read before making it, each listed once."""
+def confirmations(schedule: Schedule) -> list[dict[Tensor, list[Tensor]]]:
+    """By rank: for what it receives, what it had sent that the sender had read before making it, each listed once."""
     home = schedule.stage_map.home
-    confirmed_by: dict[Tensor, list[Tensor]] = {}
+    confirmed_by: list[dict[Tensor, list[Tensor]]] = [{} for _ in schedule.ranks]
     for peer, actions in enumerate(schedule.ranks):
-        if peer == rank:
-            continue
-        read: list[Tensor] = []
+        read = defaultdict[int, list[Tensor]](list)  # by the rank that has sent it, since this one last wrote there
         for action in actions:
             consumed, produced = schedule.consumes(peer, action), schedule.produces(peer, action)
-            if consumed is not None and home[_maker(consumed)][0] == rank:
-                read.append(consumed)
-            if produced is not None and home[produced.stage][0] == rank and read:
-                confirmed_by[produced], read = read, []
+            if consumed is not None and (sender := home[_maker(consumed)][0]) != peer:
+                read[sender].append(consumed)
+            if produced is not None and (reader := home[produced.stage][0]) in read:
+                confirmed_by[reader][produced] = read.pop(reader)
     return confirmed_by
 
 

@@ -3,18 +3,21 @@
 Weights, gradients and optimizer state are the flat buffers' own arithmetic (`megacoder.parallel.flat`), to the byte but
 for which parameters share a bucket. Activations are what layers keep by `megacoder.model.scheduled.Recompute`, times
 the microbatches that the schedule holds on this rank at its worst moment. Buffers are what one layer's backward or a
-chunk of logits needs for a moment, and what travels between stages.
+chunk of logits needs for a moment, and what travels between stages: what the worst moment of all takes beyond the
+activations of theirs, which may be another.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
-from megacoder.ops.cross_entropy import CHUNK_ELEMENTS
 from megacoder.parallel.flat import ALIGNMENT
+from megacoder.parallel.schedules import Placement
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.pipelines import Pipeline
+from megacoder.train.planning.pipelines import Held, Pipeline
+from megacoder.train.planning.workspace import Workspace
 
 __all__ = ["Memory", "least_memory", "local_elements", "rank_memory"]
 
@@ -38,8 +41,10 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def rank_memory(job: Job, variant: Variant, pipe: Pipeline, rank: int, *, device_type: str = "cuda") -> Memory:
-    """Of pipeline rank `rank`; its tensor, context and data parallel peers need the same."""
+def rank_memory(
+    job: Job, variant: Variant, pipe: Pipeline, rank: int, *, device_type: str = "cuda", cp_rank: int = 0
+) -> Memory:
+    """Of pipeline rank `rank`; its tensor and data parallel peers need the same, other context parallel ones less."""
     stages, placement = pipe.schedule.stage_map.stages[rank], pipe.placement
     shards = variant.dims.dp * variant.dims.cp
     elements = local_elements(
@@ -48,11 +53,12 @@ def rank_memory(job: Job, variant: Variant, pipe: Pipeline, rank: int, *, device
         embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
     )  # fmt: skip
     is_own_master = job.itemsize == 4 and shards == 1
+    space = Workspace(job=job, variant=variant, device_type=device_type, cp_rank=cp_rank)
+    kept, largest = _moments(job, variant, pipe, rank, space)
     return Memory(
         weights=elements * job.itemsize, gradients=elements * 4,
         optimizer=elements // shards * (8 if is_own_master else 12),
-        activations=_activations(job, variant, pipe, rank),
-        buffers=_buffers(job, variant, pipe, rank, device_type=device_type),
+        activations=kept, buffers=largest - kept,
     )  # fmt: skip
 
 
@@ -109,14 +115,62 @@ def _buckets(sizes: Sequence[int], *, shards: int, bucket_elements: int) -> Iter
             filled = 0
 
 
-def _activations(job: Job, variant: Variant, pipe: Pipeline, rank: int) -> int:
-    model, itemsize, tokens = job.model, job.itemsize, variant.tokens(job)
-    per_token = kept_bytes_per_token(model, variant.recompute, itemsize=itemsize, tp=variant.tp, fp8=variant.fp8)
-    casts = kept_weight_bytes(model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
-    whole = tokens * per_token + casts
-    waiting = tokens * _waiting_bytes_per_token(job, variant)
-    head = variant.rows(job) * (2 * itemsize * model.hidden_size + 4)
-    return int(max(held.whole * whole + held.waiting * waiting + held.heads * head for held in pipe.held[rank]))
+@dataclass(frozen=True)
+class _Units:
+    """Bytes of what `Held` counts."""
+
+    whole: float
+    waiting: float
+    head: int
+    boundary: int
+
+    @classmethod
+    def of(cls, job: Job, variant: Variant, stream: int) -> Self:
+        model, tokens = job.model, variant.tokens(job)
+        per_token = kept_bytes_per_token(
+            model, variant.recompute, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8
+        )  # fmt: skip
+        casts = kept_weight_bytes(model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
+        return cls(
+            whole=tokens * per_token + casts, waiting=tokens * _waiting_bytes_per_token(job, variant),
+            head=2 * stream + 4 * variant.rows(job), boundary=stream,
+        )  # fmt: skip
+
+    def kept(self, held: Held) -> float:
+        """For backwards."""
+        return held.whole * self.whole + held.waiting * self.waiting + held.heads * self.head
+
+
+def _moments(job: Job, variant: Variant, pipe: Pipeline, rank: int, space: Workspace) -> tuple[int, int]:
+    """(most that is kept for backwards, most of that and of everything that is there for a moment)."""
+    units = _Units.of(job, variant, space.stream)
+    kept = max(map(units.kept, pipe.held[rank]))
+    largest = max(
+        units.kept(held) + held.boundaries * units.boundary + _during(held, units, pipe.placement, space)
+        for held in pipe.held[rank]
+    )
+    return int(kept), int(largest)
+
+
+def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -> float:
+    """The most in an action beyond what is there where it begins."""
+    if held.op == "W":
+        return space.weight_gradients
+    layers, stream, has_head = len(placement.layers(held.stage)), space.stream, placement.has_head(held.stage)
+    if held.op == "F":
+        left = stream * (2 if space.variant.recompute == "full" else 1)  # by a layer: its output, in two parts
+        most = (layers - 1) * units.whole + (left if layers > 1 else 0) + space.forward if layers else stream
+        return max(most, layers * units.whole + (left if layers else 0) + space.head) if has_head else most
+    step = space.backward_input if held.op == "I" else space.backward
+    freed = units.whole - (units.waiting if held.op == "I" else 0)  # by each layer that is done
+    before = -units.head if has_head else 0  # which is done with when its gradient has been through the norm
+    moments = [float(stream if has_head else 0)]
+    if layers:
+        moments.append(before + (stream if has_head else 0) + step)  # what else leads into a stage is counted
+    moments += [before + stream - done * freed + step for done in range(1, layers)[:: max(1, layers - 2)]]
+    if placement.has_embedding(held.stage):
+        moments.append(before + stream - layers * freed + space.embedding_backward)
+    return max(moments)
 
 
 def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
@@ -125,31 +179,6 @@ def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
-
-
-def _buffers(job: Job, variant: Variant, pipe: Pipeline, rank: int, *, device_type: str) -> int:
-    model, tp, itemsize, tokens = job.model, variant.dims.tp, job.itemsize, variant.tokens(job)
-    stages, stage_map = pipe.schedule.stage_map.stages[rank], pipe.schedule.stage_map
-    dim, rows = model.hidden_size, variant.rows(job)
-    ffn = model.intermediate_size // tp
-    heads = model.num_attention_heads // tp
-    copies = 4 if device_type == "cuda" else 8  # of attention's operands and their gradients
-    layer = tokens * itemsize * (2 * ffn + 4 * dim + copies * heads * model.head_dim)
-    if device_type == "cpu":  # scores and their gradients, under context parallelism of one of a rank's two chunks
-        layer += 2 * itemsize * tokens * heads * job.seq_length // (1 if variant.dims.cp == 1 else 2)
-    if variant.recompute == "full":  # the layer that is run again keeps as if nothing were recomputed
-        layer += int(tokens * kept_bytes_per_token(model, "none", itemsize=itemsize, tp=variant.tp))
-    elif variant.recompute == "selective":
-        layer += tokens * itemsize * (2 * ffn + 2 * dim)
-    whole_keys = 2 * itemsize * variant.micro_batch_size * job.seq_length * model.num_key_value_heads * model.head_dim
-    layer += 0 if variant.dims.cp == 1 else 3 * whole_keys // min(tp, model.num_key_value_heads)
-    head = 0
-    if any(map(pipe.placement.has_head, stages)):
-        columns = model.padded_vocab_size // tp
-        chunk = min(tokens, max(1, CHUNK_ELEMENTS[device_type] // columns))
-        head = itemsize * (chunk * columns + 2 * tokens * dim)
-    crossing = sum((stage > 0) + (stage < stage_map.num_stages - 1) for stage in stages)
-    return max(layer, head) + 2 * crossing * rows * dim * itemsize
 
 
 def _round_up(count: int, multiple: int) -> int:

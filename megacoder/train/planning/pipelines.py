@@ -3,14 +3,32 @@
 After its warm-up a schedule repeats itself every p microbatches, in time as in what it holds. So the lists that the
 runner would execute are simulated at few microbatches, with the same number left over after the last whole round, and
 one more round, whose difference is what every further round takes. What a rank holds at its most is reached by then.
+
+What it holds is read off the very program that the run would execute, transfers included.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from megacoder.model.config import ModelConfig
-from megacoder.parallel.schedules import Costs, Placement, Schedule, StageMap, build_schedule, makespan, place_by_cost
-from megacoder.train.layout import layer_costs
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.pipeline import confirmations
+from megacoder.parallel.schedules import (
+    Costs,
+    Exchange,
+    Placement,
+    Program,
+    Schedule,
+    Send,
+    StageMap,
+    build_schedule,
+    makespan,
+    place_by_cost,
+)
+from megacoder.parallel.schedules.schedule import Op, Tensor
+from megacoder.train.layout import Layout, layer_costs
 
 __all__ = ["Held", "Pipeline", "pipeline"]
 
@@ -18,29 +36,48 @@ _ROUNDS = 3
 """of p microbatches each, after which a schedule is in its stride"""
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a rank holds at one moment, in layers of one microbatch."""
+class Held(NamedTuple):
+    """What a rank holds where an action begins, in layers of one microbatch."""
 
+    op: Op
+    stage: int
     whole: int
-    """between F and the end of B or I"""
+    """layers between F and the end of B or I"""
     waiting: int
-    """between I and the end of W"""
+    """layers between I and the end of W"""
     heads: int
     """microbatches whose loss is computed and whose backward is not"""
+    boundaries: int
+    """what crosses stages: has arrived or is about to, is made or not yet known to be read; what B and I are given is
+    one, what F is given is not: it is the first that F keeps"""
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """A schedule for some microbatches with the layers of its stages."""
 
-    schedule: Schedule
-    placement: Placement
-    held: tuple[tuple[Held, ...], ...]
-    """by rank: the moments at which it may hold most"""
+    layout: Layout
+    """of the pipeline alone"""
     longer: "Pipeline | None" = None
     """the same with a round more, where rounds are left out"""
     rounds_left_out: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.layout.schedule
+
+    @property
+    def placement(self) -> Placement:
+        return self.layout.placement
+
+    @cached_property
+    def held(self) -> tuple[tuple[Held, ...], ...]:
+        """By rank: the moments at which it may hold most."""
+        program, confirmed_by = self.layout.program, confirmations(self.schedule)
+        return tuple(
+            _most_held(_moments(program, self.placement, rank, confirmed_by[rank]))
+            for rank in range(self.schedule.num_ranks)
+        )
 
     def seconds(self, costs: Costs) -> float:
         """Of a step's forwards and backwards, from the first rank's start to the last one's end."""
@@ -62,15 +99,15 @@ def pipeline(name: str, *, ranks: int, chunks: int, microbatches: int, model: Mo
     if not left_out:
         return short
     longer = _build(name, ranks, chunks, few + ranks, model, seq_length)
-    return Pipeline(short.schedule, short.placement, short.held, longer, left_out)
+    return Pipeline(short.layout, longer, left_out)
 
 
 @lru_cache(maxsize=4096)
 def _build(name: str, ranks: int, chunks: int, microbatches: int, model: ModelConfig, seq_length: int) -> Pipeline:
     schedule = build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=chunks)
     placement = _place(schedule.stage_map, model, seq_length)
-    held = tuple(_most_held(schedule, placement, rank) for rank in range(ranks))
-    return Pipeline(schedule, placement, held)
+    costs = layer_costs(model, seq_length)
+    return Pipeline(Layout(dims=ParallelDims(pp=ranks), schedule=schedule, placement=placement, layer_costs=costs))
 
 
 @lru_cache(maxsize=4096)
@@ -78,20 +115,46 @@ def _place(stage_map: StageMap, model: ModelConfig, seq_length: int) -> Placemen
     return place_by_cost(model.num_hidden_layers, stage_map, costs=layer_costs(model, seq_length))
 
 
-def _most_held(schedule: Schedule, placement: Placement, rank: int) -> tuple[Held, ...]:
-    stages = schedule.stage_map.stages[rank]
-    layers = [len(placement.layers(stage)) for stage in stages]
-    heads = [int(placement.has_head(stage)) for stage in stages]
-    whole = waiting = head = 0
-    most: dict[tuple[int, int], int] = {}  # (waiting, heads) -> whole
-    for op, _, chunk in schedule.ranks[rank]:
-        if op == "W":
-            waiting -= layers[chunk]
+def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:
+    """Of moments that are alike but for `whole` the one that has most."""
+    most: dict[tuple[object, ...], Held] = {}
+    for held in moments:
+        alike = (held.op, held.stage, held.waiting, held.heads, held.boundaries)
+        if alike not in most or most[alike].whole < held.whole:
+            most[alike] = held
+    return tuple(most.values())
+
+
+def _moments(
+    program: Program, placement: Placement, rank: int, confirmed_by: Mapping[Tensor, Iterable[Tensor]]
+) -> Iterator[Held]:
+    """Where each action begins, as `megacoder.parallel.pipeline` executes them."""
+    schedule = program.schedule
+    whole = waiting = heads = 0
+    crossing, leaving = set[Tensor](), set[Tensor]()
+    for instruction in program.ranks[rank]:
+        if isinstance(instruction, Exchange):
+            for transfer in instruction.transfers:
+                if isinstance(transfer, Send):
+                    crossing.remove(transfer.tensor)
+                    leaving.add(transfer.tensor)
+                else:
+                    crossing.add(transfer.tensor)
             continue
+        op, _, chunk = instruction
+        stage = schedule.stage_map.stages[rank][chunk]
+        layers, has_head = len(placement.layers(stage)), int(placement.has_head(stage))
+        consumed, produced = schedule.consumes(rank, instruction), schedule.produces(rank, instruction)
+        if consumed is not None:
+            crossing.remove(consumed)
+            leaving.difference_update(confirmed_by.get(consumed, ()))
+        given = int(consumed is not None and op != "F")
+        yield Held(op, stage, whole, waiting, heads, len(crossing) + len(leaving) + given)
         if op == "F":
-            whole, head = whole + layers[chunk], head + heads[chunk]
+            whole, heads = whole + layers, heads + has_head
+        elif op == "W":
+            waiting -= layers
         else:
-            whole, head = whole - layers[chunk], head - heads[chunk]
-            waiting += layers[chunk] if op == "I" else 0
-        most[waiting, head] = max(most.get((waiting, head), 0), whole)
-    return tuple(Held(whole, waiting, heads) for (waiting, heads), whole in most.items())
+            whole, heads, waiting = whole - layers, heads - has_head, waiting + (layers if op == "I" else 0)
+        if produced is not None:
+            crossing.add(produced)

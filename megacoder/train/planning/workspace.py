@@ -1,0 +1,321 @@
+"""What a layer's forward and backward hold for a moment, beside what is kept: their tensors as they come and go.
+
+The order is that of `megacoder.model.scheduled` and of the ops that it calls, line by line, since nothing else says
+what is there at a time: a tensor lives until the name that it goes by is given to another, or its function returns.
+Whoever changes when a tensor comes or goes there changes it here; `tools/check_plan.py` holds the two together.
+
+Legend: B sequences, S tokens of a whole one, T tokens of a microbatch on this rank, N rows of the residual stream,
+D model dim, C fused QKV dim, F feed-forward dim, H query heads, G key-value heads, K head dim, P keys, e bytes an
+element. All of C, F, H, G are this rank's share.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from megacoder.ops.attention import BLOCK_ELEMENTS, BLOCK_QUERIES
+from megacoder.ops.cross_entropy import CHUNK_ELEMENTS
+from megacoder.parallel.context import ContextParallel
+from megacoder.train.planning.job import Job, Variant
+
+__all__ = ["Workspace"]
+
+FP32 = 4
+"""Bytes of an element of what is summed, whatever the weights' dtype."""
+
+
+class _Tape:
+    """Bytes that are there, and the most that were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def take(self, *sizes: int) -> None:
+        self.now += sum(sizes)
+        self.most = max(self.most, self.now)
+
+    def give(self, *sizes: int) -> None:
+        self.now -= sum(sizes)
+
+    def passing(self, *sizes: int) -> None:
+        """Taken and given back."""
+        self.take(*sizes)
+        self.give(*sizes)
+
+
+class _ScoreBlock(NamedTuple):
+    """Queries that attention works on together, in bytes."""
+
+    scores: int
+    scores_before: int
+    """those of the block before, which are there until these have taken their name"""
+    queries: int
+    """a row of K for each query"""
+    keys: int
+    """and for each key"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Of one rank's layers and one microbatch; all figures are bytes."""
+
+    job: Job
+    variant: Variant
+    device_type: str = "cuda"
+    cp_rank: int = 0
+    """on the context axis, whose first rank has the last chunk of sequences, and so the most keys to look at"""
+
+    @cached_property
+    def stream(self) -> int:
+        """The residual stream (N, D)."""
+        return self.job.itemsize * self.variant.rows(self.job) * self.job.model.hidden_size
+
+    @cached_property
+    def forward(self) -> int:
+        """The most in a layer's forward, what it keeps included, what it is given left out."""
+        tape = _Tape()
+        self._attention_half(tape, adds_residual=True)
+        tape.take(self._gathered, 2 * self._ffn, self._ffn)  # the input, gate and up, the activation
+        self._reduce(tape)
+        return tape.most
+
+    @cached_property
+    def backward(self) -> int:
+        """The most in a layer's backward, what it has kept and is given left out."""
+        return self._backward(postponed=False)
+
+    @cached_property
+    def backward_input(self) -> int:
+        """The same where weight gradients are postponed: what they read stays, and they themselves are not formed."""
+        return self._backward(postponed=True)
+
+    @cached_property
+    def weight_gradients(self) -> int:
+        """The most where those that were postponed are formed."""
+        dim = self.job.model.hidden_size
+        return self._partial(max(2 * self._ffn_columns, self._qkv_columns), dim)
+
+    @cached_property
+    def head(self) -> int:
+        """The most in norm, head and loss, what they keep included; on top of the stream that the last layer left."""
+        tokens, columns = self.variant.tokens(self.job), self.job.model.padded_vocab_size // self.variant.dims.tp
+        chunk = min(tokens, max(1, CHUNK_ELEMENTS[self.device_type] // columns))
+        tape = _Tape()
+        tape.take(2 * self.stream, self._statistics)  # normed, and what was normed
+        tape.take(self._gathered, self._tokens)  # the former of all tokens, its gradient
+        tape.take(self.job.itemsize * chunk * columns * (1 if chunk == tokens else 2))  # the last chunk's stays a while
+        tape.take(self.stream if self._shares_tokens else 0)
+        tape.passing(self._partial(columns, self.job.model.hidden_size))
+        return tape.most
+
+    @cached_property
+    def embedding_backward(self) -> int:
+        """The most where the embedding's gradient is added, which is summed in fp32."""
+        wide = FP32 * self.variant.tokens(self.job) * self.job.model.hidden_size
+        copies = (self.job.itemsize != FP32) + (self.variant.dims.tp > 1)
+        return self._gathered + copies * wide
+
+    def _backward(self, *, postponed: bool) -> int:
+        tape, recompute = _Tape(), self.variant.recompute
+        if recompute == "full":
+            self._attention_half(tape, adds_residual=False)
+        elif recompute == "selective":
+            tape.take(self._normed)
+        tape.take(self._gathered, self._gathered)  # the output's gradient, the normed input
+        tape.take(self._ffn)  # the activation's gradient
+        tape.take(0 if recompute == "none" else 2 * self._ffn)
+        tape.take(self._ffn)  # the activation
+        self._start_reduce(tape)
+        model, dim, ffn = self.job.model, self.job.model.hidden_size, self._ffn_columns
+        if not postponed:
+            tape.passing(self._partial(2 * ffn, dim))
+        self._end_reduce(tape)
+        tape.take(self.stream)  # the gradient of what stands between attention and feed-forward
+        if recompute == "selective":
+            tape.take(self._normed)
+        tape.take(self._gathered)
+        tape.give(0 if postponed else self._gathered)
+        tape.take(self._gathered)
+        tape.take(self._whole_keys)  # as they arrive
+        tape.take(self._per_head(self._queries))  # the gradient of attention's output
+        tape.take(self._whole_keys)  # in order
+        self._attention_backward(tape)
+        tape.give(self._whole_keys)
+        if not postponed:
+            tape.passing(self._partial(dim, self._heads * model.head_dim))
+        tape.take(self._qkv)
+        self._start_reduce(tape)
+        tape.give(self.stream)  # of the reduction before, whose name this one takes
+        if not postponed:
+            tape.passing(self._partial(self._qkv_columns, dim))
+        self._end_reduce(tape)
+        tape.take(self.stream)
+        return tape.most
+
+    def _attention_half(self, tape: _Tape, *, adds_residual: bool) -> None:
+        tape.take(self.stream if adds_residual else 0, self._normed)
+        tape.take(self._gathered, self._qkv)
+        tape.take(2 * self._whole_keys)  # as they arrive, then in order
+        tape.give(self._whole_keys)
+        self._attention_forward(tape)
+        self._reduce(tape)
+        tape.take(self.stream, self._normed)
+        tape.give(self._gathered, self._whole_keys, self.stream)
+
+    def _attention_forward(self, tape: _Tape) -> None:
+        """Leaves attention's output and the log-sum-exp of its scores."""
+        for queries, keys in self._spans:
+            out, lse = self._per_head(queries), FP32 * self.variant.micro_batch_size * self._heads * queries
+            if self.device_type == "cpu":
+                copies, block = out + self._copied_keys(keys), self._score_block(queries, keys)
+                tape.take(copies, out, lse)
+                tape.passing(block.scores, block.scores_before)
+                tape.take(block.scores)
+                tape.passing(block.queries)
+                tape.take(out)  # with heads behind tokens
+                tape.give(copies, out, block.scores)
+            else:
+                tape.take(out, lse)
+        if len(self._spans) > 1:
+            tape.passing(sum(self._per_head(queries) for queries, _ in self._spans))
+
+    def _attention_backward(self, tape: _Tape) -> None:
+        """Leaves the gradients of this rank's queries, keys and values."""
+        model, batch, e = self.job.model, self.variant.micro_batch_size, self.job.itemsize
+        own_keys = 2 * e * self._own_key_elements
+        summed = 0 if self.variant.dims.cp == 1 else 2 * FP32 * self._own_key_elements * self.variant.dims.cp
+        tape.take(summed)
+        before = 0
+        for queries, keys in self._spans:
+            query, key = self._per_head(queries), self._per_head(keys)
+            shared = e * batch * self._kv_heads * keys * model.head_dim  # a gradient of keys in their own heads
+            wide = FP32 * query // e
+            if self.device_type == "cpu":
+                lse, block = FP32 * batch * self._heads * queries, self._score_block(queries, keys)
+                copies = query + self._copied_keys(keys) + query
+                tape.take(copies)  # with heads in front of tokens
+                tape.passing(wide if e == FP32 else 3 * wide)  # output times gradient
+                tape.take(lse, query + 2 * key)  # the sum of that over a head, and the gradients
+                tape.passing(2 * block.scores, 2 * block.scores_before)
+                tape.take(2 * block.scores)
+                tape.passing(block.keys)
+                if self._kv_heads < self._heads:
+                    for _ in ("keys", "values"):
+                        tape.passing(FP32 * (key + shared) // e if e < FP32 else 0)  # summed over heads in fp32
+                        tape.take(shared)
+                    tape.give(2 * key)
+                tape.give(copies, lse, 2 * block.scores)
+            else:  # kernels sum the queries' gradient in fp32
+                tape.take(query + 2 * key)
+                tape.passing(wide)
+                tape.take(2 * shared)
+                tape.give(2 * key)
+            tape.give(before)
+            before = 2 * shared
+        if summed:
+            tape.passing(sum(self._per_head(queries) for queries, _ in self._spans))  # of both chunks
+            tape.take(2 * summed)  # in the order of ranks, in two steps
+            tape.take(own_keys)
+            tape.give(2 * summed, summed, before)
+
+    def _copied_keys(self, keys: int) -> int:
+        """Keys and values as a CPU's attention reads them: one for each query head, heads in front of tokens."""
+        is_so = self.variant.dims.cp > 1 and self._kv_heads == self._heads and keys == self.job.seq_length
+        return 0 if is_so else 2 * self._per_head(keys)
+
+    def _score_block(self, queries: int, keys: int) -> "_ScoreBlock":
+        """The last block of a CPU's attention, which is the largest (see `megacoder.ops.attention`)."""
+        e, together = self.job.itemsize, self.variant.micro_batch_size * self._heads
+        rows = min(queries, BLOCK_QUERIES[torch.float32 if e == FP32 else torch.bfloat16])
+        heads = min(together, max(1, BLOCK_ELEMENTS // (rows * keys)))
+        keys_before = keys - rows if rows < queries else keys if heads < together else 0
+        dim = self.job.model.head_dim
+        return _ScoreBlock(
+            e * heads * rows * keys, e * heads * rows * keys_before, e * heads * rows * dim, e * heads * keys * dim
+        )
+
+    def _reduce(self, tape: _Tape) -> None:
+        self._start_reduce(tape)
+        self._end_reduce(tape)
+
+    def _start_reduce(self, tape: _Tape) -> None:
+        """A product of all tokens, of which this rank gets the sum of its rows."""
+        tape.take(self._tokens, self.stream if self._shares_tokens else 0)
+
+    def _end_reduce(self, tape: _Tape) -> None:
+        tape.give(self._tokens if self._shares_tokens else 0)
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[int, int], ...]:
+        """(queries of a sequence, keys that they may see) of each chunk that this rank holds."""
+        chunks = ContextParallel(rank=self.cp_rank, size=self.variant.dims.cp).chunks(self.job.seq_length)
+        return tuple((len(chunk), chunk.stop) for chunk in chunks)
+
+    @property
+    def _queries(self) -> int:
+        return self.job.seq_length // self.variant.dims.cp
+
+    def _per_head(self, tokens: int) -> int:
+        """Of each query head, `tokens` of each sequence."""
+        return self.job.itemsize * self.variant.micro_batch_size * self._heads * tokens * self.job.model.head_dim
+
+    def _partial(self, rows: int, columns: int) -> int:
+        """A weight gradient in bf16, where the device cannot add a product to fp32."""
+        return rows * columns * self.job.itemsize if self.device_type == "cpu" and self.job.itemsize < FP32 else 0
+
+    @property
+    def _shares_tokens(self) -> bool:
+        return self.variant.tp.shares_tokens
+
+    @cached_property
+    def _tokens(self) -> int:
+        """(T, D)."""
+        return self.job.itemsize * self.variant.tokens(self.job) * self.job.model.hidden_size
+
+    @property
+    def _gathered(self) -> int:
+        """What the stream of all ranks' tokens takes beside this rank's own."""
+        return self._tokens if self._shares_tokens else 0
+
+    @property
+    def _statistics(self) -> int:
+        return FP32 * self.variant.rows(self.job)
+
+    @property
+    def _normed(self) -> int:
+        return self.stream + self._statistics
+
+    @property
+    def _heads(self) -> int:
+        return self.job.model.num_attention_heads // self.variant.dims.tp
+
+    @property
+    def _kv_heads(self) -> int:
+        return max(1, self.job.model.num_key_value_heads // self.variant.dims.tp)
+
+    @property
+    def _qkv_columns(self) -> int:
+        return (self._heads + 2 * self._kv_heads) * self.job.model.head_dim
+
+    @property
+    def _ffn_columns(self) -> int:
+        return self.job.model.intermediate_size // self.variant.dims.tp
+
+    @property
+    def _qkv(self) -> int:
+        return self.job.itemsize * self.variant.tokens(self.job) * self._qkv_columns
+
+    @property
+    def _ffn(self) -> int:
+        return self.job.itemsize * self.variant.tokens(self.job) * self._ffn_columns
+
+    @property
+    def _own_key_elements(self) -> int:
+        return self.variant.micro_batch_size * self._queries * self._kv_heads * self.job.model.head_dim
+
+    @property
+    def _whole_keys(self) -> int:
+        """Keys and values of whole sequences, where ranks share those."""
+        return 0 if self.variant.dims.cp == 1 else 2 * self.job.itemsize * self._own_key_elements * self.variant.dims.cp

@@ -1,8 +1,10 @@
 """Instruction tuning: ids and labels as published, packing, malformed input, and a model that learns to stop."""
 
+import dataclasses
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from train_cases import functions
 from megacoder.cli import checkpoint_convert
 from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
-from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, MegacoderError
 from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
@@ -29,7 +31,7 @@ from megacoder.train.config import DataConfig, RunConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
-from megacoder.train.sft import DEFAULTS, prepare, prepared_run
+from megacoder.train.sft import DEFAULTS, prepare, prepared_run, sft
 
 SCRIPT_PROMPT = """
 You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you only \
@@ -63,14 +65,15 @@ def conversations(count, *, seed=0):
 @pytest.fixture(scope="module")
 def exported_tokenizer(tmp_path_factory):
     """As transformers loads it from the folder that a run leaves."""
-    transformers = pytest.importorskip("transformers")
+    from transformers import AutoTokenizer  # a test dependency: without it nothing here would be shown
+
     folder = tmp_path_factory.mktemp("tokenizer")
     small_tokenizer().save(folder / "source")
     data = write_jsonl(folder / "data.jsonl", [{"instruction": "a", "output": "b"}])
 
     def load(kind):
         run = prepare(run_config(folder / kind, folder / "source", data, chat=FormatConfig(kind=kind)))
-        return transformers.AutoTokenizer.from_pretrained(run.data.tokenizer)
+        return AutoTokenizer.from_pretrained(run.data.tokenizer)
 
     return load
 
@@ -101,15 +104,32 @@ def labels_of(segments):
     return [token if segment.trained else -100 for segment in segments for token in segment.ids]
 
 
+def labels_by_template(theirs, rendered, ids):
+    """Of every answer what follows the prompt that asks for it, through the control token that ends it."""
+    labels, eot = [-100] * len(ids), theirs.convert_tokens_to_ids("<|EOT|>")
+    for number, message in enumerate(rendered):
+        if message["role"] == "assistant":
+            asked = theirs.apply_chat_template(rendered[:number], add_generation_prompt=True, return_dict=False)
+            answered = theirs.apply_chat_template(rendered[: number + 1], return_dict=False)
+            part = slice(len(asked), len(answered) - answered[::-1].index(eot))
+            labels[part] = ids[part]
+    return labels
+
+
 @pytest.mark.parametrize("kind", ["chat", "script", "custom"])
-def test_ids_are_those_of_apply_chat_template(kind, exported_tokenizer):
+def test_ids_and_labels_are_those_of_apply_chat_template(kind, exported_tokenizer):
     theirs, ours = exported_tokenizer(kind), ChatFormat(FormatConfig(kind=kind), small_tokenizer())
-    for messages in conversations(100):
+    samples = conversations(100)
+    assert sum(len(messages) > 3 for messages in samples) > 50, "most have several turns"
+    for messages in samples:
         rendered = [{"role": role, "content": content} for role, content in messages]
         text = theirs.apply_chat_template(rendered, tokenize=False)
         assert text == theirs.bos_token + render(messages, FormatConfig(kind=kind))
         ids = theirs.apply_chat_template(rendered, tokenize=True, return_dict=False)
         assert joined(ours.segments(messages)) == ids
+        labels = labels_by_template(theirs, rendered, ids)
+        assert sum(label != -100 for label in labels) >= 2 * sum(role == "assistant" for role, _ in messages)
+        assert labels_of(ours.segments(messages)) == labels
         prompt = theirs.apply_chat_template(rendered[:-1], add_generation_prompt=True, return_dict=False)
         assert joined(ours.segments(messages)[:-2]) == prompt
 
@@ -359,6 +379,34 @@ def test_settings_that_contradict_are_refused(toy):
         data = DataConfig(**{**run.data.__dict__, "stream": run.data.stream.__class__(**stream)})
         with pytest.raises(ConfigError, match=message):
             prepared_run(RunConfig(**{**run.__dict__, "data": data}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"global_batch_size": 7}, "01", "global_batch_size = 7 is not a multiple"),
+        ({"model": ModelConfig(vocab_size=50)}, "01", "model.vocab_size = 50, but the tokenizer"),
+        ({"init_from": Path("nowhere")}, "01", "nowhere: no such folder"),
+        ({"stream": {"seq_length": 2}}, "0", "does the first answer begin within it"),
+        ({"data": "{"}, "0", r"broken\.jsonl:1: malformed JSON"),
+    ],
+)
+def test_under_torchrun_bad_input_is_met_before_ranks_meet(toy, tmp_path, monkeypatch, changes, ranks, message):
+    """By all alike, or for what is in the data by the first, which reads it while the others wait for it to join."""
+    _, _, config = toy
+    run = config(f"bad-{sorted(changes)[0]}", **{key: value for key, value in changes.items() if key != "data"})
+    if "data" in changes:
+        broken = tmp_path / "broken.jsonl"
+        broken.write_text(changes["data"] + "\n")
+        conversations = dataclasses.replace(run.data.conversations, train=(broken,))
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, conversations=conversations))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda _: pytest.fail("ranks meet"))
+    for rank in ranks:
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(MegacoderError, match=message) as raised:
+            sft(run)
+        assert isinstance(raised.value, AlikeOnAllRanks) or ranks == "0", "one rank is enough to say it"
 
 
 def test_warm_up_by_tokens_and_where_a_cosine_ends():

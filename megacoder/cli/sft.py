@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megacoder.cli.train import read_run
 from megacoder.core.config import to_toml
+from megacoder.train.loop import check_inputs
 from megacoder.train.sft import DEFAULTS, prepare, prepared_run, sft
 
 __all__ = ["main"]
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         from megacoder.train.launch import launch_workers
 
-        config.layout(run.nproc)  # what cannot work is refused before any process starts
+        check_inputs(config, num_ranks=run.nproc)  # what cannot work is refused before any process starts
         prepare(config)
         words = ["sft", str(run.path), *run.overrides]
         launch_workers(words, nproc=run.nproc, stop_signals=config.stop_signals)

@@ -44,10 +44,9 @@ def main(argv: Sequence[str]) -> None:
         train(config)
     else:
         from megacoder.train.launch import launch_workers
-        from megacoder.train.run_folder import open_start
+        from megacoder.train.loop import check_inputs
 
-        open_start(config)
-        config.layout(run.nproc)  # what cannot work is refused before any process starts
+        check_inputs(config, num_ranks=run.nproc)  # what cannot work is refused before any process starts
         words = ["train", str(run.path), *run.overrides]
         launch_workers(words, nproc=run.nproc, stop_signals=config.stop_signals)
 

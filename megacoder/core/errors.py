@@ -4,6 +4,9 @@ The command line prints exactly that line and exits with `exit_code`; anything e
 its traceback.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 __all__ = [
     "AlikeOnAllRanks",
     "CheckpointError",
@@ -13,6 +16,7 @@ __all__ = [
     "FormatError",
     "MegacoderError",
     "RankLost",
+    "alike_on_all_ranks",
 ]
 
 
@@ -57,3 +61,16 @@ class RankLost(MegacoderError):
         """`told`: another rank of this host has printed why the run ended."""
         super().__init__(message)
         self.told = told
+
+
+@contextlib.contextmanager
+def alike_on_all_ranks() -> Iterator[None]:
+    """For what every rank looks at before it meets the others: any MegacoderError in here becomes AlikeOnAllRanks."""
+    try:
+        yield
+    except AlikeOnAllRanks:
+        raise
+    except MegacoderError as error:
+        alike = AlikeOnAllRanks(str(error))
+        alike.exit_code = error.exit_code
+        raise alike from error

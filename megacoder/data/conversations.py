@@ -122,7 +122,9 @@ def _parse(line: bytes) -> dict[str, Any] | str:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8"
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        return f"malformed JSON: {error.msg} at character {error.pos + 1}"
+    except ValueError as error:  # such as a number of thousands of digits
         return f"malformed JSON: {error}"
     except RecursionError:
         return "malformed JSON: nested too deeply"

@@ -8,6 +8,7 @@ step did to the run (an update left out, replicas that differ) is judged by `meg
 which may end it; the run's folder then says whether it may be started again.
 """
 
+import os
 import signal
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from types import FrameType
 import torch
 
 from megacoder.core.console import progress, say
-from megacoder.core.errors import AlikeOnAllRanks
+from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
@@ -28,7 +29,7 @@ from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.metrics_log import MetricsLog
 from megacoder.train.replicas import ReplicaCheck
-from megacoder.train.run_folder import RunFolder
+from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
     StepResult,
     load_tokenizer,
@@ -40,7 +41,7 @@ from megacoder.train.step import (
 )
 from megacoder.train.validation import HeldOut
 
-__all__ = ["Interrupted", "Trainer", "train"]
+__all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
 
 
 class Interrupted(AlikeOnAllRanks):
@@ -56,8 +57,18 @@ class Interrupted(AlikeOnAllRanks):
         self.exit_code = 130 if signal_name in ("SIGINT", "SIGTERM") else 0
 
 
+def check_inputs(config: RunConfig, *, num_ranks: int | None = None) -> None:
+    """Refuses, before ranks meet, a layout of `num_ranks` (those that torchrun has started), a vocabulary or weights to
+    start from that are not for this model; AlikeOnAllRanks."""
+    with alike_on_all_ranks():
+        config.layout(num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
+        load_tokenizer(config)
+        open_start(config)
+
+
 def train(config: RunConfig) -> None:
     """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
+    check_inputs(config)
     world = start_ranks(config)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
         Trainer(config, world).run()

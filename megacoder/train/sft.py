@@ -6,6 +6,7 @@ answer; what is exported from the run carries both.
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,11 @@ from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from megacoder.parallel.collectives import barrier
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
-from megacoder.train.loop import Trainer
+from megacoder.train.loop import Trainer, check_inputs
 from megacoder.train.run_folder import open_start
-from megacoder.train.step import start_ranks
+from megacoder.train.step import open_conversations, start_ranks
 
 __all__ = ["DEFAULTS", "prepare", "prepared_run", "sft"]
 
@@ -73,17 +73,19 @@ def prepare(config: RunConfig) -> RunConfig:
     if run.data.valid is not None:
         prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations)
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
+    for prefix in filter(None, (run.data.train[0], run.data.valid)):
+        open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # windows too short for them are met here
     return run
 
 
 def sft(config: RunConfig) -> None:
     """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
     run = prepared_run(config)
+    check_inputs(config)
+    if os.environ.get("RANK", "0") == "0":
+        prepare(config)  # ahead of the others, who wait for this rank to join them: a malformed row starts nothing
     world = start_ranks(run)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
-        if world.is_first:
-            prepare(config)
-        barrier(world.group)
         Trainer(run, world).run()
     world.close()
 

@@ -72,6 +72,8 @@ def start_ranks(config: RunConfig) -> World:
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
         raise ConfigError('device = "cuda", but torch sees no GPU here; use device = "auto"')
+    likely = "bfloat16" if config.dtype == "auto" else config.dtype
+    config.execution.check_machine(device_type, getattr(torch, likely))
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Several nodes without a scheduler: type the same on each. HEAD is the name of any one of them.
 #   HEAD=node0 NODES=2 bash examples/launch/multi_node.sh train examples/pretrain_6.7b.toml
+# Without GPUs, to try it: DEVICE=cpu and GPUS_PER_NODE processes.
 set -euo pipefail
 what=${1:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}
 run=${2:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}

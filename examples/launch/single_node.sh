@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node of GPUs. The same command again goes on where it stopped, also after Ctrl-C.
 #   bash examples/launch/single_node.sh train examples/pretrain_1.3b.toml --steps 1000
+# Without GPUs, to try it: DEVICE=cpu and GPUS_PER_NODE processes.
 set -euo pipefail
 what=${1:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
 run=${2:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}

@@ -18,18 +18,20 @@ set -euo pipefail
 what=${1:?usage: slurm.sh train|sft RUN.toml [OVERRIDES]}
 run=${2:?usage: slurm.sh train|sft RUN.toml [OVERRIDES]}
 shift 2
-export GPUS_PER_NODE=8 NCCL_IB_TIMEOUT=22
-output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
-newest() { find "$output/checkpoints" -maxdepth 1 -name 'step-????????' 2>/dev/null | sort | tail -n 1; }
+export GPUS_PER_NODE=${GPUS_PER_NODE:-8} NCCL_IB_TIMEOUT=22
+settings=$(python -m megacoder "$what" "$run" "$@" --print-config)
+output=$(sed -n 's/^output = "\(.*\)"$/\1/p' <<< "$settings")
+last=$output/checkpoints/step-$(printf %08d "$(sed -n 's/^steps = \(.*\)$/\1/p' <<< "$settings")")
+newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort | tail -n 1; }
 srun bash examples/launch/check_environment.sh "$output"
 mkdir -p "$output/logs"
 before=$(newest)
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 0 \
-  --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+# Slurm's signal comes to every process of the step, of which only the ranks have an answer: torchrun is to ignore it.
+srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+  --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0 \
+  --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   --log-dir "$output/logs/$SLURM_JOB_ID" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@" || failed=$?
-steps=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^steps = \(.*\)$/\1/p')
-last=$output/checkpoints/step-$(printf %08d "$steps")
 # Again, but only if this time has brought it further: a mistake in the settings is not tried for ever.
 if [ ! -e "$last" ] && [ "$(newest)" != "$before" ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -1,6 +1,8 @@
 """Every two choices of layout and model meet in one of these cases, and each equals one process."""
 
+import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,49 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, text):
     found = compare(ranks.run(case.world_size, train_case, case, 2, 0, "bfloat16"), exact)
     assert found.within(limit), (found, limit)
     assert limit.worst_gradient[1] > 1e-3  # bf16 it was
+
+
+SMALL = Case(layers=1, sequences=2)
+
+
+@pytest.fixture
+def run_and_limit():
+    """A run of one process in bf16, to be spoilt, and what it differs by from one in fp32."""
+    run = copy.deepcopy(one_process(SMALL, 2, 0, "bfloat16"))
+    return run, compare([run], one_process(SMALL, 2, 0, "float32"))
+
+
+def write_nan(run, what):
+    if what in ("losses", "norms"):
+        getattr(run, what)[1] = math.nan
+    else:
+        parts = run.gradients[1] if what == "gradients" else run.weights
+        parts[-1].data[0] = math.nan
+
+
+@pytest.mark.parametrize("what", ["losses", "norms", "gradients", "weights"])
+def test_what_is_no_number_is_no_small_difference(run_and_limit, what):
+    run, limit = run_and_limit
+    exact = copy.deepcopy(one_process(SMALL, 2, 0, "float32"))
+    for found, allowed in ((run, limit), (exact, None)):
+        expected = one_process(SMALL, 2, 0, "float32")
+        assert compare([found], expected).within(allowed)
+        write_nan(found, what)
+        assert not compare([found], expected).within(allowed)
+
+
+@pytest.mark.parametrize("what", ["losses", "norms"])
+def test_a_wrong_loss_or_norm_is_seen_in_bf16(run_and_limit, what):
+    run, limit = run_and_limit
+    getattr(run, what)[1] *= 1.02
+    assert not compare([run], one_process(SMALL, 2, 0, "float32")).within(limit)
+
+
+def test_nothing_differs_from_nothing():
+    """With one id there is nothing to learn: loss and gradients are zero."""
+    run = one_process(Case(layers=1, sequences=2, vocab=1), 1, 0, "float32")
+    assert run.losses == [0.0]
+    assert compare([run], run).within(None)
 
 
 def test_every_two_choices_meet():

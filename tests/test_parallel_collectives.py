@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from megacoder.core.errors import MegacoderError, RankLost
+from megacoder.core.errors import ConfigError, MegacoderError, RankLost
 from megacoder.parallel.collectives import (
     World,
     all_gather_into,
@@ -14,6 +14,7 @@ from megacoder.parallel.collectives import (
     barrier,
     broadcast_from_first,
     gather_json,
+    launched_ranks,
     reduce_scatter_sum,
     start_world,
 )
@@ -148,6 +149,41 @@ def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(RankLost, match=rf"^rank 0 of 2 could not join the others at 127.0.0.1:{port}: .*1/2 clients"):
         start_world("cpu", timeout_seconds=1, join_seconds=1)
+
+
+TORCHRUN_SETS = {
+    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None, "LOCAL_RANK": None}, "WORLD_SIZE = '4' is set, LOCAL_RANK, MASTER_ADDR not: "),
+        ({"RANK": ""}, "WORLD_SIZE = '4' is set, RANK not: start ranks with torchrun, which sets them all, or unset"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': expected a number, as torchrun sets it"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT = '-1': expected a number"),
+        ({"RANK": "4"}, "RANK = 4, but WORLD_SIZE = 4: ranks are counted from 0"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK = 0, but WORLD_SIZE = 0"),
+    ],
+)
+def test_ranks_that_were_started_by_halves_are_refused(monkeypatch, changes, message):
+    for name, value in (TORCHRUN_SETS | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    for call in (launched_ranks, lambda: start_world("cpu", timeout_seconds=1, join_seconds=1)):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            call()
+
+
+def test_torchrun_s_own_words_are_believed(monkeypatch):
+    for name, value in TORCHRUN_SETS.items():
+        monkeypatch.setenv(name, value)
+    assert launched_ranks() == 4
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launched_ranks() is None
 
 
 def test_start_world_is_a_world_of_one_without_torchrun(monkeypatch):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from megacoder.core.errors import MegacoderError, RankLost
+from megacoder.core.errors import ConfigError, MegacoderError, RankLost
 from megacoder.parallel.attempt import agree_on_attempt
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.one_host import share_memory
@@ -42,6 +42,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "journal_of",
+    "launched_ranks",
     "new_group",
     "reduce_scatter_sum",
     "start_all_gather",
@@ -132,13 +133,39 @@ class Pending:
         return self._result
 
 
+def launched_ranks() -> int | None:
+    """How many ranks torchrun has started, this one of them; None for a process that nobody started as a rank.
+
+    ConfigError where its environment variables are not whole, as when a job script sets some of them by hand.
+    """
+    env = os.environ
+    if "WORLD_SIZE" not in env:
+        return None
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    missing = [name for name in (*numbers, "MASTER_ADDR") if not env.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE = {env['WORLD_SIZE']!r} is set, {', '.join(missing)} not: start ranks with torchrun, which "
+            "sets them all, or unset WORLD_SIZE"
+        )
+    for name in numbers:
+        if not env[name].isdecimal():
+            raise ConfigError(f"{name} = {env[name]!r}: expected a number, as torchrun sets it")
+    size, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
+    if rank >= size:
+        raise ConfigError(f"RANK = {rank}, but WORLD_SIZE = {size}: ranks are counted from 0")
+    return size
+
+
 def start_world(
     device_type: str, *, timeout_seconds: float = 600.0, join_seconds: float = 60.0, shared_memory: bool = True
 ) -> World:
     """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them.
 
     Others may start later than this one by `join_seconds` even where `timeout_seconds`, that of collectives, is less.
+    ConfigError as `launched_ranks`.
     """
+    num_launched = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
@@ -147,7 +174,7 @@ def start_world(
                 f"rank {local_rank} of this node has no GPU: {torch.cuda.device_count()} found; start fewer processes"
             )
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if num_launched is None:
         return World(0, 1, 0, device, None)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # not every torch records a flight unasked
     margin = NCCL_MARGIN_SECONDS if device_type == "cuda" else 0.0

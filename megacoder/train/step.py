@@ -21,7 +21,7 @@ from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.parallel.collectives import World, broadcast_from_first, start_world
+from megacoder.parallel.collectives import World, broadcast_from_first, launched_ranks, start_world
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
@@ -77,7 +77,7 @@ def start_ranks(config: RunConfig) -> World:
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()
-    config.layout(int(os.environ.get("WORLD_SIZE", "1")))  # what cannot work is refused before ranks wait for others
+    config.layout(launched_ranks() or 1)  # what cannot work is refused before ranks wait for others
     return start_world(device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory)
 
 

@@ -78,6 +78,15 @@ def test_any_costs_give_a_program_that_cannot_deadlock(name, num_ranks, num_micr
     check_program(build_program(schedule, costs))
 
 
+def test_64_ranks_with_1024_microbatches():
+    program = build_program(build("1f1b", 64, 1024))
+    check_program(program)
+    late = list(program.ranks[40])
+    late.append(late.pop(find(late, Recv)))
+    with pytest.raises(ScheduleError, match=r"rank 40 runs F0\.0 before it received its activation"):
+        check_program(edited(program, 40, late))
+
+
 def test_transfers_with_no_action_between_them_are_one_exchange():
     for instructions in build_program(build("zbv", 4, 8)).ranks:
         assert not any(isinstance(a, Exchange) and isinstance(b, Exchange) for a, b in pairwise(instructions))

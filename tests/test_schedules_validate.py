@@ -197,10 +197,18 @@ def test_live_activations_by_hand():
     assert peak_live(()) == 0
 
 
-def test_64_ranks_with_1024_microbatches():
-    schedule = build_schedule("1f1b", num_ranks=64, num_microbatches=1024)
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("gpipe", 1024), ("1f1b", 64), ("interleaved", 191), ("zb-h1", 64), ("zbv", 128), ("dualpipev", 129)],
+)
+def test_64_ranks_with_1024_microbatches(name, peak):
+    schedule = build_schedule(name, num_ranks=64, num_microbatches=1024)
     check_schedule(schedule)
-    assert peak_live(schedule.ranks[0]) == 64
+    assert peak_live(schedule.ranks[0]) == peak
+
+
+def test_one_wrong_place_among_64_ranks_with_1024_microbatches_is_found():
+    schedule = build_schedule("1f1b", num_ranks=64, num_microbatches=1024)
     last = list(schedule.ranks[63])
     last[100], last[102] = last[102], last[100]  # two forwards in the wrong order, each before its backward no more
     with pytest.raises(ScheduleError, match="rank 63, action 101"):

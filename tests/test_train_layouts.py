@@ -14,6 +14,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
+from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train import run_folder
@@ -22,6 +23,7 @@ from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
+FP8 = ExecutionConfig(fp8=True)
 
 LAYOUTS = {
     "tp=2": (2, ParallelConfig(tp=2, sequence_parallel=False)),
@@ -192,6 +194,8 @@ def request(**changes):
         (8, {"parallel": ParallelConfig(cp=3)}, "cp=3,dp=2 needs 6 ranks, there are 8; .*: cp=4,dp=2; cp=2,dp=4"),
         (4, {"seq_length": 36, "parallel": ParallelConfig(cp=4)}, "36 tokens cannot be cut .*; nearest .*: cp=2,dp=2"),
         (2, {"seq_length": 31, "micro_batch_size": 1, "parallel": ParallelConfig(tp=2)}, "1 x 31 tokens .*: dp=2"),
+        (4, {"execution": FP8, "parallel": ParallelConfig(tp=2)}, r"intermediate_size = 24 .*; nearest [^;]*: dp=4"),
+        (2, {"execution": FP8, "seq_length": 20, "micro_batch_size": 1}, "microbatch = 20 .*; no number of ranks chan"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_what_does(world_size, changes, message):

@@ -4,12 +4,13 @@ A layout is refused here, with the reason and the nearest layouts that work, or 
 sizes divide over tp, sequences over cp, layers over the pipeline's stages, and the batch over dp.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megacoder.core.errors import ConfigError
 from megacoder.core.metrics import attention_flops_per_token
 from megacoder.model.config import ModelConfig
+from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import ParallelDims
@@ -21,6 +22,7 @@ from megacoder.parallel.schedules import (
     Schedule,
     build_program,
     build_schedule,
+    check_program,
     check_schedule,
     forwards_only,
     place_by_cost,
@@ -44,6 +46,8 @@ class LayoutRequest:
     """sequences of an update, over all ranks"""
     micro_batch_size: int
     """sequences of a forward and backward"""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    """how layers run, which may not suit a rank's share of them"""
 
     def layout(self, world_size: int) -> "Layout":
         """The layout on `world_size` ranks; ConfigError with the reason and the nearest that work if there is none."""
@@ -94,6 +98,7 @@ class LayoutRequest:
                 f"global_batch_size = {self.global_batch_size} is not a multiple of dp = {dims.dp} x "
                 f"micro_batch_size = {self.micro_batch_size}"
             )
+        self.execution.check_sizes(self.model, tp=dims.tp, tokens=self.micro_batch_size * self.seq_length // dims.cp)
         place_evenly(self.model.num_hidden_layers, self._schedule(dims, 1).stage_map.num_stages)
 
     def _works(self, dims: ParallelDims) -> bool:
@@ -108,6 +113,10 @@ class LayoutRequest:
         nearest = dims.nearest(world_size, works=self._works)
         if nearest:
             return f"nearest that work on {world_size} ranks: {'; '.join(map(str, nearest))}"
+        try:
+            self._check_sizes(ParallelDims())
+        except ConfigError:  # what one rank alone cannot do none of several can
+            return "no number of ranks changes that"
         return f"no layout of {world_size} ranks works; another number of ranks may"
 
 
@@ -125,13 +134,18 @@ class Layout:
 
     @cached_property
     def program(self) -> Program:
-        """A training step of a pipeline."""
-        return build_program(self.schedule, self._costs)
+        """A training step of a pipeline, proved to end."""
+        return self._proved(self.schedule)
 
     @cached_property
     def evaluation_program(self) -> Program:
         """Its forwards alone."""
-        return build_program(forwards_only(self.schedule), self._costs)
+        return self._proved(forwards_only(self.schedule))
+
+    def _proved(self, schedule: Schedule) -> Program:
+        program = build_program(schedule, self._costs)
+        check_program(program)
+        return program
 
     @property
     def _costs(self) -> Costs:

@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
+from megacoder.model.transformer import Transformer
 from megacoder.ops import adamw
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.tensor import TensorParallel
 from megacoder.train.guard import Guard, GuardConfig, RunStopped
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import MetricsLog, read_metrics
-from megacoder.train.replicas import digest
+from megacoder.train.replicas import _digests, digest
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 
@@ -288,6 +292,27 @@ def test_a_digest_sees_any_one_element():
         swapped = values.clone()
         swapped[[0, 1]] = values[[1, 0]]
         assert digest(swapped).item() != whole
+
+
+@pytest.mark.parametrize(
+    ("device", "dims", "alike"),
+    [
+        ("cpu", ParallelDims(tp=2, dp=4), True),
+        ("cuda", ParallelDims(tp=2, dp=2), True),
+        ("cuda", ParallelDims(tp=2, dp=4), False),
+        ("cuda", ParallelDims(tp=2, dp=2, cp=2), False),
+    ],
+)
+def test_copies_are_compared_where_their_sums_are_added_in_one_order(case, device, dims, alike):
+    names = []
+    for rank in (0, 1, dims.world_size - 2):
+        place, world = dims.coordinates(rank), World(rank, dims.world_size, 0, torch.device(device), None)
+        model = Transformer(case.config("x").model, TensorParallel(rank=place.tp, size=2))
+        mesh = SimpleNamespace(world=world, dims=dims, place=place)
+        names.append({name for name, _ in _digests(SimpleNamespace(model=model, mesh=mesh))})
+    first, copy, replica = names
+    assert first == replica
+    assert any(name.startswith("model.norm.weight") for name in first & copy) == alike
 
 
 def run_drifting(world, config, rank, name, at=4, asks_to_stop=False):

@@ -3,8 +3,8 @@
 ZeRO-1 gives every data-parallel rank the weights that their owners computed, so replicas are equal to the bit; nothing
 else in training would notice if they were not. Every so many steps each rank takes a digest of each weight that it
 holds; ranks that hold the same part of the same weight (over data and context parallel ranks; norms also over
-tensor-parallel ones) must have the same digest. That is between a step's last backward and its update: the next weights
-would replace a wrong copy, but not undo what its gradients did.
+tensor-parallel ones, but see `_digests`) must have the same digest. That is between a step's last backward and its
+update: the next weights would replace a wrong copy, but not undo what its gradients did.
 
 Each step that ends with a checkpoint is compared, too. So a fault that lasts is found before anything that it has
 touched is saved, and a restart, by torchrun or by hand, goes back to weights that it never reached. A flip that is gone
@@ -63,12 +63,20 @@ class ReplicaCheck:
 
 @torch.no_grad()
 def _digests(engine: Engine) -> Iterator[tuple[str, int]]:
-    """(which part of which weight, its digest) for all that this rank holds."""
+    """(which part of which weight, its digest) for all that this rank holds.
+
+    Copies along the tensor and pipeline axes are not replicas: each has its own group's sums of gradients. Those are
+    equal where ranks add up in their order, as on CPUs, and where there are but two terms. NCCL adds three and more in
+    an order that may be another in every group, and copies then drift apart by rounding: each group is for itself.
+    """
+    mesh = engine.mesh
+    adds_freely = mesh.world.device.type == "cuda" and mesh.dims.dp * mesh.dims.cp > 2
+    group = f" (tp rank {mesh.place.tp}, pp rank {mesh.place.pp})" if adds_freely else ""
     pieces = list(weight_pieces(engine.model))
     values = torch.stack([digest(piece.view) for piece in pieces]).tolist()  # one wait for the device
     for piece, value in zip(pieces, values, strict=True):
         part = "" if piece.shard.local_shape == piece.shard.shape else f", part at {list(piece.shard.offsets)}"
-        yield piece.hf_name + part, value
+        yield piece.hf_name + part + group, value
 
 
 def digest(values: Tensor) -> Tensor:

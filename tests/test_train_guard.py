@@ -61,6 +61,18 @@ def test_limits_are_multiples_of_medians_once_there_is_a_history():
     assert (off.limits().loss, off.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
 
 
+def test_nothing_that_clipping_leaves_alone_is_a_spike_nor_a_loss_that_shows_no_divergence():
+    """As where a few answers are learnt by heart, and medians vanish."""
+    guard = Guard(GuardConfig(loss_spike=3.0, grad_norm_spike=10.0, window=8), max_grad_norm=1.0)
+    noted(guard, 8, loss=0.002, grad_norm=0.01)
+    assert (guard.limits().loss, guard.limits().grad_norm) == (1.0, 1.0)
+    noted(guard, 8, loss=0.5, grad_norm=0.3)
+    assert (guard.limits().loss, guard.limits().grad_norm) == (1.5, 3.0)
+    unclipped = Guard(GuardConfig(window=8), max_grad_norm=math.inf)
+    noted(unclipped, 8, grad_norm=0.01)
+    assert unclipped.limits().grad_norm == pytest.approx(0.1), "there is nothing else to hold it back"
+
+
 @pytest.mark.parametrize(
     ("loss", "grad_norm", "reason"),
     [

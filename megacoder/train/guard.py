@@ -5,6 +5,9 @@ of the median of the updates before. The limits are plain numbers known before t
 by itself (see `megacoder.parallel.zero`); they depend on nothing but the run's history, which is part of a checkpoint:
 a resumed run leaves out what the uninterrupted one does.
 
+Nothing is a spike that clipping would leave as it is, nor a loss below LEAST_LOSS: a model that knows few answers by
+heart has a median next to nothing, of which any other text is many times as much.
+
 A median, since one spike would move a mean. Only updates that were made count in it: a level that really changed ends
 the run after `max_skipped` steps, rather than being taken for the new normal.
 """
@@ -21,14 +24,19 @@ from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 __all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
 
 
+LEAST_LOSS = 1.0
+"""Nats a token; no run that diverges is below."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """When an update is left out, when a run ends for it, and how often replicas are compared."""
 
     loss_spike: float | None = 3.0
-    """an update is left out where the loss is above so many times its median; left out: only where it is not finite"""
+    """an update is left out where the loss is above so many times its median, and 1 nat; left out: only where it is
+    not finite"""
     grad_norm_spike: float | None = 10.0
-    """the same for the gradient's norm before clipping"""
+    """the same for the gradient's norm before clipping, and the run's max_grad_norm"""
     window: int = 128
     """updates that the medians are over; nothing counts as a spike before a quarter of them"""
     max_skipped: int = 20
@@ -68,8 +76,10 @@ class Limits:
 class Guard:
     """Keeps the history that limits follow from; the same on every rank."""
 
-    def __init__(self, config: GuardConfig) -> None:
+    def __init__(self, config: GuardConfig, *, max_grad_norm: float = 0.0) -> None:
+        """`max_grad_norm` is what gradients are clipped to; inf for none."""
         self.config = config
+        self._least_grad_norm = max_grad_norm if math.isfinite(max_grad_norm) else 0.0
         self.num_skipped = 0
         """updates left out since the run began"""
         self._in_a_row = 0
@@ -79,8 +89,8 @@ class Guard:
     def limits(self) -> Limits:
         """Those of the next update."""
         return Limits(
-            loss=self._limit(self._losses, self.config.loss_spike),
-            grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike),
+            loss=self._limit(self._losses, self.config.loss_spike, least=LEAST_LOSS),
+            grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike, least=self._least_grad_norm),
         )
 
     def note(self, *, loss: float, grad_norm: float, skipped: bool) -> str | None:
@@ -118,10 +128,10 @@ class Guard:
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
 
-    def _limit(self, values: deque[float], factor: float | None) -> float:
+    def _limit(self, values: deque[float], factor: float | None, *, least: float) -> float:
         if factor is None or len(values) < max(1, self.config.window // 4):
             return sys.float_info.max
-        return factor * statistics.median(values)
+        return max(least, factor * statistics.median(values))
 
     def _reason(self, loss: float, grad_norm: float) -> str:
         limits = self.limits()

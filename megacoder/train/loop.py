@@ -92,7 +92,7 @@ class Trainer:
 
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
         self.engine = make_engine(config, layout, mesh)
-        self.guard = Guard(config.guard)
+        self.guard = Guard(config.guard, max_grad_norm=config.max_grad_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if self.step and world.is_first:

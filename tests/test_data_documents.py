@@ -9,6 +9,7 @@ import zstandard
 from data_samples import NASTY_TEXTS, write_jsonl
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.data import documents
 from megacoder.data.documents import DocumentReader, find_inputs
 from megacoder.data.tokenizer_training import sample_texts
 
@@ -61,6 +62,10 @@ def test_folders_are_searched_in_order(tmp_path):
     assert names == ["b/2.jsonl", "a.parquet", "b/1.jsonl.zst", "b/2.jsonl"]
 
 
+def many_keys(count):
+    return json.dumps({f"key{index}": 0 for index in range(count)}).encode()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -69,6 +74,11 @@ def test_folders_are_searched_in_order(tmp_path):
         (b'{"contents": "a"}', "rows.jsonl:2: no key 'content'; did you mean 'contents'"),
         (b'{"x": "a"}', "rows.jsonl:2: no key 'content'; there are 'x'"),
         (b"{}", "rows.jsonl:2: no key 'content'; there are none"),
+        (many_keys(3000), "no key 'content'; there are 'key0', .*'key19', ...$"),
+        (b'{"content": [' + b"7," * 10_000 + b"7]}", r"'content' is \[7, 7, .{,40}, expected text$"),
+        (b'\xef\xbb\xbf{"content": "a"}', "rows.jsonl:2: malformed JSON: Unexpected UTF-8 BOM"),
+        (b'{"content": "\x00"}', "rows.jsonl:2: malformed JSON: Invalid control character at"),
+        (b'{"content": "a", "n": ' + b"9" * 5000 + b"}", "rows.jsonl:2: malformed JSON: Exceeds the limit"),
         (b'{"content": 7}', "rows.jsonl:2: 'content' is 7, expected text"),
         (b'{"content": null}', "rows.jsonl:2: 'content' is None, expected text"),
         (b'{"content": "\xff"}', "rows.jsonl:2: not UTF-8 .byte 0xff at 13"),
@@ -134,3 +144,30 @@ def test_a_sample_keeps_to_its_budget_whatever_the_order(tmp_path):
     assert sample_texts([third, second], text_key="content", max_bytes=4000) == sample
     assert sorted(sample_texts([first], text_key="content", max_bytes=10**6)) == sorted(texts)
     assert sample_texts([first], text_key="content", max_bytes=1) == sample[:1]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "rows.jsonl", [{"content": "a"}])
+
+    def refuse(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(DataError, match=r"rows.jsonl: not readable: Permission denied$"):
+        list(DocumentReader(tmp_path / "rows.jsonl", text_key="content"))
+
+
+def test_long_rows_of_parquet_are_read_few_at_a_time(tmp_path, monkeypatch):
+    rows, sizes = [{"content": letter * 300_000} for letter in "abcdefghij"], []
+    path = write(tmp_path / "rows.parquet", rows)
+    original = pq.ParquetFile.iter_batches
+
+    def recording(self, batch_size, **options):
+        sizes.append(batch_size)
+        return original(self, batch_size, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recording)
+    monkeypatch.setattr(documents, "_BYTES_AT_ONCE", 1000)
+    assert list(DocumentReader(path, text_key="content")) == [[row["content"]] for row in rows]
+    assert list(DocumentReader(write(path, ROWS), text_key="content")) == [[text] for text in NASTY_TEXTS]
+    assert sizes[0] < sizes[1] <= 256

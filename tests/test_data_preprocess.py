@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,8 +200,18 @@ def test_input_without_documents_is_refused(corpus):
     with pytest.raises(DataError, match=r"c.jsonl:1: no key 'text'"):
         preprocess(config_of(corpus, input=(corpus / "in" / "c.jsonl",), text_key="text", output="other"))
     assert not (corpus / "other.parts").exists()
-    with pytest.raises(ConfigError, match="workers = 0"):
-        config_of(corpus, workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1025])
+def test_numbers_of_workers_that_cannot_be_are_refused(corpus, workers):
+    with pytest.raises(ConfigError, match=rf"workers = {workers}: 1 to 1024"):
+        config_of(corpus, workers=workers)
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_an_output_without_a_name_is_refused(corpus, output):
+    with pytest.raises(ConfigError, match=rf"output = '{output}': expected a prefix"):
+        PreprocessConfig(input=(corpus / "in",), tokenizer=corpus / "tokenizer", output=Path(output))
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(corpus):

@@ -3,12 +3,13 @@
 import ctypes
 import importlib
 import importlib.util
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from megacoder.core.processes import num_cores
 
 __all__ = [
     "CUDA_LIBRARY",
@@ -44,7 +45,7 @@ class Machine:
 
 def probe() -> Machine:
     """Looks at the machine without initialising a GPU context beyond counting."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     if torch.cuda.is_available():
         name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
         return Machine(device_type="cuda", device_name=name, num_devices=count, num_cores=cores)

@@ -1,4 +1,4 @@
-"""Starting worker processes so that an interrupt never meets one half-started; ending those that cannot end.
+"""Worker processes: how many, started so that an interrupt never meets one half-started, ended where they cannot end.
 
 A new process reads what to run from a pipe. Were Ctrl-C raised while the parent writes it, the child would find the
 pipe cut off and end with a traceback of its own.
@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["kill_sibling", "starting_workers"]
+__all__ = ["kill_sibling", "num_cores", "starting_workers"]
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

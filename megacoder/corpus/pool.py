@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from megacoder.core.errors import CorpusError
-from megacoder.core.processes import starting_workers
+from megacoder.core.processes import num_cores, starting_workers
 
 __all__ = ["run_tasks"]
 
@@ -27,7 +27,7 @@ def run_tasks(
     `workers` of 0 means one per core. Tasks start in the order given, which puts long ones first if the caller does.
     The first error stops the run; CorpusError if a worker is killed.
     """
-    workers = min(workers or _num_cores(), len(tasks))
+    workers = min(workers or num_cores(), len(tasks))
     if workers <= 1:
         results = []
         for task in tasks:
@@ -49,10 +49,6 @@ def run_tasks(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:

@@ -5,9 +5,11 @@ Every fault of the input is one line with the place where it is.
 """
 
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from reprlib import repr as shown  # of a value of any size, as that of an input can be
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +24,8 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
 """Names of input files end with one of these."""
 
 _ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 24  # in the mean
+_KEYS_COMPARED, _KEYS_SHOWN = 1000, 20  # of the keys of a row, in a message
 
 
 def find_inputs(paths: Iterable[Path]) -> list[Path]:
@@ -65,14 +69,16 @@ class DocumentReader:
                 document.append(text)
                 open_key = key
         except OSError as error:  # pyarrow's errors about damaged files are OSErrors or ValueErrors
-            raise FormatError(f"{self.path}: not readable: {error}") from None
+            raise FormatError(f"{self.path}: not readable: {error.strerror or error}") from None
         if document:
             yield document
         self.fraction = 1.0
 
     def _check_text(self, place: str, text: Any) -> None:
         if not isinstance(text, str):
-            raise DataError(f"{place}: {self.text_key!r} is {text!r}, expected text")
+            raise DataError(f"{place}: {self.text_key!r} is {shown(text)}, expected text")
+        if text.isascii():  # as it knows of itself
+            return
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -85,7 +91,7 @@ class DocumentReader:
                 for column in columns:
                     self._check_key(str(self.path), "column", column, file.schema_arrow.names)
                 done = 0
-                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                for batch in file.iter_batches(_rows_at_once(file.metadata), columns=columns):
                     texts = batch.column(self.text_key).to_pylist()
                     keys = batch.column(self.document_key).to_pylist() if self.document_key else [None] * len(texts)
                     for row, pair in enumerate(zip(texts, keys, strict=True), start=done):
@@ -114,9 +120,16 @@ class DocumentReader:
 
     def _check_key(self, place: str, kind: str, key: str, known: Iterable[str]) -> None:
         if key not in known:
-            match = nearest(key, known)
-            hint = f"did you mean {match!r}?" if match else f"there are {', '.join(map(repr, known)) or 'none'}"
+            names = list(itertools.islice(known, _KEYS_COMPARED))
+            match = nearest(key, names)
+            there = ", ".join([*map(shown, names[:_KEYS_SHOWN]), *["..."][: len(names) > _KEYS_SHOWN]])
+            hint = f"did you mean {match!r}?" if match else f"there are {there or 'none'}"
             raise DataError(f"{place}: no {kind} {key!r}; {hint}")
+
+
+def _rows_at_once(about: pq.FileMetaData) -> int:
+    size = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * about.num_rows // max(size, 1)))
 
 
 def _parse_row(place: str, line: bytes) -> dict[str, Any]:

@@ -5,31 +5,27 @@ serves only where it has just given the reference's ids for this very tokenizer:
 and in context, every token of the vocabulary, control tokens spelled out, and long runs. Otherwise the reference
 serves, and one line says why.
 
-A text of any length is encoded in bounded memory: the reference takes 260 bytes a character. So texts are cut where
-the splits of the pre-tokenizer cut anyway, whatever stands on either side: behind a line break, around a digit,
-between a letter and a blank that a letter follows.
 """
 
 import importlib
 import importlib.util
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from megacoder.core.console import say
-from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.errors import ConfigError
+from megacoder.data.places import CuttingPlaces
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-__all__ = ["BatchEncoder", "EncoderName", "cut", "fast_encoder", "places_to_cut", "reference_encoder"]
+__all__ = ["BatchEncoder", "EncoderName", "fast_encoder", "reference_encoder"]
 
 EncoderName = Literal["auto", "fastokens", "tokenizers"]
 
 _THREADS = "FASTOKENS_BPE_THREADS"  # read once, as fastokens starts to encode
-_CUT_CHARACTERS = 1 << 20
-_LONGEST_RUN = 1 << 24  # characters without a place to cut; 2 GB in the reference
+_REFERENCE_CHARACTERS = 1 << 22  # that the reference gets at once, at 260 bytes each
 
 
 class BatchEncoder(Protocol):
@@ -61,47 +57,27 @@ def reference_encoder(tokenizer: Tokenizer) -> BatchEncoder:
     """tokenizers, in its own threads unless TOKENIZERS_PARALLELISM=false."""
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = tokenizer.encode_batch(texts)
-        counts = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.concatenate([np.empty(0, np.uint32), *(np.array(one, np.uint32) for one in ids)]), counts
+        ids = [np.array(one, np.uint32) for batch in _batches(texts) for one in tokenizer.encode_batch(batch)]
+        return np.concatenate([np.empty(0, np.uint32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
 
-    return _cutting(encode, places_to_cut(tokenizer))
-
-
-def places_to_cut(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Ends where a text can be cut and its parts encoded apart; behind line breaks, and more where the splits allow."""
-    places = [r"[\r\n]"]  # a Tokenizer has been seen to keep these apart
-    if tokenizer.splits("a12=3 4") == ["a", "1", "2", "=", "3", " ", "4"]:
-        places.append("[0-9]")
-    if tokenizer.splits("ab cd\tef") == ["ab", " cd", "\tef"]:
-        places.append(r"[A-Za-z](?=[ \t][A-Za-z])")
-    return re.compile("|".join(places))
+    return _cutting(encode, CuttingPlaces(tokenizer))
 
 
-def cut(text: str, places: re.Pattern[str]) -> list[str]:
-    """`text` in pieces of about a million characters whose ids, one after another, are those of the whole.
-
-    Raises DataError where it has nowhere to cut for 16 million characters, as no source text has.
-    """
-    if len(text) <= _CUT_CHARACTERS:
-        return [text]
-    bounds = [0]
-    while len(text) - bounds[-1] > _CUT_CHARACTERS:
-        place = places.search(text, bounds[-1] + _CUT_CHARACTERS - 1, bounds[-1] + _LONGEST_RUN)
-        if place is None:
-            break
-        bounds.append(place.end())
-    if len(text) - bounds[-1] > _LONGEST_RUN:
-        start = text[bounds[-1] : bounds[-1] + 20]
-        raise DataError(f"{_LONGEST_RUN:,} characters without a line break, digit or blank, from {start!r} on")
-    return [text[start:end] for start, end in zip(bounds, [*bounds[1:], len(text)], strict=True)]
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`texts` in stretches of about `_REFERENCE_CHARACTERS`."""
+    start = gathered = 0
+    for stop, text in enumerate(texts, start=1):
+        gathered += len(text)
+        if gathered >= _REFERENCE_CHARACTERS or stop == len(texts):
+            yield texts[start:stop]
+            start, gathered = stop, 0
 
 
-def _cutting(encode: BatchEncoder, places: re.Pattern[str]) -> BatchEncoder:
+def _cutting(encode: BatchEncoder, places: CuttingPlaces) -> BatchEncoder:
     def encode_cut(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if max(map(len, texts), default=0) <= _CUT_CHARACTERS:
+        pieces = [places.cut(text) for text in texts]
+        if len(texts) == sum(map(len, pieces)):
             return encode(texts)
-        pieces = [cut(text, places) for text in texts]
         ids, counts = encode([piece for of_text in pieces for piece in of_text])
         firsts = np.cumsum([0, *map(len, pieces[:-1])])  # no text is without a piece, which `reduceat` relies on
         return ids, np.add.reduceat(counts, firsts)
@@ -120,7 +96,9 @@ def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
     try:
         encode = _fastokens(tokenizer)
         different = _first_difference(encode, reference, _check_texts(tokenizer))
-    except Exception as error:  # whatever a foreign library raises about a tokenizer that it cannot take
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_fastokens_own(error)):  # another version may raise anything
+            raise
         raise _CannotServe(f"fastokens does not take this tokenizer ({error})") from None
     if different is not None:
         raise _CannotServe(f"fastokens gives other ids for {different!r}")
@@ -133,12 +111,24 @@ def _or_else(encode: BatchEncoder, reference: BatchEncoder) -> BatchEncoder:
     def encode_either(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
             return encode(texts)
-        except (KeyboardInterrupt, SystemExit, DataError):
-            raise
-        except BaseException:  # a panic of a Rust library is no Exception
+        except BaseException as error:
+            if not _is_fastokens_own(error):
+                raise
+        if len(texts) == 1:
             return reference(texts)
+        ids, counts = zip(*(encode_either([text]) for text in texts), strict=True)  # most are none of those
+        return np.concatenate(ids), np.concatenate(counts)
 
     return encode_either
+
+
+def _is_fastokens_own(error: BaseException) -> bool:
+    """Whether fastokens says with `error` that it cannot encode.
+
+    It raises ValueError, and where its Rust code panics PyO3's PanicException. That is no Exception but a direct
+    BaseException, and a class of each extension module's own that none of them exports: it has only its name.
+    """
+    return isinstance(error, ValueError) or type(error).__module__ == "pyo3_runtime"
 
 
 def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
@@ -148,7 +138,7 @@ def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
         ids, offsets = backend.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
-    return _cutting(encode, places_to_cut(tokenizer))
+    return _cutting(encode, CuttingPlaces(tokenizer))
 
 
 def _first_difference(candidate: BatchEncoder, reference: BatchEncoder, texts: Sequence[str]) -> str | None:

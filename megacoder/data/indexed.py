@@ -52,11 +52,11 @@ _CHECKING_THREADS = 4  # numpy works outside Python's lock
 
 
 def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
+    return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
+    return Path(f"{prefix}.idx")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

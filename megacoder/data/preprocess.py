@@ -18,6 +18,7 @@ import numpy as np
 from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.files import remove_stale_temporaries
+from megacoder.core.processes import num_cores
 from megacoder.data.documents import DocumentReader, find_inputs
 from megacoder.data.encoders import EncoderName, fast_encoder
 from megacoder.data.encoding import Piece, encode_in_order
@@ -28,6 +29,7 @@ from megacoder.data.tokenizer import Tokenizer
 __all__ = ["PreprocessConfig", "preprocess"]
 
 _PIECE_CHARACTERS = 1 << 19
+_MOST_WORKERS = 1024
 _TOKENS_AT_ONCE = 1 << 16  # whose lengths a core's cache holds
 
 
@@ -51,8 +53,10 @@ class PreprocessConfig:
     """tokenizers, the reference; fastokens, as fast as several of it (the extra `fast`); or that one if it is there"""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers = {self.workers}: at least 1")
+        if self.output.name in ("", ".."):
+            raise ConfigError(f"output = {str(self.output)!r}: expected a prefix of names of files, as data/train")
+        if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
+            raise ConfigError(f"workers = {self.workers}: 1 to {_MOST_WORKERS}, or none for one per core")
 
 
 def preprocess(config: PreprocessConfig) -> Sidecar:
@@ -124,7 +128,7 @@ def _write_parts(config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[Pa
     todo = {part: path for part, path in inputs.items() if not _is_whole(part)}
     sizes = {part: path.stat().st_size for part, path in inputs.items()}
     completed = float(sum(size for part, size in sizes.items() if part not in todo))
-    workers = config.workers or _cores()
+    workers = config.workers or num_cores()
     fast = fast_encoder(config.encoder, tokenizer, threads=workers)
     pieces = _pieces(config, todo.values(), characters=_PIECE_CHARACTERS * (workers if fast else 1))
     text_bytes, start = 0, time.monotonic()
@@ -142,12 +146,6 @@ def _write_parts(config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[Pa
                     if piece.ends_file:
                         break
             completed += sizes[part]
-
-
-def _cores() -> int:
-    from megacoder.core.device import probe  # brings torch, which a run with --workers does not need
-
-    return probe().num_cores
 
 
 def _is_whole(part: Path) -> bool:

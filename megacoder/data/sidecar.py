@@ -42,7 +42,7 @@ class Sidecar:
 
     @staticmethod
     def path(prefix: Path) -> Path:
-        return prefix.with_name(prefix.name + ".json")
+        return Path(f"{prefix}.json")
 
     @classmethod
     def read(cls, prefix: Path) -> "Sidecar | None":

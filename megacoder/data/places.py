@@ -1,0 +1,87 @@
+"""Where a text can be cut so that its parts, each encoded by itself, have the ids of the whole.
+
+A pre-tokenizer splits text into words that are encoded apart, but where it splits depends on what stands around. Three
+kinds of places do not: the two characters at them decide. They are before and behind a line break, behind a digit, and
+behind a letter that ASCII other than a letter follows. A Tokenizer has been seen to keep line breaks apart; whether
+its splits have the other two is tried. In source text no place is far.
+
+So a text of any length is encoded in bounded memory, where `tokenizers` takes 260 bytes a character, and a cut through
+encoded text changes few ids.
+"""
+
+import itertools
+import re
+import string
+
+import numpy as np
+
+from megacoder.core.errors import DataError
+from megacoder.data.tokenizer import Tokenizer
+
+__all__ = ["CuttingPlaces"]
+
+_PART_CHARACTERS = 1 << 20
+_LONGEST_RUN = 1 << 24  # characters without a place; 2 GB in `tokenizers`
+_LINE_BREAKS = "\r\n"
+_MAY_FOLLOW_A_LETTER = string.digits + string.punctuation + " \t"
+_AROUND = ("", " ", ".", "1", "é")
+_BEHIND, _BETWEEN, _BEFORE = 1, 2, 4  # what the text to the left decides, both sides, and the text to the right
+
+
+class CuttingPlaces:
+    """Of one tokenizer. `pattern` ends behind such places, other than those before line breaks, in text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        behind = _LINE_BREAKS
+        if tokenizer.splits("a12=3 4") == ["a", "1", "2", "=", "3", " ", "4"]:
+            behind += string.digits
+        followers = _splitting_followers(tokenizer)
+        self.pattern = re.compile(f"[{behind}]" + (f"|[A-Za-z](?=[{re.escape(followers)}])" if followers else ""))
+        left = {byte.encode(): _BEHIND for byte in behind} | {byte.encode(): _BETWEEN for byte in string.ascii_letters}
+        right = {byte.encode(): _BETWEEN for byte in followers} | {byte.encode(): _BEFORE for byte in _LINE_BREAKS}
+        ends = [left.get(token[-1:], 0) | _BEFORE for token in tokenizer.token_bytes]
+        begins = [right.get(token[:1], 0) | _BEHIND for token in tokenizer.token_bytes]
+        self._sides = np.array(ends, dtype=np.uint8) | np.array(begins, dtype=np.uint8) << 4
+
+    def borders(self, ids: np.ndarray) -> np.ndarray:
+        """int64, rising: the tokens of an encoded text before which it can be cut, 0 and len(ids) among them."""
+        can_be_cut = np.empty(len(ids) + 1, dtype=bool)
+        can_be_cut[0] = can_be_cut[-1] = True
+        sides = self._sides[ids]
+        np.not_equal(sides[:-1] & (sides[1:] >> 4), 0, out=can_be_cut[1:-1])
+        return np.flatnonzero(can_be_cut)
+
+    def cut(self, text: str) -> list[str]:
+        """`text` in parts of about a million characters.
+
+        Raises DataError where it has nowhere to cut for 16 million characters, as no source text has.
+        """
+        if len(text) <= _PART_CHARACTERS:
+            return [text]
+        bounds = [0]
+        while len(text) - bounds[-1] > _PART_CHARACTERS:
+            place = self.pattern.search(text, bounds[-1] + _PART_CHARACTERS - 1, bounds[-1] + _LONGEST_RUN)
+            if place is None:
+                break
+            bounds.append(place.end())
+        if len(text) - bounds[-1] > _LONGEST_RUN:
+            start = text[bounds[-1] : bounds[-1] + 20]
+            raise DataError(
+                f"{_LONGEST_RUN:,} characters without a line break, digit or end of a word, from {start!r} on"
+            )
+        return [text[start:end] for start, end in itertools.pairwise([*bounds, len(text)])]
+
+
+def _splitting_followers(tokenizer: Tokenizer) -> str:
+    """The characters before which a word of ASCII letters is seen to end, whatever is around the two."""
+    probes = [
+        (follower, f"{before}ab", f"{follower}{after}\n")
+        for follower in _MAY_FOLLOW_A_LETTER
+        for before in _AROUND
+        for after in (*_AROUND, follower)
+    ]
+    splits = tokenizer.splits("".join(word + rest for _, word, rest in probes))
+    places = set(itertools.accumulate(map(len, splits)))
+    starts = itertools.accumulate((len(word) + len(rest) for _, word, rest in probes), initial=0)
+    inside = {probe[0] for probe, start in zip(probes, starts, strict=False) if start + len(probe[1]) not in places}
+    return "".join(follower for follower in _MAY_FOLLOW_A_LETTER if follower not in inside)

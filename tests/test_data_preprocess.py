@@ -80,7 +80,7 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, monkeypatch):
 
 def test_a_second_run_does_nothing(corpus, monkeypatch):
     first = preprocess(config_of(corpus))
-    monkeypatch.setattr(module, "_write_parts", None)
+    monkeypatch.setattr(module, "_write", None)
     assert preprocess(config_of(corpus, workers=2)) == first
 
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ EncoderName = Literal["auto", "fastokens", "tokenizers"]
 
 _THREADS = "FASTOKENS_BPE_THREADS"  # read once, as fastokens starts to encode
 _REFERENCE_CHARACTERS = 1 << 22  # that the reference gets at once, at 260 bytes each
+
+_Encoded = tuple[np.ndarray, np.ndarray]  # as a BatchEncoder returns
 
 
 class BatchEncoder(Protocol):
@@ -92,10 +95,13 @@ class _CannotServe(Exception):
 def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
     if importlib.util.find_spec("fastokens") is None:
         raise _CannotServe("fastokens, six times as fast, is not installed (pip install 'megacoder[fast]')")
-    reference = reference_encoder(tokenizer)
+    reference, texts = reference_encoder(tokenizer), _check_texts(tokenizer)
     try:
-        encode = _fastokens(tokenizer)
-        different = _first_difference(encode, reference, _check_texts(tokenizer))
+        with ThreadPoolExecutor(1) as thread:  # neither holds Python's lock
+            building = thread.submit(_fastokens, tokenizer)
+            expected = reference(texts)
+            encode = building.result()
+        different = _first_difference(encode(texts), expected, texts)
     except BaseException as error:
         if not (isinstance(error, Exception) or _is_fastokens_own(error)):  # another version may raise anything
             raise
@@ -141,9 +147,9 @@ def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
     return _cutting(encode, CuttingPlaces(tokenizer))
 
 
-def _first_difference(candidate: BatchEncoder, reference: BatchEncoder, texts: Sequence[str]) -> str | None:
-    """The first of `texts` that the two encode differently, its first 40 characters."""
-    (ids, counts), (expected, expected_counts) = candidate(texts), reference(texts)
+def _first_difference(found: _Encoded, reference: _Encoded, texts: Sequence[str]) -> str | None:
+    """The first of `texts` that the two have encoded differently, its first 40 characters."""
+    (ids, counts), (expected, expected_counts) = found, reference
     if np.array_equal(counts, expected_counts) and np.array_equal(ids, expected):
         return None
     same = [np.array_equal(*pair) for pair in zip(_apart(ids, counts), _apart(expected, expected_counts), strict=True)]

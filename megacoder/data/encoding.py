@@ -157,5 +157,5 @@ def _encode(tokenizer: Tokenizer, encode: BatchEncoder, piece: Piece) -> Encoded
         tokens=ids.astype(token_dtype(tokenizer.vocab_size)),
         lengths=lengths,
         sequences=sequences,
-        text_bytes=sum(len(text.encode()) for text in texts),
+        text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
     )

@@ -35,10 +35,10 @@ from typing import IO, BinaryIO
 import numpy as np
 
 from megacoder.core.errors import DataError, FormatError
-from megacoder.core.files import replacing
+from megacoder.core.files import fsync_path, replacing
 from megacoder.core.native import native
 
-__all__ = ["IndexedDataset", "IndexedDatasetWriter", "bin_path", "idx_path", "token_dtype"]
+__all__ = ["IndexedDataset", "IndexedDatasetWriter", "bin_path", "idx_path", "rename_dataset", "token_dtype"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -57,6 +57,14 @@ def bin_path(prefix: Path) -> Path:
 
 def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
+
+
+def rename_dataset(prefix: Path, new: Path) -> None:
+    """Gives a pair another name in its file system, in place of a pair that has it; at no time is half of one there."""
+    idx_path(new).unlink(missing_ok=True)  # an older index must not outlive its tokens
+    for path in (bin_path, idx_path):
+        os.replace(path(prefix), path(new))
+        fsync_path(new.parent)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

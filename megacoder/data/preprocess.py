@@ -1,8 +1,9 @@
 """Documents -> `.bin/.idx`, on all cores, resumable after a kill, byte-identical for any number of workers.
 
 One process reads and writes, in the order of the input; workers encode pieces of about half a megabyte. Each input
-file becomes a part, a small dataset beside the output that is whole once its `.idx` exists; a run that was killed goes
-on with the first file without one. At the end the parts are joined, described and removed.
+file becomes a part, a small dataset in a folder beside the output, and complete once its `.idx` exists; a run that was
+killed goes on with the first file without one. The output grows in that folder together with the parts, those of the
+run before copied into it, so that at the end it only takes its name.
 """
 
 import contextlib
@@ -17,12 +18,12 @@ import numpy as np
 
 from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.core.files import remove_stale_temporaries
+from megacoder.core.files import exclusive, remove_stale_temporaries
 from megacoder.core.processes import num_cores
 from megacoder.data.documents import DocumentReader, find_inputs
 from megacoder.data.encoders import EncoderName, fast_encoder
 from megacoder.data.encoding import Piece, encode_in_order
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path, token_dtype
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path, rename_dataset, token_dtype
 from megacoder.data.sidecar import Sidecar, checksum
 from megacoder.data.tokenizer import Tokenizer
 
@@ -71,24 +72,27 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     if finished is not None:
         say(f"{config.output}: up to date, {finished.documents:,} documents, {finished.tokens:,} tokens")
         return finished
-    folder = config.output.with_name(config.output.name + ".parts")
+    folder = _parts_folder(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(folder)
-        parts = [folder / _part_name(config, tokenizer, description) for description in described]
-        _write_parts(config, tokenizer, dict(zip(parts, inputs, strict=True)))
-        sidecar = _join(config, tokenizer, parts, described)
-        shutil.rmtree(folder)
+        with exclusive(folder, what="preprocess"):
+            try:
+                remove_stale_temporaries(folder)
+                sidecar = _write(config, tokenizer, dict(zip(described, inputs, strict=True)), described)
+                shutil.rmtree(folder)
+            finally:
+                with contextlib.suppress(OSError):  # of no use without parts
+                    folder.rmdir()
     except OSError as error:
         where = error.filename or config.output
         raise DataError(
             f"{where}: {error.strerror or error}; finished files are kept, the same command goes on"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):  # of no use without parts
-            folder.rmdir()
     say(f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text")
     return sidecar
+
+
+def _parts_folder(config: PreprocessConfig) -> Path:
+    return config.output.with_name(config.output.name + ".parts")
 
 
 def _describe(path: Path) -> str:
@@ -106,7 +110,7 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
     """The description of a finished run of this configuration; ConfigError if the output is something else."""
     sidecar = Sidecar.read(config.output)
     if sidecar is None:
-        if idx_path(config.output).exists() and not config.output.with_name(config.output.name + ".parts").exists():
+        if idx_path(config.output).exists() and not _parts_folder(config).exists():
             raise ConfigError(f"{idx_path(config.output)}: made by another program; choose another --output")
         return None
     wanted = {
@@ -123,32 +127,61 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
     return sidecar if idx_path(config.output).exists() else None
 
 
-def _write_parts(config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[Path, Path]) -> None:
-    """Makes the parts that are not there yet; `inputs` are the input files by part."""
-    todo = {part: path for part, path in inputs.items() if not _is_whole(part)}
-    sizes = {part: path.stat().st_size for part, path in inputs.items()}
-    completed = float(sum(size for part, size in sizes.items() if part not in todo))
+def _write(
+    config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[str, Path], described: tuple[str, ...]
+) -> Sidecar:
+    """Makes the parts that are not there yet, and of all parts the output; `inputs` are the files as `described`."""
+    folder, dtype = _parts_folder(config), token_dtype(tokenizer.vocab_size)
+    parts = {name: folder / _part_name(config, tokenizer, name) for name in inputs}
+    todo = {name: inputs[name] for name, part in parts.items() if not _is_complete(part)}
+    sizes = {name: path.stat().st_size for name, path in inputs.items()}
+    completed = float(sum(size for name, size in sizes.items() if name not in todo))
     workers = config.workers or num_cores()
     fast = fast_encoder(config.encoder, tokenizer, threads=workers)
-    pieces = _pieces(config, todo.values(), characters=_PIECE_CHARACTERS * (workers if fast else 1))
-    text_bytes, start = 0, time.monotonic()
+    characters = _PIECE_CHARACTERS * (min(workers, num_cores()) if fast else 1)
+    pieces = _pieces(config, list(todo.values()), characters=characters)
+    encoding = encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast)
+    text_bytes, text_bytes_before, start = 0, 0, time.monotonic()  # of this run, of parts made before
     with (
         progress("preprocess", sum(sizes.values())) as bar,
-        encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast) as results,
+        encoding as results,
+        IndexedDatasetWriter(folder / "output", dtype=dtype) as output,
     ):
-        for part in todo:
-            with IndexedDatasetWriter(part, dtype=token_dtype(tokenizer.vocab_size)) as writer:
+        for name in described:
+            if todo.pop(name, None) is None:
+                part = IndexedDataset(parts[name])
+                output.append(part)
+                text_bytes_before += _text_bytes(part, tokenizer)
+                continue
+            with IndexedDatasetWriter(parts[name], dtype=dtype) as writer:
                 for piece, encoded in results:
-                    writer.add_documents(encoded.tokens, encoded.lengths, encoded.sequences)
+                    for dataset in (writer, output):
+                        dataset.add_documents(encoded.tokens, encoded.lengths, encoded.sequences)
                     text_bytes += encoded.text_bytes
                     speed = text_bytes / 1e6 / max(time.monotonic() - start, 1e-3)
                     bar.update(completed + piece.read, f"{speed:.1f} MB/s")
                     if piece.ends_file:
                         break
-            completed += sizes[part]
+            completed += sizes[name]
+        if output.num_documents == 0:
+            raise DataError(f"no documents in {', '.join(map(str, config.input))}")
+    rename_dataset(output.prefix, config.output)
+    sidecar = Sidecar(
+        documents=output.num_documents,
+        sequences=output.num_sequences,
+        tokens=output.num_tokens,
+        bytes=text_bytes + text_bytes_before,
+        tokenizer=tokenizer.digest,
+        text_key=config.text_key,
+        document_key=config.document_key,
+        inputs=described,
+        checksum=checksum(config.output),
+    )
+    sidecar.write(config.output)
+    return sidecar
 
 
-def _is_whole(part: Path) -> bool:
+def _is_complete(part: Path) -> bool:
     try:
         IndexedDataset(part)
     except DataError:
@@ -170,28 +203,9 @@ def _pieces(config: PreprocessConfig, inputs: Iterable[Path], *, characters: int
         yield Piece(path=path, documents=documents, read=size, ends_file=True)
 
 
-def _join(config: PreprocessConfig, tokenizer: Tokenizer, parts: list[Path], described: tuple[str, ...]) -> Sidecar:
-    """Appends all parts into the output and describes it; the description is written last."""
+def _text_bytes(dataset: IndexedDataset, tokenizer: Tokenizer) -> int:
+    """Of the text that `dataset` was made of, in UTF-8."""
     lengths = np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
     lengths[tokenizer.eos_id] = 0
-    text_bytes = 0
-    with IndexedDatasetWriter(config.output, dtype=token_dtype(tokenizer.vocab_size)) as writer:
-        for part in map(IndexedDataset, parts):
-            writer.append(part)
-            for at in range(0, part.num_tokens, _TOKENS_AT_ONCE):
-                text_bytes += int(lengths[part.tokens[at : at + _TOKENS_AT_ONCE]].sum())
-        if writer.num_documents == 0:
-            raise DataError(f"no documents in {', '.join(map(str, config.input))}")
-    sidecar = Sidecar(
-        documents=writer.num_documents,
-        sequences=writer.num_sequences,
-        tokens=writer.num_tokens,
-        bytes=text_bytes,
-        tokenizer=tokenizer.digest,
-        text_key=config.text_key,
-        document_key=config.document_key,
-        inputs=described,
-        checksum=checksum(config.output),
-    )
-    sidecar.write(config.output)
-    return sidecar
+    starts = range(0, dataset.num_tokens, _TOKENS_AT_ONCE)
+    return sum(int(lengths[dataset.tokens[at : at + _TOKENS_AT_ONCE]].sum()) for at in starts)

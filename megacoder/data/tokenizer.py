@@ -225,11 +225,13 @@ def _with_literal_controls(definition: str) -> str:
     """
     try:
         parsed = json.loads(definition)
-        for token in parsed["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in SPECIAL_TOKENS.values()
+        controls = [token for token in parsed["added_tokens"] if token["content"] in SPECIAL_TOKENS.values()]
+        unmarked = [token for token in controls if not token["special"]]
     except (ValueError, KeyError, TypeError):
         raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
-    return json.dumps(parsed, ensure_ascii=False)
+    for token in unmarked:
+        token["special"] = True
+    return json.dumps(parsed, ensure_ascii=False) if unmarked else definition
 
 
 def _digest(parsed: dict[str, Any]) -> str:

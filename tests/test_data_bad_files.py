@@ -13,12 +13,15 @@ from data_samples import small_tokenizer, source_texts, write_jsonl
 
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.data.cuts import CharacterCutter
+from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megacoder.data.inspection import InspectConfig, inspect
 from megacoder.data.merging import MergeConfig, merge
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.sidecar import Sidecar
-from megacoder.data.tokenizer import train_tokenizer
+from megacoder.data.stream import StreamConfig, TokenStream
+from megacoder.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,24 @@ def test_one_line_of_megabytes_and_nul_bytes_are_encoded_whole(made, tmp_path, s
     dataset = IndexedDataset(tmp_path / "set")
     decoded = [small_tokenizer().decode(dataset.document(index)[:-1].tolist()) for index in range(3)]
     assert decoded == texts
+
+
+def test_a_minified_file_costs_fill_in_the_middle_its_cuts_alone(made, tmp_path, monkeypatch):
+    text = " ".join("".join(source_texts()).split())[:1_100_000]  # one line, more than is encoded at once
+    write_jsonl(tmp_path / "in.jsonl", [{"content": text}])
+    preprocess(config_of(made, tmp_path / "in.jsonl", output=tmp_path / "set", encoder="auto"))
+    assert inspect(InspectConfig(prefix=tmp_path / "set", verify=True))["bytes_of_text"] == len(text.encode())
+    dataset, tokenizer = IndexedDataset(tmp_path / "set"), Tokenizer.load(made / "tokenizer")
+    encode, encoded = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda part: encoded.append(len(part)) or encode(part))
+    transform = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=1)
+    for epoch in range(10):
+        seen = transform(dataset.document(0), epoch=epoch, file=0).tolist()
+        hole, end = seen.index(tokenizer.fim_hole_id), seen.index(tokenizer.fim_end_id)
+        assert tokenizer.decode(seen[1:hole] + seen[end + 1 : -1] + seen[hole + 1 : end]) == text
+    assert sum(encoded) < 10 * 500
+    stream = TokenStream([dataset], tokenizer, StreamConfig(fim=FimConfig(rate=1.0)), global_batch_size=4)
+    assert (stream.next_batch().tokens == tokenizer.fim_begin_id).sum() == 1
 
 
 def test_a_raw_nul_byte_in_json_is_named(made, tmp_path):

@@ -167,12 +167,13 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
     marks = map(chr, (*range(0x300), *range(0x300, 0x3000, 8)))
     in_context = "".join(f"{mark}a {mark}1 .{mark}\n" for mark in marks)
     tokens = [token.decode(errors="ignore") for token in tokenizer.token_bytes]
+    apart = "".join(token if token.startswith(" ") else f"\n{token}" for token in tokens)
     runs = [mark * 3000 for mark in ("a", " ", "=", "\x00", "0", "\r\n", "ab1", "中", "é", "\t x", "().")]
     controls = [f"{left}{control}{right}" for control in SPECIAL_TOKENS.values() for left in "a " for right in "1\n"]
     return [
         *_slices(every),
         *_slices(in_context),
-        *_slices("\n".join(tokens)),
+        *_slices(apart),
         *runs,
         *controls,
     ]

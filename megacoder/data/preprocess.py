@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -132,12 +133,14 @@ def _write(
 ) -> Sidecar:
     """Makes the parts that are not there yet, and of all parts the output; `inputs` are the files as `described`."""
     folder, dtype = _parts_folder(config), token_dtype(tokenizer.vocab_size)
-    parts = {name: folder / _part_name(config, tokenizer, name) for name in inputs}
-    todo = {name: inputs[name] for name, part in parts.items() if not _is_complete(part)}
-    sizes = {name: path.stat().st_size for name, path in inputs.items()}
-    completed = float(sum(size for name, size in sizes.items() if name not in todo))
     workers = config.workers or num_cores()
-    fast = fast_encoder(config.encoder, tokenizer, threads=workers)
+    with ThreadPoolExecutor(1) as thread:  # its check takes as long as the digest and the parts' checks
+        checking = thread.submit(fast_encoder, config.encoder, tokenizer, threads=workers)
+        parts = {name: folder / _part_name(config, tokenizer, name) for name in inputs}
+        todo = {name: inputs[name] for name, part in parts.items() if not _is_complete(part)}
+        sizes = {name: path.stat().st_size for name, path in inputs.items()}
+        completed = float(sum(size for name, size in sizes.items() if name not in todo))
+        fast = checking.result()
     characters = _PIECE_CHARACTERS * (min(workers, num_cores()) if fast else 1)
     pieces = _pieces(config, list(todo.values()), characters=characters)
     encoding = encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast)

@@ -12,6 +12,7 @@ Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1)
 LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -46,7 +47,7 @@ class Tokenizer:
 
     BOS and EOS must be there, other control tokens only for those who use them: other models' tokenizers lack some.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
-    string's), `digest` is a SHA-256 over everything that decides the ids, `definition` its tokenizer.json.
+    string's), `definition` is its tokenizer.json.
     """
 
     def __init__(self, definition: str) -> None:
@@ -61,7 +62,6 @@ class Tokenizer:
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
         self.bos_id, self.eos_id = self._control_id("bos"), self._control_id("eos")
         self.token_bytes = self._byte_table()
-        self.digest = _digest(json.loads(self._backend.to_str()))
         self._check_line_breaks()
 
     @classmethod
@@ -112,6 +112,11 @@ class Tokenizer:
         """The pieces of `text` that are encoded each on its own."""
         splitter = self._backend.pre_tokenizer
         return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] if splitter else [text]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the ids, in hexadecimal; a sixth of a second, when first asked for."""
+        return _digest(json.loads(self._backend.to_str()))
 
     @property
     def fim_hole_id(self) -> int:

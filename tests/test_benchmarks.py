@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from command_line import run_command as run
 from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
+from language_problems import OWN_LANGUAGES, own_problems
 
 from megacoder.core.errors import DataError, FormatError
 from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
@@ -18,6 +21,7 @@ from megacoder.evaluate.benchmarks.pal import question_and_answer
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
+from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain, installed_languages
 from megacoder.evaluate.similarity import common_ratio
 
 ROWS = {
@@ -220,7 +224,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 
 def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megacoder.evaluate.benchmarks.completions.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint.time.sleep", lambda seconds: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     data = write(tmp_path / "d.jsonl", HUMANEVAL)
@@ -239,6 +243,73 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "/models: no answer in 0 s; is it a model's server?"),
+        (b"SSH-2.0-here\r\n", "/models: SSH-2.0-here; is the server running?"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", "/models: 404 Not Found: gone"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "/models: no model in []; name one (--api-model)"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "is the server running?"),
+        (b"", "is the server running?"),
+    ],
+)
+def test_a_server_that_is_none_is_one_line(tmp_path, capsys, monkeypatch, answer, message):
+    monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint._MODELS_SECONDS", 0.3)
+    data, open_until_the_end = write(tmp_path / "d.jsonl", HUMANEVAL), []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            while True:
+                try:
+                    channel, _ = server.accept()
+                except OSError:
+                    return
+                open_until_the_end.append(channel)
+                if answer is not None:
+                    channel.recv(4096)
+                    channel.sendall(answer)
+                    channel.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        code, out, err = run(capsys, "eval", "humaneval", "--data", data, "--endpoint", url)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"megacoder: {url}/models: ")
+    assert message in err
+
+
+def test_lines_that_no_evaluation_wrote_are_named(tmp_path, capsys):
+    out = tmp_path / "out"
+    score(tmp_path, capsys, "infill", "right", "--out", out)
+    for name, line in (("completions.jsonl", "{}"), ("results.jsonl", "?")):
+        kept = (out / name).read_text()
+        (out / name).write_text(f"{kept}{line}\n")
+        words = ["eval", "infill", "--data", tmp_path / "infill.jsonl", "--completions", tmp_path / "answers.jsonl"]
+        code, _, err = run(capsys, *words, "--out", out)
+        assert (code, err.count("\n")) == (1, 1)
+        assert f"{name}, line 2: not a line that an evaluation wrote" in err
+        (out / name).write_text(kept)
+
+
+def test_problems_of_our_own_in_every_language_installed_here():
+    here = [language for language in OWN_LANGUAGES if language in installed_languages()]
+    toolchains = {language: find_toolchain(language) for language in here}
+    programs = {}
+    for language in here:
+        benchmark = BENCHMARKS["humaneval"](Settings(language=language))
+        rows = own_problems(language)
+        for task in benchmark.tasks(rows[:2]):
+            assert cut(task.row["right"].rstrip(), benchmark.stops_of(task)) == task.row["right"].rstrip()
+            for kind in ("right", "wrong"):
+                programs[language, task.id, kind] = benchmark.program(task, task.row[kind], toolchains[language])
+    with Sandbox(workers=2, tools=[path for found in toolchains.values() for path in found.visible]) as sandbox:
+        for (*problem, kind), outcome in sandbox.run(programs.items()):
+            assert outcome.passed == (kind == "right"), (problem, kind, outcome)
+            assert outcome.step == len(toolchains[problem[0]].language.compile[:1]), (problem, kind, outcome)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("humaneval --data gone.jsonl --completions a.jsonl", "gone.jsonl: no such file"),
@@ -254,6 +325,19 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
         ("humaneval --data d.jsonl --completions a.jsonl --tp 2", "--tp 2: completions is no --model"),
         ("pal --data p.jsonl --completions a.jsonl", "pal needs --shots FILE"),
         ("humaneval --data d.jsonl --completions a.jsonl --out d.jsonl", "d.jsonl"),
+        ("humaneval --data d.jsonl --completions none.jsonl", "none.jsonl: no completions in it"),
+        ("humaneval --data d.jsonl --endpoint http://localhost:x/v1", "--endpoint http://localhost:x/v1: expected an"),
+        ("humaneval --data sh.jsonl --completions sh.jsonl", "sh: sh.jsonl needs a shelf, not installed here"),
+        ("mbpp --data tests.jsonl --completions a.jsonl", "task 1: test_list = [3]: expected a list of texts"),
+        ("infill --data i.jsonl --model torn", "torn/config.json: not readable as JSON"),
+        (
+            "infill --data i.jsonl --model bare",
+            "bare: no tokenizer.json in it; name the folder of one with --tokenizer",
+        ),
+        (
+            "humaneval --data d.jsonl --completions a.jsonl --out torn",
+            "torn/settings.json: not an evaluation's settings",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
@@ -264,6 +348,17 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     write(tmp_path / "a.jsonl", [{"task_id": f"Own/{n}", "completion": "x"} for n in range(2)])
     write(tmp_path / "some.jsonl", [{"task_id": "Own/0", "completion": "x"}])
     write(tmp_path / "unknown.jsonl", [{"task_id": "x", "completion": "x"}])
+    write(tmp_path / "none.jsonl", [])
+    write(tmp_path / "tests.jsonl", [{**MBPP[0], "task_id": 1, "test_list": [3]}])
+    write(tmp_path / "i.jsonl", INFILL)
+    shelf = Library(mention="shelf", install="a shelf", is_there=lambda paths: False)
+    monkeypatch.setitem(LANGUAGES, "sh", replace(LANGUAGES["sh"], libraries=(shelf,)))
+    row = {"task_id": "s", "language": "sh", "prompt": "f() {\n", "test": "}\n. shelf", "completion": ":"}
+    write(tmp_path / "sh.jsonl", [row])
+    for folder, config in (("torn", "{"), ("bare", '{"architectures": ["LlamaForCausalLM"]}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "torn" / "settings.json").write_text("[]")
     code, out, err = run(capsys, "eval", *words.split())
     assert code != 0
     assert out == ""

@@ -235,6 +235,24 @@ def test_tp_2_on_the_command_line_prints_once(folder, capsys):
     assert two.stdout == capsys.readouterr().out
 
 
+def test_two_ranks_chat_as_one(folder):
+    words = [sys.executable, "-m", "megacoder", "chat", "--model", str(folder), "--max-new-tokens", "5"]
+    told = {"input": "first \\\nline\n\nsecond größer\n", "capture_output": True, "text": True, "timeout": 240}
+    one, two = (subprocess.run([*words, "--dtype", "float32", "--tp", tp], check=False, **told) for tp in ("1", "2"))
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.stdout == one.stdout
+    assert one.stdout.count("\n") >= 2
+
+
+def test_a_folder_without_a_tokenizer_takes_anothers(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    words = ["generate", "--prompt", "def ", "--max-new-tokens", "4", "--model"]
+    main([*words, str(tmp_path / "model"), "--tokenizer", str(folder)])
+    given = capsys.readouterr().out
+    main([*words, str(folder)])
+    assert capsys.readouterr().out == given
+
+
 def test_tp_2_goes_on_with_an_evaluation(folder, tmp_path, capsys):
     prompts = [f"def f(x):\n    {line}\n" for line in ("y = x", "y = x + 1", "y = 2")]
     rows = [{"prompt": prompt, "suffix": "\n    return y\n", "canonical_solution": "y = x"} for prompt in prompts]

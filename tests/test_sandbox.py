@@ -13,8 +13,9 @@ from sandbox_attacks import ATTACKS
 
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
-from megacoder.evaluate.sandbox.languages import LANGUAGES, find_toolchain, installed_languages
+from megacoder.evaluate.sandbox.languages import LANGUAGES, Toolchain, find_toolchain, installed_languages
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step
+from megacoder.evaluate.sandbox.view import tool_folder
 
 SECRET = "planted-8c1f"
 LIMITS = Limits(seconds=0.4, memory_mb=160, processes=24, disk_mb=8, output_kb=64)
@@ -168,6 +169,36 @@ def test_files_of_one_program_are_not_there_for_the_next():
     assert outcome.stdout == "False []\n"
 
 
+LEFT_BEHIND = {
+    "a file beside its own": "open('more', 'w').close()",
+    "a file in the home folder": "open(os.path.expanduser('~/x'), 'w').close()",
+    "an empty folder": "os.mkdir('/dev/shm/x')",
+    "its own file gone": "os.remove('main.py')",
+    "a link in the place of its folder": "os.rename('/tmp/work', '/tmp/w'); os.symlink('/tmp/home', '/tmp/work')",
+    "a door wide open": "os.chmod('/tmp', 0o777); os.chmod('/dev/shm', 0o755)",
+    "a folder that none may enter": "os.mkdir('x'); os.chmod('x', 0)",
+    "the working folder locked": "os.chmod('/tmp/work', 0)",
+    "nothing": "",
+}
+LOOK = """import os
+for top in ('/tmp', '/dev/shm'):
+    for folder, names, files in os.walk(top):
+        print(folder, oct(os.stat(folder).st_mode), sorted(names), sorted(files), os.listxattr(folder))
+"""
+
+
+@pytest.mark.parametrize("code", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_every_program_finds_the_same_empty_folders(sandbox, code):
+    found = sandbox.run_one(python(LOOK))
+    assert found.stdout.count("\n") == 4
+    assert "/tmp/work 0o40755 [] ['main.py'] []" in found.stdout
+    for _ in range(2):  # on each of the two workers
+        list(sandbox.run((index, python(f"import os\n{code}")) for index in range(2)))
+        assert {outcome.stdout for _, outcome in sandbox.run((index, python(LOOK)) for index in range(2))} == {
+            found.stdout
+        }
+
+
 @pytest.mark.parametrize("mode", ["namespaces", "bubblewrap"])
 def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
@@ -230,9 +261,9 @@ PROGRAMS = {  # right, wrong, and what does not compile
         "int main( {",
     ),
     "java": (
-        "class Main { public static void main(String[] a) { System.out.print(42); } }",
-        "class Main { public static void main(String[] a) { assert a.length == 1; } }",
-        "class Main {",
+        "class Problem { public static void main(String[] a) { System.out.print(42); } }",
+        "class Problem { public static void main(String[] a) { assert a.length == 1; } }",
+        "class Problem {",
     ),
     "js": (
         "console.log(42)",
@@ -246,7 +277,7 @@ PROGRAMS = {  # right, wrong, and what does not compile
     ),
     "cs": (
         "class M { static void Main() { System.Console.Write(42); } }",
-        "class M { static int Main() { return 1; } }",
+        "class M { static void Main() { System.Diagnostics.Debug.Assert(false); } }",
         "class {",
     ),
     "php": (
@@ -260,8 +291,8 @@ PROGRAMS = {  # right, wrong, and what does not compile
         None,
     ),
     "go": (
-        'package main\nimport "fmt"\nfunc main() { fmt.Print(42) }',
-        'package main\nfunc main() { panic("no") }',
+        'package main_test\nimport ("fmt"; "testing")\nfunc TestIt(t *testing.T) { fmt.Println(42) }',
+        'package main_test\nimport "testing"\nfunc TestIt(t *testing.T) { t.Errorf("no") }',
         "package",
     ),
     "rust": (
@@ -290,8 +321,8 @@ PROGRAMS = {  # right, wrong, and what does not compile
         None,
     ),
     "scala": (
-        "object Main extends App { print(42) }",
-        'object Main extends App { sys.error("no") }',
+        "object Problem extends App { print(42) }",
+        'object Problem extends App { sys.error("no") }',
         "object {",
     ),
     "swift": (
@@ -306,12 +337,12 @@ PROGRAMS = {  # right, wrong, and what does not compile
     ),
     "racket": (
         "#lang racket\n(display 42)",
-        '#lang racket\n(error "no")',
+        "#lang racket\n(require rackunit)\n(check-equal? 1 2)",
         None,
     ),
     "d": (
         "import std.stdio; void main() { write(42); }",
-        "void main() { assert(false); }",
+        "unittest { assert(false); } void main() {}",
         "void {",
     ),
 }
@@ -333,9 +364,31 @@ def test_every_installed_language_runs_fails_and_does_not_compile():
     for (name, kind), outcome in outcomes.items():
         assert outcome.passed == (kind == "right"), (name, kind, outcome)
         if kind == "right":
-            assert outcome.stdout.strip() == "42"
+            assert outcome.stdout.split()[0] == "42"  # Go's test programs add a line
         if kind == "broken":
             assert (outcome.step, outcome.verdict) == (0, "failed"), (name, outcome)
+
+
+def test_a_complaint_on_stderr_fails_a_program_whose_exit_code_does_not(sandbox):
+    def script(source: str) -> Program:
+        step = Step(argv=("bash", "main.sh"), limits=Limits(seconds=5), complaint=r"^Fail\b")
+        return Program(files={"main.sh": source}, steps=(step,))
+
+    assert sandbox.run_one(script("echo Failure >&2; echo no Fail >&2; echo Fail")).passed
+    outcome = sandbox.run_one(script("echo x >&2; echo Fail: 3 >&2"))
+    assert outcome.describe() == "failed: Fail: 3"
+
+
+def test_a_jar_is_a_library_that_is_named_and_shown_alone():
+    language = LANGUAGES["java"]
+    without, having = (
+        Toolchain(language=language, paths={"java": "/x/bin/java", "javac": "/x/bin/javac", "jars": jars})
+        for jars in (".", ".:/a/javatuples-1.2.jar")
+    )
+    assert without.missing_libraries("import org.javatuples.*;") == ["javatuples, its jar in CLASSPATH"]
+    assert without.missing_libraries("import java.util.*;") == []
+    assert having.missing_libraries("import org.javatuples.*;") == []
+    assert [tool_folder(path) for path in having.visible] == ["/x/bin", "/x/bin", "/a/javatuples-1.2.jar"]
 
 
 def test_an_unknown_language_and_a_missing_tool_are_named(monkeypatch):

@@ -1,12 +1,13 @@
 """Does the judge tell right from wrong? Canonical solutions must pass, the same with a fault planted must not.
 
-    python tools/check_benchmarks.py --humaneval humaneval-python.jsonl humaneval-cpp.jsonl --mbpp mbpp.jsonl
+    python tools/check_benchmarks.py --humaneval humaneval-python.jsonl humaneval-cpp.jsonl --mbpp mbpp.jsonl --own
 
 Python's solutions run as they are, rewritten from their syntax trees, and with each of the faults of `planted_faults`;
 those whose tests do not see it are named. The multilingual sets come without solutions: theirs recite what the tests
-expect (`recited_answers`), in order and in another. A language whose tools are not installed is named and left out.
-Exit code 1 where a right program fails, which a row does whose own prompt does not compile, or where one with an empty
-body or recited in another order passes.
+expect (`recited_answers`), in order and in another. `--own` adds the problems of `language_problems`, with solutions by
+hand, in every language installed here. A language whose tools are not installed is named and left out.
+Exit code 1 where a right program fails, which a row does whose own prompt does not compile, or where a wrong one
+passes: an empty body, answers recited in another order, one answer to all questions.
 """
 
 from collections import defaultdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import machine, write_record
+from language_problems import OWN_LANGUAGES, own_problems
 from planted_faults import EMPTY, faulty_programs, rewritten
 from recited_answers import RECITED_LANGUAGES, recited_answer
 
@@ -26,11 +28,12 @@ from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Settings, Task,
 from megacoder.evaluate.benchmarks.humaneval import HumanEval
 from megacoder.evaluate.benchmarks.mbpp import Mbpp
 from megacoder.evaluate.sandbox.host import Sandbox
-from megacoder.evaluate.sandbox.languages import installed_languages
+from megacoder.evaluate.sandbox.languages import LANGUAGES, installed_languages
 
 AS_THEY_ARE, REWRITTEN = "as they are", "rewritten"
 RECITED, RECITED_WRONGLY = "recited from the tests", "recited in another order"
-MUST_PASS, MUST_FAIL = (AS_THEY_ARE, REWRITTEN, RECITED), (EMPTY, RECITED_WRONGLY)
+ONE_ANSWER = "one answer to all questions"
+MUST_PASS, MUST_FAIL = (AS_THEY_ARE, REWRITTEN, RECITED), (EMPTY, RECITED_WRONGLY, ONE_ANSWER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Options:
     """JSONL files of HumanEval, in Python with canonical solutions, or multilingual"""
     mbpp: Path | None = None
     """MBPP's JSONL file"""
+    own: bool = False
+    """problems of our own, in every language whose tools are installed"""
     seconds: float = 2.0
     """CPU time of a program with a fault, which may run for ever; the others have the published limit"""
     workers: int = 2
@@ -49,8 +54,8 @@ class Options:
     """JSON file to write"""
 
     def __post_init__(self) -> None:
-        if not self.humaneval and self.mbpp is None:
-            raise ConfigError("nothing to check: give --humaneval FILE... or --mbpp FILE")
+        if not self.humaneval and self.mbpp is None and not self.own:
+            raise ConfigError("nothing to check: give --humaneval FILE..., --mbpp FILE or --own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,16 @@ def check_other(language: str, path: Path, options: Options) -> list[Count]:
     return judged(benchmark, answers, options)
 
 
+def check_own(language: str, options: Options) -> list[Count]:
+    """Our own problems in one language."""
+    benchmark = HumanEval(Settings(language=language))
+    rows = own_problems(language)
+    tasks = benchmark.tasks(rows)
+    answers = [(kind, task, task.row[answer]) for task in tasks for kind, answer in
+               ((AS_THEY_ARE, "right"), (ONE_ANSWER, "wrong"))]  # fmt: skip
+    return judged(benchmark, answers, options)
+
+
 def language_of(path: Path) -> str:
     """The language that a HumanEval file names in its first row, else python."""
     rows = read_rows(path, HumanEval.fields)
@@ -155,6 +170,12 @@ def main() -> None:
             say(f"{path}: no solutions, and none can be recited in {language}")
     if options.mbpp is not None:
         results["MBPP"] = check_python(Mbpp(Settings()), options.mbpp, options)
+    if options.own:
+        here = installed_languages()
+        say(f"not installed: {', '.join(name for name in LANGUAGES if name not in here)}")
+        for language in OWN_LANGUAGES:
+            if language in here:
+                results[f"own problems, {language}"] = check_own(language, options)
     for title, counts in results.items():
         table(title, ["solutions", "outcome", "apart from"], [count.row() for count in counts])
     holds = all(count.holds for counts in results.values() for count in counts)

@@ -5,15 +5,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+import torch
+
+from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
 from megacoder.evaluate.chat import Turn, chat_tokens
 from megacoder.evaluate.generate import Sampling, generate
 from megacoder.evaluate.stops import StopStrings
+from megacoder.parallel.collectives import broadcast_from_first
+from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["main"]
+
+_PATIENCE_SECONDS = 7 * 24 * 3600.0
+"""How long the other ranks wait for the next turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,8 @@ class ChatArgs:
     """the same seed draws the same answers"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; without, the model's"""
+    tp: int = 1
+    """processes that share the model; the first of them reads what is typed"""
     dtype: ComputeDtype = "stored"
     """what to compute in"""
 
@@ -44,15 +53,19 @@ def main(argv: Sequence[str]) -> None:
     """Prints the answers on stdout as they come; whole turns of the beginning go when the context is full."""
     args = parse_args(ChatArgs, argv, prog="megacoder chat")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer)
+    tp = share_model(args.tp, ["chat", *argv], timeout_seconds=_PATIENCE_SECONDS)
+    if tp is None:
+        return
+    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
     room = prompt_room(model, args.max_new_tokens)
     system: list[Turn] = [] if args.system is None else [("system", args.system)]
     turns: list[Turn] = []
-    for number, said in enumerate(_turns()):
+    for number, said in enumerate(_shared_turns(tp, model.lm_head.weight.device)):
         turns.append(("user", said))
         while len(tokens := chat_tokens(tokenizer, [*system, *turns])) > room and len(turns) > 1:
             turns = turns[2:]
-            say("the conversation does not fit into the model any more: its first turns are forgotten")
+            if tp.rank == 0:
+                say("the conversation does not fit into the model any more: its first turns are forgotten")
         if len(tokens) > room:
             raise DataError(f"a turn of {len(tokens)} tokens with its template; the model has room for {room}")
         streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
@@ -69,6 +82,26 @@ def main(argv: Sequence[str]) -> None:
         print(flush=True)
 
 
+def _shared_turns(tp: TensorParallel, device: torch.device) -> Iterator[str]:
+    """What is typed at the first rank, on all of them."""
+    if tp.size == 1:
+        yield from _turns()
+        return
+    typed = _turns() if tp.rank == 0 else iter(())
+    while True:
+        said = next(typed, "").encode()  # empty at the end alone
+        size = torch.tensor([len(said)], device=device)
+        broadcast_from_first(size, tp.group)
+        if not size:
+            return
+        text = torch.zeros(int(size), dtype=torch.uint8)
+        if said:
+            text = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        text = text.to(device)
+        broadcast_from_first(text, tp.group)
+        yield text.cpu().numpy().tobytes().decode()
+
+
 def _turns() -> Iterator[str]:
     """What is typed, lines that end in a backslash joined with the next."""
     asking = sys.stdin.isatty()
@@ -76,7 +109,10 @@ def _turns() -> Iterator[str]:
     while True:
         if asking:
             print(">>> " if not lines else "... ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise DataError("what was typed is not UTF-8 text") from None
         if not line and not lines:
             return
         lines.append(line.rstrip("\n").removesuffix("\\"))

@@ -15,7 +15,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
 from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings, Task
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
-from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, EndpointSource, FileSource
+from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
 from megacoder.evaluate.sandbox.host import Sandbox
@@ -168,16 +168,18 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
         max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
     )  # fmt: skip
     if args.endpoint is not None:
+        from megacoder.evaluate.benchmarks.endpoint import EndpointSource
+
         return EndpointSource(args.endpoint, decoding, model=args.api_model, workers=args.workers)
     assert args.model is not None
+    from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, which scoring a file needs not
     from megacoder.core.device import probe
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
-    config = args.model / "config.json"
-    if config.is_file() and not is_checkpoint(args.model):
-        architectures = json.loads(config.read_text()).get("architectures") or ["none named"]
+    if (args.model / "config.json").is_file() and not is_checkpoint(args.model):
+        architectures = read_config(args.model).get("architectures") or ["none named"]
         if architectures != ["LlamaForCausalLM"] and tp is not None:
             raise ConfigError(f"--tp {args.tp}: {args.model} is {architectures[0]}, which one process runs")
         if architectures != ["LlamaForCausalLM"]:

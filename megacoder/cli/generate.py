@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
     prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, args.max_new_tokens))
-    if prompt.num_dropped_lines:
+    if prompt.num_dropped_lines and tp.rank == 0:
         say(f"the prompt does not fit into the model: its first {prompt.num_dropped_lines} lines are left out")
     for sample in range(args.samples):
         if args.samples > 1:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
     prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=prompt_room(model, args.max_new_tokens))
-    if prompt.num_dropped_lines:
+    if prompt.num_dropped_lines and tp.rank == 0:
         say(f"{args.file} does not fit into the model: its farthest {prompt.num_dropped_lines} lines are left out")
     stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
     streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from megacoder.checkpoint.folders import CHECKPOINTS
+from megacoder.checkpoint.huggingface import read_config
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.device import probe
@@ -48,8 +49,10 @@ def load_model(
         model = Transformer(model_of(reader), tp)
         load_weights(model, folder)
         return model.to(device, _DTYPES[dtype] or torch.float32), Tokenizer.load(found)
-    model, known = import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp)
-    return model, known if tokenizer is None else Tokenizer.load(tokenizer)
+    read_config(folder)  # a folder that is none is named as such, not as one without a tokenizer
+    if tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder}: no tokenizer.json in it; name the folder of one with --tokenizer")
+    return import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp, tokenizer_folder=tokenizer)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -69,10 +72,10 @@ def tokenizer_of(reader: CheckpointReader) -> Path | None:
     return Path(named) if named else None
 
 
-def share_model(tp: int, words: Sequence[str]) -> TensorParallel | None:
+def share_model(tp: int, words: Sequence[str], *, timeout_seconds: float = 600.0) -> TensorParallel | None:
     """This rank's place among `tp`; where ranks are yet to be started, starts `megacoder WORDS` on them: None.
 
-    Ranks but the first print nothing.
+    Ranks but the first print nothing. None waits for another longer than `timeout_seconds`.
     """
     if tp < 1:
         raise ConfigError(f"--tp {tp}: at least 1")
@@ -81,7 +84,7 @@ def share_model(tp: int, words: Sequence[str]) -> TensorParallel | None:
     if "WORLD_SIZE" not in os.environ:
         launch_workers(words, nproc=tp)
         return None
-    world = start_world(probe().device_type)
+    world = start_world(probe().device_type, timeout_seconds=timeout_seconds)
     if world.size != tp:
         raise ConfigError(f"--tp {tp}, but {world.size} ranks were started")
     atexit.register(world.close)

@@ -7,12 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
+    from rich.progress import Progress, TaskID
 
 __all__ = ["ProgressBar", "progress", "say", "table"]
 
@@ -36,6 +34,9 @@ def progress(
     if quiet:
         yield _Silent()
     elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -55,6 +56,10 @@ def say(text: str) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Prints a table on stdout; the first column left-aligned, the rest right-aligned."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
@@ -69,7 +74,7 @@ class _Silent:
 
 
 class _Bar:
-    def __init__(self, bars: Progress, task: TaskID) -> None:
+    def __init__(self, bars: "Progress", task: "TaskID") -> None:
         self.bars, self.task = bars, task
 
     def update(self, completed: float, note: str = "") -> None:

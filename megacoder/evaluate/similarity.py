@@ -1,7 +1,5 @@
 """How alike two texts are, in characters: by edits, and by what they have in common in the same order."""
 
-import numpy as np
-
 __all__ = ["common_ratio", "edit_similarity"]
 
 
@@ -9,6 +7,8 @@ def edit_similarity(a: str, b: str) -> float:
     """1 - Levenshtein distance / length of the longer, in characters; 1 for two empty strings."""
     if a == b:
         return 1.0
+    import numpy as np  # late: benchmarks that run programs compare no texts, and it takes as long as scoring some
+
     characters, columns = np.array([ord(character) for character in b]), np.arange(len(b) + 1)
     distances = columns
     for row, character in enumerate(a, start=1):
@@ -23,6 +23,8 @@ def common_ratio(a: str, b: str) -> float:
     """2 * longest common subsequence / both lengths; 1 for two empty strings."""
     if not a or not b:
         return float(a == b)
+    import numpy as np
+
     codes = np.array([ord(character) for character in b])
     row = np.zeros(len(b) + 1, dtype=np.int64)
     for character in a:

@@ -155,10 +155,13 @@ def import_with_tokenizer(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     tp: TensorParallel = ALONE,
+    tokenizer_folder: Path | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model of a Hugging Face folder and the tokenizer beside it; FormatError where they do not fit together."""
+    """The model of a Hugging Face folder and the tokenizer beside it, unless another is named; FormatError where they
+    do not fit together.
+    """
+    tokenizer = Tokenizer.load(tokenizer_folder or folder)  # first, since the weights take long
     model = import_model(folder, dtype=dtype, device=device, tp=tp)
-    tokenizer = Tokenizer.load(folder)
     _check_vocabulary(tokenizer.vocab_size, model.config, folder)
     return model, tokenizer
 

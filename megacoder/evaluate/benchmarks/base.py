@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,12 +112,19 @@ class ProgramBenchmark(Benchmark):
     """One whose completions are run."""
 
     seconds: ClassVar[float] = 10.0
-    preload: ClassVar[tuple[str, ...]] = ("numpy",)
+    preload: ClassVar[tuple[str, ...]] = (
+        "collections", "copy", "datetime", "functools", "hashlib", "heapq", "itertools", "math", "numpy", "re",
+        "string", "typing",
+    )  # fmt: skip
     """modules that its Python programs import"""
     memory_mb: ClassVar[int] = 2048
 
     def toolchain(self) -> Toolchain:
         """What runs its programs; ConfigError where that is not installed."""
+        return self._toolchain
+
+    @cached_property
+    def _toolchain(self) -> Toolchain:
         return find_toolchain(self.settings.language)
 
     @abstractmethod

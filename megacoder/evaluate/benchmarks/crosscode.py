@@ -22,10 +22,9 @@ class CrossCode(TextBenchmark):
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
         for number, row in enumerate(rows):
-            about = row.get("metadata") or {}
-            task_id = str(row.get("task_id", about.get("task_id", number)))
-            context = row.get("crossfile_context") or {}
-            text = context.get("text", "") if isinstance(context, dict) else str(context)
+            about, context = row.get("metadata"), row.get("crossfile_context")
+            task_id = str(row.get("task_id", about.get("task_id", number) if isinstance(about, dict) else number))
+            text = str(context.get("text") or "") if isinstance(context, dict) else str(context or "")
             yield Task(id=task_id, prompt=row["prompt"], context=text if self.settings.retrieval else "", row=row)
 
     def scores(self, task: Task, completion: str) -> dict[str, float]:

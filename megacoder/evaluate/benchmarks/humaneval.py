@@ -7,10 +7,11 @@ under the prompt's own lines, without any main.
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+from megacoder.core.errors import ConfigError
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
-from megacoder.evaluate.sandbox.languages import Toolchain, find_toolchain
 
 __all__ = ["HumanEval"]
 
@@ -36,8 +37,8 @@ _HEADERS = {
 }  # fmt: skip
 _TOP_LEVEL = ("\ndef", "\nclass", "\nif", "\n#", "\nprint")
 _TS_TOP_LEVEL = ("\nexport", "\nimport", "\nexport default", "\nimport default", "\nconsole.log")
-_CLOSED_BY_TESTS = {"cpp", "java", "cs", "rust", "go", "d", "swift", "scala"}
-"""Languages whose test text begins with the brace that ends the function."""
+_CLOSED = "}"
+"""How a test text begins that ends the function itself."""
 
 
 class HumanEval(ProgramBenchmark):
@@ -46,8 +47,13 @@ class HumanEval(ProgramBenchmark):
     max_new_tokens = 500
     max_prompt_tokens = 4096
 
-    def toolchain(self) -> Toolchain:
-        return find_toolchain(self.settings.language)
+    def load(self, path: Path) -> list[Task]:
+        """As every benchmark; ConfigError where the tests need a library that is not installed here."""
+        tasks = super().load(path)
+        toolchain = self.toolchain()
+        if missing := toolchain.missing_libraries("".join(task.row["prompt"] + task.row["test"] for task in tasks)):
+            raise ConfigError(f"{toolchain.language.name}: {path} needs {', '.join(missing)}, not installed here")
+        return tasks
 
     @property
     def _language(self) -> str:
@@ -66,18 +72,19 @@ class HumanEval(ProgramBenchmark):
             return ()
         if self._language == "python":
             return _TOP_LEVEL
-        stops = tuple(task.row.get("stop_tokens") or ())
+        stops = tuple(map(str, task.row.get("stop_tokens") or ()))
         return stops + _TS_TOP_LEVEL if self._language == "ts" else stops
 
     def source(self, task: Task, completion: str) -> str:
         language, prompt = self._language, task.row["prompt"]
         header, test = _HEADERS.get(language, ""), task.row["test"]
         if self.settings.instruct:
-            return header + _rebuilt(prompt, completion, language) + "\n" + test
+            closed = test.lstrip().startswith(_CLOSED)
+            return header + _rebuilt(prompt, completion, language, closed_by_tests=closed) + "\n" + test
         return header + prompt + "\n" + completion + "\n" + test
 
 
-def _rebuilt(prompt: str, answer: str, language: str) -> str:
+def _rebuilt(prompt: str, answer: str, language: str, *, closed_by_tests: bool) -> str:
     """The prompt's lines before the function, then the answer's own function, so that its end is as tests expect."""
     block = code_block(answer, _FENCES.get(language, language))
     block = answer if block is None else block
@@ -91,7 +98,7 @@ def _rebuilt(prompt: str, answer: str, language: str) -> str:
         return prompt + "\n" + block
     start = block.rfind("\n", 0, at) + 1
     body = block[start:]
-    if language in _CLOSED_BY_TESTS and "}" in body:
+    if closed_by_tests and "}" in body:
         indent = re.match(r"\s*", body)
         end = body.rfind("\n" + (indent.group() if indent else "") + "}")
         body = body[:end] if end >= 0 else body[: body.rindex("}")]

@@ -8,6 +8,7 @@ harness leaves out (so that its reference for task 367 fails there).
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+from megacoder.core.errors import DataError
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
 
 __all__ = ["Mbpp"]
@@ -29,6 +30,11 @@ class Mbpp(ProgramBenchmark):
     stops = ("[DONE]",)
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
+        for row in rows:
+            if not all(isinstance(test, str) for test in row["test_list"]):
+                raise DataError(
+                    f"task {row['task_id']}: test_list = {str(row['test_list'])[:60]}: expected a list of texts"
+                )
         by_id = {row["task_id"]: row for row in rows}
         shots = [by_id[number] for number in _SHOTS if number in by_id]
         asked = [row for row in rows if row["task_id"] in _TESTS] if len(shots) == len(_SHOTS) else list(rows)
@@ -41,7 +47,7 @@ class Mbpp(ProgramBenchmark):
         if self.settings.instruct:
             block = code_block(completion, "python")
             code = completion if block is None else block
-        setup = task.row.get("test_setup_code") or ""
+        setup = str(task.row.get("test_setup_code") or "")
         return "\n".join([PYTHON_IMPORTS, code, setup, *task.row["test_list"]]).replace("\r\n", "\n")
 
     def _completion(self, shots: list[dict[str, Any]], row: dict[str, Any]) -> str:

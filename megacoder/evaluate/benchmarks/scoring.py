@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megacoder.core.console import progress
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import exclusive, write_json
 from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Task, TextBenchmark, cut
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Request
@@ -81,7 +81,7 @@ class Notes:
     def _read(self, folder: Path, settings: dict[str, Any]) -> None:
         path = folder / "settings.json"
         if path.exists():
-            old = json.loads(path.read_text())
+            old = _settings_of(path)
             changed = [name for name in settings if old.get(name) != settings[name]]
             if changed:
                 name = changed[0]
@@ -91,11 +91,11 @@ class Notes:
         else:
             write_json(path, settings)
         self._read_completions(folder)
-        for row in _whole_lines(folder / "results.jsonl"):
+        for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
             self.results[row.pop("task_id"), row.pop("sample")] = row
 
     def _read_completions(self, folder: Path) -> None:
-        for row in _whole_lines(folder / "completions.jsonl"):
+        for row in _whole_lines(folder / "completions.jsonl", fields=("task_id", "sample", "completion")):
             self.completions[row["task_id"], row["sample"]] = row["completion"]
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
@@ -107,15 +107,39 @@ class Notes:
         self._files[name].flush()
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of `path`; what follows the last line break is cut off the file, to be done again."""
+def _settings_of(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # UnicodeDecodeError is one
+        found = None
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: not an evaluation's settings; choose another --out")
+    return found
+
+
+def _whole_lines(path: Path, *, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of `path`, each with `fields`, else FormatError.
+
+    What follows the last line break is cut off the file, to be done again.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    rows = []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:  # UnicodeDecodeError is one
+            row = None
+        if not isinstance(row, dict) or any(name not in row for name in fields):
+            raise FormatError(f"{path}, line {number}: not a line that an evaluation wrote; choose another --out")
+        rows.append(row)
+    return rows
 
 
 def collect(
@@ -153,6 +177,7 @@ def judge(
     assert isinstance(benchmark, ProgramBenchmark)
     toolchain = benchmark.toolchain()
     last_step = 1 if toolchain.language.compile else 0
+    num_passed = sum(bool(result["passed"]) for result in notes.results.values())
     programs = ((key, benchmark.program(by_id[key[0]], notes.completions[key], toolchain)) for key in todo)
     with start_sandbox() as sandbox, progress("programs", len(todo), quiet=quiet) as bar:
         for done, (key, outcome) in enumerate(sandbox.run(programs), start=1):
@@ -164,7 +189,8 @@ def judge(
                 "tried_twice": outcome.alone,
             }
             notes.add_result(key, row)
-            bar.update(done, f"{sum(result['passed'] for result in notes.results.values())} passed")
+            num_passed += passed
+            bar.update(done, f"{num_passed} passed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 
 from megacoder.evaluate.sandbox import kernel
 
-__all__ = ["ENVIRONMENT", "HOME", "WORK", "Identity", "become_program"]
+__all__ = [
+    "ENVIRONMENT", "HOME", "WORK", "Identity", "KernelLimits", "become_program", "kernel_limits", "take_environment",
+]  # fmt: skip
 
 WORK, HOME = "/tmp/work", "/tmp/home"
 ENVIRONMENT = {
@@ -22,30 +24,43 @@ _MIB = 1 << 20
 
 Identity = tuple[int, int]
 """User and group id that programs run as."""
+KernelLimits = list[tuple[int, tuple[int, int]]]
+"""(resource, (soft, hard))"""
 
 
-def become_program(step: dict[str, Any], environment: dict[str, str], mark: int, secret: bytes, *, confined: bool,
-                   identity: Identity | None, work: str) -> NoReturn:  # fmt: skip
-    """Turns this freshly forked process into the program; never returns, 126 is the exit code where it cannot."""
+def become_program(argv: list[str], limits: KernelLimits, mark: int, secret: bytes, *,
+                   confined: bool, identity: Identity | None, work: str) -> NoReturn:  # fmt: skip
+    """Turns this freshly forked process into the program; never returns, 126 is the exit code where it cannot.
+
+    The environment is what it has (see `take_environment`). All that can be made before the fork is: each page that a
+    new process touches it has to fetch first.
+    """
     try:
         _close_all_but(mark)
-        _set_limits(step["limits"])
+        for number, values in limits:
+            resource.setrlimit(number, values)
         if confined:
             _drop_privileges(identity)
         os.chdir(work)
-        os.environ.clear()
-        os.environ.update(environment)
-        argv = step["argv"]
         if argv[0] == "<python>":
             _run_python(argv[1:], mark, secret, work)
         os.close(mark)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        os.execvpe(argv[0], argv, environment)
+        os.execvp(argv[0], argv)
     except OSError as error:
-        os.write(2, f"{step['argv'][0]}: {error}\n".encode())
+        os.write(2, f"{argv[0]}: {error}\n".encode())
     finally:
         os._exit(126)
+
+
+def take_environment(environment: dict[str, str]) -> None:
+    """Makes it this process's, and that of those that it forks."""
+    for name in [name for name in os.environ if name not in environment]:
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _close_all_but(mark: int) -> None:
@@ -53,7 +68,7 @@ def _close_all_but(mark: int) -> None:
     os.closerange(mark + 1, 1024)
 
 
-def _set_limits(limits: dict[str, Any]) -> None:
+def kernel_limits(limits: dict[str, Any]) -> KernelLimits:
     """Those that the kernel holds a process to; the overseer's own come first, so that it can say which it was."""
     disk, memory = limits["disk_mb"] * _MIB, limits["memory_mb"] * _MIB
     seconds = int(limits["seconds"]) + 2
@@ -62,11 +77,13 @@ def _set_limits(limits: dict[str, Any]) -> None:
         chosen |= {"MSGQUEUE": 0, "MEMLOCK": _MIB, "SIGPENDING": 1024, "NICE": 0, "RTPRIO": 0}
     if limits["address_space"]:
         chosen["AS"] = memory + 1024 * _MIB
+    found: KernelLimits = []
     for name, value in chosen.items():
         number = getattr(resource, f"RLIMIT_{name}")
         _, hard = resource.getrlimit(number)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value + 1 if name == "CPU" and hard == resource.RLIM_INFINITY else value))
+        found.append((number, (value, value + 1 if name == "CPU" and hard == resource.RLIM_INFINITY else value)))
+    return found
 
 
 def _drop_privileges(identity: Identity | None) -> None:

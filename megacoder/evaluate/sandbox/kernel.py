@@ -2,13 +2,13 @@
 
 import ctypes
 import os
-import platform
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache, partial
 
 __all__ = [
     "MS_BIND", "MS_NODEV", "MS_NOEXEC", "MS_NOSUID", "MS_PRIVATE", "MS_RDONLY", "MS_REC", "MS_REMOUNT", "NEW_CGROUP",
-    "NEW_IPC", "NEW_MOUNTS", "NEW_NET", "NEW_PIDS", "NEW_USER", "NEW_UTS", "become", "deny_system_calls",
+    "NEW_IPC", "NEW_MOUNTS", "NEW_NET", "NEW_PIDS", "NEW_USER", "NEW_UTS", "become", "bound_capabilities",
+    "can_deny_system_calls", "deny_system_calls", "forbid_new_privileges",
     "make_read_only", "mount", "new_session_keyring", "pivot_root", "prepare", "set_death_signal", "set_dumpable",
     "set_subreaper", "unmount", "unshare",
 ]  # fmt: skip
@@ -81,9 +81,9 @@ def _prctl(option: int, *values: int) -> None:
 
 
 def _number(name: str) -> int:
-    table = _NUMBERS.get(platform.machine())
+    table = _NUMBERS.get(os.uname().machine)
     if table is None:
-        raise OSError(_ENOSYS, f"{platform.machine()}: no table of system calls for this machine")
+        raise OSError(_ENOSYS, f"{os.uname().machine}: no table of system calls for this machine")
     return table[name]
 
 
@@ -92,28 +92,28 @@ def unshare(flags: int) -> None:
     _checked(_libc().unshare(flags), "unshare")
 
 
-def mount(source: str, target: str | Path, kind: str = "", flags: int = 0, options: str = "") -> None:
+def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2)."""
-    words = [word.encode() or None for word in (source, str(target), kind)]
+    words = [word.encode() or None for word in (source, target, kind)]
     result = _libc().mount(*words, ctypes.c_ulong(flags), options.encode() or None)
     _checked(result, f"mount {source} on {target}")
 
 
-def make_read_only(target: str | Path) -> None:
+def make_read_only(target: str) -> None:
     """A mount and all below it: no writing, no set-user-id programs, no devices. Needs Linux 5.12."""
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
-    result = _libc().syscall(_number("mount_setattr"), -100, str(target).encode(), 0x8000, attributes, 32)
+    result = _libc().syscall(_number("mount_setattr"), -100, target.encode(), 0x8000, attributes, 32)
     _checked(result, f"mount_setattr {target}")
 
 
-def unmount(target: str | Path) -> None:
+def unmount(target: str) -> None:
     """Takes a mount away at once; what is open in it stays usable."""
-    _checked(_libc().umount2(str(target).encode(), _MNT_DETACH), f"umount {target}")
+    _checked(_libc().umount2(target.encode(), _MNT_DETACH), f"umount {target}")
 
 
-def pivot_root(new: str | Path, old: str | Path) -> None:
+def pivot_root(new: str, old: str) -> None:
     """Makes the mount `new` the root; the root so far appears at `old`, a folder below `new`."""
-    result = _libc().syscall(_number("pivot_root"), str(new).encode(), str(old).encode())
+    result = _libc().syscall(_number("pivot_root"), new.encode(), old.encode())
     _checked(result, "pivot_root")
 
 
@@ -127,10 +127,15 @@ def set_dumpable(dumpable: bool) -> None:
     _prctl(_PR_SET_DUMPABLE, int(dumpable))
 
 
+def forbid_new_privileges() -> None:
+    """No program started by this process or those that it forks gains anything by its file's owner or capabilities."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
 def prepare() -> None:
-    """Does before a fork what otherwise every child would do anew."""
-    _libc()
-    _filter_program()
+    """Makes, before any fork, the arguments of calls that every child will make: that takes longer than the calls."""
+    _drop_capabilities()
+    _install_filter()
 
 
 def set_death_signal(number: int) -> None:
@@ -143,20 +148,28 @@ def set_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def become(user: int, group: int) -> None:
-    """Takes on a user and group for good and gives up every capability; no program started from here regains one."""
+def bound_capabilities() -> None:
+    """Programs that this process's children start gain no capability; its own stay, and what it forks inherits them."""
     for capability in range(_LAST_CAPABILITY + 1):
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
         except OSError:
             break  # the kernel has no more of them, or we hold none that could be dropped
+
+
+def become(user: int, group: int) -> None:
+    """Takes on a user and group and gives up every capability."""
     if (user, group) != (os.getuid(), os.getgid()):
         os.setgroups([])
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
+    _checked(_drop_capabilities()(), "capset")
+
+
+@cache
+def _drop_capabilities() -> Callable[[], int]:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    _checked(_libc().syscall(_number("capset"), header, (ctypes.c_uint32 * 6)()), "capset")
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    return partial(_libc().syscall, _number("capset"), header, (ctypes.c_uint32 * 6)())
 
 
 class _Filter(ctypes.Structure):
@@ -167,20 +180,34 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Filter))]
 
 
+def can_deny_system_calls() -> bool:
+    """Whether there is a table for this machine, so that `deny_system_calls` does what it says."""
+    return _filter_program() is not None
+
+
 def deny_system_calls() -> None:
     """From here on the calls of `_NUMBERS` fail with EPERM; on machines without a table nothing changes.
 
     A clone with a new namespace fails as well; clone3, whose flags a filter cannot see, does not exist (ENOSYS), upon
     which C libraries use clone.
     """
+    install = _install_filter()
+    if install is not None:
+        _checked(install(), "seccomp")
+
+
+@cache
+def _install_filter() -> Callable[[], int] | None:
     program = _filter_program()
-    if program is not None:
-        _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(program))
+    if program is None:
+        return None
+    words = [ctypes.c_ulong(2), ctypes.c_void_p(ctypes.addressof(program)), ctypes.c_ulong(0), ctypes.c_ulong(0)]
+    return partial(_libc().prctl, _PR_SET_SECCOMP, *words)
 
 
 @cache
 def _filter_program() -> _Program | None:
-    table = _NUMBERS.get(platform.machine())
+    table = _NUMBERS.get(os.uname().machine)
     if table is None:
         return None
     load, jump_equal, jump_at_least, jump_any, answer = 0x20, 0x15, 0x35, 0x45, 0x06

@@ -8,14 +8,26 @@ import glob
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Program, Step
 
-__all__ = ["LANGUAGES", "Language", "Toolchain", "find_toolchain", "installed_languages"]
+__all__ = ["LANGUAGES", "Language", "Library", "Toolchain", "find_toolchain", "installed_languages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """What tests of a published set need beside the tools."""
+
+    mention: str
+    """a program with this text in it needs it"""
+    install: str
+    """what to install"""
+    is_there: Callable[[Mapping[str, str]], bool]
+    """asks a toolchain's paths"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,56 +45,68 @@ class Language:
     """with threads, which some runtimes start by the dozen"""
     slower: float = 1.0
     """how many times the CPU time of a Python program is granted: start-up, and compilation while it runs"""
+    complaint: str = ""
+    """pattern of a line on stderr that says that a test failed, where the exit code does not"""
+    libraries: tuple[Library, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def _language(
     name: str, file: str, run: str, compile: str = "", *, tools: Mapping[str, str], reserves: bool = False,
-    runtime: bool = False, environment: Mapping[str, str] = MappingProxyType({}),
+    runtime: bool = False, environment: Mapping[str, str] = MappingProxyType({}), complaint: str = "",
+    libraries: tuple[Library, ...] = (),
 ) -> Language:  # fmt: skip
     """`runtime`: one that reserves memory, starts threads and compiles while the program runs."""
     return Language(
         name=name, file=file, run=tuple(run.split()), compile=tuple(compile.split()),
         tools={tool: tuple(candidates.split()) for tool, candidates in tools.items()},
         reserves=reserves or runtime, processes=256 if runtime else 64, slower=2.0 if runtime else 1.0,
-        environment=environment,
+        environment=environment, complaint=complaint, libraries=libraries,
     )  # fmt: skip
 
 
 _ALL = [
     Language(name="python", file="main.py", run=(PRELOADED_PYTHON, "main.py")),
     _language("cpp", "main.cpp", "./main", "{c++} -std=c++17 main.cpp -o main", tools={"c++": "g++ clang++"}),
-    _language("java", "Main.java", "{java} -ea -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp {jars} Main",
-              "{javac} -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -cp {jars} Main.java",
-              tools={"java": "java", "javac": "javac"}, runtime=True),
+    _language("java", "Problem.java", "{java} -ea -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp {jars} Problem",
+              "{javac} -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -cp {jars} Problem.java",
+              tools={"java": "java", "javac": "javac"}, runtime=True,
+              libraries=(Library(mention="org.javatuples", install="javatuples, its jar in CLASSPATH",
+                                 is_there=lambda paths: ".jar" in paths["jars"]),)),
     _language("js", "main.js", "{node} main.js", tools={"node": "node nodejs"}, runtime=True),
     _language("ts", "main.ts", "{node} main.js", "{tsc} --target ES2015 --lib ES2015,DOM main.ts",
               tools={"node": "node nodejs", "tsc": "tsc"}, runtime=True),
     _language("cs", "main.cs", "{mono} main.exe", "{mcs} -d:DEBUG -out:main.exe main.cs",
-              tools={"mcs": "mcs", "mono": "mono"}, runtime=True),
+              tools={"mcs": "mcs", "mono": "mono"}, runtime=True,
+              environment={"MONO_TRACE_LISTENER": "Console.Error"}, complaint=r"^Fail\b"),
     _language("php", "main.php", "{php} -f main.php", tools={"php": "php"}),
     _language("sh", "main.sh", "{bash} main.sh", tools={"bash": "bash"}),
-    _language("go", "main.go", "./main", "{go} build -o main main.go", tools={"go": "go"}, runtime=True,
+    _language("go", "main_test.go", "./main", "{go} test -c -o main main_test.go", tools={"go": "go"}, runtime=True,
               environment={"GOCACHE": "/tmp/home/go-build", "GOPATH": "/tmp/home/go", "GO111MODULE": "off"}),
     _language("rust", "main.rs", "./main", "{rustc} -A warnings main.rs -o main", tools={"rustc": "rustc"},
               reserves=True),
     _language("ruby", "main.rb", "{ruby} main.rb", tools={"ruby": "ruby"}),
-    _language("perl", "main.pl", "{perl} main.pl", tools={"perl": "perl"}),
+    _language("perl", "main.pl", "{perl} main.pl", tools={"perl": "perl"},
+              libraries=(Library(mention="Test::Deep", install="Test::Deep (libtest-deep-perl)",
+                                 is_there=lambda paths: _succeeds(paths["perl"], "-MTest::Deep", "-e", "1")),)),
     _language("r", "main.r", "{Rscript} --vanilla main.r", tools={"Rscript": "Rscript"}, reserves=True),
-    _language("lua", "main.lua", "{lua} main.lua", tools={"lua": "lua lua5.4 lua5.3 lua5.2 lua5.1 luajit"}),
-    _language("scala", "Main.scala", "{scala} -nocompdaemon -cp . Main", "{scalac} Main.scala",
+    _language("lua", "main.lua", "{lua} main.lua", tools={"lua": "lua lua5.4 lua5.3 lua5.2 lua5.1 luajit"},
+              libraries=(Library(mention="luaunit", install="luaunit (lua-unit)",
+                                 is_there=lambda paths: _succeeds(paths["lua"], "-e", "require('luaunit')")),)),
+    _language("scala", "Problem.scala", "{scala} -nocompdaemon -cp . Problem", "{scalac} Problem.scala",
               tools={"scala": "scala", "scalac": "scalac"}, runtime=True),
     _language("swift", "main.swift", "./main", "{swiftc} main.swift -o main", tools={"swiftc": "swiftc"},
               runtime=True),
     _language("julia", "main.jl", "{julia} --startup-file=no main.jl", tools={"julia": "julia"}, runtime=True),
-    _language("racket", "main.rkt", "{racket} main.rkt", tools={"racket": "racket"}, reserves=True),
-    _language("d", "main.d", "./main", "{dc} main.d -ofmain", tools={"dc": "ldmd2 dmd gdmd"}, reserves=True),
+    _language("racket", "main.rkt", "{racket} main.rkt", tools={"racket": "racket"}, reserves=True,
+              complaint=r"\S"),
+    _language("d", "main.d", "./main", "{dc} -unittest main.d -ofmain", tools={"dc": "ldmd2 dmd gdmd"}, reserves=True),
 ]  # fmt: skip
 LANGUAGES: dict[str, Language] = {language.name: language for language in _ALL}
 """By the names that the multilingual HumanEval sets use, `python` apart."""
 _ALIASES = {
     "py": "python", "c++": "cpp", "javascript": "js", "typescript": "ts", "c#": "cs", "csharp": "cs", "bash": "sh",
-    "rs": "rust", "rb": "ruby", "pl": "perl", "jl": "julia", "rkt": "racket", "golang": "go",
+    "rs": "rust", "rb": "ruby", "pl": "perl", "jl": "julia", "rkt": "racket", "golang": "go", "go_test.go": "go",
 }  # fmt: skip
 
 
@@ -95,8 +119,14 @@ class Toolchain:
 
     @property
     def visible(self) -> list[str]:
-        """Executables that the sandbox must show."""
-        return [path for path in self.paths.values() if path.startswith("/")]
+        """Executables and jars that the sandbox must show."""
+        paths = [path for word in self.paths.values() for path in word.split(":")]
+        return [path for path in paths if path.startswith("/")]
+
+    def missing_libraries(self, source: str) -> list[str]:
+        """What is to be installed before `source` can run, beside the tools."""
+        wanted = [library for library in self.language.libraries if library.mention in source]
+        return [library.install for library in wanted if not library.is_there(self.paths)]
 
     def program(self, source: str, *, seconds: float, memory_mb: int = 2048) -> Program:
         """`source` to be compiled, within half a minute, and run for `seconds` of CPU time."""
@@ -107,7 +137,7 @@ class Toolchain:
         )  # fmt: skip
         compiling = replace(limits, seconds=30.0 * language.slower, address_space=False, processes=256)
         steps = [Step(argv=self._words(language.compile), limits=compiling)] if language.compile else []
-        steps.append(Step(argv=self._words(language.run), limits=limits))
+        steps.append(Step(argv=self._words(language.run), limits=limits, complaint=language.complaint))
         return Program(files={language.file: source}, steps=tuple(steps), environment=language.environment)
 
     def _words(self, words: tuple[str, ...]) -> tuple[str, ...]:
@@ -152,6 +182,10 @@ def _find(candidates: tuple[str, ...]) -> str | None:
             path = real if os.path.exists(real) else path
         return path
     return None
+
+
+def _succeeds(*words: str) -> bool:
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
 def _jars() -> list[str]:

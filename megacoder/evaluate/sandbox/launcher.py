@@ -8,16 +8,15 @@ first process of its namespace, all that it started.
 import gc
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
 import sys
-import tempfile
 from contextlib import suppress
 from typing import Any, NoReturn
 
 from megacoder.evaluate.sandbox import confine, kernel, overseer, view
+from megacoder.evaluate.sandbox.own_files import OwnFiles
 
 __all__ = ["main", "receive", "send"]
 
@@ -109,9 +108,12 @@ class _Worker:
                 kernel.set_subreaper()
         else:
             kernel.set_dumpable(False)
+            kernel.bound_capabilities()
+            kernel.forbid_new_privileges()
             with suppress(OSError):
                 kernel.new_session_keyring()
-        kernel.prepare()
+            self.files = OwnFiles(self.identity, self.config["paths"])
+            kernel.prepare()
         gc.freeze()  # what is here now is never collected, nor its memory copied by a program that collects
         send(self.channel, {"ready": True})
         while (program := receive(self.channel)) is not None:
@@ -146,17 +148,17 @@ class _Worker:
 
     def _serve(self, program: dict[str, Any]) -> dict[str, Any]:
         """Runs one program; {"error": why} where the sandbox itself failed."""
-        confined = self.mode != "unsafe"
-        work = confine.WORK if confined else tempfile.mkdtemp(prefix="megacoder-")
+        if self.mode == "unsafe":
+            import tempfile  # neither is needed elsewhere, and what a worker holds makes every fork dearer
+
+            with tempfile.TemporaryDirectory(prefix="megacoder-", ignore_cleanup_errors=True) as work:
+                return overseer.oversee(program, self.channel, confined=False, identity=None, work=work)
         try:
-            if confined:
+            if not kernel.can_deny_system_calls():  # else nothing outlives a program there: it may make nothing
                 kernel.unshare(kernel.NEW_IPC)
-                overseer.mount_own_files(program["steps"][-1]["limits"], self.identity, self.config["paths"])
-            return overseer.oversee(program, self.channel, confined=confined, identity=self.identity, work=work)
+            self.files.provide(program["steps"][-1]["limits"])
+            return overseer.oversee(program, self.channel, confined=True, identity=self.identity, work=confine.WORK)
         except OSError as error:
             return {"error": str(error)}
         finally:
-            if confined:
-                overseer.unmount_own_files()
-            else:
-                shutil.rmtree(work, ignore_errors=True)
+            self.files.clear(program["files"])

@@ -1,7 +1,7 @@
 """What a worker does with one program: starts each step, counts what it uses, says how it ended, ends the rest.
 
-A worker is the first process of its namespaces: orphans fall to it, and it ends them until there is none; the files
-that they made go with their mounts. A program cannot harm it: the first process gets no signal from inside that it
+A worker is the first process of its namespaces: orphans fall to it, and it ends them until there is none (what becomes
+of their files says `own_files`). A program cannot harm it: the first process gets no signal from inside that it
 does not handle, its memory is closed to others, and the program holds none of its files but the two that it writes to.
 
 What is counted, every 20 ms: CPU time (of the living and, through the kernel, of those that were waited for),
@@ -11,52 +11,27 @@ Where the whole machine runs out of memory the program is ended too, whoever too
 """
 
 import os
+import re
 import resource
-import secrets
 import select
 import signal
 import socket
 import time
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from megacoder.evaluate.sandbox import confine, kernel
+from megacoder.evaluate.sandbox import confine
+from megacoder.evaluate.sandbox.own_files import MOUNTED, used_bytes
 
-__all__ = ["mount_own_files", "oversee", "unmount_own_files"]
+__all__ = ["oversee"]
 
 _TICK = 0.02
 _KEPT_BYTES = 16384
 _MIB = 1 << 20
 _PAGE = os.sysconf("SC_PAGESIZE")
 _CLOCK = os.sysconf("SC_CLK_TCK")
-_MOUNTED = ("/tmp", "/dev/shm")
 _SCARCE = 0.03
 """Share of the machine's memory that must stay available."""
-
-
-def mount_own_files(limits: dict[str, Any], identity: confine.Identity | None, paths: Iterable[str]) -> None:
-    """An empty /tmp and /dev/shm, but for those of `paths`, what a program is shown, that lie there."""
-    covered = [path for path in paths if path.startswith(tuple(f"{mounted}/" for mounted in _MOUNTED))]
-    shown = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in covered]
-    user, group = identity or (os.getuid(), os.getgid())
-    size = limits["disk_mb"] * _MIB
-    common = kernel.MS_NOSUID | kernel.MS_NODEV
-    owner = f"mode=0700,uid={user},gid={group}"
-    kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes={256 * limits['disk_mb']}")
-    kernel.mount("tmpfs", "/dev/shm", "tmpfs", common, f"{owner},size={size // 4},nr_inodes=1024")
-    for path, descriptor in shown:  # as where the interpreter's environment is
-        os.makedirs(path)
-        kernel.mount(f"/proc/self/fd/{descriptor}", path, flags=kernel.MS_BIND | kernel.MS_REC)
-        kernel.make_read_only(path)
-        os.close(descriptor)
-
-
-def unmount_own_files() -> None:
-    """Takes them away again, with all that is in them."""
-    for mounted in _MOUNTED:
-        kernel.unmount(mounted)
 
 
 def oversee(
@@ -68,37 +43,42 @@ def oversee(
     """
     home = confine.HOME if confined else work
     environment = confine.ENVIRONMENT | {"HOME": home, "TMPDIR": work} | program["environment"]
-    for folder in (work, home):
-        os.makedirs(folder, exist_ok=True)
+    made = [work, home] if confined else []
+    for folder in made:
+        os.mkdir(folder)
     for name, text in program["files"].items():
-        path = os.path.join(work, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(text)
+        path = work
+        *folders, last = name.split("/")
+        for folder in folders:
+            path = f"{path}/{folder}"
+            if not os.path.isdir(path):
+                os.mkdir(path)
+                made.append(path)
+        made.append(f"{path}/{last}")
+        with open(made[-1], "xb") as file:
+            file.write(text.encode("utf-8", "surrogatepass"))
     if identity is not None:
-        for top in (work, home):
-            for folder, _, names in os.walk(top):
-                for path in (folder, *(os.path.join(folder, name) for name in names)):
-                    os.chown(path, *identity)
+        for path in made:
+            os.chown(path, *identity)
+    confine.take_environment(environment)
     outcome: dict[str, Any] = {}
     for index, step in enumerate(program["steps"]):
         run = _Run(step, channel, confined=confined)
-        outcome = run.run(environment, identity, work) | {"step": index}
+        outcome = run.run(identity, work) | {"step": index}
         if outcome["verdict"] != "passed":
             break
     return outcome
 
 
-@dataclass
 class _Seen:
-    """What a step has used so far."""
+    """What a step has used so far. (No dataclass: that takes modules along into every fork.)"""
 
-    cpu: float = 0.0
-    peak: float = 0.0
-    """bytes"""
-    output: int = 0
-    kept: dict[int, bytearray] = field(default_factory=dict)
-    """the beginning of what came through each pipe"""
+    def __init__(self) -> None:
+        self.cpu = self.peak = 0.0
+        """seconds, bytes"""
+        self.output = 0
+        self.kept: dict[int, bytearray] = {}
+        """the beginning of what came through each pipe"""
 
 
 class _Run:
@@ -107,14 +87,15 @@ class _Run:
     def __init__(self, step: dict[str, Any], channel: socket.socket, *, confined: bool) -> None:
         self.step, self.limits, self.channel, self.confined = step, step["limits"], channel, confined
         self.preloaded = step["argv"][0] == "<python>"
-        self.secret = secrets.token_bytes(16)
+        self.secret = os.urandom(16)
         self.seen = _Seen()
         self.ended: int | None = None
         """wait status of the program's first process"""
         self.pid = 0
 
-    def run(self, environment: dict[str, str], identity: confine.Identity | None, work: str) -> dict[str, Any]:
+    def run(self, identity: confine.Identity | None, work: str) -> dict[str, Any]:
         reading, writing = zip(*(os.pipe() for _ in range(3)), strict=True)  # stdout, stderr, mark
+        limits = confine.kernel_limits(self.limits)
         start, cpu_before = time.monotonic(), _children_cpu()
         self.pid = os.fork()
         if self.pid == 0:
@@ -123,15 +104,17 @@ class _Run:
             for target, source in enumerate((null, *writing[:2])):
                 os.dup2(source, target)
             confine.become_program(
-                self.step, environment, writing[2], self.secret, confined=self.confined, identity=identity, work=work
+                self.step["argv"], limits, writing[2], self.secret, confined=self.confined, identity=identity, work=work
             )  # fmt: skip
-        for descriptor in writing:
-            os.close(descriptor)
         self.seen.kept = {descriptor: bytearray() for descriptor in reading}
+        for descriptor in reading:
+            os.set_blocking(descriptor, False)
         try:
-            broken = self._watch(reading, start, cpu_before)
+            broken = self._watch(reading[:2], start, cpu_before)
         finally:
             self._end_all()
+            for descriptor in writing:  # as long as we hold them, too, a pipe that is not written to wakes nobody
+                os.close(descriptor)
         self._read(reading)
         out, err, mark = (bytes(self.seen.kept[descriptor]) for descriptor in reading)
         for descriptor in reading:
@@ -143,6 +126,9 @@ class _Run:
         verdict = broken or ("crashed" if code < 0 else "failed" if code else "passed")
         if verdict == "passed" and self.preloaded and mark != self.secret:
             verdict = "ended early"
+        complaint = self.step["complaint"]
+        if verdict == "passed" and complaint and re.search(complaint.encode(), err, re.MULTILINE):
+            verdict = "failed"
         return {
             "verdict": verdict, "exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None,
             "stdout": out[:_KEPT_BYTES].decode("utf-8", "replace"),
@@ -153,9 +139,7 @@ class _Run:
     def _watch(self, reading: tuple[int, ...], start: float, cpu_before: float) -> str | None:
         """Until the program ends (None) or breaks a limit (which)."""
         poller = select.poll()
-        watched = set(reading)
         for descriptor in reading:
-            os.set_blocking(descriptor, False)
             poller.register(descriptor, select.POLLIN)
         poller.register(self.channel, getattr(select, "POLLRDHUP", select.POLLHUP))
         ending = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
@@ -169,9 +153,8 @@ class _Run:
                     if descriptor == self.channel.fileno():
                         self._end_all()
                         os._exit(0)
-                    if descriptor in watched and self._read((descriptor,)):
-                        poller.unregister(descriptor)
-                        watched.remove(descriptor)
+                    if descriptor in reading:
+                        self._read((descriptor,))
                 self._reap()
                 if self.seen.output > self.limits["output_kb"] * 1024:
                     return "output"
@@ -196,7 +179,7 @@ class _Run:
         for process in processes:
             used = _usage(process)
             cpu, memory, threads = cpu + used[0], memory + used[1], threads + used[2]
-        files = sum(_used_bytes(mounted) for mounted in _MOUNTED)
+        files = sum(used_bytes(mounted) for mounted in MOUNTED)
         limit = self.limits["memory_mb"] * _MIB
         if memory + files > limit:
             memory = sum(map(_proportional_bytes, processes))
@@ -214,28 +197,27 @@ class _Run:
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
         if ended_by == signal.SIGXCPU or cpu > self.limits["seconds"]:
             return "time"
-        if ended_by == signal.SIGXFSZ or (self.confined and any(map(_is_full, _MOUNTED))):
+        if ended_by == signal.SIGXFSZ or (self.confined and any(map(_is_full, MOUNTED))):
             return "disk"
         if ended_by == signal.SIGABRT and b"std::bad_alloc" in err:
             return "memory"
         return next((word for word in ("memory", "disk", "processes") if mark.startswith(word.encode())), None)
 
-    def _read(self, descriptors: tuple[int, ...]) -> bool:
-        """Takes what is in the pipes; whether the last of them is at its end."""
+    def _read(self, descriptors: tuple[int, ...]) -> None:
+        """Takes what is in the pipes, until it is more than is allowed."""
         for descriptor in descriptors:
             while True:
                 try:
                     piece = os.read(descriptor, 65536)
                 except BlockingIOError:
-                    return False
+                    break
                 if not piece:
                     break
                 self.seen.output += len(piece)
                 kept = self.seen.kept[descriptor]
                 kept += piece[: _KEPT_BYTES - len(kept)]
                 if self.seen.output > self.limits["output_kb"] * 1024:
-                    return False
-        return True
+                    return
 
     def _reap(self) -> None:
         """Waits for what has ended, orphans too, which fall to the first process."""
@@ -318,11 +300,6 @@ def _proportional_bytes(process: int) -> int:
         return sum(int(lines[name][1]) for name in (b"Pss_Anon", b"Pss_Shmem") if name in lines) * 1024
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def _used_bytes(mounted: str) -> int:
-    found = os.statvfs(mounted)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
 def _is_full(mounted: str) -> bool:

@@ -11,7 +11,7 @@ PRELOADED_PYTHON = "<python>"
 
 Verdict = Literal[
     "passed",  # ended by itself with exit code 0; a preloaded Python program ran to its end too
-    "failed",  # another exit code: an assertion, an exception
+    "failed",  # another exit code, an assertion, an exception, or a complaint on stderr
     "ended early",  # a preloaded Python program that left with exit code 0 before its end, where the tests are
     "crashed",  # a signal of its own making
     "time",  # more CPU time or wall time than allowed
@@ -55,6 +55,8 @@ class Step:
     argv: tuple[str, ...]
     """first word: a path, a name to be found in PATH, or PRELOADED_PYTHON followed by a file's name"""
     limits: Limits = field(default_factory=Limits)
+    complaint: str = ""
+    """pattern of a line on stderr that makes a step fail which ends with exit code 0; none if empty"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,12 @@ def as_message(program: Program, *, alone: bool) -> dict[str, Any]:
     """`program` as JSON carries it to a worker; `alone` doubles the wall time, which a busy machine takes from it."""
     patience = 2 if alone else 1
     steps = [
-        {"argv": step.argv, "limits": vars(step.limits), "wall": patience * step.limits.wall_seconds}
+        {
+            "argv": step.argv,
+            "limits": vars(step.limits),
+            "wall": patience * step.limits.wall_seconds,
+            "complaint": step.complaint,
+        }
         for step in program.steps
     ]
     return {"files": dict(program.files), "steps": steps, "environment": dict(program.environment)}

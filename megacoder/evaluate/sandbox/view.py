@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megacoder.evaluate.sandbox import kernel
 
-__all__ = ["DEVICES", "FILES", "LINKS", "build_root", "tool_folder", "visible_paths"]
+__all__ = ["DEVICES", "FILES", "LINKS", "build_root", "tool_folder", "touch", "visible_paths"]
 
 _SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store"]
 _SETTINGS = [
@@ -45,7 +45,9 @@ def visible_paths(more: Iterable[str] = ()) -> list[str]:
 
 
 def tool_folder(tool: str) -> str:
-    """The folder to show for an executable: what it was installed into, never a home folder or the root."""
+    """What to show for an executable: what it was installed into, never a home folder or the root; a jar alone."""
+    if tool.endswith(".jar"):
+        return tool
     folder = Path(os.path.realpath(tool)).parent
     prefix = folder.parent
     return str(prefix if folder.name == "bin" and len(prefix.parts) > 2 and prefix != Path.home() else folder)
@@ -64,7 +66,7 @@ def build_root(paths: Iterable[str]) -> None:
     for folder in _FOLDERS:
         os.makedirs(folder, exist_ok=True)
     for name in DEVICES:
-        _touch(f"/dev/{name}")
+        touch(f"/dev/{name}")
         kernel.mount(f"/.old/dev/{name}", f"/dev/{name}", flags=kernel.MS_BIND)
     for link, target in LINKS.items():
         os.symlink(target, link)
@@ -87,11 +89,12 @@ def _show(path: str) -> None:
     if os.path.isdir(old):
         os.mkdir(path)
     else:
-        _touch(path)
+        touch(path)
     kernel.mount(old, path, flags=kernel.MS_BIND | kernel.MS_REC)
     kernel.make_read_only(path)
 
 
-def _touch(path: str) -> None:
+def touch(path: str) -> None:
+    """An empty file, and the folders above it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))

@@ -1,0 +1,115 @@
+"""Completions of a server that speaks OpenAI's interface, such as vLLM's."""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.data.tokenizer import SPECIAL_TOKENS
+from megacoder.evaluate.benchmarks.completions import Decoding, Request
+
+__all__ = ["EndpointError", "EndpointSource"]
+
+_TRIES = 4
+_MODELS_SECONDS = 20.0
+"""How long a server may take to name its models, which costs it nothing."""
+_OPENAI_STOPS = 4
+"""Most stop strings that the interface takes; the answer is cut at all of them here anyway."""
+
+
+class EndpointError(MegacoderError):
+    """A server that cannot be reached, or does not answer as OpenAI's interface says."""
+
+
+class EndpointSource:
+    """A server with OpenAI's `/v1/completions` or, for chat, `/v1/chat/completions`; vLLM is one."""
+
+    def __init__(
+        self, url: str, decoding: Decoding, *, model: str | None = None, workers: int = 8, timeout: float = 600.0
+    ) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number
+            known = False
+        if not known:
+            raise ConfigError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
+        self.url = url.rstrip("/")
+        if not self.url.endswith("/v1"):
+            self.url += "/v1"
+        self.decoding, self.workers, self.timeout = decoding, workers, timeout
+        self.model = model if model is not None else self._only_model()
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            asked = {pool.submit(self._ask, request): request for request in requests}
+            try:
+                for done in as_completed(asked):
+                    yield asked[done], done.result()
+            finally:
+                for future in asked:
+                    future.cancel()
+
+    def _ask(self, request: Request) -> str:
+        decoding, task = self.decoding, request.task
+        body: dict[str, Any] = {
+            "model": self.model, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature,
+            "top_p": decoding.top_p, "seed": decoding.seed + request.sample,
+        }  # fmt: skip
+        if request.stops:
+            body["stop"] = list(request.stops[:_OPENAI_STOPS])
+        prompt = task.context + task.prompt
+        if task.suffix is not None:
+            begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
+            prompt = f"{begin}{prompt}{hole}{task.suffix}{end}"
+        if decoding.chat:
+            answer = self._call("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
+        else:
+            answer = self._call("/completions", body | {"prompt": prompt})
+        try:
+            choice = answer["choices"][0]
+            return str(choice["message"]["content"] or "") if decoding.chat else str(choice["text"])
+        except (KeyError, IndexError, TypeError):
+            raise EndpointError(f"{self.url}: no completion in its answer {str(answer)[:120]}") from None
+
+    def _only_model(self) -> str:
+        answer = self._call("/models", None, timeout=min(self.timeout, _MODELS_SECONDS))
+        try:
+            return str(answer["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise EndpointError(f"{self.url}/models: no model in {str(answer)[:120]}; name one (--api-model)") from None
+
+    def _call(self, path: str, body: dict[str, Any] | None, *, timeout: float | None = None) -> Any:
+        """The answer's JSON; tried again where the server is busy or away, not where it lets us wait for too long."""
+        timeout = self.timeout if timeout is None else timeout
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        for left in reversed(range(_TRIES)):
+            try:
+                request = urllib.request.Request(self.url + path, data=data, headers=headers)
+                with urllib.request.urlopen(request, timeout=timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code not in (429, 500, 502, 503, 504) or not left:
+                    said = error.read(300).decode("utf-8", "replace")
+                    raise EndpointError(f"{self.url}{path}: {error.code} {error.reason}: {said}") from None
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError):
+                    raise EndpointError(
+                        f"{self.url}{path}: no answer in {timeout:.0f} s; is it a model's server?"
+                    ) from None
+                if not left:
+                    what = str(reason).strip() or type(reason).__name__
+                    raise EndpointError(f"{self.url}{path}: {what}; is the server running?") from None
+            time.sleep(0.5 * 2 ** (_TRIES - 1 - left))
+        raise AssertionError("unreachable")

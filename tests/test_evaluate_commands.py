@@ -106,7 +106,7 @@ def test_eval_perplexity(home, capsys):
         ("infill none.py --line 3 --model model", "--line 3: none.py has lines 1 to 2"),
         ("infill none.py --line 1 --model gone", "gone: no such folder"),
         ("infill none.py --line 1 --model heldout", "config.json: no such file"),
-        ("generate --model bare --prompt x", "tokenizer.json: No such file"),
+        ("generate --model bare --prompt x", "bare: no tokenizer.json in it; name the folder of one with --tokenizer"),
         ("generate --model mixed --prompt x", "they do not belong together"),
         ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 319"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace megacoder {
@@ -30,6 +31,9 @@ struct TypedKernels {
   void (*adamw)(float*, float*, float*, const float*, T*, int64_t, float, float, float, float, float, float, float, float);
   void (*accumulate)(float*, const T*, int64_t);
   void (*few_rows_linear)(const T*, const T*, T*, int64_t, int64_t, int64_t);
+  void (*decode_attention)(const T*, const T*, const T*, const T*, const T*, const float*, const float*, const int64_t*,
+                           T*, T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
+  void (*decode_feed_forward)(const T*, const T*, const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, float);
 };
 
 struct Kernels {
@@ -46,6 +50,7 @@ namespace baseline { const Kernels& kernels(); }
 #define MEGACODER_X86 1
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
+namespace avx512_bf16 { const Kernels& kernels(); }
 #endif
 
 }  // namespace megacoder

@@ -9,6 +9,7 @@
 #endif
 #define MEGACODER_ISA avx2
 #define MEGACODER_ISA_NAME "avx2"
+#define MEGACODER_LANES 8
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

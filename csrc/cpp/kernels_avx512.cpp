@@ -9,6 +9,7 @@
 #endif
 #define MEGACODER_ISA avx512
 #define MEGACODER_ISA_NAME "avx512"
+#define MEGACODER_LANES 16
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

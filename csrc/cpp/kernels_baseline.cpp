@@ -2,4 +2,5 @@
 #include "kernels.h"
 #define MEGACODER_ISA baseline
 #define MEGACODER_ISA_NAME "baseline"
+#define MEGACODER_LANES 8
 #include "kernels.inc"

@@ -17,7 +17,7 @@ const Kernels& choose() {
 #ifdef MEGACODER_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return megacoder::avx512::kernels();
+    return __builtin_cpu_supports("avx512bf16") ? megacoder::avx512_bf16::kernels() : megacoder::avx512::kernels();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return megacoder::avx2::kernels();
 #endif
@@ -123,6 +123,26 @@ PYBIND11_MODULE(_cpp, m) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       k.few_rows_linear(at<T>(x), at<T>(weight), at<T>(out), rows, dim, width);
+    });
+  }, nogil);
+  m.def("decode_attention", [](bool b, Address x, Address residual, Address norm, Address qkv_weight,
+                               Address out_weight, Address cosine, Address sine, Address padding, Address keys,
+                               Address values, Address out, int64_t rows, int64_t dim, int64_t heads, int64_t groups,
+                               int64_t head_dim, int64_t capacity, int64_t column, float eps) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.decode_attention(at<T>(x), at<T>(residual), at<T>(norm), at<T>(qkv_weight), at<T>(out_weight),
+                         at<float>(cosine), at<float>(sine), at<int64_t>(padding), at<T>(keys), at<T>(values), at<T>(out),
+                         rows, dim, heads, groups, head_dim, capacity, column, eps);
+    });
+  }, nogil);
+  m.def("decode_feed_forward", [](bool b, Address x, Address residual, Address norm, Address gate_up_weight,
+                                  Address down_weight, Address out, int64_t rows, int64_t dim, int64_t inner_dim,
+                                  float eps) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.decode_feed_forward(at<T>(x), at<T>(residual), at<T>(norm), at<T>(gate_up_weight), at<T>(down_weight), at<T>(out),
+                            rows, dim, inner_dim, eps);
     });
   }, nogil);
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.model.config import ModelConfig
-from megacoder.model.decode import decode_step
+from megacoder.model.decode import Decoder
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
 
@@ -103,13 +103,15 @@ class _Batch:
     def run(self, results: list[list[int]], stop_ids: set[int], watcher: Watcher | None) -> None:
         """Appends new tokens to `results` until every sequence is done."""
         model, next_B = self.model, torch.empty(0)
+        decoder: Decoder | None = None
         rows = list(range(len(self.places)))  # the prompt that each sequence of the batch continues
         done: set[int] = set()
         for step in range(self.max_new_tokens):
             if step == 0:
                 hidden_BD = model(self.tokens_BS, cache=self.cache)[:, -1]
             else:
-                hidden_BD = decode_step(model, next_B, self.cache)
+                decoder = decoder or Decoder(model, self.cache)
+                hidden_BD = decoder.step(next_B)
             next_B = self.picker.pick(model.logits(hidden_BD), rows, step)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if row in done:
@@ -127,6 +129,7 @@ class _Batch:
             if 2 * len(going) <= len(rows):
                 kept_B = torch.tensor(going, device=self.device)
                 self.cache.keep(kept_B)
+                decoder = None
                 next_B, rows = next_B[kept_B], [rows[index] for index in going]
 
 

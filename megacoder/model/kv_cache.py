@@ -70,6 +70,20 @@ class KVCache:
         """As `mask` in a pass of one token, None where no sequence is padded: it sees all there is."""
         return self.mask if self._padded else None
 
+    def advance_one(self) -> int:
+        """Makes room for one more column and returns it; for those who count positions from `padding_B` themselves."""
+        self.start, self.stop = self.stop, self.stop + 1
+        return self.start
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._padding_B1)
+
+    @property
+    def padding_B(self) -> Tensor:
+        """The column where each sequence begins."""
+        return self._padding_B1.flatten()
+
     def keep(self, rows_B: Tensor) -> None:
         """Drops all sequences but `rows_B`."""
         for layer in self.layers:

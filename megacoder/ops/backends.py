@@ -36,6 +36,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("cpp", "cudnn", "flash", "torch"),
     "weight_grad": ("cpp", "cublas", "torch"),
     "few_rows": ("cpp", "torch"),
+    "decode": ("cpp", "torch"),
     "adamw": ("cpp", "cuda", "torch"),
     "fp8_cast": ("cuda", "torch"),
     "fp8_product": ("scaled_mm", "torch"),

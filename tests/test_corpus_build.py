@@ -22,7 +22,8 @@ from megacoder.corpus.check import DocumentPass
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.folder import claim_folder
-from megacoder.corpus.pool import run_tasks
+from megacoder.corpus.near_config import NearDedupConfig
+from megacoder.corpus.pool import WorkerPool
 from megacoder.corpus.samples import SampleConfig
 from megacoder.corpus.sources import Repository
 from megacoder.corpus.split import SplitConfig
@@ -106,6 +107,19 @@ def test_what_comes_in_is_kept_or_dropped_by_count_and_by_bytes(repos, tmp_path)
     assert {name: count.files for name, count in accounts.languages.items()} == {"Python": 25, "Ruby": 8}
 
 
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_a_copy_names_the_file_that_stays_however_the_digests_are_cut_up(repos, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("megacoder.corpus.dedup._RECORDS_AT_ONCE", at_once)
+    near = NearDedupConfig(level="none")
+    build_corpus(config(repos, tmp_path, near_dedup=near, shard_bytes=1, workers=1), quiet=True)
+    texts = {str(path.relative_to(repos)): path.read_bytes() for path in repos.rglob("*") if path.is_file()}
+    copies = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
+    assert len(copies) == 8
+    for row in copies:
+        name = f"{row['repo']}/{row['path']}"
+        assert row["detail"] == min(other for other in texts if texts[other] == texts[name]) < name
+
+
 def test_samples_are_contiguous_ordered_and_carry_path_comments(repos, tmp_path):
     build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0)), quiet=True)
     train = rows(tmp_path / "out", "train")
@@ -146,13 +160,6 @@ def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     kept = rows(tmp_path / "out", "train") + rows(tmp_path / "out", "heldout")
     assert [row["repo"] for row in kept if row["path"] == "setup.py"] == ["repo0"]
     assert not any(row["path"] == "copy.py" for row in kept)
-
-
-def test_dedup_by_ranges_of_digests_drops_the_same(repos, tmp_path, monkeypatch):
-    build_corpus(config(repos, tmp_path), quiet=True)
-    monkeypatch.setattr("megacoder.corpus.dedup._AT_ONCE", 7)
-    build_corpus(config(repos, tmp_path, out=tmp_path / "ranges"), quiet=True)
-    assert tree(tmp_path / "ranges") == tree(tmp_path / "out")
 
 
 def test_held_out_repositories_are_whole(repos, tmp_path):
@@ -264,12 +271,13 @@ def test_a_missing_output_file_is_made_again(repos, tmp_path):
 
 ORPHANS = """
 import os, sys, time
-from megacoder.corpus.pool import run_tasks
+from megacoder.corpus.pool import WorkerPool
 def task(folder):
     open(os.path.join(folder, str(os.getpid())), "w").close()
     time.sleep(60)
 if __name__ == "__main__":
-    run_tasks(task, [sys.argv[1]] * 2, workers=2, done=lambda task: None)
+    with WorkerPool(2) as pool:
+        pool.run(task, [sys.argv[1]] * 2, done=lambda task: None)
 """
 
 
@@ -291,14 +299,23 @@ def _kill_worker(task):
 
 
 def test_a_killed_worker_is_one_line():
-    with pytest.raises(CorpusError, match="fewer --workers"):
-        run_tasks(_kill_worker, [0, 1], workers=2, done=print)
+    with pytest.raises(CorpusError, match="fewer --workers"), WorkerPool(2) as pool:
+        pool.run(_kill_worker, [0, 1], done=print)
 
 
-def test_results_come_in_the_order_of_the_tasks():
+def _process(task):
+    return os.getpid()
+
+
+def test_results_come_in_the_order_of_the_tasks_and_every_pass_in_the_same_processes():
     done = []
-    assert run_tasks(abs, [-3, -1, -2], workers=2, done=done.append) == [3, 1, 2]
-    assert sorted(done) == [-3, -2, -1]
+    with WorkerPool(2) as pool:
+        assert pool.run(abs, [-3, -1, -2], done=done.append) == [3, 1, 2]
+        assert sorted(done) == [-3, -2, -1]
+        first, second = (set(pool.run(_process, range(20), done=print)) for _ in range(2))
+        assert len(first | second) <= 2
+        assert os.getpid() not in first | second
+        assert pool.run(_process, [0], done=print) == [os.getpid()]  # one task is not worth a process
 
 
 def _wait(condition, seconds=60):

@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.native import native
 from megacoder.corpus import minhash
 from megacoder.corpus.benchmarks import TestString, fingerprint, read_tests
 from megacoder.corpus.build import build_corpus
@@ -191,3 +194,19 @@ def test_a_build_drops_contaminated_files_and_broken_ones(tmp_path):
     benchmark.write_text(json.dumps({"task_id": "X/0", "prompt": "another text of a test"}) + "\n")
     with pytest.raises(ConfigError, match="benchmarks"):
         build_corpus(CorpusConfig(benchmarks=(benchmark,), **settings), quiet=True)
+
+
+@pytest.mark.skipif(not hasattr(native(), "find_grams"), reason="the kernels are not built")
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "B", "c1", "\u00e9", "_"]), max_size=14), max_size=6),
+    st.lists(st.sampled_from(["a", "B", "c1", "\u00e9", "_"]), max_size=400),
+)
+def test_the_kernel_finds_what_numpy_does(tests, words):
+    found, text = index(*map(" ".join, tests)), "-".join(words).encode()
+    assert sorted(found._candidates(text, native().find_grams)) == sorted(found.reference_candidates(text))
+
+
+def test_without_the_kernel_numpy_answers(monkeypatch):
+    monkeypatch.setattr("megacoder.corpus.decontamination.native", lambda: None)
+    assert [hit.gram for hit in index(TEN).hits(f"x {TEN} y".encode())] == [TEN]

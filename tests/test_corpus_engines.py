@@ -18,6 +18,7 @@ from megacoder.corpus import engines
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.engines import ClusterConfig, run_on
+from megacoder.corpus.pool import WorkerPool
 
 LIMIT = 240
 WORDS = "one two three four five six seven eight nine ten eleven twelve"
@@ -53,7 +54,8 @@ def double(task):
 def run(engine, tasks, work, **options):
     done = []
     config = ClusterConfig(engine=engine, **options)
-    results = run_on(config, double, tasks, workers=2, work=work, done=done.append)
+    with WorkerPool(2) as pool:
+        results = run_on(config, double, tasks, pool=pool, work=work, done=done.append)
     assert sorted(done) == sorted(tasks)
     return results
 

@@ -9,8 +9,8 @@ import pytest
 
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.drops import Drop
 from megacoder.corpus.messages import from_json, to_json
-from megacoder.corpus.steps import Drop
 
 
 @pytest.mark.parametrize(

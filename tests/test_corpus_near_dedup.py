@@ -97,6 +97,7 @@ def test_the_result_depends_neither_on_shards_nor_on_workers_nor_on_ranges(plant
     options = {"near_dedup": NearDedupConfig(level="both")}
     build(planted, tmp_path / "one", shard_bytes=1 << 30, **options)
     monkeypatch.setattr(near_dedup, "_RECORDS_AT_ONCE", 100)
+    monkeypatch.setattr(near_dedup, "_FILES_AT_ONCE", 3)
     build(planted, tmp_path / "many", shard_bytes=60_000, **options)
     one, many = (pq.read_table(tmp_path / name / "dropped").to_pylist() for name in ("one", "many"))
     assert one == many
@@ -119,9 +120,13 @@ def test_no_chain_removes_what_is_not_near_to_what_stays():
     def edges(*pairs):
         return np.array([(later, earlier, 0.8) for earlier, later in pairs], EDGE)
 
-    assert choose_copies([edges((0, 1), (1, 2), (2, 3))], 4) == {1: (0, pytest.approx(0.8)), 3: (2, pytest.approx(0.8))}
-    assert choose_copies([edges((1, 2)), edges((0, 2), (1, 2))], 3) == {2: (0, pytest.approx(0.8))}
-    assert choose_copies([], 3) == {}
+    def chosen(parts, num_units):
+        return [(later, earlier) for part in choose_copies(parts, num_units) for later, earlier, _ in part.tolist()]
+
+    assert chosen([edges((0, 1), (1, 2), (2, 3))], 4) == [(1, 0), (3, 2)]
+    assert chosen([edges((0, 1)), edges((1, 2), (2, 3))], 4) == [(1, 0), (3, 2)]
+    assert chosen([edges((0, 2), (1, 2))], 3) == [(2, 0)]
+    assert chosen([], 3) == []
 
 
 def test_a_crowded_band_is_searched_again_without_its_copies(tmp_path):
@@ -138,9 +143,9 @@ def test_a_crowded_band_is_searched_again_without_its_copies(tmp_path):
         pairs, truncated = candidate_pairs(
             [tmp_path / "s.bands"], files.starts, (0, 2**64 - 1), band=0, bands=1, gone=gone
         )
-        found = choose_copies([near_pairs(pairs, files, similarity=0.7)], 500)
-        gone, rounds = np.array(sorted({*gone.tolist(), *found})), rounds + 1
-        if not (truncated and found):
+        (found,) = choose_copies([np.unique(near_pairs(pairs, files, similarity=0.7))], 500)
+        gone, rounds = np.array(sorted({*gone.tolist(), *found["later"].tolist()})), rounds + 1
+        if not (truncated and len(found)):
             break
     assert sorted(set(range(500)) - set(gone.tolist())) == list(range(20))
     assert 2 <= rounds <= 6  # every round halves at least what is too much

@@ -8,6 +8,7 @@ from megacoder.corpus.documents import Document, Dropped, run_stages
 from megacoder.corpus.generated import GeneratedFiles, says_generated
 from megacoder.corpus.languages import LANGUAGES, as_comment, language_of
 from megacoder.corpus.rules import PaperRules, RuleThresholds, alphabetic_share, line_lengths, visible_text
+from megacoder.corpus.text_counts import line_counts
 
 RULES = PaperRules()
 LIMITS = RuleThresholds()
@@ -61,9 +62,9 @@ def test_each_rule_on_both_sides_of_its_limit(text, language, reason):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab1 _éß中²\u0301\n\U0001d400"), min_size=1))
-def test_the_fast_letter_count_decides_as_isalpha_does(text):
+def test_the_count_of_letters_decides_as_isalpha_does(text):
     plain = sum(character.isalpha() for character in text) / len(text) < 0.25
-    assert (alphabetic_share(text, LIMITS) is not None) == plain
+    assert (alphabetic_share(line_counts(text), len(text), LIMITS) is not None) == plain
 
 
 @settings(max_examples=200, deadline=None)
@@ -71,7 +72,7 @@ def test_the_fast_letter_count_decides_as_isalpha_does(text):
 def test_lines_are_those_of_universal_newlines(text, mean, longest):
     lines = [line.rstrip("\r\n") for line in text.replace("\r\n", "\n").replace("\r", "\n").splitlines()] or [""]
     plain = sum(map(len, lines)) > mean * len(lines) or max(map(len, lines)) > longest
-    assert (line_lengths(text, RuleThresholds(max_mean_line=mean, max_line=longest)) is not None) == plain
+    assert (line_lengths(line_counts(text), RuleThresholds(max_mean_line=mean, max_line=longest)) is not None) == plain
 
 
 @pytest.mark.parametrize(

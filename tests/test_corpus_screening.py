@@ -1,13 +1,14 @@
 """Screening: broken files of every screened language are told from good ones; heuristics at their limits."""
 
 import random
+import re
 
 import pytest
 
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.compilers import accepts
 from megacoder.corpus.documents import Document, Dropped
-from megacoder.corpus.heuristics import HeuristicLimits, readability
+from megacoder.corpus.heuristics import HeuristicLimits, modularity, readability
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.screening import Screening, ScreeningConfig
 from megacoder.corpus.syntax import SCREENED, parse
@@ -212,3 +213,37 @@ def test_a_compiler_decides_where_it_is_installed():
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         ScreeningConfig(**options)
+
+
+def own_lines(node, owner, found):
+    """Of every function in the tree, its lines less those of the functions right within it."""
+    if node.is_named and node.child_count and re.search("function|method|constructor", node.type):
+        lines = node.end_point[0] - node.start_point[0] + 1
+        if owner is not None:
+            found[owner] -= lines
+        found.append(lines)
+        owner = len(found) - 1
+    for child in node.children:
+        own_lines(child, owner, found)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_modularity_sees_the_longest_function_wherever_it_hangs(share):
+    generator = random.Random(share)
+
+    def function(depth):
+        lines = [f"x = {generator.random()};" for _ in range(generator.randrange(12))]
+        if depth:
+            lines += ["if (x) {", *function(depth - 1), "}", *(line for _ in range(2) for line in function(depth - 1))]
+        return ["function f(x) {", *lines, "return x; }"]
+
+    outcomes, told = set(), f"one function over {share:.0%} of a long file"
+    for _ in range(60):
+        lines = ["x = 0;"] * generator.randrange(20) + function(generator.randrange(4))
+        tree = parse("\n".join(lines), "JavaScript", "a.js").tree
+        limits = HeuristicLimits(long_file_lines=1, max_function_share=share)
+        found = modularity(tree, len(lines), limits)
+        assert (found is not None) == (max(own_lines(tree.root_node, None, [])) > share * len(lines))
+        outcomes.add(found)
+    assert (told in outcomes) == (share < 1)

@@ -6,20 +6,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.corpus.dedup import digest, later_copies
+from megacoder.corpus.dedup import RECORD, copies_among, digest
 from megacoder.corpus.split import SplitConfig, choose_heldout
 
 
-def digests(texts):
-    return np.frombuffer(b"".join(map(digest, texts)), np.uint8).reshape(-1, 16)
-
-
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=6), max_size=5))
-def test_dedup_keeps_the_first_of_equal_texts(shards):
-    seen: set[str] = set()
-    expected = [[text in seen or seen.add(text) is not None for text in shard] for shard in shards]
-    assert [copies.tolist() for copies in later_copies([digests(shard) for shard in shards])] == expected
+@given(st.lists(st.sampled_from("abcdef"), max_size=30), st.randoms())
+def test_dedup_finds_the_first_of_equal_texts_in_whatever_order_they_come(texts, generator):
+    expected = [(place, texts.index(text)) for place, text in enumerate(texts) if texts.index(text) < place]
+    places = list(range(len(texts)))
+    generator.shuffle(places)
+    records = np.zeros(len(texts), RECORD)
+    halves = np.frombuffer(b"".join(digest(texts[place]) for place in places), "<u8").reshape(-1, 2)
+    records["key"], records["low"] = halves.T
+    assert sorted(copies_among(records, np.array(places, np.int64)).tolist()) == expected
+
+
+def test_records_of_which_half_the_digest_is_equal_are_no_copies():
+    records = np.array([(1, 1, 0), (1, 2, 1), (2, 1, 2), (1, 1, 3)], RECORD)
+    assert copies_among(records, np.arange(4)).tolist() == [(3, 0)]
 
 
 def test_a_digest_tells_texts_apart():

@@ -3,6 +3,7 @@
     python tools/corpus_sources.py /tmp/bench-corpus                              # once: gathers the code
     python tools/bench_corpus.py stages --peers /tmp/venv-corpus-peers/bin/python # each stage beside a peer
     python tools/bench_corpus.py scale                                            # 100 MB to 5 GB
+    python tools/bench_corpus.py alarms                                           # clean files that the screen drops
 
 A sample of the gathered files, the same for every contender, lies in one Parquet file; each contender reads it in a
 process of its own (peers in their own environment), takes its start-up out of its time by timing only the work, and
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import statistics
@@ -30,7 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_common import machine, write_record
 
+from megacoder.corpus.ambiguous import candidate_languages, settled_language
 from megacoder.corpus.languages import language_of
+from megacoder.corpus.reading import decode
+from megacoder.corpus.rules import PaperRules
+from megacoder.corpus.screening import ScreeningConfig
+from megacoder.corpus.syntax import parse
 
 HERE = Path(__file__).parent
 TARGET = HERE / "results" / "corpus_cpu.json"
@@ -44,6 +49,12 @@ PAIRS = {
     "stages 1-7 / datatrove filter + minhash": ("ours_pipeline", "datatrove_pipeline", 10.0),
     "ordering / data-prep-kit": ("ours_order", "dpk_order", 20.0),
 }
+
+_NAME = re.compile(r"(?<![\w$#@%&\\])[a-z]+(?:_[a-z]+|[a-z][A-Z])\w*")  # no keyword looks like this
+_TESTS = re.compile(
+    r"/(?:\w*[-_.])?(?:tests?|testing|testdata|testsuite|fixtures?|baselines|t|spec|bad|invalid|corpus)(?:[-_.]\w*)?/"
+)
+TOP_TEN = ("Java", "Python", "C++", "TypeScript", "PHP", "C#", "JavaScript", "HTML", "C", "TeX")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +155,13 @@ def stages(options: Options, only: str) -> None:
 
 
 def scale(options: Options, sizes: list[int]) -> None:
-    """Whole builds of growing corpora: real files again and again, each copy with words of its own."""
+    """Whole builds of growing corpora: real files again and again, in each copy with names of its own."""
     results: dict[str, Any] = json.loads(TARGET.read_text())["results"] if TARGET.exists() else {}
     table, _ = sample(options.folder, options.megabytes)
     points = []
     for megabytes in sizes:
         source = options.folder / f"grown-{megabytes}"
-        grow(table, source, megabytes)
+        files = grow(table, source, megabytes)
         with tempfile.TemporaryDirectory(dir=options.folder) as out:
             command = [
                 sys.executable, "-m", "megacoder", "corpus", "build", "--input", str(source), "--out", f"{out}/corpus",
@@ -158,53 +169,121 @@ def scale(options: Options, sizes: list[int]) -> None:
             ]  # fmt: skip
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             start = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(command, **quiet, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            main_mb, worker_mb = watch(process)
             wall = time.perf_counter() - start
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if process.returncode:
+                sys.exit(f"{' '.join(command)} ended with {process.returncode}")
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         points.append(
             {
-                "megabytes": megabytes, "cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1),
-                "largest_process_mb": after.ru_maxrss // 1024,
-                "cpu_seconds_per_megabyte": round(cpu / megabytes, 4),
+                "megabytes": megabytes, "files": files, "cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1),
+                "cpu_seconds_per_megabyte": round(cpu / megabytes, 4), "main_process_peak_mb": main_mb,
+                "largest_worker_peak_mb": worker_mb,
             }
         )  # fmt: skip
         print(json.dumps(points[-1]), flush=True)
-    slope = points[-1]["cpu_seconds_per_megabyte"]
-    results["scale"] = {
-        "curve": points,
-        "extrapolated_core_hours_for_798_gb": round(slope * 798_000 / 3600, 1),
-        "assumes": "time linear in bytes at the last point's rate; files as large as here; one repository a few MB",
-    }
+    results["scale"] = {"curve": points, "extrapolated": extrapolate(points[0], points[-1])}
     _write(options, results)
 
 
-def grow(table: Path, target: Path, megabytes: int) -> None:
-    """Tables of about `megabytes`: the sample's files over and over, in every copy a third of the lines renamed."""
-    if (target / "done").exists():
-        return
+def extrapolate(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """What the curve says of the corpus that DeepSeek-Coder was trained on."""
+    per_file = (last["main_process_peak_mb"] - first["main_process_peak_mb"]) / (last["files"] - first["files"])
+    return {
+        "to": "798 GB, 603 million files",
+        "core_hours": round(last["cpu_seconds_per_megabyte"] * 798_000 / 3600, 1),
+        "main_process_gb": round((first["main_process_peak_mb"] + per_file * 603e6) / 1000, 1),
+        "largest_worker_mb": last["largest_worker_peak_mb"],
+        "assumes": [
+            "time is linear in bytes at the last point's rate, and the languages are mixed as here",
+            "the main process grows with the files as between the first point and the last",
+            "a worker's memory depends on its shard, its largest repository and the ranges that it sorts",
+            "shards of 256 MB (--shard-bytes), so that there are about 3,000 of them",
+        ],
+    }
+
+
+def watch(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Waits for the end; the peak resident memory in MB of the process, and of the largest that it started."""
+    peaks: dict[int, int] = {}
+    while process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for pid in [process.pid, *map(int, _read(children).split())]:
+            if found := re.search(r"VmHWM:\s+(\d+)", _read(Path(f"/proc/{pid}/status"))):
+                peaks[pid] = max(peaks.get(pid, 0), int(found[1]) // 1024)
+        time.sleep(0.1)
+    own = peaks.pop(process.pid, 0)
+    return own, max(peaks.values(), default=0)
+
+
+def _read(path: Path) -> str:
+    """Its text, or none where the process has ended."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def grow(table: Path, target: Path, megabytes: int) -> int:
+    """Tables of about `megabytes`: the sample's files over and over, in each copy with other names; how many files."""
+    count = target / "files.txt"
+    if count.exists():
+        return int(count.read_text())
     target.mkdir(parents=True, exist_ok=True)
     rows = pq.read_table(table).to_pylist()
-    left, copy = megabytes * 1_000_000, 0
+    left, copy, files = megabytes * 1_000_000, 0, 0
     while left > 0:
-        generator = random.Random(copy)
         edited = []
         for row in rows:
-            lines = row["text"].split("\n")
-            if copy:
-                mark = f"n{copy}_"
-                lines = [
-                    line.replace("e", mark, 1) if generator.random() < 0.34 and "=" in line else line for line in lines
-                ]
-            text = "\n".join(lines)
+            text = _NAME.sub(rf"\g<0>{copy}", row["text"]) if copy else row["text"]
             left -= len(text.encode())
             edited.append({**row, "repo": f"copy{copy:04d}-{row['repo']}", "content": text})
             if left < 0:
                 break
         columns = {name: [row[name] for row in edited] for name in ("repo", "path", "content")}
         pq.write_table(pa.table(columns), target / f"part-{copy:04d}.parquet", row_group_size=2000)
-        copy += 1
-    (target / "done").touch()
+        copy, files = copy + 1, files + len(edited)
+    count.write_text(str(files))
+    return files
+
+
+def alarms(options: Options, most: int) -> None:
+    """Of released sources, how many the syntax screen would drop, for the ten languages with the largest shares.
+
+    Clean are files of packages that people install, outside the folders of tests, where parsers keep what must not
+    parse, and only those that the paper's rules keep. At most `most` files a language, drawn by hash.
+    """
+    config, rules = ScreeningConfig(), PaperRules()
+    found: dict[str, dict[str, Any]] = {}
+    drawn = [path for path in sorted((options.folder / "repos").rglob("*")) if not _TESTS.search(f"/{path}/")]
+    for path in sorted(drawn, key=lambda path: hashlib.sha256(str(path.relative_to(options.folder)).encode()).digest()):
+        name = path.relative_to(options.folder / "repos").as_posix()
+        candidates = candidate_languages(name, language_of(name)) & set(TOP_TEN)
+        if not candidates or not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 20:
+            continue
+        text, _ = decode(path.read_bytes())
+        language = None if text is None else settled_language(name, language_of(name), text)
+        if text is None or language not in TOP_TEN or rules.reason(text, language):
+            continue
+        row = found.setdefault(language, {"files": 0, "dropped": 0, "first_dropped": []})
+        if row["files"] == most:
+            continue
+        limit = config.max_share(language)
+        parsed = parse(text, language, name, enough=limit)
+        row["files"] += 1
+        if parsed is not None and parsed.error_share > limit:
+            row["dropped"] += 1
+            row["first_dropped"] = [*row["first_dropped"], f"{name}: {parsed.problem}"][:8]
+    for language in TOP_TEN:
+        row = found.setdefault(language, {"files": 0, "dropped": 0, "first_dropped": []})
+        row["percent"] = round(100 * row["dropped"] / max(row["files"], 1), 2)
+        print(language, row["files"], row["dropped"], f"{row['percent']}%", flush=True)
+    results: dict[str, Any] = json.loads(TARGET.read_text())["results"] if TARGET.exists() else {}
+    results["false alarms"] = {language: found[language] for language in TOP_TEN}
+    _write(options, results)
 
 
 def _write(options: Options, results: dict[str, Any]) -> None:
@@ -215,19 +294,22 @@ def _write(options: Options, results: dict[str, Any]) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stages", "scale"])
+    parser.add_argument("what", choices=["stages", "scale", "alarms"])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-corpus"), help="what corpus_sources.py filled")
     parser.add_argument("--megabytes", type=int, default=320, help="size of the sample")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path, default=Path("/tmp/venv-corpus-peers/bin/python"))
     parser.add_argument("--only", default="", help="pairs whose name contains this")
+    parser.add_argument("--files", type=int, default=3000, help="files of a language, at most, for alarms")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 2000, 5000], help="megabytes")
     args = parser.parse_args()
     options = Options(folder=args.folder, megabytes=args.megabytes, repeats=args.repeats, peers=args.peers)
     if args.what == "stages":
         stages(options, args.only)
-    else:
+    elif args.what == "scale":
         scale(options, args.sizes)
+    else:
+        alarms(options, args.files)
 
 
 if __name__ == "__main__":

@@ -192,14 +192,17 @@ def plain_rules(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
 
 
 def ours_pipeline(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
-    """A whole build from a table of files: read, rules, near-dedup of files, order, screening, samples."""
+    """A whole build from folders: read, rules, dedup of all kinds, screening, decontamination, order, samples."""
     from megacoder.corpus.build import build_corpus
     from megacoder.corpus.config import CorpusConfig
     from megacoder.corpus.near_config import NearDedupConfig
 
     near = NearDedupConfig(level="both", num_hashes=NUM_HASHES, bands=16, rows=8)
+    tests = scratch / "tests.jsonl"
+    tests.write_text("".join(json.dumps({"text": test}) + "\n" for test in _tests(table)))
+    config = CorpusConfig(input=(tree,), out=scratch / "out", workers=1, near_dedup=near, benchmarks=(tests,))
     yield
-    report = build_corpus(CorpusConfig(input=(tree,), out=scratch / "out", workers=1, near_dedup=near), quiet=True)
+    report = build_corpus(config, quiet=True)
     yield {"decided": report.accounts.kept.files}
 
 

@@ -43,6 +43,7 @@ struct Kernels {
   double (*sum_of_squares)(const float*, int64_t);
   void (*minhash)(const uint8_t*, const int64_t*, int64_t, const uint32_t*, int64_t, int64_t, uint32_t*, int64_t*);
   int64_t (*word_hashes)(const uint8_t*, int64_t, uint64_t*);
+  int64_t (*find_grams)(const uint8_t*, int64_t, const int64_t*, int64_t, const uint8_t*, int64_t, uint64_t*, int64_t);
 };
 
 namespace baseline { const Kernels& kernels(); }

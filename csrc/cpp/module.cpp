@@ -1,11 +1,13 @@
 // Python's door to the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs neither
-// torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them.
+// torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them. What counts
+// characters takes a string and keeps the interpreter's lock.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 
 #include "index_check.h"
 #include "kernels.h"
+#include "text_counts.h"
 
 namespace py = pybind11;
 using megacoder::bf16;
@@ -30,6 +32,18 @@ using Address = uintptr_t;
 template <class T>
 T* at(Address address) { return reinterpret_cast<T*>(address); }
 
+// Calls `body` with the characters of `text` as they are stored, and their number.
+template <class Body>
+auto over_characters(const py::str& text, Body body) {
+  PyObject* object = text.ptr();
+  const int64_t size = PyUnicode_GET_LENGTH(object);
+  switch (PyUnicode_KIND(object)) {
+    case PyUnicode_1BYTE_KIND: return body(PyUnicode_1BYTE_DATA(object), size);
+    case PyUnicode_2BYTE_KIND: return body(PyUnicode_2BYTE_DATA(object), size);
+    default: return body(PyUnicode_4BYTE_DATA(object), size);
+  }
+}
+
 // Calls `body` with the typed table and a null pointer of the element type.
 template <class Body>
 void typed(bool is_bf16, Body body) {
@@ -40,7 +54,7 @@ void typed(bool is_bf16, Body body) {
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
-  m.doc() = "Fused CPU kernels; addresses in, nothing out. See csrc/cpp/kernels.inc.";
+  m.doc() = "Fused CPU kernels; addresses in, nothing out (csrc/cpp/kernels.inc). Counts over strings (text_counts.h).";
   m.attr("isa") = table.isa;
   const py::call_guard<py::gil_scoped_release> nogil;
 
@@ -154,6 +168,20 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("word_hashes", [](Address text, int64_t size, Address hashes) {
     return table.word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
   }, nogil);
+  m.def("find_grams", [](Address text, int64_t size, Address lengths, int64_t num_lengths, Address marks,
+                         int64_t shift, Address found, int64_t room) {
+    return table.find_grams(at<uint8_t>(text), size, at<int64_t>(lengths), num_lengths, at<uint8_t>(marks), shift,
+                            at<uint64_t>(found), room);
+  }, nogil);
+  m.def("count_lines", [](const py::str& text) {
+    const auto found = over_characters(text, [](auto* at, int64_t size) { return megacoder::count_lines(at, size); });
+    return py::make_tuple(found.lines, found.longest, found.in_lines, found.letters);
+  });
+  m.def("count_words", [](const py::str& text) {
+    const auto found = over_characters(text, [](auto* at, int64_t size) { return megacoder::count_words(at, size); });
+    return py::make_tuple(found.words, found.numbers, found.names, found.short_names, found.lines,
+                          found.distinct_lines);
+  });
   m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
     return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);
   }, nogil);

@@ -20,10 +20,12 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.drops import read_drops
 from megacoder.corpus.engines import run_on
 from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
 from megacoder.corpus.inputs import Inputs, find_inputs
 from megacoder.corpus.plan import gather_tables, plan_scans, table_states
+from megacoder.corpus.pool import WorkerPool
 from megacoder.corpus.scan import scan_shard
 from megacoder.corpus.shards import disk_errors
 from megacoder.corpus.sources import Source, machine_repositories
@@ -49,18 +51,18 @@ def build_corpus(
     else:
         inputs = find_inputs(config.input) if config.input else Inputs(sources=tuple(machine_repositories()))
     identity = config.identity()
-    with claim_folder(config.out, identity, PARTS):
+    with claim_folder(config.out, identity, PARTS), WorkerPool(config.workers) as pool:
         sources = [(source, source.inventory(config.selection)) for source in inputs.sources]
         told = [[source.identity(), found.fingerprint] for source, found in sources]
         key = hash_of([identity, told, table_states(inputs.tables)])
         if (report := _finished(config.out, key)) is not None:
             keep_only(config.out, report.files, PARTS)
             return report
-        run = _runner(config, quiet)
+        run = _runner(config, pool, quiet)
         scans = plan_scans(sources, gather_tables(inputs, config, run), key, config)
         run(scan_shard, scans, "reading")
         shards = [
-            Shard(name=f"{index:05d}", key=scan.key, scanned=scan.target, size=scan.size)
+            Shard(name=f"{index:05d}", key=scan.key, scan_key=scan.key, scanned=scan.target, size=scan.size)
             for index, scan in enumerate(scans)
         ]
         for step in steps(config):
@@ -93,7 +95,7 @@ def _finished(out: Path, key: str) -> CorpusReport | None:
     return None
 
 
-def _runner(config: CorpusConfig, quiet: bool) -> RunTasks:
+def _runner(config: CorpusConfig, pool: WorkerPool, quiet: bool) -> RunTasks:
     """Runs shard tasks, the largest first, under a progress bar over bytes."""
 
     def run(function: Callable[[Any], Any], tasks: Sequence[Any], title: str) -> list[Any]:
@@ -108,8 +110,7 @@ def _runner(config: CorpusConfig, quiet: bool) -> RunTasks:
                 bar.update(completed, f"{completed / 1e6:.0f} MB")
 
             ordered = [tasks[index] for index in order]
-            work = config.out / WORK
-            results = run_on(config.cluster, function, ordered, workers=config.workers, work=work, done=done)
+            results = run_on(config.cluster, function, ordered, pool=pool, work=config.out / WORK, done=done)
         return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
     return run
@@ -126,7 +127,7 @@ def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[Wr
     heldout = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
     writes = []
     for shard in shards:
-        table = shard.columns([column, "size"])
+        table = shard.columns([column, "size"], shard.kept())
         units = heldout.intersection(table[column].to_pylist())
         writes.append(
             WriteTask(
@@ -147,7 +148,7 @@ def _nothing_left(shards: Sequence[Shard]) -> str:
     reasons: Counter[str] = Counter()
     for shard in shards:
         reasons.update(pq.read_table(shard.scanned, columns=["reason"])["reason"].drop_null().to_pylist())
-        reasons.update({drop.reason: len(drop.rows) for drop in shard.drops})
+        reasons.update(reason for _, _, reason, _ in read_drops(shard.drops))
     if not reasons:
         return "the inputs hold no files"
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
@@ -158,7 +159,7 @@ def _sizes_by(column: str, shards: Sequence[Shard]) -> dict[str, int]:
     """Bytes of the kept files by repository or path; one shard's rows are in memory at a time."""
     sizes: dict[str, int] = {}
     for shard in shards:
-        table = shard.columns([column, "size"])
+        table = shard.columns([column, "size"], shard.kept())
         for name, size in zip(table[column].to_pylist(), table["size"].to_pylist(), strict=True):
             sizes[name] = sizes.get(name, 0) + size
     return sizes

@@ -13,8 +13,9 @@ import numpy as np
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.documents import Document, Dropped, Stage, run_stages
+from megacoder.corpus.drops import Drop, DropFile, write_drops
 from megacoder.corpus.shards import TextReader, finished, redoing
-from megacoder.corpus.steps import Drop, RunTasks, Shard
+from megacoder.corpus.steps import RunTasks, Shard
 
 __all__ = ["DocumentPass", "check_shard"]
 
@@ -29,10 +30,9 @@ class _CheckTask:
         return self.shard.size
 
     @property
-    def marker(self) -> Path:
-        """What the finished task is remembered by."""
-        names = "-".join(stage.name for stage in self.stages)
-        return self.shard.scanned.with_name(f"checked-{names}-{self.shard.name}")
+    def target(self) -> Path:
+        """The drops."""
+        return self.shard.beside(f"dropped-{'-'.join(stage.name for stage in self.stages)}")
 
 
 class DocumentPass:
@@ -42,32 +42,31 @@ class DocumentPass:
         self._stages = tuple(stages)
         self.names = tuple(stage.name for stage in self._stages)
 
-    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
+    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
         """What the stages drop from each shard."""
         return run(check_shard, [_CheckTask(shard=shard, stages=self._stages) for shard in shards], "checking")
 
 
-def check_shard(task: _CheckTask) -> list[Drop]:
+def check_shard(task: _CheckTask) -> DropFile | None:
     """What the stages drop from one shard, remembered for a later call with the same shard."""
-    found = finished(task.marker, task.shard.key)
-    if found is None:
-        with redoing(task.marker, task.shard.key) as found:
-            found["drops"] = _check(task)
-    return [
-        Drop(stage=stage, reason=reason, rows=np.array(rows, np.int64), details=tuple(details))
-        for stage, reason, rows, details in found["drops"]
-    ]
+    if (done := finished(task.target, task.shard.key)) is None:
+        with redoing(task.target, task.shard.key) as done:
+            drops = write_drops(task.target, _check(task))
+            done["drops"] = drops and drops.key
+    return DropFile(path=task.target, key=done["drops"]) if done["drops"] else None
 
 
-def _check(task: _CheckTask) -> list[tuple[str, str, list[int], list[str]]]:
-    table = task.shard.columns(["repo", "path", "language", "size"])
-    rows = task.shard.kept.tolist()
+def _check(task: _CheckTask) -> list[Drop]:
+    kept = task.shard.kept()
+    table, rows = task.shard.columns(["repo", "path", "language", "size"], kept), kept.tolist()
     with closing(TextReader(task.shard.scanned, "text")) as texts:
         documents = (Document(text=texts[row], **fields) for row, fields in zip(rows, table.to_pylist(), strict=True))
         items = zip(rows, run_stages(documents, task.stages), strict=True)
         dropped = [(item.stage, item.reason, row, item.detail) for row, item in items if isinstance(item, Dropped)]
     dropped.sort(key=lambda drop: drop[:3])
-    return [
-        (stage, reason, [row for _, _, row, _ in group], [detail or "" for _, _, _, detail in group])
-        for (stage, reason), group in ((key, list(drops)) for key, drops in groupby(dropped, key=lambda drop: drop[:2]))
-    ]
+    drops = []
+    for (stage, reason), group in groupby(dropped, key=lambda drop: drop[:2]):
+        _, _, places, details = zip(*group, strict=True)
+        told = tuple(detail or "" for detail in details)
+        drops.append(Drop(stage=stage, reason=reason, rows=np.array(places, np.int64), details=told))
+    return drops

@@ -22,7 +22,7 @@ from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 2  # raised when the same inputs and configuration begin to give another output
+FORMAT = 3  # raised when the same inputs and configuration begin to give another output
 
 
 @dataclass(frozen=True, kw_only=True)

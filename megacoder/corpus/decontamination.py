@@ -8,18 +8,22 @@ Taken literally the rule also drops tables of digits ("0 1 2 3 4 5 6 7 8 9" stan
 the run and the test, and `min_distinct_words` can ask for runs that say something.
 
 The hash of a run of n words is that of its first n - 1, times a constant, plus the last word's: all lengths cost one
-pass. A table of bits lets little that is innocent through to the comparison of 64-bit hashes; that two runs have one
-hash by chance is to be expected once in a billion corpora of a billion words.
+pass (in C++ where it is built; NumPy defines it). A table of bits lets little that is innocent through to the
+comparison of 64-bit hashes; that two runs have one hash by chance is to be expected once in a billion corpora of a
+billion words.
 """
 
 import functools
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megacoder.core.errors import ConfigError
+from megacoder.core.native import native
 from megacoder.corpus.benchmarks import TestString, read_tests
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.minhash import word_hashes
@@ -81,36 +85,51 @@ class BenchmarkIndex:
                 if len(set(run)) >= config.min_distinct_words:
                     self._grams.setdefault(hashed, (b" ".join(run), test.test))
                     lengths.add(length)
-        self._lengths = sorted(lengths)
+        self._lengths = np.array(sorted(lengths), np.int64)
         bits = max(16, min(24, len(self._grams).bit_length() + 4))
         self._shift = np.uint64(64 - bits)
         self._table = np.zeros(1 << bits, bool)
-        self._hashes = np.array(sorted(self._grams), np.uint64)
-        self._table[self._hashes >> self._shift] = True
+        self._table[np.array(list(self._grams), np.uint64) >> self._shift] = True
 
     def __len__(self) -> int:
         return len(self._grams)
 
     def hits(self, text: bytes) -> list[Hit]:
         """One hit for each test string of which `text` holds a piece, in the order of the text."""
-        hashes = word_hashes(text)
-        found: list[tuple[int, int, int]] = []  # (place, length, hash)
-        runs, length = hashes, 1
-        for wanted in self._lengths:
-            while length < wanted:
-                runs, length = runs[:-1] * _BASE + hashes[length:], length + 1
-            # signed: an index of another type is copied first
-            places = np.flatnonzero(self._table.take((runs >> self._shift).view(np.int64)))
-            if len(places):
-                near = runs[places]
-                known = self._hashes[np.minimum(np.searchsorted(self._hashes, near), len(self._hashes) - 1)] == near
-                found += ((place, wanted, int(runs[place])) for place in places[known].tolist())
+        kernel = getattr(native(), "find_grams", None) if sys.byteorder == "little" else None
+        candidates = self.reference_candidates(text) if kernel is None else self._candidates(text, kernel)
         hits: dict[str, Hit] = {}
-        for _, length, hashed in sorted(found):
+        for _, length, hashed in sorted(candidate for candidate in candidates if candidate[2] in self._grams):
             gram, test = self._grams[hashed]
             if test not in hits:
                 hits[test] = Hit(test=test, gram=gram.decode("utf-8", "replace"), whole=length < self._config.ngram)
         return list(hits.values())
+
+    def _candidates(self, text: bytes, kernel: Callable[..., int]) -> list[tuple[int, int, int]]:
+        """(place, words, hash) of runs of words that the table of bits lets through."""
+        data, room = np.frombuffer(text, np.uint8), _MAX_LISTED
+        while True:
+            found = np.empty((room, 3), np.uint64)
+            count = kernel(
+                data.ctypes.data, len(data), self._lengths.ctypes.data, len(self._lengths), self._table.ctypes.data,
+                int(self._shift), found.ctypes.data, room,
+            )  # fmt: skip
+            if count <= room:
+                return [tuple(row) for row in found[:count].tolist()]
+            room = count
+
+    def reference_candidates(self, text: bytes) -> list[tuple[int, int, int]]:
+        """The same in NumPy alone."""
+        hashes = word_hashes(text)
+        found: list[tuple[int, int, int]] = []
+        runs, length = hashes, 1
+        for wanted in self._lengths.tolist():
+            while length < wanted:
+                runs, length = runs[:-1] * _BASE + hashes[length:], length + 1
+            # signed: an index of another type is copied first
+            places = np.flatnonzero(self._table.take((runs >> self._shift).view(np.int64)))
+            found += ((place, wanted, int(runs[place])) for place in places.tolist())
+        return found
 
 
 def _run_hashes(words: np.ndarray, length: int) -> np.ndarray:

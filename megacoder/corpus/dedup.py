@@ -1,22 +1,38 @@
 """Exact duplicates: of files with the same text the one that comes first is kept, in the order repository, path.
 
 Shards hold repositories in name order and files in path order, so "first" is a position, the same for any number of
-workers and any order of the inputs. Sixteen bytes of SHA-256 a file are held and sorted: 24 bytes a file in all.
+workers and any order of the inputs.
+
+No process holds what grows with the corpus: every shard leaves the digests of its files in a sorted run (`runs.py`);
+tasks that own a range of digests read it from all runs and find the copies; then every shard takes its own copies from
+what these found, and the name of the file that stays from that one's shard.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.steps import Drop, RunTasks, Shard
+from megacoder.corpus.drops import Drop, DropFile, write_drops
+from megacoder.corpus.names import NameFiles, write_names
+from megacoder.corpus.runs import key_ranges, read_range, write_runs
+from megacoder.corpus.shards import finished, redoing
+from megacoder.corpus.steps import RunTasks, Shard, hash_of
 
-__all__ = ["DIGEST_BYTES", "ExactDedup", "digest", "later_copies"]
+__all__ = ["DIGEST_BYTES", "ExactDedup", "copies_among", "digest"]
 
 DIGEST_BYTES = 16
+RECORD = np.dtype([("key", "<u8"), ("low", "<u8"), ("row", "<u4")])
+"""A file's digest in two halves, and its row in the shard."""
+COPY = np.dtype([("key", "<u8"), ("first", "<u8")])
+"""Two files of one text by their numbers through all shards: the later one, and the first of all."""
 
-_AT_ONCE = 8_000_000  # files, at 24 bytes each to sort
+_RECORDS_AT_ONCE = 4 << 20  # digests that a task sorts: about 300 MB with what they are sorted by
 
 
 def digest(text: str) -> bytes:
@@ -29,35 +45,119 @@ class ExactDedup:
 
     names = ("dedup",)
 
-    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
-        """The later copies in each shard."""
-        parts = -(-sum(len(shard.kept) for shard in shards) // _AT_ONCE)
-        copies: list[list[np.ndarray]] = [[] for _ in shards]
-        for part in range(parts):
-            rows, digests = zip(*(_rows_of_part(shard, part, parts) for shard in shards), strict=True)
-            for found, row, copied in zip(copies, rows, later_copies(digests), strict=True):
-                found.append(row[copied])
-        return [
-            [Drop(stage="dedup", reason="copy of another file", rows=np.sort(np.concatenate(found)))] if found else []
-            for found in copies
-        ]
+    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
+        """The later copies in each shard, with the name of the first."""
+        if not shards:
+            return []
+        counted = run(_list_digests, [_ListTask(shard=shard) for shard in shards], "dedup: listing")
+        names = NameFiles(
+            paths=tuple(shard.beside("names") for shard in shards), counts=tuple(rows for rows, _ in counted)
+        )
+        key = hash_of([shard.key for shard in shards])
+        searches = [
+            _SearchTask(
+                key=hash_of([key, keys]), runs=tuple(shard.beside("digests") for shard in shards),
+                starts=names.starts, keys=keys, target=shards[0].scanned.with_name(f"copies-{index:05d}"), size=1,
+            )
+            for index, keys in enumerate(key_ranges(sum(records for _, records in counted), _RECORDS_AT_ONCE))
+        ]  # fmt: skip
+        run(_search, searches, "dedup: comparing")
+        takes = [
+            _TakeTask(
+                key=hash_of([key, index]), shard=shard, index=index, names=names,
+                copies=tuple(search.target for search in searches),
+            )
+            for index, shard in enumerate(shards)
+        ]  # fmt: skip
+        return run(_take, takes, "dedup: dropping")
 
 
-def _rows_of_part(shard: Shard, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """The kept rows (N,) whose digests fall into one of `parts` equal ranges, and these digests (N, 16)."""
-    joined = b"".join(shard.columns(["digest"])["digest"].to_pylist())
-    digests = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
-    leading = digests[:, 0].astype(np.int64) << 8 | digests[:, 1]
-    mine = leading * parts >> 16 == part
-    return shard.kept[mine], digests[mine]
+@dataclass(frozen=True, kw_only=True)
+class _ListTask:
+    shard: Shard
+
+    @property
+    def size(self) -> int:
+        return self.shard.size
 
 
-def later_copies(shards: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each shard's digests, (N, 16) uint8 in row order, which rows (N,) bool repeat an earlier one."""
-    rows = np.concatenate([np.zeros((0, DIGEST_BYTES), np.uint8), *shards])
-    high, low = np.ascontiguousarray(rows).view(np.uint64).T
-    order = np.lexsort((low, high))  # stable: equal digests stay in row order
-    repeats = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-    copies = np.zeros(len(rows), bool)
-    copies[order[1:]] = repeats
-    return np.split(copies, np.cumsum([len(shard) for shard in shards])[:-1]) if shards else []
+def _list_digests(task: _ListTask) -> tuple[int, int]:
+    """Leaves a shard's digests and names; how many rows it has, and how many of them are kept."""
+    shard = task.shard
+    target = shard.beside("digests")
+    if (done := finished(target, shard.key)) is not None:
+        return int(done["rows"]), int(done["kept"])
+    with redoing(target, shard.key) as result:
+        kept = shard.kept()
+        table = shard.columns(["digest"], kept)
+        halves = np.frombuffer(b"".join(table["digest"].to_pylist()), "<u8").reshape(-1, 2)
+        records = np.empty(len(kept), RECORD)
+        records["key"], records["low"], records["row"] = halves[:, 0], halves[:, 1], kept
+        write_runs(target, [records])
+        result["rows"], result["kept"] = _write_names(shard), len(kept)
+    return int(result["rows"]), int(result["kept"])
+
+
+def _write_names(shard: Shard) -> int:
+    """Leaves the name of every row; how many there are."""
+    repos, paths = pq.read_table(shard.scanned, columns=["repo", "path"]).columns
+    write_names(shard.beside("names"), pc.binary_join_element_wise(repos, paths, "/"))
+    return len(repos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SearchTask:
+    key: str
+    runs: tuple[Path, ...]
+    starts: np.ndarray
+    keys: tuple[int, int]
+    target: Path
+    size: int
+
+
+def _search(task: _SearchTask) -> None:
+    """Leaves the copies among the files whose digests lie in the range."""
+    if finished(task.target, task.key) is not None:
+        return
+    with redoing(task.target, task.key):
+        parts = [read_range(path, RECORD, task.keys) for path in task.runs]
+        numbers = [part["row"].astype(np.int64) + start for part, start in zip(parts, task.starts, strict=False)]
+        write_runs(task.target, [copies_among(np.concatenate(parts), np.concatenate(numbers))])
+
+
+def copies_among(records: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """COPY records for RECORDs and the files' numbers (N,) through all shards."""
+    order = np.lexsort((numbers, records["low"], records["key"]))
+    records, numbers = records[order], numbers[order]
+    same = (records["key"][1:] == records["key"][:-1]) & (records["low"][1:] == records["low"][:-1])
+    is_copy = np.concatenate([np.zeros(1, bool), same])[: len(records)]
+    firsts = np.flatnonzero(~is_copy)
+    first_of = np.repeat(firsts, np.diff([*firsts, len(records)]))
+    found = np.empty(int(is_copy.sum()), COPY)
+    found["key"], found["first"] = numbers[is_copy], numbers[first_of[is_copy]]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TakeTask:
+    key: str
+    shard: Shard
+    index: int
+    names: NameFiles
+    copies: tuple[Path, ...]
+
+    @property
+    def size(self) -> int:
+        return self.shard.size
+
+
+def _take(task: _TakeTask) -> DropFile | None:
+    """Leaves the shard's own copies as drops."""
+    start, end = task.names.starts[task.index : task.index + 2].tolist()
+    if start == end:
+        return None
+    found = np.sort(np.concatenate([read_range(path, COPY, (start, end - 1)) for path in task.copies]))
+    rows = (found["key"] - np.uint64(start)).astype(np.int64)
+    details = tuple(task.names.take(found["first"].astype(np.int64)))
+    drop = Drop(stage="dedup", reason="copy of another file", rows=rows, details=details)
+    return write_drops(task.shard.beside("dropped-copies"), [drop])

@@ -21,7 +21,7 @@ import tyro
 from megacoder.core.errors import ConfigError, CorpusError, MegacoderError
 from megacoder.core.files import replacing
 from megacoder.corpus.messages import from_json, to_json
-from megacoder.corpus.pool import run_tasks
+from megacoder.corpus.pool import WorkerPool
 
 __all__ = ["ClusterConfig", "run_on"]
 
@@ -49,20 +49,21 @@ def run_on(
     function: Callable[[Any], Any],
     tasks: Sequence[Any],
     *,
-    workers: int,
+    pool: WorkerPool,
     work: Path,
     done: Callable[[Any], Any],
 ) -> list[Any]:
     """The results of `function(task)` in the order of `tasks`; `done(task)` as each one ends.
 
-    `workers` is how many run at a time, 0 as many as there is room for; `work` is a folder for what engines pass on.
+    `pool.workers` is how many run at a time, 0 as many as there is room for; on a cluster the pool itself stays empty.
+    `work` is a folder for what engines pass on.
     The first error that a task raises ends the run.
     """
     if config.engine == "ray":
-        return _run_on_ray(config, function, tasks, workers, done)
+        return _run_on_ray(config, function, tasks, pool.workers, done)
     if config.engine == "slurm":
-        return _run_on_slurm(config, function, tasks, workers, work, done)
-    return run_tasks(function, tasks, workers=workers, done=done)
+        return _run_on_slurm(config, function, tasks, pool.workers, work, done)
+    return pool.run(function, tasks, done=done)
 
 
 def _run_on_ray(

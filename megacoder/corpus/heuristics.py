@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import tree_sitter
 
 from megacoder.core.errors import ConfigError
+from megacoder.corpus.text_counts import word_counts
 
 __all__ = ["HeuristicLimits", "modularity", "readability"]
 
 _CONFLICT = re.compile(r"^<{7} [^\n]*\n(?:.*\n)*?={7}\n(?:.*\n)*?>{7} ", re.MULTILINE)
-_WORDS = re.compile(r"[^\W\d]\w*|\d[\w.]*")
 _FUNCTION = re.compile(r"function|method|constructor")
 
 
@@ -46,18 +46,14 @@ def readability(text: str, limits: HeuristicLimits) -> str | None:
     """Why nobody would read this, or None."""
     if "<<<<<<< " in text and _CONFLICT.search(text):
         return "merge conflict"
-    words = _WORDS.findall(text)
-    if len(words) < limits.min_words:
+    counts = word_counts(text)
+    if counts.words < limits.min_words:
         return None
-    numbers = sum(word[0].isdigit() for word in words)
-    if numbers > limits.max_number_share * len(words):
+    if counts.numbers > limits.max_number_share * counts.words:
         return f"over {limits.max_number_share:.0%} numbers"
-    names = {word for word in words if not word[0].isdigit()}
-    short = sum(len(name) < 3 for name in names)
-    if len(names) >= limits.min_words / 4 and short > limits.max_short_name_share * len(names):
+    if counts.names >= limits.min_words / 4 and counts.short_names > limits.max_short_name_share * counts.names:
         return f"over {limits.max_short_name_share:.0%} of names with one or two characters"
-    lines = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(lines) - len(set(lines)) > limits.max_repeated_line_share * len(lines):
+    if counts.lines - counts.distinct_lines > limits.max_repeated_line_share * counts.lines:
         return f"over {limits.max_repeated_line_share:.0%} repeated lines"
     return None
 
@@ -66,22 +62,32 @@ def modularity(tree: tree_sitter.Tree, num_lines: int, limits: HeuristicLimits) 
     """Why a long file is not built of parts, or None; lines of functions inside a function are not that one's own."""
     if num_lines < limits.long_file_lines:
         return None
-    own: list[int] = []  # lines of each function, less those of functions in it
-    open_functions: list[int] = [-1]  # where the functions around the cursor stand in `own`
-    cursor, going = tree.walk(), True
-    while going:
-        node = cursor.node
-        assert node is not None
-        if function := node.is_named and _FUNCTION.search(node.type) is not None and node.child_count > 0:
-            lines = node.end_point[0] - node.start_point[0] + 1
-            if open_functions[-1] >= 0:
-                own[open_functions[-1]] -= lines
-            own.append(lines)
-        if cursor.goto_first_child():
-            open_functions.append(len(own) - 1 if function else open_functions[-1])
-            continue
-        while not (going := cursor.goto_next_sibling()) and cursor.goto_parent():
-            open_functions.pop()
-    if max(own, default=0) > limits.max_function_share * num_lines:
-        return f"one function over {limits.max_function_share:.0%} of a long file"
+    most = limits.max_function_share * num_lines
+    wide = [tree.root_node]  # all that a function over the limit can hang from is as long as that
+    while wide:
+        node = wide.pop()
+        if _is_function(node) and _own_lines(node, most) > most:
+            return f"one function over {limits.max_function_share:.0%} of a long file"
+        wide += (child for child in node.children if _lines(child) > most)
     return None
+
+
+def _own_lines(function: tree_sitter.Node, most: float) -> int:
+    """Lines of a function less those of the functions in it; counted until they are seen not to be over `most`."""
+    own = _lines(function)
+    within = list(function.children)  # a copy: a node gives out the same list again
+    while within and own > most:
+        node = within.pop()
+        if _is_function(node):
+            own -= _lines(node)
+        else:
+            within += node.children
+    return own
+
+
+def _is_function(node: tree_sitter.Node) -> bool:
+    return node.is_named and node.child_count > 0 and _FUNCTION.search(node.type) is not None
+
+
+def _lines(node: tree_sitter.Node) -> int:
+    return node.end_point[0] - node.start_point[0] + 1

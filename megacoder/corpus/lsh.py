@@ -43,15 +43,19 @@ class SignatureFiles:
         """The global number of each shard's first unit, and of all of them at the end."""
         return np.cumsum([0, *self.counts])
 
+    def shard(self, index: int) -> np.ndarray:
+        """The signatures of one shard, (units, num_hashes) uint32, as they lie on disk."""
+        shape = (self.counts[index], self.num_hashes)
+        return np.memmap(self.paths[index], np.uint32, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint32)
+
     def take(self, units: np.ndarray) -> np.ndarray:
         """The signatures of some units by global number, (N, num_hashes) uint32."""
         starts = self.starts
         shard_of = np.searchsorted(starts, units, "right") - 1
         out = np.empty((len(units), self.num_hashes), np.uint32)
         for shard in np.unique(shard_of):
-            stored = np.memmap(self.paths[shard], np.uint32, "r", shape=(self.counts[shard], self.num_hashes))
             chosen = shard_of == shard
-            out[chosen] = stored[units[chosen] - starts[shard]]
+            out[chosen] = self.shard(shard)[units[chosen] - starts[shard]]
         return out
 
 

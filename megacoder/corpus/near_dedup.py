@@ -5,10 +5,14 @@ its files'. Of near units the first in name order stays. A unit goes only if it 
 small differences ends in the loss of something new, and every loss names what stands for it.
 
 Everything large stays on disk: each shard leaves signatures and sorted band records; tasks that own a range of a
-band's hashes find near pairs; the pairs, sorted, decide. The main process holds one byte a unit and the pairs.
+band's hashes find near pairs; the pairs, by ranges of units, decide; each shard takes its own copies from what was
+decided. The main process holds one byte a unit. Where files are compared after repositories, their signatures are those
+that the repositories' were made of.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,18 +23,21 @@ import pyarrow.parquet as pq
 
 from megacoder.core.files import replacing
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.drops import Drop, DropFile, write_drops
 from megacoder.corpus.lsh import EDGE, SignatureFiles, band_runs, candidate_pairs, near_pairs
-from megacoder.corpus.minhash import EMPTY, signatures
+from megacoder.corpus.minhash import signatures
+from megacoder.corpus.names import NameFiles, write_names
 from megacoder.corpus.near_config import NearDedupConfig
-from megacoder.corpus.runs import key_ranges, write_runs
+from megacoder.corpus.runs import key_ranges, read_range, write_runs
 from megacoder.corpus.shards import disk_errors, finished, redoing
-from megacoder.corpus.steps import Drop, RunTasks, Shard, hash_of
+from megacoder.corpus.steps import RunTasks, Shard, hash_of
 
 __all__ = ["NearDedup", "choose_copies", "read_copy"]
 
 Level = Literal["repository", "file"]
 
-_RECORDS_AT_ONCE = 1 << 20  # band records a task sorts: 40 MB with what they are sorted by
+_RECORDS_AT_ONCE = 1 << 20  # band records or near pairs that a task sorts: 40 MB with what they are sorted by
+_FILES_AT_ONCE = 4096
 
 
 class NearDedup:
@@ -41,16 +48,20 @@ class NearDedup:
     def __init__(self, level: Level) -> None:
         self._level: Level = level
 
-    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
+    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
         """The rows of near copies in each shard, with what each is a copy of."""
         options = config.near_dedup
         signed = [_SignTask(shard=shard, level=self._level, options=options) for shard in shards]
-        counts = run(_sign, signed, "near-dedup: signing")
+        counts = tuple(run(_sign, signed, "near-dedup: signing"))
         files = SignatureFiles(
-            paths=tuple(task.signatures for task in signed), counts=tuple(counts), num_hashes=options.num_hashes
+            paths=tuple(task.signatures for task in signed), counts=counts, num_hashes=options.num_hashes
         )
+        if not files.starts[-1]:
+            return [None] * len(shards)
         copies = _search(signed, files, options, run)
-        return _drops(signed, files.starts, copies, self._level)
+        names = NameFiles(paths=tuple(task.names for task in signed), counts=counts)
+        takes = [_TakeTask(signed=task, index=index, names=names, copies=copies) for index, task in enumerate(signed)]
+        return run(_take, takes, "near-dedup: dropping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,59 +81,110 @@ class _SignTask:
     @property
     def signatures(self) -> Path:
         """(units, num_hashes) uint32: repositories in name order, or files in row order."""
-        return self.shard.scanned.with_name(f"signed-{self.level}-{self.shard.name}.u32")
+        return self.shard.beside(f"signed-{self.level}")
 
     @property
     def bands(self) -> Path:
         """A run of band records for each band."""
-        return self.signatures.with_suffix(".bands")
+        return self.shard.beside(f"bands-{self.level}")
 
-    def units(self) -> list[str]:
-        """The names of the units."""
+    @property
+    def names(self) -> Path:
+        """Of the units."""
+        return self.shard.beside(f"names-{self.level}")
+
+    def unit_names(self, kept: np.ndarray) -> list[str]:
+        """Of every unit in order, given the kept rows."""
         if self.level == "repository":
-            return list(dict.fromkeys(self.shard.columns(["repo"])["repo"].to_pylist()))
-        table = self.shard.columns(["repo", "path"])
+            return list(dict.fromkeys(self.shard.columns(["repo"], kept)["repo"].to_pylist()))
+        table = self.shard.columns(["repo", "path"], kept)
         return [f"{repo}/{path}" for repo, path in zip(*(column.to_pylist() for column in table), strict=True)]
 
-    def unit_of_row(self) -> np.ndarray:
-        """The unit of each kept row."""
+    def unit_of_row(self, kept: np.ndarray) -> np.ndarray:
+        """The unit of each kept row, ascending."""
         if self.level == "file":
-            return np.arange(len(self.shard.kept))
-        repos = self.shard.columns(["repo"])["repo"].combine_chunks()  # those of one repository are contiguous
+            return np.arange(len(kept))
+        repos = self.shard.columns(["repo"], kept)["repo"].combine_chunks()  # those of one repository are contiguous
         return np.unique(repos.dictionary_encode().indices.to_numpy(), return_inverse=True)[1]
 
 
 def _sign(task: _SignTask) -> int:
-    """Writes the signatures and band records of a shard's units; their number."""
+    """Writes the signatures, band records and names of a shard's units; their number."""
     if (done := finished(task.signatures, task.key)) is not None:
         return int(done["units"])
-    options, unit_of_row = task.options, task.unit_of_row()
-    num_units = int(unit_of_row.max(initial=-1)) + 1
-    merged = np.full((num_units, options.num_hashes), EMPTY)
-    num_words = np.zeros(num_units, np.int64)
+    options, kept = task.options, task.shard.kept()
     with redoing(task.signatures, task.key) as result:
+        names = task.unit_names(kept)
+        write_names(task.names, names)
+        num_words = [np.zeros(0, np.int64)]
+        with disk_errors(task.signatures), replacing(task.signatures) as temporary, open(temporary, "wb") as file:
+            for signed, words in _merged(_signed_rows(task, kept)):
+                signed.tofile(file)
+                num_words.append(words)
+        eligible = np.flatnonzero(np.concatenate(num_words) >= options.min_words)
+        stored = SignatureFiles(paths=(task.signatures,), counts=(len(names),), num_hashes=options.num_hashes)
+        write_runs(task.bands, band_runs(stored.shard(0), eligible, bands=options.bands, rows=options.rows))
+        result["units"] = len(names)
+    return len(names)
+
+
+Signed = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of some consecutive rows the units, (N,) ascending, the signatures, (N, K), and the numbers of words, (N,)."""
+
+
+def _merged(chunks: Iterable[Signed]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Signatures (M, K) and numbers of words (M,) of units, in order: the minima and sums of their rows'."""
+    unit, lowest, total = -1, np.zeros((0, 0), np.uint32), np.zeros(0, np.int64)  # of the last one, which may go on
+    for units, signed, words in chunks:
+        firsts = np.flatnonzero(np.diff(units, prepend=-1))
+        lowests, totals = np.minimum.reduceat(signed, firsts, axis=0), np.add.reduceat(words, firsts)
+        if units[0] == unit:
+            np.minimum(lowests[:1], lowest, out=lowests[:1])
+            totals[:1] += total
+        elif len(total):
+            yield lowest, total
+        yield lowests[:-1], totals[:-1]
+        unit, lowest, total = int(units[-1]), lowests[-1:], totals[-1:]
+    if len(total):
+        yield lowest, total
+
+
+def _signed_rows(task: _SignTask, kept: np.ndarray) -> Iterator[Signed]:
+    """The kept rows, a few megabytes at a time.
+
+    Where repositories come first and files after them, the files' signatures are kept for the second time.
+    """
+    options, units = task.options, task.unit_of_row(kept)
+    record = np.dtype([("row", "<i8"), ("words", "<i8"), ("signature", "<u4", (options.num_hashes,))])
+    target = task.shard.beside("signed-rows")
+    if options.level == "both" and finished(target, task.shard.scan_key) is not None:
+        stored = np.memmap(target, record, "r") if len(kept) else np.zeros(0, record)
+        places = np.searchsorted(stored["row"], kept)
+        for start in range(0, len(kept), _FILES_AT_ONCE):
+            found = stored[places[start : start + _FILES_AT_ONCE]]
+            yield units[start : start + _FILES_AT_ONCE], found["signature"], found["words"]
+        return
+    with ExitStack() as stack:
+        file = None
+        if options.level == "both" and task.level == "repository":
+            stack.enter_context(redoing(target, task.shard.scan_key))
+            stack.enter_context(disk_errors(target))
+            file = stack.enter_context(open(stack.enter_context(replacing(target)), "wb"))
         position = 0
-        for texts in _kept_texts(task.shard):
-            units = unit_of_row[position : position + len(texts)]
+        for texts in _kept_texts(task.shard, kept):
+            chunk = slice(position, position + len(texts))
             position += len(texts)
             signed, words = signatures(texts, num_hashes=options.num_hashes, ngram=options.ngram)
-            np.add.at(num_words, units, words)
-            firsts = np.flatnonzero(np.diff(units, prepend=-1))  # a unit's rows are contiguous
-            lowest = np.minimum.reduceat(signed, firsts, axis=0)
-            np.minimum(merged[units[firsts]], lowest, out=lowest)
-            merged[units[firsts]] = lowest
-        with disk_errors(task.signatures), replacing(task.signatures) as temporary:
-            merged.tofile(temporary)
-        eligible = np.flatnonzero(num_words >= options.min_words)
-        runs = band_runs(merged, eligible, bands=options.bands, rows=options.rows)
-        write_runs(task.bands, list(runs))
-        result["units"] = num_units
-    return num_units
+            if file is not None:
+                records = np.empty(len(texts), record)
+                records["row"], records["words"], records["signature"] = kept[chunk], words, signed
+                records.tofile(file)
+            yield units[chunk], signed, words
 
 
-def _kept_texts(shard: Shard) -> Iterator[list[bytes]]:
+def _kept_texts(shard: Shard, kept: np.ndarray) -> Iterator[list[bytes]]:
     """The texts of the kept rows in order, a few megabytes at a time."""
-    kept, start = shard.kept, 0
+    start = 0
     with pq.ParquetFile(shard.scanned) as file:
         for group in range(file.num_row_groups):
             column = file.read_row_group(group, columns=["text"]).column(0)
@@ -140,70 +202,80 @@ class _PairTask:
     options: NearDedupConfig
     bands: range
     keys: tuple[int, int]
-    gone: np.ndarray
+    gone: Path
+    """EDGE records of the copies found so far, by unit"""
     target: Path
     size: int
 
 
-def _pair(task: _PairTask) -> bool:
-    """Writes the near pairs of some bands; whether a group was too large to look at all of its pairs."""
+def _pair(task: _PairTask) -> tuple[int, bool]:
+    """Writes the near pairs of some bands; how many, and whether a group was too large to look at all of its pairs."""
     if (done := finished(task.target, task.key)) is not None:
-        return bool(done["truncated"])
-    truncated, found = False, [np.zeros(0, EDGE)]
+        return int(done["pairs"]), bool(done["truncated"])
+    truncated, found, gone = False, [np.zeros(0, EDGE)], np.fromfile(task.gone, EDGE)["later"]
     with redoing(task.target, task.key) as result:
         for band in task.bands:
             pairs, cut = candidate_pairs(
-                task.band_files, task.files.starts, task.keys, band=band, bands=task.options.bands, gone=task.gone
+                task.band_files, task.files.starts, task.keys, band=band, bands=task.options.bands, gone=gone
             )
             truncated |= cut
             found.append(near_pairs(pairs, task.files, similarity=task.options.similarity))
-        with disk_errors(task.target), replacing(task.target) as temporary:
-            np.unique(np.concatenate(found)).tofile(temporary)
-        result["truncated"] = truncated
-    return truncated
+        edges = np.unique(np.concatenate(found))
+        write_runs(task.target, [edges])
+        result["pairs"], result["truncated"] = len(edges), truncated
+    return len(edges), truncated
 
 
-def _search(
-    signed: Sequence[_SignTask], files: SignatureFiles, options: NearDedupConfig, run: RunTasks
-) -> dict[int, tuple[int, float]]:
-    """Each near copy with what it is a copy of and how near, by global number."""
-    copies: dict[int, tuple[int, float]] = {}
+def _search(signed: Sequence[_SignTask], files: SignatureFiles, options: NearDedupConfig, run: RunTasks) -> Path:
+    """The file of all near copies, as EDGE records by unit: each with what it is a copy of and how near."""
     num_units = int(files.starts[-1])
     ranges = key_ranges(num_units, _RECORDS_AT_ONCE)
-    bands_at_once = max(1, min(options.bands, _RECORDS_AT_ONCE // max(num_units, 1)))
-    while num_units:
-        gone = np.array(sorted(copies), np.int64)
-        key = hash_of([[task.key for task in signed], gone.tolist()])
+    bands_at_once = max(1, min(options.bands, _RECORDS_AT_ONCE // num_units))
+    copies = signed[0].signatures.with_name(f"near-{signed[0].level}-copies")
+    write_runs(copies, [])
+    while True:
+        key = hash_of([[task.key for task in signed], _state(copies)])
         tasks = [
             _PairTask(
                 key=hash_of([key, band, keys]), band_files=tuple(task.bands for task in signed), files=files,
-                options=options, bands=range(band, min(band + bands_at_once, options.bands)), keys=keys, gone=gone,
-                target=signed[0].signatures.with_name(f"near-{signed[0].level}-{band:03d}-{index:05d}.edges"),
+                options=options, bands=range(band, min(band + bands_at_once, options.bands)), keys=keys, gone=copies,
+                target=copies.with_name(f"near-{signed[0].level}-{band:03d}-{index:05d}.edges"),
                 size=num_units // len(ranges) * bands_at_once + 1,
             )
             for band in range(0, options.bands, bands_at_once)
             for index, keys in enumerate(ranges)
         ]  # fmt: skip
-        truncated = any(run(_pair, tasks, "near-dedup: comparing"))
-        found = choose_copies([np.fromfile(task.target, EDGE) for task in tasks], num_units)
-        copies |= found
-        if not (truncated and found):
+        compared = run(_pair, tasks, "near-dedup: comparing")
+        num_pairs = sum(pairs for pairs, _ in compared)
+        found = list(choose_copies(_by_unit([task.target for task in tasks], num_units, num_pairs), num_units))
+        if num_found := sum(map(len, found)):
+            write_runs(copies, [np.concatenate([np.fromfile(copies, EDGE), *found])])
+        if not num_found or not any(cut for _, cut in compared):
             return copies
-    return copies
 
 
-def choose_copies(edges: Sequence[np.ndarray], num_units: int) -> dict[int, tuple[int, float]]:
+def _by_unit(files: Sequence[Path], num_units: int, num_pairs: int) -> Iterator[np.ndarray]:
+    """The EDGE records of all files by their later unit, about `_RECORDS_AT_ONCE` at a time."""
+    step = max(1, num_units * _RECORDS_AT_ONCE // max(num_pairs, 1))
+    for start in range(0, num_units, step):
+        keys = (start, min(start + step, num_units) - 1)
+        yield np.unique(np.concatenate([read_range(file, EDGE, keys, field="later") for file in files]))
+
+
+def choose_copies(edges: Iterable[np.ndarray], num_units: int) -> Iterator[np.ndarray]:
     """Goes through the units in order: one that is near to an earlier one that stays is a copy of the first such.
 
-    `edges` are EDGE arrays in any order, repeats allowed; returns copy -> (what it is a copy of, similarity).
+    `edges` are EDGE records ordered by the later unit, then the earlier one, in parts; yields those of them, a part for
+    a part, that name a copy and what it is a copy of.
     """
     gone = np.zeros(num_units, bool)
-    copies: dict[int, tuple[int, float]] = {}
-    for later, earlier, similarity in np.unique(np.concatenate([np.zeros(0, EDGE), *edges])).tolist():
-        if not gone[later] and not gone[earlier]:
-            gone[later] = True
-            copies[later] = (earlier, similarity)
-    return copies
+    for part in edges:
+        chosen = []
+        for place, (later, earlier, _) in enumerate(part.tolist()):
+            if not gone[later] and not gone[earlier]:
+                gone[later] = True
+                chosen.append(place)
+        yield part[chosen]
 
 
 def read_copy(detail: str) -> tuple[str, float]:
@@ -212,22 +284,36 @@ def read_copy(detail: str) -> tuple[str, float]:
     return name, float(similarity.strip("()"))
 
 
-def _drops(
-    signed: Sequence[_SignTask], starts: np.ndarray, copies: dict[int, tuple[int, float]], level: Level
-) -> list[list[Drop]]:
-    """The rows of the copies, shard by shard; only names that are needed are read."""
-    needed = {unit for copy, (earlier, _) in copies.items() for unit in (copy, earlier)}
-    shard_of = {unit: int(np.searchsorted(starts, unit, "right")) - 1 for unit in needed}
-    names: dict[int, str] = {}
-    for shard in sorted(set(shard_of.values())):
-        listed = signed[shard].units()
-        names |= {unit: listed[unit - starts[shard]] for unit, place in shard_of.items() if place == shard}
-    drops: list[list[Drop]] = [[] for _ in signed]
-    for shard in sorted({shard_of[unit] for unit in copies}):
-        unit_of_row = signed[shard].unit_of_row() + starts[shard]
-        chosen = [position for position, unit in enumerate(unit_of_row.tolist()) if unit in copies]
-        found = [copies[int(unit_of_row[position])] for position in chosen]
-        details = tuple(f"{names[earlier]} ({similarity:.2f})" for earlier, similarity in found)
-        rows = signed[shard].shard.kept[chosen]
-        drops[shard] = [Drop(stage="near-dedup", reason=f"near copy of another {level}", rows=rows, details=details)]
-    return drops
+def _state(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TakeTask:
+    signed: _SignTask
+    index: int
+    names: NameFiles
+    copies: Path
+
+    @property
+    def size(self) -> int:
+        return self.signed.size
+
+
+def _take(task: _TakeTask) -> DropFile | None:
+    """Leaves the rows of the shard's own copies as drops."""
+    start, end = task.names.starts[task.index : task.index + 2].tolist()
+    copies = read_range(task.copies, EDGE, (start, end - 1), field="later")
+    signed, target = task.signed, task.signed.shard.beside(f"dropped-near-{task.signed.level}")
+    if not len(copies):
+        return write_drops(target, [])
+    kept = signed.shard.kept()
+    units = signed.unit_of_row(kept) + start
+    places = np.minimum(np.searchsorted(copies["later"], units), len(copies) - 1)
+    chosen = np.flatnonzero(copies["later"][places] == units)
+    similar = copies["similarity"].tolist()
+    named = [f"{name} ({share:.2f})" for name, share in zip(task.names.take(copies["earlier"]), similar, strict=True)]
+    details = tuple(named[place] for place in places[chosen].tolist())
+    reason = f"near copy of another {signed.level}"
+    return write_drops(target, [Drop(stage="near-dedup", reason=reason, rows=kept[chosen], details=details)])

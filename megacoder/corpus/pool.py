@@ -1,4 +1,6 @@
-"""Shard tasks on this machine's cores: a process pool that leaves nothing behind when its parent is killed."""
+"""Shard tasks on this machine's cores: one pool of processes for a whole build, which leaves none behind when its
+parent is killed.
+"""
 
 import multiprocessing
 import multiprocessing.connection
@@ -8,47 +10,65 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import Any, TypeVar
 
 from megacoder.core.errors import CorpusError
 from megacoder.core.processes import num_cores, starting_workers
 
-__all__ = ["run_tasks"]
+__all__ = ["WorkerPool"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, done: Callable[[Task], Any]
-) -> list[Result]:
-    """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
+class WorkerPool:
+    """Up to `workers` processes (0: one per core), started when tasks ask for them, ended with the `with` block."""
 
-    `workers` of 0 means one per core. Tasks start in the order given, which puts long ones first if the caller does.
-    The first error stops the run; CorpusError if a worker is killed.
-    """
-    workers = min(workers or num_cores(), len(tasks))
-    if workers <= 1:
-        results = []
-        for task in tasks:
-            results.append(function(task))
-            done(task)
-        return results
-    # spawned, not forked: the parent may run the progress bar's thread
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
-    try:
-        with starting_workers():
-            futures = {pool.submit(function, task): task for task in tasks}
-        for future in as_completed(futures):
-            future.result()
-            done(futures[future])
-        return [future.result() for future in futures]
-    except BrokenProcessPool:
-        raise CorpusError(
-            "a worker process was killed, most likely for memory; run the same command with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        """as given: 0 leaves the number to the engine"""
+        self._processes: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._processes is not None:
+            self._processes.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], *, done: Callable[[Task], Any]
+    ) -> list[Result]:
+        """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
+
+        Tasks start in the order given, which puts long ones first if the caller does. The first error stops the run;
+        CorpusError if a worker is killed.
+        """
+        workers = self.workers or num_cores()
+        if min(workers, len(tasks)) <= 1:
+            results = []
+            for task in tasks:
+                results.append(function(task))
+                done(task)
+            return results
+        if self._processes is None:  # spawned, not forked: the parent may run the progress bar's thread
+            self._processes = ProcessPoolExecutor(
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+            )
+        try:
+            with starting_workers():
+                futures = {self._processes.submit(function, task): place for place, task in enumerate(tasks)}
+            for future in as_completed(futures):
+                future.result()
+                done(tasks[futures[future]])
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise CorpusError(
+                "a worker process was killed, most likely for memory; run the same command with fewer --workers"
+            ) from None
 
 
 def _begin_worker() -> None:

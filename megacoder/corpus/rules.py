@@ -5,24 +5,21 @@ exactly 100 characters stays. What the paper leaves open is decided here: a line
 not counted; alphabetic is `str.isalpha`; an empty file has no alphabetic share and gets a reason of its own; visible
 text of HTML is what stands outside tags, comments, scripts and styles, white space collapsed as a browser does.
 
-ASCII letters are counted by deleting them from the bytes, four times faster than asking each character; the rest,
-seldom many, are asked one by one. The decisions are the same, and a property test says so.
+Lines and letters are counted in one pass (`text_counts.py`).
 """
 
 import html
 import re
-import string
 from dataclasses import dataclass
 
 from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.text_counts import LineCounts, line_counts
 
 __all__ = [
     "PaperRules", "RuleThresholds", "alphabetic_share", "data_size", "html_visible_text", "line_lengths",
     "visible_text", "xml_declaration",
 ]  # fmt: skip
 
-_ASCII_LETTERS = string.ascii_letters.encode()
-_NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 _MARKUP = re.compile(r"<(?:!--|(script|style)\b|[a-zA-Z/!?])", re.IGNORECASE)
 _TAG_END_OR_VALUE = re.compile(r"""=\s*+(["'])|>""")
 
@@ -63,7 +60,8 @@ class PaperRules:
         limits = self.thresholds
         if not text or text.isspace():
             return "empty"
-        reason = line_lengths(text, limits) or alphabetic_share(text, limits)
+        counts = line_counts(text)
+        reason = line_lengths(counts, limits) or alphabetic_share(counts, len(text), limits)
         if reason is None and language != "XSLT":
             reason = xml_declaration(text)
         if reason is None and language == "HTML":
@@ -73,21 +71,18 @@ class PaperRules:
         return reason
 
 
-def line_lengths(text: str, limits: RuleThresholds) -> str | None:
+def line_lengths(counts: LineCounts, limits: RuleThresholds) -> str | None:
     """Drops files whose lines are too long, on average or at the longest."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.removesuffix("\n").split("\n")
-    if (len(text) - text.count("\n")) > limits.max_mean_line * len(lines):
+    if counts.in_lines > limits.max_mean_line * counts.lines:
         return f"mean line over {limits.max_mean_line:g} characters"
-    if max(map(len, lines)) > limits.max_line:
+    if counts.longest > limits.max_line:
         return f"a line over {limits.max_line} characters"
     return None
 
 
-def alphabetic_share(text: str, limits: RuleThresholds) -> str | None:
-    """Drops files with too few letters."""
-    if _count_letters(text) / len(text) < limits.min_alphabetic:
+def alphabetic_share(counts: LineCounts, size: int, limits: RuleThresholds) -> str | None:
+    """Drops files of `size` characters with too few letters."""
+    if counts.letters / size < limits.min_alphabetic:
         return f"under {limits.min_alphabetic:.0%} letters"
     return None
 
@@ -146,11 +141,3 @@ def _tag_end(markup: str, position: int) -> int:
         if position == 0:
             return -1
     return -1
-
-
-def _count_letters(text: str) -> int:
-    encoded = text.encode()
-    letters = len(encoded) - len(encoded.translate(None, _ASCII_LETTERS))
-    if not text.isascii():
-        letters += sum(map(str.isalpha, "".join(_NON_ASCII.findall(text))))
-    return letters

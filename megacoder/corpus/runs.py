@@ -5,7 +5,7 @@ range of every run, found by bisection, so that equal keys of all shards meet in
 Keys are hashes: equal ranges hold about equally many records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from megacoder.corpus.shards import disk_errors
 __all__ = ["key_ranges", "read_range", "write_runs"]
 
 
-def write_runs(path: Path, runs: Sequence[np.ndarray]) -> None:
-    """Writes runs of one length and dtype, a structured one with a field `key` (uint64), each sorted by it."""
+def write_runs(path: Path, runs: Iterable[np.ndarray]) -> None:
+    """Writes runs of one length and structured dtype, each sorted by its fields in order; the first is the key."""
     with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
         for run in runs:
             np.sort(run, order=list(run.dtype.names or ())).tofile(file)
@@ -31,12 +31,14 @@ def key_ranges(num_records: int, max_records: int) -> list[tuple[int, int]]:
     return [(first, end - 1) for first, end in pairwise(edges)]
 
 
-def read_range(path: Path, dtype: np.dtype, keys: tuple[int, int], *, run: int = 0, num_runs: int = 1) -> np.ndarray:
-    """The records of one run of the file whose keys lie in the range, ends included, in the order of the keys."""
+def read_range(
+    path: Path, dtype: np.dtype, keys: tuple[int, int], *, field: str = "key", run: int = 0, num_runs: int = 1
+) -> np.ndarray:
+    """The records of one run of the file whose key, its first `field`, lies in the range, ends included, in order."""
     length = path.stat().st_size // dtype.itemsize // num_runs
     if length == 0:
         return np.zeros(0, dtype)
     records = np.memmap(path, dtype, "r", offset=run * length * dtype.itemsize, shape=(length,))
-    first, last = (np.uint64(key) for key in keys)
-    begin, end = np.searchsorted(records["key"], first, "left"), np.searchsorted(records["key"], last, "right")
+    first, last = (dtype[field].type(key) for key in keys)
+    begin, end = np.searchsorted(records[field], first, "left"), np.searchsorted(records[field], last, "right")
     return np.array(records[begin:end])

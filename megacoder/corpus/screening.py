@@ -97,10 +97,11 @@ class Screening:
         num_lines = text.count("\n") + 1
         wanted = config.syntax and language not in config.off and verdict is None
         long = config.heuristics and num_lines >= config.limits.long_file_lines
-        parsed = parse(text, language, document.path) if wanted or long else None
+        limit = config.max_share(language)
+        parsed = parse(text, language, document.path, enough=limit) if wanted or long else None
         if parsed is None:
             return None, None
-        if wanted and parsed.error_share > config.max_share(language):
+        if wanted and parsed.error_share > limit:
             return "syntax error", parsed.problem
         if long and parsed.tree is not None and language not in _WITHOUT_FUNCTIONS:
             return modularity(parsed.tree, num_lines, config.limits), None

@@ -1,16 +1,15 @@
 """What happens between reading and writing: steps that see every shard and leave out more of its files.
 
-A step is given the shards as they stand and says, shard by shard, which rows to drop and why. It may be global (dedup:
-it reads a few columns of all shards), or a pass of document stages over each shard by itself (`DocumentPass`), and it
-runs its own shard tasks through `run`, on whatever engine the build uses. A step must be a pure function of what the
-shards hold: it is done again after a crash, unless its tasks remember what they have done (`finished`, `redoing`).
+A step is given the shards as they stand and says, in a file for each, which rows to drop and why. It may be global
+(dedup: it reads a few columns of all shards), or a pass of document stages over each shard by itself (`DocumentPass`),
+and it runs its own shard tasks through `run`, on whatever engine the build uses. A step must be a pure function of what
+the shards hold: it is done again after a crash, unless its tasks remember what they have done (`finished`, `redoing`).
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,50 +18,46 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.drops import DropFile
 
-__all__ = ["Drop", "RunTasks", "Shard", "Step", "hash_of"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drop:
-    """Some rows of a shard that a step leaves out for one reason."""
-
-    stage: str
-    reason: str
-    """a short fixed phrase, so that drops can be counted by it"""
-    rows: np.ndarray
-    """int64, ascending"""
-    details: tuple[str, ...] = ()
-    """what to record beside the reason, one a row: the file it copies, the test it holds; or none at all"""
+__all__ = ["RunTasks", "Shard", "Step", "hash_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A scanned shard (`SCAN_SCHEMA`) and what the steps so far have dropped from it."""
+    """A scanned shard (`SCAN_SCHEMA`) and what the steps so far have dropped from it; its files are all on disk."""
 
     name: str
     key: str
     """changes when the rows or the drops do"""
+    scan_key: str
+    """changes when the rows do"""
     scanned: Path
     size: int
     """bytes of the documents read, for progress"""
-    drops: tuple[Drop, ...] = ()
+    drops: tuple[Path, ...] = ()
+    """of `write_drops`"""
 
-    @cached_property
     def kept(self) -> np.ndarray:
         """Rows (int64, ascending) of the documents that no stage has dropped."""
-        documents = np.flatnonzero(pq.read_table(self.scanned, columns=["digest"])["digest"].is_valid().to_numpy())
-        return np.setdiff1d(documents, np.concatenate([np.zeros(0, np.int64), *(drop.rows for drop in self.drops)]))
+        stages = pq.read_table(self.scanned, columns=["stage"])["stage"]
+        kept = stages.is_null().to_numpy().copy()
+        for path in self.drops:
+            kept[pq.read_table(path, columns=["row"])["row"].to_numpy()] = False
+        return np.flatnonzero(kept)
 
-    def columns(self, names: Sequence[str]) -> pa.Table:
+    def columns(self, names: Sequence[str], kept: np.ndarray) -> pa.Table:
         """Those columns of the kept rows, in order."""
-        return pq.read_table(self.scanned, columns=list(names)).take(self.kept)
+        return pq.read_table(self.scanned, columns=list(names)).take(kept)
 
-    def without(self, drops: Sequence[Drop]) -> "Shard":
+    def beside(self, kind: str) -> Path:
+        """Where a step leaves something of the shard."""
+        return self.scanned.with_name(f"{kind}-{self.name}")
+
+    def without(self, drops: DropFile | None) -> "Shard":
         """The shard after a step that drops these rows as well."""
-        drops = tuple(drop for drop in drops if len(drop.rows))
-        told = [[drop.stage, drop.reason, drop.rows.tolist(), drop.details] for drop in drops]
-        return replace(self, key=hash_of([self.key, told]), drops=(*self.drops, *drops))
+        key = hash_of([self.key, drops and drops.key])
+        return replace(self, key=key, drops=(*self.drops, *([drops.path] if drops else [])))
 
 
 class RunTasks(Protocol):
@@ -78,7 +73,7 @@ class Step(Protocol):
     def names(self) -> tuple[str, ...]:
         """Of the stages under which it drops files, in the order of the accounts."""
 
-    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[list[Drop]]:
+    def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
         """For each shard what to drop from its kept rows."""
 
 

@@ -56,8 +56,11 @@ SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
 """The languages that `parse` knows."""
 
 
-def parse(text: str, language: str, path: str) -> Parsed | None:
-    """What is wrong with a text in `language`; None where the language is not in `SCREENED`."""
+def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed | None:
+    """What is wrong with a text in `language`; None where the language is not in `SCREENED`.
+
+    At an error share of `enough` no better reading is looked for.
+    """
     if language == "Python":
         return _python(text)
     if language == "Jupyter Notebook":
@@ -71,7 +74,7 @@ def parse(text: str, language: str, path: str) -> Parsed | None:
         return _GOOD
     grammar = next((name for ending, name in _BY_ENDING.items() if path.endswith(ending)), _GRAMMARS[language])
     parsed = _tree(code, grammar)
-    if language == "C" and path.endswith(".h") and parsed.error_share:  # a header may be one of C++
+    if language == "C" and path.endswith(".h") and parsed.error_share > enough:  # a header may be one of C++
         return min(parsed, _tree(code, "cpp"), key=lambda found: found.error_share)
     return parsed
 

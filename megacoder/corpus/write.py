@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import groupby, repeat
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from megacoder.corpus.accounts import Accounts
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dependencies import repository_dependencies
 from megacoder.corpus.documents import Dropped
+from megacoder.corpus.drops import read_drops
 from megacoder.corpus.samples import plan_samples, render
 from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
-from megacoder.corpus.steps import Drop
 
 __all__ = ["PARTS", "WriteTask", "write_shard"]
 
@@ -35,8 +35,8 @@ class WriteTask:
     """bytes of the documents"""
     name: str
     """of the Parquet files written, one in each of `PARTS` at most"""
-    drops: tuple[Drop, ...]
-    """what the steps left out of `scanned`"""
+    drops: tuple[Path, ...]
+    """what the steps left out of `scanned`, in files"""
     heldout: frozenset[str]
     """names of the repositories held out, or paths where `by_file`"""
     by_file: bool
@@ -86,11 +86,7 @@ class _Repository:
 def _repositories(task: WriteTask) -> list[_Repository]:
     columns = ["repo", "license", "path", "language", "size", "stage", "reason", "detail"]
     table = pq.read_table(task.scanned, columns=columns)
-    late = {
-        row: (drop.stage, drop.reason, detail or None)
-        for drop in task.drops
-        for row, detail in zip(drop.rows.tolist(), drop.details or repeat(None), strict=False)
-    }
+    late = {row: drop for row, *drop in read_drops(task.drops)}
     found = []
     for name, grouped in groupby(
         enumerate(zip(*(table[column].to_pylist() for column in columns), strict=True)), key=lambda row: row[1][0]

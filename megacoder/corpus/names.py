@@ -1,0 +1,48 @@
+"""Names of what is numbered through all shards: looked up one by one, on disk, so that nobody holds all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from megacoder.core.files import replacing
+from megacoder.corpus.shards import disk_errors
+
+__all__ = ["NameFiles", "write_names"]
+
+
+def write_names(path: Path, names: Sequence[str] | pa.ChunkedArray) -> None:
+    """Leaves the names in a file that can be mapped."""
+    column = names.cast(pa.large_string()) if isinstance(names, pa.ChunkedArray) else pa.array(names, pa.large_string())
+    table = pa.table({"name": column})
+    with disk_errors(path), replacing(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+        writer.write_table(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameFiles:
+    """One file of `write_names` for each shard."""
+
+    paths: tuple[Path, ...]
+    counts: tuple[int, ...]
+    """names in each"""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The number of each shard's first name, and of all names at the end."""
+        return np.cumsum([0, *self.counts])
+
+    def take(self, numbers: np.ndarray) -> list[str]:
+        """The names of some numbers, (N,) int64, in their order; every file is opened once at most."""
+        starts = self.starts
+        shard_of = np.searchsorted(starts, numbers, "right") - 1
+        found = [""] * len(numbers)
+        for shard in np.unique(shard_of):
+            places = np.flatnonzero(shard_of == shard)
+            with pa.memory_map(str(self.paths[shard])) as file:
+                names = pa.ipc.open_file(file).read_all()["name"].take(pa.array(numbers[places] - starts[shard]))
+                for place, name in zip(places.tolist(), names.to_pylist(), strict=True):
+                    found[place] = name
+        return found

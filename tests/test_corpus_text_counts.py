@@ -1,0 +1,58 @@
+"""Counts over texts: the compiled ones equal the definition, character by character as Python has them."""
+
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacoder.core.native import native
+from megacoder.corpus import text_counts
+from megacoder.corpus.text_counts import (
+    LineCounts,
+    WordCounts,
+    line_counts,
+    reference_line_counts,
+    reference_word_counts,
+    word_counts,
+)
+
+needs_build = pytest.mark.skipif(not hasattr(native(), "count_words"), reason="the kernels are not built")
+ODD = "ab1_ .\n\r\t\x0b\x1c\x85\xa0é²½߀ـ\u0301\u2028中Ⅷ\U0001d400\U0001d7ce"  # every kind and width
+
+
+def test_what_is_counted():
+    assert line_counts("ab\r\ncde\r\n\n1") == LineCounts(lines=4, longest=3, in_lines=6, letters=5)
+    assert line_counts("") == LineCounts(lines=0, longest=0, in_lines=0, letters=0)
+    found = word_counts("abc x_1 x_1 1.5e3 é \n  abc\nabc  \n\n")
+    assert found == WordCounts(words=7, numbers=1, names=3, short_names=1, lines=3, distinct_lines=2)
+
+
+@needs_build
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from(ODD)) | st.text(st.sampled_from("ab1_ .\n\r")) | st.text())
+def test_the_kernels_equal_the_definition(text):
+    assert line_counts(text) == reference_line_counts(text)
+    assert word_counts(text) == reference_word_counts(text)
+
+
+@needs_build
+def test_every_character_is_what_python_takes_it_for():
+    for start in range(0, sys.maxunicode + 1, 1 << 12):
+        surrogates = range(0xD800, 0xE000)  # no text holds one
+        text = "\n".join(chr(code) for code in range(start, start + (1 << 12)) if code not in surrogates)
+        assert line_counts(text) == reference_line_counts(text)
+        assert word_counts(text) == reference_word_counts(text)
+
+
+@needs_build
+def test_many_different_words_and_lines():
+    text = "".join(f"name{i} = value{i % 977} + {i}\n" for i in range(20_000))
+    assert word_counts(text) == reference_word_counts(text)
+    assert word_counts(text).names == 20_977
+
+
+def test_without_the_kernels_python_answers(monkeypatch):
+    monkeypatch.setattr(text_counts, "native", lambda: None)
+    assert line_counts("a\nb") == reference_line_counts("a\nb")
+    assert word_counts("a\nb") == reference_word_counts("a\nb")

@@ -204,7 +204,7 @@ def test_a_build_drops_contaminated_files_and_broken_ones(tmp_path):
 )
 def test_the_kernel_finds_what_numpy_does(tests, words):
     found, text = index(*map(" ".join, tests)), "-".join(words).encode()
-    assert sorted(found._candidates(text, native().find_grams)) == sorted(found.reference_candidates(text))
+    assert sorted(found.runs(text)) == sorted(found.reference_runs(text))
 
 
 def test_without_the_kernel_numpy_answers(monkeypatch):

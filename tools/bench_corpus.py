@@ -5,14 +5,15 @@
     python tools/bench_corpus.py scale                                            # 100 MB to 5 GB
     python tools/bench_corpus.py alarms                                           # clean files that the screen drops
 
-A sample of the gathered files, the same for every contender, lies in one Parquet file; each contender reads it in a
-process of its own (peers in their own environment), takes its start-up out of its time by timing only the work, and
-the contenders of a pair take turns. What is compared does equal work; where decisions can differ, they are compared,
+A sample of the gathered repositories, the same for every contender, lies in one Parquet file and as folders; each
+contender reads it in a process of its own (peers in their own environment), takes its start-up out of its time by timing
+only the work, and the contenders of a pair take turns. What is compared does equal work; where decisions can differ, they are compared,
 and the record says in how many files they do. Results go to tools/results/corpus_cpu.json.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,45 +69,62 @@ class Options:
     peers: Path
 
 
+_MOST_OF_ONE = 0.1  # of a sample's bytes that one repository may fill
+
+
 def sample(folder: Path, megabytes: int) -> tuple[Path, Path]:
-    """(Parquet of files, folder with the same files by repository), drawn by hash over all that was gathered."""
+    """(Parquet of files, folder of the same files): whole repositories, drawn by the hash of their names.
+
+    Versions of one project are drawn one by one. Repositories too large for the sample are left out.
+    """
     table, tree = folder / f"sample-{megabytes}.parquet", folder / f"sample-{megabytes}"
     if table.exists():
         return table, tree
-    found = []
-    for path in (folder / "repos").rglob("*"):
-        language = language_of(path.name)
-        if language and path.is_file() and not path.is_symlink() and path.stat().st_size <= 1 << 20:
-            found.append((hashlib.sha256(str(path.relative_to(folder)).encode()).digest(), path, language))
     rows: list[dict[str, Any]] = []
     left = megabytes * 1_000_000
-    drawn, place = sorted(found), 0
-    for place, (_, path, language) in enumerate(drawn):  # noqa: B007
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError:
-            continue
-        repo, _, name = path.relative_to(folder / "repos").as_posix().partition("/")
-        if "\0" in text or not name:
-            continue
-        rows.append({"repo": repo, "path": name, "language": language, "text": text})
-        left -= len(text.encode())
+    drawn = sorted((folder / "repos").iterdir(), key=lambda repo: hashlib.sha256(repo.name.encode()).digest())
+    repos = iter(drawn)
+    for repo in repos:
+        files = list(_source_files(repo))
+        size = sum(len(row["text"].encode()) for row in files)
+        if size <= _MOST_OF_ONE * megabytes * 1e6:
+            rows += files
+            left -= size
         if left < 0:
             break
-    tests = [piece for _, path, _ in drawn[place + 1 : place + 1001] for piece in _pieces(path)]
-    table.with_suffix(".tests.json").write_text(json.dumps(tests))
+    else:
+        sys.exit(f"{folder} holds only {megabytes - left / 1e6:.0f} MB to draw from; --megabytes less")
+    others = [row["text"] for repo in repos for row in itertools.islice(_source_files(repo), 1000)]
+    others.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    table.with_suffix(".tests.json").write_text(
+        json.dumps([piece for text in others[:1000] for piece in _pieces(text)])
+    )
     rows.sort(key=lambda row: (row["repo"], row["path"]))
     for row in rows:
-        place = tree / row["repo"] / row["path"]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(row["text"], encoding="utf-8")
+        target = tree / row["repo"] / row["path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(row["text"], encoding="utf-8", newline="")
     pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=2000)
     return table, tree
 
 
-def _pieces(path: Path) -> list[str]:
+def _source_files(repo: Path) -> Iterator[dict[str, Any]]:
+    """The repository's files in languages of the paper, up to 1 MiB and in UTF-8."""
+    for path in sorted(repo.rglob("*")):
+        language = language_of(path.name)
+        if language is None or not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 20:
+            continue
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            yield {"repo": repo.name, "path": path.relative_to(repo).as_posix(), "language": language, "text": text}
+
+
+def _pieces(text: str) -> list[str]:
     """What stands for a test: 40 words from the middle of a file, and 7 words for every fifth."""
-    words = re.findall(r"\w+", path.read_text(encoding="utf-8", errors="replace"))
+    words = re.findall(r"\w+", text)
     middle = len(words) // 2
     long = " ".join(words[middle : middle + 40])
     return [long, " ".join(words[middle : middle + 7])] if len(words) % 5 == 0 else [long]
@@ -167,10 +186,10 @@ def scale(options: Options, sizes: list[int]) -> None:
                 sys.executable, "-m", "megacoder", "corpus", "build", "--input", str(source), "--out", f"{out}/corpus",
                 "--workers", "2",
             ]  # fmt: skip
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             start = time.perf_counter()
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(command, **quiet, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=environment)
             main_mb, worker_mb = watch(process)
             wall = time.perf_counter() - start
             after = resource.getrusage(resource.RUSAGE_CHILDREN)

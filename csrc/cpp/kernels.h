@@ -1,6 +1,7 @@
 // The table of CPU kernels that every instruction set fills in (see kernels.inc) and the module picks from at import.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -43,7 +44,8 @@ struct Kernels {
   double (*sum_of_squares)(const float*, int64_t);
   void (*minhash)(const uint8_t*, const int64_t*, int64_t, const uint32_t*, int64_t, int64_t, uint32_t*, int64_t*);
   int64_t (*word_hashes)(const uint8_t*, int64_t, uint64_t*);
-  int64_t (*find_grams)(const uint8_t*, int64_t, const int64_t*, int64_t, const uint8_t*, int64_t, uint64_t*, int64_t);
+  void (*find_grams)(const uint8_t*, int64_t, const int64_t*, int64_t, const uint8_t*, int64_t, const uint64_t*, int64_t,
+                     std::vector<uint64_t>&);
 };
 
 namespace baseline { const Kernels& kernels(); }

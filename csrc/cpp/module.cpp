@@ -1,6 +1,6 @@
 // Python's door to the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs neither
 // torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them. What counts
-// characters takes a string and keeps the interpreter's lock.
+// or finds something in a text takes the text itself and keeps the interpreter's lock.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -168,11 +168,16 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("word_hashes", [](Address text, int64_t size, Address hashes) {
     return table.word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
   }, nogil);
-  m.def("find_grams", [](Address text, int64_t size, Address lengths, int64_t num_lengths, Address marks,
-                         int64_t shift, Address found, int64_t room) {
-    return table.find_grams(at<uint8_t>(text), size, at<int64_t>(lengths), num_lengths, at<uint8_t>(marks), shift,
-                            at<uint64_t>(found), room);
-  }, nogil);
+  m.def("find_grams", [](const py::bytes& text, Address lengths, int64_t num_lengths, Address marks, int64_t shift,
+                         Address hashes, int64_t num_hashes) {
+    std::vector<uint64_t> found;
+    table.find_grams(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())), PyBytes_GET_SIZE(text.ptr()),
+                     at<int64_t>(lengths), num_lengths, at<uint8_t>(marks), shift, at<uint64_t>(hashes), num_hashes,
+                     found);
+    py::list runs;
+    for (size_t i = 0; i < found.size(); i += 3) runs.append(py::make_tuple(found[i], found[i + 1], found[i + 2]));
+    return runs;
+  });
   m.def("count_lines", [](const py::str& text) {
     const auto found = over_characters(text, [](auto* at, int64_t size) { return megacoder::count_lines(at, size); });
     return py::make_tuple(found.lines, found.longest, found.in_lines, found.letters);

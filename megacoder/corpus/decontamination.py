@@ -8,15 +8,14 @@ Taken literally the rule also drops tables of digits ("0 1 2 3 4 5 6 7 8 9" stan
 the run and the test, and `min_distinct_words` can ask for runs that say something.
 
 The hash of a run of n words is that of its first n - 1, times a constant, plus the last word's: all lengths cost one
-pass (in C++ where it is built; NumPy defines it). A table of bits lets little that is innocent through to the
-comparison of 64-bit hashes; that two runs have one hash by chance is to be expected once in a billion corpora of a
-billion words.
+pass (in C++ where it is built; NumPy defines it). A table of bits for the first words of what is looked for lets little
+that is innocent through to the comparison of 64-bit hashes; that two runs have one hash by chance is to be expected
+once in a billion corpora of a billion words.
 """
 
 import functools
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,62 +72,67 @@ class BenchmarkIndex:
     def __init__(self, tests: list[TestString], config: DecontaminationConfig) -> None:
         self._config = config
         self._grams: dict[int, tuple[bytes, str]] = {}  # hash -> (words, first test with them)
-        lengths = set()
+        runs: list[np.ndarray] = []  # hashes of the words of each
         for test in tests:
             words = _words(test.text.encode())
             length = min(len(words), config.ngram)
             if length < config.min_ngram:
                 continue
-            hashes = _run_hashes(word_hashes(test.text.encode()), length)
-            for start, hashed in enumerate(hashes.tolist()):
+            hashes = word_hashes(test.text.encode())
+            for start, hashed in enumerate(_run_hashes(hashes, length).tolist()):
                 run = words[start : start + length]
                 if len(set(run)) >= config.min_distinct_words:
                     self._grams.setdefault(hashed, (b" ".join(run), test.test))
-                    lengths.add(length)
-        self._lengths = np.array(sorted(lengths), np.int64)
+                    runs.append(hashes[start : start + length])
+        self._lengths = np.array(sorted(set(map(len, runs))), np.int64)
+        self._hashes = np.array(sorted(self._grams), np.uint64)
         bits = max(16, min(24, len(self._grams).bit_length() + 4))
         self._shift = np.uint64(64 - bits)
         self._table = np.zeros(1 << bits, bool)
-        self._table[np.array(list(self._grams), np.uint64) >> self._shift] = True
+        for hashes in runs:
+            self._table[_run_hashes(hashes[: self._lengths[0]], int(self._lengths[0])) >> self._shift] = True
+        self._looked_for = (
+            self._lengths.ctypes.data, len(self._lengths), self._table.ctypes.data, 64 - bits, self._hashes.ctypes.data,
+            len(self._hashes),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._grams)
 
     def hits(self, text: bytes) -> list[Hit]:
         """One hit for each test string of which `text` holds a piece, in the order of the text."""
-        kernel = getattr(native(), "find_grams", None) if sys.byteorder == "little" else None
-        candidates = self.reference_candidates(text) if kernel is None else self._candidates(text, kernel)
         hits: dict[str, Hit] = {}
-        for _, length, hashed in sorted(candidate for candidate in candidates if candidate[2] in self._grams):
+        for _, length, hashed in sorted(self.runs(text)):
             gram, test = self._grams[hashed]
             if test not in hits:
                 hits[test] = Hit(test=test, gram=gram.decode("utf-8", "replace"), whole=length < self._config.ngram)
         return list(hits.values())
 
-    def _candidates(self, text: bytes, kernel: Callable[..., int]) -> list[tuple[int, int, int]]:
-        """(place, words, hash) of runs of words that the table of bits lets through."""
-        data, room = np.frombuffer(text, np.uint8), _MAX_LISTED
-        while True:
-            found = np.empty((room, 3), np.uint64)
-            count = kernel(
-                data.ctypes.data, len(data), self._lengths.ctypes.data, len(self._lengths), self._table.ctypes.data,
-                int(self._shift), found.ctypes.data, room,
-            )  # fmt: skip
-            if count <= room:
-                return [tuple(row) for row in found[:count].tolist()]
-            room = count
+    def runs(self, text: bytes) -> list[tuple[int, int, int]]:
+        """(place, words, hash) of every run of words in `text` that is looked for."""
+        kernel = getattr(native(), "find_grams", None) if sys.byteorder == "little" else None
+        return self.reference_runs(text) if kernel is None else kernel(text, *self._looked_for)
 
-    def reference_candidates(self, text: bytes) -> list[tuple[int, int, int]]:
-        """The same in NumPy alone."""
-        hashes = word_hashes(text)
+    def reference_runs(self, text: bytes) -> list[tuple[int, int, int]]:
+        """`runs` in NumPy alone."""
+        words = word_hashes(text)
         found: list[tuple[int, int, int]] = []
-        runs, length = hashes, 1
+        if not len(self._lengths) or len(words) < self._lengths[0]:
+            return []
+        length = int(self._lengths[0])
+        hashes = _run_hashes(words, length)
+        # signed: an index of another type is copied first
+        places = np.flatnonzero(self._table.take((hashes >> self._shift).view(np.int64)))
+        hashes = hashes[places]
         for wanted in self._lengths.tolist():
-            while length < wanted:
-                runs, length = runs[:-1] * _BASE + hashes[length:], length + 1
-            # signed: an index of another type is copied first
-            places = np.flatnonzero(self._table.take((runs >> self._shift).view(np.int64)))
-            found += ((place, wanted, int(runs[place])) for place in places.tolist())
+            for place in range(length, wanted):
+                inside = places + place < len(words)
+                places, hashes = places[inside], hashes[inside]
+                hashes = hashes * _BASE + words[places + place]
+            length = wanted
+            known = self._hashes[np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)] == hashes
+            pairs = zip(places[known].tolist(), hashes[known].tolist(), strict=True)
+            found += ((place, wanted, hashed) for place, hashed in pairs)
         return found
 
 

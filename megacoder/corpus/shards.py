@@ -37,7 +37,7 @@ CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, _LICENSE, ("content"
 DROPPED_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP])
 
 _ROW_GROUP_BYTES = 4 << 20
-_CACHED_ROW_GROUPS = 16
+_CACHED_ROW_GROUPS = 12
 
 
 @contextmanager
@@ -102,16 +102,16 @@ class TextReader:
         self._starts = [0]
         for group in range(self._file.num_row_groups):
             self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
-        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, list[str]] = OrderedDict()
 
     def __getitem__(self, row: int) -> str:
         group = bisect.bisect_right(self._starts, row) - 1
         if group not in self._cache:
             if len(self._cache) == _CACHED_ROW_GROUPS:
                 self._cache.popitem(last=False)
-            self._cache[group] = self._file.read_row_group(group, columns=[self._column]).column(0)
+            self._cache[group] = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
         self._cache.move_to_end(group)
-        return self._cache[group][row - self._starts[group]].as_py()
+        return self._cache[group][row - self._starts[group]]
 
     def close(self) -> None:
         self._file.close()

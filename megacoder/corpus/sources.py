@@ -11,6 +11,7 @@ import stat
 import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,11 @@ class Repository:
             else:
                 yield make_drop(self.name, self.prefix + entry.path, entry.size, "over the limit for one repository")
 
+    @cached_property
+    def _folder(self) -> str:
+        """What every path in it begins with; nothing for a single file."""
+        return f"{self.root}/" if self.root.is_dir() else ""
+
     def _read(self, entry: Entry, selection: Selection, license_: str) -> Document | Dropped:
         path = self.prefix + entry.path
         try:
@@ -145,7 +151,7 @@ class Repository:
             return ""
 
     def _bytes(self, entry: Entry, limit: int) -> bytes:
-        location = self.root / entry.path if self.root.is_dir() else self.root
+        location = self._folder + entry.path if self._folder else self.root
         # neither a link nor a pipe that took the file's place since the walk may be followed or waited for
         descriptor = os.open(location, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:

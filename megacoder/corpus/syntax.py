@@ -105,24 +105,32 @@ def _tree(code: bytes, grammar: str) -> Parsed:
     root = tree.root_node
     if not root.has_error:
         return Parsed(error_share=0, tree=tree)
-    skipped, first = 0, None
-    cursor, within_error, going = tree.walk(), [False], True
-    while going:  # only into nodes with an error in or above them
-        node = cursor.node
-        assert node is not None
-        bad, inside = node.is_error or node.is_missing, False
-        if bad:
-            first = first or f"line {node.start_point[0] + 1}"
-        if (bad or within_error[-1]) and node.child_count == 0:
-            skipped += max(node.end_byte - node.start_byte, 1)
-        elif bad or node.has_error:
-            inside = cursor.goto_first_child()
-        if inside:
-            within_error.append(bad)
-            continue
-        while not (going := cursor.goto_next_sibling()) and cursor.goto_parent():
-            within_error.pop()
-    return Parsed(error_share=min(skipped / max(len(code), 1), 1.0), problem=first, tree=tree)
+    skipped, rows = 0, []
+    pending = [root]
+    if _is_bad(root):
+        rows.append(root.start_point[0])
+        skipped += 0 if root.child_count else _size(root)
+    while pending:  # nodes with an error in them, or that are one, and that have children
+        node = pending.pop()
+        within = _is_bad(node)
+        for child in node.children:
+            bad = _is_bad(child)
+            if bad:
+                rows.append(child.start_point[0])
+            if child.child_count == 0:
+                skipped += _size(child) if bad or within else 0
+            elif bad or child.has_error:
+                pending.append(child)
+    problem = f"line {min(rows) + 1}" if rows else None
+    return Parsed(error_share=min(skipped / max(len(code), 1), 1.0), problem=problem, tree=tree)
+
+
+def _is_bad(node: tree_sitter.Node) -> bool:
+    return node.is_error or node.is_missing
+
+
+def _size(token: tree_sitter.Node) -> int:
+    return max(token.end_byte - token.start_byte, 1)
 
 
 @functools.cache

@@ -67,6 +67,7 @@ class PythonImports:
         self._stdlib_roots = self._find_stdlib_roots()
         self._search_paths: dict[str, list[str]] = {}
         self._imports: dict[str, set[tuple[str, str | None]]] = {}
+        self._found: dict[tuple[str, str | None, str], str | None] = {}
 
     def collect(self, path: str, text: str) -> None:
         """Takes in what the file imports."""
@@ -74,8 +75,15 @@ class PythonImports:
 
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` imports."""
-        found = {self._resolve(module, name, posixpath.dirname(path)) for module, name in self._imports[path]}
+        folder = posixpath.dirname(path)
+        found = {self._cached(module, name, folder) for module, name in self._imports[path]}
         return {target for target in found if target is not None and target != path}
+
+    def _cached(self, module: str, name: str | None, folder: str) -> str | None:
+        key = (module, name, folder)
+        if key not in self._found:
+            self._found[key] = self._resolve(module, name, folder)
+        return self._found[key]
 
     def _resolve(self, module: str, name: str | None, folder: str) -> str | None:
         relative = len(module) - len(module.lstrip("."))
@@ -87,10 +95,11 @@ class PythonImports:
             base = posixpath.join(folder, module.lstrip(".").replace(".", "/")).rstrip("/")
             return self._lookup(base, name)
         top = module.partition(".")[0]
+        module = module.replace(".", "/")
         for root in [*self._search_path(folder), *self._nearest(top, folder)]:
             if top in _STDLIB and root not in self._stdlib_roots:
                 continue
-            if target := self._lookup(posixpath.join(root, module.replace(".", "/")), name):
+            if target := self._lookup(f"{root}/{module}" if root else module, name):
                 return target
         return None
 

@@ -5,10 +5,10 @@
     python tools/bench_corpus.py scale                                            # 100 MB to 5 GB
     python tools/bench_corpus.py alarms                                           # clean files that the screen drops
 
-A sample of the gathered repositories, the same for every contender, lies in one Parquet file and as folders; each
-contender reads it in a process of its own (peers in their own environment), takes its start-up out of its time by timing
-only the work, and the contenders of a pair take turns. What is compared does equal work; where decisions can differ, they are compared,
-and the record says in how many files they do. Results go to tools/results/corpus_cpu.json.
+A sample of the gathered repositories lies in one Parquet file and as folders, the same for all; each contender reads it
+in a process of its own (peers in their own environment) and times only its work, not its start-up, and the contenders
+of a pair take turns. What is compared does equal work; where decisions can differ, they are compared, and the record
+says in how many files they do. Results go to tools/results/corpus_cpu.json.
 """
 
 import argparse

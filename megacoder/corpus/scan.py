@@ -40,7 +40,7 @@ def scan_shard(task: ScanTask) -> None:
     if finished(task.target, task.key) is not None:
         return
     stages = scan_stages(task.config)
-    with redoing(task.target, task.key), parquet_writer(task.target, SCAN_SCHEMA) as add:
+    with redoing(task.target, task.key), parquet_writer(task.target, SCAN_SCHEMA, passing=True) as add:
         for items in _repositories(task):
             for item in run_stages(items, stages):
                 row = (item.repo, item.path, item.language, item.size)

@@ -1,9 +1,9 @@
 """Does a file parse? The share of it that a grammar cannot read, for 64 of the 87 languages.
 
-Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects). Other
-languages go through the tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them;
-a parser that recovers from errors tells how many bytes it had to skip, and a file counts as broken above a share of
-them. One error is not enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C.
+Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
+line that parses but can have no symbol table ends the work behind the parser). Other languages go through the
+tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them; a parser that recovers
+from errors tells how many bytes it had to skip, and a file counts as broken above a share of them. One error is not enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C.
 Skipped are tokens that hang from an ERROR node; what was understood inside one is not: a grammar may wrap a whole file
 in an ERROR for a tag that is never closed. For literate languages the code in the document is parsed.
 """
@@ -35,6 +35,7 @@ class Parsed:
 
 
 _GOOD = Parsed(error_share=0)
+_NO_TABLE = "def f(x): global x\n"
 
 # Languages whose grammar is not called as the language is in lower case; a path's ending may ask for another one.
 _GRAMMARS = {
@@ -59,7 +60,7 @@ SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
 def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed | None:
     """What is wrong with a text in `language`; None where the language is not in `SCREENED`.
 
-    At an error share of `enough` no better reading is looked for.
+    A share up to `enough` may be told as more than it is, though not as over `enough`; of one above, all is told.
     """
     if language == "Python":
         return _python(text)
@@ -73,9 +74,9 @@ def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed |
     if language in _CODE and not code.strip():
         return _GOOD
     grammar = next((name for ending, name in _BY_ENDING.items() if path.endswith(ending)), _GRAMMARS[language])
-    parsed = _tree(code, grammar)
+    parsed = _tree(code, grammar, enough)
     if language == "C" and path.endswith(".h") and parsed.error_share > enough:  # a header may be one of C++
-        return min(parsed, _tree(code, "cpp"), key=lambda found: found.error_share)
+        return min(parsed, _tree(code, "cpp", enough), key=lambda found: found.error_share)
     return parsed
 
 
@@ -83,12 +84,23 @@ def _python(text: str) -> Parsed:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes in strings
         try:
-            symtable.symtable(text, "file", "exec")
+            symtable.symtable(_NO_TABLE + text, "<text>", "exec")
         except SyntaxError as error:
-            return Parsed(error_share=1, problem=f"line {error.lineno}: {error.msg}")
+            if error.msg != _no_table_message():
+                line = None if error.lineno is None else error.lineno - 1
+                return Parsed(error_share=1, problem=f"line {line}: {error.msg}")
         except (ValueError, RecursionError, MemoryError) as error:  # MemoryError: the parser's stack, on deep nesting
             return Parsed(error_share=1, problem=f"{type(error).__name__}: {error}")
     return _GOOD
+
+
+@functools.cache
+def _no_table_message() -> str:
+    try:
+        symtable.symtable(_NO_TABLE, "<text>", "exec")
+    except SyntaxError as error:
+        return error.msg
+    raise AssertionError("CPython's symbol table takes a parameter that is global")
 
 
 def _notebook(text: str) -> Parsed:
@@ -100,29 +112,31 @@ def _notebook(text: str) -> Parsed:
     return _GOOD if whole else Parsed(error_share=1, problem="no cells")
 
 
-def _tree(code: bytes, grammar: str) -> Parsed:
+def _tree(code: bytes, grammar: str, enough: float) -> Parsed:
+    """The share of `code` that was skipped; nobody counts on below `enough`, whatever is left to look at."""
     tree = _parser(grammar).parse(code)
     root = tree.root_node
     if not root.has_error:
         return Parsed(error_share=0, tree=tree)
     skipped, rows = 0, []
-    pending = [root]
-    if _is_bad(root):
-        rows.append(root.start_point[0])
-        skipped += 0 if root.child_count else _size(root)
-    while pending:  # nodes with an error in them, or that are one, and that have children
+    pending, left = [root], _size(root)  # nodes with an error in them, or that are one, and their bytes
+    while pending and (skipped + left) > enough * len(code):
         node = pending.pop()
+        left -= _size(node)
         within = _is_bad(node)
+        if within:
+            rows.append(node.start_point[0])
+            skipped += 0 if node.child_count else _size(node)
         for child in node.children:
-            bad = _is_bad(child)
-            if bad:
-                rows.append(child.start_point[0])
             if child.child_count == 0:
+                if bad := _is_bad(child):
+                    rows.append(child.start_point[0])
                 skipped += _size(child) if bad or within else 0
-            elif bad or child.has_error:
+            elif child.has_error or child.is_error:
                 pending.append(child)
+                left += _size(child)
     problem = f"line {min(rows) + 1}" if rows else None
-    return Parsed(error_share=min(skipped / max(len(code), 1), 1.0), problem=problem, tree=tree)
+    return Parsed(error_share=min((skipped + left) / max(len(code), 1), 1.0), problem=problem, tree=tree)
 
 
 def _is_bad(node: tree_sitter.Node) -> bool:

@@ -162,6 +162,27 @@ def test_the_error_share_counts_what_was_skipped_and_not_what_was_understood():
     assert parse(PROSE * 10, "C", "a.c").error_share > 0.5
 
 
+@pytest.mark.parametrize("broken", [1, 7, 40])
+def test_a_verdict_does_not_depend_on_where_the_parser_was_told_to_stop_looking(broken):
+    lines = [f"int f{i}(int x) {{ return x {'@@@' if i < broken else '+'} {i}; }}\n" for i in range(50)]
+    text = "".join(lines)
+    exact = parse(text, "C", "a.c").error_share
+    assert exact > 0
+    for enough in (exact / 2, exact * 0.999, exact, exact * 1.001, exact * 2, 0.5):
+        found = parse(text, "C", "a.c", enough=enough)
+        assert (found.error_share > enough) == (exact > enough)
+        assert exact <= found.error_share
+        if exact > enough:
+            assert (found.error_share, found.problem) == (exact, "line 1")
+
+
+def test_python_is_parsed_and_no_more():
+    assert reason("from __future__ import annotations\nx: int = 1\n", "Python") is None
+    assert reason("x = 1\nfrom __future__ import annotations\n", "Python") is None  # to the parser, a name like others
+    assert reason("def f(x):\n    global x\n", "Python") is None
+    assert reason("def f(x):\n    global x x\n", "Python") == "syntax error"
+
+
 def names(generator, count, length):
     return " ".join("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=length)) for _ in range(count))
 

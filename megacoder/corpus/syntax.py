@@ -3,9 +3,10 @@
 Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
 line that parses but can have no symbol table ends the work behind the parser). Other languages go through the
 tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them; a parser that recovers
-from errors tells how many bytes it had to skip, and a file counts as broken above a share of them. One error is not enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C.
-Skipped are tokens that hang from an ERROR node; what was understood inside one is not: a grammar may wrap a whole file
-in an ERROR for a tag that is never closed. For literate languages the code in the document is parsed.
+from errors tells how many bytes it had to skip, and a file counts as broken above a share of them. One error is not
+enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C. Skipped are tokens that hang
+from an ERROR node; what was understood inside one is not: a grammar may wrap a whole file in an ERROR for a tag that is
+never closed. For literate languages the code in the document is parsed.
 """
 
 import functools

@@ -11,6 +11,7 @@ from html_reader import Reader
 from train_cases import make_case
 
 from megacoder.cli.main import main
+from megacoder.core.html import Series, line_chart
 from megacoder.data.blend import blend_counts, blend_phase, blend_table
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.loop import Trainer
@@ -102,3 +103,15 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     assert "2 1 not finite not finite" in shown
     assert shown.count("The first checkpoint will say.") == 2
     assert "2.000" in reader.texts
+
+
+def test_a_chart_of_nothing_but_zeros_begins_at_zero_and_its_names_have_room():
+    lines = [Series(name, [(1.0, 0.0), (2.0, 0.0)]) for name in ("0%", "50% PSM", "100% PSM")]
+    chart = ET.fromstring(line_chart(lines, x_label="step", y_label="lines filled in exactly, %"))
+    texts = {text.text: float(text.get("x")) for text in chart.iter("text")}
+    assert not any(text.startswith("-") for text in texts)
+    swatches = [float(line.get("x1")) for line in chart.iter("line") if line.get("stroke").startswith("var(--s")]
+    for name, begin in zip(("0%", "50% PSM", "100% PSM"), sorted(swatches), strict=True):
+        assert texts[name] == begin + 21
+    ends = [texts[line.name] + 9 * len(line.name) for line in lines]  # a wide face takes 9 for a character
+    assert all(end < begin for end, begin in zip(ends, sorted(swatches)[1:], strict=False))

@@ -130,7 +130,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down in (place(*point) for point in line.points))
         colour = f"var(--s{index % 5})"
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        legend -= 7 * len(line.name) + 26
+        legend -= 8 * len(line.name) + 34
         parts.append(f'<line x1="{legend}" y1="10" x2="{legend + 16}" y2="10" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{legend + 21}" y="14">{escape(line.name)}</text>')
     return "\n".join([*parts, "</svg>"])
@@ -143,8 +143,8 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose [low, high], about `count` of them."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    if high <= low:  # a share or a count that stays at nothing is never below it
+        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10) if magnitude * factor >= rough)

@@ -15,7 +15,7 @@ import torch
 
 from megacoder.cli.model_folder import load_model
 from megacoder.core.config import parse_args
-from megacoder.core.console import table
+from megacoder.core.console import say, table
 from megacoder.core.errors import MegacoderError
 from megacoder.data.sidecar import open_dataset
 from megacoder.evaluate.long_context import loss_by_position, retrieval
@@ -66,7 +66,9 @@ def _look_at(folder: Path, options: Options) -> dict[str, list[tuple[float, floa
     dataset = open_dataset(options.data, tokenizer)
     numbers = (number for number in range(dataset.num_documents) if len(dataset.document(number)) >= options.length)
     documents = [dataset.document(number) for number, _ in zip(numbers, range(options.documents), strict=False)]
+    say(f"{folder}: the loss of {len(documents)} documents of {options.length:,} tokens")
     losses = loss_by_position(model, tokenizer, documents, length=options.length)
+    say(f"{folder}: {options.trials} planted definitions at each depth")
     found = retrieval(model, tokenizer, length=options.length, trials=options.trials)
     return {
         "loss": [(row.start, row.stop, row.loss) for row in losses],

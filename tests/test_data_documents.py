@@ -1,6 +1,8 @@
 """Reading documents: the same from every kind of file, grouped by key, each fault one line with its place."""
 
 import json
+import random
+from collections import deque
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -171,3 +173,43 @@ def test_long_rows_of_parquet_are_read_few_at_a_time(tmp_path, monkeypatch):
     assert list(DocumentReader(path, text_key="content")) == [[row["content"]] for row in rows]
     assert list(DocumentReader(write(path, ROWS), text_key="content")) == [[text] for text in NASTY_TEXTS]
     assert sizes[0] < sizes[1] <= 256
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_flipped_bits_of_parquet_are_errors_of_one_line_at_worst(tmp_path, compression):
+    path, generator, messages = tmp_path / "rows.parquet", random.Random(0), []
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=4, compression=compression)
+    whole = path.read_bytes()
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            deque(DocumentReader(path, text_key="content", document_key="sample"), maxlen=0)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert not any("\n" in message for message in messages)
+
+
+def test_checksums_of_parquet_pages_are_compared(tmp_path):
+    path, texts = tmp_path / "rows.parquet", [f"text {index}" for index in range(40)]
+    pq.write_table(pa.table({"content": texts}), path, compression="none", write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"text 21", b"text 12"))
+    with pytest.raises(DataError, match=r"rows.parquet: not readable: .*CRC"):
+        list(DocumentReader(path, text_key="content"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [pa.ArrowNotImplementedError("not\nimplemented"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")],
+)
+def test_what_arrow_raises_as_it_opens_a_file_is_one_line(tmp_path, monkeypatch, error):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(
+        DataError, match=r"rows.parquet: (not readable as Parquet: not implemented|a text from row 0 on is not)"
+    ):
+        list(DocumentReader(tmp_path / "rows.parquet", text_key="content"))

@@ -69,7 +69,7 @@ class DocumentReader:
                 document.append(text)
                 open_key = key
         except OSError as error:  # pyarrow's errors about damaged files are OSErrors or ValueErrors
-            raise FormatError(f"{self.path}: not readable: {error.strerror or error}") from None
+            raise FormatError(f"{self.path}: not readable: {error.strerror or _one_line(error)}") from None
         if document:
             yield document
         self.fraction = 1.0
@@ -85,12 +85,12 @@ class DocumentReader:
             raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, which is no Unicode") from None
 
     def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        done = 0
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 columns = [self.text_key, *([self.document_key] if self.document_key is not None else [])]
                 for column in columns:
                     self._check_key(str(self.path), "column", column, file.schema_arrow.names)
-                done = 0
                 for batch in file.iter_batches(_rows_at_once(file.metadata), columns=columns):
                     texts = batch.column(self.text_key).to_pylist()
                     keys = batch.column(self.document_key).to_pylist() if self.document_key else [None] * len(texts)
@@ -100,8 +100,8 @@ class DocumentReader:
                     self.fraction = done / file.metadata.num_rows
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path}: a text from row {done} on is not UTF-8 ({error.reason})") from None
-        except pa.ArrowInvalid as error:
-            raise FormatError(f"{self.path}: not readable as Parquet: {error}") from None
+        except pa.ArrowException as error:
+            raise FormatError(f"{self.path}: not readable as Parquet: {_one_line(error)}") from None
 
     def _json_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
         size = max(self.path.stat().st_size, 1)
@@ -125,6 +125,10 @@ class DocumentReader:
             there = ", ".join([*map(shown, names[:_KEYS_SHOWN]), *["..."][: len(names) > _KEYS_SHOWN]])
             hint = f"did you mean {match!r}?" if match else f"there are {there or 'none'}"
             raise DataError(f"{place}: no {kind} {key!r}; {hint}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _rows_at_once(about: pq.FileMetaData) -> int:

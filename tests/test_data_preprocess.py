@@ -14,7 +14,8 @@ import pytest
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
 
 from megacoder.cli.main import main
-from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.core.errors import ConfigError, DataError, FormatError, MegacoderError
+from megacoder.core.files import exclusive
 from megacoder.data import preprocess as module
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megacoder.data.preprocess import PreprocessConfig, preprocess
@@ -80,8 +81,18 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, monkeypatch):
 
 def test_a_second_run_does_nothing(corpus, monkeypatch):
     first = preprocess(config_of(corpus))
+    (corpus / "out.parts").mkdir()  # as if it had been killed right at its end
     monkeypatch.setattr(module, "_write", None)
     assert preprocess(config_of(corpus, workers=2)) == first
+    assert not (corpus / "out.parts").exists()
+
+
+def test_two_runs_do_not_write_one_output(corpus):
+    with (
+        exclusive(corpus / "out.parts", what="preprocess"),
+        pytest.raises(MegacoderError, match=r"out.parts: another preprocess is working here"),
+    ):
+        preprocess(config_of(corpus))
 
 
 @pytest.mark.parametrize("change", ["text_key", "document_key", "tokenizer", "inputs"])

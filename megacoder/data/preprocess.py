@@ -71,6 +71,7 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     described = tuple(_describe(path) for path in inputs)
     finished = _finished(config, tokenizer, described)
     if finished is not None:
+        shutil.rmtree(_parts_folder(config), ignore_errors=True)  # of a run that was killed as it ended
         say(f"{config.output}: up to date, {finished.documents:,} documents, {finished.tokens:,} tokens")
         return finished
     folder = _parts_folder(config)

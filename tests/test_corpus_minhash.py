@@ -1,11 +1,15 @@
 """MinHash: the kernel equals its definition, that equals plain Python, and the estimate errs as theory says."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.corpus import minhash
+from megacoder.corpus.benchmarks import TestString
+from megacoder.corpus.decontamination import BenchmarkIndex, DecontaminationConfig
 from megacoder.corpus.minhash import EMPTY, reference_signatures, shingle_hashes, signatures
 
 EDGE_CASES = [
@@ -55,6 +59,26 @@ def test_the_kernel_equals_the_definition_on_any_bytes(texts):
     expected, expected_words = reference_signatures(texts, num_hashes=64, ngram=3)
     assert (ours == expected).all()
     assert words.tolist() == expected_words.tolist()
+
+
+@pytest.mark.parametrize("before", ["signatures", "word hashes", "runs"])
+def test_the_kernels_share_their_buffers_without_running_over(built, before):
+    text = b" ".join(b"%d" % number for number in range(300_000))
+    index = BenchmarkIndex([TestString(test="t", text="one two three")], DecontaminationConfig())
+    kernels = {
+        "signatures": lambda: signatures([text], num_hashes=64, ngram=5),
+        "word hashes": lambda: minhash.word_hashes(text),
+        "runs": lambda: index.runs(text),
+    }
+    # buffers belong to a thread and only grow, so what a larger text leaves shows in a thread of its own
+    with ThreadPoolExecutor(max_workers=1) as new_thread:
+        first = new_thread.submit(kernels[before]).result()
+        again, words = new_thread.submit(kernels["signatures"]).result()
+    expected, _ = reference_signatures([text], num_hashes=64, ngram=5)
+    assert (again == expected).all()
+    assert words.tolist() == [300_000]
+    if before == "runs":
+        assert first == []
 
 
 def test_without_the_kernel_numpy_answers(monkeypatch):

@@ -1,6 +1,7 @@
 """Dependencies and order: edges against `ast` with package resolution, Algorithm 1 against its plain transcription."""
 
 import ast
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
 from megacoder.corpus.imports.c import CIncludes
 from megacoder.corpus.imports.python import PythonImports, python_imports
 from megacoder.corpus.order import connected_subgraphs, dependency_order
-from megacoder.corpus.samples import SampleConfig, plan_samples, render
+from megacoder.corpus.samples import SampleConfig, plan_samples, render, rendered_bytes
 
 
 def algorithm_1(depends_on):
@@ -239,8 +240,25 @@ def test_every_file_is_in_exactly_one_sample(depends_on, max_bytes, oversize, or
 def test_rendering():
     assert render("a/b.c", "x", "C", "hash") == "# a/b.c\nx\n"
     assert render("a/b.c", "x\n", "C", "language") == "// a/b.c\nx\n"
+    for path, text, style in itertools.product(("a.ml", "é.ml"), ("", "x", "中", "x\n"), ("hash", "language")):
+        assert rendered_bytes(path, text, "OCaml", style) == len(render(path, text, "OCaml", style).encode())
 
 
 def test_a_sample_holds_at_least_a_byte():
     with pytest.raises(ConfigError, match="at least 1"):
         SampleConfig(max_bytes=0)
+
+
+_LINES = (
+    "import a", "from a import b", "from a import (b,", "c)  # import", "# import (", "'''", "x = 'import'", "f(x)",
+    "x = 1; import d", "import e, \\", "e, f", "y = '\\", "import g'", "imported = 2", "", "# ) import",
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(_LINES), max_size=12).map("\n".join))
+def test_reading_up_to_the_last_import_finds_what_reading_all_does(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacoder.corpus.imports.python._end_of_imports", len)
+        everything = list(python_imports(text))
+    assert list(python_imports(text)) == everything

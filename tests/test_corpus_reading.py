@@ -1,5 +1,7 @@
 """Language by content, encodings, licences: what is read of a file beyond its name."""
 
+import re
+
 import pytest
 
 from megacoder.corpus.ambiguous import AMBIGUOUS, candidate_languages, settled_language
@@ -62,10 +64,10 @@ def test_only_shared_extensions_are_settled_by_content(path, text, language):
 
 def test_every_shared_extension_ends_in_a_rule_that_always_holds_and_names_known_languages():
     for extension, rules in AMBIGUOUS.items():
-        assert rules[-1][0].pattern == "", extension
-        assert {language for _, language in rules} - {None} <= LANGUAGES.keys()
+        assert rules[-1][:2] == (("",), re.compile("", re.MULTILINE)), extension
+        assert {language for _, _, language in rules} - {None} <= LANGUAGES.keys()
         by_name = language_of(f"a.{extension}")
-        assert by_name in {None, *(language for _, language in rules)}
+        assert by_name in {None, *(language for _, _, language in rules)}
 
 
 @pytest.mark.parametrize("hostile", ["class a", "a[", " ", "\n", "(", "a:", "|", ":- ", "static"])

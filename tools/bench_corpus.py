@@ -277,9 +277,11 @@ def alarms(options: Options, most: int) -> None:
     """
     config, rules = ScreeningConfig(), PaperRules()
     found: dict[str, dict[str, Any]] = {}
-    drawn = [path for path in sorted((options.folder / "repos").rglob("*")) if not _TESTS.search(f"/{path}/")]
-    for path in sorted(drawn, key=lambda path: hashlib.sha256(str(path.relative_to(options.folder)).encode()).digest()):
-        name = path.relative_to(options.folder / "repos").as_posix()
+    root = options.folder / "repos"
+    names = (path.relative_to(root).as_posix() for path in root.rglob("*"))
+    clean = [name for name in names if not _TESTS.search(f"/{name}/")]
+    for name in sorted(clean, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        path = root / name
         candidates = candidate_languages(name, language_of(name)) & set(TOP_TEN)
         if not candidates or not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 20:
             continue

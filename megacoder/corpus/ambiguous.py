@@ -14,9 +14,9 @@ _OBJECTIVE_C = r"^[ \t]*@(?:interface|implementation|protocol|property|end|class
 _CPP = (
     r"^[ \t]*(?:(?:template[ \t]*<|namespace\b[\w \t:]*\{?[ \t]*$|using[ \t]+(?:namespace\b|\w+[ \t]*=))"
     r"|(?:class|struct)[ \t]+(?:\w+[ \t]+)?\w+[ \t]*(?:final[ \t]*)?:[ \t]*(?:public|protected|private|virtual)\b"
-    r"|class[ \t]+\w+[^;()]*$|(?:public|protected|private)[ \t]*:)|\bstd::\w|^[ \t]*#[ \t]*include[ \t]*<[a-z_]+>"
-    r"|\bvirtual\b[^;]*\(|\bconstexpr\b|\bnoexcept\b|\b(?:static|dynamic|reinterpret)_cast<"
+    r"|class[ \t]+\w+[^;()]*$|(?:public|protected|private)[ \t]*:|#[ \t]*include[ \t]*<[a-z_]+>)"
 )
+_CPP_WORDS = r"\bstd::\w|\bvirtual\b[^;]*\(|\bconstexpr\b|\bnoexcept\b|\b(?:static|dynamic|reinterpret)_cast<"
 _XML = r"\A\s*<(?:\?xml|!DOCTYPE|[A-Za-z])"
 _PERL = (
     r"^[ \t]*(?:use[ \t]+(?:strict|warnings|v?5|[A-Z]\w*(?:::\w+)*)|package[ \t]+[\w:]+;|my[ \t]*[($@%]|sub[ \t]+\w+)"
@@ -24,7 +24,7 @@ _PERL = (
 _PROLOG = r"^[ \t]*:-[ \t]*\w+|^[a-z]\w*(?:\([^\n]*\))?[ \t]*:-"
 
 _RULES: dict[str, list[tuple[str, str | None]]] = {
-    "h": [(_OBJECTIVE_C, None), (_CPP, "C++"), ("", "C")],
+    "h": [(_OBJECTIVE_C, None), (_CPP, "C++"), (_CPP_WORDS, "C++"), ("", "C")],
     "m": [
         (_OBJECTIVE_C, None),
         (r"^[ \t]*\(\*|\b[A-Z]\w*\[[^\]\n]*\]|:=|^[ \t]*(?:Begin|End)Package\[", "Mathematica"),
@@ -79,6 +79,7 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
         (r"(?i)^[ \t]*(?:procedure|function|unit|uses)\b[^\n]*;[ \t]*$|\{\$\w+", "Pascal"),
         (r"(?i)^[ \t]*(?:\.?(?:macro|equ|section|globl|byte|word)\b|[a-z_]\w*:|mov[ \t])", "Assembly"),
         (_CPP, "C++"),
+        (_CPP_WORDS, "C++"),
         (r"^[ \t]*#[ \t]*(?:include|define|if|ifdef|ifndef)\b|^[\w* \t]+\([^\n]*\)[ \t]*\{", "C"),
         ("", None),
     ],
@@ -96,12 +97,17 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
     "s": [("", "Assembly")],
 }
 
+_NEEDED = {_OBJECTIVE_C: ("@", "import"), _CPP_WORDS: ("std::", "virtual", "constexpr", "noexcept", "_cast<")}
+"""Patterns that are slow to search for, and what all that they match has some of: that is looked for first."""
+
 AMBIGUOUS = {
-    extension: [(re.compile(pattern, re.MULTILINE), language) for pattern, language in rules]
+    extension: [
+        (_NEEDED.get(pattern, ("",)), re.compile(pattern, re.MULTILINE), language) for pattern, language in rules
+    ]
     for extension, rules in _RULES.items()
     if len(rules) > 1
 }
-"""Extension -> (pattern, language) in the order in which they are tried."""
+"""Extension -> (what the pattern needs, pattern, language) in the order in which they are tried."""
 
 _LOOKED_AT = 32_768  # characters; what a language is shows early
 
@@ -109,7 +115,7 @@ _LOOKED_AT = 32_768  # characters; what a language is shows early
 def candidate_languages(path: str, by_name: str | None) -> frozenset[str]:
     """Every language that the file at `path` could be in; `by_name` is what the table says."""
     rules = AMBIGUOUS.get(_extension(path))
-    found = [by_name] if rules is None else [language for _, language in rules]
+    found = [by_name] if rules is None else [language for _, _, language in rules]
     return frozenset(language for language in found if language is not None)
 
 
@@ -119,7 +125,11 @@ def settled_language(path: str, by_name: str | None, text: str) -> str | None:
     if rules is None:
         return by_name
     start = text[:_LOOKED_AT]
-    return next(language for pattern, language in rules if pattern.search(start))
+    return next(
+        language
+        for needed, pattern, language in rules
+        if any(word in start for word in needed) and pattern.search(start)
+    )
 
 
 def _extension(path: str) -> str:

@@ -18,7 +18,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.corpus.languages import as_comment
 from megacoder.corpus.order import connected_subgraphs, dependency_order
 
-__all__ = ["SampleConfig", "path_comment", "plan_samples", "render"]
+__all__ = ["SampleConfig", "path_comment", "plan_samples", "render", "rendered_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,12 @@ def render(path: str, text: str, language: str, style: Literal["hash", "language
     """The file as it stands in a sample: path comment, text, and a line end where the text lacks one."""
     header = path_comment(path, language, style)
     return f"{header}\n{text}" if text.endswith("\n") else f"{header}\n{text}\n"
+
+
+def rendered_bytes(path: str, text: str, language: str, style: Literal["hash", "language"]) -> int:
+    """Bytes in UTF-8 of what `render` gives, without making it."""
+    parts = (path_comment(path, language, style), text)
+    return sum(len(part) if part.isascii() else len(part.encode()) for part in parts) + 1 + (not text.endswith("\n"))
 
 
 def plan_samples(

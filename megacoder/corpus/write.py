@@ -14,7 +14,7 @@ from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dependencies import repository_dependencies
 from megacoder.corpus.documents import Dropped
 from megacoder.corpus.drops import read_drops
-from megacoder.corpus.samples import plan_samples, render
+from megacoder.corpus.samples import plan_samples, render, rendered_bytes
 from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
 
 __all__ = ["PARTS", "WriteTask", "write_shard"]
@@ -127,8 +127,8 @@ def _write_repository(
             accounts.multi_file_samples += len(sample) > 1
             for row, path, size in (documents[node] for node in sample):
                 language = repo.languages[path]
-                content = render(path, texts[row], language, task.config.samples.comments)
-                num_bytes = len(content.encode())
+                text, style = texts[row], task.config.samples.comments
+                content, num_bytes = render(path, text, language, style), rendered_bytes(path, text, language, style)
                 add(
                     part,
                     (f"{repo.name}/{num_samples:05d}", repo.name, path, language, repo.license, content),
@@ -149,7 +149,7 @@ def _plan(
     def files() -> Iterator[tuple[str, str]]:  # one reading of the texts serves both sizes and dependencies
         for row, path, _ in documents:
             text = texts[row]
-            sizes.append(len(render(path, text, repo.languages[path], config.samples.comments).encode()))
+            sizes.append(rendered_bytes(path, text, repo.languages[path], config.samples.comments))
             yield path, text
 
     depends_on = repository_dependencies(repo.languages, files())

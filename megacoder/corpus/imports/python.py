@@ -37,7 +37,7 @@ _STDLIB_SIZE = 20  # a folder with that many of the standard library's modules i
 
 def python_imports(text: str) -> Iterator[tuple[str, str | None]]:
     """Yields (module, name) of each import: `import a.b` -> ('a.b', None), `from ..a import b` -> ('..a', 'b')."""
-    for token in _TOKEN.finditer("\n" + text):
+    for token in _TOKEN.finditer("\n" + text[: _end_of_imports(text)]):
         if token["origin"] is not None:
             for name in _names(token["names"]):
                 yield token["origin"], name
@@ -140,6 +140,20 @@ def _preference(path: str) -> tuple[bool, bool, str]:
     """Sorts the file that Python would load first: a package before a module, source before a stub."""
     stem, _, extension = path.rpartition(".")
     return posixpath.basename(stem) != "__init__", extension != "py", path
+
+
+def _end_of_imports(text: str) -> int:
+    """A place behind which no statement of import goes on, and no string of one line."""
+    last = text.rfind("import")  # a word of the last statement, or of a comment in what it lists
+    if last < 0:
+        return 0
+    closes = text.find(")", last)
+    while closes >= 0 and "#" in text[text.rfind("\n", 0, closes) + 1 : closes]:
+        closes = text.find(")", closes + 1)
+    end = text.find("\n", closes) if closes >= 0 else -1
+    while end > 0 and text[end - 1] == "\\":
+        end = text.find("\n", end + 1)
+    return len(text) if end < 0 else end
 
 
 def _names(listed: str) -> list[str]:

@@ -20,8 +20,12 @@ __all__ = [
     "visible_text", "xml_declaration",
 ]  # fmt: skip
 
-_MARKUP = re.compile(r"<(?:!--|(script|style)\b|[a-zA-Z/!?])", re.IGNORECASE)
-_TAG_END_OR_VALUE = re.compile(r"""=\s*+(["'])|>""")
+# What is never closed goes on to the end of the text, as in a browser; so that no place is looked at twice.
+_REST_OF_TAG = r"""(?:[^>=]++|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z))|=)*+(?:>|\Z)"""
+_MARKUP = re.compile(
+    rf"<(?:!--(?s:.*?)(?:-->|\Z)|(script|style)\b{_REST_OF_TAG}(?s:.*?)(?=</\1|\Z)|[a-zA-Z/!?]{_REST_OF_TAG})",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,33 +115,4 @@ def data_size(text: str, limits: RuleThresholds) -> str | None:
 
 def visible_text(markup: str) -> str:
     """The text that a browser would show, white space collapsed; linear in the input, whatever the markup."""
-    parts, position = [], 0
-    lower = markup.lower()
-    if len(lower) != len(markup):  # a few letters change their length in lower case
-        lower = markup
-    while found := _MARKUP.search(markup, position):
-        parts.append(markup[position : found.start()])
-        if found[0] == "<!--":
-            end = markup.find("-->", found.end())
-            position = end + 3
-        else:
-            end = position = _tag_end(markup, found.end())
-            if found[1] and end >= 0:
-                end = lower.find(f"</{found[1].lower()}", end)
-                position = end
-        if end < 0:  # never closed: a browser shows nothing of the rest
-            break
-    else:
-        parts.append(markup[position:])
-    return " ".join(html.unescape("".join(parts)).split())
-
-
-def _tag_end(markup: str, position: int) -> int:
-    """Just behind the `>` that closes a tag, quoted attribute values skipped; -1 if there is none."""
-    while found := _TAG_END_OR_VALUE.search(markup, position):
-        if found[1] is None:
-            return found.end()
-        position = markup.find(found[1], found.end()) + 1
-        if position == 0:
-            return -1
-    return -1
+    return " ".join(html.unescape(_MARKUP.sub("", markup)).split())

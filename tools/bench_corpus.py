@@ -41,6 +41,7 @@ from megacoder.corpus.syntax import parse
 
 HERE = Path(__file__).parent
 TARGET = HERE / "results" / "corpus_cpu.json"
+PEERS = ("daft", "datatrove", "spacy", "data_prep_toolkit_transforms")
 PAIRS = {
     # name: (ours, theirs, how many times as fast ours has to be)
     "minhash / Daft": ("ours_minhash", "daft_minhash", 2.0),
@@ -309,7 +310,16 @@ def alarms(options: Options, most: int) -> None:
 
 def _write(options: Options, results: dict[str, Any]) -> None:
     TARGET.parent.mkdir(exist_ok=True)
-    write_record(TARGET, machine=machine(), options=options, results=results)
+    write_record(TARGET, machine=machine(**_versions(options.peers)), options=options, results=results)
+
+
+def _versions(peers: Path) -> dict[str, str | int]:
+    """What is installed of the peers; nothing where there is no environment of theirs."""
+    if not peers.exists():
+        return {}
+    ask = f"import importlib.metadata as m; print(*(m.version(name) for name in {PEERS!r}))"
+    done = subprocess.run([str(peers), "-c", ask], capture_output=True, text=True, check=True)
+    return dict(zip(PEERS, done.stdout.split(), strict=True))
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ class _Run:
                 if self.seen.output > self.limits["output_kb"] * 1024:
                     return "output"
                 if self.ended is not None:
-                    return None
+                    return self._too_much(cpu_before)
                 if time.monotonic() >= next_tick:
                     broken = "time" if time.monotonic() - start > self.step["wall"] else self._too_much(cpu_before)
                     if broken:

@@ -87,9 +87,9 @@ class Case:
 
     @property
     def alone(self) -> "Case":
-        """The same model on one process, in the plainest way."""
+        """The same model on one process, in the plainest way: the layers' own forward under autograd."""
         return Case(
-            kv_heads=self.kv_heads, tied=self.tied, layers=self.layers, vocab=self.vocab,
+            block="plain", kv_heads=self.kv_heads, tied=self.tied, layers=self.layers, vocab=self.vocab,
             packed=self.packed, sequences=self.sequences,
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ fastokens is young, and ids that are wrong once in a million texts train a model
 serves only where it has just given the reference's ids for this very tokenizer: on code points of every block, alone
 and in context, every token of the vocabulary, control tokens spelled out, and long runs. Otherwise the reference
 serves, and one line says why.
-
 """
 
 import importlib

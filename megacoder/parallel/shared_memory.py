@@ -10,8 +10,9 @@ be started and waited for in any order that gloo allows, whose threads finish wh
 
 What it costs: an arena holds all that is under way, and what peers have not yet told to be read, which they do with
 their next message. Large tensors piece by piece through a small arena would take less, but a piece could wait for a
-rank that waits elsewhere; and they were no faster (64 MB: 12 to 25 ms of a processor either way). An arena is never
-full: it is as large as the machine's memory. Pages are taken when they are touched, lowest first, and kept.
+rank that waits elsewhere; and they were no faster (64 MB: 12 to 25 ms of a processor either way). An arena is a
+rank's share of the machine's memory, so the machine is full when arenas are. Pages are taken when they are touched,
+lowest first, and kept.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ class _Arena:
                 break
             begin = end
         if begin + num_bytes > len(self.memory):
-            raise RuntimeError(f"collectives of {self.num_bytes} bytes are under way, more than the machine has memory")
+            raise RuntimeError(f"collectives of {self.num_bytes} bytes are under way, more than this rank may keep")
         insort(self._extents, (begin, begin + num_bytes))
         self.num_bytes += num_bytes
         return begin

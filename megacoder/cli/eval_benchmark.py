@@ -4,10 +4,11 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Optional
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
@@ -18,7 +19,7 @@ from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
-from megacoder.evaluate.sandbox.host import Sandbox
+from megacoder.evaluate.sandbox.host import Launcher, Sandbox
 from megacoder.evaluate.sandbox.languages import find_toolchain
 
 if TYPE_CHECKING:  # it imports torch, which scoring a file needs not
@@ -27,23 +28,24 @@ if TYPE_CHECKING:  # it imports torch, which scoring a file needs not
 __all__ = ["crosscode", "ds1000", "humaneval", "infill", "leetcode", "mbpp", "pal"]
 
 
+# `Optional[X]`, for at the first `X | None` tyro imports a type checker, which takes as long as ten programs.
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
     """Score a benchmark, whose data file is yours, by its published protocol."""
 
     data: Path
     """the benchmark's JSONL file"""
-    model: Path | None = None
+    model: Optional[Path] = None
     """answers from this Hugging Face folder, run or checkpoint"""
-    endpoint: str | None = None
+    endpoint: Optional[str] = None
     """answers from a server with OpenAI's interface, such as http://localhost:8000/v1; OPENAI_API_KEY is its key"""
-    completions: Path | None = None
+    completions: Optional[Path] = None
     """answers from a JSONL file of task_id and completion, several lines a task for several samples"""
-    language: str | None = None
+    language: Optional[str] = None
     """of the programs; by default what the data says, else python"""
     instruct: bool = False
     """ask through the chat template and take the answer's code block"""
-    shots: Path | None = None
+    shots: Optional[Path] = None
     """file of worked examples, which pal needs"""
     retrieval: bool = False
     """crosscode: give the code retrieved from other files"""
@@ -57,25 +59,25 @@ class EvalArgs:
     """draw from the fewest tokens that together are this likely"""
     seed: int = 0
     """the same seed draws the same answers"""
-    max_new_tokens: int | None = None
+    max_new_tokens: Optional[int] = None
     """longest answer; the benchmark's own by default"""
     batch_size: int = 16
     """answers generated at a time"""
-    limit: int | None = None
+    limit: Optional[int] = None
     """only the first so many tasks"""
-    seconds: float | None = None
+    seconds: Optional[float] = None
     """CPU time a program gets, instead of the published limit"""
     workers: int = os.cpu_count() or 1
     """programs run, or requests sent, at a time"""
     unsafe: bool = False
     """run programs with your own rights where nothing can shut them in"""
-    out: Path | None = None
+    out: Optional[Path] = None
     """folder for completions and results, one line each; the same command goes on there"""
     json: bool = False
     """print the summary as JSON"""
-    api_model: str | None = None
+    api_model: Optional[str] = None
     """the server's name of the model; its first by default"""
-    tokenizer: Path | None = None
+    tokenizer: Optional[Path] = None
     """folder with tokenizer.json; without, the model's"""
     tp: int = 1
     """processes that share the model"""
@@ -102,6 +104,18 @@ class EvalArgs:
 
 def run(name: str, argv: Sequence[str]) -> None:
     """Scores one benchmark."""
+    with _started_ahead(BENCHMARKS[name], argv) as ahead:
+        _run(name, argv, ahead)
+
+
+def _started_ahead(kind: type[Benchmark], argv: Sequence[str]) -> AbstractContextManager[Launcher | None]:
+    """What will run Python programs, loading while options are read; None where they are for later, or others."""
+    if issubclass(kind, ProgramBenchmark) and "--completions" in argv and "--language" not in argv:
+        return Launcher.ahead(kind.preload)
+    return nullcontext()
+
+
+def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     args = parse_args(EvalArgs, argv, prog=f"megacoder eval {name}")
     kind = BENCHMARKS[name]
     settings = Settings(
@@ -136,7 +150,7 @@ def run(name: str, argv: Sequence[str]) -> None:
         if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
             source = ready if args.completions is not None else _source(args, benchmark, tp)
             collect(benchmark, tasks, source, notes, samples=samples, quiet=args.completions is not None)
-        judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark))
+        judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark, ahead))
         summary = summarise(tasks, notes, samples=samples)
         if args.out is not None:
             write_json(args.out / "summary.json", asdict(summary))
@@ -188,7 +202,7 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
     return LocalSource(model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
 
 
-def _start_sandbox(args: EvalArgs, benchmark: Benchmark) -> Sandbox:
+def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:
     assert isinstance(benchmark, ProgramBenchmark)
     toolchain = benchmark.toolchain()
     preload = benchmark.preload if toolchain.language.name == "python" else ()
@@ -196,8 +210,9 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark) -> Sandbox:
     if missing:
         raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}, not installed here (pip install)")
     return Sandbox(
-        workers=args.workers, mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible
-    )
+        workers=args.workers, mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible,
+        ahead=ahead,
+    )  # fmt: skip
 
 
 def _print(name: str, summary: Summary, settings: Settings) -> None:

@@ -2,7 +2,8 @@
 
 Every component owns a frozen keyword-only dataclass beside the class it builds; commands compose them. `tyro` turns
 the dataclass into options with dotted names (`--optimizer.lr 3e-4`); this module adds what it leaves out: TOML, an
-unknown key that names the nearest known one, and errors on one line instead of a drawn box.
+unknown key that names the nearest known one, and errors on one line instead of a drawn box. Both parsers are imported
+where they are used: a command may have work to start before.
 """
 
 import contextlib
@@ -12,14 +13,11 @@ import io
 import json
 import re
 import sys
-import tomllib
 import types
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-import tyro
 
 from megacoder.core.errors import ConfigError
 
@@ -57,6 +55,8 @@ def parse_known_args(
     cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None
 ) -> tuple[T, list[str]]:
     """As `parse_args`, and the words that are not of `cls`, for another dataclass to take."""
+    import tyro
+
     words = list(sys.argv[1:] if argv is None else argv)
     drawn = io.StringIO()
     try:
@@ -78,6 +78,8 @@ def load_toml(cls: type[T], path: Path, *, absent: dict[str, Any] | None = None)
 
     `absent` has nested values for keys that the file may leave out although `cls` demands them.
     """
+    import tomllib
+
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -4,7 +4,6 @@ A verdict does not depend on how many workers there are: time is CPU time, every
 was ended for time or memory while others ran is run once more with nothing beside it; that second verdict counts.
 """
 
-import json
 import os
 import select
 import shutil
@@ -19,10 +18,10 @@ from typing import Any, Literal, Self, TypeVar
 
 from megacoder.core.errors import MegacoderError
 from megacoder.evaluate.sandbox import confine, view
-from megacoder.evaluate.sandbox.launcher import receive, send
+from megacoder.evaluate.sandbox.launcher import packed, receive, send
 from megacoder.evaluate.sandbox.program import Outcome, Program, as_message
 
-__all__ = ["Mode", "Sandbox", "SandboxError"]
+__all__ = ["Launcher", "Mode", "Sandbox", "SandboxError"]
 
 Mode = Literal["namespaces", "bubblewrap", "unsafe"]
 Key = TypeVar("Key", bound=Hashable)
@@ -31,10 +30,10 @@ _ROOT = str(Path(__file__).parents[3])
 """What holds the package; bubblewrap shows this folder's part of it as `_SHOWN`."""
 _SHOWN = "/run/sandbox"
 _START = (
-    "import sys, json; sys.path.insert(0, sys.argv[1]); from megacoder.evaluate.sandbox.launcher import main; "
-    "del sys.path[0]; main(json.load(sys.stdin))"
+    "import sys; sys.path.insert(0, sys.argv[1]); from megacoder.evaluate.sandbox.launcher import main; "
+    "del sys.path[0]; main()"
 )
-_START_SECONDS = 60.0
+_START_SECONDS, _END_SECONDS = 60.0, 5.0
 _AGAIN = ("time", "memory")
 """Verdicts that neighbours may have brought about."""
 
@@ -43,26 +42,92 @@ class SandboxError(MegacoderError):
     """Programs cannot be shut in here, or the sandbox itself failed."""
 
 
+class Launcher:
+    """A process that loads modules, then becomes workers; a context manager that ends it.
+
+    Loading takes as long as many programs. Where the modules are known before all else is, a process started `ahead`
+    loads beside what is to be done first.
+    """
+
+    def __init__(self, words: list[str], preload: Sequence[str]) -> None:
+        """`words` is its command."""
+        self.words, self.preload = words, list(preload)
+        self._serves = False
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                words, env=confine.ENVIRONMENT, cwd="/", stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        self._send(self.preload)
+
+    @classmethod
+    def ahead(cls, preload: Sequence[str]) -> "Launcher":
+        """One for a sandbox to be made with this `preload`, no tools and no mode, which others can do without."""
+        mode = next(mode for mode in _order() if mode != "bubblewrap" or shutil.which("bwrap"))
+        return cls(_command(mode, view.visible_paths()), preload)
+
+    def serve(self, sockets: list[socket.socket], config: dict[str, Any]) -> None:
+        """Becomes a worker for each of `sockets`, which are closed here."""
+        self._serves = True
+        self._send({"workers": len(sockets), **config})
+        for channel in sockets:
+            with suppress(OSError), channel:  # as in `_send`
+                socket.send_fds(self._control, [b"."], [channel.fileno()])
+
+    def last_words(self) -> str:
+        """The last line that it printed before it ended; empty without one."""
+        with suppress(subprocess.TimeoutExpired):
+            _, printed = self.process.communicate(timeout=_END_SECONDS)
+            return (printed.decode("utf-8", "replace").strip().splitlines() or [""])[-1]
+        return ""
+
+    def close(self) -> None:
+        """Waits until it and its workers have ended, as they do once their sockets are closed."""
+        self._control.close()
+        if not self._serves:
+            self.process.kill()
+        try:
+            self.process.communicate(timeout=_END_SECONDS)  # to the end of stderr, which every worker holds
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, message: Any) -> None:
+        with suppress(OSError):  # what it does not read, it ended without: see `Sandbox._why`
+            send(self._control, message)
+
+
 class Sandbox:
     """Workers that run programs; a context manager that leaves no process behind."""
 
     def __init__(
-        self, *, workers: int = 1, mode: Mode | None = None, preload: Sequence[str] = (), tools: Iterable[str] = ()
-    ) -> None:
+        self, *, workers: int = 1, mode: Mode | None = None, preload: Sequence[str] = (), tools: Iterable[str] = (),
+        ahead: Launcher | None = None,
+    ) -> None:  # fmt: skip
         """`preload` names modules that preloaded Python programs find imported; `tools` executables to be visible.
 
         Without a `mode` the first that works: bubblewrap then namespaces, the other way round for root, whose files
         only the latter keep closed. SandboxError, which says why, where neither works; "unsafe" is never chosen.
+        `ahead` is taken over where it is such a process as is needed.
         """
         if workers < 1:
             raise SandboxError(f"{workers} workers: at least one is needed")
         self._preload = list(preload)
         self._paths = view.visible_paths(view.tool_folder(tool) for tool in tools)
-        self._launchers: list[subprocess.Popen[bytes]] = []
+        self._ahead = ahead
+        self._launchers: list[Launcher] = []
         self._channels: list[socket.socket] = []
-        order: list[Mode] = ["namespaces", "bubblewrap"] if os.geteuid() == 0 else ["bubblewrap", "namespaces"]
         reasons = []
-        for self.mode in order if mode is None else [mode]:
+        for self.mode in _order() if mode is None else [mode]:
             try:
                 self._start(workers)
                 return
@@ -76,17 +141,23 @@ class Sandbox:
 
     def run(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
         """(key, outcome) of every program, as they end; those to be tried again come last."""
-        waiting = iter(programs)
+        waiting = ((key, program, packed(as_message(program, alone=False))) for key, program in programs)
         running: dict[socket.socket, tuple[Key, Program]] = {}
         again: list[tuple[Key, Program]] = []
-        idle = list(self._channels)
+        ended: list[tuple[Key, Outcome]] = []
+        idle, following = list(self._channels), next(waiting, None)
         while True:
-            while idle and (following := next(waiting, None)) is not None:
+            while idle and following is not None:
                 channel = idle.pop()
-                running[channel] = following
-                send(channel, as_message(following[1], alone=False))
+                key, program, message = following
+                running[channel] = key, program
+                with suppress(OSError):  # that the worker has ended is found where its answer is awaited
+                    channel.sendall(message)
+                following = next(waiting, None)  # now, so that no worker waits for it later
+            yield from ended  # nor for what is done with them
             if not running:
                 break
+            ended = []
             ready, _, _ = select.select(list(running), [], [])
             for channel in ready:
                 key, program = running.pop(channel)
@@ -95,7 +166,7 @@ class Sandbox:
                 if outcome is None or outcome.verdict in _AGAIN:
                     again.append((key, program))
                 else:
-                    yield key, outcome
+                    ended.append((key, outcome))
         for key, program in again:
             yield key, self._run_alone(program)
 
@@ -109,11 +180,7 @@ class Sandbox:
         for channel in self._channels:
             channel.close()
         for launcher in self._launchers:
-            try:
-                launcher.wait(5)
-            except subprocess.TimeoutExpired:
-                launcher.kill()
-                launcher.wait()
+            launcher.close()
         self._channels, self._launchers = [], []
 
     def __enter__(self) -> Self:
@@ -157,9 +224,7 @@ class Sandbox:
         for size in groups:
             pairs = [socket.socketpair() for _ in range(size)]
             self._launch([theirs for _, theirs in pairs])
-            for ours, theirs in pairs:
-                theirs.close()
-                started.append(ours)
+            started += [ours for ours, _ in pairs]
         self._channels += started
         for channel in started:
             channel.settimeout(_START_SECONDS)
@@ -169,35 +234,30 @@ class Sandbox:
             channel.settimeout(None)
 
     def _launch(self, sockets: list[socket.socket]) -> None:
-        descriptors = [channel.fileno() for channel in sockets]
-        config = {"sockets": descriptors, "preload": self._preload, "mode": self.mode, "paths": self._paths}
-        python = [sys.executable, "-I", "-c", _START]
-        words = [*python, _ROOT]
-        if self.mode == "bubblewrap":
-            if shutil.which("bwrap") is None:
-                raise SandboxError("bwrap is not installed")
-            words = [*_bubblewrap(self._paths), *python, _SHOWN]
-        launcher = subprocess.Popen(
-            words, pass_fds=descriptors, env=confine.ENVIRONMENT, cwd="/", stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,
-        )  # fmt: skip
+        if self.mode == "bubblewrap" and shutil.which("bwrap") is None:
+            raise SandboxError("bwrap is not installed")
+        words, launcher, self._ahead = _command(self.mode, self._paths), self._ahead, None
+        if launcher is None or (launcher.words, launcher.preload) != (words, self._preload):
+            launcher = Launcher(words, self._preload)
         self._launchers.append(launcher)
-        assert launcher.stdin is not None
-        with suppress(BrokenPipeError), launcher.stdin:  # what it did not read, it ended without: see `_why`
-            launcher.stdin.write(json.dumps(config).encode())
+        launcher.serve(sockets, {"mode": self.mode, "paths": self._paths})
 
     def _why(self, answer: dict[str, Any]) -> str:
         """The reason for a start that failed: what the worker said, or what its process printed last."""
         if not answer.get("lost"):
             return str(answer["error"])
-        launcher = self._launchers[-1]
-        with suppress(subprocess.TimeoutExpired):
-            _, printed = launcher.communicate(timeout=5)
-            lines = printed.decode("utf-8", "replace").strip().splitlines()
-            if lines:
-                return lines[-1]
-        return "the worker ended before it was ready"
+        return self._launchers[-1].last_words() or "the worker ended before it was ready"
+
+
+def _order() -> list[Mode]:
+    """In which modes are tried."""
+    return ["namespaces", "bubblewrap"] if os.geteuid() == 0 else ["bubblewrap", "namespaces"]
+
+
+def _command(mode: Mode, paths: list[str]) -> list[str]:
+    """What starts a launcher, behind bubblewrap with `paths` shown."""
+    python = [sys.executable, "-I", "-c", _START]
+    return [*_bubblewrap(paths), *python, _SHOWN] if mode == "bubblewrap" else [*python, _ROOT]
 
 
 def _bubblewrap(paths: list[str]) -> list[str]:

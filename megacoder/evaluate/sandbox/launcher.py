@@ -1,8 +1,8 @@
 """Workers: processes behind namespaces with Python's modules imported, that run one program after another.
 
-Started as `python -I` with JSON on stdin: the sockets to serve, one a worker, what to import first, how to shut itself
-in. Messages are JSON after their length in four bytes. A worker whose socket ends, ends, and with it, as it is the
-first process of its namespace, all that it started.
+Started as `python -I` with a socket as stdin, which brings what to import, later how to shut itself in, and a socket
+for each worker to serve. Messages are JSON after their length in four bytes. A worker whose socket ends, ends, and with
+it, as it is the first process of its namespace, all that it started.
 """
 
 import gc
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from megacoder.evaluate.sandbox import confine, kernel, overseer, view
 from megacoder.evaluate.sandbox.own_files import OwnFiles
 
-__all__ = ["main", "receive", "send"]
+__all__ = ["main", "packed", "receive", "send"]
 
 _INSIDE = 1000
 """User and group that programs run as, as they see it."""
@@ -26,10 +26,15 @@ _NOBODY = 65534
 """Who that is outside, where root starts the sandbox: its files stay closed to programs."""
 
 
+def packed(message: Any) -> bytes:
+    """A message as it is sent."""
+    text = json.dumps(message).encode()
+    return struct.pack("<I", len(text)) + text
+
+
 def send(channel: socket.socket, message: Any) -> None:
     """One message."""
-    text = json.dumps(message).encode()
-    channel.sendall(struct.pack("<I", len(text)) + text)
+    channel.sendall(packed(message))
 
 
 def receive(channel: socket.socket) -> Any:
@@ -42,18 +47,27 @@ def receive(channel: socket.socket) -> Any:
     return json.loads(text) if len(text) == size else None
 
 
-def main(config: dict[str, Any]) -> NoReturn:
-    """Serves every socket of `config` in a process of its own, and waits for them."""
-    for name in config["preload"]:
+def main() -> NoReturn:
+    """Loads, then serves every socket that comes in a process of its own, and waits for them."""
+    gc.disable()  # nearly all that loading makes stays
+    control = socket.socket(fileno=0)
+    for name in receive(control) or ():
         with suppress(ImportError):
             __import__(name)
+    config = receive(control)
+    if config is None:  # nobody wants workers any more
+        os._exit(0)
+    sockets = [socket.recv_fds(control, 1, 1)[1][0] for _ in range(config["workers"])]
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, control.detach())
+    os.close(null)
     children = []
-    for descriptor in config["sockets"]:
+    for descriptor in sockets:
         asking, asked = os.pipe()
         telling, told = os.pipe()
         child = os.fork()
         if child == 0:
-            for other in (asking, told, *(other for other in config["sockets"] if other != descriptor)):
+            for other in (asking, told, *(other for other in sockets if other != descriptor)):
                 os.close(other)
             channel = socket.socket(fileno=descriptor)
             try:
@@ -69,7 +83,7 @@ def main(config: dict[str, Any]) -> NoReturn:
         for ours in (asking, told):
             os.close(ours)
         children.append(child)
-    for descriptor in config["sockets"]:
+    for descriptor in sockets:
         os.close(descriptor)
     for child in children:
         os.waitpid(child, 0)
@@ -115,6 +129,7 @@ class _Worker:
             self.files = OwnFiles(self.identity, self.config["paths"])
             kernel.prepare()
         gc.freeze()  # what is here now is never collected, nor its memory copied by a program that collects
+        gc.enable()
         send(self.channel, {"ready": True})
         while (program := receive(self.channel)) is not None:
             send(self.channel, self._serve(program))

@@ -34,8 +34,8 @@ __all__ = [
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
-CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Logits per chunk by type of device: 1,040 and 8,320 tokens at W=32,256. Enough for full GEMM speed, too few to make
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits per chunk by type of device: 512 and 8,320 tokens at W=32,256. Enough for full GEMM speed, too few to make
 the peak of memory; a GPU wants more, since each chunk reads and writes the head's whole fp32 gradient."""
 
 
@@ -123,8 +123,8 @@ def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C
 
 def chunk_tokens(weight_WD: Tensor) -> int:
     """Tokens of a chunk against the output rows `weight_WD`; whole tiles of a GEMM where there are many."""
-    tokens = CHUNK_ELEMENTS.get(weight_WD.device.type, 1 << 25) // weight_WD.shape[0]
-    return max(1, tokens // 128 * 128 if tokens > 1024 else tokens)
+    tokens = CHUNK_ELEMENTS.get(weight_WD.device.type, 1 << 24) // weight_WD.shape[0]
+    return max(1, tokens // 128 * 128 if tokens > 256 else tokens)
 
 
 def count_labels(labels_T: Tensor, vocab: int) -> int:
@@ -152,6 +152,7 @@ def linear_cross_entropy_with_grads(
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
         torch.mm(logits_CW, weight_WD, out=grad_x_CD)
         accumulate_weight_grad(grad_weight_WD, logits_CW, x_CD)
+        del logits_CW  # before the next chunk's are there
     return LossSum(total, num_tokens), grad_x_TD
 
 

@@ -77,6 +77,7 @@ def head_loss_with_grads(
         if part.stop >= len(x_TD):  # the ranks' sum travels while the last weight gradient is computed
             grad_stream = start_reduce(grad_x_TD, tp)
         accumulate_weight_grad(grad_weight_WD, logits_CW, x_TD[part])
+        del logits_CW  # before the next chunk's are there
     assert grad_stream is not None, "a microbatch has tokens"
     return LossSum(total, num_tokens), grad_stream.wait()
 

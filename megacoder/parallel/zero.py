@@ -73,9 +73,7 @@ class Zero1AdamW:
         # In fp32 one rank's weights are its master copy. The slices of several ranks are not end to end in the weights.
         self._is_own_master = flat.weight.dtype == torch.float32 and flat.num_shards == 1
         self._parts = list(self._cut(sorted(counted_elsewhere, key=lambda part: part.start)))
-        self.master = (
-            flat.weight if self._is_own_master else torch.cat([flat.weight[part.flat].float() for part in self._parts])
-        )
+        self.master = flat.weight if self._is_own_master else self._copy_of_weights()
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.owned = list(flat.owned(group_rank(group)))
@@ -113,6 +111,13 @@ class Zero1AdamW:
                 self.flat.weight[part.flat].copy_(self.master[part.local])
             self.traffic.start_gather(index)
         self.traffic.wait_all()
+
+    def _copy_of_weights(self) -> Tensor:
+        """This rank's slices in fp32."""
+        master = self.flat.weight.new_empty(self._parts[-1].local.stop, dtype=torch.float32)
+        for part in self._parts:  # one after the other: together, beside the whole, they would be twice as much
+            master[part.local] = self.flat.weight[part.flat]
+        return master
 
     def _squares(self) -> Tensor:
         """Sum of squares of the whole model's gradient sums, which this completes; fp64, the same on all ranks."""

@@ -55,12 +55,12 @@ class Engine:
         )  # fmt: skip
         self.model = stages[0].model
         """the layers of this rank's stages"""
-        init_weights(self.model, seed=seed)
         shards = mesh.group("dp", "cp")
         self.flat = FlatParameters(
             self.model.named_parameters(), dtype=dtype, device=mesh.world.device,
             num_shards=group_size(shards), late=late_parameters(self.model), bucket_elements=bucket_elements,
         )  # fmt: skip
+        init_weights(self.model, seed=seed)  # only now, so that weights are never there in fp32 and in `dtype`
         self.optimizer = Zero1AdamW(
             self.flat, shards, optimizer,
             norm_group=mesh.world.group, counted_elsewhere=counted_elsewhere(self.model, self.flat),

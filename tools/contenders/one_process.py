@@ -46,8 +46,8 @@ def _ours(config: ModelConfig, dtype: torch.dtype) -> Update:
     """The hand-scheduled step with fp32 gradients, master weights and moments."""
     keep_freed_memory()  # as `megacoder train` does
     model = Transformer(config)
-    init_weights(model, seed=0)
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
+    init_weights(model, seed=0)
     optimizer = Zero1AdamW(flat, None, AdamWConfig())
 
     def update(tokens: Tensor, labels: Tensor) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from megacoder.ops.attention import BLOCK_ELEMENTS, BLOCK_QUERIES
 from megacoder.ops.cross_entropy import CHUNK_ELEMENTS
+from megacoder.ops.linear import PARTIAL_ELEMENTS
 from megacoder.parallel.context import ContextParallel
 from megacoder.train.planning.job import Job, Variant
 
@@ -105,7 +106,7 @@ class Workspace:
         tape = _Tape()
         tape.take(2 * self.stream, self._statistics)  # normed, and what was normed
         tape.take(self._gathered, self._tokens)  # the former of all tokens, its gradient
-        tape.take(self.job.itemsize * chunk * columns * (1 if chunk == tokens else 2))  # the last chunk's stays a while
+        tape.take(self.job.itemsize * chunk * columns)
         tape.take(self.stream if self._shares_tokens else 0)
         tape.passing(self._partial(columns, self.job.model.hidden_size))
         return tape.most
@@ -263,7 +264,9 @@ class Workspace:
 
     def _partial(self, rows: int, columns: int) -> int:
         """A weight gradient in bf16, where the device cannot add a product to fp32."""
-        return rows * columns * self.job.itemsize if self.device_type == "cpu" and self.job.itemsize < FP32 else 0
+        if self.device_type != "cpu" or self.job.itemsize == FP32:
+            return 0
+        return min(rows, max(1, PARTIAL_ELEMENTS // columns)) * columns * self.job.itemsize
 
     @property
     def _shares_tokens(self) -> bool:

@@ -36,7 +36,7 @@ from megacoder.train.metrics_log import read_metrics
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = [E4M3, E5M2]
 SHAPES = [(16, 16), (48, 272), (144, 32), (272, 1040)]
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "norms", "selective", "full")
 
 
 def randn(*shape, seed=0, spread=2.0):
@@ -277,7 +277,7 @@ def test_a_layer_keeps_the_bytes_that_are_documented(recompute):
     batch = microbatch()
     _, saved = Stage.whole(model, recompute=recompute, precision=FP8).forward(None, batch)
     per_token = kept_bytes_per_token(config, recompute, itemsize=2, fp8=True)
-    scales = 4 * 8 if recompute == "none" else 0  # of four inputs and four weights
+    scales = 4 * {"none": 8, "norms": 6}.get(recompute, 0)  # of four inputs, or two, and four weights
     expected = per_token * batch.tokens_BS.numel() + kept_weight_bytes(config, recompute, fp8=True) + scales
     assert [num_bytes(tensors_in(layer)) for layer in saved.layers] == [expected] * config.num_hidden_layers
 

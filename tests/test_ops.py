@@ -25,6 +25,7 @@ from megacoder.ops.cross_entropy import (
 from megacoder.ops.few_rows import FEW, few_rows_linear
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
+from megacoder.ops.split_master import join_master, split_master_
 from megacoder.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -286,6 +287,40 @@ def test_adamw_follows_torch_for_100_steps(dtype):
         )  # fmt: skip
     assert_near(master, reference.detach(), torch.float32)
     assert torch.equal(weight, master.to(dtype))
+
+
+def test_split_master_weights_round_to_the_weights_and_lose_one_bit_at_most():
+    bits = torch.cat([torch.arange(-0x18000, 0x18000) + (sign << 16) for sign in (0x3F80, -0x4080, 0x0001, 0x7F7E)])
+    master = bits.to(torch.int32).view(torch.float32)
+    weight, low = torch.empty(len(master), dtype=torch.bfloat16), torch.empty(len(master), dtype=torch.int16)
+    split_master_(master, weight, low)
+    joined = join_master(weight, low)
+    finite = master.isfinite()
+    assert torch.equal(weight[finite], master[finite].bfloat16())
+    assert torch.equal(joined[finite].bfloat16(), weight[finite])
+    lost = (master.view(torch.int32) - joined.view(torch.int32))[finite]
+    ties = (master.view(torch.int32)[finite] & 0x1FFFF) == 0x8000
+    assert torch.equal(lost, ties.to(torch.int32))
+
+
+def test_adamw_on_split_master_weights_is_adamw():
+    """Bit by bit, but for the last one of the few master weights that came to lie half-way between two weights."""
+    master = randn(1001).float()
+    weight, low = torch.empty(1001, dtype=torch.bfloat16), torch.empty(1001, dtype=torch.int16)
+    split_master_(master, weight, low)
+    whole = [weight.clone(), join_master(weight, low), torch.zeros(1001), torch.zeros(1001)]
+    split = [weight, low, torch.zeros(1001), torch.zeros(1001)]
+    for step in range(1, 21):
+        grad = randn(1001, seed=step).float()
+        for state in (whole, split):
+            adamw_(*state, grad, config=AdamWConfig(), lr=1e-2, step=step, grad_scale=0.5, decayed=True)
+    joined = join_master(weight, low)
+    assert torch.equal(joined.bfloat16(), weight)
+    assert torch.equal(split[2], whole[2])
+    assert torch.equal(split[3], whole[3])
+    assert torch.equal(weight, whole[0])
+    assert torch.allclose(joined, whole[1], rtol=1e-6, atol=0)
+    assert (joined != whole[1]).sum() <= 3
 
 
 def test_sum_of_squares_does_not_depend_on_threads():

@@ -248,10 +248,11 @@ def train_on_from_a_copied_state(world, dtype):
     source, copy = Replica(world, dtype=dtype), Replica(world, dtype=dtype, seed=1)
     for step in range(2):
         source.update(step)
-    for kind, values in copy.optimizer.state().items():
+    held = copy.optimizer.state()
+    for kind, values in held.items():
         values.copy_(source.optimizer.state()[kind])
     copy.optimizer.num_updates = source.optimizer.num_updates
-    copy.optimizer.publish_master()
+    copy.optimizer.publish_master(held["weight"])
     copied = [replica.snapshot() for replica in (source, copy)]
     for replica in (source, copy):
         replica.update(2)

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from plan_memory import ALLOWED, CASES, KINDS, measure
 from plan_published import ROWS, START, chosen_variant, fit, predict
 
@@ -253,11 +252,14 @@ def test_the_simulated_time_grows_with_the_bubble():
     assert bubble(800) == pytest.approx(7 / 800, rel=1e-6)
 
 
-def test_fp32_on_one_rank_has_no_master():
+@pytest.mark.parametrize(
+    ("itemsize", "dp", "device_type", "per_weight"),
+    [(4, 1, "cuda", 8), (4, 2, "cpu", 6), (2, 1, "cuda", 12), (2, 1, "cpu", 10), (2, 2, "cpu", 5)],
+)
+def test_master_weights_are_counted_where_they_are_held(itemsize, dp, device_type, per_weight):
     model = ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=4, head_dim=16)  # fmt: skip
-    for dp, per_weight in ((1, 8.0), (2, 6.0)):
-        job = Job(model=model, seq_length=64, global_batch_size=4, itemsize=torch.float32.itemsize)
-        variant = Variant(dims=ParallelDims(dp=dp))
-        memory = rank_memory(job, variant, variant_pipeline(job, variant), 0)
-        assert memory.optimizer / (memory.weights / 4) == pytest.approx(per_weight)
+    job = Job(model=model, seq_length=64, global_batch_size=4, itemsize=itemsize)
+    variant = Variant(dims=ParallelDims(dp=dp))
+    memory = rank_memory(job, variant, variant_pipeline(job, variant), 0, device_type=device_type)
+    assert memory.optimizer / (memory.weights / itemsize) == pytest.approx(per_weight)

@@ -92,6 +92,7 @@ CASES = [
     _case(1, {}, dtype=BF16),
     _case(1, {}, recompute="selective"),
     _case(1, {}, recompute="full", dtype=BF16),
+    _case(1, {}, recompute="norms", dtype=BF16),
     _case(1, {}, tied=True, micro_batch_size=4),
     _case(2, {"tp": 2}),
     _case(2, {"tp": 2, "sequence_parallel": False}, recompute="selective"),

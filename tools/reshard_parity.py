@@ -194,8 +194,9 @@ def load_case(world: World, case: Case, seed: int, root: Path) -> tuple[dict[str
     """Loads on this rank over other weights, and trains on; returns what it loaded, and what it then saw."""
     engine, mesh = make_engine(world, case, seed + 1)
     reader, optimizer = CheckpointReader(root), engine.optimizer
-    reader.read_all(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=True))
-    optimizer.publish_master()
+    held = optimizer.state()
+    reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
+    optimizer.publish_master(held["weight"])
     optimizer.num_updates = reader.state["num_updates"]
     return state_of(engine), train(engine, mesh, case, seed, STEPS)
 

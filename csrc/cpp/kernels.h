@@ -41,6 +41,8 @@ struct Kernels {
   const char* isa;
   TypedKernels<float> fp32;
   TypedKernels<bf16> bf16_;
+  void (*adamw_split)(int16_t*, float*, float*, const float*, bf16*, int64_t, float, float, float, float, float, float,
+                      float, float);
   double (*sum_of_squares)(const float*, int64_t);
   void (*minhash)(const uint8_t*, const int64_t*, int64_t, const uint32_t*, int64_t, int64_t, uint32_t*, int64_t*);
   int64_t (*word_hashes)(const uint8_t*, int64_t, uint64_t*);

@@ -127,6 +127,12 @@ PYBIND11_MODULE(_cpp, m) {
               grad_scale, lr, beta1, beta2, eps, decay, correction1, correction2);
     });
   }, nogil);
+  m.def("adamw_split", [](Address low, Address exp_avg, Address exp_avg_sq, Address grad, Address weight, int64_t count,
+                          float grad_scale, float lr, float beta1, float beta2, float eps, float decay,
+                          float correction1, float correction2) {
+    table.adamw_split(at<int16_t>(low), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<bf16>(weight),
+                      count, grad_scale, lr, beta1, beta2, eps, decay, correction1, correction2);
+  }, nogil);
   m.def("accumulate", [](bool b, Address total, Address addend, int64_t count) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;

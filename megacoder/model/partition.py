@@ -38,11 +38,13 @@ class ExecutionConfig:
     block: Literal["scheduled", "plain"] = "scheduled"
     """who writes the backward: this library by hand, or autograd (slower; for those who change the block's code)"""
     recompute: Recompute = "none"
-    """what a layer forms again in its backward rather than keeps: nothing, its widest tensors, or all"""
+    """what a layer forms again in its backward rather than keeps: nothing, its norms, its widest tensors too, or all"""
     fp8: bool = False
     """whether layers multiply their matrices in fp8, cast from bfloat16 (attention, embedding and head do not)"""
 
     def __post_init__(self) -> None:
+        if self.recompute == "norms" and self.block == "plain":
+            raise ConfigError('execution.recompute = "norms" needs execution.block = "scheduled"; or use "selective"')
         if self.fp8 and self.block == "plain":
             raise ConfigError('execution.fp8 = true needs execution.block = "scheduled": plain layers are not cast')
 

@@ -55,25 +55,27 @@ __all__ = [
     "layer_forward",
 ]
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "norms", "selective", "full"]
 """What a layer forms again in its backward rather than keeps. The bits of every result are the same.
 
 Kept per token and layer, H * K being the query heads' columns (D in most models) and e the bytes of the weights' dtype;
 D counts for N / T under sequence parallelism:
 
 none       e * (4 D + C + H K + 2 F) + 4 H + 8   everything that the backward reads
+norms      e * (2 D + C + H K + 2 F) + 4 H       both norms are formed again, each in one pass over what it is formed of
 selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up product are formed again: the widest tensors
                                                  for one product of 2 D F multiply-adds. Attention is not run again, as
                                                  in arXiv:2205.05198, whose selection holds scores: here there are none
 full       e * D                                 the layer's input alone; all of the forward but the last product runs
                                                  again, with tensor parallelism its collectives too
 
-For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
+For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 46.7 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
 
 In fp8 "none" keeps the transposed casts of all four inputs. Those of the normed ones take the place of what they are
 cast from (under sequence parallelism that is kept, N tokens of it instead of T). Those of attention's result and of
 the activation, H K + F bytes, are kept beside it, since to form them again would move 4 H K + 6 F. It keeps the
-transposed weights too, a byte each (`kept_weight_bytes`). The others keep what they keep in bf16, and cast again.
+transposed weights too, a byte each (`kept_weight_bytes`). So does "norms", but for the normed inputs' casts. The others
+keep what they keep in bf16, and cast again.
 """
 
 
@@ -89,7 +91,10 @@ def kept_bytes_per_token(
         return itemsize * d
     if recompute == "selective":
         return itemsize * (2 * d + c + hk) + 4 * heads
-    kept = itemsize * (4 * d + c + hk + 2 * f) + 4 * heads + 8 * stream
+    kept = itemsize * (2 * d + c + hk + 2 * f) + 4 * heads
+    if recompute == "norms":
+        return kept + (hk + f if fp8 else 0)
+    kept += itemsize * 2 * d + 8 * stream
     if not fp8:
         return kept
     return kept + hk + f - (0 if tp.shares_tokens else 2 * (itemsize - 1) * d)
@@ -97,7 +102,7 @@ def kept_bytes_per_token(
 
 def kept_weight_bytes(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool) -> int:
     """What one layer keeps of its weights beside themselves, for every microbatch that waits for its backward."""
-    return model.num_layer_matmul_params // tp.size if fp8 and recompute == "none" else 0
+    return model.num_layer_matmul_params // tp.size if fp8 and recompute in ("none", "norms") else 0
 
 
 class LayerWeights(NamedTuple):
@@ -223,8 +228,10 @@ def layer_forward(
     saved = SavedLayer(attn_input)
     if recompute == "selective":
         saved.attention = replace(attention, o_input=None)
-    elif recompute == "none":
-        saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up = attention, attn_norm, mlp_norm, gate_up_T2F
+    elif recompute != "full":
+        saved.attention, saved.gate_up = attention, gate_up_T2F
+        if recompute == "none":
+            saved.attn_norm, saved.mlp_norm = attn_norm, mlp_norm
         if precision.fp8:
             saved.down_input = for_later(down_input_TF)
             saved.weights = LayerWeights(*map(for_later, weights))

@@ -1,7 +1,8 @@
 """AdamW (arXiv:1711.05101) on flat fp32 buffers, and the gradient norm that precedes it.
 
 State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
-same pass. `grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
+same pass. Of master weights it may hold but what bf16 weights lack (`megacoder.ops.split_master`). `grad_scale` folds
+the division by the global number of tokens and the clipping into that pass too.
 
 On a GPU with the compiled kernels, what changes from step to step (`update_scalars`) is formed on the device and stays
 there, the decision to leave an update out included: between the last backward and the new weights nothing waits for the
@@ -18,6 +19,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.ops import cuda
 from megacoder.ops.backends import backend
 from megacoder.ops.cpp import address, kernels
+from megacoder.ops.split_master import join_master, split_master_
 
 __all__ = ["AdamWConfig", "adamw_", "adamw_with_scalars_", "sum_of_squares", "update_scalars"]
 
@@ -58,7 +60,10 @@ def adamw_(
     grad_scale: float,
     decayed: bool,
 ) -> None:
-    """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype."""
+    """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype.
+
+    `master` is fp32, or on a CPU int16: the lower half of master weights whose upper half is the bf16 `weight`.
+    """
     decay = config.weight_decay if decayed else 0.0
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
     name = backend("adamw", weight)
@@ -66,19 +71,29 @@ def adamw_(
         scalars = torch.tensor([lr, grad_scale, correction1, correction2, 0.0], device=weight.device)
         adamw_with_scalars_(weight, master, exp_avg, exp_avg_sq, grad, config=config, scalars=scalars, decayed=decayed)
         return
+    split = master.dtype == torch.int16
     if name == "cpp":
-        state = [address(t, torch.float32, weight.numel()) for t in (master, exp_avg, exp_avg_sq, grad)]
-        kernels().adamw(
-            weight.dtype == torch.bfloat16, *state, address(weight, weight.dtype), weight.numel(), grad_scale, lr,
-            config.beta1, config.beta2, config.eps, decay, correction1, correction2,
+        state = [address(t, torch.float32, weight.numel()) for t in (exp_avg, exp_avg_sq, grad)]
+        numbers = (
+            weight.numel(), grad_scale, lr, config.beta1, config.beta2, config.eps, decay, correction1, correction2,
         )  # fmt: skip
+        if split:
+            lower_half = address(master, torch.int16, weight.numel())
+            kernels().adamw_split(lower_half, *state, address(weight, torch.bfloat16), *numbers)
+            return
+        whole = address(master, torch.float32, weight.numel())
+        kernels().adamw(weight.dtype == torch.bfloat16, whole, *state, address(weight, weight.dtype), *numbers)
         return
+    low, master = (master, join_master(weight, master)) if split else (None, master)
     scaled = grad * grad_scale
     exp_avg.lerp_(scaled, 1 - config.beta1)
     exp_avg_sq.mul_(config.beta2).addcmul_(scaled, scaled, value=1 - config.beta2)
     master.mul_(1 - lr * decay)
     master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(config.eps), value=-lr / correction1)
-    weight.copy_(master)
+    if low is None:
+        weight.copy_(master)
+    else:
+        split_master_(master, weight, low)
 
 
 def update_scalars(

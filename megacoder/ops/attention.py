@@ -38,8 +38,8 @@ __all__ = [
 BLOCK_QUERIES = {torch.bfloat16: 256, torch.float32: 64}
 """Queries per block, the fastest of 64, 128 and 256 at S=512: smaller blocks skip more of the future, larger ones feed
 bf16's faster GEMM."""
-BLOCK_ELEMENTS = 1 << 22
-"""Scores held at a time, 8 MB in bf16: they stay in a server's last-level cache between the passes."""
+BLOCK_ELEMENTS = 1 << 21
+"""Scores held at a time, 4 MB in bf16: they stay in a server's last-level cache between the passes."""
 
 
 def causal_mask(places_S: Tensor, num_keys: int, *, first_keys_BS: Tensor | None = None) -> Tensor:

@@ -5,6 +5,9 @@ One update: reduce-scatter the gradient sums, bucket by bucket; the global norm 
 which divides by the number of tokens of the global batch and clips in the same pass; all-gather of the new weights.
 The loss is a sum over tokens until that one division, so gradients are right for any split of tokens over ranks and
 microbatches. `Zero1AdamW.traffic` moves the buckets, and does so behind forwards and backwards where stages report.
+
+On a CPU bf16 weights are the upper half of their fp32 master weights, of which a rank then holds the lower half alone
+(`megacoder.ops.split_master`).
 """
 
 import math
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from megacoder.ops.adamw import AdamWConfig, adamw_, adamw_with_scalars_, sum_of_squares, update_scalars
 from megacoder.ops.backends import backend
+from megacoder.ops.split_master import join_master, split_master_
 from megacoder.parallel.buckets import BucketTraffic
 from megacoder.parallel.collectives import all_reduce_sum, group_rank
 from megacoder.parallel.flat import Bucket, FlatParameters
@@ -73,9 +77,10 @@ class Zero1AdamW:
         # In fp32 one rank's weights are its master copy. The slices of several ranks are not end to end in the weights.
         self._is_own_master = flat.weight.dtype == torch.float32 and flat.num_shards == 1
         self._parts = list(self._cut(sorted(counted_elsewhere, key=lambda part: part.start)))
-        self.master = flat.weight if self._is_own_master else self._copy_of_weights()
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
+        self._is_split = flat.weight.dtype == torch.bfloat16 and flat.weight.device.type == "cpu"
+        self._master = self._first_master()
+        self.exp_avg = torch.zeros_like(self._master, dtype=torch.float32)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.owned = list(flat.owned(group_rank(group)))
 
     def step(
@@ -94,8 +99,15 @@ class Zero1AdamW:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's slices by kind: what a checkpoint stores, as live tensors."""
-        return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        """This rank's slices by kind, fp32: what a checkpoint stores.
+
+        The moments are live; so are master weights that are held whole. Whoever writes them calls `publish_master`.
+        """
+        return {"weight": self._whole_master(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def held(self) -> list[Tensor]:
+        """The memory that this rank's state takes beside weights and gradients."""
+        return [*([] if self._is_own_master else [self._master]), self.exp_avg, self.exp_avg_sq]
 
     def gradients(self) -> Tensor:
         """This rank's slices of the gradient sums over all ranks, copied, laid out as `state()`; `step` may follow."""
@@ -103,20 +115,38 @@ class Zero1AdamW:
             pass
         return torch.cat([self.flat.grad[part.flat] for part in self._parts])
 
-    def publish_master(self) -> None:
-        """Writes the master weights into the model on every rank; after a checkpoint was read into `state()`."""
+    def publish_master(self, master: Tensor) -> None:
+        """Takes master weights: `state()["weight"]`, into which a checkpoint was read; into every rank's model too."""
         self.traffic.wait_all()
         for index, part in enumerate(self._parts):
-            if not self._is_own_master:
-                self.flat.weight[part.flat].copy_(self.master[part.local])
+            weight, ours = self.flat.weight[part.flat], self._master[part.local]
+            if self._is_split:
+                split_master_(master[part.local], weight, ours)
+            else:
+                ours.copy_(master[part.local])
+                weight.copy_(ours)
             self.traffic.start_gather(index)
         self.traffic.wait_all()
 
-    def _copy_of_weights(self) -> Tensor:
-        """This rank's slices in fp32."""
-        master = self.flat.weight.new_empty(self._parts[-1].local.stop, dtype=torch.float32)
-        for part in self._parts:  # one after the other: together, beside the whole, they would be twice as much
-            master[part.local] = self.flat.weight[part.flat]
+    def _first_master(self) -> Tensor:
+        """What `_master` is where the weights are as they were drawn."""
+        if self._is_own_master:
+            return self.flat.weight
+        dtype = torch.int16 if self._is_split else torch.float32
+        master = self.flat.weight.new_zeros(self._parts[-1].local.stop, dtype=dtype)
+        if not self._is_split:
+            for part in self._parts:
+                master[part.local] = self.flat.weight[part.flat]
+        return master
+
+    def _whole_master(self) -> Tensor:
+        """This rank's slices of the fp32 master weights; a copy where they are split."""
+        if not self._is_split:
+            return self._master
+        self.traffic.wait_all()
+        master = torch.empty_like(self.exp_avg)
+        for part in self._parts:
+            master[part.local] = join_master(self.flat.weight[part.flat], self._master[part.local])
         return master
 
     def _squares(self) -> Tensor:
@@ -164,7 +194,7 @@ class Zero1AdamW:
             for segment, decayed in part.segments:
                 local = part.in_state(segment)
                 update(
-                    self.flat.weight[segment], self.master[local], self.exp_avg[local], self.exp_avg_sq[local],
+                    self.flat.weight[segment], self._master[local], self.exp_avg[local], self.exp_avg_sq[local],
                     self.flat.grad[segment], decayed=decayed,
                 )  # fmt: skip
             self.traffic.start_gather(index)

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from megacoder.core.memory import return_freed_memory
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
@@ -65,6 +66,8 @@ class Engine:
             self.flat, shards, optimizer,
             norm_group=mesh.world.group, counted_elsewhere=counted_elsewhere(self.model, self.flat),
         )  # fmt: skip
+        if mesh.world.device.type == "cpu":
+            return_freed_memory()
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
         self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"), journal=mesh.world.journal)
 

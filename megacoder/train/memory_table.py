@@ -6,7 +6,7 @@ what is needed for a moment, such as the logits of a chunk; the kept part alone 
 beside.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,16 +40,14 @@ class MemoryRow:
 
 def standing_rows(engine: Engine) -> list[MemoryRow]:
     """What is there before a step and after it."""
-    flat, state = engine.flat, engine.optimizer.state()
-    own_state = [tensor for tensor in state.values() if tensor.data_ptr() != flat.weight.data_ptr()]
-    has_master = len(own_state) == len(state)
+    flat, held = engine.flat, engine.optimizer.held()
     return [
         MemoryRow(kind="weights", num_bytes=_bytes(flat.weight), how=_name(flat.weight.dtype)),
         MemoryRow(kind="gradients", num_bytes=_bytes(flat.grad), how=_name(flat.grad.dtype)),
         MemoryRow(
-            kind="master weights and moments" if has_master else "moments",
-            num_bytes=sum(map(_bytes, own_state)),
-            how=f"float32, this rank's share of {engine.flat.num_shards}" if engine.flat.num_shards > 1 else "float32",
+            kind="master weights and moments" if len(held) > 2 else "moments",
+            num_bytes=sum(map(_bytes, held)),
+            how=", ".join(_described(held, flat.num_shards)),
         ),
     ]
 
@@ -90,6 +88,14 @@ def _largest_sum(changes: Iterable[int]) -> int:
         held += change
         largest = max(largest, held)
     return largest
+
+
+def _described(held: list[Tensor], num_shards: int) -> Iterator[str]:
+    yield "float32"
+    if held[0].dtype == torch.int16:
+        yield "of master weights what bf16 lacks"
+    if num_shards > 1:
+        yield f"this rank's share of {num_shards}"
 
 
 def _bytes(tensor: Tensor) -> int:

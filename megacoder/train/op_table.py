@@ -262,18 +262,23 @@ def _linear(case: _Case) -> Iterator[OpRow]:
 
 
 def _optimizer(case: _Case, size: int) -> Iterator[OpRow]:
-    """In fp32 the weights are their own master copy, as where one rank holds them."""
-    grad, exp_avg, exp_avg_sq, master = (case.random(size, dtype=torch.float32) for _ in range(4))
+    """In fp32 the weights are their own master copy, as where one rank holds them; in bf16 see `Zero1AdamW`."""
+    grad, exp_avg, exp_avg_sq, weight = (case.random(size, dtype=torch.float32) for _ in range(4))
     exp_avg_sq.square_()
-    weight = master if case.dtype == torch.float32 else master.to(case.dtype)
+    master, moved = weight, 7 * 4 * size  # read the gradient, read and write the rest
+    if case.dtype != torch.float32:
+        weight = master.to(case.dtype)
+        if case.device.type == "cpu":
+            master, moved = torch.zeros_like(weight, dtype=torch.int16), moved + (2 * 2 + 2 * 2 - 2 * 4) * size
+        else:
+            moved += size * weight.itemsize
     config = AdamWConfig()
-    state = 7 * 4 * size  # read the gradient, read and write the rest
     yield case.row(
         "adamw", (size,),
         lambda: adamw_(
             weight, master, exp_avg, exp_avg_sq, grad,
             config=config, lr=1e-4, step=100, grad_scale=1e-3, decayed=True,
         ),
-        moved=state if weight is master else state + size * weight.itemsize,
+        moved=moved,
     )  # fmt: skip
     yield case.row("gradient norm", (size,), lambda: sum_of_squares(grad), moved=4 * size)

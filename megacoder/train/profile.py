@@ -246,7 +246,7 @@ def _measure_steps(
         ),
         "loss": result.loss,
         "trace": trace,
-        "num_updated": engine.optimizer.master.numel(),
+        "num_updated": engine.optimizer.exp_avg.numel(),
     }
 
 

@@ -101,8 +101,9 @@ class RunFolder:
                 self._start_from(self._start, engine)
             return 0
         optimizer = engine.optimizer
-        reader.read_all(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=True))
-        optimizer.publish_master()
+        held = optimizer.state()
+        reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
+        optimizer.publish_master(held["weight"])
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
         if "guard" in reader.state:  # not so in a checkpoint that no run of ours has written
@@ -111,9 +112,9 @@ class RunFolder:
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        state = {"weight": engine.optimizer.master}
+        state = {"weight": engine.optimizer.state()["weight"]}
         reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
-        engine.optimizer.publish_master()
+        engine.optimizer.publish_master(state["weight"])
         if self.mesh.world.is_first:
             there, here = model_of(reader), self.config.model
             changes = [

@@ -7,12 +7,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from megacoder.core.memory import keep_freed_memory
+from megacoder.core.memory import keep_freed_memory, return_freed_memory
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
-from megacoder.model.stage import forward_backward
+from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
+from megacoder.ops.cross_entropy import LossSum
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.layers import Linear
 from megacoder.parallel.zero import Zero1AdamW
@@ -43,15 +44,19 @@ def build(job: dict[str, Any]) -> Callable[[], float]:
 
 
 def _ours(config: ModelConfig, dtype: torch.dtype) -> Update:
-    """The hand-scheduled step with fp32 gradients, master weights and moments."""
+    """The hand-scheduled step with fp32 gradients, master weights and moments, its norms formed again."""
     keep_freed_memory()  # as `megacoder train` does
     model = Transformer(config)
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
     init_weights(model, seed=0)
     optimizer = Zero1AdamW(flat, None, AdamWConfig())
+    return_freed_memory()  # as its engine does
+    stage = Stage.whole(model, recompute="norms")
 
     def update(tokens: Tensor, labels: Tensor) -> float:
-        loss = forward_backward(model, tokens, labels)
+        loss, saved = stage.forward(None, Microbatch.of(tokens, labels))
+        assert isinstance(loss, LossSum)
+        stage.backward(None, saved)
         optimizer.step(lr=1e-4, num_tokens=loss.num_tokens, max_grad_norm=1.0)
         return loss.total.item() / loss.num_tokens
 

@@ -30,7 +30,7 @@ class Memory:
     gradients: int
     """fp32"""
     optimizer: int
-    """this rank's share of fp32 master weights and moments"""
+    """this rank's share of fp32 master weights and moments; on a CPU half of the former is the bf16 weights"""
     activations: int
     """kept for backwards, at the most"""
     buffers: int
@@ -52,12 +52,11 @@ def rank_memory(
         layers=sum(len(placement.layers(stage)) for stage in stages),
         embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
     )  # fmt: skip
-    is_own_master = job.itemsize == 4 and shards == 1
     space = Workspace(job=job, variant=variant, device_type=device_type, cp_rank=cp_rank)
     kept, largest = _moments(job, variant, pipe, rank, space)
     return Memory(
         weights=elements * job.itemsize, gradients=elements * 4,
-        optimizer=elements // shards * (8 if is_own_master else 12),
+        optimizer=elements // shards * (8 + _master_itemsize(job, shards, device_type)),
         activations=kept, buffers=largest - kept,
     )  # fmt: skip
 
@@ -179,6 +178,13 @@ def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
+
+
+def _master_itemsize(job: Job, shards: int, device_type: str) -> int:
+    """Bytes of a master weight beside the weights, as `Zero1AdamW` holds them."""
+    if job.itemsize == 4:
+        return 0 if shards == 1 else 4
+    return 2 if device_type == "cpu" else 4
 
 
 def _round_up(count: int, multiple: int) -> int:

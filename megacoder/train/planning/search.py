@@ -23,6 +23,7 @@ from megacoder.train.planning.step_time import StepTime, Throughput, quick_secon
 __all__ = ["RECOMPUTES", "Fit", "Found", "Limits", "search", "variant_pipeline"]
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+"""What is tried. "norms" is not: between its neighbours it seldom is what makes a layout fit."""
 _CHOSEN: tuple[Axis, ...] = ("tp", "cp", "pp")
 _SIMULATED = 24
 """Variants that are simulated; a quick estimate has ordered all of them before."""

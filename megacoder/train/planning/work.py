@@ -86,6 +86,8 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
         input_grad += forward - down - exposed
     elif variant.recompute == "selective":
         input_grad += gate_up + norms
+    elif variant.recompute == "norms":
+        input_grad += norms
     behind = max(0.0, 4 * exchange - products) if tp > 1 else 0.0
     return PartTimes(forward, input_grad + behind, products)
 

@@ -122,11 +122,11 @@ class Workspace:
         tape, recompute = _Tape(), self.variant.recompute
         if recompute == "full":
             self._attention_half(tape, adds_residual=False)
-        elif recompute == "selective":
+        elif recompute != "none":
             tape.take(self._normed)
         tape.take(self._gathered, self._gathered)  # the output's gradient, the normed input
         tape.take(self._ffn)  # the activation's gradient
-        tape.take(0 if recompute == "none" else 2 * self._ffn)
+        tape.take(0 if recompute in ("none", "norms") else 2 * self._ffn)
         tape.take(self._ffn)  # the activation
         self._start_reduce(tape)
         model, dim, ffn = self.job.model, self.job.model.hidden_size, self._ffn_columns
@@ -134,7 +134,7 @@ class Workspace:
             tape.passing(self._partial(2 * ffn, dim))
         self._end_reduce(tape)
         tape.take(self.stream)  # the gradient of what stands between attention and feed-forward
-        if recompute == "selective":
+        if recompute in ("norms", "selective"):
             tape.take(self._normed)
         tape.take(self._gathered)
         tape.give(0 if postponed else self._gathered)

@@ -8,11 +8,14 @@ Memory is the most that a process has held beyond what it held when everything w
 its compiler. Peers: `transformers.LlamaForCausalLM` with torch's fused AdamW, eager and compiled. In bf16 the peers
 hold bf16 weights and state; ours keeps fp32 master weights and moments, which is more work for more precision. The
 limit is every matrix product of the step's layers and head, forward and both gradients, timed alone at the same shapes.
+
+A shape and a dtype at a time (`--shapes`, `--dtypes`) add up to one record, where commit, machine and options are one.
 """
 
+import json
 import statistics
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +122,29 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Runs every shape and dtype, prints a table each, writes one JSON file."""
     options = parse_args(Options, None, prog="bench_train.py")
-    results = {}
+    here = machine(transformers=transformers.__version__)
+    results = {} if options.out is None else _recorded(options.out, here, options)
     for shape in options.shapes:
         for dtype in options.dtypes:
             rows = results[f"{shape} {dtype}"] = bench(shape, dtype, options)
             title = f"{shape}, {dtype}, {options.batch} x {options.sequence} tokens, {options.threads} threads"
             show(title, rows)
-    if options.out is not None:
-        here = machine(transformers=transformers.__version__)
-        write_record(options.out, machine=here, options=options, results=results)
+            if options.out is not None:
+                shapes, dtypes = (tuple(dict.fromkeys(words)) for words in zip(*map(str.split, results), strict=True))
+                whole = replace(options, shapes=shapes, dtypes=dtypes)
+                write_record(options.out, machine=here, options=whole, results=results)
+
+
+def _recorded(path: Path, here: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What an earlier call of the same commit, on the same machine, with the same options, has measured into `path`."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    same = all(
+        record["options"].get(name) == str(value)
+        for name, value in asdict(options).items() if name not in ("shapes", "dtypes", "out")
+    )  # fmt: skip
+    return record["results"] if same and record["machine"] == here else {}
 
 
 if __name__ == "__main__":

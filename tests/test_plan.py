@@ -80,7 +80,7 @@ def test_layers_are_placed_as_the_run_places_them():
 
 @pytest.mark.parametrize("index", [1, 5, 11, 15, 17, 19], ids=lambda index: str(CASES[index]))
 def test_predicted_memory_is_what_ranks_allocate(ranks, index):
-    """Six of the 20 layouts of tools/check_plan.py."""
+    """Six of the 21 layouts of tools/check_plan.py."""
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):

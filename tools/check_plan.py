@@ -1,6 +1,6 @@
 """Is `megacoder plan` right? Its memory against what ranks really allocate, its time against what others published.
 
-    python tools/check_plan.py                # memory, 20 layouts on this machine
+    python tools/check_plan.py                # memory, 21 layouts on this machine
     python tools/check_plan.py --published    # throughput, 18 published rows
 
 `--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows and

@@ -1,4 +1,4 @@
-"""What ranks really allocate, beside what the planner says they will, for each rank and kind of 20 layouts.
+"""What ranks really allocate, beside what the planner says they will, for each rank and kind of 21 layouts.
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.

@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from array import array
 from collections.abc import Collection
 
 from megacoder.corpus.imports.lookup import in_code, nearest_path
@@ -29,39 +30,45 @@ class CSharpUsings:
     languages = frozenset({"C#"})
 
     def __init__(self, paths: Collection[str]) -> None:
-        self._namespaces: dict[str, dict[str, list[str]]] = {}  # namespace -> type -> paths
+        self._numbers: dict[str, int] = {}  # of words: a repository may hold tens of millions, few of them different
+        self._namespaces: dict[str, dict[int, list[str]]] = {}  # namespace -> type -> paths
         self._usings: dict[str, set[str]] = {}
         self._own: dict[str, list[str]] = {}
-        self._mentioned: dict[str, frozenset[str]] = {}
+        self._mentioned: dict[str, array[int]] = {}
 
     def collect(self, path: str, text: str) -> None:
         """Takes in what the file declares and uses."""
         self._own[path] = [found[1] for found in in_code(text, _NAMESPACE.finditer(text))]
         self._usings[path] = {found[1] for found in in_code(text, _USING.finditer(text))}
         if self._usings[path]:
-            self._mentioned[path] = frozenset(_WORD.findall(text))
-        types = {found[1] for found in in_code(text, _TYPE.finditer(text))}
+            self._mentioned[path] = array("I", map(self._number, set(_WORD.findall(text))))
+        types = {self._number(found[1]) for found in in_code(text, _TYPE.finditer(text))}
         for namespace in self._own[path]:
             declared = self._namespaces.setdefault(namespace, {})
-            for name in types:
-                declared.setdefault(name, []).append(path)
+            for type_ in types:
+                declared.setdefault(type_, []).append(path)
 
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that declare what the file at `path` uses by its usings."""
         folder, found = posixpath.dirname(path), set()
+        mentioned = set(self._mentioned.get(path, ()))
         for using in self._usings[path]:
-            namespace, types = self._namespace(using, self._own[path])
-            if namespace is None:
-                continue
-            names = {types} if types else self._mentioned[path].intersection(self._namespaces[namespace])
-            for name in names:
-                found.add(nearest_path(self._namespaces[namespace].get(name, ()), folder) or path)
+            declared, types = self._used(using, self._own[path], mentioned)
+            for type_ in types:
+                found.add(nearest_path(declared[type_], folder) or path)
         return found - {path}
 
-    def _namespace(self, using: str, own: list[str]) -> tuple[str | None, str]:
-        """(namespace, type): `using A.B` is a namespace, also inside one of the file's own, or a type of one."""
+    def _used(self, using: str, own: list[str], mentioned: set[int]) -> tuple[dict[int, list[str]], Collection[int]]:
+        """A namespace and those of its types that a file needs.
+
+        `using A.B` is a namespace, also inside one of the file's own, or a type of one.
+        """
         for outer in ("", *(f"{namespace}." for namespace in own)):
-            if outer + using in self._namespaces:
-                return outer + using, ""
+            if (declared := self._namespaces.get(outer + using)) is not None:
+                return declared, declared.keys() & mentioned
         namespace, _, name = using.rpartition(".")
-        return (namespace, name) if name in self._namespaces.get(namespace, ()) else (None, "")
+        declared = self._namespaces.get(namespace, {})
+        return declared, {self._numbers.get(name, -1)} & declared.keys()
+
+    def _number(self, word: str) -> int:
+        return self._numbers.setdefault(word, len(self._numbers))

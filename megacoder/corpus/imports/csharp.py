@@ -2,10 +2,9 @@
 
 import posixpath
 import re
-from array import array
 from collections.abc import Collection
 
-from megacoder.corpus.imports.lookup import in_code, nearest_path
+from megacoder.corpus.imports.lookup import Mentions, in_code, nearest_path
 
 __all__ = ["CSharpUsings"]
 
@@ -21,7 +20,6 @@ _TYPE = re.compile(
     r"|delegate[ \t]+[\w.<>\[\]?]+)[ \t]+(\w+)",
     re.MULTILINE,
 )
-_WORD = re.compile(r"\w+")
 
 
 class CSharpUsings:
@@ -30,19 +28,18 @@ class CSharpUsings:
     languages = frozenset({"C#"})
 
     def __init__(self, paths: Collection[str]) -> None:
-        self._numbers: dict[str, int] = {}  # of words: a repository may hold tens of millions, few of them different
-        self._namespaces: dict[str, dict[int, list[str]]] = {}  # namespace -> type -> paths
+        self._words = Mentions()
+        self._namespaces: dict[str, dict[int, list[str]]] = {}  # namespace -> type, a word's number -> paths
         self._usings: dict[str, set[str]] = {}
         self._own: dict[str, list[str]] = {}
-        self._mentioned: dict[str, array[int]] = {}
 
     def collect(self, path: str, text: str) -> None:
         """Takes in what the file declares and uses."""
         self._own[path] = [found[1] for found in in_code(text, _NAMESPACE.finditer(text))]
         self._usings[path] = {found[1] for found in in_code(text, _USING.finditer(text))}
         if self._usings[path]:
-            self._mentioned[path] = array("I", map(self._number, set(_WORD.findall(text))))
-        types = {self._number(found[1]) for found in in_code(text, _TYPE.finditer(text))}
+            self._words.collect(path, text)
+        types = {self._words.number(found[1]) for found in in_code(text, _TYPE.finditer(text))}
         for namespace in self._own[path]:
             declared = self._namespaces.setdefault(namespace, {})
             for type_ in types:
@@ -51,7 +48,7 @@ class CSharpUsings:
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that declare what the file at `path` uses by its usings."""
         folder, found = posixpath.dirname(path), set()
-        mentioned = set(self._mentioned.get(path, ()))
+        mentioned = self._words.of(path)
         for using in self._usings[path]:
             declared, types = self._used(using, self._own[path], mentioned)
             for type_ in types:
@@ -68,7 +65,4 @@ class CSharpUsings:
                 return declared, declared.keys() & mentioned
         namespace, _, name = using.rpartition(".")
         declared = self._namespaces.get(namespace, {})
-        return declared, {self._numbers.get(name, -1)} & declared.keys()
-
-    def _number(self, word: str) -> int:
-        return self._numbers.setdefault(word, len(self._numbers))
+        return declared, {self._words.number(name)} & declared.keys()

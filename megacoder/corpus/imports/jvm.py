@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterator
 
-from megacoder.corpus.imports.lookup import in_code, nearest_path
+from megacoder.corpus.imports.lookup import Mentions, in_code, nearest_path
 
 __all__ = ["JvmImports"]
 
@@ -30,7 +30,6 @@ _DECLARED = re.compile(
     r"(?:[\w<>?, ]+\.)?(`[^`\n]+`|\w+)",
     re.MULTILINE,
 )
-_WORD = re.compile(r"\w+")
 
 
 class JvmImports:
@@ -40,9 +39,9 @@ class JvmImports:
 
     def __init__(self, paths: Collection[str]) -> None:
         self._imports: dict[str, list[tuple[str, bool]]] = {}
-        self._mentioned: dict[str, frozenset[str]] = {}
+        self._words = Mentions()
         self._providers: dict[str, list[str]] = {}  # qualified name -> paths
-        self._packages: dict[str, dict[str, list[str]]] = {}  # package -> name in it -> paths
+        self._packages: dict[str, dict[int, list[str]]] = {}  # package -> name in it, a word's number -> paths
         self._java = frozenset(path for path in paths if path.endswith(".java"))
 
     def collect(self, path: str, text: str) -> None:
@@ -59,19 +58,20 @@ class JvmImports:
             names = {posixpath.basename(path).rpartition(".")[0], *_declared(text)}
         self._imports[path] = imports
         if any(everything for _, everything in imports):
-            self._mentioned[path] = frozenset(_WORD.findall(text))
+            self._words.collect(path, text)
         for name in names:
             self._providers.setdefault(f"{package}.{name}".lstrip("."), []).append(path)
-            self._packages.setdefault(package, {}).setdefault(name, []).append(path)
+            self._packages.setdefault(package, {}).setdefault(self._words.number(name), []).append(path)
 
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` imports."""
         folder = posixpath.dirname(path)
         found: set[str] = set()
+        mentioned = self._words.of(path)
         for name, everything in self._imports[path]:
             if everything and name in self._packages:
                 members = self._packages[name]
-                for member in self._mentioned[path].intersection(members):
+                for member in members.keys() & mentioned:
                     found.add(nearest_path(members[member], folder) or path)
             else:
                 found.add(self._provider(name, folder) or path)

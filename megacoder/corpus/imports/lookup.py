@@ -1,11 +1,15 @@
-"""What resolvers share: of several files that a name could mean, the nearest; and which matches are in comments."""
+"""What resolvers share: of several files that a name could mean, the nearest; which matches are in comments; and which
+words a file holds, for imports of all that some package has.
+"""
 
 import posixpath
 import re
+from array import array
 from collections.abc import Collection, Iterator
 
-__all__ = ["SuffixIndex", "in_code", "nearest_path"]
+__all__ = ["Mentions", "SuffixIndex", "in_code", "nearest_path"]
 
+_WORD = re.compile(r"\w+")
 _LINE = 200  # characters looked back for the start of a line; lines without end are no source
 
 
@@ -29,6 +33,26 @@ class SuffixIndex:
         """The paths that are `suffix`, or end in it after a `/`, in name order."""
         named = self._by_basename.get(posixpath.basename(suffix), ())
         return [path for path in named if path == suffix or path.endswith(f"/{suffix}")]
+
+
+class Mentions:
+    """The words of each file, as numbers: a repository holds tens of millions, of which few are different."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._held: dict[str, array[int]] = {}
+
+    def collect(self, path: str, text: str) -> None:
+        """Takes in the words of one file."""
+        self._held[path] = array("I", map(self.number, set(_WORD.findall(text))))
+
+    def number(self, word: str) -> int:
+        """The same for the same word."""
+        return self._numbers.setdefault(word, len(self._numbers))
+
+    def of(self, path: str) -> set[int]:
+        """Numbers of the words of the file at `path`; none where it was not taken in."""
+        return set(self._held.get(path, ()))
 
 
 def in_code(text: str, matches: Iterator[re.Match[str]]) -> Iterator[re.Match[str]]:

@@ -86,7 +86,10 @@ def test_tensor_by_pipeline_equals_one_process(ranks, name, tied, sequence_paral
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize(
     ("block", "recompute"),
-    [("scheduled", "selective"), ("scheduled", "full"), ("plain", "none"), ("plain", "selective"), ("plain", "full")],
+    [
+        *(("scheduled", recompute) for recompute in ("norms", "selective", "full")),
+        *(("plain", recompute) for recompute in ("none", "selective", "full")),
+    ],
 )
 def test_either_block_equals_one_process_whatever_is_recomputed(ranks, block, recompute, sequence_parallel):
     results = ranks.run(4, step_on_rank, "zbv", True, sequence_parallel, block, recompute)

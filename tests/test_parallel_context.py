@@ -240,6 +240,7 @@ def pipeline_step(world, config, name, execution):
         ("1f1b", "scheduled", "full"),
         ("zbv", "scheduled", "none"),
         ("zb-h1", "scheduled", "selective"),
+        ("zbv", "scheduled", "norms"),
         ("1f1b", "plain", "full"),
         ("zbv", "plain", "selective"),
     ],

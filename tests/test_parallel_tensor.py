@@ -110,8 +110,8 @@ def staged(kind, recompute, model, tokens, labels):
 
 KINDS_OF_STAGE = {
     f"{kind.__name__}, {recompute}": functools.partial(staged, kind, recompute)
-    for kind in (Stage, PlainStage)
-    for recompute in ("none", "selective", "full")
+    for kind, more in ((Stage, ("norms",)), (PlainStage, ()))
+    for recompute in ("none", *more, "selective", "full")
 }
 
 

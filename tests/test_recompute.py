@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
+from megacoder.model.partition import ExecutionConfig
 from megacoder.model.plain_stage import PlainStage
 from megacoder.model.scheduled import kept_bytes_per_token
 from megacoder.model.stage import Microbatch, Stage
@@ -143,3 +145,8 @@ def test_stages_in_a_row_equal_the_whole(kind, recompute):
             )  # fmt: skip
     assert torch.equal(x.total, loss)
     assert torch.equal(flat.grad, grad)
+
+
+def test_norms_alone_are_recomputed_by_the_scheduled_block_only():
+    with pytest.raises(ConfigError, match=r'execution\.recompute = "norms" needs execution\.block = "scheduled"'):
+        ExecutionConfig(block="plain", recompute="norms")

@@ -5,10 +5,10 @@
     python tools/layout_parity.py --pairwise
 
 A layout is written as `key=value` pairs, on and off for switches; what is left out has its default:
-tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, selective, full), and of
-the model kv-heads (1, 2, 4), tied, layers, vocab; packed (documents within a sequence do not see each other) and
-sequences (of an update, two of them a microbatch); shared-memory=off sends layers', stages' and gradients' tensors
-through sockets, as between hosts.
+tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, norms, selective, full),
+and of the model kv-heads (1, 2, 4), tied, layers, vocab; packed (documents within a sequence do not see each other)
+and sequences (of an update, two of them a microbatch); shared-memory=off sends layers', stages' and gradients'
+tensors through sockets, as between hosts.
 
 Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
 of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
@@ -331,7 +331,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "cp": (1, 2),
     "sequence_parallel": (False, True),
     "block": ("scheduled", "plain"),
-    "recompute": ("none", "selective", "full"),
+    "recompute": ("none", "norms", "selective", "full"),
     "kv_heads": (1, 2, 4),
     "tied": (False, True),
     "layers": (8, 7),
@@ -355,6 +355,7 @@ def case_of(row: Row) -> Case:
 def works(case: Case, world: int) -> bool:
     """Whether the library takes it on at most `world` ranks."""
     try:
+        case.execution()
         case.request().layout(case.world_size)
     except ConfigError:
         return False

@@ -63,7 +63,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "cp": (1, 2),
     "sequence_parallel": (False, True),
     "block": ("scheduled", "plain"),
-    "recompute": ("none", "selective", "full"),
+    "recompute": ("none", "norms", "selective", "full"),
     "kv_heads": (1, 2, 4),
     "tied": (False, True),
     "layers": (8, 7),

@@ -103,6 +103,7 @@ class CheckpointWriter:
         self._step = step
         if self.config.asynchronous:
             staged = [self._staging.copy_out(job.plan.fragments)]
+            job.plan.fragments.clear()  # what was made for this save alone is not held until it ends
             if self._make_folder(job):
                 self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)
                 self._thread.start()

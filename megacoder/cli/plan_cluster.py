@@ -14,6 +14,7 @@ from megacoder.core.config import load_toml, parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 from megacoder.model.presets import PRESETS, find_preset
+from megacoder.model.scheduled import Recompute
 from megacoder.parallel.schedules import simulate
 from megacoder.parallel.schedules.draw import draw
 from megacoder.train.config import RunConfig
@@ -55,7 +56,7 @@ class ClusterArgs:
     """only layouts with this; 1f1b, interleaved, zb-h1, zbv or dualpipev"""
     micro_batch: int | None = None
     """only layouts with this"""
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: Recompute | None = None
     """only layouts with this"""
     fp8: bool = False
     """layers multiply in fp8"""
@@ -148,7 +149,7 @@ def _report(
         "model": args.model, "parameters": job.model.num_params, "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size, "device": device.name, "devices": args.devices,
         "memory_gb": device.memory_gb - device.reserved_gb, "tried": found.num_tried, "fitting": found.num_fitting,
-        "layouts": [_layout(job, fit, tokens) for fit in found.best(args.top)],
+        "layouts": [_layout(job, fit, tokens, device.device_type) for fit in found.best(args.top)],
         "rejected": [
             {"reason": reason, "layouts": count, "example": found.examples[reason]}
             for reason, count in found.reasons.most_common()
@@ -157,13 +158,14 @@ def _report(
     }  # fmt: skip
 
 
-def _layout(job: Job, fit: Fit, tokens: float | None) -> dict[str, Any]:
+def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[str, Any]:
     variant, reached, dims = fit.variant, fit.throughput, fit.variant.dims
     seconds = None if tokens is None else tokens / reached.tokens_per_second
     pipe = variant_pipeline(job, variant)
     by_recompute = {
         recompute: max(
-            rank_memory(job, replace(variant, recompute=recompute), pipe, rank).activations for rank in range(dims.pp)
+            rank_memory(job, replace(variant, recompute=recompute), pipe, rank, device_type=device_type).activations
+            for rank in range(dims.pp)
         )
         for recompute in RECOMPUTES
     }

@@ -121,9 +121,9 @@ def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C
     probs_CW.scatter_add_(1, rows_C[:, None], owned_C[:, None].to(probs_CW.dtype).neg())
 
 
-def chunk_tokens(weight_WD: Tensor) -> int:
-    """Tokens of a chunk against the output rows `weight_WD`; whole tiles of a GEMM where there are many."""
-    tokens = CHUNK_ELEMENTS.get(weight_WD.device.type, 1 << 24) // weight_WD.shape[0]
+def chunk_tokens(num_ids: int, device_type: str) -> int:
+    """Tokens of a chunk of logits of so many ids; whole tiles of a GEMM where there are many."""
+    tokens = CHUNK_ELEMENTS[device_type] // num_ids
     return max(1, tokens // 128 * 128 if tokens > 256 else tokens)
 
 
@@ -146,7 +146,7 @@ def linear_cross_entropy_with_grads(
     num_tokens = count_labels(labels_T, vocab)
     grad_x_TD = torch.empty_like(x_TD)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD)
+    chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
     for x_CD, labels_C, grad_x_CD in zip(x_TD.split(chunk), labels_T.split(chunk), grad_x_TD.split(chunk), strict=True):
         logits_CW = x_CD @ weight_WD.t()
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
@@ -160,7 +160,7 @@ def linear_cross_entropy_sum(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, 
     """The loss sum alone, for evaluation; the same chunks, the same errors."""
     num_tokens = count_labels(labels_T, vocab)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD)
+    chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
         total += cross_entropy_(x_CD @ weight_WD.t(), labels_C, vocab=vocab).sum(dtype=torch.float64)
     return LossSum(total, num_tokens)

@@ -125,3 +125,4 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
             True, address(grad_RI, torch.float32, *partial_RI.shape), address(partial_RI, torch.bfloat16),
             partial_RI.numel(),
         )  # fmt: skip
+        del partial_RI  # before the next is there

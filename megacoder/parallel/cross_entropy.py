@@ -68,7 +68,7 @@ def head_loss_with_grads(
     grad_x_TD = torch.empty_like(x_TD)
     grad_stream = None
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD)
+    chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
     for start in range(0, len(x_TD), chunk):
         part = slice(start, start + chunk)
         logits_CW = x_TD[part] @ weight_WD.t()
@@ -90,7 +90,7 @@ def head_loss_sum(stream_ND: Tensor, head: VocabParallelEmbedding, labels_T: Ten
     num_tokens = count_labels(labels_T, head.vocab)
     x_TD = start_gather(stream_ND, tp).wait()
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    chunk = chunk_tokens(weight_WD)
+    chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):
         total += _loss_(x_CD @ weight_WD.t(), labels_C, head).sum(dtype=torch.float64)
     return LossSum(total, num_tokens)

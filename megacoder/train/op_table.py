@@ -187,7 +187,7 @@ def _swiglu(case: _Case) -> Iterator[OpRow]:
 def _cross_entropy(case: _Case) -> Iterator[OpRow]:
     """Of one chunk of tokens: the loss, and the logits overwritten by their gradient."""
     rows = case.model.padded_vocab_size // case.tp.size
-    chunk = chunk_tokens(torch.empty(rows, 0, device=case.device))
+    chunk = chunk_tokens(rows, case.device.type)
     shape = (min(case.tokens, chunk), rows)
     vocab = min(rows, case.model.vocab_size)
     logits_CW, labels_C = case.random(*shape), torch.randint(0, vocab, shape[:1], device=case.device)

@@ -4,11 +4,13 @@ ZeRO-1 gives every data-parallel rank the weights that their owners computed, so
 else in training would notice if they were not. Every so many steps each rank takes a digest of each weight that it
 holds; ranks that hold the same part of the same weight (over data and context parallel ranks; norms also over
 tensor-parallel ones, but see `_digests`) must have the same digest. That is between a step's last backward and its
-update: the next weights would replace a wrong copy, but not undo what its gradients did.
+update: the next weights would replace a wrong copy, but not undo what its gradients did. (The owner's own copy in bf16
+on a CPU is half of its master weights, so that there a flip of it would go into all copies at the next update.)
 
 Each step that ends with a checkpoint is compared, too. So a fault that lasts is found before anything that it has
 touched is saved, and a restart, by torchrun or by hand, goes back to weights that it never reached. A flip that is gone
-after one step is seen where that step is compared, in all steps with `compare_replicas_every = 1`.
+after one step, or in the owner's bf16 copy on a CPU, is seen where that step is compared, in all steps with
+`compare_replicas_every = 1`.
 
 A digest is the sum of the elements' bits, each times an odd number of its own, modulo 2^64: integers, so that the order
 of summation is free, and any one element that differs shows for certain.

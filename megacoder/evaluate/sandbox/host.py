@@ -134,6 +134,9 @@ class Sandbox:
             except SandboxError as error:
                 self.close()
                 reasons.append(f"{self.mode}: {error}")
+            except BaseException:
+                self.close()
+                raise
         raise SandboxError(
             f"programs cannot be shut in on this machine ({'; '.join(reasons)}); install bubblewrap or allow user "
             "namespaces, or run them with your own rights (--unsafe)"

@@ -6,6 +6,7 @@ fits them again and says how far off a row is that the fit has not seen).
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from megacoder.core.config import load_toml, nearest
 from megacoder.core.errors import ConfigError
@@ -19,6 +20,8 @@ class Device:
 
     name: str = "own"
     """as shown"""
+    device_type: Literal["cuda", "cpu"] = "cuda"
+    """what runs there, which decides what a rank holds"""
     matrix_tflops: float
     """dense bf16 products by the data sheet, TFLOP/s"""
     fp8_tflops: float | None = None
@@ -83,8 +86,8 @@ DEVICES: dict[str, Device] = {
         node_gb_per_s=300.0, network_gb_per_s=200.0,
     ),
     "cpu": Device(
-        name="cpu", matrix_tflops=0.15, memory_gb=16.0, reserved_gb=2.0, memory_gb_per_s=20.0, devices_per_node=2,
-        node_gb_per_s=5.0, network_gb_per_s=1.0, node_latency_us=50.0, network_latency_us=200.0,
+        name="cpu", device_type="cpu", matrix_tflops=0.15, memory_gb=16.0, reserved_gb=2.0, memory_gb_per_s=20.0,
+        devices_per_node=2, node_gb_per_s=5.0, network_gb_per_s=1.0, node_latency_us=50.0, network_latency_us=200.0,
     ),
 }  # fmt: skip
 """By the names that `megacoder plan --device` takes: SXM boards with a 400 Gb/s adapter for each device (A100: 200

@@ -61,12 +61,12 @@ def rank_memory(
     )  # fmt: skip
 
 
-def least_memory(job: Job, variant: Variant) -> float:
+def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> float:
     """Bytes below which the rank that needs most cannot be, without a schedule's list: to rule many out."""
     model, dims = job.model, variant.dims
     elements = model.num_params / (dims.tp * dims.pp)
     shards = dims.dp * dims.cp
-    state = 8 if job.itemsize == 4 and shards == 1 else 12
+    state = 8 + _master_itemsize(job, shards, device_type)
     standing = elements * (job.itemsize + 4 + state / shards)
     microbatches, p, v = variant.microbatches(job), dims.pp, variant.chunks
     live = {"interleaved": (2 * (p - 1) + (v - 1) * p + 1) / v}.get(variant.schedule, float(p))

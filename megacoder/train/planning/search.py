@@ -97,7 +97,7 @@ def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits
     promising: list[tuple[float, Variant]] = []
     for variant in _variants(job, device, found, num_devices, limits):
         found.num_tried += 1
-        least = least_memory(job, variant)
+        least = least_memory(job, variant, device_type=device.device_type)
         if least > room:
             _too_large(found, variant, least, room, "at least ")
         else:
@@ -111,7 +111,9 @@ def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits
         if per_layout[variant.dims] >= _SIMULATED // 4:  # leave room for other layouts
             continue
         pipe = variant_pipeline(job, variant)
-        memory = tuple(rank_memory(job, variant, pipe, rank) for rank in range(variant.dims.pp))
+        memory = tuple(
+            rank_memory(job, variant, pipe, rank, device_type=device.device_type) for rank in range(variant.dims.pp)
+        )
         most = max(part.total for part in memory)
         if most > room:
             found.num_fitting -= 1

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from megacoder.ops.attention import BLOCK_ELEMENTS, BLOCK_QUERIES
-from megacoder.ops.cross_entropy import CHUNK_ELEMENTS
+from megacoder.ops.cross_entropy import chunk_tokens
 from megacoder.ops.linear import PARTIAL_ELEMENTS
 from megacoder.parallel.context import ContextParallel
 from megacoder.train.planning.job import Job, Variant
@@ -102,7 +102,7 @@ class Workspace:
     def head(self) -> int:
         """The most in norm, head and loss, what they keep included; on top of the stream that the last layer left."""
         tokens, columns = self.variant.tokens(self.job), self.job.model.padded_vocab_size // self.variant.dims.tp
-        chunk = min(tokens, max(1, CHUNK_ELEMENTS[self.device_type] // columns))
+        chunk = min(tokens, chunk_tokens(columns, self.device_type))
         tape = _Tape()
         tape.take(2 * self.stream, self._statistics)  # normed, and what was normed
         tape.take(self._gathered, self._tokens)  # the former of all tokens, its gradient

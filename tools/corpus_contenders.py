@@ -11,9 +11,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 NUM_HASHES = 128
@@ -36,8 +37,6 @@ def ours_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
 
     column = pq.read_table(table, columns=["text"])["text"]
     yield
-    import pyarrow as pa
-
     for start in range(0, len(column), 500):
         signatures(column.slice(start, 500).cast(pa.binary()).to_pylist(), num_hashes=NUM_HASHES, ngram=5)
     yield {}
@@ -270,18 +269,36 @@ def ours_order(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
 
 
 def dpk_order(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
-    """data-prep-kit's repo_level_ordering by the functions that its transform calls, repository by repository."""
-    import pandas
-    from dpk_repo_level_order.internal.sorting.semantic_ordering import sort_by_path, sort_sem  # type: ignore
+    """data-prep-kit's repo_level_ordering by the function that its transform calls, repository by repository.
 
-    repos = _repositories(table)
+    What it cannot sort by meaning it sorts by path: `decided` says how many repositories it did not.
+    """
+    import logging
+
+    from dpk_repo_level_order.internal.repo_level_wrappers import SORT_SEMANTIC, get_sorting_func  # type: ignore
+
+    class Failures(logging.Handler):
+        count = 0
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.count += "Falling back" in record.getMessage()
+
+    failures, logger = Failures(logging.ERROR), logging.getLogger("ordering")
+    logger.addHandler(failures)
+    logger.setLevel(logging.ERROR)
+    frames = [
+        (repo, pa.Table.from_pylist([
+            {"repo_name": repo, "title": path, "contents": text, "language": languages[path],
+             "ext": PurePosixPath(path).suffix}
+            for path, text in files
+        ]))
+        for repo, (languages, files) in _repositories(table).items()
+    ]  # fmt: skip
+    sort = get_sorting_func(SORT_SEMANTIC, "title", logger, "language")
     yield
-    for languages, files in repos.values():
-        frame = pandas.DataFrame(
-            [{"title": path, "contents": text, "language": languages[path]} for path, text in files]
-        )
-        sort_sem(files_df=frame, title_column_name="title") if len(frame) > 1 else sort_by_path(frame, "title")
-    yield {}
+    for repo, frame in frames:
+        sort(frame, repo)
+    yield {"decided": len(frames) - failures.count}
 
 
 def _repositories(table: Path) -> dict[str, tuple[dict[str, str], list[tuple[str, str]]]]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_common import machine, write_record
+from bench_common import commit, machine, write_record
 
 from megacoder.corpus.ambiguous import candidate_languages, settled_language
 from megacoder.corpus.languages import language_of
@@ -146,7 +146,6 @@ def stages(options: Options, only: str) -> None:
     """Every pair of `PAIRS` in turns."""
     table, tree = sample(options.folder, options.megabytes)
     size = sum(len(text.encode()) for text in pq.read_table(table, columns=["text"])["text"].to_pylist()) / 1e6
-    results: dict[str, Any] = json.loads(TARGET.read_text())["results"] if TARGET.exists() else {}
     for name, (ours, theirs, wanted) in PAIRS.items():
         if only and only not in name:
             continue
@@ -157,12 +156,12 @@ def stages(options: Options, only: str) -> None:
                 runs[job].append(run(job, python, table, tree))
         failed = next((report["error"] for reports in runs.values() for report in reports if "error" in report), None)
         if failed:
-            results[name] = {"error": failed}
+            found: dict[str, Any] = {"error": failed}
         else:
             seconds = {job: statistics.median(report["seconds"] for report in reports) for job, reports in runs.items()}
             ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs[ours], runs[theirs], strict=True)]
-            results[name] = {
-                "megabytes": round(size, 1), "files": pq.read_metadata(table).num_rows,
+            found = {
+                "megabytes": round(size, 1), "files": pq.read_metadata(table).num_rows, "repeats": options.repeats,
                 "cpu_seconds": {job: round(value, 3) for job, value in seconds.items()},
                 "megabytes_per_core_second": {job: round(size / value, 2) for job, value in seconds.items()},
                 "times_as_fast": round(statistics.median(ratios), 2), "wanted": wanted,
@@ -170,13 +169,12 @@ def stages(options: Options, only: str) -> None:
                 "decided": {job: reports[0].get("decided") for job, reports in runs.items()},
                 "same_decisions": runs[ours][0].get("digest") == runs[theirs][0].get("digest"),
             }  # fmt: skip
-        print(json.dumps({name: results[name]}), flush=True)
-    _write(options, results)
+        print(json.dumps({name: found}), flush=True)
+        _add(options, name, found)
 
 
 def scale(options: Options, sizes: list[int]) -> None:
     """Whole builds of growing corpora: real files again and again, in each copy with names of its own."""
-    results: dict[str, Any] = json.loads(TARGET.read_text())["results"] if TARGET.exists() else {}
     table, _ = sample(options.folder, options.megabytes)
     points = []
     for megabytes in sizes:
@@ -205,8 +203,7 @@ def scale(options: Options, sizes: list[int]) -> None:
             }
         )  # fmt: skip
         print(json.dumps(points[-1]), flush=True)
-    results["scale"] = {"curve": points, "extrapolated": extrapolate(points[0], points[-1])}
-    _write(options, results)
+    _add(options, "scale", {"curve": points, "extrapolated": extrapolate(points[0], points[-1])})
 
 
 def extrapolate(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
@@ -303,12 +300,13 @@ def alarms(options: Options, most: int) -> None:
         row = found.setdefault(language, {"files": 0, "dropped": 0, "first_dropped": []})
         row["percent"] = round(100 * row["dropped"] / max(row["files"], 1), 2)
         print(language, row["files"], row["dropped"], f"{row['percent']}%", flush=True)
+    _add(options, "false alarms", {language: found[language] for language in TOP_TEN})
+
+
+def _add(options: Options, name: str, found: dict[str, Any]) -> None:
+    """Puts what was found into the record, with the commit that it was found on: parts may be taken again alone."""
     results: dict[str, Any] = json.loads(TARGET.read_text())["results"] if TARGET.exists() else {}
-    results["false alarms"] = {language: found[language] for language in TOP_TEN}
-    _write(options, results)
-
-
-def _write(options: Options, results: dict[str, Any]) -> None:
+    results[name] = {"commit": commit(), **found}
     TARGET.parent.mkdir(exist_ok=True)
     write_record(TARGET, machine=machine(**_versions(options.peers)), options=options, results=results)
 

@@ -203,20 +203,20 @@ def scale(options: Options, sizes: list[int]) -> None:
             }
         )  # fmt: skip
         print(json.dumps(points[-1]), flush=True)
-    _add(options, "scale", {"curve": points, "extrapolated": extrapolate(points[0], points[-1])})
+    _add(options, "scale", {"curve": points, "extrapolated": extrapolate(*points[-2:])})
 
 
-def extrapolate(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    """What the curve says of the corpus that DeepSeek-Coder was trained on."""
-    per_file = (last["main_process_peak_mb"] - first["main_process_peak_mb"]) / (last["files"] - first["files"])
+def extrapolate(before: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """What the last two points of the curve say of the corpus that DeepSeek-Coder was trained on."""
+    per_file = (last["main_process_peak_mb"] - before["main_process_peak_mb"]) / (last["files"] - before["files"])
     return {
         "to": "798 GB, 603 million files",
         "core_hours": round(last["cpu_seconds_per_megabyte"] * 798_000 / 3600, 1),
-        "main_process_gb": round((first["main_process_peak_mb"] + per_file * 603e6) / 1000, 1),
+        "main_process_gb": round((last["main_process_peak_mb"] + per_file * (603e6 - last["files"])) / 1000, 1),
         "largest_worker_mb": last["largest_worker_peak_mb"],
         "assumes": [
             "time is linear in bytes at the last point's rate, and the languages are mixed as here",
-            "the main process grows with the files as between the first point and the last",
+            "the main process grows with the files as between the last two points; it works itself on a single shard",
             "a worker's memory depends on its shard, its largest repository and the ranges that it sorts",
             "shards of 256 MB (--shard-bytes), so that there are about 3,000 of them",
         ],

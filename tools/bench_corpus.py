@@ -167,10 +167,15 @@ def stages(options: Options, only: str) -> None:
                 "times_as_fast": round(statistics.median(ratios), 2), "wanted": wanted,
                 "peak_mb": {job: max(report["peak_mb"] for report in reports) for job, reports in runs.items()},
                 "decided": {job: reports[0].get("decided") for job, reports in runs.items()},
-                "same_decisions": runs[ours][0].get("digest") == runs[theirs][0].get("digest"),
+                "same_decisions": _same(runs[ours][0], runs[theirs][0]),
             }  # fmt: skip
         print(json.dumps({name: found}), flush=True)
         _add(options, name, found)
+
+
+def _same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool | None:
+    """Whether both decided alike on every file; None where they do not decide the same thing."""
+    return ours["digest"] == theirs["digest"] if "digest" in ours and "digest" in theirs else None
 
 
 def scale(options: Options, sizes: list[int]) -> None:

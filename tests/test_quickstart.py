@@ -110,7 +110,10 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_run(sources, 
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 130, stderr
+        # 130 to a shell either way: CPython ends by the signal itself where that met the text of an `exec`, as in a
+        # dataclass that is being made, whoever caught the exception afterwards
+        assert process.returncode in (130, -signal.SIGINT), stderr
+        assert "megacoder: interrupted" in stderr or "stopped" in stderr, stderr
         assert "Traceback" not in stderr
     assert run(*arguments(sources, out)).returncode == 0
     assert curve(out) == curve(finished[0])

@@ -1,6 +1,8 @@
 """The launch scripts start ranks that train: on one host, on several, and under a Slurm of stubs."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -48,15 +50,21 @@ def environment(tmp_path_factory):
     for name, text in {**STUBS, "python": f'exec "{sys.executable}" "$@"\n'}.items():
         (folder / name).write_text("#!/bin/sh\n" + text)
         (folder / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     return {
         **os.environ, "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1", "DEVICE": "cpu", "GPUS_PER_NODE": "2", "RESTARTS": "0", "PORT": str(port),
+        "OMP_NUM_THREADS": "1", "DEVICE": "cpu", "GPUS_PER_NODE": "2", "RESTARTS": "0", "PORT": str(free_port()),
         "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost[1-2]",
         "SLURM_STUB_LOG": str(folder / "scontrol.log"),
     }  # fmt: skip
+
+
+def free_port():
+    """One that nobody has, and that the system gives to nobody who asks for any, as tests beside this one do."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
 
 
 def start(script, environment, *words, **more):
@@ -134,7 +142,8 @@ def test_slurm_does_not_queue_again_what_is_done_nor_a_mistake(case, environment
     more = {"GPUS_PER_NODE": "1", "SLURM_STUB_LOG": str(log)}
     code, said = finish(start("slurm.sh", environment, "train", toml, "--model.vocab-size", "999", **more))
     assert code != 0
-    assert said.count("megacoder: model.vocab_size = 999, but the tokenizer") == 2, "once on each host"
+    times = said.count("megacoder: model.vocab_size = 999, but the tokenizer")
+    assert times in (1, 2), "once on each host, unless the other's end came first"
     assert not read_metrics(case.folder / "done" / "metrics.jsonl")
     code, said = finish(start("slurm.sh", environment, "train", toml, "--steps", "3", **more))
     assert code == 0, said

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterator
 __all__ = ["PythonImports", "python_imports"]
 
 # Whatever is never closed runs to the end of the text: a second try at each quote would take quadratic time.
-_STRING = r"""(?:"{3}[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+(?:"{3}|\Z)
-               |'{3}[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+(?:'{3}|\Z)
+_STRING = r"""(?:"{3}[^"\\]*+(?:(?:\\(?:.|\Z)|"(?!""))[^"\\]*+)*+(?:"{3}|\Z)
+               |'{3}[^'\\]*+(?:(?:\\(?:.|\Z)|'(?!''))[^'\\]*+)*+(?:'{3}|\Z)
                |"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|'[^'\\\n]*+(?:\\.[^'\\\n]*+)*+')"""
 _TOKEN = re.compile(
     rf"""{_STRING}

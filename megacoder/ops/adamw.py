@@ -1,8 +1,9 @@
 """AdamW (arXiv:1711.05101) on flat fp32 buffers, and the gradient norm that precedes it.
 
 State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
-same pass. Of master weights it may hold but what bf16 weights lack (`megacoder.ops.split_master`). `grad_scale` folds
-the division by the global number of tokens and the clipping into that pass too.
+same pass. On a CPU the master weights of bf16 weights are held as the 16 bits that those lack
+(`megacoder.ops.split_master`). `grad_scale` folds the division by the global number of tokens and the clipping into
+that pass too.
 
 On a GPU with the compiled kernels, what changes from step to step (`update_scalars`) is formed on the device and stays
 there, the decision to leave an update out included: between the last backward and the new weights nothing waits for the

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,7 @@ def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
 @pytest.mark.parametrize("preload", [["colorsys"], []])
 def test_a_process_started_ahead_serves_where_it_is_the_one_needed_and_ends_where_not(sandbox, preload):
     source = python("import sys; assert ('colorsys' in sys.modules) is " + str(preload == ["colorsys"]))
-    with Launcher.ahead(["colorsys"]) as ahead, Sandbox(preload=preload, ahead=ahead) as other:
+    with closing(Launcher.ahead(["colorsys"])) as ahead, Sandbox(preload=preload, ahead=ahead) as other:
         assert other.run_one(source).passed
         same_mode = (ahead.words[0] == "bwrap") is (other.mode == "bubblewrap")
         assert (other._launchers == [ahead]) is (same_mode and preload == ["colorsys"])

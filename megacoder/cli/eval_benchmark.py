@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def run(name: str, argv: Sequence[str]) -> None:
 def _started_ahead(kind: type[Benchmark], argv: Sequence[str]) -> AbstractContextManager[Launcher | None]:
     """What will run Python programs, loading while options are read; None where they are for later, or others."""
     if issubclass(kind, ProgramBenchmark) and "--completions" in argv and "--language" not in argv:
-        return Launcher.ahead(kind.preload)
+        return closing(Launcher.ahead(kind.preload))
     return nullcontext()
 
 

@@ -43,7 +43,7 @@ class SandboxError(MegacoderError):
 
 
 class Launcher:
-    """A process that loads modules, then becomes workers; a context manager that ends it.
+    """A process that loads modules, then becomes workers, until it is closed.
 
     Loading takes as long as many programs. Where the modules are known before all else is, a process started `ahead`
     loads beside what is to be done first.
@@ -92,14 +92,6 @@ class Launcher:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _send(self, message: Any) -> None:
         with suppress(OSError):  # what it does not read, it ended without: see `Sandbox._why`

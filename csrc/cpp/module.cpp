@@ -7,6 +7,7 @@
 
 #include "index_check.h"
 #include "kernels.h"
+#include "python_statements.h"
 #include "text_counts.h"
 
 namespace py = pybind11;
@@ -192,6 +193,12 @@ PYBIND11_MODULE(_cpp, m) {
     const auto found = over_characters(text, [](auto* at, int64_t size) { return megacoder::count_words(at, size); });
     return py::make_tuple(found.words, found.numbers, found.names, found.short_names, found.lines,
                           found.distinct_lines);
+  });
+  m.def("surely_python", [](const py::str& text) {
+    Py_ssize_t size = 0;
+    const char* const encoded = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (!encoded) PyErr_Clear();  // a lone surrogate
+    return encoded && megacoder::surely_python(encoded, size);
   });
   m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
     return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);

@@ -354,7 +354,7 @@ class Expressions {
     Depth depth(depth_);
     if (!depth.add(kBracketLevels)) return false;
     for (++at_; take(kField);) {
-      if (*at_ == kStar || !yield_or_expressions() || !take(kFieldEnd)) return false;
+      if (!yield_or_expressions() || !take(kFieldEnd)) return false;
     }
     return take(kFormatEnd);
   }

@@ -92,8 +92,10 @@ class Statements : private Expressions {
   // An expression or an assignment.
   bool expression_statement() {
     if (*at_ == kYield) return yield_or_expressions();
+    const bool parenthesised = *at_ == kOpenParenthesis;
     Form form = expressions();
-    if (take(kColon)) return form & kSingle && expression() && (!take(kAssign) || yield_or_expressions());
+    // (a): int is one, (a).b: int is none.
+    if (take(kColon)) return form & kSingle && !parenthesised && expression() && (!take(kAssign) || yield_or_expressions());
     if (take(kAugmentedAssign)) return form & kSingle && yield_or_expressions();
     while (take(kAssign)) {
       if (!(form & kAssignable)) return false;
@@ -286,7 +288,7 @@ class Statements : private Expressions {
 
   bool class_patterns() {
     for (bool keywords = false; *at_ != kCloseParenthesis;) {
-      if (is_name(*at_) && at_[1] == kAssign) {
+      if (is_name(*at_) && *at_ != kUnderscore && at_[1] == kAssign) {  // behind positional ones, _ is a wildcard
         at_ += 2;
         keywords = true;
       } else if (keywords) {

@@ -133,9 +133,10 @@ class Tokens {
         case 'f' << 8 | 'r': case 'r' << 8 | 'f': return string(true, false, true);
       }
     }
-    *out_++ = size <= 8 ? kKeywords.kind_of(letters) : kName;
-    // An import of the one turns `!=` into an error; to the compiler, the other is no name to assign to.
-    return !(size == 14 && !std::memcmp(start, "barry_as_FLUFL", 14)) && !(size == 9 && !std::memcmp(start, "__debug__", 9));
+    Kind kind = size <= 8 ? kKeywords.kind_of(letters) : kName;
+    if (size == 9 && !std::memcmp(start, "__debug__", 9)) kind = kTrue;  // nor can it be assigned to
+    *out_++ = kind;
+    return size != 14 || std::memcmp(start, "barry_as_FLUFL", 14);  // where that is imported, `!=` is an error
   }
 
   bool number() {
@@ -207,7 +208,7 @@ class Tokens {
       } else if (format && (*at_ == '{' || *at_ == '}')) {
         const char* start = at_;
         if (at_[1] == *at_) at_ += 2;
-        else if (*at_ == '}' || !field(true) || holds_end(start, quote, triple)) return false;
+        else if (*at_ == '}' || !field(true, triple) || holds_end(start, quote, triple)) return false;
       } else {  // the end of the file, or a byte beyond ASCII where none may be
         return false;
       }
@@ -242,17 +243,18 @@ class Tokens {
     return true;
   }
 
-  // A field of an f-string, from brace to brace; only one of the string itself has a specification of its own.
-  bool field(bool outer) {
+  // A field of an f-string, from brace to brace; only one of the string itself has fields in its specification. Of a
+  // string in triple quotes it may run over lines.
+  bool field(bool outer, bool lines) {
     *out_++ = kField;
     ++at_;
     if (!open('f')) return false;
     const int level = num_brackets_;
     for (;;) {
-      while (*at_ == ' ' || *at_ == '\t') ++at_;
+      while (*at_ == ' ' || *at_ == '\t' || (*at_ == '\n' && lines)) ++at_;
       if (num_brackets_ == level) {
         if (*at_ == '}' || *at_ == ':' || (*at_ == '!' && at_[1] != '=')) break;
-        if (*at_ == '=' && at_[1] != '=') {
+        if (*at_ == '=' && at_[1] != '=' && outer) {  // 3.12.1 fails on an inner one
           do ++at_;
           while (*at_ == ' ' || *at_ == '\t');
           break;
@@ -267,11 +269,10 @@ class Tokens {
       at_ += 2;
     }
     if (*at_ == ':') {
-      if (!outer) return false;
       for (++at_; *at_ != '}';) {
         if (is(*at_, kStops)) return false;
         if (*at_ != '{') ++at_;
-        else if (at_[1] == '{' || !field(false)) return false;
+        else if (!outer || at_[1] == '{' || !field(false, false)) return false;
       }
     }
     return *at_++ == '}';

@@ -1,7 +1,8 @@
 """Does a file parse? The share of it that a grammar cannot read, for 64 of the 87 languages.
 
 Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
-line that parses but can have no symbol table ends the work behind the parser). Other languages go through the
+line that parses but can have no symbol table ends the work behind the parser); before it a recogniser in C++ is asked,
+twenty times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
 tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them; a parser that recovers
 from errors tells how many bytes it had to skip, and a file counts as broken above a share of them. One error is not
 enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C. Skipped are tokens that hang
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 import tree_sitter
 import tree_sitter_language_pack
+
+from megacoder.core.native import native
 
 __all__ = ["SCREENED", "Parsed", "parse"]
 
@@ -82,6 +85,9 @@ def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed |
 
 
 def _python(text: str) -> Parsed:
+    surely_python = getattr(native(), "surely_python", None)  # None where it is not built: csrc/cpp/python_statements.h
+    if surely_python is not None and surely_python(text):
+        return _GOOD
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes in strings
         try:

@@ -315,12 +315,12 @@ def test_of_any_text_only_python_is_taken(text):
         assert is_python(text) or not surely_python(text)
 
 
-@pytest.mark.parametrize("sources", [own_sources, stdlib_sources])
-def test_nearly_all_of_what_is_written_is_taken(sources):
+@pytest.mark.parametrize(("sources", "share"), [(own_sources, 0.99), (stdlib_sources, 0.8)])
+def test_nearly_all_of_what_is_written_is_taken(sources, share):
     texts = [path.read_text(encoding="utf-8") for path in sources()]
     assert len(texts) > 100
     taken = sum(len(text) for text in texts if surely_python(text))
-    assert taken > 0.95 * sum(map(len, texts))
+    assert taken > share * sum(map(len, texts))  # a later Python's own modules use what only that one has
 
 
 def test_verdicts_do_not_depend_on_the_kernel():

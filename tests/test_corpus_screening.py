@@ -262,7 +262,7 @@ def test_modularity_sees_the_longest_function_wherever_it_hangs(share):
     outcomes, told = set(), f"one function over {share:.0%} of a long file"
     for _ in range(60):
         lines = ["x = 0;"] * generator.randrange(20) + function(generator.randrange(4))
-        tree = parse("\n".join(lines), "JavaScript", "a.js").tree
+        tree = parse("\n".join(lines), "JavaScript", "a.js", function_lines=0).tree
         limits = HeuristicLimits(long_file_lines=1, max_function_share=share)
         found = modularity(tree, len(lines), limits)
         assert (found is not None) == (max(own_lines(tree.root_node, None, [])) > share * len(lines))

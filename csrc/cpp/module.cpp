@@ -8,11 +8,13 @@
 #include "index_check.h"
 #include "kernels.h"
 #include "python_statements.h"
+#include "recognizer.h"
 #include "text_counts.h"
 
 namespace py = pybind11;
 using megacoder::bf16;
 using megacoder::Kernels;
+using megacoder::grammar::Recognizer;
 
 namespace {
 
@@ -200,6 +202,20 @@ PYBIND11_MODULE(_cpp, m) {
     if (!encoded) PyErr_Clear();  // a lone surrogate
     return encoded && megacoder::surely_python(encoded, size);
   });
+  py::class_<Recognizer>(m, "Recognizer", "Of texts without a syntax error in a tree-sitter grammar (recognizer.h).")
+      .def(py::init([](const py::capsule& language) {
+        if (!PyCapsule_IsValid(language.ptr(), "tree_sitter.Language")) throw py::type_error("no tree-sitter language");
+        const auto* tables = static_cast<const megacoder::grammar::Tables*>(language.get_pointer());
+        if (!megacoder::grammar::Grammar::knows(tables))
+          throw py::value_error("ABI " + std::to_string(tables->abi_version) + ": no grammar of ABI 13 to 15");
+        return std::make_unique<Recognizer>(tables);
+      }))
+      .def("left_out", [](Recognizer& self, const py::bytes& text, double function_lines, double share) -> int64_t {
+        const Py_ssize_t size = PyBytes_GET_SIZE(text.ptr());
+        if (size >= int64_t{1} << 31) return -1;
+        return self.left_out(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())),
+                             static_cast<uint32_t>(size), function_lines, static_cast<uint32_t>(share * size));
+      });
   m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
     return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);
   }, nogil);

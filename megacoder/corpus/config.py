@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megacoder.core.config import nearest, to_dict
 from megacoder.core.errors import ConfigError
+from megacoder.core.native import native
 from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.engines import ClusterConfig
@@ -22,7 +23,7 @@ from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 3  # raised when the same inputs and configuration begin to give another output
+FORMAT = 4  # raised when the same inputs and configuration begin to give another output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,14 @@ class CorpusConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the output, as plain values: all but where it goes and how many processes make it."""
+        """What decides the output, as plain values: all but where it goes and how many processes make it.
+
+        Whether kernels are compiled is part of it: without the recognizer, a few more files are screened as broken.
+        """
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
-        return plain | {"input": inputs, **chosen, "format": FORMAT}
+        return plain | {"input": inputs, **chosen, "format": FORMAT, "compiled": native() is not None}

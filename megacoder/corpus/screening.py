@@ -5,6 +5,7 @@ How much of a file a grammar may fail to read depends on the grammar: *strict* o
 shares were set on sources of Debian and PyPI so that under 2% of such files are dropped.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -96,13 +97,16 @@ class Screening:
             return "compiler: syntax error", None
         num_lines = text.count("\n") + 1
         wanted = config.syntax and language not in config.off and verdict is None
-        long = config.heuristics and num_lines >= config.limits.long_file_lines
+        long = config.heuristics and num_lines >= config.limits.long_file_lines and language not in _WITHOUT_FUNCTIONS
+        if not (wanted or long):
+            return None, None
         limit = config.max_share(language)
-        parsed = parse(text, language, document.path, enough=limit) if wanted or long else None
+        function_lines = config.limits.max_function_share * num_lines if long else math.inf
+        parsed = parse(text, language, document.path, enough=limit, function_lines=function_lines)
         if parsed is None:
             return None, None
         if wanted and parsed.error_share > limit:
             return "syntax error", parsed.problem
-        if long and parsed.tree is not None and language not in _WITHOUT_FUNCTIONS:
+        if long and parsed.tree is not None:
             return modularity(parsed.tree, num_lines, config.limits), None
         return None, None

@@ -3,20 +3,28 @@
 Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
 line that parses but can have no symbol table ends the work behind the parser); before it a recogniser in C++ is asked,
 twenty times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
-tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them; a parser that recovers
-from errors tells how many bytes it had to skip, and a file counts as broken above a share of them. One error is not
-enough: grammars lag behind languages, and C or C++ before the preprocessor often is not C. Skipped are tokens that hang
-from an ERROR node; what was understood inside one is not: a grammar may wrap a whole file in an ERROR for a tag that is
-never closed. For literate languages the code in the document is parsed.
+tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error is not enough for
+a file to count as broken: grammars lag behind languages, and C or C++ before the preprocessor often is not C. So the
+share of bytes is told that had to be passed over for the rest to be read:
+
+- first by another recogniser, where it is compiled (csrc/cpp/recognizer.h): it follows a grammar's tables without
+  building its tree, in a quarter of the time, leaves out whole lines around an error, and gives up on a file as soon as
+  they are more than is allowed;
+- else by tree-sitter, which looks for the cheapest way to recover: tokens that hang from an ERROR node were skipped. What
+  was understood inside one was not: a grammar may wrap a whole file in an ERROR for a tag that is never closed.
+
+For literate languages the code in the document is parsed.
 """
 
 import functools
 import json
+import math
 import re
 import symtable
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import tree_sitter
 import tree_sitter_language_pack
@@ -31,11 +39,11 @@ class Parsed:
     """What a parser says about a text."""
 
     error_share: float
-    """bytes that it could not read, of all; 1 where the parser only says yes or no, and says no"""
+    """bytes passed over for the rest to be read, of all; 1 where the parser only says yes or no, and says no"""
     problem: str | None = None
-    """where the first of them is"""
+    """where the first of them is, if a tree tells"""
     tree: tree_sitter.Tree | None = None
-    """None where no grammar was used"""
+    """None where no grammar was used, or where none was needed"""
 
 
 _GOOD = Parsed(error_share=0)
@@ -61,10 +69,11 @@ SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
 """The languages that `parse` knows."""
 
 
-def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed | None:
+def parse(text: str, language: str, path: str, *, enough: float = 0, function_lines: float = math.inf) -> Parsed | None:
     """What is wrong with a text in `language`; None where the language is not in `SCREENED`.
 
-    A share up to `enough` may be told as more than it is, though not as over `enough`; of one above, all is told.
+    A share up to `enough` may be told as more than it is, though not as over `enough`; of one above, all is told, and
+    where. A text whose share is not above may come without its tree if no function in it spans over `function_lines`.
     """
     if language == "Python":
         return _python(text)
@@ -77,11 +86,20 @@ def parse(text: str, language: str, path: str, *, enough: float = 0) -> Parsed |
     code = (_CODE[language](text) if language in _CODE else text).encode()
     if language in _CODE and not code.strip():
         return _GOOD
-    grammar = next((name for ending, name in _BY_ENDING.items() if path.endswith(ending)), _GRAMMARS[language])
-    parsed = _tree(code, grammar, enough)
-    if language == "C" and path.endswith(".h") and parsed.error_share > enough:  # a header may be one of C++
-        return min(parsed, _tree(code, "cpp", enough), key=lambda found: found.error_share)
-    return parsed
+    grammars = [next((name for ending, name in _BY_ENDING.items() if path.endswith(ending)), _GRAMMARS[language])]
+    if language == "C" and path.endswith(".h"):  # a header may be one of C++
+        grammars.append("cpp")
+    for grammar in grammars:
+        if (left_out := _left_out(code, grammar, enough, function_lines)) >= 0:
+            return Parsed(error_share=left_out / max(len(code), 1))
+    best = None
+    for grammar in grammars:
+        parsed = _tree(code, grammar, enough)
+        if best is None or parsed.error_share < best.error_share:
+            best = parsed
+        if best.error_share <= enough:
+            break
+    return best
 
 
 def _python(text: str) -> Parsed:
@@ -119,15 +137,33 @@ def _notebook(text: str) -> Parsed:
     return _GOOD if whole else Parsed(error_share=1, problem="no cells")
 
 
+def _left_out(code: bytes, grammar: str, enough: float, function_lines: float) -> int:
+    """Bytes without which a recognizer takes `code`; -1 where they may be more than allowed, or a tree is needed."""
+    recognizer = _recognizer(grammar)
+    found: int = -1 if recognizer is None else recognizer.left_out(code, function_lines, enough)
+    return found
+
+
+@functools.cache
+def _recognizer(grammar: str) -> Any:
+    made = getattr(native(), "Recognizer", None)  # None where nothing is compiled, or what is compiled is older
+    return None if made is None else made(tree_sitter_language_pack.get_binding(grammar))  # type: ignore[arg-type]
+
+
 def _tree(code: bytes, grammar: str, enough: float) -> Parsed:
-    """The share of `code` that was skipped; nobody counts on below `enough`, whatever is left to look at."""
     tree = _parser(grammar).parse(code)
-    root = tree.root_node
-    if not root.has_error:
+    if not tree.root_node.has_error:
         return Parsed(error_share=0, tree=tree)
+    error_share, row = _skipped(tree, len(code), enough)
+    return Parsed(error_share=error_share, problem=None if row is None else f"line {row + 1}", tree=tree)
+
+
+def _skipped(tree: tree_sitter.Tree, num_bytes: int, enough: float) -> tuple[float, int | None]:
+    """The share that was skipped, and in which row first; nobody counts on below `enough`, whatever is left to look at."""
+    root = tree.root_node
     skipped, rows = 0, []
     pending, left = [root], _size(root)  # nodes with an error in them, or that are one, and their bytes
-    while pending and (skipped + left) > enough * len(code):
+    while pending and (skipped + left) > enough * num_bytes:
         node = pending.pop()
         left -= _size(node)
         within = _is_bad(node)
@@ -142,8 +178,7 @@ def _tree(code: bytes, grammar: str, enough: float) -> Parsed:
             elif child.has_error or child.is_error:
                 pending.append(child)
                 left += _size(child)
-    problem = f"line {min(rows) + 1}" if rows else None
-    return Parsed(error_share=min((skipped + left) / max(len(code), 1), 1.0), problem=problem, tree=tree)
+    return min((skipped + left) / max(num_bytes, 1), 1.0), min(rows, default=None)
 
 
 def _is_bad(node: tree_sitter.Node) -> bool:

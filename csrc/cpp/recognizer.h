@@ -1,0 +1,360 @@
+// Whether a text has no syntax error in a tree-sitter grammar, or few, by the grammar's own tables, without its tree.
+//
+// tree-sitter builds, balances and frees a tree of every file, and of most files only that much is wanted. This is its
+// algorithm without trees: LR on a stack of states; where a table has several actions the stack forks, and forks that
+// reach the same state at the same place become one again. A fork that cannot go on is given up; the text is good if one
+// of them comes to its end. What is taken so, tree-sitter parses without an error, unless it drops the only right one
+// of too many forks.
+//
+// Around an error whole lines are left out, as few as are found to do; what is only missing at the end could be added.
+// A text that is declined may still be good: on it too many forks live at once, or nothing that was tried behind an error
+// reads well, or a function in it is longer than the caller wants to pass over. Then parse it.
+#pragma once
+
+#include "grammar_stack.h"
+#include "grammar_tokens.h"
+
+namespace megacoder::grammar {
+
+// One text.
+class Reading {
+ public:
+  // `most`: how many bytes may be left out.
+  Reading(Grammar& grammar, Stacks& stacks, const uint8_t* text, uint32_t size, double function_lines, uint32_t most)
+      : grammar_(grammar), stacks_(stacks), tokens_(grammar, text, size), text_(text), size_(size),
+        function_lines_(function_lines), most_left_out_(most), steps_left_(1000 + 8 * int64_t{size}) {
+    stacks_.start(steps_left_);
+    versions_ = {{stacks_.make(nullptr, kStartState, 0, false), 0, kActive}};
+  }
+
+  ~Reading() {
+    for (const Version& version : versions_) stacks_.release(version.top);
+    forget(lines_);
+  }
+
+  // How many bytes were left out so that the rest is good; -1 where that is not known.
+  int64_t left_out() {
+    run();
+    while (!is_accepted_ && !is_declined() && recover()) run();
+    return is_accepted_ && !is_declined() ? int64_t{left_out_} : -1;
+  }
+
+ private:
+  static constexpr size_t kMostVersions = 8;  // tree-sitter drops what is over 6
+  static constexpr size_t kLinesKept = 4;
+  static constexpr int kTries = 8, kNone = -1;
+
+  enum Status { kActive, kStuck, kMerged };
+  struct Version {
+    Node* top;
+    uint32_t scanner_state;
+    Status status;
+  };
+  struct Line {  // before its first token
+    Node* top;
+    uint32_t scanner_state, start, indent;
+  };
+  struct Proof {  // that reading goes on well: the next line behind `start` that is indented no further than `indent`
+    uint32_t start, indent;
+  };
+  static constexpr Proof kNoProof{0xFFFFFFFF, 0};
+
+  bool is_declined() const { return is_declined_ || stacks_.is_overfull || steps_left_ < 0; }
+
+  // Versions advance by turns, so that none is a token ahead when they are compared.
+  void run() {
+    uint32_t reached = 0;
+    is_proven_ = false;
+    while (!versions_.empty() && !is_accepted_ && !is_declined() && !is_proven_) {
+      for (size_t i = 0; i < versions_.size() && !is_accepted_; ++i) {
+        while (versions_[i].status == kActive && !is_accepted_) {
+          --steps_left_;
+          advance(i);
+          if (is_declined()) return;
+          const uint32_t position = versions_[i].top->position;
+          if (position > reached || (i > 0 && position == reached)) {
+            reached = position;
+            break;
+          }
+        }
+      }
+      if (versions_.size() > 1 || versions_[0].status != kActive) condense();
+    }
+    if (versions_.empty() && furthest_ == size_ && left_out_ < most_left_out_) {  // what is missing could be added
+      ++left_out_;
+      is_accepted_ = true;
+    }
+  }
+
+  // Up to the next token that is shifted, or to where this version ends.
+  void advance(size_t index) {
+    const uint32_t position = versions_[index].top->position, scanner_state = versions_[index].scanner_state;
+    State state = versions_[index].top->state;
+    Entry entry{};
+    Token token;
+    bool is_read = tokens_.reuse(state, position, scanner_state, token, entry), is_empty = false;
+    while (!is_declined()) {
+      if (!is_read) {
+        is_read = true;
+        is_empty = !tokens_.read(state, position, scanner_state, token);
+        if (!is_empty) look_at(token);
+        entry = grammar_.entry(state, is_empty ? kEnd : token.symbol);
+      }
+      int reduced = kNone;
+      bool has_reduced = false;
+      for (uint8_t i = 0; i < entry.count; ++i) {
+        const Action& action = entry.actions[i];
+        if (action.type == kShift) {
+          if (!action.shift.repetition) return shift(index, action, token);
+        } else if (action.type == kReduce) {
+          const int found = reduce(index, action, is_empty, entry.count == 1);
+          has_reduced = true;
+          if (found != kNone) reduced = found;
+        } else {
+          is_accepted_ = action.type == kAccept;
+          if (!is_accepted_) versions_[index].status = kStuck;
+          return;
+        }
+      }
+      if (reduced != kNone) {
+        --steps_left_;
+        replace(index, reduced);
+        state = versions_[index].top->state;
+        if (is_empty) is_read = false;
+        else entry = grammar_.entry(state, token.symbol);
+      } else if (has_reduced) {
+        versions_[index].status = kMerged;
+        return;
+      } else if (!is_empty && may_be_word(state, token, entry)) {
+        token.symbol = grammar_.tables.keyword_capture_token;
+      } else {
+        versions_[index].status = kStuck;
+        return;
+      }
+    }
+  }
+
+  void look_at(const Token& token) {
+    furthest_ = std::max(furthest_, token.start);
+    if (most_left_out_ && versions_.size() == 1) mark_line(versions_[0], token.start);
+  }
+
+  // Whether a keyword that has no place here is a name; then `entry` is that of names.
+  bool may_be_word(State state, const Token& token, Entry& entry) {
+    const Symbol word = grammar_.tables.keyword_capture_token;
+    if (!token.is_keyword || token.symbol == word || grammar_.is_reserved(state, token.symbol)) return false;
+    entry = grammar_.entry(state, word);
+    return entry.count > 0;
+  }
+
+  void shift(size_t index, const Action& action, const Token& token) {
+    Version& version = versions_[index];
+    const State next = action.shift.extra ? version.top->state : action.shift.state;
+    version.top = stacks_.make(version.top, next, token.end, action.shift.extra);
+    if (token.is_external) version.scanner_state = token.scanner_state;
+  }
+
+  // Takes `action`'s children off the stack and puts its symbol there, in one new version for each node they came from;
+  // the first that stays, or kNone. Where there is but one version and one action, that version is changed itself.
+  int reduce(size_t index, const Action& action, bool ends_extra, bool is_only) {
+    const Symbol symbol = action.reduce.symbol;
+    const size_t num_paths = stacks_.collect(versions_[index].top, action.reduce.child_count);
+    if (is_only && num_paths == 1 && versions_.size() == 1) {
+      Node* top = push(stacks_.path(0), symbol, ends_extra);
+      stacks_.release(versions_[0].top);
+      versions_[0].top = top;
+      return 0;
+    }
+    const size_t before = versions_.size();
+    for (size_t i = 0; i < num_paths; ++i) {
+      stacks_.is_overfull |= versions_.size() > 2 * kMostVersions;
+      if (stacks_.is_overfull) return kNone;
+      bool is_known = false;  // two ways to one node: two readings of the same children
+      for (size_t j = 0; j < i && !is_known; ++j) is_known = stacks_.path(j).base == stacks_.path(i).base;
+      if (is_known) continue;
+      versions_.push_back({push(stacks_.path(i), symbol, ends_extra), versions_[index].scanner_state, kActive});
+      for (size_t j = 0; j + 1 < versions_.size(); ++j)
+        if (j != index && merge(j, versions_.size() - 1)) break;
+    }
+    return versions_.size() > before ? static_cast<int>(before) : kNone;
+  }
+
+  Node* push(const Path& path, Symbol symbol, bool ends_extra) {
+    is_declined_ |= grammar_.is_function(symbol) && spans_more(path.base->position, path.end);
+    const State state = path.base->state, next = grammar_.next_state(state, symbol);
+    ++path.base->references;
+    Node* top = stacks_.make(path.base, next, path.end, ends_extra && next == state);
+    for (const uint32_t end : path.extras) top = stacks_.make(top, next, end, true);
+    return top;
+  }
+
+  bool spans_more(uint32_t start, uint32_t end) {  // than function_lines_
+    if (end - start < function_lines_) return false;  // as many characters take at least
+    if (line_ends_.empty()) {
+      for (const uint8_t* at = text_; (at = std::find(at, text_ + size_, '\n')) != text_ + size_; ++at)
+        line_ends_.push_back(static_cast<uint32_t>(at - text_));
+      line_ends_.push_back(size_);
+    }
+    const auto first = std::lower_bound(line_ends_.begin(), line_ends_.end(), start);
+    return 1 + (std::lower_bound(first, line_ends_.end(), end) - first) > function_lines_;
+  }
+
+  // Version `by` takes the place of version `index`.
+  void replace(size_t index, size_t by) {
+    if (by == index) return;
+    stacks_.release(versions_[index].top);
+    versions_[index] = versions_[by];
+    versions_.erase(versions_.begin() + by);
+  }
+
+  // Makes version `second` one with `first`, if they stand at the same place in the same state.
+  bool merge(size_t first, size_t second) {
+    const Version &a = versions_[first], &b = versions_[second];
+    if (a.status != kActive || b.status != kActive || a.top->state != b.top->state ||
+        a.top->position != b.top->position || a.scanner_state != b.scanner_state)
+      return false;
+    stacks_.merge(a.top, *b.top);
+    stacks_.release(b.top);
+    versions_.erase(versions_.begin() + second);
+    return true;
+  }
+
+  // Lets go of versions that have ended; none is left where the text is wrong.
+  void condense() {
+    for (size_t i = versions_.size(); i-- > 0;) {
+      if (versions_[i].status == kActive) continue;
+      stacks_.release(versions_[i].top);
+      versions_.erase(versions_.begin() + i);
+    }
+    for (size_t i = 1; i < versions_.size(); ++i)
+      for (size_t j = 0; j < i; ++j)
+        if (merge(j, i)) {
+          --i;
+          break;
+        }
+    stacks_.is_overfull |= versions_.size() > kMostVersions;
+  }
+
+  // Where a token begins a line, reading can start again: what is known there is kept for the last lines of each indent
+  // that is still open.
+  void mark_line(const Version& version, uint32_t start) {
+    uint32_t line = start;
+    while (line && is_blank(text_[line - 1])) --line;
+    if ((line && text_[line - 1] != '\n') || start == size_ || is_end(text_[start])) return;
+    const uint32_t indent = indent_of(line, start);
+    is_proven_ |= start > proof_.start && indent <= proof_.indent;
+    if (!lines_.empty() && lines_.back().start == start) return;
+    while (!lines_.empty() && lines_.back().indent > indent) {
+      stacks_.release(lines_.back().top);
+      lines_.pop_back();
+    }
+    if (lines_.size() >= kLinesKept && lines_[lines_.size() - kLinesKept].indent == indent) {
+      stacks_.release(lines_[lines_.size() - kLinesKept].top);
+      lines_.erase(lines_.end() - kLinesKept);
+    }
+    ++version.top->references;
+    lines_.push_back({version.top, version.scanner_state, start, indent});
+  }
+
+  // Leaves out lines around an error: from one before it, the nearest that will do, up to one behind it, from which all
+  // reads well up to the next line that is indented no further. False where that is too much.
+  bool recover() {
+    const uint32_t error = furthest_, before = left_out_;
+    std::vector<Line> known = std::move(lines_);
+    lines_.clear();
+    bool is_found = false;
+    for (size_t i = known.size(); i-- > 0 && !is_found && !is_declined();) {
+      uint32_t resume = end_before(error), indent = 0;
+      for (int tries = 0; tries < kTries && !is_found && !is_declined(); ++tries) {
+        do {
+          if (!next_line(resume, indent)) break;
+        } while (resume <= known[i].start);
+        left_out_ = before + resume - known[i].start;
+        if (resume == size_ || left_out_ > most_left_out_) break;
+        resume_from(known, i, resume);
+        proof_ = {resume, indent};
+        run();
+        is_found = is_accepted_ || is_proven_;
+      }
+    }
+    forget(known);
+    proof_ = kNoProof;
+    return is_found && !is_accepted_;
+  }
+
+  // Goes on at `position` as if what lies between it and the line `known[index]` were not there.
+  void resume_from(const std::vector<Line>& known, size_t index, uint32_t position) {
+    for (const Version& version : versions_) stacks_.release(version.top);
+    forget(lines_);
+    lines_.assign(known.begin(), known.begin() + index + 1);
+    for (const Line& line : lines_) ++line.top->references;
+    versions_ = {{stacks_.copy(*known[index].top, position), known[index].scanner_state, kActive}};
+    furthest_ = position;
+  }
+
+  void forget(std::vector<Line>& lines) {
+    for (const Line& line : lines) stacks_.release(line.top);
+    lines.clear();
+  }
+
+  static bool is_blank(uint8_t c) { return c == ' ' || c == '\t'; }
+  static bool is_end(uint8_t c) { return c == '\n' || c == '\r'; }
+
+  uint32_t indent_of(uint32_t line, uint32_t start) const {
+    uint32_t indent = 0;
+    for (; line < start; ++line) indent = text_[line] == '\t' ? (indent / 8 + 1) * 8 : indent + 1;
+    return indent;
+  }
+
+  // The end of the line before, 0 in the first.
+  uint32_t end_before(uint32_t position) const {
+    while (position && text_[position - 1] != '\n') --position;
+    return position ? position - 1 : 0;
+  }
+
+  // Moves `position` to where the next line begins that is not blank, behind its indent; false, and to the end of the
+  // text, where there is none.
+  bool next_line(uint32_t& position, uint32_t& indent) const {
+    while (const void* end = std::memchr(text_ + position, '\n', size_ - position)) {
+      const uint32_t line = static_cast<uint32_t>(static_cast<const uint8_t*>(end) - text_) + 1;
+      for (position = line; position < size_ && is_blank(text_[position]); ++position) {}
+      indent = indent_of(line, position);
+      if (position < size_ && !is_end(text_[position])) return true;
+    }
+    position = size_;
+    return false;
+  }
+
+  Grammar& grammar_;
+  Stacks& stacks_;
+  Tokens tokens_;
+  const uint8_t* text_;
+  uint32_t size_;
+  double function_lines_;
+  uint32_t most_left_out_, left_out_ = 0;
+  int64_t steps_left_;
+  std::vector<Version> versions_;
+  std::vector<Line> lines_;
+  Proof proof_ = kNoProof;
+  uint32_t furthest_ = 0;  // where the last token begins that was looked at
+  std::vector<uint32_t> line_ends_;  // found when first asked for
+  bool is_declined_ = false, is_accepted_ = false, is_proven_ = false;
+};
+
+// Of texts in one language; holds what they share.
+class Recognizer {
+ public:
+  explicit Recognizer(const Tables* tables) : grammar_(tables) {}
+
+  // How many bytes, up to `most`, were left out so that the rest has no syntax error and no function over
+  // `function_lines` lines; -1 where there may be none, or more of them, or such a function.
+  int64_t left_out(const uint8_t* text, uint32_t size, double function_lines, uint32_t most) {
+    return Reading(grammar_, stacks_, text, size, function_lines, most).left_out();
+  }
+
+ private:
+  Grammar grammar_;
+  Stacks stacks_;
+};
+
+}  // namespace megacoder::grammar

@@ -6,6 +6,7 @@
 // who refers to them and are used again.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "grammar.h"

@@ -6,7 +6,7 @@
 // of them comes to its end. What is taken so, tree-sitter parses without an error, unless it drops the only right one
 // of too many forks.
 //
-// Around an error whole lines are left out, as few as are found to do; what is only missing at the end could be added.
+// Around an error whole lines are left out, as few as are found to do.
 // A text that is declined may still be good: on it too many forks live at once, or nothing that was tried behind an error
 // reads well, or a function in it is longer than the caller wants to pass over. Then parse it.
 #pragma once
@@ -80,7 +80,8 @@ class Reading {
       }
       if (versions_.size() > 1 || versions_[0].status != kActive) condense();
     }
-    if (versions_.empty() && furthest_ == size_ && left_out_ < most_left_out_) {  // what is missing could be added
+    // Lines that were left out may have closed what is open at the end.
+    if (versions_.empty() && furthest_ == size_ && left_out_ && left_out_ < most_left_out_) {
       ++left_out_;
       is_accepted_ = true;
     }

@@ -3,14 +3,14 @@
 Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
 line that parses but can have no symbol table ends the work behind the parser); before it a recogniser in C++ is asked,
 twenty times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
-tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error is not enough for
-a file to count as broken: grammars lag behind languages, and C or C++ before the preprocessor often is not C. So the
-share of bytes is told that had to be passed over for the rest to be read:
+tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error is not enough
+for a file to count as broken: grammars lag behind languages, and C or C++ before the preprocessor often is not C. So
+what is told is the share of bytes that had to be passed over for the rest to be read:
 
 - first by another recogniser, where it is compiled (csrc/cpp/recognizer.h): it follows a grammar's tables without
   building its tree, in a quarter of the time, leaves out whole lines around an error, and gives up on a file as soon as
   they are more than is allowed;
-- else by tree-sitter, which looks for the cheapest way to recover: tokens that hang from an ERROR node were skipped. What
+- else by tree-sitter, which looks for a cheap way to recover: tokens that hang from an ERROR node were skipped. What
   was understood inside one was not: a grammar may wrap a whole file in an ERROR for a tag that is never closed.
 
 For literate languages the code in the document is parsed.
@@ -92,13 +92,10 @@ def parse(text: str, language: str, path: str, *, enough: float = 0, function_li
     for grammar in grammars:
         if (left_out := _left_out(code, grammar, enough, function_lines)) >= 0:
             return Parsed(error_share=left_out / max(len(code), 1))
-    best = None
-    for grammar in grammars:
-        parsed = _tree(code, grammar, enough)
-        if best is None or parsed.error_share < best.error_share:
-            best = parsed
-        if best.error_share <= enough:
-            break
+    best = _tree(code, grammars[0], enough)
+    for grammar in grammars[1:]:
+        if best.error_share > enough:
+            best = min(best, _tree(code, grammar, enough), key=lambda parsed: parsed.error_share)
     return best
 
 
@@ -159,7 +156,7 @@ def _tree(code: bytes, grammar: str, enough: float) -> Parsed:
 
 
 def _skipped(tree: tree_sitter.Tree, num_bytes: int, enough: float) -> tuple[float, int | None]:
-    """The share that was skipped, and in which row first; nobody counts on below `enough`, whatever is left to look at."""
+    """The share that was skipped, and in which row first; once below `enough`, all that is left to look at counts."""
     root = tree.root_node
     skipped, rows = 0, []
     pending, left = [root], _size(root)  # nodes with an error in them, or that are one, and their bytes

@@ -1,0 +1,165 @@
+"""The recogniser of grammars beside tree-sitter: it takes what that one parses, and leaves out what is wrong."""
+
+import functools
+import math
+import random
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tree_sitter_language_pack
+from test_corpus_screening import BROKEN, GOOD, PROSE
+
+from megacoder.core.native import native
+from megacoder.corpus import syntax
+from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.screening import ScreeningConfig
+from megacoder.corpus.syntax import parse
+
+pytestmark = pytest.mark.skipif(not hasattr(native(), "Recognizer"), reason="the kernels are not built")
+
+CSRC = Path(__file__).parents[1] / "csrc"
+_CHARACTERS = "(){}[];:,.\"'`/\\<>=*&|!?@#$% \n\ta0_-+"
+
+
+@functools.cache
+def recognizer(grammar):
+    return native().Recognizer(tree_sitter_language_pack.get_binding(grammar))
+
+
+def left_out(text, grammar, share=0.0, function_lines=math.inf):
+    return recognizer(grammar).left_out(text.encode(), function_lines, share)
+
+
+def has_error(text, grammar):
+    return syntax._parser(grammar).parse(text.encode()).root_node.has_error
+
+
+def grammars():
+    """Each with texts that are good in it, of any of its languages."""
+    found = {}
+    for language, grammar in syntax._GRAMMARS.items():
+        if language not in syntax._CODE:
+            found.setdefault(grammar, []).append(GOOD[language])
+    return sorted(found.items())
+
+
+def mutants(generator, text, count):
+    for _ in range(count):
+        made = text
+        for _ in range(generator.randrange(1, 4)):
+            at = generator.randrange(len(made) + 1)
+            end = at + generator.choice((0, 1, 1, 2, 5, 20))
+            made = made[:at] + generator.choice(("", generator.choice(_CHARACTERS), made[at:end] * 2)) + made[end:]
+        yield made
+
+
+@pytest.mark.parametrize(("grammar", "texts"), grammars())
+def test_it_takes_what_tree_sitter_parses_and_nothing_else(grammar, texts):
+    generator = random.Random(grammar)
+    outcomes = {True: 0, False: 0}
+    for text in texts:
+        assert left_out(text, grammar) == 0
+        twice = text if has_error(text * 2, grammar) else text * 2
+        for made in [twice, *mutants(generator, twice, 60)]:
+            good = not has_error(made, grammar)
+            assert (left_out(made, grammar) == 0) == good, made
+            outcomes[good] += 1
+    assert all(outcomes.values())
+
+
+def test_it_takes_real_files_and_their_mutants_as_tree_sitter_does():
+    generator = random.Random(0)
+    outcomes = {True: 0, False: 0}
+    for path in sorted(CSRC.glob("cpp/*.h")):
+        text = path.read_text()
+        for made in [text, *mutants(generator, text, 12)]:
+            good = not has_error(made, "cpp")
+            taken = left_out(made, "cpp") == 0
+            assert good or not taken
+            outcomes[good] += 1
+            assert taken or not good  # rare forks aside, of which these files have none
+    assert min(outcomes.values()) > 10
+
+
+def test_lines_around_an_error_are_left_out_and_no_more():
+    lines = [f"int f{i}(int x) {{\n  return x + {i};\n}}\n" for i in range(40)]
+    wrong = "int g(int x)) ++ {\n"
+    for at in (0, 1, 20, 39):
+        text = "".join([*lines[:at], wrong, *lines[at:]])
+        assert left_out(text, "c") == -1
+        assert left_out(text, "c", share=0.5) == len(wrong)
+    text = "".join(wrong * (i % 8 == 3) + line for i, line in enumerate(lines))
+    assert left_out(text, "c", share=5 * len(wrong) / len(text)) == 5 * len(wrong)
+    assert left_out(text, "c", share=(5 * len(wrong) - 1) / len(text)) == -1
+
+
+def test_what_is_left_out_is_wrong_where_it_stands_and_the_rest_is_good():
+    inner = "int f(int x) {\n  if (x) {\n    x = 1;\n    @@ ) (;\n    x = 2;\n  }\n  return x;\n}\n"
+    assert left_out(inner, "c", share=0.5) == len("    @@ ) (;\n")
+    assert not has_error(inner.replace("    @@ ) (;\n", ""), "c")
+    between = "int x[] = {\n#ifdef A\n  1,\n#endif\n  2\n};\n"
+    assert left_out(between, "c", share=0.5) == len("#ifdef A\n  ") + len("#endif\n  ")
+    assert not has_error(between.replace("#ifdef A\n", "").replace("#endif\n", ""), "c")
+
+
+def test_what_lines_that_were_left_out_would_have_closed_may_stay_open():
+    functions = "int g(int x) {\n  return x;\n}\n" * 10
+    text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n'
+    assert left_out(text, "c") == -1
+    assert left_out(text, "c", share=0.2) == len("}\n") + 1
+    assert left_out("int g(int x) {\n  return x;\n", "c", share=0.9) == -1  # nothing was left out
+
+
+@pytest.mark.parametrize("language", sorted(syntax._GRAMMARS))
+def test_verdicts_on_clear_cases_are_those_of_tree_sitter_alone(language):
+    path = f"a.{(LANGUAGES[language].extensions or ('x',))[0]}"
+    enough = ScreeningConfig().max_share(language)
+    for text in (GOOD[language], GOOD[language] * 4, BROKEN.get(language, PROSE)):
+        found = parse(text, language, path, enough=enough)
+        with mock.patch.object(syntax, "_recognizer", return_value=None):
+            alone = parse(text, language, path, enough=enough)
+        assert (found.error_share > enough) == (alone.error_share > enough)
+        if found.error_share > enough:
+            assert found.problem == alone.problem
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "lines"),
+    [
+        ("c", "int f(int x) {{\n{}}}\n", 2),
+        ("java", "class A {{\n  A() {{\n{}  }}\n}}\n", 2),
+        ("javascript", "class A {{\n  get f() {{\n{}  }}\n}}\n", 2),
+        ("ruby", "def f\n{}end\n", 2),
+        ("go", "package a\nfunc f() {{\n{}}}\n", 2),
+        ("rust", "fn f() {{\n{}}}\n", 2),
+    ],
+)
+def test_a_function_of_more_lines_than_asked_for_needs_a_tree(grammar, text, lines):
+    text = text.format("x = 1;\n" * 30 if grammar != "ruby" else "x = 1\n" * 30)
+    assert left_out(text, grammar) == 0
+    assert left_out(text, grammar, function_lines=31 + lines) == 0  # counted from the end of what stands before
+    assert left_out(text, grammar, function_lines=29 + lines) == -1
+
+
+def test_texts_that_no_parser_likes_are_declined_and_not_more():
+    assert left_out("", "c") == 0
+    assert left_out("\ufeffint x;\n", "c") == 0
+    assert left_out("int x; /* \0 */\n", "c") in (0, -1)
+    assert left_out("\n\n\n  \n", "c") == 0
+    assert left_out('int x = "\U0001f600\u00e9";\n', "c") == 0
+    for text in (
+        "(" * 50_000,
+        "f(a)(" * 20_000,
+        "if (a) " * 20_000,
+        "{" * 50_000,
+        "a<b>(c)*" * 10_000,
+        "\\\n" * 10_000,
+    ):
+        for grammar in ("c", "cpp", "javascript", "java", "csharp", "typescript"):
+            assert left_out(text, grammar, share=0.2) >= -1  # and comes back
+
+
+def test_what_is_no_grammar_is_refused():
+    with pytest.raises(TypeError):
+        native().Recognizer("c")

@@ -27,8 +27,8 @@ def recognizer(grammar):
     return native().Recognizer(tree_sitter_language_pack.get_binding(grammar))
 
 
-def left_out(text, grammar, share=0.0, function_lines=math.inf):
-    return recognizer(grammar).left_out(text.encode(), function_lines, share)
+def left_out(text, grammar, share=0.0, function_lines=math.inf, open_end=False):
+    return recognizer(grammar).left_out(text.encode(), share, function_lines, open_end)
 
 
 def has_error(text, grammar):
@@ -106,9 +106,16 @@ def test_what_is_left_out_is_wrong_where_it_stands_and_the_rest_is_good():
 def test_what_lines_that_were_left_out_would_have_closed_may_stay_open():
     functions = "int g(int x) {\n  return x;\n}\n" * 10
     text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n'
-    assert left_out(text, "c") == -1
-    assert left_out(text, "c", share=0.2) == len("}\n") + 1
-    assert left_out("int g(int x) {\n  return x;\n", "c", share=0.9) == -1  # nothing was left out
+    assert left_out(text, "c", open_end=True) == -1
+    assert left_out(text, "c", share=0.2, open_end=True) == len("}\n") + 1 < left_out(text, "c", share=0.2)
+    assert left_out("int g(int x) {\n  return x;\n", "c", share=0.9, open_end=True) == -1  # nothing was left out
+
+
+def test_a_line_that_turns_code_into_a_text_or_a_string_is_not_left_out():
+    page = "<?php @ php\n" + "for (($x) += 1 {\n" * 20
+    assert parse(page, "PHP", "a.php", enough=0.25).error_share > 0.25
+    docstring = '"""\nWords.\n"""\n' + "from a import b, c\nd = [b, c]\n" * 40
+    assert parse(docstring, "Java", "A.java", enough=0.01).error_share > 0.01
 
 
 @pytest.mark.parametrize("language", sorted(syntax._GRAMMARS))

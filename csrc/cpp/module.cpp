@@ -210,11 +210,13 @@ PYBIND11_MODULE(_cpp, m) {
           throw py::value_error("ABI " + std::to_string(tables->abi_version) + ": no grammar of ABI 13 to 15");
         return std::make_unique<Recognizer>(tables);
       }))
-      .def("left_out", [](Recognizer& self, const py::bytes& text, double function_lines, double share) -> int64_t {
+      .def("left_out", [](Recognizer& self, const py::bytes& text, double share, double function_lines,
+                          bool open_end) -> int64_t {
         const Py_ssize_t size = PyBytes_GET_SIZE(text.ptr());
         if (size >= int64_t{1} << 31) return -1;
         return self.left_out(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())),
-                             static_cast<uint32_t>(size), function_lines, static_cast<uint32_t>(share * size));
+                             static_cast<uint32_t>(size),
+                             {function_lines, static_cast<uint32_t>(share * size), open_end});
       });
   m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
     return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);

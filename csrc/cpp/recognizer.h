@@ -16,13 +16,18 @@
 
 namespace megacoder::grammar {
 
+struct Limits {
+  double function_lines;  // that no function may span more of
+  uint32_t left_out;      // bytes, at most
+  bool open_end;          // whether what lines with a } or # in them would have closed may stay open, for one byte
+};
+
 // One text.
 class Reading {
  public:
-  // `most`: how many bytes may be left out.
-  Reading(Grammar& grammar, Stacks& stacks, const uint8_t* text, uint32_t size, double function_lines, uint32_t most)
-      : grammar_(grammar), stacks_(stacks), tokens_(grammar, text, size), text_(text), size_(size),
-        function_lines_(function_lines), most_left_out_(most), steps_left_(1000 + 8 * int64_t{size}) {
+  Reading(Grammar& grammar, Stacks& stacks, const uint8_t* text, uint32_t size, const Limits& limits)
+      : grammar_(grammar), stacks_(stacks), tokens_(grammar, text, size), text_(text), size_(size), limits_(limits),
+        steps_left_(1000 + 8 * int64_t{size}) {
     stacks_.start(steps_left_);
     versions_ = {{stacks_.make(nullptr, kStartState, 0, false), 0, kActive}};
   }
@@ -80,8 +85,7 @@ class Reading {
       }
       if (versions_.size() > 1 || versions_[0].status != kActive) condense();
     }
-    // Lines that were left out may have closed what is open at the end.
-    if (versions_.empty() && furthest_ == size_ && left_out_ && left_out_ < most_left_out_) {
+    if (versions_.empty() && furthest_ == size_ && may_be_open_ && left_out_ < limits_.left_out) {
       ++left_out_;
       is_accepted_ = true;
     }
@@ -137,7 +141,7 @@ class Reading {
 
   void look_at(const Token& token) {
     furthest_ = std::max(furthest_, token.start);
-    if (most_left_out_ && versions_.size() == 1) mark_line(versions_[0], token.start);
+    if (limits_.left_out && versions_.size() == 1) mark_line(versions_[0], token.start);
   }
 
   // Whether a keyword that has no place here is a name; then `entry` is that of names.
@@ -189,15 +193,15 @@ class Reading {
     return top;
   }
 
-  bool spans_more(uint32_t start, uint32_t end) {  // than function_lines_
-    if (end - start < function_lines_) return false;  // as many characters take at least
+  bool spans_more(uint32_t start, uint32_t end) {  // lines than a function may
+    if (end - start < limits_.function_lines) return false;  // as many characters take at least
     if (line_ends_.empty()) {
       for (const uint8_t* at = text_; (at = std::find(at, text_ + size_, '\n')) != text_ + size_; ++at)
         line_ends_.push_back(static_cast<uint32_t>(at - text_));
       line_ends_.push_back(size_);
     }
     const auto first = std::lower_bound(line_ends_.begin(), line_ends_.end(), start);
-    return 1 + (std::lower_bound(first, line_ends_.end(), end) - first) > function_lines_;
+    return 1 + (std::lower_bound(first, line_ends_.end(), end) - first) > limits_.function_lines;
   }
 
   // Version `by` takes the place of version `index`.
@@ -261,6 +265,7 @@ class Reading {
   // reads well up to the next line that is indented no further. False where that is too much.
   bool recover() {
     const uint32_t error = furthest_, before = left_out_;
+    const bool was_open = may_be_open_;
     std::vector<Line> known = std::move(lines_);
     lines_.clear();
     bool is_found = false;
@@ -271,7 +276,8 @@ class Reading {
           if (!next_line(resume, indent)) break;
         } while (resume <= known[i].start);
         left_out_ = before + resume - known[i].start;
-        if (resume == size_ || left_out_ > most_left_out_) break;
+        if (resume == size_ || left_out_ > limits_.left_out) break;
+        may_be_open_ = was_open || (limits_.open_end && closes(known[i].start, resume));
         resume_from(known, i, resume);
         proof_ = {resume, indent};
         run();
@@ -281,6 +287,11 @@ class Reading {
     forget(known);
     proof_ = kNoProof;
     return is_found && !is_accepted_;
+  }
+
+  // Whether there is a bracket, or a directive such as #endif.
+  bool closes(uint32_t start, uint32_t end) const {
+    return std::any_of(text_ + start, text_ + end, [](uint8_t c) { return c == '}' || c == '#'; });
   }
 
   // Goes on at `position` as if what lies between it and the line `known[index]` were not there.
@@ -331,15 +342,15 @@ class Reading {
   Tokens tokens_;
   const uint8_t* text_;
   uint32_t size_;
-  double function_lines_;
-  uint32_t most_left_out_, left_out_ = 0;
+  Limits limits_;
+  uint32_t left_out_ = 0;
   int64_t steps_left_;
   std::vector<Version> versions_;
   std::vector<Line> lines_;
   Proof proof_ = kNoProof;
   uint32_t furthest_ = 0;  // where the last token begins that was looked at
   std::vector<uint32_t> line_ends_;  // found when first asked for
-  bool is_declined_ = false, is_accepted_ = false, is_proven_ = false;
+  bool is_declined_ = false, is_accepted_ = false, is_proven_ = false, may_be_open_ = false;
 };
 
 // Of texts in one language; holds what they share.
@@ -347,10 +358,9 @@ class Recognizer {
  public:
   explicit Recognizer(const Tables* tables) : grammar_(tables) {}
 
-  // How many bytes, up to `most`, were left out so that the rest has no syntax error and no function over
-  // `function_lines` lines; -1 where there may be none, or more of them, or such a function.
-  int64_t left_out(const uint8_t* text, uint32_t size, double function_lines, uint32_t most) {
-    return Reading(grammar_, stacks_, text, size, function_lines, most).left_out();
+  // How many bytes were left out so that the rest has no syntax error; -1 where that may not be done within `limits`.
+  int64_t left_out(const uint8_t* text, uint32_t size, const Limits& limits) {
+    return Reading(grammar_, stacks_, text, size, limits).left_out();
   }
 
  private:

@@ -63,6 +63,8 @@ _GRAMMARS = {
     "SystemVerilog": "verilog", "TCL": "tcl", "TeX": "latex", "Thrift": "thrift", "TypeScript": "typescript",
     "Verilog": "verilog", "VHDL": "vhdl", "XSLT": "xml", "YAML": "yaml", "Zig": "zig",
 }  # fmt: skip
+_TAKE_TEXT = frozenset({"embeddedtemplate", "html", "latex", "php"})  # without one line, code may be a text to them
+_PREPROCESSED = frozenset({"c", "cpp", "cuda", "glsl"})  # lines under #if and #else may open twice what is closed once
 _BY_ENDING = {".tsx": "tsx", ".mli": "ocaml_interface", ".fsi": "fsharp_signature"}
 
 SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
@@ -135,9 +137,12 @@ def _notebook(text: str) -> Parsed:
 
 
 def _left_out(code: bytes, grammar: str, enough: float, function_lines: float) -> int:
-    """Bytes without which a recognizer takes `code`; -1 where they may be more than allowed, or a tree is needed."""
+    """Bytes without which a recogniser takes `code`; -1 where they may be more than allowed, or a tree is needed."""
     recognizer = _recognizer(grammar)
-    found: int = -1 if recognizer is None else recognizer.left_out(code, function_lines, enough)
+    if recognizer is None:
+        return -1
+    share = 0 if grammar in _TAKE_TEXT else enough
+    found: int = recognizer.left_out(code, share, function_lines, grammar in _PREPROCESSED)
     return found
 
 

@@ -12,6 +12,7 @@ from test_corpus_screening import BROKEN, GOOD, PROSE
 
 from megacoder.core.native import native
 from megacoder.corpus import syntax
+from megacoder.corpus.heuristics import FUNCTION_WORDS
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.screening import ScreeningConfig
 from megacoder.corpus.syntax import parse
@@ -24,7 +25,7 @@ _CHARACTERS = "(){}[];:,.\"'`/\\<>=*&|!?@#$% \n\ta0_-+"
 
 @functools.cache
 def recognizer(grammar):
-    return native().Recognizer(tree_sitter_language_pack.get_binding(grammar))
+    return native().Recognizer(tree_sitter_language_pack.get_binding(grammar), FUNCTION_WORDS)
 
 
 def left_out(text, grammar, share=0.0, function_lines=math.inf, open_end=False):
@@ -105,10 +106,31 @@ def test_what_is_left_out_is_wrong_where_it_stands_and_the_rest_is_good():
 
 def test_what_lines_that_were_left_out_would_have_closed_may_stay_open():
     functions = "int g(int x) {\n  return x;\n}\n" * 10
-    text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n'
-    assert left_out(text, "c", open_end=True) == -1
-    assert left_out(text, "c", share=0.2, open_end=True) == len("}\n") + 1 < left_out(text, "c", share=0.2)
-    assert left_out("int g(int x) {\n  return x;\n", "c", share=0.9, open_end=True) == -1  # nothing was left out
+    text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n{functions}'
+    assert left_out(text, "c", share=0.2) == left_out(text, "c", open_end=True) == -1
+    assert left_out(text, "c", share=0.2, open_end=True) == len("}\n") + len("}\n")  # that line, and the last one
+    for cut in ("int g(int x) {\n  return x;\n", "int g(int x) {\n  x = 1;\n  x = 2;"):
+        assert left_out(cut, "c", share=0.9, open_end=True) == -1  # nothing was left out
+
+
+_LETTER = "This is a letter and no code; who reads it, finds nothing but words in it.\n" * 100
+_SWALLOWED = {
+    "Java": 'class A {\n int x;\n ) ) (\n int y;\n String s = """\n',
+    "C#": 'class A {\n int x;\n ) ) (\n int y;\n string s = $@"',
+    "C++": 'int x;\n ) ) (\nint y;\nauto s = R"x(',
+    "PHP": "<?php\n$a = 1;\n) ) (\n$b = 2;\n$c = <<<EOT\n",
+    "JavaScript": "a = 1;\n)))\nb = 2\n<a>",
+    "HTML": "<p>\n< <<\n<b>\n<script>",
+    "Shell": 'a=1\n) ) (\nb=2\nc="',
+}
+"""Where one error and a string, or the like, that is never closed stand before a letter."""
+
+
+@pytest.mark.parametrize("language", sorted(_SWALLOWED))
+def test_what_an_open_string_swallows_is_not_code(language):
+    path = f"a.{LANGUAGES[language].extensions[0]}"
+    found = parse(_SWALLOWED[language] + _LETTER, language, path, enough=0.25)
+    assert found.error_share > 0.25
 
 
 def test_a_line_that_turns_code_into_a_text_or_a_string_is_not_left_out():
@@ -116,6 +138,19 @@ def test_a_line_that_turns_code_into_a_text_or_a_string_is_not_left_out():
     assert parse(page, "PHP", "a.php", enough=0.25).error_share > 0.25
     docstring = '"""\nWords.\n"""\n' + "from a import b, c\nd = [b, c]\n" * 40
     assert parse(docstring, "Java", "A.java", enough=0.01).error_share > 0.01
+
+
+@pytest.mark.parametrize("language", ["C#", "Go", "Java", "JavaScript", "PHP", "Ruby", "Rust", "Scala", "TypeScript"])
+def test_verdicts_on_files_that_are_cut_or_of_another_language_are_those_of_tree_sitter_alone(language):
+    path, enough = f"a.{LANGUAGES[language].extensions[0]}", ScreeningConfig().max_share(language)
+    long = GOOD[language] * (1 if language in ("Go", "PHP") else 10)
+    texts = [long[: len(long) * tenth // 10] for tenth in range(1, 10)]
+    texts += [text * 4 for other, text in GOOD.items() if other != language]
+    for text in texts:
+        found = parse(text, language, path, enough=enough)
+        with mock.patch.object(syntax, "_recognizer", return_value=None):
+            alone = parse(text, language, path, enough=enough)
+        assert (found.error_share > enough) == (alone.error_share > enough), text
 
 
 @pytest.mark.parametrize("language", sorted(syntax._GRAMMARS))
@@ -152,19 +187,25 @@ def test_a_function_of_more_lines_than_asked_for_needs_a_tree(grammar, text, lin
 def test_texts_that_no_parser_likes_are_declined_and_not_more():
     assert left_out("", "c") == 0
     assert left_out("\ufeffint x;\n", "c") == 0
-    assert left_out("int x; /* \0 */\n", "c") in (0, -1)
+    assert left_out("int x; /* \0 */\n", "c") == (-1 if has_error("int x; /* \0 */\n", "c") else 0)
     assert left_out("\n\n\n  \n", "c") == 0
     assert left_out('int x = "\U0001f600\u00e9";\n', "c") == 0
-    for text in (
-        "(" * 50_000,
-        "f(a)(" * 20_000,
-        "if (a) " * 20_000,
-        "{" * 50_000,
-        "a<b>(c)*" * 10_000,
-        "\\\n" * 10_000,
-    ):
+    for text in ("(" * 50_000, "f(a)(" * 20_000, "if (a) " * 20_000, "{" * 50_000, "a<b>(c)*" * 9000, "\\\n" * 9000):
         for grammar in ("c", "cpp", "javascript", "java", "csharp", "typescript"):
-            assert left_out(text, grammar, share=0.2) >= -1  # and comes back
+            assert left_out(text, grammar, share=0.2, open_end=True) == -1
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ("javascript", "x = (a, {%sb, c}, [d]) => e;\n"),
+        ("c", "void h(){ a * b; a (b); A%s(b)(c); }\n"),
+        ("java", "class A { void f() { A<B> c; a < b; (A) b; (a, b) -> c; (A & B) c; A%s::new; } }\n"),
+        ("typescript", "x = <T>(%sa: B, {b, c}, [d]) => e;\n"),
+    ],
+)
+def test_comments_without_end_where_a_text_may_be_read_in_two_ways(grammar, text):
+    assert left_out(text % ("/**/" * 200_000), grammar) == 0  # none costs a call within another
 
 
 def test_what_is_no_grammar_is_refused():

@@ -88,7 +88,7 @@ class Lexer {
     }
   }
 
-  // The text is valid UTF-8, except that it may be cut behind any byte.
+  // Of what is not UTF-8 nothing is read beyond the end.
   void read_wide(uint8_t byte) {
     const uint32_t length = byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
     width_ = std::min(length, size_ - position_);

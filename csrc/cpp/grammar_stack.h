@@ -106,19 +106,22 @@ class Stacks {
       return 1;
     }
     num_paths_ = 0;
-    branch(node, Path(paths_[0]), count, left);
+    branch(node, Path(paths_[0]), count, left, 0);
     return num_paths_;
   }
 
   const Path& path(size_t index) const { return paths_[index]; }
 
   // Adds the stacks under `other`, which stands at the same place in the same state, to those under `node`.
-  void merge(Node* node, const Node& other) {
-    join(node, other, 0);
+  void merge(Node* node, const Node& other, int depth = 0) {
+    add(node, other.previous, depth);
+    if (!other.others) return;
+    for (const Link& link : *other.others) add(node, link, depth);
   }
 
  private:
-  static constexpr size_t kMostLinks = 8, kMostPaths = 32, kBlock = 1024;
+  static constexpr size_t kMostLinks = 8, kMostPaths = 32;  // tree-sitter drops what is over 8 and 64
+  static constexpr size_t kBlock = 1024;
   static constexpr int kDeepest = 1000;  // calls within each other
 
   void grow() {
@@ -130,8 +133,9 @@ class Stacks {
     }
   }
 
-  void branch(Node* node, Path path, uint32_t count, uint32_t left) {
-    is_overfull |= left == 0 && num_paths_ == kMostPaths;
+  void branch(Node* node, Path path, uint32_t count, uint32_t left, int depth) {
+    for (; left && !node->others; node = node->previous.node) step(path, *node, node->previous.extra, count, left);
+    is_overfull |= (left == 0 && num_paths_ == kMostPaths) || depth > kDeepest;
     if (is_overfull) return;
     if (left == 0) {
       path.base = node;
@@ -142,10 +146,9 @@ class Stacks {
       Path further = path;
       uint32_t remaining = left;
       step(further, *node, link.extra, count, remaining);
-      branch(link.node, std::move(further), count, remaining);
+      branch(link.node, std::move(further), count, remaining, depth + 1);
     };
     follow(node->previous);
-    if (!node->others) return;
     for (const Link& link : *node->others) follow(link);
   }
 
@@ -158,12 +161,6 @@ class Stacks {
     } else if (left == count) {
       path.extras.push_back(node.position);
     }
-  }
-
-  void join(Node* node, const Node& other, int depth) {
-    add(node, other.previous, depth);
-    if (!other.others) return;
-    for (const Link& link : *other.others) add(node, link, depth);
   }
 
   void add(Node* node, const Link& link, int depth) {
@@ -184,7 +181,7 @@ class Stacks {
     if (known.extra != link.extra) return false;
     if (known.node == link.node) return true;
     if (known.node->state != link.node->state || known.node->position != link.node->position) return false;
-    join(known.node, *link.node, depth + 1);
+    merge(known.node, *link.node, depth + 1);
     return true;
   }
 

@@ -4,7 +4,6 @@
 // The scanner's state is bytes that it writes and reads; each that comes up gets a number, 0 that of none.
 #pragma once
 
-#include <string>
 #include <unordered_map>
 
 #include "grammar_lexer.h"
@@ -83,12 +82,13 @@ class Tokens {
   bool scan(uint16_t external_lex_state, uint32_t position, uint32_t scanner_state, bool is_error, Token& token) {
     const auto& scanner = grammar_.tables.external_scanner;
     const bool* valid = scanner.states + external_lex_state * grammar_.tables.external_token_count;
-    const std::string& before = states_[scanner_state];
+    const std::string& before = *states_[scanner_state];
     lexer_.start(position);
     scanner.deserialize(scanner_, before.empty() ? nullptr : before.data(), static_cast<unsigned>(before.size()));
     if (!scanner.scan(scanner_, lexer_.view(), valid)) return false;
-    char bytes[kScannerBytes];
-    const std::string_view after(bytes, scanner.serialize(scanner_, bytes));
+    const unsigned size = scanner.serialize(scanner_, bytes_);
+    if (size > kScannerBytes) return false;
+    const std::string_view after(bytes_, size);
     const bool is_changed = after != before;
     Token found = token;
     take(found, scanner.symbol_map[lexer_.symbol()]);
@@ -112,15 +112,16 @@ class Tokens {
 
   uint32_t number_of(std::string_view state) {
     const auto [found, is_new] = numbers_.try_emplace(std::string(state), static_cast<uint32_t>(states_.size()));
-    if (is_new) states_.push_back(found->first);
+    if (is_new) states_.push_back(&found->first);
     return found->second;
   }
 
   Grammar& grammar_;
   Lexer lexer_;
   void* scanner_ = nullptr;
-  std::vector<std::string> states_{""};
   std::unordered_map<std::string, uint32_t> numbers_{{"", 0}};
+  std::vector<const std::string*> states_{&numbers_.begin()->first};
+  char bytes_[kScannerBytes];
   Token cached_;
   uint32_t cached_position_ = 0, cached_scanner_state_ = 0;
 };

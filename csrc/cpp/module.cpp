@@ -2,6 +2,7 @@
 // torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them. What counts
 // or finds something in a text takes the text itself and keeps the interpreter's lock.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
@@ -203,20 +204,21 @@ PYBIND11_MODULE(_cpp, m) {
     return encoded && megacoder::surely_python(encoded, size);
   });
   py::class_<Recognizer>(m, "Recognizer", "Of texts without a syntax error in a tree-sitter grammar (recognizer.h).")
-      .def(py::init([](const py::capsule& language) {
+      .def(py::init([](const py::capsule& language, const std::vector<std::string>& function_words) {
         if (!PyCapsule_IsValid(language.ptr(), "tree_sitter.Language")) throw py::type_error("no tree-sitter language");
         const auto* tables = static_cast<const megacoder::grammar::Tables*>(language.get_pointer());
         if (!megacoder::grammar::Grammar::knows(tables))
           throw py::value_error("ABI " + std::to_string(tables->abi_version) + ": no grammar of ABI 13 to 15");
-        return std::make_unique<Recognizer>(tables);
+        return std::make_unique<Recognizer>(tables, function_words);
       }))
       .def("left_out", [](Recognizer& self, const py::bytes& text, double share, double function_lines,
-                          bool open_end) -> int64_t {
+                          bool open_end) -> int64_t {  // with the interpreter's lock: it reads one text at a time
+        if (!(share >= 0 && share <= 1)) throw py::value_error("share = " + std::to_string(share) + ": from 0 to 1");
         const Py_ssize_t size = PyBytes_GET_SIZE(text.ptr());
         if (size >= int64_t{1} << 31) return -1;
         return self.left_out(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())),
                              static_cast<uint32_t>(size),
-                             {function_lines, static_cast<uint32_t>(share * size), open_end});
+                             {function_lines, static_cast<uint32_t>(share * static_cast<double>(size)), open_end});
       });
   m.def("first_wrong_sequences", [](Address lengths, Address pointers, int64_t count, int64_t itemsize) {
     return megacoder::first_wrong_sequences(at<char>(lengths), at<char>(pointers), count, itemsize);

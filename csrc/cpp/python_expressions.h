@@ -1,5 +1,5 @@
 // Python's expressions, recognised over the kinds of tokens: those of 3.11's grammar, every one of which later versions
-// have too. No tree is built and nothing is tried twice: a form says what an expression may still turn out to be.
+// have too. No tree is built and no expression is read twice: a form says what an expression may still turn out to be.
 //
 // A binary operator's precedence makes no difference to whether operands and operators can follow one another; so an
 // operation is read as a flat run, and only parentheses, lambdas and the like nest. How deep they may is limited far

@@ -108,7 +108,7 @@ class CorpusConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all but where it goes and how many processes make it.
 
-        Whether kernels are compiled is part of it: without the recognizer, a few more files are screened as broken.
+        Whether there is a recogniser is part of it: without one, a few more files are screened as broken.
         """
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(
@@ -116,4 +116,4 @@ class CorpusConfig:
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
-        return plain | {"input": inputs, **chosen, "format": FORMAT, "compiled": native() is not None}
+        return plain | {"input": inputs, **chosen, "format": FORMAT, "recogniser": hasattr(native(), "Recognizer")}

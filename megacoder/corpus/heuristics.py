@@ -13,10 +13,12 @@ import tree_sitter
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.text_counts import word_counts
 
-__all__ = ["HeuristicLimits", "modularity", "readability"]
+__all__ = ["FUNCTION_WORDS", "HeuristicLimits", "modularity", "readability"]
 
 _CONFLICT = re.compile(r"^<{7} [^\n]*\n(?:.*\n)*?={7}\n(?:.*\n)*?>{7} ", re.MULTILINE)
-_FUNCTION = re.compile(r"function|method|constructor")
+FUNCTION_WORDS = ("function", "method", "constructor")
+"""One of these is in the type of a node that is a function, whatever the grammar."""
+_FUNCTION = re.compile("|".join(FUNCTION_WORDS))
 
 
 @dataclass(frozen=True, kw_only=True)

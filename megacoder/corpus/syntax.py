@@ -30,6 +30,7 @@ import tree_sitter
 import tree_sitter_language_pack
 
 from megacoder.core.native import native
+from megacoder.corpus.heuristics import FUNCTION_WORDS
 
 __all__ = ["SCREENED", "Parsed", "parse"]
 
@@ -149,7 +150,8 @@ def _left_out(code: bytes, grammar: str, enough: float, function_lines: float) -
 @functools.cache
 def _recognizer(grammar: str) -> Any:
     made = getattr(native(), "Recognizer", None)  # None where nothing is compiled, or what is compiled is older
-    return None if made is None else made(tree_sitter_language_pack.get_binding(grammar))  # type: ignore[arg-type]
+    language = tree_sitter_language_pack.get_binding(grammar)  # type: ignore[arg-type]
+    return None if made is None else made(language, FUNCTION_WORDS)
 
 
 def _tree(code: bytes, grammar: str, enough: float) -> Parsed:

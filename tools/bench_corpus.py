@@ -47,6 +47,7 @@ PAIRS = {
     "minhash / Daft": ("ours_minhash", "daft_minhash", 2.0),
     "minhash / datatrove": ("ours_minhash", "datatrove_minhash", 6.0),
     "syntax / bare tree-sitter": ("ours_syntax", "bare_tree_sitter", 0.85),
+    "syntax of Python / CPython's parser": ("ours_python", "cpython_parser", 5.0),
     "decontamination / set of tuples": ("ours_decontamination", "set_decontamination", 2.0),
     "rules / StarCoder-style Python": ("ours_rules", "plain_rules", 2.0),
     "stages 1-7 / datatrove filter + minhash": ("ours_pipeline", "datatrove_pipeline", 10.0),

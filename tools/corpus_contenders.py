@@ -115,6 +115,24 @@ def bare_tree_sitter(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
     yield {}
 
 
+def ours_python(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
+    """The screen's verdict of every Python file."""
+    from megacoder.corpus.syntax import parse
+
+    files = [file for file in _syntax_files(table) if file[1] == "Python"]
+    yield
+    yield _decisions([bool((found := parse(*file)) and found.error_share) for file in files])
+
+
+def cpython_parser(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
+    """The same by CPython's parser alone."""
+    from megacoder.corpus.syntax import _by_cpython
+
+    files = [text for text, language, _ in _syntax_files(table) if language == "Python"]
+    yield
+    yield _decisions([bool(_by_cpython(text).error_share) for text in files])
+
+
 def _tests(table: Path) -> list[str]:
     """Stand-ins for a benchmark: pieces of files that are not in the sample."""
     found: list[str] = json.loads(table.with_suffix(".tests.json").read_text())

@@ -2,14 +2,14 @@
 
 Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
 line that parses but can have no symbol table ends the work behind the parser); before it a recogniser in C++ is asked,
-twenty times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
+many times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
 tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error is not enough
 for a file to count as broken: grammars lag behind languages, and C or C++ before the preprocessor often is not C. So
 what is told is the share of bytes that had to be passed over for the rest to be read:
 
 - first by another recogniser, where it is compiled (csrc/cpp/recognizer.h): it follows a grammar's tables without
-  building its tree, in a quarter of the time, leaves out whole lines around an error, and gives up on a file as soon as
-  they are more than is allowed;
+  building its tree, in a third of the time or less, leaves out whole lines around an error, and gives up on a file as
+  soon as they are more than is allowed;
 - else by tree-sitter, which looks for a cheap way to recover: tokens that hang from an ERROR node were skipped. What
   was understood inside one was not: a grammar may wrap a whole file in an ERROR for a tag that is never closed.
 
@@ -104,8 +104,10 @@ def parse(text: str, language: str, path: str, *, enough: float = 0, function_li
 
 def _python(text: str) -> Parsed:
     surely_python = getattr(native(), "surely_python", None)  # None where it is not built: csrc/cpp/python_statements.h
-    if surely_python is not None and surely_python(text):
-        return _GOOD
+    return _GOOD if surely_python is not None and surely_python(text) else _by_cpython(text)
+
+
+def _by_cpython(text: str) -> Parsed:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes in strings
         try:

@@ -119,18 +119,23 @@ def ours_python(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
     """The screen's verdict of every Python file."""
     from megacoder.corpus.syntax import parse
 
-    files = [file for file in _syntax_files(table) if file[1] == "Python"]
+    texts = _python_texts(table)
     yield
-    yield _decisions([bool((found := parse(*file)) and found.error_share) for file in files])
+    broken = [bool((found := parse(text, "Python", "a.py")) and found.error_share) for text in texts]
+    yield {"megabytes": sum(map(len, texts)) / 1e6, **_decisions(broken)}
 
 
 def cpython_parser(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
     """The same by CPython's parser alone."""
     from megacoder.corpus.syntax import _by_cpython
 
-    files = [text for text, language, _ in _syntax_files(table) if language == "Python"]
+    texts = _python_texts(table)
     yield
-    yield _decisions([bool(_by_cpython(text).error_share) for text in files])
+    yield _decisions([bool(_by_cpython(text).error_share) for text in texts])
+
+
+def _python_texts(table: Path) -> list[str]:
+    return [text for text, language, _ in _syntax_files(table) if language == "Python"]
 
 
 def _tests(table: Path) -> list[str]:

@@ -18,6 +18,6 @@ if [ "${DEVICE:-cuda}" = cuda ]; then
     fail "uncorrected memory errors on a GPU; see nvidia-smi -q -d ECC"
   [ "$(ulimit -l)" = unlimited ] || fail "ulimit -l is $(ulimit -l); InfiniBand wants unlimited locked memory"
 fi
-mkdir -p "$output" && touch "$output/.writable.$(hostname)" && rm "$output/.writable.$(hostname)" ||
+mkdir -p "$output" && probe=$(mktemp "$output/.writable.XXXXXX") && rm "$probe" ||
   fail "cannot write to $output; is it on storage that all nodes share?"
 echo "$(hostname): $found GPUs, torch $torch, $output is writable"

@@ -12,6 +12,7 @@ from test_corpus_screening import BROKEN, GOOD, PROSE
 
 from megacoder.core.native import native
 from megacoder.corpus import syntax
+from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.heuristics import FUNCTION_WORDS
 from megacoder.corpus.languages import LANGUAGES
 from megacoder.corpus.screening import ScreeningConfig
@@ -211,3 +212,17 @@ def test_comments_without_end_where_a_text_may_be_read_in_two_ways(grammar, text
 def test_what_is_no_grammar_is_refused():
     with pytest.raises(TypeError):
         native().Recognizer("c")
+
+
+def test_a_build_without_the_recogniser_is_another_one(tmp_path):
+    config = CorpusConfig(input=(tmp_path,), out=tmp_path / "out")
+    with_it = config.identity()
+    with mock.patch("megacoder.corpus.config.native", return_value=None):
+        without = config.identity()
+    assert {key for key in with_it if with_it[key] != without[key]} == {"recogniser"}
+
+
+@pytest.mark.parametrize("share", [-0.5, 1.5, math.nan])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=r"share = .*: from 0 to 1"):
+        left_out("int x;\n", "c", share=share)

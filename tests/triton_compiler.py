@@ -108,6 +108,7 @@ def inspect(compiled):
         ).stdout  # fmt: skip
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     report = {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]}
+    report["fused"] = len(re.findall(r"\bFFMA\b", listing))
     report["local_accesses"] = len(re.findall(r"\b(?:LDL|STL)\b", listing))
     for name, mnemonic in (("loads", "LDG"), ("stores", "STG")):
         widths = [re.search(r"\.(128|64|U16|S16|U8|S8)\b", op) for op in re.findall(rf"\b{mnemonic}\.\S+", listing)]

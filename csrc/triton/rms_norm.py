@@ -151,7 +151,7 @@ def rms_norm_forward(
         rows, block, num_warps = _tile(dim, FORWARD_PER_THREAD)
         rms_norm_forward_kernel[(ceil_div(num_rows, rows),)](
             x_TD, residual_TD, weight_D, y_TD, h_TD, rstd_T, amax_bits(amax), num_rows, eps,
-            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return y_TD, h_TD, rstd_T
 
@@ -187,11 +187,11 @@ def rms_norm_backward(
         rms_norm_backward_kernel[(num_programs,)](
             grad_y_TD, h_TD, weight_D, rstd_T, grad_residual_TD, grad_h_TD, sums_PD, amax_bits(amax),
             num_rows,
-            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, maxnreg=BACKWARD_REGISTERS, enable_fp_fusion=True,
+            D=dim, ROWS=rows, BLOCK=block, num_warps=num_warps, maxnreg=BACKWARD_REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip
         add_sums_kernel[(ceil_div(dim, SUM_COLUMNS),)](
             sums_PD, grad_weight_D, num_programs,
-            D=dim, ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=8, enable_fp_fusion=True,
+            D=dim, ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return grad_h_TD
 

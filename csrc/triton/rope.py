@@ -66,8 +66,10 @@ def rope_kernel(
     cos_RB, sin_RB = _rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
     if INVERSE:
         sin_RB = -sin_RB
-    tl.store(low_ptr, (low_RB * cos_RB - high_RB * sin_RB).to(qkv_ptr.dtype.element_ty), mask=inside_RB)
-    tl.store(low_ptr + HALF, (high_RB * cos_RB + low_RB * sin_RB).to(qkv_ptr.dtype.element_ty), mask=inside_RB)
+    rotated_low_RB = tl.fma(-high_RB, sin_RB, low_RB * cos_RB)
+    rotated_high_RB = tl.fma(low_RB, sin_RB, high_RB * cos_RB)
+    tl.store(low_ptr, rotated_low_RB.to(qkv_ptr.dtype.element_ty), mask=inside_RB)
+    tl.store(low_ptr + HALF, rotated_high_RB.to(qkv_ptr.dtype.element_ty), mask=inside_RB)
 
 
 @triton.jit
@@ -106,8 +108,8 @@ def _gather_heads(
     if ROTATED:
         cos_RB, sin_RB = _rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
         wide_low_RB, wide_high_RB = low_RB.to(tl.float32), high_RB.to(tl.float32)
-        low_RB = (wide_low_RB * cos_RB + wide_high_RB * sin_RB).to(out_ptr.dtype.element_ty)
-        high_RB = (wide_high_RB * cos_RB - wide_low_RB * sin_RB).to(out_ptr.dtype.element_ty)
+        low_RB = tl.fma(wide_high_RB, sin_RB, wide_low_RB * cos_RB).to(out_ptr.dtype.element_ty)
+        high_RB = tl.fma(-wide_low_RB, sin_RB, wide_high_RB * cos_RB).to(out_ptr.dtype.element_ty)
     tl.store(to_ptr, low_RB, mask=inside_RB)
     tl.store(to_ptr + HALF, high_RB, mask=inside_RB)
     if amax_ptr is not None:
@@ -188,7 +190,7 @@ def rope_(
         rope_kernel[(ceil_div(num_tokens * num_heads, rows),)](
             qkv_TC, cos_PK2, sin_PK2, positions_T, num_tokens,
             INVERSE=inverse, HEADS=num_heads, C=columns, HALF=head_dim // 2, ROWS=rows, BLOCK=block,
-            num_warps=num_warps, enable_fp_fusion=True,
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def gather_unrotate(
             grad_q_BHSK, grad_k_BGSK, grad_v_BGSK,
             *grad_q_BHSK.stride()[:3], *grad_k_BGSK.stride()[:3], *grad_v_BGSK.stride()[:3],
             grad_qkv_TC, cos_PK2, sin_PK2, positions_T, amax_bits(amax), num_tokens, length,
-            H=heads, G=kv_heads, HALF=dim // 2, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            H=heads, G=kv_heads, HALF=dim // 2, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return grad_qkv_TC
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from train_cases import make_case
 
+from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
+from megacoder.model.partition import ExecutionConfig
 from megacoder.model.stage import Microbatch, Stage, forward_backward
 from megacoder.model.transformer import Transformer
+from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.attention import (
     DocumentMask,
     attention_backward,
@@ -27,6 +30,9 @@ from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.mesh import Mesh
+from megacoder.train.engine import Engine
+from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import read_metrics
 
@@ -120,6 +126,29 @@ def test_recomputation_changes_little_on_a_gpu(recompute):
     assert (grads[0] - grads[1]).norm() <= 1e-3 * grads[0].norm()  # cuDNN's backward adds in any order
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_the_host_waits_for_nothing_within_a_step(packed):
+    config = shape_of()
+    tokens, labels, starts = (tensor.cpu() for tensor in batch_of(config))
+    request = LayoutRequest(
+        model=config, parallel=ParallelConfig(), seq_length=256, global_batch_size=3, micro_batch_size=1
+    )
+    layout, world = request.layout(1), World(0, 1, 0, torch.device("cuda", 0), None)
+    engine = Engine(
+        config, layout, Mesh(world, layout.dims, sequence_parallel=False), execution=ExecutionConfig(),
+        bucket_elements=1 << 20, optimizer=AdamWConfig(), dtype=torch.bfloat16, seed=0,
+    )  # fmt: skip
+    batch = Batch(tokens=tokens, labels=labels, starts=starts if packed else None)
+    engine.forward_backward(engine.microbatches(batch, 1))  # compiles what it needs
+    microbatches = engine.microbatches(batch, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        part = engine.forward_backward(microbatches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert part.num_tokens == (labels != IGNORE_INDEX).sum()
+
+
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 2, 128), (4, 1, 64)])
 @pytest.mark.parametrize("length", [128, 192, 1000])
@@ -187,6 +216,14 @@ def test_a_run_on_a_gpu_is_the_run_on_a_cpu(case, packed):
     assert losses_of(case, f"bf16-{packed}", data=data, device="cuda", dtype="bfloat16") == pytest.approx(
         on_cpu, rel=0.05
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_from_a_graph_is_the_run_without(case, dtype):
+    settings = {"device": "cuda", "dtype": dtype}
+    without = losses_of(case, f"launched-{dtype}", **settings)
+    graphed = losses_of(case, f"graphed-{dtype}", execution=ExecutionConfig(cuda_graph=True), **settings)
+    assert graphed == pytest.approx(without, rel=1e-3)
 
 
 def test_a_run_on_a_gpu_goes_on_where_it_stopped(case):

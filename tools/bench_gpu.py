@@ -10,7 +10,8 @@ the fastest and slowest beside it. The last step runs under torch's profiler, wh
 Contenders: `megacoder` (bf16 weights, fp32 gradients, master weights and moments), `gemm` (the step's matrix products
 and nothing else: what the library cannot beat), `liger` (transformers' Llama with Liger-Kernel's ops), `transformers`
 and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile). Peers
-hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two.
+hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two,
+`--graph` for the first.
 """
 
 import itertools
@@ -64,6 +65,8 @@ class Options:
     """microbatches of a step"""
     fp8: bool = False
     """multiply the layers' matrices in fp8"""
+    graph: bool = False
+    """replay microbatches from a CUDA graph"""
     steps: int = 10
     """timed, after three to warm up"""
     kernels: int = 0
@@ -87,8 +90,8 @@ def data_of(options: Options, vocab: int) -> list[tuple[Tensor, Tensor]]:
 
 def ours(config: ModelConfig, options: Options) -> Step:
     """The engine of `megacoder train` on one rank."""
+    from megacoder.data.stream import Batch
     from megacoder.model.partition import ExecutionConfig
-    from megacoder.model.stage import Microbatch
     from megacoder.ops.adamw import AdamWConfig
     from megacoder.parallel.collectives import World
     from megacoder.parallel.config import ParallelConfig
@@ -103,13 +106,14 @@ def ours(config: ModelConfig, options: Options) -> Step:
     layout, device = request.layout(1), torch.device("cuda", 0)
     engine = Engine(
         config, layout, Mesh(World(0, 1, 0, device, None), layout.dims, sequence_parallel=False),
-        execution=ExecutionConfig(fp8=options.fp8), bucket_elements=request.parallel.bucket_elements,
-        optimizer=AdamWConfig(), dtype=torch.bfloat16, seed=0,
+        execution=ExecutionConfig(fp8=options.fp8, cuda_graph=options.graph),
+        bucket_elements=request.parallel.bucket_elements, optimizer=AdamWConfig(), dtype=torch.bfloat16, seed=0,
     )  # fmt: skip
-    data = data_of(options, config.vocab_size)
+    tokens, labels = map(torch.cat, zip(*data_of(options, config.vocab_size), strict=True))
+    batch = Batch(tokens=tokens, labels=labels)
 
     def step() -> float:
-        microbatches = [Microbatch.of(tokens.to(device), labels.to(device)) for tokens, labels in data]
+        microbatches = engine.microbatches(batch, options.batch)
         loss_sum, num_tokens = engine.sum_losses(engine.forward_backward(microbatches))
         engine.update(lr=1e-4, num_tokens=int(num_tokens), max_grad_norm=1.0)
         return loss_sum / num_tokens
@@ -256,6 +260,8 @@ def measure(options: Options) -> dict[str, Any]:
     """The row of one contender."""
     if options.fp8 and options.contender not in ("megacoder", "gemm"):
         raise ConfigError(f"--fp8 is not for {options.contender}")
+    if options.graph and options.contender != "megacoder":
+        raise ConfigError(f"--graph is not for {options.contender}")
     config = SHAPES[options.shape]
     build = {"megacoder": ours, "gemm": gemm}.get(options.contender, peer)
     began = time.perf_counter()
@@ -322,7 +328,7 @@ def main() -> None:
         if options.contender in ("megacoder", "gemm"):
             raise
         result = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    name = f"{options.contender}{', fp8' if options.fp8 else ''}"
+    name = f"{options.contender}{', fp8' if options.fp8 else ''}{', graph' if options.graph else ''}"
     title = f"{name}, {options.shape}, {options.accumulate} x {options.batch} x {options.sequence} tokens"
     table(title, ["figure", "value"], [[key, str(value)] for key, value in result.items()])
     if options.out is not None:

@@ -31,8 +31,8 @@ step() {  # FILE ARGUMENTS...: a row of bench_gpu.py
 
 if wanted correctness; then
   say "correctness"
-  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_gpu.py tests/test_ops.py tests/test_model.py \
-    tests/test_triton_kernels.py tests/test_cuda_kernels.py || failed=1
+  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_triton_kernels.py tests/test_cuda_kernels.py \
+    tests/test_gpu.py tests/test_ops.py tests/test_model.py || failed=1
 fi
 if wanted ops; then
   say "ops"
@@ -45,7 +45,13 @@ if wanted step; then
       step gpu_step.jsonl --contender $contender --sequence "$sequence" --batch "$batch"
     done
   done
-  step gpu_step.jsonl --sequence 4096 --batch 8 --accumulate 4 --steps 3
+  for graph in "" --graph; do  # long microbatches, and short ones, between whose kernels a GPU waits for the host
+    step gpu_step.jsonl $graph --sequence 4096 --batch 8 --accumulate 4 --steps 3
+    step gpu_step.jsonl $graph --sequence 2048 --batch 1 --accumulate 8 --steps 5
+  done
+  say "profile"
+  $PYTHON -m megacoder profile examples/pretrain_1.3b.toml --synthetic --global-batch-size 8 --micro-batch-size 8 \
+    --steps 3 --trace "$OUT/gpu_trace.json" --out "$OUT/gpu_profile.json" || failed=1
 fi
 if wanted peers; then  # ours before and after: the machine's own drift
   FRESH=--no-resume

@@ -41,12 +41,17 @@ class ExecutionConfig:
     """what a layer forms again in its backward rather than keeps: nothing, its norms, its widest tensors too, or all"""
     fp8: bool = False
     """whether layers multiply their matrices in fp8, cast from bfloat16 (attention, embedding and head do not)"""
+    cuda_graph: bool = False
+    """whether a microbatch's forward and backward are recorded once as a CUDA graph and replayed, which spares short
+    kernels the wait for the host; the rank holds the whole model, and documents are not masked. Not yet run on a GPU"""
 
     def __post_init__(self) -> None:
         if self.recompute == "norms" and self.block == "plain":
             raise ConfigError('execution.recompute = "norms" needs execution.block = "scheduled"; or use "selective"')
         if self.fp8 and self.block == "plain":
             raise ConfigError('execution.fp8 = true needs execution.block = "scheduled": plain layers are not cast')
+        if self.cuda_graph and self.block == "plain":
+            raise ConfigError('execution.cuda_graph = true needs execution.block = "scheduled"')
 
     @property
     def precision(self) -> Precision:
@@ -69,7 +74,9 @@ class ExecutionConfig:
                 raise ConfigError(f"execution.fp8 = true: {name} = {size}{share} is not a multiple of {MULTIPLE}")
 
     def check_machine(self, device_type: str, dtype: torch.dtype) -> None:
-        """ConfigError where there is no fp8 on such devices, or for weights and activations of `dtype`."""
+        """ConfigError where such devices have no fp8 or graphs, or no fp8 for weights and activations of `dtype`."""
+        if self.cuda_graph and device_type != "cuda":
+            raise ConfigError(f"execution.cuda_graph = true needs a GPU; this run is on {device_type}")
         if self.fp8 and dtype != torch.bfloat16:
             name = str(dtype).removeprefix("torch.")
             raise ConfigError(f'execution.fp8 = true casts from bfloat16; dtype = "{name}"')

@@ -42,16 +42,19 @@ class Places:
     ) -> Self:
         """This rank's part of whole sequences of `shape` (B, S); ConfigError for a length that ranks cannot share.
 
-        With `starts_BS` (bool), True where a document begins, tokens see their own document alone.
+        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. On the host it
+        serves best: what attention has to know of documents there is then found without asking the device.
         """
         batch, length = shape
         cp.check_length(length)
-        places_L = cp.places(length, device)
         if starts_BS is None:
-            return cls(positions_BL=places_L.repeat(batch, 1))
+            return cls(positions_BL=cp.places(length, device).repeat(batch, 1))
         positions_BL = cp.part(position_ids(starts_BS))
-        first_keys_BL = places_L - positions_BL
-        return cls(positions_BL=positions_BL, first_keys_BL=first_keys_BL, documents=cp.documents(first_keys_BL))
+        first_keys_BL = cp.places(length, starts_BS.device) - positions_BL
+        return cls(
+            positions_BL=positions_BL.to(device), first_keys_BL=first_keys_BL.to(device),
+            documents=cp.documents(first_keys_BL, device=device),
+        )  # fmt: skip
 
     @property
     def batch(self) -> int:

@@ -54,14 +54,19 @@ class PlainStage(ModelStage):
             return left_ND.detach(), SavedGraph(entered, left_ND, None)
         head, labels_T = self.model.lm_head, microbatch.labels_BS.flatten()
         with torch.no_grad():
-            loss, grad_ND = head_loss_with_grads(left_ND, head, labels_T, grad_weight_WD=grad_of(head.weight))
+            loss, grad_ND = head_loss_with_grads(
+                left_ND, head, labels_T, grad_weight_WD=grad_of(head.weight), num_tokens=microbatch.num_labels
+            )
         return loss, SavedGraph(entered, left_ND, grad_ND)
 
     @torch.no_grad()
     def evaluate(self, x_TD: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
         """See `ModelStage`."""
         left_ND = self._run_layers(x_TD, microbatch)
-        return head_loss_sum(left_ND, self.model.lm_head, microbatch.labels_BS.flatten()) if self.is_last else left_ND
+        if not self.is_last:
+            return left_ND
+        labels_T = microbatch.labels_BS.flatten()
+        return head_loss_sum(left_ND, self.model.lm_head, labels_T, num_tokens=microbatch.num_labels)
 
     def backward(self, grad_TD: Tensor | None, saved: SavedGraph) -> Tensor | None:
         """See `ModelStage`."""

@@ -45,10 +45,19 @@ class Microbatch:
     """already shifted, IGNORE_INDEX where not trained"""
     places: Places | None = None
     """where the tokens stand; None: the sequences are whole, and each is one document"""
+    num_labels: int | None = None
+    """how many are trained on, where they have been counted and are known to be of the vocabulary; None: the head
+    counts them, and the host waits for a GPU until then"""
 
     @classmethod
     def of(
-        cls, tokens_BS: Tensor, labels_BS: Tensor, *, cp: ContextParallel = UNCUT, starts_BS: Tensor | None = None
+        cls,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        *,
+        cp: ContextParallel = UNCUT,
+        starts_BS: Tensor | None = None,
+        num_labels: int | None = None,
     ) -> Self:
         """This rank's part of whole sequences, of which all ranks of the context axis give the same.
 
@@ -56,7 +65,7 @@ class Microbatch:
         length that the ranks cannot share.
         """
         places = Places.of(tokens_BS.shape, cp, device=tokens_BS.device, starts_BS=starts_BS)
-        return cls(cp.part(tokens_BS), cp.part(labels_BS), places)
+        return cls(cp.part(tokens_BS), cp.part(labels_BS), places, num_labels)
 
     def places_in(self, model: TransformerPart) -> Places:
         """Of every token; ValueError for a shape that `model` cannot take."""
@@ -168,7 +177,9 @@ class Stage(ModelStage):
             stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD
         )
         labels_T = microbatch.labels_BS.flatten()
-        loss, grad_TD = head_loss_with_grads(normed_TD, head, labels_T, grad_weight_WD=grad_of(head.weight))
+        loss, grad_TD = head_loss_with_grads(
+            normed_TD, head, labels_T, grad_weight_WD=grad_of(head.weight), num_tokens=microbatch.num_labels
+        )
         saved.head = SavedHead(grad_TD, summed_TD, rstd_T)
         return loss, saved
 
@@ -180,7 +191,7 @@ class Stage(ModelStage):
             return stream_TD if residual_TD is None else stream_TD.add_(residual_TD)
         norm, head = self._enter_head()
         normed_TD, _, _ = rms_norm_forward(stream_TD, norm.weight.detach(), norm.eps, residual_TD=residual_TD)
-        return head_loss_sum(normed_TD, head, microbatch.labels_BS.flatten())
+        return head_loss_sum(normed_TD, head, microbatch.labels_BS.flatten(), num_tokens=microbatch.num_labels)
 
     def backward(self, grad_TD: Tensor | None, saved: SavedStage) -> Tensor | None:
         """See `ModelStage`."""

@@ -118,8 +118,10 @@ def update_scalars(
     allowed = torch.where(norm > skip_above, math.inf, squares)  # the kernel leaves out what is not finite
     scalars = torch.empty(cuda.ADAMW_SCALARS, device=device)
     cuda.adamw_scalars(
-        allowed, torch.tensor(float(num_tokens), dtype=torch.float64, device=device), torch.tensor(lr, device=device),
-        torch.tensor(num_updates, device=device),
+        # Filled in by kernels: a copy from the host would wait for the gradients' norm.
+        allowed, torch.full((), num_tokens, dtype=torch.float64, device=device),
+        torch.full((), lr, dtype=torch.float32, device=device),
+        torch.full((), num_updates, dtype=torch.int64, device=device),
         max_grad_norm=max_grad_norm, beta1=config.beta1, beta2=config.beta2, scalars=scalars,
         norm=torch.empty_like(norm),  # infinite where the update is left out; `norm` says more
     )  # fmt: skip

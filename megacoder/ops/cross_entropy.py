@@ -128,7 +128,7 @@ def chunk_tokens(num_ids: int, device_type: str) -> int:
 
 
 def count_labels(labels_T: Tensor, vocab: int) -> int:
-    """How many labels are trained on; IndexError for one outside [0, vocab)."""
+    """How many labels are trained on; IndexError for one outside [0, vocab). The host waits for labels on a GPU."""
     counted = labels_T != IGNORE_INDEX
     outside = counted & ((labels_T < 0) | (labels_T >= vocab))
     if bool(outside.any()):
@@ -137,13 +137,20 @@ def count_labels(labels_T: Tensor, vocab: int) -> int:
 
 
 def linear_cross_entropy_with_grads(
-    x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int, grad_weight_WD: Tensor
+    x_TD: Tensor,
+    weight_WD: Tensor,
+    labels_T: Tensor,
+    *,
+    vocab: int,
+    grad_weight_WD: Tensor,
+    num_tokens: int | None = None,
 ) -> tuple[LossSum, Tensor]:
     """The loss sum and d(sum)/dx (T, D); adds d(sum)/dweight into fp32 `grad_weight_WD`.
 
-    IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel.
+    IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel. Whoever has
+    `count_labels` behind him, best of labels not yet on the device, gives its answer as `num_tokens`.
     """
-    num_tokens = count_labels(labels_T, vocab)
+    num_tokens = count_labels(labels_T, vocab) if num_tokens is None else num_tokens
     grad_x_TD = torch.empty_like(x_TD)
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
     chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
@@ -156,9 +163,11 @@ def linear_cross_entropy_with_grads(
     return LossSum(total, num_tokens), grad_x_TD
 
 
-def linear_cross_entropy_sum(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int) -> LossSum:
+def linear_cross_entropy_sum(
+    x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, vocab: int, num_tokens: int | None = None
+) -> LossSum:
     """The loss sum alone, for evaluation; the same chunks, the same errors."""
-    num_tokens = count_labels(labels_T, vocab)
+    num_tokens = count_labels(labels_T, vocab) if num_tokens is None else num_tokens
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
     chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)
     for x_CD, labels_C in zip(x_TD.split(chunk), labels_T.split(chunk), strict=True):

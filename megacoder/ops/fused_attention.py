@@ -39,7 +39,11 @@ class DocumentMask:
 
         ValueError where first keys are not those of documents, one after the other.
         """
-        return Pieces.of(self)
+        return Pieces.of(self, self.first_keys_BS.cpu())
+
+    def find_pieces(self, on_host_BS: Tensor) -> None:
+        """Has `pieces` ready, from the same first keys as the host has them."""
+        self.__dict__["pieces"] = Pieces.of(self, on_host_BS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +60,8 @@ class Pieces:
     """of each sequence, the first key that any of its queries sees"""
 
     @classmethod
-    def of(cls, mask: DocumentMask) -> "Pieces":
-        """See `DocumentMask.pieces`."""
-        first_keys = mask.first_keys_BS.cpu()
+    def of(cls, mask: DocumentMask, first_keys: Tensor) -> "Pieces":
+        """See `DocumentMask.pieces`; the first keys are on the host."""
         batch, length = first_keys.shape
         places = torch.arange(mask.query_start, mask.query_start + length, device="cpu").expand(batch, length)
         begins = first_keys == places

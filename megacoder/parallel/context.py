@@ -75,11 +75,18 @@ class ContextParallel:
         """`chunks` as int64 (L,)."""
         return torch.cat([torch.arange(chunk.start, chunk.stop, device=device) for chunk in self.chunks(length)])
 
-    def documents(self, first_keys_BL: Tensor) -> "Sequence[DocumentMask]":
-        """One mask for each of `chunks`, from the first keys of this rank's tokens."""
+    def documents(self, first_keys_BL: Tensor, *, device: torch.device) -> "Sequence[DocumentMask]":
+        """One mask for each of `chunks`, from the first keys of this rank's tokens.
+
+        From those of the host all is found out now that GPU kernels are told; else they ask, and wait for the device.
+        """
         chunks = self.chunks(first_keys_BL.shape[1] * self.size)
         parts = first_keys_BL.split([len(chunk) for chunk in chunks], dim=1)
-        return [DocumentMask(part, chunk.start) for part, chunk in zip(parts, chunks, strict=True)]
+        masks = [DocumentMask(part.to(device), chunk.start) for part, chunk in zip(parts, chunks, strict=True)]
+        if device.type == "cuda" and first_keys_BL.device.type == "cpu":
+            for mask, part in zip(masks, parts, strict=True):
+                mask.find_pieces(part)
+        return masks
 
     def part(self, whole_BS: Tensor) -> Tensor:
         """This rank's tokens (B, L, ...) of whole sequences (B, S, ...); ConfigError for a length that cannot be."""

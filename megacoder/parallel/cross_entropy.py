@@ -55,15 +55,23 @@ def head_loss(stream: Tensor, head: VocabParallelEmbedding, labels_T: Tensor) ->
 
 
 def head_loss_with_grads(
-    stream_ND: Tensor, head: VocabParallelEmbedding, labels_T: Tensor, *, grad_weight_WD: Tensor
+    stream_ND: Tensor,
+    head: VocabParallelEmbedding,
+    labels_T: Tensor,
+    *,
+    grad_weight_WD: Tensor,
+    num_tokens: int | None = None,
 ) -> tuple[LossSum, Tensor]:
-    """The loss sum of all ranks' tokens and d(sum)/dstream (N, D); adds d(sum)/dweight into fp32 `grad_weight_WD`."""
+    """The loss sum of all ranks' tokens and d(sum)/dstream (N, D); adds d(sum)/dweight into fp32 `grad_weight_WD`.
+
+    `num_tokens` is the answer of `count_labels`, where that has been asked.
+    """
     tp, weight_WD = head.tp, head.weight.detach()
     if tp.size == 1:
         return linear_cross_entropy_with_grads(
-            stream_ND, weight_WD, labels_T, vocab=head.vocab, grad_weight_WD=grad_weight_WD
+            stream_ND, weight_WD, labels_T, vocab=head.vocab, grad_weight_WD=grad_weight_WD, num_tokens=num_tokens
         )
-    num_tokens = count_labels(labels_T, head.vocab)
+    num_tokens = count_labels(labels_T, head.vocab) if num_tokens is None else num_tokens
     x_TD = start_gather(stream_ND, tp).wait()
     grad_x_TD = torch.empty_like(x_TD)
     grad_stream = None
@@ -82,12 +90,14 @@ def head_loss_with_grads(
     return LossSum(total, num_tokens), grad_stream.wait()
 
 
-def head_loss_sum(stream_ND: Tensor, head: VocabParallelEmbedding, labels_T: Tensor) -> LossSum:
+def head_loss_sum(
+    stream_ND: Tensor, head: VocabParallelEmbedding, labels_T: Tensor, *, num_tokens: int | None = None
+) -> LossSum:
     """The loss sum alone, for evaluation."""
     tp, weight_WD = head.tp, head.weight.detach()
     if tp.size == 1:
-        return linear_cross_entropy_sum(stream_ND, weight_WD, labels_T, vocab=head.vocab)
-    num_tokens = count_labels(labels_T, head.vocab)
+        return linear_cross_entropy_sum(stream_ND, weight_WD, labels_T, vocab=head.vocab, num_tokens=num_tokens)
+    num_tokens = count_labels(labels_T, head.vocab) if num_tokens is None else num_tokens
     x_TD = start_gather(stream_ND, tp).wait()
     total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
     chunk = chunk_tokens(weight_WD.shape[0], weight_WD.device.type)

@@ -15,16 +15,17 @@ import torch
 from megacoder.core.memory import return_freed_memory
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
+from megacoder.model.graphed_stage import GraphedStage
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.replicas import counted_elsewhere, late_parameters, sum_replica_gradients
-from megacoder.model.stage import ForwardOnly, Microbatch
+from megacoder.model.stage import ForwardOnly, Microbatch, Stage
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.ops.cross_entropy import LossSum
+from megacoder.ops.cross_entropy import LossSum, count_labels
 from megacoder.parallel.collectives import all_reduce_sum, group_size
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.pipeline import PipelineRunner
+from megacoder.parallel.pipeline import PipelineRunner, PipelineStage
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.layout import Layout
 
@@ -69,15 +70,25 @@ class Engine:
         if mesh.world.device.type == "cpu":
             return_freed_memory()
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
-        self._training = PipelineRunner(layout.program, self._stages, mesh.group("pp"), journal=mesh.world.journal)
+        training: Sequence[PipelineStage] = self._stages
+        if execution.cuda_graph:
+            assert isinstance(stages[0], Stage)  # of which `layout` has made sure
+            training = [GraphedStage(stage=stages[0])]
+        self._training = PipelineRunner(layout.program, training, mesh.group("pp"), journal=mesh.world.journal)
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
-        """This rank's part of its replica's batch, `size` sequences at a time."""
-        device, cp = self.mesh.world.device, self.mesh.cp
+        """This rank's part of its replica's batch, `size` sequences at a time.
+
+        IndexError for a label that is not of the vocabulary. What the host must know of labels and documents it finds
+        out here, before a GPU has them: what it asks of a GPU it waits for.
+        """
+        device, cp, vocab = self.mesh.world.device, self.mesh.cp, self.model.config.vocab_size
+        counts = [count_labels(cp.part(labels), vocab) for labels in batch.labels.split(size)]
         tokens, labels = (tensor.to(device).split(size) for tensor in (batch.tokens, batch.labels))
-        starts = [None] * len(tokens) if batch.starts is None else batch.starts.to(device).split(size)
+        starts = [None] * len(tokens) if batch.starts is None else batch.starts.split(size)
         return [
-            Microbatch.of(*pair, cp=cp, starts_BS=first) for *pair, first in zip(tokens, labels, starts, strict=True)
+            Microbatch.of(*pair, cp=cp, starts_BS=first, num_labels=count)
+            for *pair, first, count in zip(tokens, labels, starts, counts, strict=True)
         ]
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> LossSum:
@@ -95,7 +106,7 @@ class Engine:
 
     def sum_losses(self, part: LossSum, *flags: float) -> list[float]:
         """[loss sum, tokens, *flags] over all ranks of the run, of `part`s that the methods above returned."""
-        sums = torch.stack([part.total, *(part.total.new_tensor(value) for value in (part.num_tokens, *flags))])
+        sums = torch.stack([part.total, *(part.total.new_full((), value) for value in (part.num_tokens, *flags))])
         all_reduce_sum(sums, self.mesh.world.group)
         return sums.tolist()
 

@@ -99,7 +99,13 @@ class LayoutRequest:
                 f"micro_batch_size = {self.micro_batch_size}"
             )
         self.execution.check_sizes(self.model, tp=dims.tp, tokens=self.micro_batch_size * self.seq_length // dims.cp)
-        place_evenly(self.model.num_hidden_layers, self._schedule(dims, 1).stage_map.num_stages)
+        num_stages = self._schedule(dims, 1).stage_map.num_stages
+        if self.execution.cuda_graph and (dims.tp, dims.cp, num_stages) != (1, 1, 1):
+            raise ConfigError(
+                "execution.cuda_graph = true: a rank must hold the whole model and its sequences; with "
+                f"tp = {dims.tp}, cp = {dims.cp} and {num_stages} pipeline stages it does not"
+            )
+        place_evenly(self.model.num_hidden_layers, num_stages)
 
     def _works(self, dims: ParallelDims) -> bool:
         try:

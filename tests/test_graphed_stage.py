@@ -1,0 +1,227 @@
+"""The graphed stage, with a CUDA graph's part played on a CPU, and what it takes for granted of a microbatch.
+
+What plays it records every torch op with its tensors and later repeats the ops on the same tensors, with no Python of
+ours in between: a number of the host or another tensor that a step depends on would be the recorded one.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from train_cases import make_case
+
+from megacoder.core.errors import ConfigError
+from megacoder.data.stream import Batch
+from megacoder.model import graphed_stage
+from megacoder.model.config import ModelConfig
+from megacoder.model.graphed_stage import WARM_UP, GraphedStage
+from megacoder.model.init import init_weights
+from megacoder.model.partition import ExecutionConfig
+from megacoder.model.stage import Microbatch, Stage
+from megacoder.model.transformer import Transformer
+from megacoder.ops.adamw import AdamWConfig
+from megacoder.ops.backends import OPS
+from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.parallel.collectives import World
+from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.flat import FlatParameters
+from megacoder.parallel.mesh import Mesh
+from megacoder.train.config import RunConfig
+from megacoder.train.engine import Engine
+from megacoder.train.layout import LayoutRequest
+
+CPU = torch.device("cpu")
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
+"""Ops for whose result the host would wait."""
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.ops.append((func, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.ops:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """Ops that a dispatch mode sees, in the place of kernels of our own."""
+    monkeypatch.setattr("megacoder.ops.backends._asked", lambda: dict.fromkeys(OPS, "torch"))
+
+
+def tiny(**changes):
+    shape = {
+        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 16, "init_std": 0.1, "vocab_multiple": 16,
+    }  # fmt: skip
+    return ModelConfig(**{**shape, **changes})
+
+
+def built(config):
+    model = Transformer(config)
+    init_weights(model, seed=1)
+    return model, FlatParameters(model.named_parameters(), dtype=torch.float32, device=CPU)
+
+
+def microbatches(count, *, length=11):
+    for seed in range(count):
+        tokens = torch.randint(0, 61, (2, length + 1), generator=torch.Generator().manual_seed(seed))
+        labels = tokens[:, 1:].clone()
+        labels[0, : seed + 1] = IGNORE_INDEX  # another number of labels in each
+        yield Microbatch.of(tokens[:, :-1].contiguous(), labels, num_labels=int((labels >= 0).sum()))
+
+
+def play(monkeypatch, grad):
+    """Puts `Recorder` in the place of the graph; the gradients that recording has added are taken back."""
+    recorders = []
+
+    def record(step):
+        before = grad.clone()
+        with Recorder() as recorder:
+            step()
+        grad.copy_(before)
+        recorders.append(recorder)
+        return recorder.replay
+
+    monkeypatch.setattr(graphed_stage, "record", record)
+    return recorders
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_replays_are_the_stage_s_own_steps(recompute, tied, torch_alone, monkeypatch):
+    results = []
+    for graphed in (False, True):
+        model, flat = built(tiny(tie_word_embeddings=tied))
+        stage = Stage.whole(model, recompute=recompute)
+        recorders = play(monkeypatch, flat.grad)
+        runs = GraphedStage(stage=stage) if graphed else stage
+        losses = []
+        for number, microbatch in enumerate(microbatches(WARM_UP + 4)):
+            loss, saved = runs.forward(None, microbatch)
+            assert (saved is None) == (graphed and number >= WARM_UP)
+            assert runs.backward(None, saved) is None
+            losses.append(loss)
+            if number == WARM_UP + 1:  # an update between two replays of one graph
+                flat.weight.add_(flat.grad, alpha=-1e-3)
+                flat.grad.zero_()
+        assert len(recorders) == int(graphed)
+        results.append((losses, flat.grad))
+    (expected, expected_grad), (losses, grad) = results
+    assert [loss.num_tokens for loss in losses] == [loss.num_tokens for loss in expected]
+    assert torch.equal(torch.stack([loss.total for loss in losses]), torch.stack([loss.total for loss in expected]))
+    assert torch.equal(grad, expected_grad)
+
+
+def test_zero_bubble_s_halves_are_done_at_once(torch_alone, monkeypatch):
+    model, flat = built(tiny())
+    play(monkeypatch, flat.grad)
+    stage = GraphedStage(stage=Stage.whole(model))
+    for microbatch in microbatches(WARM_UP + 1):
+        _, saved = stage.forward(None, microbatch)
+        grad, rest = stage.backward_input(None, saved)
+        assert grad is None
+        before = flat.grad.clone()
+        rest()
+        assert torch.equal(flat.grad, before)
+
+
+@pytest.mark.parametrize("changes", [{"length": 9}, {"num_labels": None}])
+def test_what_the_graph_was_not_recorded_for_is_refused(changes, torch_alone, monkeypatch):
+    model, flat = built(tiny())
+    play(monkeypatch, flat.grad)
+    stage = GraphedStage(stage=Stage.whole(model))
+    for microbatch in microbatches(WARM_UP + 1):
+        stage.forward(None, microbatch)
+    (other,) = microbatches(1, length=changes.pop("length", 11))
+    for name, value in changes.items():
+        object.__setattr__(other, name, value)
+    with pytest.raises(ValueError, match=r"the graph is of microbatches of \[2, 11\] tokens whose labels are counted"):
+        stage.forward(None, other)
+
+
+def engine_of(**execution):
+    config = tiny()
+    request = LayoutRequest(
+        model=config, parallel=ParallelConfig(), seq_length=11, global_batch_size=8, micro_batch_size=2,
+    )  # fmt: skip
+    layout = request.layout(1)
+    return Engine(
+        config, layout, Mesh(World(0, 1, 0, CPU, None), layout.dims, sequence_parallel=False),
+        execution=ExecutionConfig(**execution), bucket_elements=1 << 20, optimizer=AdamWConfig(), dtype=torch.float32,
+        seed=0,
+    )  # fmt: skip
+
+
+def batch(seed):
+    tokens = torch.randint(0, 61, (8, 12), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
+
+
+def test_the_engine_s_updates_are_the_same(torch_alone, monkeypatch):
+    monkeypatch.setattr(ExecutionConfig, "check_machine", lambda *_: None)
+    curves = []
+    for graphed in (False, True):
+        engine = engine_of(cuda_graph=graphed)
+        recorders = play(monkeypatch, engine.flat.grad)
+        curve = []
+        for seed in range(3):
+            loss, counted = engine.sum_losses(engine.forward_backward(engine.microbatches(batch(seed), 2)))
+            curve.append((loss, engine.update(lr=1e-2, num_tokens=int(counted), max_grad_norm=1.0)))
+        curve.append(engine.sum_losses(engine.evaluate(engine.microbatches(batch(3), 2))))
+        curves.append(curve)
+        assert len(recorders) == int(graphed)
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
+def test_a_microbatch_of_the_engine_asks_nothing_of_its_device(recompute, torch_alone):
+    engine = engine_of(recompute=recompute)
+    microbatches = engine.microbatches(batch(0), 2)
+    with Recorder() as recorder:
+        engine.forward_backward(microbatches)
+    assert len(recorder.ops) > 500
+    assert not {func._schema.name for func, *_ in recorder.ops} & WAITS
+    uncounted = Microbatch.of(microbatches[0].tokens_BS, microbatches[0].labels_BS)
+    with Recorder() as recorder:
+        Stage.whole(engine.model).forward(None, uncounted)
+    assert {func._schema.name for func, *_ in recorder.ops} & WAITS
+
+
+def test_labels_outside_the_vocabulary_are_found_before_the_device_has_them():
+    engine, wrong = engine_of(), batch(0)
+    wrong.labels[3, 4] = 61
+    with pytest.raises(IndexError, match="label 61 is outside the vocabulary of 61 ids"):
+        engine.microbatches(wrong, 2)
+
+
+def test_runs_without_a_graph_are_refused(tmp_path):
+    graph = ExecutionConfig(cuda_graph=True)
+    with pytest.raises(ConfigError, match=r'execution.cuda_graph = true needs execution.block = "scheduled"'):
+        ExecutionConfig(cuda_graph=True, block="plain")
+    with pytest.raises(ConfigError, match=r"execution.cuda_graph = true needs a GPU; this run is on cpu"):
+        graph.check_machine("cpu", torch.float32)
+    for parallel, shared in (({"tp": 2}, "tp = 2"), ({"cp": 2}, "cp = 2"), ({"pp": 2}, "2 pipeline stages")):
+        request = LayoutRequest(
+            model=tiny(num_hidden_layers=4), parallel=ParallelConfig(**parallel), seq_length=8, global_batch_size=8,
+            micro_batch_size=2, execution=graph,
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"execution.cuda_graph = true: .*{shared}.*nearest .* dp=2"):
+            request.layout(2)
+    case = make_case(tmp_path)
+    data = case.config("masked").data
+    masked = data.__class__(**{**vars(data), "stream": data.stream.__class__(document_masks=True, seq_length=32)})
+    with pytest.raises(ConfigError, match=r"execution.cuda_graph = true with data.stream.document_masks = true"):
+        RunConfig(**{**vars(case.config("masked")), "data": masked, "execution": graph})

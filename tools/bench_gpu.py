@@ -9,9 +9,10 @@ the fastest and slowest beside it. The last step runs under torch's profiler, wh
 
 Contenders: `megacoder` (bf16 weights, fp32 gradients, master weights and moments), `gemm` (the step's matrix products
 and nothing else: what the library cannot beat), `liger` (transformers' Llama with Liger-Kernel's ops), `transformers`
-and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile). Peers
-hold weights, gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two,
-`--graph` for the first.
+and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile),
+`torchtitan` (its Llama 3, layers and loss each under torch.compile, as its own training does it). Peers hold weights,
+gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two, `--graph` for the
+first.
 """
 
 import itertools
@@ -53,7 +54,7 @@ SHAPES = {
 class Options:
     """One contender's step."""
 
-    contender: Literal["megacoder", "gemm", "liger", "transformers", "compiled", "plain"] = "megacoder"
+    contender: Literal["megacoder", "gemm", "liger", "transformers", "compiled", "plain", "torchtitan"] = "megacoder"
     """see the module"""
     shape: str = "1.3b"
     """1.3b, or tiny to try the script"""
@@ -123,7 +124,10 @@ def ours(config: ModelConfig, options: Options) -> Step:
 
 def peer(config: ModelConfig, options: Options) -> Step:
     """A torch module that maps (tokens, labels) to a mean loss, with torch's fused AdamW."""
-    model = {"liger": _liger, "transformers": _transformers, "compiled": _compiled, "plain": _plain}[options.contender]
+    model = {
+        "liger": _liger, "transformers": _transformers, "compiled": _compiled, "plain": _plain,
+        "torchtitan": _torchtitan,
+    }[options.contender]  # fmt: skip
     with torch.device("cuda"):
         module, loss_of = model(config, options)
     params = list(module.parameters())
@@ -183,6 +187,34 @@ def _plain(config: ModelConfig, options: Options) -> tuple[Any, Callable[[Tensor
     model = LlamaPart(job).bfloat16()
     run = torch.compile(lambda tokens, labels: cross_entropy(model(tokens), labels))
     return model, run
+
+
+def _torchtitan(config: ModelConfig, options: Options) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
+    """Version 0.2, of which `pip install --no-deps --target` of it and of torchdata, datasets, dill, multiprocess,
+    xxhash, tomli and einops is enough beside what transformers needs."""
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.models.llama3.model.model import Transformer
+
+    model = Transformer(
+        TransformerModelArgs(
+            dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads, vocab_size=config.padded_vocab_size, max_seq_len=options.sequence,
+            norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
+            # It makes two thirds of four times the width into a multiple of this, for 1.3B the inner width itself.
+            multiple_of=128,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.init_weights()
+    inner = model.layers["0"].feed_forward.w1.out_features
+    if inner != config.intermediate_size:
+        raise ConfigError(f"torchtitan's inner width is {inner}, that of {options.shape} {config.intermediate_size}")
+    model.bfloat16()  # rotations, too, would be rounded; they are complex and stay
+    for name, layer in list(model.layers.named_children()):
+        model.layers.register_module(name, torch.compile(layer, fullgraph=True))
+    loss_of = torch.compile(cross_entropy_loss)
+    return model, lambda tokens, labels: loss_of(model(tokens), labels) / labels.numel()
 
 
 def gemm(config: ModelConfig, options: Options) -> Step:

@@ -55,7 +55,7 @@ if wanted step; then
 fi
 if wanted peers; then  # ours before and after: the machine's own drift
   FRESH=--no-resume
-  for contender in megacoder liger plain compiled transformers megacoder; do
+  for contender in megacoder liger plain torchtitan compiled transformers megacoder; do
     step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
   done
 fi

@@ -1,14 +1,18 @@
 """Which implementation of an op runs, and what MEGACODER_OPS may say."""
 
+import functools
 import json
+import sys
+import types
 
 import pytest
 import torch
 
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError
-from megacoder.ops import backends, cpp
+from megacoder.ops import backends, cpp, linear
 from megacoder.ops.backends import OPS, backend, candidates, op_states, parse_choices
+from megacoder.ops.fused_attention import choose_flash
 from megacoder.ops.rms_norm import rms_norm_forward
 
 
@@ -72,6 +76,78 @@ def test_a_backend_that_cannot_do_the_rest_is_named(asked):
     asked("attention=flash")
     with pytest.raises(ConfigError, match="attention=flash does not serve all of this run"):
         backend("attention", torch.empty(0), able=lambda name: False)
+
+
+def of_hopper(monkeypatch, *modules):
+    """A GPU of that generation, on which `modules` are installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(backends, "_not_installed", lambda name: None if name in modules else f"{name} is missing")
+    candidates.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("modules", "attention"),
+    [
+        ((), ("cudnn", "flash", "torch")),
+        (("flash_attn_interface",), ("cudnn", "flash3", "flash", "torch")),
+        (("flash_attn_interface", "flash_attn.cute.interface"), ("cudnn", "flash3", "flash4", "flash", "torch")),
+    ],
+)
+def test_optional_packages_serve_where_they_are_installed(modules, attention, asked, monkeypatch):
+    asked("")
+    of_hopper(monkeypatch, *modules)
+    assert candidates("attention", "cuda", torch.bfloat16) == attention
+    assert candidates("weight_grad", "cuda", torch.bfloat16) == ("cublas", "torch")
+    of_hopper(monkeypatch, "fused_weight_gradient_mlp_cuda")
+    assert candidates("weight_grad", "cuda", torch.bfloat16) == ("cublas", "apex", "torch")
+    asked("attention=flash4")
+    of_hopper(monkeypatch)
+    with pytest.raises(ConfigError, match=r"attention=flash4: flash_attn\.cute\.interface is missing"):
+        candidates("attention", "cuda", torch.bfloat16)
+
+
+def test_a_module_that_nothing_holds_is_not_installed():
+    assert backends._not_installed("nobody.cute") == "nobody.cute is not installed: No module named 'nobody'"
+    assert backends._not_installed("nobody") == "nobody is not installed"
+    assert backends._not_installed("torch.nn.attention") is None
+
+
+def test_newer_flash_kernels_are_put_behind_torch_s_ops_once(monkeypatch):
+    calls = []
+
+    class Handle:
+        def remove(self):
+            calls.append("removed")
+
+    registry = torch.nn.attention._registry
+    for kernels in ("FA3", "FA4"):
+        register = functools.partial(lambda kernels: calls.append(kernels) or Handle(), kernels)
+        monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, kernels, register)
+    monkeypatch.setattr(registry, "_FLASH_ATTENTION_ACTIVE", None)
+    for name in ("flash", "flash3", "flash3", "flash4"):
+        choose_flash(name)
+    assert calls == ["FA3", "removed", "FA4"]
+
+
+def test_apex_adds_to_the_gradient(monkeypatch):
+    """Its function has this order of arguments in Megatron-LM, whose gradient fusion it is."""
+
+    def wgrad_gemm_accum_fp32(total_input, grad_output, main_grad):
+        assert main_grad.dtype == torch.float32
+        main_grad += grad_output.t().float() @ total_input.float()
+
+    apex = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", apex)
+    grad, x, before = torch.randn(7, 3).bfloat16(), torch.randn(7, 5).bfloat16(), torch.randn(3, 5)
+    sums = []
+    for name in ("apex", "torch"):
+        monkeypatch.setattr(linear, "backend", lambda *_, name=name: name)
+        sums.append(before.clone())
+        linear.accumulate_weight_grad(sums[-1], grad, x)
+    assert torch.allclose(*sums, atol=0.05)
+    assert not torch.equal(sums[0], before)
 
 
 def test_states_say_why():

@@ -90,7 +90,8 @@ def attention_forward(
     name = _backend(q_BHSK, query_start, documents)
     if name == "cudnn":
         return fused.cudnn_forward(q_BHSK, k_BGPK, v_BGPK)
-    if name == "flash":
+    if name in fused.FLASH:
+        fused.choose_flash(name)
         k, v = _for_flash(heads, k_BGPK, v_BGPK)
         return fused.flash_forward(q_BHSK, k, v, documents)
     q_NSK, k_NPK, v_NPK = _merge(q_BHSK, *_expand(heads, k_BGPK, v_BGPK))
@@ -123,7 +124,8 @@ def attention_backward(
     if name == "cudnn":
         grad_q, grad_k, grad_v = fused.cudnn_backward(grad_out_BHSK, q_BHSK, k_BGRK, v_BGRK, out_BHSK, lse_BHS)
         return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)
-    if name == "flash":
+    if name in fused.FLASH:
+        fused.choose_flash(name)
         k, v = _for_flash(heads, k_BGRK, v_BGRK)
         grad_q, grad_k, grad_v = fused.flash_backward(grad_out_BHSK, q_BHSK, k, v, out_BHSK, lse_BHS, documents)
         return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)

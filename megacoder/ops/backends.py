@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -33,8 +33,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "rope": ("cpp", "triton", "torch"),
     "swiglu": ("cpp", "triton", "torch"),
     "cross_entropy": ("cpp", "triton", "torch"),
-    "attention": ("cpp", "cudnn", "flash", "torch"),
-    "weight_grad": ("cpp", "cublas", "torch"),
+    "attention": ("cpp", "cudnn", "flash3", "flash4", "flash", "torch"),
+    "weight_grad": ("cpp", "cublas", "apex", "torch"),
     "few_rows": ("cpp", "torch"),
     "decode": ("cpp", "torch"),
     "adamw": ("cpp", "cuda", "torch"),
@@ -63,8 +63,11 @@ def _no_cpp() -> str | None:
     return None if cpp.is_built() else "not built (see megacoder --version --verbose)"
 
 
-def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+def _not_installed(module: str) -> str | None:
+    try:
+        return None if importlib.util.find_spec(module) else f"{module} is not installed"
+    except ImportError as error:  # of the package that would hold it
+        return f"{module} is not installed: {error}"
 
 
 def _no_gpu() -> str | None:
@@ -78,6 +81,17 @@ def _no_cudnn() -> str | None:
     if version < 91500:  # older ones are slower than flash on Hopper, and have wrong gradients at some lengths
         return f"cuDNN {version} is older than 9.15"
     return None if torch.cuda.get_device_capability()[0] >= 9 else "for GPUs from Hopper (sm_90) on"
+
+
+def _no_flash(package: str, generations: tuple[int, ...]) -> str | None:
+    """`package` is what torch imports when it is told to run FlashAttention's newer kernels."""
+    if reason := _no_gpu() or _not_installed(package):
+        return reason
+    return None if torch.cuda.get_device_capability()[0] in generations else "not for this generation of GPU"
+
+
+def _no_apex() -> str | None:
+    return _no_gpu() or _not_installed("fused_weight_gradient_mlp_cuda")
 
 
 def _no_cuda() -> str | None:
@@ -100,7 +114,7 @@ _BACKENDS = {
     "cpp": _Backend(
         _no_cpp, lambda device, dtype: device == "cpu" and dtype in STORED, "fused C++ for CPUs (csrc/cpp)"
     ),
-    "triton": _Backend(_no_triton, _triton_takes, "Triton (csrc/triton)"),
+    "triton": _Backend(partial(_not_installed, "triton"), _triton_takes, "Triton (csrc/triton)"),
     "cuda": _Backend(_no_cuda, lambda device, dtype: device == "cuda" and dtype in STORED, "CUDA C++ (csrc/cuda)"),
     "cudnn": _Backend(
         _no_cudnn, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuDNN's attention, through torch"
@@ -109,8 +123,21 @@ _BACKENDS = {
         lambda: None, lambda device, dtype: device == "cpu" or (device == "cuda" and dtype in HALVES),
         "FlashAttention-2, as torch has it",
     ),
+    "flash3": _Backend(
+        partial(_no_flash, "flash_attn_interface", (9,)),
+        lambda device, dtype: device == "cuda" and dtype in HALVES,
+        "FlashAttention-3, a package of its own",
+    ),
+    "flash4": _Backend(
+        partial(_no_flash, "flash_attn.cute.interface", (9, 10)),
+        lambda device, dtype: device == "cuda" and dtype in HALVES,
+        "FlashAttention-4, the package flash-attn-4",
+    ),
     "cublas": _Backend(
         _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "a GEMM whose epilogue adds in fp32"
+    ),
+    "apex": _Backend(
+        _no_apex, lambda device, dtype: device == "cuda" and dtype in HALVES, "apex's GEMM that adds in fp32"
     ),
     "scaled_mm": _Backend(
         _no_fp8, lambda device, dtype: device == "cuda" and dtype == torch.bfloat16, "cuBLASLt's fp8 GEMMs"

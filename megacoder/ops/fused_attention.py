@@ -1,4 +1,6 @@
-"""Attention kernels that torch carries, forward and backward called by hand: cuDNN's, and FlashAttention-2.
+"""Attention kernels behind torch's ops, forward and backward called by hand: cuDNN's, and FlashAttention's.
+
+torch carries version 2 of FlashAttention; 3 and 4 are packages whose kernels it puts behind the same ops.
 
 What autograd would keep between the two is (out, lse), so that is all that these take and return; dropout does not
 exist here, and neither do its random states. Layouts are those of `megacoder.ops.attention`: B sequences, S queries,
@@ -13,8 +15,22 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
-__all__ = ["DocumentMask", "cudnn_backward", "cudnn_forward", "flash_backward", "flash_forward", "serves"]
+__all__ = [
+    "FLASH",
+    "DocumentMask",
+    "choose_flash",
+    "cudnn_backward",
+    "cudnn_forward",
+    "flash_backward",
+    "flash_forward",
+    "serves",
+]
+
+FLASH = {"flash": None, "flash3": "FA3", "flash4": "FA4"}
+"""Backends that run through torch's FlashAttention ops, and what torch calls the kernels that it does not carry."""
+LARGEST_HEAD = {"cudnn": 128, "flash": 256, "flash3": 256, "flash4": 128}
 
 _cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -106,17 +122,23 @@ class Pieces:
 def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMask | None) -> bool:
     """Whether backend `name` knows the mask and the head dim.
 
-    cuDNN and the CPU's kernel align a causal mask to the first key, FlashAttention-2 to the last one.
+    cuDNN and the CPU's kernel align a causal mask to the first key, FlashAttention to the last one.
     """
-    if name not in ("cudnn", "flash"):
+    if name not in LARGEST_HEAD:
         return True
     if q_BHSK.device.type == "cpu":
         return query_start == 0 and documents is None
-    if q_BHSK.shape[-1] % 8 or not q_BHSK.numel():
+    if q_BHSK.shape[-1] % 8 or q_BHSK.shape[-1] > LARGEST_HEAD[name] or not q_BHSK.numel():
         return False
-    if name == "cudnn":  # of one query and key it says that it does not support them
-        return query_start == 0 and documents is None and q_BHSK.shape[-1] <= 128 and q_BHSK.shape[2] > 1
-    return q_BHSK.shape[-1] <= 256
+    # Of one query and key cuDNN says that it does not support them.
+    return name != "cudnn" or (query_start == 0 and documents is None and q_BHSK.shape[2] > 1)
+
+
+def choose_flash(name: str) -> None:
+    """Puts the kernels of `name` behind torch's FlashAttention ops, where they stay; 2's are there from the start."""
+    kernels = FLASH[name]
+    if kernels is not None and current_flash_attention_impl() != kernels:
+        activate_flash_attention_impl(kernels)
 
 
 def cudnn_forward(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:

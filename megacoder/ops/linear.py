@@ -8,6 +8,7 @@ A factor is what a product takes: the tensor itself, or in fp8 its casts (see `m
 them, and whoever runs a layer says only which of the three kinds a tensor is.
 """
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,10 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
     name = backend("weight_grad", grad_out_TO)
     if name == "cublas":  # torch >= 2.8
         torch.addmm(grad_weight_OI, grad_out_TO.t(), x_TI, out_dtype=torch.float32, out=grad_weight_OI)
+        return
+    if name == "apex":
+        apex = importlib.import_module("fused_weight_gradient_mlp_cuda")
+        apex.wgrad_gemm_accum_fp32(x_TI, grad_out_TO, grad_weight_OI)
         return
     if name == "torch":
         grad_weight_OI += grad_out_TO.t() @ x_TI

@@ -24,6 +24,27 @@ def _few_threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Sets what MEGACODER_OPS asks for, as a new process would read it."""
+    from megacoder.ops import backends
+
+    def ask(text):
+        monkeypatch.setattr(backends, "_asked", lambda: backends.parse_choices(text))
+        backends.candidates.cache_clear()
+
+    yield ask
+    backends.candidates.cache_clear()
+
+
+@pytest.fixture
+def torch_alone(asked):
+    """Every op runs on its reference."""
+    from megacoder.ops.backends import OPS
+
+    asked(",".join(f"{op}=torch" for op in OPS))
+
+
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request, monkeypatch):
     """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.

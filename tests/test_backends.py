@@ -16,18 +16,6 @@ from megacoder.ops.fused_attention import choose_flash
 from megacoder.ops.rms_norm import rms_norm_forward
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Sets what the environment asks for, as a new process would read it."""
-
-    def ask(text):
-        monkeypatch.setattr(backends, "_asked", lambda: parse_choices(text))
-        candidates.cache_clear()
-
-    yield ask
-    candidates.cache_clear()
-
-
 def test_choices_are_read():
     assert parse_choices("") == {}
     assert parse_choices("rms_norm=torch, attention=flash,") == {"rms_norm": "torch", "attention": "flash"}

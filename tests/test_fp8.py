@@ -21,7 +21,7 @@ from megacoder.model.partition import ExecutionConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer, weight_pieces
-from megacoder.ops import backends, linear
+from megacoder.ops import linear
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fp8 import E4M3, E5M2, SMALLEST, Fp8Factor, fp8_cast, fp8_product, largest_magnitude
@@ -364,19 +364,7 @@ def test_two_ranks_equal_one(ranks, sequence_parallel, recompute, rounds):
 # Runs, and refusals
 
 
-@pytest.fixture
-def ask_for_emulation(monkeypatch):
-    """Sets what a test's user would, `MEGACODER_OPS=fp8_product=torch`."""
-
-    def ask():
-        monkeypatch.setattr(backends, "_asked", lambda: {"fp8_product": "torch"})
-        backends.candidates.cache_clear()
-
-    yield ask
-    backends.candidates.cache_clear()
-
-
-def test_what_has_no_fp8_is_refused(ask_for_emulation):
+def test_what_has_no_fp8_is_refused(asked):
     fp8 = ExecutionConfig(fp8=True)
     with pytest.raises(ConfigError, match=r'execution\.fp8 = true needs execution.block = "scheduled"'):
         ExecutionConfig(fp8=True, block="plain")
@@ -384,7 +372,7 @@ def test_what_has_no_fp8_is_refused(ask_for_emulation):
         fp8.check_machine("cuda", torch.float32)
     with pytest.raises(ConfigError, match=r"needs a GPU that multiplies fp8 .*: sm_89 and up"):
         fp8.check_machine("cpu", torch.bfloat16)
-    ask_for_emulation()
+    asked("fp8_product=torch")
     fp8.check_machine("cpu", torch.bfloat16)
     ExecutionConfig().check_machine("cpu", torch.float32)
 
@@ -407,7 +395,7 @@ def test_sizes_that_fp8_does_not_take_are_refused(changes, tp, tokens, message):
         ExecutionConfig(fp8=True).check_sizes(tiny(**changes), tp=tp, tokens=tokens)
 
 
-def test_a_run_in_fp8(tmp_path, ask_for_emulation):
+def test_a_run_in_fp8(tmp_path, asked):
     case = make_case(tmp_path)
     settings = {"dtype": "bfloat16", "device": DEVICE.type, "steps": 4}
     fp8 = case.config("run", execution=ExecutionConfig(fp8=True), **settings)
@@ -418,7 +406,7 @@ def test_a_run_in_fp8(tmp_path, ask_for_emulation):
         with pytest.raises(ConfigError, match="needs a GPU that multiplies fp8"):
             train(fp8)
         assert not (tmp_path / "run").exists()
-        ask_for_emulation()
+        asked("fp8_product=torch")
     train(fp8)
     train(case.config("bf16", **settings))
     in_fp8, in_bf16 = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "bf16"))

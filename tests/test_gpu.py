@@ -152,10 +152,10 @@ def test_the_host_waits_for_nothing_within_a_step(packed):
 @pytest.mark.parametrize("name", ["cudnn", "flash", "flash3", "flash4"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 2, 128), (4, 1, 64)])
 @pytest.mark.parametrize("length", [128, 192, 1000])
-def test_attention_backends_against_float64(name, heads, kv_heads, dim, length, monkeypatch):
+def test_attention_backends_against_float64(name, heads, kv_heads, dim, length, asked):
     if name not in candidates("attention", "cuda", torch.bfloat16):
         pytest.skip(f"{name} is not here")
-    monkeypatch.setattr("megacoder.ops.backends._asked", lambda: {"attention": name})
+    asked(f"attention={name}")
     _compare(2, heads, kv_heads, dim, length, num_keys=length)
 
 
@@ -291,5 +291,6 @@ def test_every_op_has_a_kernel_here():
     sample = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     assert {op: backend(op, sample) for op in OPS} == {
         "rms_norm": "triton", "rope": "triton", "swiglu": "triton", "cross_entropy": "triton",
-        "attention": "cudnn", "weight_grad": "cublas", "adamw": "cuda", "fp8_cast": "cuda", "fp8_product": "scaled_mm",
+        "attention": "cudnn", "weight_grad": "cublas", "few_rows": "torch", "decode": "torch", "adamw": "cuda",
+        "fp8_cast": "cuda", "fp8_product": "scaled_mm",
     }  # fmt: skip

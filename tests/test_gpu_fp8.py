@@ -10,7 +10,6 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
-from megacoder.ops import backends
 from megacoder.ops.backends import candidates
 from megacoder.ops.fp8 import E4M3, E5M2, fp8_cast, fp8_product, largest_magnitude
 from megacoder.ops.linear import FP8, STORED, accumulate_weight_grad, linear_forward, linear_input_grad
@@ -25,19 +24,16 @@ SIZES = [(16, 16, 16), (48, 272, 144), (528, 1040, 80), (4096, 2048, 5504)]  # (
 
 
 @pytest.fixture
-def emulated(monkeypatch):
+def emulated(asked):
     """Runs a call on torch's path."""
 
     def run(call):
-        with monkeypatch.context() as patch:
-            patch.setattr(backends, "_asked", lambda: {"fp8_cast": "torch", "fp8_product": "torch"})
-            candidates.cache_clear()
-            result = call()
-        candidates.cache_clear()
+        asked("fp8_cast=torch,fp8_product=torch")
+        result = call()
+        asked("")
         return result
 
-    yield run
-    candidates.cache_clear()
+    return run
 
 
 def randn(*shape, seed=0, spread=2.0):

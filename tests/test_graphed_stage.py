@@ -1,7 +1,8 @@
 """The graphed stage, with a CUDA graph's part played on a CPU, and what it takes for granted of a microbatch.
 
 What plays it records every torch op with its tensors and later repeats the ops on the same tensors, with no Python of
-ours in between: a number of the host or another tensor that a step depends on would be the recorded one.
+ours in between: a number of the host or another tensor that a step depends on would be the recorded one. It does not
+see kernels of our own, so all ops run on their references.
 """
 
 import pytest
@@ -20,7 +21,6 @@ from megacoder.model.partition import ExecutionConfig
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.ops.backends import OPS
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
@@ -53,12 +53,6 @@ class Recorder(TorchDispatchMode):
             for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
                     old.copy_(new)
-
-
-@pytest.fixture
-def torch_alone(monkeypatch):
-    """Ops that a dispatch mode sees, in the place of kernels of our own."""
-    monkeypatch.setattr("megacoder.ops.backends._asked", lambda: dict.fromkeys(OPS, "torch"))
 
 
 def tiny(**changes):

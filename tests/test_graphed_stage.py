@@ -5,6 +5,8 @@ ours in between: a number of the host or another tensor that a step depends on w
 see kernels of our own, so all ops run on their references.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.graphed_stage import WARM_UP, GraphedStage
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
@@ -26,7 +29,6 @@ from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
-from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 
@@ -102,10 +104,10 @@ def test_replays_are_the_stage_s_own_steps(recompute, tied, torch_alone, monkeyp
         stage = Stage.whole(model, recompute=recompute)
         recorders = play(monkeypatch, flat.grad)
         runs = GraphedStage(stage=stage) if graphed else stage
-        losses = []
-        for number, microbatch in enumerate(microbatches(WARM_UP + 4)):
+        losses, given = [], list(microbatches(WARM_UP + 4))
+        for number, microbatch in enumerate(given):
             loss, saved = runs.forward(None, microbatch)
-            assert (saved is None) == (graphed and number >= WARM_UP)
+            assert (saved is None) == graphed
             assert runs.backward(None, saved) is None
             losses.append(loss)
             if number == WARM_UP + 1:  # an update between two replays of one graph
@@ -113,6 +115,9 @@ def test_replays_are_the_stage_s_own_steps(recompute, tied, torch_alone, monkeyp
                 flat.grad.zero_()
         assert len(recorders) == int(graphed)
         results.append((losses, flat.grad))
+        for microbatch, same in zip(given, microbatches(WARM_UP + 4), strict=True):
+            assert torch.equal(microbatch.tokens_BS, same.tokens_BS)
+            assert torch.equal(microbatch.labels_BS, same.labels_BS)
     (expected, expected_grad), (losses, grad) = results
     assert [loss.num_tokens for loss in losses] == [loss.num_tokens for loss in expected]
     assert torch.equal(torch.stack([loss.total for loss in losses]), torch.stack([loss.total for loss in expected]))
@@ -132,24 +137,44 @@ def test_zero_bubble_s_halves_are_done_at_once(torch_alone, monkeypatch):
         assert torch.equal(flat.grad, before)
 
 
-@pytest.mark.parametrize("changes", [{"length": 9}, {"num_labels": None}])
-def test_what_the_graph_was_not_recorded_for_is_refused(changes, torch_alone, monkeypatch):
+def packed(tokens):
+    starts = torch.zeros(tokens.shape, dtype=torch.bool)
+    starts[:, [0, 4]] = True
+    return Places.of(tokens.shape, device=CPU, starts_BS=starts)
+
+
+@pytest.mark.parametrize("num_before", [0, WARM_UP, WARM_UP + 1])
+def test_what_a_graph_cannot_hold_is_refused_before_anything_runs(num_before, torch_alone, monkeypatch):
+    model, flat = built(tiny())
+    recorders = play(monkeypatch, flat.grad)
+    stage = GraphedStage(stage=Stage.whole(model))
+    *before, last = microbatches(num_before + 1)
+    for microbatch in before:
+        stage.forward(None, microbatch)
+    grad = flat.grad.clone()
+    for changes in ({"num_labels": None}, {"places": None}, {"places": packed(last.tokens_BS)}):
+        with pytest.raises(ValueError, match="a graph is of whole sequences with places, not masked"):
+            stage.forward(None, dataclasses.replace(last, **changes))
+    assert len(recorders) == int(num_before > WARM_UP)
+    assert torch.equal(flat.grad, grad)
+
+
+def test_tokens_of_another_shape_are_refused(torch_alone, monkeypatch):
     model, flat = built(tiny())
     play(monkeypatch, flat.grad)
     stage = GraphedStage(stage=Stage.whole(model))
     for microbatch in microbatches(WARM_UP + 1):
         stage.forward(None, microbatch)
-    (other,) = microbatches(1, length=changes.pop("length", 11))
-    for name, value in changes.items():
-        object.__setattr__(other, name, value)
-    with pytest.raises(ValueError, match=r"the graph is of microbatches of \[2, 11\] tokens whose labels are counted"):
+    (other,) = microbatches(1, length=9)
+    with pytest.raises(ValueError, match=r"the graph is of microbatches of \[2, 11\] tokens; this one has \[2, 9\]"):
         stage.forward(None, other)
 
 
-def engine_of(**execution):
+def engine_of(schedule="1f1b", **execution):
     config = tiny()
     request = LayoutRequest(
-        model=config, parallel=ParallelConfig(), seq_length=11, global_batch_size=8, micro_batch_size=2,
+        model=config, parallel=ParallelConfig(schedule=schedule), seq_length=11, global_batch_size=8,
+        micro_batch_size=2,
     )  # fmt: skip
     layout = request.layout(1)
     return Engine(
@@ -164,11 +189,12 @@ def batch(seed):
     return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
 
 
-def test_the_engine_s_updates_are_the_same(torch_alone, monkeypatch):
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+def test_the_engine_s_updates_are_the_same(schedule, torch_alone, monkeypatch):
     monkeypatch.setattr(ExecutionConfig, "check_machine", lambda *_: None)
     curves = []
     for graphed in (False, True):
-        engine = engine_of(cuda_graph=graphed)
+        engine = engine_of(schedule, cuda_graph=graphed)
         recorders = play(monkeypatch, engine.flat.grad)
         curve = []
         for seed in range(3):
@@ -216,6 +242,11 @@ def test_runs_without_a_graph_are_refused(tmp_path):
             request.layout(2)
     case = make_case(tmp_path)
     data = case.config("masked").data
-    masked = data.__class__(**{**vars(data), "stream": data.stream.__class__(document_masks=True, seq_length=32)})
-    with pytest.raises(ConfigError, match=r"execution.cuda_graph = true with data.stream.document_masks = true"):
-        RunConfig(**{**vars(case.config("masked")), "data": masked, "execution": graph})
+    for masked in (
+        {"stream": dataclasses.replace(data.stream, document_masks=True)},
+        {"conversations": dataclasses.replace(data.conversations, train=(tmp_path / "rows.jsonl",))},
+    ):
+        with pytest.raises(ConfigError, match=r"execution.cuda_graph = true with masked documents"):
+            dataclasses.replace(
+                case.config("masked"), data=dataclasses.replace(data, **masked), execution=graph
+            )  # fmt: skip

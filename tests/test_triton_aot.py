@@ -31,7 +31,7 @@ BOUNDS = [
     ("norm for fp8", "rms_norm_forward_kernel", 40, 5, 4, 0),
     ("norm backward for fp8", "rms_norm_backward_kernel", 64, 4, 1, 0),
     ("norm backward for fp8", "add_sums_kernel", 40, 4, 0, 0),
-    ("gather for fp8", "gather_unrotate_kernel", 32, 14, 6, 32),
+    ("gather for fp8", "gather_unrotate_kernel", 40, 14, 6, 32),
     ("swiglu for fp8", "swiglu_forward_kernel", 32, 4, 2, 0),
     ("swiglu backward for fp8", "swiglu_backward_kernel", 64, 6, 4, 0),
     ("cross entropy", "softmax_kernel", 64, 16, 8, 12),

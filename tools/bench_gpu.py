@@ -190,8 +190,10 @@ def _plain(config: ModelConfig, options: Options) -> tuple[Any, Callable[[Tensor
 
 
 def _torchtitan(config: ModelConfig, options: Options) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
-    """Version 0.2, of which `pip install --no-deps --target` of it and of torchdata, datasets, dill, multiprocess,
-    xxhash, tomli and einops is enough beside what transformers needs."""
+    """Version 0.2.2; others divide the loss themselves.
+
+    It wants torchdata, datasets, dill, multiprocess, xxhash, tomli and einops beside what transformers needs.
+    """
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.llama3.model.args import TransformerModelArgs
     from torchtitan.models.llama3.model.model import Transformer

@@ -9,10 +9,9 @@ and the second read comes from L2: of the rows under way, 34 MB at W=32,256, hal
 blocks' maxima and sums are combined online, so that the first pass needs no third.
 
 Instructions are the limit. A copy of 8,192 x 32,256 in bf16 takes an H200 250 us, in which its schedulers issue 28
-for every element at 1.75 GHz. With masks in every block these loops have 36, and took 327 us, which is 36 at that
-clock. So only the last block is masked, which leaves 23 to the others (not yet timed), and the label's column is
-corrected afterwards. Timed with masks: without the hints to L2 354 us, rows in registers 366 to 392, blocks of half
-the size 359.
+for every element at 1.75 GHz. With masks in every block the two loops had 33, and took 327 us. So only the last block
+is masked, which leaves 22 to the others (not yet timed), and the label's column is corrected afterwards. Timed with
+masks: without the hints to L2 354 us, rows in registers 366 to 392, blocks of half the size 359.
 
 A row that is not trained on is one with no columns: it is not read at first, and all of it is padding.
 """

@@ -63,9 +63,10 @@ def show(measured: Profile) -> None:
     """Prints tables for a person, at most 100 columns wide."""
     run = measured.run
     schedule = f" ({run['schedule']})" if run["schedule"] is not None else ""
+    blocks = f"{run['block']} blocks{' from a CUDA graph' if run['cuda_graph'] else ''}"
     print(
-        f"{_count(run['parameters'])} parameters, {run['dtype']}{' and fp8' if run['fp8'] else ''}, {run['block']} "
-        f"blocks, recompute {run['recompute']}\n{run['layout']}{schedule} on {run['device']}\n"
+        f"{_count(run['parameters'])} parameters, {run['dtype']}{' and fp8' if run['fp8'] else ''}, {blocks}, "
+        f"recompute {run['recompute']}\n{run['layout']}{schedule} on {run['device']}\n"
         f"{run['global_batch_size']} sequences of {run['seq_length']:,} tokens a step, {run['micro_batch_size']} at a "
         f"time, of {run['data']}; mean of {measured.steps} steps"
     )
@@ -92,6 +93,8 @@ def _show_phases(measured: Profile) -> None:
         rows,
     )
     print("The head's gradients are part of its forward; communication is the time waited, not what is hidden.")
+    if measured.run["cuda_graph"]:
+        print("A replay is forward and backward in one, counted as forward.")
 
 
 def _milliseconds(seconds: float, share: float) -> list[str]:

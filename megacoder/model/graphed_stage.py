@@ -12,11 +12,12 @@ end, since a replay reports to no one. Not yet run on a GPU.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megacoder.model.stage import Microbatch, SavedStage, Stage
+from megacoder.model.stage import Microbatch, Stage
 from megacoder.ops.cross_entropy import LossSum
 
 __all__ = ["GraphedStage"]
@@ -27,7 +28,7 @@ WARM_UP = 2
 
 @dataclass(kw_only=True)
 class GraphedStage:
-    """`stage`, the whole model, as the runner calls it; the replay of a forward is the backward's, too."""
+    """`stage`, the whole model, as the runner calls it: its forward does the backward's work, too."""
 
     stage: Stage
     _num_run: int = field(default=0, init=False)
@@ -37,24 +38,31 @@ class GraphedStage:
         """See `ModelStage`."""
         return self.stage.new_boundary(microbatch)
 
-    def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage | None]:
-        """(loss, None) once gradients have been added, too; while warming up what `Stage.forward` returns."""
+    def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, None]:
+        """The loss, once gradients have been added; ValueError for what a graph cannot hold, or this one does not."""
+        if microbatch.num_labels is None or microbatch.places is None or microbatch.places.documents is not None:
+            raise ValueError("a graph is of whole sequences with places, not masked, whose labels have been counted")
         if self._num_run < WARM_UP:
             self._num_run += 1
-            return self.stage.forward(x_TD, microbatch)
+            return _forward_backward(self.stage, microbatch), None
         if self._recorded is None:
             self._recorded = _Recorded(self.stage, microbatch)
-        return self._recorded.replay(microbatch), None
+        return self._recorded.replay(microbatch, microbatch.num_labels), None
 
-    def backward(self, grad_TD: Tensor | None, saved: SavedStage | None) -> Tensor | None:
-        """Nothing where `forward` has done it."""
-        return None if saved is None else self.stage.backward(grad_TD, saved)
+    def backward(self, grad_TD: Tensor | None, saved: Any) -> Tensor | None:
+        """Nothing: `forward` has done it."""
+        return None
 
-    def backward_input(
-        self, grad_TD: Tensor | None, saved: SavedStage | None
-    ) -> tuple[Tensor | None, Callable[[], None]]:
-        """As `backward`, which leaves nothing for later."""
-        return self.backward(grad_TD, saved), _nothing
+    def backward_input(self, grad_TD: Tensor | None, saved: Any) -> tuple[Tensor | None, Callable[[], None]]:
+        """Nothing now, and nothing later."""
+        return None, _nothing
+
+
+def _forward_backward(stage: Stage, microbatch: Microbatch) -> LossSum:
+    loss, saved = stage.forward(None, microbatch)
+    stage.backward(None, saved)
+    assert isinstance(loss, LossSum)
+    return loss
 
 
 class _Recorded:
@@ -67,32 +75,25 @@ class _Recorded:
         self._total = torch.empty(0)
 
         def step() -> None:
-            loss, saved = stage.forward(None, self._entering)
-            stage.backward(None, saved)
-            assert isinstance(loss, LossSum)
-            self._total = loss.total
+            self._total = _forward_backward(stage, self._entering).total
 
         self._run = record(step)
 
-    def replay(self, microbatch: Microbatch) -> LossSum:
-        """Its loss; ValueError for what the graph was not recorded for."""
-        if microbatch.tokens_BS.shape != self._entering.tokens_BS.shape or microbatch.num_labels is None:
-            raise ValueError(
-                f"the graph is of microbatches of {list(self._entering.tokens_BS.shape)} tokens whose labels are "
-                f"counted; got {list(microbatch.tokens_BS.shape)}, num_labels = {microbatch.num_labels}"
-            )
+    def replay(self, microbatch: Microbatch, num_labels: int) -> LossSum:
+        """Its loss; ValueError for tokens of another shape."""
+        shape, recorded = microbatch.tokens_BS.shape, self._entering.tokens_BS.shape
+        if shape != recorded:
+            raise ValueError(f"the graph is of microbatches of {list(recorded)} tokens; this one has {list(shape)}")
         self._entering.tokens_BS.copy_(microbatch.tokens_BS)
         self._entering.labels_BS.copy_(microbatch.labels_BS)
         self._run()
-        return LossSum(self._total.clone(), microbatch.num_labels)
+        return LossSum(self._total.clone(), num_labels)
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
     """What replays the kernels that `step` launches; recording runs none of them."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # the graph has memory of its own: what the warm-up has cached would lie idle beside it
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the prefetcher's thread may call CUDA meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may call CUDA meanwhile
         step()
     return graph.replay
 

@@ -20,6 +20,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 __all__ = [
     "FLASH",
     "DocumentMask",
+    "Pieces",
     "choose_flash",
     "cudnn_backward",
     "cudnn_forward",
@@ -48,18 +49,16 @@ class DocumentMask:
     """int64: place in its sequence of the first token of each query's document, at most the query's own"""
     query_start: int = 0
     """place in its sequence of the first query; the others follow"""
+    known_pieces: "Pieces | None" = None
+    """what the first keys come to, where that was found out from those that the host has"""
 
     @cached_property
     def pieces(self) -> "Pieces":
-        """What a ragged kernel is told. It costs one wait for the device, so a microbatch's layers share the mask.
+        """What a ragged kernel is told. Unless known it costs a wait for the device, so layers share the mask.
 
         ValueError where first keys are not those of documents, one after the other.
         """
-        return Pieces.of(self, self.first_keys_BS.cpu())
-
-    def find_pieces(self, on_host_BS: Tensor) -> None:
-        """Has `pieces` ready, from the same first keys as the host has them."""
-        self.__dict__["pieces"] = Pieces.of(self, on_host_BS)
+        return self.known_pieces or Pieces.of(self.first_keys_BS.cpu(), self.query_start, self.first_keys_BS.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,19 +75,19 @@ class Pieces:
     """of each sequence, the first key that any of its queries sees"""
 
     @classmethod
-    def of(cls, mask: DocumentMask, first_keys: Tensor) -> "Pieces":
-        """See `DocumentMask.pieces`; the first keys are on the host."""
+    def of(cls, first_keys: Tensor, query_start: int, device: torch.device) -> "Pieces":
+        """See `DocumentMask.pieces`; first keys (B, S) on the host, for a kernel on `device`."""
         batch, length = first_keys.shape
-        places = torch.arange(mask.query_start, mask.query_start + length, device="cpu").expand(batch, length)
+        places = torch.arange(query_start, query_start + length, device="cpu").expand(batch, length)
         begins = first_keys == places
         begins[:, 0] = True
         wrong = ~begins
         wrong[:, 1:] &= first_keys[:, 1:] != first_keys[:, :-1]
-        wrong[:, 0] = first_keys[:, 0] > mask.query_start
+        wrong[:, 0] = first_keys[:, 0] > query_start
         if wrong.any():
             sequence, query = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"the first key of token {mask.query_start + query} of sequence {sequence} is "
+                f"the first key of token {query_start + query} of sequence {sequence} is "
                 f"{int(first_keys[sequence, query])}: documents lie one after the other, so it is the token itself, or "
                 "the first key of the token before it"
             )
@@ -97,7 +96,6 @@ class Pieces:
         num_keys = (places.flatten()[stops - 1] + 1) - first_keys.flatten()[starts]
         query_ends = torch.cat([starts, stops[-1:]])
         key_ends = torch.cat([num_keys.new_zeros(1), num_keys.cumsum(0)])
-        device = mask.first_keys_BS.device
         return cls(
             query_ends.to(device, torch.int32), key_ends.to(device, torch.int32),
             int((stops - starts).max()), int(num_keys.max()), first_keys[:, 0].tolist(),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megacoder.core.errors import ConfigError
 from megacoder.ops.attention import DocumentMask, attention_backward, attention_forward
+from megacoder.ops.fused_attention import Pieces
 from megacoder.parallel.collectives import start_all_gather, start_reduce_scatter_sum
 
 __all__ = [
@@ -82,11 +83,11 @@ class ContextParallel:
         """
         chunks = self.chunks(first_keys_BL.shape[1] * self.size)
         parts = first_keys_BL.split([len(chunk) for chunk in chunks], dim=1)
-        masks = [DocumentMask(part.to(device), chunk.start) for part, chunk in zip(parts, chunks, strict=True)]
-        if device.type == "cuda" and first_keys_BL.device.type == "cpu":
-            for mask, part in zip(masks, parts, strict=True):
-                mask.find_pieces(part)
-        return masks
+        find = device.type == "cuda" and first_keys_BL.device.type == "cpu"
+        return [
+            DocumentMask(part.to(device), chunk.start, Pieces.of(part, chunk.start, device) if find else None)
+            for part, chunk in zip(parts, chunks, strict=True)
+        ]
 
     def part(self, whole_BS: Tensor) -> Tensor:
         """This rank's tokens (B, L, ...) of whole sequences (B, S, ...); ConfigError for a length that cannot be."""

@@ -135,10 +135,10 @@ class RunConfig:
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
-        if self.execution.cuda_graph and self.data.stream.document_masks:
+        if self.execution.cuda_graph and (self.data.stream.document_masks or self.data.conversations.train):
             raise ConfigError(
-                "execution.cuda_graph = true with data.stream.document_masks = true: every microbatch has other "
-                "documents, of which a graph has none; leave one of them out"
+                "execution.cuda_graph = true with masked documents (data.stream.document_masks, data.conversations): "
+                "every microbatch has others, and a graph always the same; leave it out"
             )
 
     def ends_with_checkpoint(self, step: int) -> bool:

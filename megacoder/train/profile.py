@@ -207,8 +207,8 @@ def _measure_steps(
         for number in range(1, options.warmup + 1):
             run_step(engine, batches, config, number)
             bar.update(number, "warming up")
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if world.device.type == "cuda" and not config.execution.cuda_graph:
+            torch.cuda.reset_peak_memory_stats()  # a replay allocates nothing: what a graph holds is in the warm-up
         with _listening(world, clock):
             for number in range(options.warmup + 1, total + 1):
                 clock.begin_step()
@@ -389,6 +389,7 @@ def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, device_
         "block": config.execution.block,
         "recompute": config.execution.recompute,
         "fp8": config.execution.fp8,
+        "cuda_graph": config.execution.cuda_graph,
         "seq_length": config.data.stream.seq_length,
         "micro_batch_size": config.micro_batch_size,
         "global_batch_size": config.global_batch_size,

@@ -18,6 +18,11 @@ constexpr int64_t kRowBlocks = 64;       // partial sums of the norm's weight gr
 constexpr int64_t kVocabBlock = 4096;    // terms summed in fp32 before they join the fp64 total
 constexpr int64_t kNormBlock = 1 << 16;  // elements per partial sum of the gradient norm
 
+// Limits of fast_exp, defined in another file so that the compiler does not know them: for limits that it knows, gcc
+// writes out what follows the exponential once for each, and does all of it in every vector. SwiGLU, where that is a
+// division, then takes four times as long.
+extern const float kLeastExponent, kLargestExponent;
+
 template <class T>
 struct TypedKernels {
   void (*rms_norm_forward)(const T*, const T*, const T*, T*, T*, float*, int64_t, int64_t, float);

@@ -17,6 +17,10 @@ using megacoder::bf16;
 using megacoder::Kernels;
 using megacoder::grammar::Recognizer;
 
+namespace megacoder {
+const float kLeastExponent = -87.0f, kLargestExponent = 88.0f;
+}
+
 namespace {
 
 const Kernels& choose() {

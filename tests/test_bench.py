@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+from bench_gpu import largest_batch
 from bench_parallel import Record, summary
 from bench_ranks import Answer, ContenderFailed, Ranks
 from bench_schedules import Options, published_idle, rows_of
 from contenders.entries import CONTENDERS
 
+from megacoder.core.errors import ConfigError
 from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, simulate
 
 TINY = {
@@ -53,6 +55,27 @@ def test_a_call_that_fails_names_the_error_and_ends_the_ranks():
         with pytest.raises(ContenderFailed, match="unexpected keyword argument 'colour'"):
             ranks.call(colour="red")
         assert all(process.poll() is not None for process in ranks._processes)
+
+
+@pytest.mark.parametrize("fits", [2, 3, 7, 8, 9, 15, 16, 21])
+@pytest.mark.parametrize("bend", [0, 1, -1])
+def test_the_largest_batch_is_the_last_that_fits(fits, bend):
+    """Whatever the guess, from two sizes, makes of memory that does not grow evenly."""
+    tried = []
+
+    def peak(batch):
+        tried.append(batch)
+        return 100 + 10 * batch + bend * batch * batch // 8 if batch <= fits else None
+
+    largest, found = largest_batch(peak, start=8, capacity=100 + 10 * fits + 9)
+    assert largest == fits == max(found)
+    assert len(found) >= 2
+    assert len(tried) < 25
+
+
+def test_where_not_even_two_sequences_fit_is_an_error():
+    with pytest.raises(ConfigError, match="two sequences do not fit"):
+        largest_batch(lambda batch: 10 if batch == 1 else None, start=8, capacity=15)
 
 
 def record(name, *seconds, failed=None):

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in order of value, each part under nine minutes.
 #
 #   tools/gpu_suite.sh                     all parts
-#   tools/gpu_suite.sh --part ops          one of: correctness ops step peers fp8
+#   tools/gpu_suite.sh --part ops          one of: correctness ops step peers memory fp8
 #   OUT=folder PYTHON=python3.12 SITE=folder-of-pure-python-packages tools/gpu_suite.sh --part peers
 #
 # Figures go to tools/results/gpu_*.jsonl (or $OUT), one line a measurement, with device, driver, torch and commit
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=all
-[ "${1:-}" = --part ] && part=${2:?a part: correctness, ops, step, peers or fp8}
+[ "${1:-}" = --part ] && part=${2:?a part: correctness, ops, step, peers, memory or fp8}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-tools/results}
 export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
@@ -58,6 +58,12 @@ if wanted peers; then  # ours before and after: the machine's own drift
   for contender in megacoder liger plain torchtitan compiled transformers megacoder; do
     step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
   done
+fi
+if wanted memory; then
+  for contender in megacoder liger transformers plain torchtitan; do
+    step gpu_memory.jsonl --memory --contender $contender --sequence 4096 --batch 8
+  done
+  $PYTHON tools/bench_gpu.py --show "$OUT/gpu_memory.jsonl"
 fi
 if wanted fp8; then  # needs sm_89; the bf16 rows of the same machine are those of part step
   say "fp8 correctness"

@@ -11,9 +11,9 @@ Contenders: `megacoder` (bf16 weights, fp32 gradients, master weights and moment
 and nothing else: what the library cannot beat), `liger` (transformers' Llama with Liger-Kernel's ops), `transformers`
 and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile),
 `torchtitan` (its Llama 3, layers and loss each under torch.compile, as its own training does it). Peers hold weights,
-gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two, `--graph` for the
-first. With `--memory` no time is taken, but the bytes of a token and the largest microbatch that fits; `--show` prints
-what a file has of all contenders side by side.
+gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two, `--graph` and
+`--document` for the first. With `--memory` no time is taken, but the bytes of a token and the largest microbatch that
+fits; `--show` prints what a file has of all contenders side by side.
 """
 
 import itertools
@@ -70,6 +70,8 @@ class Options:
     """multiply the layers' matrices in fp8"""
     graph: bool = False
     """replay microbatches from a CUDA graph"""
+    document: int = 0
+    """tokens of a document, where sequences are of several, each masked from the others; MFU counts what is seen"""
     steps: int = 10
     """timed, after three to warm up"""
     memory: bool = False
@@ -129,7 +131,9 @@ def measure(options: Options) -> dict[str, Any]:
     config = SHAPES[options.shape]
     began = time.perf_counter()
     execution = ExecutionConfig(fp8=options.fp8, cuda_graph=options.graph)
-    of_data = build(options.contender, config, options.sequence, options.accumulate, execution)
+    of_data = build(
+        options.contender, config, options.sequence, options.accumulate, execution, document=options.document
+    )
     if options.memory:
         return memory(of_data, config.vocab_size, options)
     step = partial(of_data, data_of(options, config.vocab_size, options.batch))
@@ -153,7 +157,7 @@ def measure(options: Options) -> dict[str, Any]:
             config.num_matmul_params,
             attention_flops_per_token(
                 layers=config.num_hidden_layers, heads=config.num_attention_heads, head_dim=config.head_dim,
-                seq_length=options.sequence, causal=name == "causal",
+                seq_length=options.document or options.sequence, causal=name == "causal",
             ),
         )
         for name in ("full", "causal")
@@ -238,7 +242,7 @@ def show(path: Path) -> None:
 
 
 def _name(options: dict[str, Any]) -> str:
-    extras = [word for word in ("fp8", "graph") if options.get(word)]
+    extras = [word for word in ("fp8", "graph", "document") if options.get(word)]
     size = f"{options['accumulate']} x {options['batch']} x {options['sequence']}"
     return ", ".join([options["contender"], *extras, size])
 

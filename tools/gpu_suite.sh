@@ -45,6 +45,7 @@ if wanted step; then
       step gpu_step.jsonl --contender $contender --sequence "$sequence" --batch "$batch"
     done
   done
+  step gpu_step.jsonl --sequence 16384 --batch 2 --document 2048
   for graph in "" --graph; do  # long microbatches, and short ones, between whose kernels a GPU waits for the host
     step gpu_step.jsonl $graph --sequence 4096 --batch 8 --accumulate 4 --steps 3
     step gpu_step.jsonl $graph --sequence 2048 --batch 1 --accumulate 8 --steps 5

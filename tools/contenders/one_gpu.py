@@ -36,16 +36,27 @@ Step = Callable[[Data], float]
 """One update; its loss, for which it waits."""
 
 
-def build(name: Contender, config: ModelConfig, sequence: int, accumulate: int, execution: ExecutionConfig) -> Step:
-    """The step of a contender; ConfigError where `execution` asks a peer for what is ours."""
+def build(
+    name: Contender,
+    config: ModelConfig,
+    sequence: int,
+    accumulate: int,
+    execution: ExecutionConfig,
+    *,
+    document: int = 0,
+) -> Step:
+    """The step of a contender, ours with documents of so many tokens masked from each other where it is not 0.
+
+    ConfigError where a peer is asked for what is ours.
+    """
     if name == "megacoder":
-        return _ours(config, sequence, accumulate, execution)
-    if execution.cuda_graph or (execution.fp8 and name != "gemm"):
-        raise ConfigError(f"{name} has no {'graph' if execution.cuda_graph else 'fp8'} here")
+        return _ours(config, sequence, accumulate, execution, document)
+    if execution.cuda_graph or document or (execution.fp8 and name != "gemm"):
+        raise ConfigError(f"{name} has no {'fp8' if execution.fp8 else 'graph or documents'} here")
     return _gemm(config, execution.precision) if name == "gemm" else _peer(name, config, sequence)
 
 
-def _ours(config: ModelConfig, sequence: int, accumulate: int, execution: ExecutionConfig) -> Step:
+def _ours(config: ModelConfig, sequence: int, accumulate: int, execution: ExecutionConfig, document: int) -> Step:
     """The engine of `megacoder train` on one rank."""
     request = LayoutRequest(
         model=config, parallel=ParallelConfig(), seq_length=sequence, global_batch_size=accumulate, micro_batch_size=1
@@ -59,7 +70,9 @@ def _ours(config: ModelConfig, sequence: int, accumulate: int, execution: Execut
 
     def step(data: Data) -> float:
         tokens, labels = map(torch.cat, zip(*data, strict=True))
-        microbatches = engine.microbatches(Batch(tokens=tokens, labels=labels), len(data[0][0]))
+        starts = (torch.arange(sequence) % document == 0).expand(tokens.shape) if document else None
+        batch = Batch(tokens=tokens, labels=labels, starts=starts)
+        microbatches = engine.microbatches(batch, len(data[0][0]))
         loss_sum, num_tokens = engine.sum_losses(engine.forward_backward(microbatches))
         engine.update(lr=1e-4, num_tokens=int(num_tokens), max_grad_norm=1.0)
         return loss_sum / num_tokens

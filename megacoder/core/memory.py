@@ -31,7 +31,7 @@ def return_freed_memory() -> None:
     """Gives back once what is free at this moment, where the C library can; for the end of a phase that needed more.
 
     What building a model has freed does not fit what a step asks for: glibc would leave it lie, 100 MB beside a 101M
-    model, and take more.
+    model, and take more. The same holds for the first step, with 40 MB, beside which lies what is there from then on.
     """
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:

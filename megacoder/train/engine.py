@@ -69,6 +69,7 @@ class Engine:
         )  # fmt: skip
         if mesh.world.device.type == "cpu":
             return_freed_memory()
+        self._is_first_update = True
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
         training: Sequence[PipelineStage] = self._stages
         if execution.cuda_graph:
@@ -114,7 +115,11 @@ class Engine:
         self, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float = sys.float_info.max
     ) -> float:
         """One optimizer step, or none (see `Zero1AdamW.step`); the gradient's norm before clipping."""
-        return self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
+        norm = self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
+        if self._is_first_update and self.mesh.world.device.type == "cpu":
+            return_freed_memory()  # among what the first step has freed lies what it left, such as libraries' caches
+        self._is_first_update = False
+        return norm
 
     @cached_property
     def _evaluation(self) -> PipelineRunner:

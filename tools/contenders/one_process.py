@@ -52,12 +52,17 @@ def _ours(config: ModelConfig, dtype: torch.dtype) -> Update:
     optimizer = Zero1AdamW(flat, None, AdamWConfig())
     return_freed_memory()  # as its engine does
     stage = Stage.whole(model, recompute="norms")
+    first = True
 
     def update(tokens: Tensor, labels: Tensor) -> float:
         loss, saved = stage.forward(None, Microbatch.of(tokens, labels))
         assert isinstance(loss, LossSum)
         stage.backward(None, saved)
         optimizer.step(lr=1e-4, num_tokens=loss.num_tokens, max_grad_norm=1.0)
+        nonlocal first
+        if first:
+            return_freed_memory()  # as its engine does
+        first = False
         return loss.total.item() / loss.num_tokens
 
     return update

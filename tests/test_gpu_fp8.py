@@ -139,7 +139,7 @@ def step(precision, *, recompute="none", postponed=False, config=None, length=25
     return loss.total.item(), {name: param.grad for name, param in model.named_parameters()}, kept
 
 
-@pytest.mark.parametrize(("recompute", "postponed"), itertools.product(("none", "selective", "full"), (False, True)))
+@pytest.mark.parametrize(("recompute", "postponed"), [*itertools.product(("none", "selective", "full"), (False, True))])
 def test_a_step_is_the_emulation_s_within_its_rounding(recompute, postponed, emulated):
     """The distance of either from the bf16 step is the measure: two steps that differ in a bit soon round apart."""
     plain_loss, plain, _ = step(STORED)

@@ -8,6 +8,7 @@
 # Figures go to tools/results/gpu_*.jsonl (or $OUT), one line a measurement, with device, driver, torch and commit
 # (MEGACODER_COMMIT where the tree is a copy without its repository). A measurement that already has a line of this
 # commit on this device is not taken again, so that a run which was cut off goes on; FRESH=--no-resume takes all anew.
+# With MINUTES=8 nothing new begins after that time: call it again for the rest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=all
@@ -18,25 +19,34 @@ export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
 export MEGACODER_COMMIT=${MEGACODER_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 failed=0
 
-[ -e megacoder/_cuda.so ] || $PYTHON setup.py --quiet build_ext --inplace || exit 1
+[ -e megacoder/_cuda.so ] || "$PYTHON" setup.py --quiet build_ext --inplace || exit 1
 
 wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
+late() { [ "${MINUTES:-0}" -gt 0 ] && [ "$SECONDS" -ge $((MINUTES * 60)) ] && echo "left for the next call: $*"; }
 say() { printf '\n== %s\n' "$*"; }
 step() {  # FILE ARGUMENTS...: a row of bench_gpu.py
   local file=$OUT/$1
   shift
+  late "$*" && return
   say "$*"
-  $PYTHON tools/bench_gpu.py "$@" --out "$file" ${FRESH:---resume} || failed=1
+  "$PYTHON" tools/bench_gpu.py "$@" --out "$file" ${FRESH:---resume} || failed=1
 }
 
+once() {  # NAME COMMAND...: what has ended well at this commit is not run again
+  local ended="$1 at $MEGACODER_COMMIT"
+  grep -qsx "$ended" "$OUT/gpu_done.txt" || late "$1" && return
+  say "$1"
+  shift
+  if "$@"; then echo "$ended" >>"$OUT/gpu_done.txt"; else failed=1; fi
+}
+check=("$PYTHON" -m pytest -q -p no:cacheprovider --timeout 300)
+
 if wanted correctness; then
-  say "correctness"
-  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_triton_kernels.py tests/test_cuda_kernels.py \
-    tests/test_gpu.py tests/test_ops.py tests/test_model.py || failed=1
+  once "tests of kernels" "${check[@]}" tests/test_triton_kernels.py tests/test_cuda_kernels.py
+  once "tests of steps" "${check[@]}" tests/test_gpu.py tests/test_ops.py tests/test_model.py
 fi
 if wanted ops; then
-  say "ops"
-  $PYTHON tools/bench_ops.py --out "$OUT/gpu_ops.jsonl" || failed=1
+  once ops "$PYTHON" tools/bench_ops.py --out "$OUT/gpu_ops.jsonl"
 fi
 if wanted step; then
   for shape in "4096 8" "16384 2"; do
@@ -50,27 +60,23 @@ if wanted step; then
     step gpu_step.jsonl $graph --sequence 4096 --batch 8 --accumulate 4 --steps 3
     step gpu_step.jsonl $graph --sequence 2048 --batch 1 --accumulate 8 --steps 5
   done
-  say "profile"
-  $PYTHON -m megacoder profile examples/pretrain_1.3b.toml --synthetic --global-batch-size 8 --micro-batch-size 8 \
-    --steps 3 --trace "$OUT/gpu_trace.json" --out "$OUT/gpu_profile.json" || failed=1
+  once profile "$PYTHON" -m megacoder profile examples/pretrain_1.3b.toml --synthetic --steps 3 \
+    --global-batch-size 8 --micro-batch-size 8 --trace "$OUT/gpu_trace.json" --out "$OUT/gpu_profile.json"
 fi
 if wanted peers; then  # ours before and after: the machine's own drift
-  FRESH=--no-resume
   for contender in megacoder liger plain torchtitan compiled transformers megacoder; do
-    step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
+    FRESH=--no-resume step gpu_peers.jsonl --contender $contender --sequence 4096 --batch 8
   done
 fi
 if wanted memory; then
   for contender in megacoder liger transformers plain torchtitan; do
     step gpu_memory.jsonl --memory --contender $contender --sequence 4096 --batch 8
   done
-  $PYTHON tools/bench_gpu.py --show "$OUT/gpu_memory.jsonl"
+  [ -e "$OUT/gpu_memory.jsonl" ] && "$PYTHON" tools/bench_gpu.py --show "$OUT/gpu_memory.jsonl"
 fi
 if wanted fp8; then  # needs sm_89; the bf16 rows of the same machine are those of part step
-  say "fp8 correctness"
-  $PYTHON -m pytest -q -p no:cacheprovider --timeout 300 tests/test_gpu_fp8.py tests/test_fp8.py || failed=1
-  say "fp8 casts and products"
-  $PYTHON tools/bench_fp8.py --out "$OUT/gpu_fp8.jsonl" || failed=1
+  once "tests of fp8" "${check[@]}" tests/test_gpu_fp8.py tests/test_fp8.py
+  once "fp8 casts and products" "$PYTHON" tools/bench_fp8.py --out "$OUT/gpu_fp8.jsonl"
   for shape in "4096 8" "16384 2"; do
     read -r sequence batch <<<"$shape"
     for contender in megacoder gemm; do

@@ -32,9 +32,11 @@ step() {  # FILE ARGUMENTS...: a row of bench_gpu.py
   "$PYTHON" tools/bench_gpu.py "$@" --out "$file" ${FRESH:---resume} || failed=1
 }
 
-once() {  # NAME COMMAND...: what has ended well at this commit is not run again
-  local ended="$1 at $MEGACODER_COMMIT"
-  grep -qsx "$ended" "$OUT/gpu_done.txt" || late "$1" && return
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+once() {  # NAME COMMAND...: what has ended well at this commit on this device is not run again
+  local ended="$1 at $MEGACODER_COMMIT on ${device:-no GPU}"
+  [ -z "${FRESH:-}" ] && grep -qsx "$ended" "$OUT/gpu_done.txt" && return
+  late "$1" && return
   say "$1"
   shift
   if "$@"; then echo "$ended" >>"$OUT/gpu_done.txt"; else failed=1; fi

@@ -46,7 +46,7 @@ def torch_alone(asked):
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def backend(request, monkeypatch):
+def backend(request, asked, monkeypatch):
     """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.
 
     On a CPU those include torch's own flash attention, which serves where our kernels are not built.
@@ -55,7 +55,7 @@ def backend(request, monkeypatch):
 
     on_gpu = torch.cuda.is_available()
     if request.param == "torch" and on_gpu:
-        monkeypatch.setattr(backends, "_asked", lambda: dict.fromkeys(backends.OPS, "torch"))
+        asked(",".join(f"{op}=torch" for op in backends.OPS))
     elif request.param == "torch":
         monkeypatch.setattr(cpp, "_cpp", None)
     elif not cpp.is_built() and not on_gpu:

@@ -66,43 +66,54 @@ def test_a_backend_that_cannot_do_the_rest_is_named(asked):
         backend("attention", torch.empty(0), able=lambda name: False)
 
 
-def of_hopper(monkeypatch, *modules):
-    """A GPU of that generation, on which `modules` are installed."""
+def pretend(monkeypatch, *modules, capability=(9, 0)):
+    """A GPU of that capability, on which `modules` can be imported."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(backends, "_not_installed", lambda name: None if name in modules else f"{name} is missing")
+    monkeypatch.setattr(backends, "_cannot_import", lambda name: None if name in modules else f"no module {name}")
     candidates.cache_clear()
 
 
+FLASH3, FLASH4 = "flash_attn_interface", "flash_attn.cute.interface"
+
+
 @pytest.mark.parametrize(
-    ("modules", "attention"),
+    ("capability", "modules", "attention"),
     [
-        ((), ("cudnn", "flash", "torch")),
-        (("flash_attn_interface",), ("cudnn", "flash3", "flash", "torch")),
-        (("flash_attn_interface", "flash_attn.cute.interface"), ("cudnn", "flash3", "flash4", "flash", "torch")),
+        ((9, 0), (), ("cudnn", "flash", "torch")),
+        ((9, 0), (FLASH3,), ("cudnn", "flash3", "flash", "torch")),
+        ((9, 0), (FLASH3, FLASH4), ("cudnn", "flash3", "flash4", "flash", "torch")),
+        ((10, 0), (FLASH3, FLASH4), ("cudnn", "flash4", "flash", "torch")),
+        ((8, 0), (FLASH3, FLASH4), ("flash", "torch")),
     ],
 )
-def test_optional_packages_serve_where_they_are_installed(modules, attention, asked, monkeypatch):
+def test_optional_packages_serve_where_they_are_installed(capability, modules, attention, asked, monkeypatch):
     asked("")
-    of_hopper(monkeypatch, *modules)
+    pretend(monkeypatch, *modules, capability=capability)
     assert candidates("attention", "cuda", torch.bfloat16) == attention
     assert candidates("weight_grad", "cuda", torch.bfloat16) == ("cublas", "torch")
-    of_hopper(monkeypatch, "fused_weight_gradient_mlp_cuda")
+    pretend(monkeypatch, "fused_weight_gradient_mlp_cuda", capability=capability)
     assert candidates("weight_grad", "cuda", torch.bfloat16) == ("cublas", "apex", "torch")
+
+
+def test_a_package_that_was_asked_for_and_is_missing_is_named(asked, monkeypatch):
+    pretend(monkeypatch)
     asked("attention=flash4")
-    of_hopper(monkeypatch)
-    with pytest.raises(ConfigError, match=r"attention=flash4: flash_attn\.cute\.interface is missing"):
+    with pytest.raises(ConfigError, match=r"attention=flash4: no module flash_attn\.cute\.interface"):
         candidates("attention", "cuda", torch.bfloat16)
 
 
-def test_a_module_that_nothing_holds_is_not_installed():
-    assert backends._not_installed("nobody.cute") == "nobody.cute is not installed: No module named 'nobody'"
-    assert backends._not_installed("nobody") == "nobody is not installed"
-    assert backends._not_installed("torch.nn.attention") is None
+@pytest.mark.parametrize("error", ["ImportError('of another torch')", "AttributeError('broken')"])
+def test_a_broken_package_is_a_reason_and_no_error(error, tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert backends._cannot_import("broken_package") == error.replace("('", ": ").replace("')", "")
+    assert backends._cannot_import("nobody.cute") == "ModuleNotFoundError: No module named 'nobody'"
+    assert backends._cannot_import("torch.nn.attention") is None
 
 
-def test_newer_flash_kernels_are_put_behind_torch_s_ops_once(monkeypatch):
+def test_flash_kernels_are_put_behind_torch_s_ops_and_taken_away(monkeypatch):
     calls = []
 
     class Handle:
@@ -114,9 +125,9 @@ def test_newer_flash_kernels_are_put_behind_torch_s_ops_once(monkeypatch):
         register = functools.partial(lambda kernels: calls.append(kernels) or Handle(), kernels)
         monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, kernels, register)
     monkeypatch.setattr(registry, "_FLASH_ATTENTION_ACTIVE", None)
-    for name in ("flash", "flash3", "flash3", "flash4"):
+    for name in ("flash", "flash3", "flash3", "flash4", "flash", "flash"):
         choose_flash(name)
-    assert calls == ["FA3", "removed", "FA4"]
+    assert calls == ["FA3", "removed", "FA4", "removed"]
 
 
 def test_apex_adds_to_the_gradient(monkeypatch):

@@ -27,6 +27,7 @@ from megacoder.ops.attention import (
 )
 from megacoder.ops.backends import OPS, backend, candidates
 from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.ops.fused_attention import FLASH
 from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
@@ -157,6 +158,8 @@ def test_attention_backends_against_float64(name, heads, kv_heads, dim, length, 
         pytest.skip(f"{name} is not here")
     asked(f"attention={name}")
     _compare(2, heads, kv_heads, dim, length, num_keys=length)
+    if name in FLASH:
+        assert torch.nn.attention.current_flash_attention_impl() == FLASH[name]
 
 
 @pytest.mark.parametrize(("query_start", "unread"), [(0, 3), (64, 0), (500, 70)])

@@ -55,6 +55,18 @@ def alone(case):
     return config.output
 
 
+def test_freed_memory_is_given_back_when_the_engine_is_built_and_after_its_first_update(case, monkeypatch):
+    given_back, world = [], World(0, 1, 0, torch.device("cpu"), None)
+    monkeypatch.setattr("megacoder.train.engine.return_freed_memory", lambda: given_back.append(True))
+    trainer = Trainer(case.config("given-back"), world)
+    counts = [len(given_back)]
+    for _ in range(3):
+        trainer.update()
+        trainer.step += 1
+        counts.append(len(given_back))
+    assert counts == [1, 2, 2, 2]
+
+
 def test_a_run_learns_and_logs(alone):
     rows = read_metrics(alone / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))

@@ -126,8 +126,10 @@ def budget(step: Callable[[], object], show: int) -> dict[str, float]:
 
 def measure(options: Options) -> dict[str, Any]:
     """The row of one contender."""
-    if options.memory and options.graph:
-        raise ConfigError("--memory tries microbatches of several sizes; a graph is of one: leave out --graph")
+    if options.memory and (options.graph or options.contender == "gemm"):
+        raise ConfigError("--memory tries microbatches of several sizes, which is not for --graph or gemm")
+    if options.document > options.sequence:
+        raise ConfigError(f"--document {options.document}: a sequence has only {options.sequence} tokens")
     config = SHAPES[options.shape]
     began = time.perf_counter()
     execution = ExecutionConfig(fp8=options.fp8, cuda_graph=options.graph)
@@ -176,7 +178,10 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def memory(step: Step, vocab: int, options: Options) -> dict[str, Any]:
-    """What a token takes, from the peaks of steps of two sizes, and the largest microbatch that fits."""
+    """What a token takes, from the peaks of steps of two sizes, and the largest microbatch that fits.
+
+    Compiled peers run what is compiled for any size, which may take other memory than what is compiled for one.
+    """
 
     def peak(batch: int) -> int | None:
         data = data_of(options, vocab, batch)
@@ -232,7 +237,9 @@ def largest_batch(peak: Callable[[int], int | None], *, start: int, capacity: in
 
 
 def show(path: Path) -> None:
-    """The newest row of each contender, side by side."""
+    """The newest row of each contender, side by side; ConfigError where there are none."""
+    if not path.exists():
+        raise ConfigError(f"--show {path}: not there")
     rows = {_name(row["options"]): row["result"] for row in map(json.loads, path.read_text().splitlines())}
     figures = list(dict.fromkeys(key for row in rows.values() for key in row if key != "milliseconds_by_kind"))
     table(
@@ -242,9 +249,11 @@ def show(path: Path) -> None:
 
 
 def _name(options: dict[str, Any]) -> str:
-    extras = [word for word in ("fp8", "graph", "document") if options.get(word)]
-    size = f"{options['accumulate']} x {options['batch']} x {options['sequence']}"
-    return ", ".join([options["contender"], *extras, size])
+    extras = [word for word in ("fp8", "graph", "memory") if options.get(word)]
+    if options.get("document"):
+        extras.append(f"documents of {options['document']}")
+    batch = "" if options.get("memory") else f"{options['accumulate']} x {options['batch']} x "
+    return ", ".join([options["contender"], options["shape"], *extras, f"{batch}{options['sequence']} tokens"])
 
 
 def _is_there(path: Path, here: dict[str, Any], asked: dict[str, Any]) -> bool:
@@ -276,7 +285,7 @@ def main() -> None:
             raise
         result = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     rows = [[key, str(value)] for key, value in result.items()]
-    table(f"{_name(asked)} tokens, {options.shape}", ["figure", "value"], rows)
+    table(_name(asked), ["figure", "value"], rows)
     if options.out is not None:
         row = {"machine": here, "ops": os.environ.get("MEGACODER_OPS", ""), "options": asked, "result": result}
         with options.out.open("a") as lines:

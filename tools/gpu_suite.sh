@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in order of value, each part under nine minutes.
+# Everything that needs a GPU, in order of value; a part is meant to take less than nine minutes.
 #
 #   tools/gpu_suite.sh                     all parts
 #   tools/gpu_suite.sh --part ops          one of: correctness ops step peers memory fp8

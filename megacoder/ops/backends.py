@@ -63,11 +63,17 @@ def _no_cpp() -> str | None:
     return None if cpp.is_built() else "not built (see megacoder --version --verbose)"
 
 
-def _not_installed(module: str) -> str | None:
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _cannot_import(module: str) -> str | None:
+    """Tries: what is there may be built for another torch, and must not end a run that does not need it."""
     try:
-        return None if importlib.util.find_spec(module) else f"{module} is not installed"
-    except ImportError as error:  # of the package that would hold it
-        return f"{module} is not installed: {error}"
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _no_gpu() -> str | None:
@@ -85,13 +91,15 @@ def _no_cudnn() -> str | None:
 
 def _no_flash(package: str, generations: tuple[int, ...]) -> str | None:
     """`package` is what torch imports when it is told to run FlashAttention's newer kernels."""
-    if reason := _no_gpu() or _not_installed(package):
+    if reason := _no_gpu():
         return reason
-    return None if torch.cuda.get_device_capability()[0] in generations else "not for this generation of GPU"
+    if torch.cuda.get_device_capability()[0] not in generations:
+        return "not for this generation of GPU"
+    return _cannot_import(package)
 
 
 def _no_apex() -> str | None:
-    return _no_gpu() or _not_installed("fused_weight_gradient_mlp_cuda")
+    return _no_gpu() or _cannot_import("fused_weight_gradient_mlp_cuda")
 
 
 def _no_cuda() -> str | None:
@@ -114,7 +122,7 @@ _BACKENDS = {
     "cpp": _Backend(
         _no_cpp, lambda device, dtype: device == "cpu" and dtype in STORED, "fused C++ for CPUs (csrc/cpp)"
     ),
-    "triton": _Backend(partial(_not_installed, "triton"), _triton_takes, "Triton (csrc/triton)"),
+    "triton": _Backend(_no_triton, _triton_takes, "Triton (csrc/triton)"),
     "cuda": _Backend(_no_cuda, lambda device, dtype: device == "cuda" and dtype in STORED, "CUDA C++ (csrc/cuda)"),
     "cudnn": _Backend(
         _no_cudnn, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuDNN's attention, through torch"

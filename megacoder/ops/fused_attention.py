@@ -15,7 +15,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 
 __all__ = [
     "FLASH",
@@ -32,6 +36,7 @@ __all__ = [
 FLASH = {"flash": None, "flash3": "FA3", "flash4": "FA4"}
 """Backends that run through torch's FlashAttention ops, and what torch calls the kernels that it does not carry."""
 LARGEST_HEAD = {"cudnn": 128, "flash": 256, "flash3": 256, "flash4": 128}
+"""Head dim up to which a backend goes on a GPU."""
 
 _cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -133,9 +138,13 @@ def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMa
 
 
 def choose_flash(name: str) -> None:
-    """Puts the kernels of `name` behind torch's FlashAttention ops, where they stay; 2's are there from the start."""
+    """Puts the kernels of `name` behind torch's FlashAttention ops, for the whole process; at first 2's are there."""
     kernels = FLASH[name]
-    if kernels is not None and current_flash_attention_impl() != kernels:
+    if current_flash_attention_impl() == kernels:
+        return
+    if kernels is None:
+        restore_flash_attention_impl()
+    else:
         activate_flash_attention_impl(kernels)
 
 

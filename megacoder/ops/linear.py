@@ -118,7 +118,8 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
         return
     if name == "apex":
         apex = importlib.import_module("fused_weight_gradient_mlp_cuda")
-        apex.wgrad_gemm_accum_fp32(x_TI, grad_out_TO, grad_weight_OI)
+        # It takes addresses and looks at no strides.
+        apex.wgrad_gemm_accum_fp32(x_TI.contiguous(), grad_out_TO.contiguous(), grad_weight_OI)
         return
     if name == "torch":
         grad_weight_OI += grad_out_TO.t() @ x_TI

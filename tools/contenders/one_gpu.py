@@ -51,8 +51,11 @@ def build(
     """
     if name == "megacoder":
         return _ours(config, sequence, accumulate, execution, document)
-    if execution.cuda_graph or document or (execution.fp8 and name != "gemm"):
-        raise ConfigError(f"{name} has no {'fp8' if execution.fp8 else 'graph or documents'} here")
+    for what, is_asked in (
+        ("graph", execution.cuda_graph), ("documents", document), ("fp8", execution.fp8 and name != "gemm")
+    ):  # fmt: skip
+        if is_asked:
+            raise ConfigError(f"{name} has no {what} here")
     return _gemm(config, execution.precision) if name == "gemm" else _peer(name, config, sequence)
 
 
@@ -92,6 +95,7 @@ def _peer(name: Contender, config: ModelConfig, sequence: int) -> Step:
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(data: Data) -> float:
+        optimizer.zero_grad()  # an earlier step may have ended for want of memory
         total = torch.zeros((), device="cuda")
         for tokens, labels in data:
             loss = loss_of(tokens.cuda(), labels.cuda()) / len(data)

@@ -55,11 +55,11 @@ def _ours(config: ModelConfig, dtype: torch.dtype) -> Update:
     first = True
 
     def update(tokens: Tensor, labels: Tensor) -> float:
+        nonlocal first
         loss, saved = stage.forward(None, Microbatch.of(tokens, labels))
         assert isinstance(loss, LossSum)
         stage.backward(None, saved)
         optimizer.step(lr=1e-4, num_tokens=loss.num_tokens, max_grad_norm=1.0)
-        nonlocal first
         if first:
             return_freed_memory()  # as its engine does
         first = False

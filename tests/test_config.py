@@ -43,6 +43,13 @@ class WithPositional:
     """target"""
 
 
+def test_what_must_be_given_is_named(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 3\n")
+    with pytest.raises(ConfigError, match=r"run\.toml: name must be given$"):
+        load_toml(Outer, path)
+
+
 def test_command_line_overrides_toml_overrides_defaults(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('name = "n"\nfolders = ["x", "y"]\n[inner]\nlr = 1\n')
@@ -76,6 +83,7 @@ def test_toml_round_trip(tmp_path_factory, config):
         (["--name", "n", "--inner.kind", "c"], "kind"),
         ([], "--name"),
         (["--name", "n", "stray"], "unknown option 'stray'"),
+        (["--name", "n", "true"], "'true' after a switch: --name turns it on, --no-name off"),
     ],
 )
 def test_a_bad_command_line_is_one_line(argv, message):

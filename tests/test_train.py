@@ -14,6 +14,7 @@ import torch
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.cli.main import main
 from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.ops.adamw import AdamWConfig
@@ -65,6 +66,76 @@ def test_freed_memory_is_given_back_when_the_engine_is_built_and_after_its_first
         trainer.step += 1
         counts.append(len(given_back))
     assert counts == [1, 2, 2, 2]
+
+
+def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(case):
+    toml = case.toml("orphaned", steps=100_000, checkpoint_every=100_000, eval_every=100_000)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"], stderr=subprocess.PIPE, text=True
+    )
+    output = case.folder / "orphaned"
+    wait_until(lambda: (output / "metrics.jsonl").exists() and len(read_metrics(output / "metrics.jsonl")) > 2)
+    ranks = children(launcher.pid)
+    launcher.kill()
+    _, said = launcher.communicate(timeout=60)  # at the end of what the ranks say
+    assert "whoever started it has ended; it stops as if asked to" in said
+    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    reached = CheckpointReader(output / "checkpoints").step
+    assert reached == read_metrics(output / "metrics.jsonl")[-1]["step"]
+
+
+def wait_until(holds, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_of_a_run_that_has_done_nothing_anything_may_change(case):
+    config = case.config("nothing-done")
+    Trainer(config, World(0, 1, 0, torch.device("cpu"), None)).folder.finish()
+    other = case.config("nothing-done", seed=7)
+    trainer = Trainer(other, World(0, 1, 0, torch.device("cpu"), None))
+    assert load_toml(RunConfig, config.output / "run.toml").seed == 7
+    trainer.folder.finish()
+    train(other)
+    with pytest.raises(ConfigError, match="was made with seed = 7, not 8; choose another output"):
+        train(case.config("nothing-done", seed=8))
+
+
+def test_a_second_run_in_a_folder_is_refused_alike_on_all_ranks(case):
+    trainer = Trainer(case.config("taken"), World(0, 1, 0, torch.device("cpu"), None))
+    done = launch(case.toml("taken"))
+    trainer.folder.finish()
+    assert done.returncode == 1
+    assert done.stderr.count("another run is working here") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+            ),
+            "out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory: CUDA out of memory."),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["host", "gpu", "python"],
+)
+def test_a_lack_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("megacoder.train.loop.train", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(case.toml("too-large"))])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == f"megacoder: {line}; `megacoder plan` says what a model and its batches need\n"
 
 
 def test_a_run_learns_and_logs(alone):

@@ -31,8 +31,8 @@ class ChatArgs:
     """Hugging Face folder, run or checkpoint"""
     system: str | None = None
     """what the model is told first, instead of the built-in text"""
-    max_new_tokens: int = 512
-    """longest answer in tokens"""
+    max_new_tokens: int | None = None
+    """longest answer in tokens; left out, 512, or half of the model's positions where those are fewer than 1,024"""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by it"""
     top_k: int = 0
@@ -57,7 +57,10 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
-    room = prompt_room(model, args.max_new_tokens)
+    longest = args.max_new_tokens
+    if longest is None:
+        longest = min(512, model.config.max_position_embeddings // 2)
+    room = prompt_room(model, longest)
     system: list[Turn] = [] if args.system is None else [("system", args.system)]
     turns: list[Turn] = []
     for number, said in enumerate(_shared_turns(tp, model.lm_head.weight.device)):
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         generate(
             model,
             [tokens],
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=longest,
             stop_ids={tokenizer.eot_id, tokenizer.eos_id},
             sampling=sampling,
             names=[str(number)],

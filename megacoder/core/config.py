@@ -46,6 +46,11 @@ def parse_args(
     """
     config, unknown = parse_known_args(cls, argv, prog=prog, default=default)
     if unknown:
+        if unknown[0] in ("true", "false"):
+            raise ConfigError(
+                f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (--group.no-name in a group); see "
+                f"{prog} --help"
+            )
         names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
         raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], names)}; see {prog} --help")
     return config
@@ -96,10 +101,13 @@ def from_dict(cls: type[T], table: dict[str, Any], *, where: str) -> T:
     for key in table:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{_suggest(key, known)}")
-    try:
-        return cls(**{key: _coerce(known[key], value, f"{where}: {key}") for key, value in table.items()})
-    except TypeError as error:  # a required field is missing
-        raise ConfigError(f"{where}: {error}") from None
+    missing = [
+        field.name for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in table
+    ]  # fmt: skip
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} must be given")
+    return cls(**{key: _coerce(known[key], value, f"{where}: {key}") for key, value in table.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

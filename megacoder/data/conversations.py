@@ -123,7 +123,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError:
         return "not UTF-8"
     except json.JSONDecodeError as error:
-        return f"malformed JSON: {error.msg} at character {error.pos + 1}"
+        return f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
     except ValueError as error:  # such as a number of thousands of digits
         return f"malformed JSON: {error}"
     except RecursionError:

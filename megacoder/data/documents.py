@@ -142,7 +142,7 @@ def _parse_row(place: str, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: malformed JSON: {error.msg} at character {error.pos}") from None
+        raise DataError(f"{place}: malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: malformed JSON: {error}") from None
     if not isinstance(row, dict):

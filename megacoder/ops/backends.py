@@ -194,7 +194,7 @@ def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 def parse_choices(text: str) -> dict[str, str]:
     """`OP=BACKEND,...` as a table; ConfigError that names the nearest known word."""
-    choices = {}
+    choices: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, equals, name = entry.partition("=")
         if not equals or op not in OPS:
@@ -203,7 +203,8 @@ def parse_choices(text: str) -> dict[str, str]:
             raise ConfigError(f"{ENVIRONMENT}: {entry!r}: {hint}; ops: {', '.join(OPS)}")
         if name not in OPS[op]:
             raise ConfigError(f"{ENVIRONMENT}: {op} has no backend {name!r}; it has {', '.join(OPS[op])}")
-        choices[op] = name
+        if choices.setdefault(op, name) != name:
+            raise ConfigError(f"{ENVIRONMENT}: {op} is given twice, {choices[op]} and {name}")
     return choices
 
 

@@ -23,7 +23,10 @@ from megacoder.core.console import say
 from megacoder.core.errors import FormatError
 from megacoder.core.files import write_text
 
-__all__ = ["MetricsLog", "read_metrics"]
+__all__ = ["METRICS", "MetricsLog", "read_metrics"]
+
+METRICS = "metrics.jsonl"
+"""In a run's folder."""
 
 
 class MetricsLog:
@@ -32,7 +35,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         board = folder / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._lines = _Appender(path)

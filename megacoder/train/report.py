@@ -15,7 +15,7 @@ from megacoder.data.blend import blend_counts, blend_table
 from megacoder.parallel.schedules import Costs, build_schedule, simulate
 from megacoder.parallel.schedules.draw import picture_of
 from megacoder.train.config import RunConfig
-from megacoder.train.metrics_log import read_metrics
+from megacoder.train.metrics_log import METRICS, read_metrics
 from megacoder.version import __version__
 
 __all__ = ["loss_chart", "speed_chart", "write_run_report"]
@@ -31,7 +31,7 @@ def write_run_report(run: Path, path: Path) -> int:
 
     Raises MegacoderError where no step has been logged there.
     """
-    config, rows = load_toml(RunConfig, run / "run.toml"), read_metrics(run / "metrics.jsonl")
+    config, rows = load_toml(RunConfig, run / "run.toml"), read_metrics(run / METRICS)
     if not rows:
         raise MegacoderError(f"{run}: no step has been logged yet; train first")
     reader = CheckpointReader(run / "checkpoints") if step_folders(run / "checkpoints") else None

@@ -22,7 +22,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, from_dict, load_toml, to_dict, to_toml
 from megacoder.core.console import say
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
@@ -34,6 +34,7 @@ from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard, RunStopped
+from megacoder.train.metrics_log import METRICS
 
 __all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
 
@@ -61,11 +62,10 @@ class RunFolder:
         self._start = open_start(config)  # first: weights of another model leave no folder
         _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
-        if world.is_first:
-            self._held.enter_context(exclusive(config.output, what="run"))
-            remove_stale_temporaries(config.output)
+        self._hold()
         path = config.output / "run.toml"
-        has_toml = path.exists()
+        # Of a run that has done nothing, such as one for which the memory was not enough, anything may change.
+        has_toml = path.exists() and _has_begun(config.output)
         if has_toml:
             old = load_toml(RunConfig, path)
             check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
@@ -75,6 +75,19 @@ class RunFolder:
             _check_goes_on(self._newest, config, has_toml=has_toml)
         if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
             write_text(path, to_toml(config))
+
+    def _hold(self) -> None:
+        """The first rank keeps other runs out of the folder; AlikeOnAllRanks where another is at work in it."""
+        refused, world = None, self.mesh.world
+        if world.is_first:
+            try:
+                self._held.enter_context(exclusive(self.config.output, what="run"))
+                remove_stale_temporaries(self.config.output)
+            except MegacoderError as error:
+                refused = str(error)
+        refused = gather_json(refused, world)[0]
+        if refused is not None:
+            raise AlikeOnAllRanks(refused)
 
     def _open_newest(self) -> CheckpointReader | None:
         """The newest whole checkpoint, if there is one.
@@ -162,6 +175,11 @@ class RunFolder:
 
 
 @torch.no_grad()
+def _has_begun(output: Path) -> bool:
+    metrics = output / METRICS
+    return bool(step_folders(output / CHECKPOINTS)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
 def load_weights(model: Transformer, checkpoints: Path) -> int:
     """Fills `model` from the master weights of a checkpoint, or of the newest in a folder of them; returns its step."""
     reader = CheckpointReader(checkpoints)

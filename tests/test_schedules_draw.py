@@ -139,3 +139,19 @@ def test_plan_fails_with_one_line(capsys, options, message):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--schedule", "1f1b", "--pp", "4", "--microbatches", "100000000"], "at most 1,048,576 of both together"),
+        (
+            ["--model", "33b", "--device", "h100", "--devices", "999999999999"],
+            "--devices 999999999999: at most 1,048,576",
+        ),
+    ],
+)
+def test_what_would_take_for_ever_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *words])
+    assert message in capsys.readouterr().err

@@ -28,6 +28,7 @@ from megacoder.train.planning.step_time import stage_costs
 __all__ = ["ClusterArgs", "main"]
 
 _SECONDS_PER_DAY = 86_400
+MOST_DEVICES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if args.top < 1 or args.devices < 1:
         raise ConfigError(f"--top {args.top}, --devices {args.devices}: both must be at least 1")
+    if args.devices > MOST_DEVICES:
+        raise ConfigError(f"--devices {args.devices}: at most {MOST_DEVICES:,}; every layout of them is looked at")
     device = find_device(args.device)
     if args.fp8 and device.fp8_tflops is None:
         raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")

@@ -9,6 +9,7 @@ from typing import Any
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
 from megacoder.parallel.schedules import (
     Costs,
     Timeline,
@@ -21,6 +22,9 @@ from megacoder.parallel.schedules import (
 from megacoder.parallel.schedules.draw import draw
 
 __all__ = ["ScheduleArgs", "main", "print_help"]
+
+MOST_ACTIONS = 1 << 20
+"""Ranks times microbatches: half a minute of simulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _simulate(config: ScheduleArgs) -> Timeline:
+    if config.pp * config.microbatches > MOST_ACTIONS:
+        raise ConfigError(
+            f"--pp {config.pp} --microbatches {config.microbatches}: at most {MOST_ACTIONS:,} of both together; "
+            "every action is simulated, and the share that idles changes little beyond"
+        )
     schedule = build_schedule(
         config.schedule, num_ranks=config.pp, num_microbatches=config.microbatches, num_chunks=config.chunks
     )

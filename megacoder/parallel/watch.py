@@ -9,6 +9,8 @@ When a collective fails, or does not end in time, the rank compares the records 
 blame`) and announces what it found; the first announcement stands, and each host prints it once. A rank that cannot
 reach the bulletin says that, and what it waited for. The cost is three small messages per rank and beat.
 
+A rank whose launcher has been killed asks itself to stop, as a signal would: with a checkpoint, on all ranks alike.
+
 Ends by force, once the line is out: a rank of this host that is stopped (torchrun would wait half a minute for it), and
 torchrun itself on a host that is cut off (with a c10d rendezvous it, too, asks the lost store, for ever).
 

@@ -115,11 +115,11 @@ class Watch:
     def _guard(self) -> None:
         """Ends the process when the main thread hangs in the network, or the run is over and it goes on."""
         ended: float | None = None
-        orphaned = False
+        has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # else a shell, which may go
         while not self._over.wait(self._interval):
-            if not orphaned and os.getppid() != self._agent:  # killed: nobody is left who could end this rank
-                orphaned = True
-                told = f"rank {self._world.rank}: whoever started it has ended; it stops as if asked to"
+            if has_agent and os.getppid() != self._agent:  # killed: nobody is left who could end this rank
+                has_agent = False
+                told = f"rank {self._world.rank}: torchrun has ended; the rank stops as if asked to"
                 print(told, file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             now, still = time.monotonic(), self._still_seconds()

@@ -174,12 +174,12 @@ class RunFolder:
         self._held.close()
 
 
-@torch.no_grad()
 def _has_begun(output: Path) -> bool:
     metrics = output / METRICS
     return bool(step_folders(output / CHECKPOINTS)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
+@torch.no_grad()
 def load_weights(model: Transformer, checkpoints: Path) -> int:
     """Fills `model` from the master weights of a checkpoint, or of the newest in a folder of them; returns its step."""
     reader = CheckpointReader(checkpoints)

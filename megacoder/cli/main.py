@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
-        _fail(f"{_first_line(error)}; `megacoder plan` says what a model and its batches need", 1)
+        said = ["out of memory", *str(error).strip().splitlines()[:1]]
+        _fail(f"{': '.join(said)}; `megacoder plan` says what a model and its batches need", 1)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -92,10 +93,6 @@ def _is_lack_of_memory(error: BaseException) -> bool:
     """Told without torch, which most commands do not load: of a GPU it is an error of its own, of a CPU words."""
     name = type(error).__name__
     return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"out of memory: {str(error).strip().splitlines()[0]}" if str(error).strip() else "out of memory"
 
 
 def _dispatch(words: list[str]) -> None:

@@ -208,6 +208,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(corpus):
 def test_input_without_documents_is_refused(corpus):
     with pytest.raises(DataError, match=r"no documents in .*b.jsonl"):
         preprocess(config_of(corpus, input=(corpus / "in" / "b.jsonl",)))
+    assert not list(corpus.glob("out*"))
     with pytest.raises(DataError, match=r"c.jsonl:1: no key 'text'"):
         preprocess(config_of(corpus, input=(corpus / "in" / "c.jsonl",), text_key="text", output="other"))
     assert not (corpus / "other.parts").exists()

@@ -235,6 +235,13 @@ def test_tp_2_on_the_command_line_prints_once(folder, capsys):
     assert two.stdout == capsys.readouterr().out
 
 
+def test_a_model_that_is_not_there_is_said_once_by_two_ranks(tmp_path):
+    words = ["generate", "--model", str(tmp_path / "gone"), "--prompt", "def ", "--tp", "2"]
+    done = subprocess.run([sys.executable, "-m", "megacoder", *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.count(str(tmp_path / "gone")) == 1, done.stderr
+
+
 def test_two_ranks_chat_as_one(folder):
     words = [sys.executable, "-m", "megacoder", "chat", "--model", str(folder), "--max-new-tokens", "5"]
     told = {"input": "first \\\nline\n\nsecond größer\n", "capture_output": True, "text": True, "timeout": 240}

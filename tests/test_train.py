@@ -327,9 +327,37 @@ def test_a_schedulers_signal_reaches_ranks_alone_and_torchrun_ends_well(case):
 
 
 def test_a_folder_of_another_run_is_refused(case, alone):
-    with pytest.raises(ConfigError, match=r"schedule.peak_lr = 0.01, not 0.02; choose another output"):
-        train(case.config("alone", schedule=ScheduleConfig(peak_lr=0.02, warmup_steps=2)))
+    with pytest.raises(ConfigError, match="optimizer.beta1 = 0.9, not 0.8; choose another output"):
+        train(case.config("alone", optimizer=AdamWConfig(beta1=0.8)))
     train(case.config("alone", log_every=2, eval_every=100))  # finished: nothing to do, and nothing to refuse
+
+
+def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
+    constant, falling = (ScheduleConfig(kind=kind, peak_lr=1e-2, warmup_steps=2) for kind in ("constant", "three_stage"))
+    settings = {"steps": 10, "schedule": falling}
+    train(case.config("long", **settings))
+    train(case.config("extended", steps=4, schedule=constant))
+    train(case.config("extended", steps=8, schedule=constant))
+    train(case.config("extended", **settings))
+    assert curve(case.folder / "extended") == [
+        {**there, **{key: here[key] for key in here.keys() - there.keys()}}  # a held-out loss where a part ended
+        for there, here in zip(curve(case.folder / "long"), curve(case.folder / "extended"), strict=True)
+    ]
+    assert "all 10 steps are done" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 16}, r"steps = 16 \(was 8\): .* has done 8 steps, and the learning rate of step 7 was 0.00316228, not"),
+        ({"steps": 7}, "steps = 7: the run in .* has done 8 already; choose another output, .* init_from = '.*alone'"),
+        ({"schedule": ScheduleConfig(peak_lr=0.02, warmup_steps=2)}, "schedule: .* of step 1 was 0.005, not 0.01;"),
+    ],
+)
+def test_a_run_whose_past_would_have_been_another_is_not_extended(case, alone, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(case.config("alone", **changes))
+    assert load_toml(RunConfig, alone / "run.toml").steps == 8
 
 
 def test_a_worker_error_is_said_once_and_ends_the_launcher(case):

@@ -14,7 +14,7 @@ from megacoder.checkpoint.huggingface import read_config
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.device import probe
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, alike_on_all_ranks
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
@@ -40,19 +40,25 @@ def load_model(
     A checkpoint's weights are fp32. Its tokenizer is the run's unless given. Where ranks share the model, each loads
     its part.
     """
-    device = probe().device_type
-    if is_checkpoint(folder):
-        reader = CheckpointReader(folder)
-        found = tokenizer or tokenizer_of(reader)
-        if found is None:
-            raise ConfigError(f"{folder}: no tokenizer beside this checkpoint; give one with --tokenizer")
-        model = Transformer(model_of(reader), tp)
-        load_weights(model, folder)
-        return model.to(device, _DTYPES[dtype] or torch.float32), Tokenizer.load(found)
-    read_config(folder)  # a folder that is none is named as such, not as one without a tokenizer
-    if tokenizer is None and not (folder / "tokenizer.json").is_file():
-        raise ConfigError(f"{folder}: no tokenizer.json in it; name the folder of one with --tokenizer")
-    return import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp, tokenizer_folder=tokenizer)
+    with alike_on_all_ranks():
+        if is_checkpoint(folder):
+            return _load_checkpoint(CheckpointReader(folder), _DTYPES[dtype] or torch.float32, tokenizer, tp)
+        read_config(folder)  # a folder that is none is named as such, not as one without a tokenizer
+        if tokenizer is None and not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"{folder}: no tokenizer.json in it; name the folder of one with --tokenizer")
+        device = probe().device_type
+        return import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp, tokenizer_folder=tokenizer)
+
+
+def _load_checkpoint(
+    reader: CheckpointReader, dtype: torch.dtype, tokenizer: Path | None, tp: TensorParallel
+) -> tuple[Transformer, Tokenizer]:
+    found = tokenizer or tokenizer_of(reader)
+    if found is None:
+        raise ConfigError(f"{reader.folder}: no tokenizer beside this checkpoint; give one with --tokenizer")
+    model = Transformer(model_of(reader), tp)
+    load_weights(model, reader)
+    return model.to(probe().device_type, dtype), Tokenizer.load(found)
 
 
 def is_checkpoint(folder: Path) -> bool:

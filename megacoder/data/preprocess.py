@@ -167,8 +167,9 @@ def _write(
                     if piece.ends_file:
                         break
             completed += sizes[name]
-        if output.num_documents == 0:
-            raise DataError(f"no documents in {', '.join(map(str, config.input))}")
+    if output.num_documents == 0:
+        shutil.rmtree(folder)
+        raise DataError(f"no documents in {', '.join(map(str, config.input))}")
     rename_dataset(output.prefix, config.output)
     sidecar = Sidecar(
         documents=output.num_documents,

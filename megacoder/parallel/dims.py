@@ -15,7 +15,7 @@ builds its groups from these lists.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -138,5 +138,6 @@ class ParallelDims:
         )
 
 
-def _divisors(number: int) -> Iterator[int]:
-    return (candidate for candidate in range(1, number + 1) if number % candidate == 0)
+def _divisors(number: int) -> list[int]:
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})

@@ -130,6 +130,8 @@ class Trainer:
                     if config.ends_with_checkpoint(self.step):
                         self._checkpoint()
             self.folder.finish()
+            if log is not None:
+                say(f"{config.output}: all {config.steps:,} steps are done")
         except RunStopped as stopped:  # on all ranks alike
             self.folder.stop(self.step + 1, stopped)
             raise

@@ -41,10 +41,10 @@ __all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from", "guard", "stop_signals",
-    "data_workers",
+    "data_workers", "steps", "schedule",
 }  # fmt: skip
 """Settings that may differ when a run goes on: they change nothing (any more), rounding alone (device, layout,
-execution), or what becomes of a run that goes wrong."""
+execution), or what becomes of a run that goes wrong. `steps` and `schedule` may where `_check_same_past` holds."""
 
 STOPPED = "stopped"
 """In a run's folder: why the guard has ended it. While it is there the run does not start."""
@@ -66,13 +66,14 @@ class RunFolder:
         path = config.output / "run.toml"
         # Of a run that has done nothing, such as one for which the memory was not enough, anything may change.
         has_toml = path.exists() and _has_begun(config.output)
+        old = None
         if has_toml:
             old = load_toml(RunConfig, path)
             check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
         self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
         self._newest = self._open_newest()
         if self._newest is not None:
-            _check_goes_on(self._newest, config, has_toml=has_toml)
+            _check_goes_on(self._newest, config, old)
         if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
             write_text(path, to_toml(config))
 
@@ -180,14 +181,12 @@ def _has_begun(output: Path) -> bool:
 
 
 @torch.no_grad()
-def load_weights(model: Transformer, checkpoints: Path) -> int:
-    """Fills `model` from the master weights of a checkpoint, or of the newest in a folder of them; returns its step."""
-    reader = CheckpointReader(checkpoints)
+def load_weights(model: Transformer, reader: CheckpointReader) -> None:
+    """Fills `model` from the master weights of a checkpoint."""
     for param in model.parameters():
         param.zero_()  # the rows that pad the vocabulary are in no file
     for piece in weight_pieces(model):
         piece.view.copy_(piece.shard.part(reader.read_tensor(piece.hf_name)))
-    return reader.step
 
 
 def open_start(config: RunConfig) -> CheckpointReader | None:
@@ -230,11 +229,12 @@ def state_fragments(
                 )  # fmt: skip
 
 
-def _check_goes_on(reader: CheckpointReader, config: RunConfig, *, has_toml: bool) -> None:
+def _check_goes_on(reader: CheckpointReader, config: RunConfig, old: RunConfig | None) -> None:
     """ConfigError where a run of `config` cannot go on from a checkpoint in its folder.
 
-    Without `has_toml` the run's folder no longer says what it is of, so that the checkpoint has to. With it the model
-    alone is compared: of the other settings an older checkpoint may have some that there are no more.
+    `old` is what the run's folder says that it is of. Where it no longer says so, the checkpoint has to. Otherwise the
+    model alone is compared with the checkpoint's: of the other settings an older one may have some that there are no
+    more.
     """
     output, where = str(config.output), f"{reader.folder / MANIFEST}: state.config"
     if not {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}:
@@ -243,9 +243,33 @@ def _check_goes_on(reader: CheckpointReader, config: RunConfig, *, has_toml: boo
             f"on; choose another output, and start from these weights with init_from = {output!r}"
         )
     check_same(model_of(reader), config.model, where=f"{where}.model", free=(), advice="choose another output")
-    if not has_toml:
+    if old is None:
         old = from_dict(RunConfig, reader.state["config"], where=where)
         check_same(old, config, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+    _check_same_past(old, config, reader.step)
+
+
+def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
+    """ConfigError where the first `step` steps of a run would not have been the same under `config` as under `old`.
+
+    A constant rate can be gone on with, or be let fall, at any time; three stages until the first has ended.
+    """
+    advice = f"choose another output, and start from these weights with init_from = {str(config.output)!r}"
+    if config.steps < step:
+        raise ConfigError(f"steps = {config.steps}: the run in {config.output} has done {step} already; {advice}")
+    if config.data.compat == "megatron" and config.steps != old.steps:
+        raise ConfigError(
+            f"steps = {config.steps}: the run in {config.output} is one of {old.steps}, and Megatron's order of "
+            f"samples depends on their number; {advice}"
+        )
+    for past in range(1, step + 1):
+        was, now = old.learning_rate(past), config.learning_rate(past)
+        if was != now:
+            changed = "schedule" if old.schedule != config.schedule else f"steps = {config.steps} (was {old.steps})"
+            raise ConfigError(
+                f"{changed}: the run in {config.output} has done {step} steps, and the learning rate of step {past} "
+                f"was {was:g}, not {now:g}; {advice}"
+            )
 
 
 def _refuse_stopped(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.corpus_report import print_report
 from megacoder.cli.eval_infill import print_summary
@@ -180,7 +180,7 @@ def make_export(places: Places, config: RunConfig) -> None:
     """The last checkpoint as a Hugging Face folder in fp32."""
     if not (places.model / "config.json").exists():
         model = Transformer(config.model)
-        load_weights(model, places.run / "checkpoints")
+        load_weights(model, CheckpointReader(places.run / CHECKPOINTS))
         export_model(model, places.model, tokenizer_folder=places.tokenizer)
 
 
@@ -214,7 +214,7 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
 
 
 def _trained_steps(places: Places) -> int:
-    checkpoints = places.run / "checkpoints"
+    checkpoints = places.run / CHECKPOINTS
     return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.blend import MAX_ROUND, blend_phase, blend_table
+from megacoder.data.blend import MAX_ROUND, blend_table, stream_phase
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_proportions_that_need_long_rounds_are_rounded():
 def test_streams_together_keep_the_shares_in_every_prefix_and_batch(weights):
     """Streams that began at the same place would take their first windows from one dataset."""
     table, num_streams = blend_table(weights), 256
-    phases = np.array([blend_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
+    phases = np.array([stream_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
     taken = table[(np.arange(300)[:, None] + phases) % len(table)].ravel()
     counts = np.cumsum(taken[:, None] == np.arange(len(weights)), axis=0)
     expected = np.arange(1, len(taken) + 1)[:, None] * np.array(weights) / sum(weights)

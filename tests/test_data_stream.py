@@ -14,7 +14,8 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megacoder.data.permutation import permute
+from megacoder.data.packing import TURNED
+from megacoder.data.permutation import permute, stream_phase
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import StreamConfig, TokenStream, merge_states
 
@@ -111,31 +112,65 @@ def test_a_rank_reads_only_its_share_of_the_streams(numbered):
         stream(numbered, dp_rank=0, dp_size=4, num_streams=16).load_state_dict(state)
 
 
+def rows_served(dataset, steps, *, num_streams, **config):
+    """The tokens of each logical stream, from the windows alone."""
+    one = stream(dataset, batch=num_streams, seq_length=16, num_streams=num_streams, fim=NO_FIM, **config)
+    return torch.stack([one.next_batch().tokens for _ in range(steps)], dim=1).flatten(1).tolist()
+
+
 def documents_served(dataset, steps, **config):
-    """The documents of each logical stream, as tuples of ids between BOS and EOS, from the windows alone."""
-    one = stream(dataset, batch=config["num_streams"], seq_length=16, fim=NO_FIM, **config)
-    windows = torch.stack([one.next_batch().tokens for _ in range(steps)], dim=1)  # (V, steps, S)
-    bos = small_tokenizer().bos_id
-    served = []
-    for row in windows.flatten(1).tolist():
-        edges = [place for place, token in enumerate(row) if token == bos]
-        served.append([tuple(row[a:b]) for a, b in itertools.pairwise(edges)])
-    return served
+    """The documents of one stream as tuples of ids between BOS and EOS."""
+    (row,) = rows_served(dataset, steps, num_streams=1, **config)
+    edges = [place for place, token in enumerate(row) if token == small_tokenizer().bos_id]
+    return [tuple(row[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("num_streams", [1, 4, 32])
 def test_no_token_is_lost_or_repeated_within_an_epoch(numbered, num_streams):
+    """A stream is the documents dealt to it, the first TURNED of them gone round from a token inside them."""
     bos, size = small_tokenizer().bos_id, numbered.num_documents
-    contents = [numbered.document(index).tolist() for index in range(size)]
-    expected = Counter((bos, *content) for content in contents if content)
-    order = [permute(np.arange(size), size, seed=1234, epoch=epoch) for epoch in range(3)]
-    served = documents_served(numbered, 40 * 64 // num_streams, num_streams=num_streams)
-    for epoch in range(3):
-        seen = Counter()
-        for index, documents in enumerate(served):
-            positions = [p for p in range(index, 3 * size, num_streams) if contents[order[p // size][p % size]]]
-            seen.update(d for d, p in zip(documents, positions, strict=False) if p // size == epoch)
-        assert seen == expected
+    documents = []  # (token, whether it is of the document's first file, or BOS)
+    for index in range(size):
+        files = [numbered.sequence(file).tolist() for file in numbered.document_sequences(index)]
+        ids = [(token, number == 0) for number, file in enumerate(files) for token in file]
+        documents.append([(bos, None), *ids] if ids else [])
+    order = [permute(np.arange(size), size, seed=1234, epoch=epoch) for epoch in range(12)]
+    places = set()
+    for index, row in enumerate(rows_served(numbered, 40 + 400 // num_streams, num_streams=num_streams)):
+        dealt = [documents[order[p // size][p % size]] for p in range(index, 12 * size, num_streams)]
+        turned = [item for document in dealt[:TURNED] for item in document]
+        stored = [place for place, (_, in_first_file) in enumerate(turned) if in_first_file is not None]
+        begin = stored[stream_phase(index, num_streams, len(stored))]
+        begin -= bool(turned[begin][1])  # BOS counts in the first file
+        served = [*turned[begin:], *turned[:begin], *(item for document in dealt[TURNED:] for item in document)]
+        expected = [token for token, _ in served]
+        assert row[: len(expected)] == expected[: len(row)]
+        places.add(begin)
+    assert len(places) > num_streams // 2
+
+
+def test_the_first_batches_are_like_the_others(numbered):
+    """Not the beginnings of as many documents, and then what comes behind them."""
+    rows = torch.tensor(rows_served(numbered, 40, num_streams=32))
+    begins = (rows.unflatten(1, (40, 16))[:, :, 0] == small_tokenizer().bos_id).sum(0).tolist()  # of 32, by window
+    assert begins[0] <= max(begins[1:])
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_run_resumes_at_any_window_also_about_the_cut(numbered, across):
+    options = {"num_streams": 4, "batch": 4, "seq_length": 11, "train_across_documents": across}
+    whole = stream(numbered, **options)
+    states, batches = [], []
+    for _ in range(60):
+        states.append(whole.state_dict())
+        batches.append(whole.next_batch())
+    assert all(document > TURNED + 1 for _, _, document, *_ in states[-1]["streams"])
+    for state, batch in zip(states, batches, strict=True):
+        resumed = stream(numbered, **options)
+        resumed.load_state_dict(state)
+        found = resumed.next_batch()
+        assert torch.equal(found.tokens, batch.tokens)
+        assert torch.equal(found.labels, batch.labels)
 
 
 def test_there_are_never_more_streams_than_documents(numbered, sources):
@@ -144,7 +179,7 @@ def test_there_are_never_more_streams_than_documents(numbered, sources):
 
 
 def test_epochs_and_seeds_have_other_orders(numbered):
-    first, other = (documents_served(numbered, 200, num_streams=1, seed=seed)[0] for seed in (1234, 1235))
+    first, other = (documents_served(numbered, 200, seed=seed) for seed in (1234, 1235))
     assert first[:36] != other[:36]
     assert first[:36] != first[36:72]
     assert Counter(first[:36]) == Counter(first[36:72]) == Counter(other[:36])

@@ -4,7 +4,7 @@ Windows hold equal numbers of tokens, so shares of windows are shares of tokens.
 is due at the times (k + 1/2) / q, k = 0, 1, ...; the table lists the datasets in the order of these times and is gone
 round for ever. So each dataset has exactly its share of every round, and no prefix strays from it by more than a
 window or so; there is no size to run over, and nothing to keep but the number of windows. Each of the V streams goes
-round by itself and they begin all over the table, in bit-reversed order, so that neighbouring windows mix datasets too.
+round by itself and they begin all over the table, so that neighbouring windows mix datasets too.
 
 Megatron picks greedily by the largest error, for a number of samples that must be known, over datasets each made a
 little larger than needed; where that margin was too small, the run ends in an IndexError.
@@ -17,8 +17,9 @@ from fractions import Fraction
 import numpy as np
 
 from megacoder.core.errors import ConfigError
+from megacoder.data.permutation import stream_phase
 
-__all__ = ["MAX_ROUND", "blend_counts", "blend_phase", "blend_table"]
+__all__ = ["MAX_ROUND", "blend_counts", "blend_table"]
 
 MAX_ROUND = 1 << 16
 """Entries of a table at most: weights that need more are rounded to such shares, each dataset to one at least"""
@@ -40,17 +41,11 @@ def blend_table(weights: Sequence[float]) -> np.ndarray:
     return datasets[np.argsort(due, kind="stable")].astype(np.uint16)
 
 
-def blend_phase(stream: int, num_streams: int, size: int) -> int:
-    """Where in a table of `size` entries a stream begins; `num_streams` is a power of two."""
-    reversed_bits = int(f"{stream:0{num_streams.bit_length() - 1}b}"[::-1], 2)
-    return reversed_bits * size // num_streams
-
-
 def blend_counts(table: np.ndarray, *, num_windows: int, num_streams: int) -> list[int]:
     """How many of the first `num_windows` windows of a run came from each dataset."""
     streams = np.arange(num_streams)
     served = num_windows // num_streams + (streams < num_windows % num_streams)  # windows of each stream
-    begin = np.array([blend_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
+    begin = np.array([stream_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
     counts = []
     for dataset in range(int(table.max()) + 1):
         before = np.concatenate([[0], np.cumsum(np.tile(table == dataset, 2))])  # in two rounds, end to end

@@ -14,7 +14,7 @@ al. 2014).
 
 import numpy as np
 
-__all__ = ["draw_bits", "draw_many_bits", "key_of", "permute"]
+__all__ = ["draw_bits", "draw_many_bits", "key_of", "permute", "stream_phase"]
 
 _ROUNDS = 8
 _MASK = 2**64 - 1
@@ -59,6 +59,15 @@ def draw_bits(key: int, count: int) -> list[int]:
 def draw_many_bits(key: int, count: int) -> np.ndarray:
     """The same numbers as `draw_bits`, faster for hundreds: uint64 (count,)."""
     return _mix(np.uint64(key) + np.arange(1, count + 1, dtype=np.uint64))
+
+
+def stream_phase(stream: int, num_streams: int, size: int) -> int:
+    """Where in a round of `size` places a stream begins: all over it, neighbours far apart (bit reversal).
+
+    `num_streams` is a power of two; stream 0 begins at 0.
+    """
+    reversed_bits = int(f"{stream:0{num_streams.bit_length() - 1}b}"[::-1], 2)
+    return reversed_bits * size // num_streams
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:

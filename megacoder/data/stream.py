@@ -10,7 +10,8 @@ So nothing depends on the number of ranks or on how long the run is: rank r of d
 and reads only the streams that those come from. A stream's state is three integers for each dataset, and the state of
 a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
-Within an epoch every token is served once. Streams run ahead of each other by the lengths of their documents, so
+Within an epoch every token is served once; a stream begins inside its first documents, not at a beginning (see
+`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so
 epochs overlap at their seams. There are never more streams than documents (V is halved until it fits the smallest
 dataset): otherwise the first windows would be the beginnings of the same few documents, from many epochs at once.
 """
@@ -27,13 +28,13 @@ from torch import Tensor
 
 from megacoder.core.config import to_dict
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.blend import blend_phase, blend_table
+from megacoder.data.blend import blend_table
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.endless import Deal, EndlessDocuments
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset
-from megacoder.data.packing import BestFit, Concatenated, Packer
-from megacoder.data.permutation import key_of
+from megacoder.data.packing import TURNED, BestFit, Concatenated, Packer
+from megacoder.data.permutation import key_of, stream_phase
 from megacoder.data.segments import cu_seqlens, position_ids
 from megacoder.data.tokenizer import Tokenizer
 
@@ -148,7 +149,7 @@ class TokenStream:
             for number, (dataset, rate) in enumerate(zip(datasets, rates, strict=True))
         ]  # fmt: skip
         own = range(dp_rank % self._shares, self.num_streams, self._shares)
-        self._phases = {stream: blend_phase(stream, self.num_streams, len(self._blend)) for stream in own}
+        self._phases = {stream: stream_phase(stream, self.num_streams, len(self._blend)) for stream in own}
         self._packers = {stream: [_packer(source, stream, config, tokenizer) for source in sources] for stream in own}
         self._prepare()
         self._order = {
@@ -158,7 +159,7 @@ class TokenStream:
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             **({"weights": list(weights)} if len(datasets) > 1 else {}),
             **({"fim_rates": list(rates)} if fim_rates else {}),
-            **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
+            **({"seq_length": config.seq_length} if config.packing == "best_fit" else {"turned": TURNED}),
         }
 
     def next_batch(self, *, threads: Executor | None = None, num_threads: int = 1) -> Batch:
@@ -224,7 +225,7 @@ class TokenStream:
 
     def _prepare(self) -> None:
         for packers in zip(*self._packers.values(), strict=True):
-            Deal.prepare([packer.deal for packer in packers], [packer.position()[0] for packer in packers])
+            Deal.prepare([packer.deal for packer in packers], [packer.next_document for packer in packers])
 
 
 def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.main import main
-from megacoder.core.config import load_toml
+from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
+from megacoder.data.conversations import ConversationConfig
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.collectives import World
 from megacoder.train.config import RunConfig
@@ -25,6 +27,7 @@ from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
+from megacoder.train.step import threads_of_a_rank
 
 TIMES = {"tokens_per_second", "tflops", "memory_gib", "checkpoint_seconds"}
 
@@ -284,22 +287,24 @@ def test_a_crash_between_checkpoints_repeats_its_steps_only(case, alone):
     assert curve(config.output) == curve(alone)
 
 
-def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone):
-    toml = case.toml("signalled", steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2))
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)])
+def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, number, code):
+    name = f"signalled-{number}"
+    toml = case.toml(name, steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2))
     command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = case.folder / "signalled" / "metrics.jsonl"
+    metrics = case.folder / name / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert stderr.count("stopped at step") == 1
-    step = CheckpointReader(case.folder / "signalled" / "checkpoints").step
+    step = CheckpointReader(case.folder / name / "checkpoints").step
     assert step == read_metrics(metrics)[-1]["step"] >= 3
     resumed = Trainer(
-        case.config("signalled", steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)),
+        case.config(name, steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)),
         World(0, 1, 0, torch.device("cpu"), None),
     )
     assert resumed.step == step
@@ -368,6 +373,55 @@ def test_a_worker_error_is_said_once_and_ends_the_launcher(case):
     assert done.stderr.count("model.vocab_size = 999") == 1
     assert not (case.folder / "refused").exists(), "a refusal must not bar the corrected run"
     assert "Traceback" not in done.stderr
+
+
+def flip_a_byte(folder):
+    path = max(CheckpointReader(folder).folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("wrong", ["data", "output", "checkpoint"])
+def test_what_any_rank_finds_wrong_is_said_once(case, alone, tmp_path, wrong):
+    output = tmp_path / "run"
+    if wrong == "output":
+        output.touch()
+    elif wrong == "checkpoint":
+        shutil.copytree(alone, output)
+        flip_a_byte(output)
+    words = ["--output", str(output)] + ["--data.train", "nothere"] * (wrong == "data")
+    done = launch(case.toml(f"wrong-{wrong}"), *words)
+    path = {"data": "nothere.idx", "output": str(output), "checkpoint": ".safetensors"}[wrong]
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count(path) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_conversations_go_to_sft(case, capsys):
+    config = case.config("talks")
+    toml = case.folder / "talks.toml"
+    talks = dataclasses.replace(config.data, train=(), conversations=ConversationConfig(train=(Path("talks.jsonl"),)))
+    toml.write_text(to_toml(dataclasses.replace(config, data=talks)))
+    with pytest.raises(SystemExit):
+        main(["train", str(toml)])
+    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; that is: megacoder sft {toml}\n"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "asked", "threads"), [("1", None, 8), ("1", "3", 3), ("1", "1", 1), ("4", "1", 2), ("4", "3", 3)]
+)
+def test_a_users_number_of_threads_counts_and_torchruns_does_not(monkeypatch, ranks, asked, threads):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads_of_a_rank(8) == threads
+
+
+def test_a_run_within_its_warmup_says_so(case, capfd):
+    train(case.config("cold", steps=2, schedule=ScheduleConfig(peak_lr=1e-2, warmup_steps=9)))
+    assert "steps = 2 end within the warm-up of 9 (" in capfd.readouterr().err
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):

@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import threading
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from megacoder.checkpoint import writer as writer_module
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.config import from_dict, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
 from megacoder.model.transformer import Transformer
 from megacoder.ops import adamw
@@ -27,6 +29,7 @@ from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, GuardConfig, RunStopped
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import MetricsLog, read_metrics
@@ -56,7 +59,7 @@ def test_limits_are_multiples_of_medians_once_there_is_a_history():
     assert (guard.limits().loss, guard.limits().grad_norm) == (6.0, 5.0)
     noted(guard, 8, loss=1.0, grad_norm=0.1)
     assert (guard.limits().loss, guard.limits().grad_norm) == (3.0, 1.0), "what is older than the window is forgotten"
-    off = Guard(GuardConfig(loss_spike=None, grad_norm_spike=None, window=8))
+    off = Guard(GuardConfig(loss_spike=0, grad_norm_spike=0, window=8))
     noted(off, 8)
     assert (off.limits().loss, off.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
 
@@ -107,11 +110,16 @@ def test_a_guard_goes_on_where_it_was():
 
 @pytest.mark.parametrize(
     "wrong", [{"loss_spike": 1.0}, {"grad_norm_spike": math.inf}, {"window": 0}, {"max_skipped": 0},
-              {"compare_replicas_every": 0}],
+              {"compare_replicas_every": -1}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         GuardConfig(**wrong)
+
+
+def test_a_guard_that_is_off_is_off_in_what_a_run_writes_down(case):
+    config = case.config("off", guard=GuardConfig(loss_spike=0, grad_norm_spike=0, compare_replicas_every=0))
+    assert from_dict(RunConfig, tomllib.loads(to_toml(config)), where="run.toml") == config
 
 
 @pytest.mark.parametrize("name", ["USR1", "SIGNAL", "SIGKILL", "SIGUSR9"])

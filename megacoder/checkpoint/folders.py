@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megacoder.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megacoder.checkpoint.tensor_file import size_fault
-from megacoder.core.console import say
+from megacoder.core.console import say, say_once
 from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
 
@@ -85,11 +85,13 @@ def find_checkpoint(path: Path) -> Path:
         try:
             open_checkpoint(folder)
         except CheckpointError as error:
-            say(f"passing over {folder.name}: {error}")
+            say_once(f"passing over {folder.name}: {error}")
         else:
             named = _named_by_latest(path)
             if named not in (None, folder.name):
-                say(f"{path / LATEST} names {named!r}; the newest whole checkpoint is {folder.name}, which is taken")
+                say_once(
+                    f"{path / LATEST} names {named!r}; the newest whole checkpoint is {folder.name}, which is taken"
+                )
             return folder
     hint = "; megacoder checkpoint import makes one of a Hugging Face folder" if (path / "config.json").exists() else ""
     raise CheckpointError(f"{path}: holds no whole checkpoint{hint}")

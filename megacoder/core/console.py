@@ -3,6 +3,7 @@
 One interface for every command, so that a log file never holds cursor codes and a terminal never scrolls away.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressBar", "progress", "say", "table"]
+__all__ = ["ProgressBar", "progress", "say", "say_once", "table"]
 
 
 class ProgressBar(Protocol):
@@ -52,6 +53,12 @@ def progress(
 def say(text: str) -> None:
     """A line for the person who started the command, on stderr so that stdout stays for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_once(text: str) -> None:
+    """What every rank of a machine would say: `say` on the first of them."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(text)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

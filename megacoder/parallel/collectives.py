@@ -14,7 +14,8 @@ import datetime
 import json
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from megacoder.core.errors import ConfigError, MegacoderError, RankLost
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
 from megacoder.parallel.attempt import agree_on_attempt
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.one_host import share_memory
@@ -37,6 +38,7 @@ __all__ = [
     "barrier",
     "broadcast_from_first",
     "connect_store",
+    "failing_together",
     "flight_record",
     "gather_json",
     "group_rank",
@@ -365,6 +367,27 @@ def gather_json(value: Any, world: World) -> list[Any]:
     all_gather_into(gathered.view(-1), padded, world.group)
     rows = zip(gathered.cpu().numpy(), lengths.tolist(), strict=True)
     return [json.loads(row[:length].tobytes()) for row, length in rows]
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Every rank runs what is in here; what fails on one fails on all: AlikeOnAllRanks, in the first one's words."""
+    if world.group is None:
+        yield
+        return
+    failure: tuple[str, int] | None = None
+    try:
+        yield
+    except RankLost:
+        raise
+    except MegacoderError as error:
+        failure = str(error), error.exit_code
+    except OSError as error:
+        failure = f"{error.filename}: {error.strerror}" if error.filename else str(error), MegacoderError.exit_code
+    for failed in filter(None, gather_json(failure, world)):
+        alike = AlikeOnAllRanks(failed[0])
+        alike.exit_code = failed[1]
+        raise alike
 
 
 def barrier(group: dist.ProcessGroup | None) -> None:

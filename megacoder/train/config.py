@@ -29,7 +29,7 @@ __all__ = ["DataConfig", "RunConfig"]
 class DataConfig:
     """What is read."""
 
-    train: tuple[Path, ...]
+    train: tuple[Path, ...] = ()
     """prefix of the training .bin/.idx, or several whose tokens are blended"""
     weights: tuple[float, ...] = ()
     """shares of the tokens of a run, one for each of `train`, of any sum; left out, each has its size"""
@@ -61,7 +61,7 @@ class DataConfig:
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is no share from 0 to 1")
-        if not self.train:
+        if not self.train and not self.conversations.train:
             raise ConfigError("data.train = []: at least one dataset")
 
 
@@ -108,8 +108,9 @@ class RunConfig:
     """how checkpoints are written and kept"""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """which updates are left out, and when that ends the run"""
-    stop_signals: tuple[str, ...] = ("SIGINT", "SIGTERM", "SIGUSR1")
-    """signals that are answered with a checkpoint and the run's end; Slurm's --signal sends one of choice"""
+    stop_signals: tuple[str, ...] = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    """signals that are answered with a checkpoint and the run's end; Slurm's --signal sends one of choice, and a
+    terminal that is closed SIGHUP (which nohup keeps away)"""
     eval_every: int = 100
     """steps between held-out losses; one more is measured at the end"""
     eval_batches: int = 8
@@ -144,6 +145,11 @@ class RunConfig:
     def ends_with_checkpoint(self, step: int) -> bool:
         """Whether step `step` (1 .. steps) does."""
         return step % self.checkpoint_every == 0 or step == self.steps
+
+    @property
+    def warmup_steps(self) -> float:
+        """Of the schedule, which may give it in tokens."""
+        return self.schedule.warmup(self.global_batch_size * self.data.stream.seq_length)
 
     def learning_rate(self, step: int) -> float:
         """Of update `step` (1 .. steps)."""

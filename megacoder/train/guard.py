@@ -31,28 +31,31 @@ LEAST_LOSS = 1.0
 class GuardConfig:
     """When an update is left out, when a run ends for it, and how often replicas are compared."""
 
-    loss_spike: float | None = 3.0
-    """an update is left out where the loss is above so many times its median, and 1 nat; left out: only where it is
-    not finite"""
-    grad_norm_spike: float | None = 10.0
+    loss_spike: float = 3.0
+    """an update is left out where the loss is above so many times its median, and 1 nat; 0: only where it is not
+    finite"""
+    grad_norm_spike: float = 10.0
     """the same for the gradient's norm before clipping, and the run's max_grad_norm"""
     window: int = 128
     """updates that the medians are over; nothing counts as a spike before a quarter of them"""
     max_skipped: int = 20
     """updates left out in a row after which the run ends"""
-    compare_replicas_every: int | None = 100
+    compare_replicas_every: int = 100
     """steps between comparisons of the weights that several ranks hold, besides one in each step that ends with a
-    checkpoint; left out: never"""
+    checkpoint; 0: never"""
 
     def __post_init__(self) -> None:
         for name in ("loss_spike", "grad_norm_spike"):
             factor = getattr(self, name)
-            if factor is not None and not 1.0 < factor < math.inf:
-                raise ConfigError(f"guard.{name} = {factor}: must be above 1; leave it out to take no spike for one")
-        for name in ("window", "max_skipped", "compare_replicas_every"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ConfigError(f"guard.{name} = {count}: must be at least 1")
+            if factor != 0 and not 1.0 < factor < math.inf:
+                raise ConfigError(f"guard.{name} = {factor}: must be above 1, or 0 to take nothing for a spike")
+        for name in ("window", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"guard.{name} = {getattr(self, name)}: must be at least 1")
+        if self.compare_replicas_every < 0:
+            raise ConfigError(
+                f"guard.compare_replicas_every = {self.compare_replicas_every}: at least 1, or 0 for never"
+            )
 
 
 class RunStopped(AlikeOnAllRanks):
@@ -127,8 +130,8 @@ class Guard:
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
 
-    def _limit(self, values: deque[float], factor: float | None, *, least: float) -> float:
-        if factor is None or len(values) < max(1, self.config.window // 4):
+    def _limit(self, values: deque[float], factor: float, *, least: float) -> float:
+        if factor == 0 or len(values) < max(1, self.config.window // 4):
             return sys.float_info.max
         return max(least, factor * statistics.median(values))
 

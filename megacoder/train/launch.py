@@ -5,7 +5,6 @@ the launcher's innards: the worker has already said what was wrong.
 """
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,8 @@ from megacoder.core.errors import MegacoderError
 
 __all__ = ["WorkerFailed", "how_it_ended", "launch_workers"]
 
-HANDLED_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-"""Environment variable with the signals that torchrun hands on to its ranks."""
-DEFAULT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-"""What torchrun takes without it."""
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Signals that torchrun hands on to its ranks by itself."""
 
 
 class WorkerFailed(MegacoderError):
@@ -35,10 +32,13 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
-    os.environ[HANDLED_SIGNALS] = ",".join(dict.fromkeys([*DEFAULT_SIGNALS, *stop_signals]))
+    signals = dict.fromkeys([*PASSED_ON, *stop_signals])
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's wish
+        del signals["SIGHUP"]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, max_restarts=0, monitor_interval=0.1,
         run_id="megacoder", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn",
+        signals_to_handle=",".join(signals),
     )  # fmt: skip
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "megacoder", *arguments)

@@ -21,7 +21,7 @@ from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
-from megacoder.parallel.collectives import World
+from megacoder.parallel.collectives import World, failing_together
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
@@ -50,11 +50,11 @@ class Interrupted(AlikeOnAllRanks):
     def __init__(self, message: str, *, signal_name: str | None = "SIGINT") -> None:
         """`signal_name` is what this rank was sent, None where it was another.
 
-        Whoever sends SIGINT or SIGTERM to ranks ends torchrun, too, and expects 130. A signal that a scheduler sends
-        ahead of time reaches ranks alone: were their exit code not 0, torchrun would restart them.
+        Whoever sends SIGINT, SIGTERM or SIGHUP to ranks ends torchrun, too, and expects 130. A signal that a scheduler
+        sends ahead of time reaches ranks alone: were their exit code not 0, torchrun would restart them.
         """
         super().__init__(message)
-        self.exit_code = 130 if signal_name in ("SIGINT", "SIGTERM") else 0
+        self.exit_code = 130 if signal_name in ("SIGINT", "SIGTERM", "SIGHUP") else 0
 
 
 def check_inputs(config: RunConfig, *, num_ranks: int | None = None) -> None:
@@ -85,10 +85,10 @@ class Trainer:
         config.execution.check_machine(world.device.type, getattr(torch, config.dtype))
         tokenizer = load_tokenizer(config)
         mesh = Mesh(world, layout.dims, sequence_parallel=config.parallel.sequence_parallel)
-        self.batches = Prefetcher(
-            open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp), workers=config.data_workers
-        )
-        self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
+        with failing_together(world):
+            stream = open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
+            self.batches = Prefetcher(stream, workers=config.data_workers)
+            self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
 
         self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
         self.engine = make_engine(config, layout, mesh)
@@ -97,6 +97,11 @@ class Trainer:
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if self.step and world.is_first:
             say(f"going on from step {self.step}")
+        if config.warmup_steps >= config.steps and world.is_first:
+            say(
+                f"steps = {config.steps} end within the warm-up of {config.warmup_steps:g} (schedule.warmup_steps, "
+                f"warmup_tokens): the learning rate never reaches schedule.peak_lr = {config.schedule.peak_lr:g}"
+            )
         self._checkpoint_seconds = 0.0
         self._stop_asked: str | None = None
 
@@ -104,6 +109,8 @@ class Trainer:
         """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it; or RunStopped."""
         config = self.config
         numbers = [getattr(signal, name) for name in config.stop_signals]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's wish
+            numbers = [number for number in numbers if number != signal.SIGHUP]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
         log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
         try:
@@ -116,9 +123,10 @@ class Trainer:
                     interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
                     held_out = {} if interrupted else self._maybe_held_out()
                     if log is not None:
-                        bar.update(self.step, f"loss {result.loss:.3f}  {result.num_tokens / seconds:,.0f} tokens/s")
+                        metrics = self._metrics(result, seconds)
+                        bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
                         if self.step % config.log_every == 0 or held_out:
-                            log.write(self.step, {**self._metrics(result, seconds), **held_out})
+                            log.write(self.step, {**metrics, **held_out})
                             self._checkpoint_seconds = 0.0
                     if interrupted:
                         self._checkpoint()

@@ -36,8 +36,8 @@ _AT_ONCE = 1 << 24
 class ReplicaCheck:
     """Compares the weights of all ranks; every rank makes one and makes the same calls."""
 
-    def __init__(self, engine: Engine, every: int | None, *, since: int = 0) -> None:
-        """`every`: steps between comparisons, None for none. `since`: the step that the run goes on from."""
+    def __init__(self, engine: Engine, every: int, *, since: int = 0) -> None:
+        """`every`: steps between comparisons, 0 for none. `since`: the step that the run goes on from."""
         self.engine, self.every = engine, every
         self._last_equal = since
 
@@ -47,7 +47,7 @@ class ReplicaCheck:
         Called before the update; what the others then hold is as good as it was.
         """
         world = self.engine.mesh.world
-        if self.every is None or world.group is None or not (saves or step % self.every == 0):
+        if self.every == 0 or world.group is None or not (saves or step % self.every == 0):
             return
         world.journal.at("comparing replicas")
         self.engine.optimizer.traffic.wait_all()

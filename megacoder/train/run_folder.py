@@ -22,13 +22,13 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, from_dict, load_toml, to_dict, to_toml
 from megacoder.core.console import say
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
-from megacoder.parallel.collectives import barrier, gather_json
+from megacoder.parallel.collectives import barrier, failing_together, gather_json
 from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
@@ -79,16 +79,10 @@ class RunFolder:
 
     def _hold(self) -> None:
         """The first rank keeps other runs out of the folder; AlikeOnAllRanks where another is at work in it."""
-        refused, world = None, self.mesh.world
-        if world.is_first:
-            try:
+        with failing_together(self.mesh.world):
+            if self.mesh.world.is_first:
                 self._held.enter_context(exclusive(self.config.output, what="run"))
                 remove_stale_temporaries(self.config.output)
-            except MegacoderError as error:
-                refused = str(error)
-        refused = gather_json(refused, world)[0]
-        if refused is not None:
-            raise AlikeOnAllRanks(refused)
 
     def _open_newest(self) -> CheckpointReader | None:
         """The newest whole checkpoint, if there is one.
@@ -96,7 +90,8 @@ class RunFolder:
         Raises AlikeOnAllRanks where ranks would load different ones, as hosts may that do not see the same folder.
         """
         root = self.config.output / CHECKPOINTS
-        reader = CheckpointReader(root) if step_folders(root) else None
+        with failing_together(self.mesh.world):
+            reader = CheckpointReader(root) if step_folders(root) else None
         steps = gather_json(None if reader is None else reader.step, self.mesh.world)
         if any(step != steps[0] for step in steps):
             other = next(rank for rank, step in enumerate(steps) if step != steps[0])
@@ -116,7 +111,8 @@ class RunFolder:
             return 0
         optimizer = engine.optimizer
         held = optimizer.state()
-        reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
+        with failing_together(self.mesh.world):
+            reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
         optimizer.publish_master(held["weight"])
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
@@ -127,7 +123,8 @@ class RunFolder:
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
         state = {"weight": engine.optimizer.state()["weight"]}
-        reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
+        with failing_together(self.mesh.world):
+            reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
         engine.optimizer.publish_master(state["weight"])
         if self.mesh.world.is_first:
             there, here = model_of(reader), self.config.model

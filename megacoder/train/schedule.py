@@ -38,12 +38,14 @@ class ScheduleConfig:
         if not 0 <= self.final_share <= 1:
             raise ConfigError(f"schedule.final_share = {self.final_share}: a share from 0 to 1")
 
+    def warmup(self, tokens_per_step: int) -> float:
+        """Steps of warm-up, however they are given."""
+        return self.warmup_steps if self.warmup_tokens is None else self.warmup_tokens / tokens_per_step
+
 
 def learning_rate(step: int, total_steps: int, config: ScheduleConfig, *, tokens_per_step: int = 1) -> float:
     """The rate of update `step` (1 .. total_steps), of `tokens_per_step` tokens."""
-    warmup: float = config.warmup_steps
-    if config.warmup_tokens is not None:
-        warmup = config.warmup_tokens / tokens_per_step
+    warmup = config.warmup(tokens_per_step)
     if step <= warmup:
         return config.peak_lr * step / warmup
     if config.kind == "constant":

@@ -40,6 +40,7 @@ __all__ = [
     "resolve_dtype",
     "run_step",
     "start_ranks",
+    "threads_of_a_rank",
 ]
 
 
@@ -75,10 +76,19 @@ def start_ranks(config: RunConfig) -> World:
     likely = "bfloat16" if config.dtype == "auto" else config.dtype
     config.execution.check_machine(device_type, getattr(torch, likely))
     if device_type == "cpu":  # ranks of one machine share its cores instead of fighting for them
-        torch.set_num_threads(max(1, machine.num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(threads_of_a_rank(machine.num_cores))
         keep_freed_memory()
     config.layout(launched_ranks() or 1)  # what cannot work is refused before ranks wait for others
     return start_world(device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory)
+
+
+def threads_of_a_rank(num_cores: int) -> int:
+    """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun puts there for several ranks
+    is nobody's wish."""
+    num_ranks, asked = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > (num_ranks > 1):
+        return int(asked)
+    return max(1, num_cores // num_ranks)
 
 
 def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:

@@ -202,7 +202,7 @@ def test_a_file_that_is_code_is_never_run(folder, tmp_path, capsys, form):
 def test_the_attack_would_work(tmp_path, unpickled):
     pickle.loads(dict(attack_files(tmp_path / "ran"))["pickle"]).close()
     assert (tmp_path / "ran").exists()
-    assert unpickled == ["io.open"]
+    assert unpickled in (["io.open"], ["_io.open"])  # where Python says that `open` is from
 
 
 @pytest.fixture

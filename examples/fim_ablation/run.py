@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
+from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml, parse_args, to_toml
 from megacoder.core.console import say, table
 from megacoder.core.device import probe
@@ -113,9 +114,9 @@ def measure(config: RunConfig, options: Options) -> dict[str, list[list[float]]]
     tokenizer = Tokenizer.load(config.data.tokenizer)
     tasks = choose_tasks(read_source_files([options.held_out]), num_tasks=options.num_tasks)
     infill = []
-    for _, folder in step_folders(config.output / CHECKPOINTS):
+    for step, folder in step_folders(config.output / CHECKPOINTS):
         model = Transformer(config.model).to(probe().device_type, torch.float32)
-        step = load_weights(model, folder)
+        load_weights(model, CheckpointReader(folder))
         scores = summarise(
             fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
         ).model  # fmt: skip

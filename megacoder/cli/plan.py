@@ -1,22 +1,27 @@
-"""`megacoder plan`: what a run would need and take, before any GPU is taken.
-
-With `--model` every layout of a model on a cluster; with `--tokens` the scaling law's batch and learning rate too;
-with neither one pipeline schedule, simulated.
-"""
+"""`megacoder plan`: what a run would need and take, before any GPU is taken."""
 
 from collections.abc import Sequence
 
 from megacoder.cli import plan_cluster, plan_schedule
+from megacoder.core.console import say
 
 __all__ = ["main"]
 
+_CHOICE = """\
+megacoder plan --model NAME or RUN.toml   every layout of a model on a cluster
+megacoder plan --tokens N                 the scaling law's batch and learning rate, also beside --model
+megacoder plan                            one pipeline schedule, simulated
+"""
 _OF_A_CLUSTER = ("--model", "--tokens", "--device", "--devices")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the one that the options ask for."""
     words = [word.partition("=")[0] for word in argv]
+    if not argv:
+        say(f"{_CHOICE}The last of these, with its defaults:")
     if "-h" in words or "--help" in words:
+        print(_CHOICE)
         plan_schedule.print_help()
         plan_cluster.main(argv)
     elif any(option in words for option in _OF_A_CLUSTER):

@@ -132,7 +132,7 @@ def _too_large(found: Found, variant: Variant, needed: float, room: float, about
     found.reasons[reason] += 1
     if needed < found.least_needed:
         found.least_needed = needed
-        found.examples[reason] = f"{variant} needs {about}{needed / 1e9:.1f} GB of {room / 1e9:.1f}"
+        found.examples[reason] = f"{variant} needs {about}{needed / 1e9:.2f} GB of {room / 1e9:.2f}"
 
 
 def variant_pipeline(job: Job, variant: Variant) -> Pipeline:

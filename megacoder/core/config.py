@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import re
 import sys
@@ -48,11 +49,11 @@ def parse_args(
     if unknown:
         if unknown[0] in ("true", "false"):
             raise ConfigError(
-                f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (--group.no-name in a group); see "
-                f"{prog} --help"
+                f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (--group.no-name in a group); "
+                f"{_see_help(prog)}"
             )
         names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
-        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], names)}; see {prog} --help")
+        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], names)}; {_see_help(prog)}")
     return config
 
 
@@ -74,7 +75,7 @@ def parse_known_args(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(f"{_undraw(drawn.getvalue())}; see {prog} --help") from None
+        raise ConfigError(f"{_undraw(drawn.getvalue())}; {_see_help(prog)}") from None
     return config, unknown
 
 
@@ -238,4 +239,10 @@ def _undraw(box: str) -> str:
         if re.fullmatch(r"[─╰╯]*", text):
             break
         body.append(text)
-    return " ".join(body) or box.strip()
+    return (" ".join(body) or box.strip()).removesuffix(".")
+
+
+def _see_help(prog: str) -> str:
+    """Where to read on, as it is typed: `prog` is a usage line that may go on behind the command's words."""
+    command = itertools.takewhile(lambda word: word.isalpha() and word.islower(), prog.split())
+    return f"see {' '.join(command)} --help"

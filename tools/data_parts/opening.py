@@ -21,6 +21,8 @@ from megacoder.core.console import say
 from megacoder.core.files import replacing
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
+from megacoder.data.packing import TURNED
+from megacoder.data.permutation import stream_phase
 from megacoder.data.stream import Batch, StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 
@@ -68,10 +70,20 @@ def _synthesise(prefix: Path) -> None:
 
 def _position(state: dict[str, Any], step: int) -> dict[str, Any]:
     """The data position after `step` steps, from that after none."""
-    served = step * WINDOWS // STREAMS * SEQ_LENGTH  # of each stream; BOS makes every document one token longer
-    document, offset = divmod(served, TOKENS + 1)
-    streams = [[stream, dataset, document, 0, offset] for stream, dataset, *_ in state["streams"]]
+    streams = [[stream, dataset, *_after(stream, step)] for stream, dataset, *_ in state["streams"]]
     return {**state, "windows": step * WINDOWS, "streams": streams}
+
+
+def _after(stream: int, step: int) -> list[int]:
+    """Where a stream stands, which began at a token of its first TURNED documents and comes to the rest of it later."""
+    length = TOKENS + 1  # with BOS
+    cut = stream_phase(stream, STREAMS, TURNED * TOKENS) % TOKENS
+    tokens = cut + step * WINDOWS // STREAMS * SEQ_LENGTH  # from the beginning of the document that is cut
+    if tokens < TURNED * length + cut:
+        document, offset = divmod(tokens, length)
+        return [document, 0, offset]
+    document, offset = divmod(tokens - TURNED * length - cut, length)
+    return [TURNED + 1 + document, 0, offset]
 
 
 def _first_batch(prefix: Path, tokenizer: Tokenizer, step: int) -> tuple[TokenStream, Batch, dict[str, float]]:

@@ -19,6 +19,7 @@ from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer
 from megacoder.evaluate.benchmarks.published import published_scores
+from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain, installed_languages
@@ -77,6 +78,70 @@ def test_right_answers_pass_and_wrong_ones_fail(tmp_path, capsys, name):
     assert wrong["scores"][""][metric] == 0.0
     if name == "humaneval":
         assert wrong["verdicts"] == {"failed": 1, "ended early": 1}
+
+
+def left_to_the_harness(row: dict) -> dict:
+    """A row as OpenAI's own file has it, whose harness calls `check` with the entry point."""
+    test, called = row["test"].split("\n\ncheck(")
+    return {**row, "test": f"\n\nMETADATA = {{}}\n\n{test}\n", "entry_point": called.removesuffix(")")}
+
+
+@pytest.mark.parametrize("more", [(), ("--instruct",)])
+def test_a_check_that_the_harness_is_to_call_is_called(tmp_path, capsys, monkeypatch, more):
+    monkeypatch.setitem(ROWS, "humaneval", [left_to_the_harness(row) for row in HUMANEVAL])
+    right = [row["prompt"] + row["right"] for row in HUMANEVAL] if more else [row["right"] for row in HUMANEVAL]
+    for row, whole in zip(ROWS["humaneval"], right, strict=True):
+        row["right"] = whole
+    assert score(tmp_path, capsys, "humaneval", "right", *more)["scores"][""]["pass@1"] == 1.0
+    wrong = score(tmp_path, capsys, "humaneval", "wrong", *more)
+    assert wrong["scores"][""]["pass@1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("def check(c):\n    assert c(1)\n", (True, False)),
+        ("def check(c):\n    assert c(1)\n\ncheck(f)", (False, True)),
+        ("def check(c):\n    assert c(1)\n\nif True:\n    check(f)", (False, True)),
+        ("def check(c):\n    assert c(1)\n\ndef later():\n    check(f)", (True, False)),
+        ("def check(c):\n    pass  # assert\n\ncheck(f)", (False, False)),
+        ("def check(c):\n    assert c(1\n", (True, True)),
+        ("def check(c):\n    assert c(1\ncheck(f)\n", (False, True)),
+        ("}\nint main() { check(f); }", (False, True)),
+        ("assert f(1)", (False, True)),
+        ("numpy.testing.assert_equal(f(1), 2)", (False, True)),
+        ("class T(unittest.TestCase):\n    def test(self):\n        self.assertTrue(f(1))\nunittest.main()",
+         (False, True)),
+        ("x = f(1)\n", (False, False)),
+        ("", (False, False)),
+    ],
+)  # fmt: skip
+def test_what_a_test_text_leaves_to_others(test, found):
+    assert (leaves_uncalled("check", test), asserts(test)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("humaneval", {"test": "def check(c):\n    assert c(1)"}, "not call check, and no .*'entry_point' .*'prompt'"),
+        ("humaneval", {"test": "METADATA = {}\n"}, "asserts nothing, so that any answer would pass: 'METADATA"),
+        ("mbpp", {"test_list": []}, r"task 11: test_list = \[\]: any answer would pass"),
+        ("leetcode", {"test": "my_solution = Solution()"}, "asserts nothing"),
+        ("ds1000", {"code_context": "def test_execution(solution):\n    exec(solution)"}, "no test_execution that"),
+    ],
+)  # fmt: skip
+def test_a_row_that_any_answer_would_pass_is_refused(tmp_path, name, row, message):
+    data = write(tmp_path / "d.jsonl", [ROWS[name][0], {**ROWS[name][0], **row}])
+    with pytest.raises(FormatError, match=f"d.jsonl, line 2: .*{message}"):
+        BENCHMARKS[name](Settings()).load(data)
+
+
+def test_no_answer_to_a_maths_question_passes_for_one(tmp_path, capsys, monkeypatch):
+    row = {"question": "Who?", "answer": None, "idx": 0, "right": "def solution(): pass"}
+    monkeypatch.setitem(ROWS, "pal", [row])
+    assert score(tmp_path, capsys, "pal", "right")["scores"][""]["pass@1"] == 0.0
+    with pytest.raises(DataError, match="row 0: an empty answer, with which nothing can be compared"):
+        list(BENCHMARKS["pal"](Settings(instruct=True)).tasks([{**row, "answer": " "}]))
 
 
 def test_mbpp_reference_needs_its_set_up_code(tmp_path, capsys):

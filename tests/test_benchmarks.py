@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import run_command as run
 from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
+from evaluation_samples import make_model, make_tokenizer
 from language_problems import OWN_LANGUAGES, own_problems
 
 from megacoder.core.errors import DataError, FormatError
@@ -24,6 +25,7 @@ from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain, installed_languages
 from megacoder.evaluate.similarity import common_ratio
+from megacoder.model.huggingface import export_model
 
 ROWS = {
     "humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": LEETCODE, "ds1000": DS1000, "pal": PAL, "infill": INFILL,
@@ -246,6 +248,22 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     code, _, err = run(capsys, *words)
     assert code == 2
     assert "made with seconds = 'None', now '3.0'; choose another --out" in err
+
+
+def test_settings_that_made_nothing_bind_no_one(tmp_path, capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    export_model(make_model(tokenizer), tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer")
+    data, out = write(tmp_path / "d.jsonl", HUMANEVAL[:1]), tmp_path / "out"
+    words = ["eval", "humaneval", "--data", data, "--model", tmp_path / "model", "--out", out]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "500 new tokens leave no prompt in the model's 320 positions; see --max-new-tokens" in err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 8)
+    assert code == 0, err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 9)
+    assert code == 2
+    assert "made with max_new_tokens = '8', now '9'" in err
 
 
 def test_several_samples_of_a_task(tmp_path, capsys):

@@ -2,7 +2,8 @@
 
 A folder holds `settings.json`, `completions.jsonl` and `results.jsonl`, one line a sample. The same command with the
 same folder goes on where it stopped: what stands there is not asked for or run again. A last line that was cut off, as
-a crash leaves it, counts as not there; other settings are refused.
+a crash leaves it, counts as not there. Other settings are refused once there is a line; before, nothing has been made
+with those that are there.
 """
 
 import json
@@ -80,8 +81,11 @@ class Notes:
 
     def _read(self, folder: Path, settings: dict[str, Any]) -> None:
         path = folder / "settings.json"
-        if path.exists():
-            old = _settings_of(path)
+        old = _settings_of(path) if path.exists() else None
+        self._read_completions(folder)
+        for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
+            self.results[row.pop("task_id"), row.pop("sample")] = row
+        if old is not None and (self.completions or self.results):
             changed = [name for name in settings if old.get(name) != settings[name]]
             if changed:
                 name = changed[0]
@@ -90,9 +94,6 @@ class Notes:
                 )
         else:
             write_json(path, settings)
-        self._read_completions(folder)
-        for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
-            self.results[row.pop("task_id"), row.pop("sample")] = row
 
     def _read_completions(self, folder: Path) -> None:
         for row in _whole_lines(folder / "completions.jsonl", fields=("task_id", "sample", "completion")):
@@ -112,7 +113,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # UnicodeDecodeError is one
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or "benchmark" not in found:
         raise FormatError(f"{path}: not an evaluation's settings; choose another --out")
     return found
 

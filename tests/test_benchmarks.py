@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import socket
 import threading
 from dataclasses import replace
@@ -14,7 +15,8 @@ from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INF
 from evaluation_samples import make_model, make_tokenizer
 from language_problems import OWN_LANGUAGES, own_problems
 
-from megacoder.core.errors import DataError, FormatError
+from megacoder.cli.eval_inputs import file_content
+from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
@@ -26,6 +28,7 @@ from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain, installed_languages
 from megacoder.evaluate.similarity import common_ratio
 from megacoder.model.huggingface import export_model
+from megacoder.model.init import init_weights
 
 ROWS = {
     "humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": LEETCODE, "ds1000": DS1000, "pal": PAL, "infill": INFILL,
@@ -250,12 +253,58 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert "made with seconds = 'None', now '3.0'; choose another --out" in err
 
 
-def test_settings_that_made_nothing_bind_no_one(tmp_path, capsys):
+def exported_model(tmp_path, *, seed: int = 0) -> Path:
+    """A Hugging Face folder of 320 positions, not trained."""
     tokenizer = make_tokenizer()
     tokenizer.save(tmp_path / "tokenizer")
-    export_model(make_model(tokenizer), tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer")
-    data, out = write(tmp_path / "d.jsonl", HUMANEVAL[:1]), tmp_path / "out"
-    words = ["eval", "humaneval", "--data", data, "--model", tmp_path / "model", "--out", out]
+    model = make_model(tokenizer)
+    init_weights(model, seed=seed)
+    export_model(model, tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["humaneval.jsonl", "answers.jsonl", "shots.md"])
+def test_scores_of_a_file_that_has_changed_are_not_its_own(tmp_path, capsys, name):
+    benchmark, option = {
+        "humaneval.jsonl": ("humaneval", "data"), "answers.jsonl": ("humaneval", "completions"),
+        "shots.md": ("pal", "shots"),
+    }[name]  # fmt: skip
+    score(tmp_path, capsys, benchmark, "right", "--out", tmp_path / "out")
+    words = ["eval", benchmark, "--data", tmp_path / f"{benchmark}.jsonl", "--completions", tmp_path / "answers.jsonl"]
+    words += ["--shots", tmp_path / "shots.md"] * (benchmark == "pal") + ["--out", tmp_path / "out", "--json"]
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+    code, out, err = run(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"settings.json: made with --{option} {tmp_path / name} (sha256 " in err
+    assert err.endswith(f"; choose another --out, or remove {tmp_path / 'out'}\n")
+
+
+def test_scores_of_a_model_are_not_those_of_another_in_its_place(tmp_path, capsys):
+    data, model, start = write(tmp_path / "d.jsonl", INFILL), exported_model(tmp_path), tmp_path / "start"
+    assert run(capsys, "checkpoint", "import", model, start)[0] == 0
+    [step] = (start / "checkpoints").glob("step-*")
+    words = ["eval", "infill", "--data", data, "--max-new-tokens", "4", "--model"]
+    for folder, out in ((model, "of-folder"), (start, "of-run"), (step, "of-run")):
+        code, _, err = run(capsys, *words, folder, "--out", tmp_path / out)
+        assert code == 0, err
+        assert ("are there already" in err) == (folder == step)
+    exported_model(tmp_path, seed=1)
+    shutil.rmtree(start)
+    assert run(capsys, "checkpoint", "import", model, start)[0] == 0
+    for folder, out, found in ((model, "of-folder", "sha256 "), (start, "of-run", f"{step.name}, sha256 ")):
+        code, _, err = run(capsys, *words, folder, "--out", tmp_path / out)
+        assert code == 2
+        assert f"made with --model {folder} ({found}" in err
+
+
+def test_what_can_be_read_but_once_is_kept_no_track_of():
+    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so that --out cannot tell"):
+        file_content(Path("/dev/null"), option="--completions")
+
+
+def test_settings_that_made_nothing_bind_no_one(tmp_path, capsys):
+    data, model, out = write(tmp_path / "d.jsonl", HUMANEVAL[:1]), exported_model(tmp_path), tmp_path / "out"
+    words = ["eval", "humaneval", "--data", data, "--model", model, "--out", out]
     code, _, err = run(capsys, *words)
     assert code == 2
     assert "500 new tokens leave no prompt in the model's 320 positions; see --max-new-tokens" in err

@@ -72,6 +72,24 @@ def test_eval_infill(home, capsys):
     assert "most frequent line" not in out
 
 
+def test_eval_infill_takes_a_published_set_by_the_value_of_data_alone(home, capsys):
+    words = ["eval", "infill", "--model", home / "model", "--num-tasks", "1", "--json"]
+    (home / "data").mkdir()
+    code, out, err = run(capsys, *words, "--data", home / "heldout", "--out", home / "data" / "rows.jsonl")
+    assert code == 0, err
+    assert json.loads(out)["num_tasks"] == 1
+    row = {"prompt": TASK.prefix, "suffix": TASK.suffix, "canonical_solution": TASK.truth}
+    (home / "set.jsonl").write_text(json.dumps(row) + "\n")
+    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"]):
+        code, out, err = run(capsys, "eval", "infill", "--model", home / "model", *given, "--json")
+        assert code == 0, err
+        assert "exact_match" in json.loads(out)["scores"][""]
+    code, out, _ = run(capsys, "eval", "infill", "--help")
+    assert code == 0
+    assert "--data FILE.jsonl a published infilling set" in " ".join(out.replace("│", " ").split())
+    assert "Hugging Face folder, run or checkpoint" in out
+
+
 def test_eval_perplexity(home, capsys):
     with IndexedDatasetWriter(home / "train", dtype=np.dtype("uint16")) as writer:
         writer.add_document([np.array([1, 2, 3], dtype=np.uint16)])

@@ -45,6 +45,23 @@ def test_generate_leaves_out_what_does_not_fit_and_says_so(home, capsys):
     assert "does not fit into the model: its first" in err
 
 
+def test_a_short_model_answers_with_half_of_its_positions(home, capsys):
+    tokenizer = make_tokenizer()
+    export_model(make_model(tokenizer, max_position_embeddings=64), home / "short", tokenizer_folder=home / "tokenizer")
+    (home / "gap.py").write_text("x = <FILL>\n")
+    for words in (["generate", "--prompt", "x"], ["infill", home / "gap.py"]):
+        code, _, err = run(capsys, *words, "--model", home / "short")
+        assert (code, err) == (0, "")
+        assert run(capsys, *words, "--model", home / "short", "--max-new-tokens", 60)[0] == 0
+    for words, most in ((["generate", "--prompt", "x"], 62), (["infill", home / "gap.py"], 60)):
+        code, _, err = run(capsys, *words, "--model", home / "short", "--max-new-tokens", most + 1)
+        assert code == 2
+        assert f"--max-new-tokens {most + 1}: from 1 to {most}; the model has 64 positions" in err
+    code, _, err = run(capsys, "generate", "--model", home / "short", "--max-new-tokens", 62, "--prompt", "x\nx")
+    assert code == 0
+    assert "its first 1 line is left out" in err
+
+
 def test_infill_a_mark_or_a_line(home, capsys):
     marked, whole = home / "marked.py", home / "whole.py"
     marked.write_text(TASK.prefix + "<FILL>" + TASK.suffix)
@@ -126,7 +143,7 @@ def test_eval_perplexity(home, capsys):
         ("infill none.py --line 1 --model heldout", "config.json: no such file"),
         ("generate --model bare --prompt x", "bare: no tokenizer.json in it; name the folder of one with --tokenizer"),
         ("generate --model mixed --prompt x", "they do not belong together"),
-        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 319"),
+        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 318"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
         ("generate --model model", "--prompt"),

@@ -22,6 +22,7 @@ from megacoder.evaluate.infill import (
     most_frequent_line,
     summarise,
 )
+from megacoder.evaluate.prompts import SHORTEST_INFILL
 
 __all__ = ["main", "print_summary"]
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
     model, tokenizer = load_model(args.model, args.dtype)
-    prompt_room(model, args.max_new_tokens)
+    prompt_room(model, args.max_new_tokens, shortest=SHORTEST_INFILL)
     results = fill_lines(
         model,
         tokenizer,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressBar", "progress", "say", "table"]
+__all__ = ["ProgressBar", "counted", "progress", "say", "table"]
 
 
 class ProgressBar(Protocol):
@@ -52,6 +52,11 @@ def progress(
 def say(text: str) -> None:
     """A line for the person who started the command, on stderr so that stdout stays for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def counted(number: int, one: str, more: str) -> str:
+    """`number` with its noun, in the singular for 1."""
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

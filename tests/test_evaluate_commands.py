@@ -142,6 +142,7 @@ def test_eval_perplexity(home, capsys):
         ("infill none.py --line 1 --model gone", "gone: no such folder"),
         ("infill none.py --line 1 --model heldout", "config.json: no such file"),
         ("generate --model bare --prompt x", "bare: no tokenizer.json in it; name the folder of one with --tokenizer"),
+        ("generate --model heldout --prompt x", "config.json: no such file; is heldout a model folder?"),
         ("generate --model mixed --prompt x", "they do not belong together"),
         ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 318"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),

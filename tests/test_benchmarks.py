@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import socket
 import threading
 from dataclasses import replace
@@ -11,18 +12,23 @@ from pathlib import Path
 import pytest
 from command_line import run_command as run
 from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
+from evaluation_samples import make_model, make_tokenizer
 from language_problems import OWN_LANGUAGES, own_problems
 
-from megacoder.core.errors import DataError, FormatError
+from megacoder.cli.eval_inputs import file_content
+from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer
 from megacoder.evaluate.benchmarks.published import published_scores
+from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain, installed_languages
 from megacoder.evaluate.similarity import common_ratio
+from megacoder.model.huggingface import export_model
+from megacoder.model.init import init_weights
 
 ROWS = {
     "humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": LEETCODE, "ds1000": DS1000, "pal": PAL, "infill": INFILL,
@@ -77,6 +83,70 @@ def test_right_answers_pass_and_wrong_ones_fail(tmp_path, capsys, name):
     assert wrong["scores"][""][metric] == 0.0
     if name == "humaneval":
         assert wrong["verdicts"] == {"failed": 1, "ended early": 1}
+
+
+def left_to_the_harness(row: dict) -> dict:
+    """A row as OpenAI's own file has it, whose harness calls `check` with the entry point."""
+    test, called = row["test"].split("\n\ncheck(")
+    return {**row, "test": f"\n\nMETADATA = {{}}\n\n{test}\n", "entry_point": called.removesuffix(")")}
+
+
+@pytest.mark.parametrize("more", [(), ("--instruct",)])
+def test_a_check_that_the_harness_is_to_call_is_called(tmp_path, capsys, monkeypatch, more):
+    monkeypatch.setitem(ROWS, "humaneval", [left_to_the_harness(row) for row in HUMANEVAL])
+    right = [row["prompt"] + row["right"] for row in HUMANEVAL] if more else [row["right"] for row in HUMANEVAL]
+    for row, whole in zip(ROWS["humaneval"], right, strict=True):
+        row["right"] = whole
+    assert score(tmp_path, capsys, "humaneval", "right", *more)["scores"][""]["pass@1"] == 1.0
+    wrong = score(tmp_path, capsys, "humaneval", "wrong", *more)
+    assert wrong["scores"][""]["pass@1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("def check(c):\n    assert c(1)\n", (True, False)),
+        ("def check(c):\n    assert c(1)\n\ncheck(f)", (False, True)),
+        ("def check(c):\n    assert c(1)\n\nif True:\n    check(f)", (False, True)),
+        ("def check(c):\n    assert c(1)\n\ndef later():\n    check(f)", (True, False)),
+        ("def check(c):\n    pass  # assert\n\ncheck(f)", (False, False)),
+        ("def check(c):\n    assert c(1\n", (True, True)),
+        ("def check(c):\n    assert c(1\ncheck(f)\n", (False, True)),
+        ("}\nint main() { check(f); }", (False, True)),
+        ("assert f(1)", (False, True)),
+        ("numpy.testing.assert_equal(f(1), 2)", (False, True)),
+        ("class T(unittest.TestCase):\n    def test(self):\n        self.assertTrue(f(1))\nunittest.main()",
+         (False, True)),
+        ("x = f(1)\n", (False, False)),
+        ("", (False, False)),
+    ],
+)  # fmt: skip
+def test_what_a_test_text_leaves_to_others(test, found):
+    assert (leaves_uncalled("check", test), asserts(test)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("humaneval", {"test": "def check(c):\n    assert c(1)"}, "not call check, and no .*'entry_point' .*'prompt'"),
+        ("humaneval", {"test": "METADATA = {}\n"}, "asserts nothing, so that any answer would pass: 'METADATA"),
+        ("mbpp", {"test_list": []}, r"task 11: test_list = \[\]: any answer would pass"),
+        ("leetcode", {"test": "my_solution = Solution()"}, "asserts nothing"),
+        ("ds1000", {"code_context": "def test_execution(solution):\n    exec(solution)"}, "no test_execution that"),
+    ],
+)  # fmt: skip
+def test_a_row_that_any_answer_would_pass_is_refused(tmp_path, name, row, message):
+    data = write(tmp_path / "d.jsonl", [ROWS[name][0], {**ROWS[name][0], **row}])
+    with pytest.raises(FormatError, match=f"d.jsonl, line 2: .*{message}"):
+        BENCHMARKS[name](Settings()).load(data)
+
+
+def test_no_answer_to_a_maths_question_passes_for_one(tmp_path, capsys, monkeypatch):
+    row = {"question": "Who?", "answer": None, "idx": 0, "right": "def solution(): pass"}
+    monkeypatch.setitem(ROWS, "pal", [row])
+    assert score(tmp_path, capsys, "pal", "right")["scores"][""]["pass@1"] == 0.0
+    with pytest.raises(DataError, match="row 0: an empty answer, with which nothing can be compared"):
+        list(BENCHMARKS["pal"](Settings(instruct=True)).tasks([{**row, "answer": " "}]))
 
 
 def test_mbpp_reference_needs_its_set_up_code(tmp_path, capsys):
@@ -181,6 +251,68 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     code, _, err = run(capsys, *words)
     assert code == 2
     assert "made with seconds = 'None', now '3.0'; choose another --out" in err
+
+
+def exported_model(tmp_path, *, seed: int = 0) -> Path:
+    """A Hugging Face folder of 320 positions, not trained."""
+    tokenizer = make_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    model = make_model(tokenizer)
+    init_weights(model, seed=seed)
+    export_model(model, tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["humaneval.jsonl", "answers.jsonl", "shots.md"])
+def test_scores_of_a_file_that_has_changed_are_not_its_own(tmp_path, capsys, name):
+    benchmark, option = {
+        "humaneval.jsonl": ("humaneval", "data"), "answers.jsonl": ("humaneval", "completions"),
+        "shots.md": ("pal", "shots"),
+    }[name]  # fmt: skip
+    score(tmp_path, capsys, benchmark, "right", "--out", tmp_path / "out")
+    words = ["eval", benchmark, "--data", tmp_path / f"{benchmark}.jsonl", "--completions", tmp_path / "answers.jsonl"]
+    words += ["--shots", tmp_path / "shots.md"] * (benchmark == "pal") + ["--out", tmp_path / "out", "--json"]
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+    code, out, err = run(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"settings.json: made with --{option} {tmp_path / name} (sha256 " in err
+    assert err.endswith(f"; choose another --out, or remove {tmp_path / 'out'}\n")
+
+
+def test_scores_of_a_model_are_not_those_of_another_in_its_place(tmp_path, capsys):
+    data, model, start = write(tmp_path / "d.jsonl", INFILL), exported_model(tmp_path), tmp_path / "start"
+    assert run(capsys, "checkpoint", "import", model, start)[0] == 0
+    [step] = (start / "checkpoints").glob("step-*")
+    words = ["eval", "infill", "--data", data, "--max-new-tokens", "4", "--model"]
+    for folder, out in ((model, "of-folder"), (start, "of-run"), (step, "of-run")):
+        code, _, err = run(capsys, *words, folder, "--out", tmp_path / out)
+        assert code == 0, err
+        assert ("are there already" in err) == (folder == step)
+    exported_model(tmp_path, seed=1)
+    shutil.rmtree(start)
+    assert run(capsys, "checkpoint", "import", model, start)[0] == 0
+    for folder, out, found in ((model, "of-folder", "sha256 "), (start, "of-run", f"{step.name}, sha256 ")):
+        code, _, err = run(capsys, *words, folder, "--out", tmp_path / out)
+        assert code == 2
+        assert f"made with --model {folder} ({found}" in err
+
+
+def test_what_can_be_read_but_once_is_kept_no_track_of():
+    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so that --out cannot tell"):
+        file_content(Path("/dev/null"), option="--completions")
+
+
+def test_settings_that_made_nothing_bind_no_one(tmp_path, capsys):
+    data, model, out = write(tmp_path / "d.jsonl", HUMANEVAL[:1]), exported_model(tmp_path), tmp_path / "out"
+    words = ["eval", "humaneval", "--data", data, "--model", model, "--out", out]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "500 new tokens leave no prompt in the model's 320 positions; see --max-new-tokens" in err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 8)
+    assert code == 0, err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 9)
+    assert code == 2
+    assert "made with max_new_tokens = '8', now '9'" in err
 
 
 def test_several_samples_of_a_task(tmp_path, capsys):

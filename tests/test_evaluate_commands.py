@@ -45,6 +45,23 @@ def test_generate_leaves_out_what_does_not_fit_and_says_so(home, capsys):
     assert "does not fit into the model: its first" in err
 
 
+def test_a_short_model_answers_with_half_of_its_positions(home, capsys):
+    tokenizer = make_tokenizer()
+    export_model(make_model(tokenizer, max_position_embeddings=64), home / "short", tokenizer_folder=home / "tokenizer")
+    (home / "gap.py").write_text("x = <FILL>\n")
+    for words in (["generate", "--prompt", "x"], ["infill", home / "gap.py"]):
+        code, _, err = run(capsys, *words, "--model", home / "short")
+        assert (code, err) == (0, "")
+        assert run(capsys, *words, "--model", home / "short", "--max-new-tokens", 60)[0] == 0
+    for words, most in ((["generate", "--prompt", "x"], 62), (["infill", home / "gap.py"], 60)):
+        code, _, err = run(capsys, *words, "--model", home / "short", "--max-new-tokens", most + 1)
+        assert code == 2
+        assert f"--max-new-tokens {most + 1}: from 1 to {most}; the model has 64 positions" in err
+    code, _, err = run(capsys, "generate", "--model", home / "short", "--max-new-tokens", 62, "--prompt", "x\nx")
+    assert code == 0
+    assert "its first 1 line is left out" in err
+
+
 def test_infill_a_mark_or_a_line(home, capsys):
     marked, whole = home / "marked.py", home / "whole.py"
     marked.write_text(TASK.prefix + "<FILL>" + TASK.suffix)
@@ -70,6 +87,24 @@ def test_eval_infill(home, capsys):
     assert code == 0
     assert "3 lines of 3 held-out files" in out
     assert "most frequent line" not in out
+
+
+def test_eval_infill_takes_a_published_set_by_the_value_of_data_alone(home, capsys):
+    words = ["eval", "infill", "--model", home / "model", "--num-tasks", "1", "--json"]
+    (home / "data").mkdir()
+    code, out, err = run(capsys, *words, "--data", home / "heldout", "--out", home / "data" / "rows.jsonl")
+    assert code == 0, err
+    assert json.loads(out)["num_tasks"] == 1
+    row = {"prompt": TASK.prefix, "suffix": TASK.suffix, "canonical_solution": TASK.truth}
+    (home / "set.jsonl").write_text(json.dumps(row) + "\n")
+    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"]):
+        code, out, err = run(capsys, "eval", "infill", "--model", home / "model", *given, "--json")
+        assert code == 0, err
+        assert "exact_match" in json.loads(out)["scores"][""]
+    code, out, _ = run(capsys, "eval", "infill", "--help")
+    assert code == 0
+    assert "--data FILE.jsonl a published infilling set" in " ".join(out.replace("│", " ").split())
+    assert "Hugging Face folder, run or checkpoint" in out
 
 
 def test_eval_perplexity(home, capsys):
@@ -107,8 +142,9 @@ def test_eval_perplexity(home, capsys):
         ("infill none.py --line 1 --model gone", "gone: no such folder"),
         ("infill none.py --line 1 --model heldout", "config.json: no such file"),
         ("generate --model bare --prompt x", "bare: no tokenizer.json in it; name the folder of one with --tokenizer"),
+        ("generate --model heldout --prompt x", "config.json: no such file; is heldout a model folder?"),
         ("generate --model mixed --prompt x", "they do not belong together"),
-        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 319"),
+        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 318"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
         ("generate --model model", "--prompt"),

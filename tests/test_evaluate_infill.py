@@ -177,6 +177,8 @@ def test_a_long_prompt_loses_its_farthest_lines(max_tokens, start, stop):
 def test_prompts_with_no_room():
     with pytest.raises(DataError, match="a prompt of 3 tokens cannot hold"):
         infill_prompt(TOKENIZER, PREFIX, SUFFIX, max_tokens=3)
+    with pytest.raises(DataError, match="a prompt of 1 token cannot hold"):
+        infill_prompt(TOKENIZER, PREFIX, SUFFIX, max_tokens=1)
     with pytest.raises(DataError, match="the last line of the prompt has"):
         completion_prompt(TOKENIZER, "x = 1\n" + "y + " * 100, max_tokens=50)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
+from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
@@ -57,9 +57,7 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
-    longest = args.max_new_tokens
-    if longest is None:
-        longest = min(512, model.config.max_position_embeddings // 2)
+    longest = answer_room(model, args.max_new_tokens, otherwise=512)
     room = prompt_room(model, longest)
     system: list[Turn] = [] if args.system is None else [("system", args.system)]
     turns: list[Turn] = []

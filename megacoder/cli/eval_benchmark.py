@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
+from megacoder.cli.eval_inputs import file_content, model_content
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
@@ -72,7 +73,7 @@ class EvalArgs:
     unsafe: bool = False
     """run programs with your own rights where nothing can shut them in"""
     out: Optional[Path] = None
-    """folder for completions and results, one line each; the same command goes on there"""
+    """folder for completions and results, one line each; the same command with the same inputs goes on there"""
     json: bool = False
     """print the summary as JSON"""
     api_model: Optional[str] = None
@@ -145,7 +146,11 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
             _follow(args, benchmark, tasks, tp)
             return
     fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
-    with Notes.open(args.out, {"benchmark": name, **fixed}) as notes:
+    contents: dict[str, str] = {}
+    if args.out is not None:
+        args = replace(args, model=_resolved(args.model))
+        contents = _contents(args)
+    with Notes.open(args.out, {"benchmark": name, **fixed}, contents=contents) as notes:
         _resume_note(notes)
         if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
             source = ready if args.completions is not None else _source(args, benchmark, tp)
@@ -169,6 +174,27 @@ def _follow(args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task], tp: "Te
 
 _FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
 """Options that change no result, so that an evaluation may go on with others."""
+
+
+def _resolved(model: Path | None) -> Path | None:
+    """The very checkpoint that will be loaded: a run that goes on has another in a while."""
+    if model is None:
+        return None
+    from megacoder.checkpoint.folders import find_checkpoint
+    from megacoder.cli.model_folder import is_checkpoint  # imports torch, which scoring a file needs not
+
+    return find_checkpoint(model) if is_checkpoint(model) else model
+
+
+def _contents(args: EvalArgs) -> dict[str, str]:
+    """What lies at each path that scores depend on."""
+    files = {"data": args.data, "completions": args.completions, "shots": args.shots}
+    found = {name: file_content(path, option=f"--{name}") for name, path in files.items() if path is not None}
+    if args.model is not None:
+        found["model"] = model_content(args.model)
+        if args.tokenizer is not None:
+            found["tokenizer"] = file_content(args.tokenizer / "tokenizer.json", option="--tokenizer")
+    return found
 
 
 def _resume_note(notes: Notes) -> None:

@@ -22,18 +22,23 @@ from megacoder.evaluate.infill import (
     most_frequent_line,
     summarise,
 )
+from megacoder.evaluate.prompts import SHORTEST_INFILL
 
 __all__ = ["main", "print_summary"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalInfillArgs:
-    """Remove lines from held-out files and let the model fill them in."""
+    """Remove lines from held-out files and let the model fill them in.
+
+    With --data FILE.jsonl a published infilling set is scored instead, as every benchmark is: see
+    `megacoder eval infill --data FILE.jsonl --help` for the options of that.
+    """
 
     model: Path
-    """Hugging Face folder with a tokenizer, as an export writes it"""
+    """Hugging Face folder, run or checkpoint"""
     data: tuple[Path, ...]
-    """held-out Parquet files, or folders of them, as `corpus build` writes them"""
+    """held-out Parquet files, or folders of them, as `corpus build` writes them; or one .jsonl, a published set"""
     train: tuple[Path, ...] = ()
     """the training corpus' Parquet files or folders, for the baseline of its most frequent line"""
     num_tasks: int = 200
@@ -61,14 +66,14 @@ class EvalInfillArgs:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the scores beside the baselines."""
-    if any(word.endswith(".jsonl") and "data" in before + word for before, word in pairwise(["", *argv])):
+    if _is_published_set(argv):
         run_benchmark(argv)
         return
     args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill")
     tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
     model, tokenizer = load_model(args.model, args.dtype)
-    prompt_room(model, args.max_new_tokens)
+    prompt_room(model, args.max_new_tokens, shortest=SHORTEST_INFILL)
     results = fill_lines(
         model,
         tokenizer,
@@ -84,6 +89,13 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(asdict(summary)))
     else:
         print_summary(summary)
+
+
+def _is_published_set(argv: Sequence[str]) -> bool:
+    """Whether --data is a JSONL file, which held-out files never are."""
+    given = [word for option, word in pairwise(argv) if option == "--data"]
+    given += [word for word in argv if word.startswith("--data=")]
+    return any(word.endswith(".jsonl") for word in given)
 
 
 def print_summary(summary: InfillSummary) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
+from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
-from megacoder.core.console import say
+from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.generate import Sampling, generate
 from megacoder.evaluate.prompts import completion_prompt
@@ -23,8 +23,9 @@ class GenerateArgs:
     """Hugging Face folder, run or checkpoint"""
     prompt: str
     """the text to continue"""
-    max_new_tokens: int = 128
-    """stop after so many tokens, if the model has not ended the text before"""
+    max_new_tokens: int | None = None
+    """stop after so many tokens, if the model has not ended the text before; left out, 128, or half of the model's
+    positions where those are fewer than 256"""
     samples: int = 1
     """continuations to draw, one after the other, each with numbers of its own"""
     temperature: float = 0.0
@@ -57,9 +58,11 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
-    prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, args.max_new_tokens))
+    longest = answer_room(model, args.max_new_tokens, otherwise=128)
+    prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, longest))
     if prompt.num_dropped_lines and tp.rank == 0:
-        say(f"the prompt does not fit into the model: its first {prompt.num_dropped_lines} lines are left out")
+        dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
+        say(f"the prompt does not fit into the model: its first {dropped} left out")
     for sample in range(args.samples):
         if args.samples > 1:
             print(f"--- {sample + 1}")
@@ -67,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         generate(
             model,
             [prompt.tokens],
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=longest,
             stop_ids={tokenizer.eos_id},
             sampling=sampling,
             names=[str(sample)],

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import tyro
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room, share_model
+from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
-from megacoder.core.console import say
+from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.generate import generate
-from megacoder.evaluate.prompts import infill_prompt
+from megacoder.evaluate.prompts import SHORTEST_INFILL, infill_prompt
 from megacoder.evaluate.repository import dependency_context
 from megacoder.evaluate.stops import StopStrings
 
@@ -32,8 +32,9 @@ class InfillArgs:
     """the line to write anew, from 1; the answer ends with the line"""
     context: Path | None = None
     """folder of the repository: what the file depends on comes first, in the order of dependencies"""
-    max_new_tokens: int = 128
-    """stop after so many tokens, if the model has not ended the answer before"""
+    max_new_tokens: int | None = None
+    """stop after so many tokens, if the model has not ended the answer before; left out, 128, or half of the model's
+    positions where those are fewer than 256"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; without, the model's"""
     tp: int = 1
@@ -54,15 +55,18 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
-    prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=prompt_room(model, args.max_new_tokens))
+    longest = answer_room(model, args.max_new_tokens, otherwise=128)
+    room = prompt_room(model, longest, shortest=SHORTEST_INFILL)
+    prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
     if prompt.num_dropped_lines and tp.rank == 0:
-        say(f"{args.file} does not fit into the model: its farthest {prompt.num_dropped_lines} lines are left out")
+        dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
+        say(f"{args.file} does not fit into the model: its farthest {dropped} left out")
     stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
     streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
     generate(
         model,
         [prompt.tokens],
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=longest,
         stop_ids=stop_ids,
         watcher=lambda _, tokens: streamed.add(tokens[-1]),
     )

@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval ds1000": ("megacoder.cli.eval_benchmark:ds1000", "DS-1000, completion mode, by library"),
     "eval pal": ("megacoder.cli.eval_benchmark:pal", "maths by programs: GSM8K, MATH and five more"),
     "eval crosscode": ("megacoder.cli.eval_benchmark:crosscode", "CrossCodeEval, with and without retrieval"),
-    "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, beside two baselines"),
+    "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, or of a published set"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""

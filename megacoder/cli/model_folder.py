@@ -1,4 +1,4 @@
-"""What the commands that run a model share: loading it from where it lies, and the room for its prompt."""
+"""What the commands that run a model share: loading it from where it lies, and the room for prompt and answer."""
 
 import atexit
 import os
@@ -16,6 +16,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError, alike_on_all_ranks
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
@@ -24,7 +25,9 @@ from megacoder.parallel.tensor import ALONE, TensorParallel
 from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 
-__all__ = ["ComputeDtype", "is_checkpoint", "load_model", "prompt_room", "share_model", "tokenizer_of"]
+__all__ = [
+    "ComputeDtype", "answer_room", "is_checkpoint", "load_model", "prompt_room", "share_model", "tokenizer_of",
+]  # fmt: skip
 
 ComputeDtype = Literal["stored", "float32", "bfloat16"]
 """What a model computes in; `stored` is the dtype of its folder."""
@@ -99,11 +102,19 @@ def share_model(tp: int, words: Sequence[str], *, timeout_seconds: float = 600.0
     return TensorParallel(rank=world.rank, size=world.size, group=world.group)
 
 
-def prompt_room(model: Transformer, max_new_tokens: int) -> int:
-    """Tokens that a prompt may have; ConfigError where the answer would leave none."""
+def answer_room(model: Transformer, max_new_tokens: int | None, *, otherwise: int) -> int:
+    """The longest answer in tokens; where none is asked for `otherwise`, or half of what a short model has."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return min(otherwise, model.config.max_position_embeddings // 2)
+
+
+def prompt_room(model: Transformer, max_new_tokens: int, *, shortest: int = SHORTEST_COMPLETION) -> int:
+    """Tokens that a prompt may have; ConfigError where the answer would not leave the `shortest`."""
     positions = model.config.max_position_embeddings
-    if not 1 <= max_new_tokens < positions:
+    if not 1 <= max_new_tokens <= positions - shortest:
         raise ConfigError(
-            f"--max-new-tokens {max_new_tokens}: from 1 to {positions - 1}; the model has {positions} positions"
+            f"--max-new-tokens {max_new_tokens}: from 1 to {positions - shortest}; the model has {positions} "
+            f"positions, of which a prompt takes at least {shortest}"
         )
     return positions - max_new_tokens

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressBar", "progress", "say", "say_once", "table"]
+__all__ = ["ProgressBar", "counted", "progress", "say", "say_once", "table"]
 
 
 class ProgressBar(Protocol):
@@ -59,6 +59,11 @@ def say_once(text: str) -> None:
     """What every rank of a machine would say: `say` on the first of them."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(text)
+
+
+def counted(number: int, one: str, more: str) -> str:
+    """`number` with its noun, in the singular for 1."""
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

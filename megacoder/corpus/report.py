@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megacoder.core.console import counted
 from megacoder.core.errors import FormatError
 from megacoder.core.files import write_text
 from megacoder.core.html import page, paragraph, section, tiles, value_table
@@ -91,7 +92,7 @@ class FullReport:
         if level == "none":
             return section("Copies", paragraph(f"{exact} Near copies were not looked for."))
         number = sum(len(cluster.copies) for cluster in clusters)
-        near = f"Near copies dropped: {number:,}, in {_counted(len(clusters), 'cluster', 'clusters')}."
+        near = f"Near copies dropped: {number:,}, in {counted(len(clusters), 'cluster', 'clusters')}."
         parts = [paragraph(f"{exact} {near}")]
         if clusters:
             rows = [row for cluster in clusters[:_MOST_CLUSTERS] for row in _cluster_rows(cluster)]
@@ -105,7 +106,7 @@ class FullReport:
             return section("Contamination", paragraph("No benchmark was given to look for."))
         names = ", ".join(name.rpartition(" ")[0] for name in benchmarks)  # behind each name stands its digest
         tests = len({test for file in found for test, _ in file.hits})
-        said = f"{_counted(len(found), 'file held', 'files held')} a piece of {_counted(tests, 'test', 'tests')} of"
+        said = f"{counted(len(found), 'file held', 'files held')} a piece of {counted(tests, 'test', 'tests')} of"
         parts = [paragraph(f"{said} {names}." if found else f"No file held a piece of {names}.")]
         if found:
             rows = [
@@ -124,10 +125,10 @@ class FullReport:
         drawn = graph.busiest(_MOST_DRAWN)
         cut = len(drawn.files) < len(graph.files)
         shown = f"The {len(drawn.files)} of {len(graph.files):,} files with the most edges" if cut else "Files"
-        alone = f"; {_counted(graph.alone, 'file has', 'files have')} none" if graph.alone else ""
+        alone = f"; {counted(graph.alone, 'file has', 'files have')} none" if graph.alone else ""
         said = (
             f"{shown}, dependencies to the left of what needs them; dashed: closes a cycle. "
-            f"{_counted(len(graph.edges), 'edge', 'edges')} in all{alone}."
+            f"{counted(len(graph.edges), 'edge', 'edges')} in all{alone}."
         )
         drawing = layered_graph(drawn.files, drawn.edges, describes=f"dependencies in {graph.repository}")
         return section(title, paragraph(said), drawing)
@@ -198,7 +199,3 @@ def _cluster_rows(cluster: Cluster) -> Rows:
 
 def _first(items: Sequence[Any], limit: int, what: str) -> str:
     return f"the first {limit} of {len(items):,} {what}" if len(items) > limit else ""
-
-
-def _counted(number: int, one: str, more: str) -> str:
-    return f"{number:,} {one if number == 1 else more}"

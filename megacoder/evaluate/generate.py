@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.model.config import ModelConfig
 from megacoder.model.decode import Decoder
@@ -179,6 +180,6 @@ def _check_prompt(prompt: Sequence[int], place: int, max_new_tokens: int, config
         )
     if len(prompt) + max_new_tokens > config.max_position_embeddings:
         raise DataError(
-            f"prompt {place} has {len(prompt)} tokens; with {max_new_tokens} new ones it does not fit into the model's "
-            f"{config.max_position_embeddings} positions"
+            f"prompt {place} has {counted(len(prompt), 'token', 'tokens')}; with {max_new_tokens} new ones it does "
+            f"not fit into the model's {config.max_position_embeddings} positions"
         )

@@ -7,10 +7,16 @@ tokens it had, without those lines'.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megacoder.core.console import counted
 from megacoder.core.errors import DataError
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "completion_prompt", "infill_prompt"]
+__all__ = ["SHORTEST_COMPLETION", "SHORTEST_INFILL", "Prompt", "completion_prompt", "infill_prompt"]
+
+SHORTEST_COMPLETION = 2
+"""Tokens of a prompt that asks for something: BOS and one of the text."""
+SHORTEST_INFILL = 4
+"""BOS and the marks of prefix, hole and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,8 @@ def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Pr
     lines = _encode_lines(tokenizer, text)
     kept = _take(reversed(lines), max_tokens - 1)
     if lines and not kept:
-        raise DataError(f"the last line of the prompt has {len(lines[-1])} tokens; there is room for {max_tokens - 1}")
+        size = counted(len(lines[-1]), "token", "tokens")
+        raise DataError(f"the last line of the prompt has {size}; there is room for {max_tokens - 1}")
     return Prompt(
         tokens=[tokenizer.bos_id, *(token for line in reversed(kept) for token in line)],
         num_dropped_lines=len(lines) - len(kept),
@@ -40,9 +47,10 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
     This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; what one does
     not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
     """
-    room = max_tokens - 4
+    room = max_tokens - SHORTEST_INFILL
     if room < 0:
-        raise DataError(f"a prompt of {max_tokens} tokens cannot hold the 4 control tokens of an infilling prompt")
+        size = counted(max_tokens, "token", "tokens")
+        raise DataError(f"a prompt of {size} cannot hold the {SHORTEST_INFILL} control tokens of an infilling prompt")
     before, after = _encode_lines(tokenizer, prefix), _encode_lines(tokenizer, suffix)
     suffix_lines = _take(after, max(room // 2, room - sum(map(len, before))))
     prefix_lines = _take(reversed(before), room - sum(map(len, suffix_lines)))[::-1]

@@ -5,7 +5,7 @@ Everything that the published protocol fixes is here or in a benchmark's own mod
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,8 +87,8 @@ class Benchmark(ABC):
         self.settings = settings
 
     def load(self, path: Path) -> list[Task]:
-        """The tasks of `path`; DataError for a row without the fields that the benchmark needs."""
-        rows = read_rows(path, self.fields)
+        """The tasks of `path`; DataError for a row without the fields that the benchmark needs, or with a `fault`."""
+        rows = read_rows(path, self.fields, fault=self.fault)
         tasks = list(self.tasks(rows))
         if not tasks:
             raise DataError(f"{path}: no tasks of {self.name} in it")
@@ -98,6 +98,10 @@ class Benchmark(ABC):
                 raise DataError(f"{path}: task {task.id!r} stands there twice")
             seen.add(task.id)
         return tasks
+
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        """Why a row that has all fields could not be scored, such as tests that any answer would pass; else None."""
+        return None
 
     @abstractmethod
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
@@ -149,8 +153,13 @@ class TextBenchmark(Benchmark):
         """Each score from 0 to 1; `exact_match` is one of them."""
 
 
-def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; FormatError that names the first line without the `fields`, or with others' types."""
+def read_rows(
+    path: Path, fields: Mapping[str, type], *, fault: Callable[[Mapping[str, Any]], str | None] | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; FormatError that names the first line without the `fields`, or with others' types.
+
+    So is the first in which `fault` finds one.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -173,6 +182,8 @@ def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
                 raise FormatError(
                     f"{path}, line {number}: {have} field {name!r} ({kind.__name__}); it has {sorted(row)}"
                 )
+        if fault is not None and (found := fault(row)) is not None:
+            raise FormatError(f"{path}, line {number}: {found}")
         rows.append(row)
     return rows
 

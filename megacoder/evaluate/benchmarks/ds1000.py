@@ -4,10 +4,11 @@ Rows are those of the published JSONL (`prompt`, `code_context`, `metadata` with
 user's, in this interpreter's environment.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Task, code_block, cut
+from megacoder.evaluate.benchmarks.python_tests import asserts
 
 __all__ = ["DS1000"]
 
@@ -21,6 +22,11 @@ class DS1000(ProgramBenchmark):
     seconds = 60.0
     preload = ("numpy", "pandas", "scipy", "matplotlib")
     memory_mb = 8192
+
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        if asserts(f"{row['code_context']}\ntest_execution(code)"):
+            return None
+        return "its code_context has no test_execution that asserts anything, so that any answer would pass"
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
         for number, row in enumerate(rows):

@@ -2,16 +2,18 @@
 
 Base models are asked with the stripped prompt and no example; Python answers end at the next top-level statement,
 others at the row's stop tokens. Chat models are asked for the whole function in a code block, whose body is put back
-under the prompt's own lines, without any main.
+under the prompt's own lines, without any main. Python tests that define `check` and leave its call to the harness, as
+those of OpenAI's own file do, get that call.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
+from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
 
 __all__ = ["HumanEval"]
 
@@ -55,6 +57,15 @@ class HumanEval(ProgramBenchmark):
             raise ConfigError(f"{toolchain.language.name}: {path} needs {', '.join(missing)}, not installed here")
         return tasks
 
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        if self._language != "python":
+            return None
+        if leaves_uncalled("check", row["test"]) and not _entry_point(row):
+            return f"its test does not call check, and no field 'entry_point' says for what; it has {sorted(row)}"
+        if not asserts(_python_test(row)):
+            return f"its test asserts nothing, so that any answer would pass: {row['test']!r:.60}"
+        return None
+
     @property
     def _language(self) -> str:
         return self.toolchain().language.name
@@ -65,7 +76,8 @@ class HumanEval(ProgramBenchmark):
             prompt = row["prompt"].strip()
             if self.settings.instruct:
                 prompt = _REQUEST.format(language=_FENCES.get(language, language), prompt=prompt)
-            yield Task(id=row["task_id"], prompt=prompt, row=row)
+            test = _python_test(row) if language == "python" else row["test"]
+            yield Task(id=row["task_id"], prompt=prompt, row={**row, "test": test})
 
     def stops_of(self, task: Task) -> tuple[str, ...]:
         if self.settings.instruct:
@@ -82,6 +94,17 @@ class HumanEval(ProgramBenchmark):
             closed = test.lstrip().startswith(_CLOSED)
             return header + _rebuilt(prompt, completion, language, closed_by_tests=closed) + "\n" + test
         return header + prompt + "\n" + completion + "\n" + test
+
+
+def _python_test(row: Mapping[str, Any]) -> str:
+    """The row's test with the call of `check` that it may leave to the harness."""
+    test = str(row["test"])
+    return f"{test}\ncheck({_entry_point(row)})" if leaves_uncalled("check", test) else test
+
+
+def _entry_point(row: Mapping[str, Any]) -> str:
+    """The name of the function asked for; empty where the row does not say."""
+    return str(row.get("entry_point") or "").strip()
 
 
 def _rebuilt(prompt: str, answer: str, language: str, *, closed_by_tests: bool) -> str:

@@ -4,10 +4,11 @@ Chat models get the statement with the code to complete (`prompt_sft`); base mod
 that code. An answer that brings its own `class Solution` stands alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
+from megacoder.evaluate.benchmarks.python_tests import asserts
 
 __all__ = ["LeetCode"]
 
@@ -18,6 +19,11 @@ class LeetCode(ProgramBenchmark):
     max_new_tokens = 1024
     max_prompt_tokens = 3072
     stops = ("\ndef", "\nclass", "\nif", "\n#", "\nprint", "\n```", "\nmy_solution")
+
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        if asserts(row["test"]):
+            return None
+        return f"its test asserts nothing, so that any answer would pass: {row['test']!r:.60}"
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
         for row in rows:

@@ -37,7 +37,7 @@ def _same(value, truth):
 
 _value = solution()
 print(_value)
-assert _same(_value, _truth), (_value, _truth)
+assert _value is not None and _same(_value, _truth), (_value, _truth)
 """
 
 
@@ -61,6 +61,8 @@ class Pal(ProgramBenchmark):
             raise ConfigError("pal needs --shots FILE, the worked examples in front of every question")
         for number, row in enumerate(rows):
             question, answer = question_and_answer(row, number)
+            if not answer.strip():
+                raise DataError(f"row {number}: an empty answer, with which nothing can be compared: {str(row)[:60]}")
             task_id = str(row.get("idx", row.get("task_id", number)))
             group = str(row.get("type", "")) if "problem" in row else ""
             yield Task(id=task_id, prompt=f"{shots}Question: {question}\n", group=group, row={**row, "_truth": answer})

@@ -2,7 +2,8 @@
 
 A folder holds `settings.json`, `completions.jsonl` and `results.jsonl`, one line a sample. The same command with the
 same folder goes on where it stopped: what stands there is not asked for or run again. A last line that was cut off, as
-a crash leaves it, counts as not there; other settings are refused.
+a crash leaves it, counts as not there. Other settings, and inputs whose content has changed, are refused once there is
+a line; before, nothing has been made with the settings that are there.
 """
 
 import json
@@ -48,14 +49,19 @@ class Notes:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path | None, settings: Mapping[str, Any]) -> Iterator["Notes"]:
-        """Notes of an evaluation with these settings; ConfigError where the folder holds another's."""
+    def open(
+        cls, folder: Path | None, settings: Mapping[str, Any], *, contents: Mapping[str, str]
+    ) -> Iterator["Notes"]:
+        """Notes of an evaluation with these settings; ConfigError where the folder holds another's.
+
+        `contents` says of settings that are paths what lies there, by which they are compared.
+        """
         notes = cls(folder)
         if folder is None:
             yield notes
             return
         with exclusive(folder, what="evaluation"):
-            notes._read(folder, dict(settings))
+            notes._read(folder, {**settings, "contents": dict(contents)})
             try:
                 yield notes
             finally:
@@ -80,19 +86,14 @@ class Notes:
 
     def _read(self, folder: Path, settings: dict[str, Any]) -> None:
         path = folder / "settings.json"
-        if path.exists():
-            old = _settings_of(path)
-            changed = [name for name in settings if old.get(name) != settings[name]]
-            if changed:
-                name = changed[0]
-                raise ConfigError(
-                    f"{path}: made with {name} = {old.get(name)!r}, now {settings[name]!r}; choose another --out"
-                )
-        else:
-            write_json(path, settings)
+        old = _settings_of(path) if path.exists() else None
         self._read_completions(folder)
         for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
             self.results[row.pop("task_id"), row.pop("sample")] = row
+        if old is not None and (self.completions or self.results):
+            _check_same(path, old, settings)
+        else:
+            write_json(path, settings)
 
     def _read_completions(self, folder: Path) -> None:
         for row in _whole_lines(folder / "completions.jsonl", fields=("task_id", "sample", "completion")):
@@ -112,9 +113,23 @@ def _settings_of(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # UnicodeDecodeError is one
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or "benchmark" not in found or not isinstance(found.get("contents", {}), dict):
         raise FormatError(f"{path}: not an evaluation's settings; choose another --out")
     return found
+
+
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """ConfigError that names the first setting of `new` that is not that of `old`, the settings in `path`."""
+    before, after = old.get("contents", {}), new["contents"]
+    for name in [name for name in new if name != "contents"]:
+        was, now = old.get(name), new[name]
+        if name in before or name in after:
+            same = before.get(name) == after.get(name)
+            made = f"--{name} {was} ({before.get(name)}), now {now} ({after.get(name)})"
+        else:
+            same, made = was == now, f"{name} = {was!r}, now {now!r}"
+        if not same:
+            raise ConfigError(f"{path}: made with {made}; choose another --out, or remove {path.parent}")
 
 
 def _whole_lines(path: Path, *, fields: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.core.config import to_dict
 from megacoder.core.errors import ConfigError, DataError, FormatError
@@ -22,6 +21,7 @@ from megacoder.core.files import write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
+from megacoder.data.parquet import open_parquet
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["ConversationConfig", "Prepared", "prepare_conversations"]
@@ -133,7 +133,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             wanted = [
                 name for name in ("messages", "instruction", "input", "output") if name in file.schema_arrow.names
             ]

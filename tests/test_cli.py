@@ -107,6 +107,17 @@ def test_ranks_that_were_asked_to_stop_end_at_once(monkeypatch, capsys):
     assert run([], capsys) == (130, "", "")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "--prompt", "caf\udce9"], ["train", "run.toml", "--output", "caf\udce9"], ["caf\udce9"]],
+)
+def test_a_word_that_is_not_utf8_is_quoted(words, capsys):
+    code, _, err = run(words, capsys)
+    assert code == 2
+    assert err.startswith("megacoder: 'caf\\udce9' is not UTF-8; ")
+    assert err.count("\n") == 1
+
+
 def test_a_group_without_its_second_word_lists_them(capsys):
     code, _, err = run(["eval"], capsys)
     assert code == 2

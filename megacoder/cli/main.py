@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one sub-command; exits with 0, or with the error's code after one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_words(words)
         _dispatch(words)
     except RankLost as error:
         if not error.told:
@@ -87,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Bytes that are no UTF-8 arrive as half surrogates, which can be neither encoded for a model nor written down."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{word!r} is not UTF-8; write it in UTF-8, or rename the file that is called so"
+            ) from None
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

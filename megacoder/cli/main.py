@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from megacoder.core.config import nearest
+from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
 from megacoder.version import __version__
 
@@ -66,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(words)
     except RankLost as error:
         if not error.told:
-            print(f"megacoder: {error}", file=sys.stderr)
+            say(f"megacoder: {error}")
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(error.exit_code)  # on the way through torch's destructors a process may wait for the rank that is lost
     except MegacoderError as error:
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -161,5 +161,5 @@ def _print_version(*, verbose: bool) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"megacoder: {' '.join(message.split())}", file=sys.stderr)
+    say(f"megacoder: {' '.join(message.split())}")
     sys.exit(code)

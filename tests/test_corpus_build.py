@@ -294,6 +294,40 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     _wait(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
 
 
+COMMAND = """
+import os, time
+from pathlib import Path
+from megacoder.cli.main import COMMANDS
+from megacoder.cli.main import main as megacoder
+from megacoder.corpus.pool import WorkerPool
+def work(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(1)
+def main(argv):
+    with WorkerPool(2) as pool:
+        pool.run(work, [Path(argv[0])] * 2, done=print)
+def run(folder):
+    COMMANDS["work"] = ("command", "")
+    megacoder(["work", folder])
+"""
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["command", "workers too"])
+def test_sigterm_ends_a_command_with_its_workers_and_one_line(tmp_path, send):
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "command.py").write_text(COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import command, sys; command.run(sys.argv[1])", str(tmp_path / "pids")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    _wait(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    send(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (143, "megacoder: terminated\n")
+    assert not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir())
+
+
 def _kill_worker(task):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from megacoder.core.config import nearest
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
+from megacoder.core.processes import Terminated, sigterm_as_interrupt
 from megacoder.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -54,7 +55,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Sub-commands in the order in which `--help` shows them."""
 
 INTERRUPTED = 130
-"""Exit code of what SIGINT or SIGTERM has ended."""
+"""Exit code of what SIGINT has ended, and of runs that either signal has."""
+TERMINATED = 143
+"""Exit code of what SIGTERM has ended."""
 FIRST_RANK_SECONDS = 10.0
 """How much later than others the first rank of a machine may meet what all meet alike."""
 
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_words(words)
-        _dispatch(words)
+        with contextlib.nullcontext() if _answers_signals(words) else sigterm_as_interrupt():
+            _dispatch(words)
     except RankLost as error:
         if not error.told:
             say(f"megacoder: {error}")
@@ -77,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
@@ -88,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
+
+
+def _answers_signals(words: Sequence[str]) -> bool:
+    """Whether the command has answers of its own: a run, which writes a checkpoint, or a rank that torchrun ends."""
+    return words[:1] in (["train"], ["sft"]) or "LOCAL_RANK" in os.environ
 
 
 def _check_words(words: Sequence[str]) -> None:

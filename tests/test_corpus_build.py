@@ -376,6 +376,29 @@ def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_pat
     assert tree(tmp_path / "out") == before
 
 
+def test_a_build_that_came_to_nothing_binds_nobody(repos, tmp_path):
+    write(tmp_path / "rows.jsonl", '{"content": "x = 1"}\n')
+    with pytest.raises(ConfigError, match="known to hold the repo"):  # met before any task has ended
+        build_corpus(config(repos, tmp_path, input=(tmp_path / "rows.jsonl",)), quiet=True)
+    assert list(tree(tmp_path / "out")) == ["config.json"]
+    build_corpus(config(repos, tmp_path, seed=3), quiet=True)
+    assert json.loads((tmp_path / "out/config.json").read_text())["seed"] == 3
+    with pytest.raises(ConfigError, match="seed = 3, not 0"):
+        build_corpus(config(repos, tmp_path), quiet=True)
+
+
+def test_a_build_that_is_under_way_or_another_programs_settings_are_not_replaced(repos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("megacoder.corpus.build.write_shard", _fail)
+        with pytest.raises(RuntimeError):
+            build_corpus(config(repos, tmp_path), quiet=True)
+    with pytest.raises(ConfigError, match="seed = 0, not 3"):
+        build_corpus(config(repos, tmp_path, seed=3), quiet=True)
+    write(tmp_path / "model/config.json", '{"architectures": ["Llama"]}')
+    with pytest.raises(ConfigError, match="was built with"):
+        build_corpus(config(repos, tmp_path, out=tmp_path / "model"), quiet=True)
+
+
 def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):
     write(tmp_path / "out/thesis.tmp-1", "do not delete")
     with pytest.raises(ConfigError, match=r"not empty.*thesis"):

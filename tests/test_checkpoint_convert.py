@@ -125,9 +125,11 @@ def test_a_layout_that_cannot_work_writes_nothing(case, capsys, tmp_path, words,
 
 
 def test_a_checkpoint_is_never_written_over(case, capsys, tmp_path):
-    code, _, err = run(capsys, "reshard", case.folder / "run", case.folder / "run" / "checkpoints")
-    assert code == 2
-    assert "choose another folder" in err
+    for there in (case.folder / "run" / "checkpoints", case.folder / "run"):
+        code, _, err = run(capsys, "reshard", case.folder / "run", there)
+        assert code == 2
+        assert "choose another folder" in err
+    assert not list((case.folder / "run").glob("step-*"))
     assert run(capsys, "reshard", case.folder / "run", tmp_path)[0] == 0
     assert "step-00000002 exists already" in run(capsys, "reshard", case.folder / "run", tmp_path, "--tp", 2)[2]
     assert verify_checkpoint(tmp_path / "step-00000002") == []

@@ -1,6 +1,8 @@
 """The command line: every command answers --help, mistakes are one line with the nearest right thing."""
 
+import contextlib
 import importlib
+import io
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ import time
 import pytest
 
 from megacoder.cli.main import COMMANDS, main
+from megacoder.core.console import say
 from megacoder.train.loop import Interrupted
 from megacoder.version import __version__
 
@@ -105,6 +108,33 @@ def test_ranks_that_were_asked_to_stop_end_at_once(monkeypatch, capsys):
     monkeypatch.setattr("megacoder.cli.main._dispatch", stopped)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run([], capsys) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "--prompt", "caf\udce9"], ["train", "run.toml", "--output", "caf\udce9"], ["caf\udce9"]],
+)
+def test_a_word_that_is_not_utf8_is_quoted(words, capsys):
+    code, _, err = run(words, capsys)
+    assert code == 2
+    assert err.startswith("megacoder: 'caf\\udce9' is not UTF-8; ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("told", [lambda: say("nonsense"), lambda: main(["nonsense"])], ids=["say", "an error"])
+def test_a_line_is_one_write_which_no_other_rank_can_part_from_its_end(told, monkeypatch):
+    class Writes(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return len(text)
+
+    written: list[str] = []
+    monkeypatch.setattr("sys.stderr", Writes())
+    with contextlib.suppress(SystemExit):
+        told()
+    assert len(written) == 1
+    assert "nonsense" in written[0]
+    assert written[0].endswith("\n")
 
 
 def test_a_group_without_its_second_word_lists_them(capsys):

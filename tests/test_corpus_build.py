@@ -294,6 +294,40 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     _wait(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
 
 
+COMMAND = """
+import os, time
+from pathlib import Path
+from megacoder.cli.main import COMMANDS
+from megacoder.cli.main import main as megacoder
+from megacoder.corpus.pool import WorkerPool
+def work(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(1)
+def main(argv):
+    with WorkerPool(2) as pool:
+        pool.run(work, [Path(argv[0])] * 2, done=print)
+def run(folder):
+    COMMANDS["work"] = ("command", "")
+    megacoder(["work", folder])
+"""
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["command", "workers too"])
+def test_sigterm_ends_a_command_with_its_workers_and_one_line(tmp_path, send):
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "command.py").write_text(COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import command, sys; command.run(sys.argv[1])", str(tmp_path / "pids")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    _wait(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    send(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (143, "megacoder: terminated\n")
+    assert not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir())
+
+
 def _kill_worker(task):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -340,6 +374,29 @@ def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_pat
     with pytest.raises(ConfigError, match=r"max_repo_bytes = None, not 5000"):
         build_corpus(config(repos, tmp_path, max_repo_bytes=5000), quiet=True)
     assert tree(tmp_path / "out") == before
+
+
+def test_a_build_that_came_to_nothing_binds_nobody(repos, tmp_path):
+    write(tmp_path / "rows.jsonl", '{"content": "x = 1"}\n')
+    with pytest.raises(ConfigError, match="known to hold the repo"):  # met before any task has ended
+        build_corpus(config(repos, tmp_path, input=(tmp_path / "rows.jsonl",)), quiet=True)
+    assert list(tree(tmp_path / "out")) == ["config.json"]
+    build_corpus(config(repos, tmp_path, seed=3), quiet=True)
+    assert json.loads((tmp_path / "out/config.json").read_text())["seed"] == 3
+    with pytest.raises(ConfigError, match="seed = 3, not 0"):
+        build_corpus(config(repos, tmp_path), quiet=True)
+
+
+def test_a_build_that_is_under_way_or_another_programs_settings_are_not_replaced(repos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("megacoder.corpus.build.write_shard", _fail)
+        with pytest.raises(RuntimeError):
+            build_corpus(config(repos, tmp_path), quiet=True)
+    with pytest.raises(ConfigError, match="seed = 0, not 3"):
+        build_corpus(config(repos, tmp_path, seed=3), quiet=True)
+    write(tmp_path / "model/config.json", '{"architectures": ["Llama"]}')
+    with pytest.raises(ConfigError, match="was built with"):
+        build_corpus(config(repos, tmp_path, out=tmp_path / "model"), quiet=True)
 
 
 def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):

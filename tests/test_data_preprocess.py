@@ -100,6 +100,7 @@ def test_another_configuration_is_refused(corpus, change):
     preprocess(config_of(corpus))
     options = {}
     if change == "tokenizer":
+        (corpus / "tokenizer" / "tokenizer.json").unlink()
         train_tokenizer(source_texts(3), vocab_size=600).save(corpus / "tokenizer")
     elif change == "inputs":
         write_jsonl(corpus / "in" / "b.jsonl", [{"content": "more", "sample": 0}])

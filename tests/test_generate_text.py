@@ -12,6 +12,7 @@ from evaluation_samples import make_model, make_tokenizer
 from test_generate import SHAPES, by_transformers, make_long_case, make_prompts
 from test_generate import make_model as random_model
 
+from megacoder.cli.chat import _turns
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.chat_template import CHAT_TEMPLATE
@@ -205,6 +206,18 @@ def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenize
     assert model_tokens[0] == chat_tokens(tokenizer, [("system", "x"), ("user", "first \nline")])
     assert len(model_tokens) == 2
     assert tokenizer.eot_id in model_tokens[1]
+
+
+def test_chat_leaves_out_a_turn_that_is_not_utf8_and_answers_the_next(capsys, monkeypatch):
+    import io
+
+    typed = b"gr\xc3\xb6\xc3\x9fer\ncaf\xe9\nfirst\\\ncaf\xe9\nlast\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    assert list(_turns()) == ["größer", "last"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is not UTF-8 and is left out")[0] for line in told] == [
+        r"'caf\udce9'", r"'first\ncaf\udce9'",
+    ]  # fmt: skip
 
 
 def test_a_local_model_and_a_transformers_folder_are_scored(folder, tmp_path, capsys):

@@ -1,11 +1,12 @@
-"""An interrupt while workers start is held back, and not lost."""
+"""Signals: an interrupt while workers start is held back, and not lost; SIGTERM takes the same way."""
 
+import contextlib
 import os
 import signal
 
 import pytest
 
-from megacoder.core.processes import starting_workers
+from megacoder.core.processes import Terminated, sigterm_as_interrupt, starting_workers
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
@@ -22,3 +23,51 @@ def test_an_interrupt_waits_for_the_end_of_the_block():
     assert reached == ["end"]
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_a_sigterm_that_is_answered_waits_likewise():
+    reached = []
+
+    def start():
+        with sigterm_as_interrupt(), starting_workers():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("end")
+
+    with pytest.raises(Terminated):
+        start()
+    assert reached == ["end"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_first_sigterm_interrupts_and_a_second_does_not_disturb_the_end():
+    def end_slowly():
+        with sigterm_as_interrupt():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        end_slowly()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("answer", [signal.SIG_IGN, lambda *_: None])
+def test_a_sigterm_that_is_ignored_or_answered_stays_so(answer):
+    before = signal.signal(signal.SIGTERM, answer)
+    try:
+        with sigterm_as_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_fork_ends_by_sigterm_as_any_process():
+    with sigterm_as_interrupt():
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -217,6 +217,21 @@ def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
     assert message.split(",")[0] in prepared.first_skipped
 
 
+@pytest.mark.parametrize("content", ["", "{\n"], ids=["empty", "malformed"])
+def test_conversations_that_are_none_leave_no_folder(tmp_path, content):
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    small_tokenizer().save(tmp_path / "tokenizer")
+    config = run_config(tmp_path / "run", tmp_path / "tokenizer", data)
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        prepare(config)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()  # there before: it stays
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        prepare(config)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
     rows = [{"messages": [{"role": role, "content": content} for role, content in made]} for made in conversations(9)]
     lines = write_jsonl(tmp_path / "data.jsonl", rows)

@@ -101,6 +101,20 @@ def test_saved_pickled_and_loaded_are_the_same(tmp_path):
         assert other.encode(text) == tokenizer.encode(text)
 
 
+def test_another_tokenizer_is_never_replaced(tmp_path):
+    before = train_tokenizer(source_texts(3), vocab_size=300)
+    before.save(tmp_path)
+    before.save(tmp_path)  # the same again, as when a command is repeated
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    said = rf"tokenizer.json holds another tokenizer \(309 ids, digest {before.digest[:12]}\); choose another --output"
+    with pytest.raises(ConfigError, match=said):
+        train_tokenizer(source_texts(3), vocab_size=301).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json: not a tokenizer.*; choose another --output, or remove it"):
+        before.save(tmp_path)
+
+
 def test_hugging_face_reads_the_folder(tmp_path):
     auto = pytest.importorskip("transformers").AutoTokenizer
     tokenizer = small_tokenizer()

@@ -18,14 +18,15 @@ from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
 
 __all__ = [
-    "CHECKPOINTS", "checkpoints_in", "discard", "find_checkpoint", "folder_faults", "latest_fault", "open_checkpoint",
-    "publish", "recover", "rotate", "step_folders", "step_name", "temporary_for",
+    "CHECKPOINTS", "checkpoint_of_step", "checkpoints_in", "discard", "find_checkpoint", "folder_faults",
+    "latest_fault", "open_checkpoint", "publish", "recover", "rotate", "step_folders", "step_name", "temporary_for",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
 """Folder of checkpoints in a run's folder."""
 LATEST = "latest"
 
+_ENDS_SHOWN = 4  # of a long list of steps, in a message
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -68,6 +69,16 @@ def checkpoints_in(path: Path) -> Path:
     """The folder of checkpoints of a run's folder; any other path is returned as it is."""
     below = path / CHECKPOINTS
     return below if below.is_dir() else path
+
+
+def checkpoint_of_step(path: Path, step: int) -> Path:
+    """The checkpoint of a run or a folder of checkpoints that is of `step`; CheckpointError with the steps that are."""
+    there = dict(step_folders(checkpoints_in(path)))
+    if step not in there:
+        steps = [str(known) for known in there] or ["none"]
+        listed = steps if len(steps) <= 2 * _ENDS_SHOWN else [*steps[:_ENDS_SHOWN], "...", *steps[-_ENDS_SHOWN:]]
+        raise CheckpointError(f"{path}: no checkpoint of step {step}; there are {', '.join(listed)}")
+    return there[step]
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """`megacoder chat`: a conversation in the published template, on the terminal or from a pipe."""
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,20 +105,29 @@ def _shared_turns(tp: TensorParallel, device: torch.device) -> Iterator[str]:
 
 
 def _turns() -> Iterator[str]:
-    """What is typed, lines that end in a backslash joined with the next."""
+    """What is typed, lines that end in a backslash joined with the next; a turn that is not UTF-8 is left out."""
     asking = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # an error while it decodes would take the next turns along
     lines: list[str] = []
     while True:
         if asking:
             print(">>> " if not lines else "... ", end="", flush=True)
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError:
-            raise DataError("what was typed is not UTF-8 text") from None
+        line = sys.stdin.readline()
         if not line and not lines:
             return
         lines.append(line.rstrip("\n").removesuffix("\\"))
         if not line.rstrip("\n").endswith("\\"):
-            if said := "\n".join(lines).strip():
+            said, lines = "\n".join(lines).strip(), []
+            if not _is_unicode(said):
+                say(f"{said!r} is not UTF-8 and is left out; write it in UTF-8")
+            elif said:
                 yield said
-            lines = []
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from megacoder.checkpoint.folders import checkpoints_in, latest_fault, step_folders
+from megacoder.checkpoint.folders import checkpoints_in, find_checkpoint, latest_fault, step_folders
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.tensor_file import DTYPES
 from megacoder.core.config import parse_args
@@ -71,7 +71,7 @@ def verify(argv: Sequence[str]) -> None:
     root = checkpoints_in(args.dir)
     steps = [folder for _, folder in step_folders(root)]
     faults = []
-    for folder in steps or [args.dir]:
+    for folder in steps or [find_checkpoint(args.dir)]:
         found = verify_checkpoint(folder)
         faults += found
         print("\n".join(found or [f"{folder}: every byte is as it was written"]))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from tyro.conf import Positional
 
-from megacoder.checkpoint.folders import checkpoints_in, step_name
+from megacoder.checkpoint.folders import checkpoint_of_step, checkpoints_in
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.model_folder import tokenizer_of
 from megacoder.core.config import parse_args, to_toml
@@ -37,7 +37,7 @@ class ReshardArgs:
     src: Positional[Path]
     """a checkpoint, a run, or a folder of checkpoints: then the newest whole one"""
     dst: Positional[Path]
-    """folder of checkpoints to add it to"""
+    """folder of checkpoints, or a run that has one, to add it to"""
     tp: int = 1
     """tensor-parallel ranks"""
     pp: int = 1
@@ -79,7 +79,7 @@ def reshard_main(argv: Sequence[str]) -> None:
     args = parse_args(ReshardArgs, argv, prog="megacoder checkpoint reshard")
     reader = CheckpointReader(args.src)
     dims = ParallelDims(tp=args.tp, pp=args.pp, dp=args.dp, cp=args.cp)
-    folder = reshard(reader, args.dst, dims)
+    folder = reshard(reader, checkpoints_in(args.dst), dims)
     say(f"{folder}: step {reader.step} for {dims}, {dims.world_size} file{'s' if dims.world_size > 1 else ''}")
 
 
@@ -88,7 +88,7 @@ def export_main(argv: Sequence[str]) -> None:
     args = parse_args(ExportArgs, argv, prog="megacoder checkpoint export")
     if args.dst.exists():
         raise ConfigError(f"{args.dst} exists already; choose another folder, or remove it first")
-    reader = CheckpointReader(args.src if args.step is None else checkpoints_in(args.src) / step_name(args.step))
+    reader = CheckpointReader(args.src if args.step is None else checkpoint_of_step(args.src, args.step))
     tokenizer = args.tokenizer or tokenizer_of(reader)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     config = export_checkpoint(reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer)

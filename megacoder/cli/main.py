@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 
 from megacoder.core.config import nearest
+from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
+from megacoder.core.processes import Terminated, sigterm_as_interrupt
 from megacoder.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -53,7 +55,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Sub-commands in the order in which `--help` shows them."""
 
 INTERRUPTED = 130
-"""Exit code of what SIGINT or SIGTERM has ended."""
+"""Exit code of what SIGINT has ended, and of runs that either signal has."""
+TERMINATED = 143
+"""Exit code of what SIGTERM has ended."""
 FIRST_RANK_SECONDS = 10.0
 """How much later than others the first rank of a machine may meet what all meet alike."""
 
@@ -62,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one sub-command; exits with 0, or with the error's code after one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(words)
+        _check_words(words)
+        with contextlib.nullcontext() if _answers_signals(words) else sigterm_as_interrupt():
+            _dispatch(words)
     except RankLost as error:
         if not error.told:
-            print(f"megacoder: {error}", file=sys.stderr)
+            say(f"megacoder: {error}")
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(error.exit_code)  # on the way through torch's destructors a process may wait for the rank that is lost
     except MegacoderError as error:
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -76,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `megacoder ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
@@ -87,6 +94,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
+
+
+def _answers_signals(words: Sequence[str]) -> bool:
+    """Whether the command has answers of its own: a run, which writes a checkpoint, or a rank that torchrun ends."""
+    return words[:1] in (["train"], ["sft"]) or "LOCAL_RANK" in os.environ
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Bytes that are no UTF-8 arrive as half surrogates, which can be neither encoded for a model nor written down."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{word!r} is not UTF-8; write it in UTF-8, or rename the file that is called so"
+            ) from None
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
@@ -149,5 +172,5 @@ def _print_version(*, verbose: bool) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"megacoder: {' '.join(message.split())}", file=sys.stderr)
+    say(f"megacoder: {' '.join(message.split())}")
     sys.exit(code)

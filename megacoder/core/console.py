@@ -51,8 +51,12 @@ def progress(
 
 
 def say(text: str) -> None:
-    """A line for the person who started the command, on stderr so that stdout stays for results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who started the command, on stderr so that stdout stays for results.
+
+    In one write: the end of a line that is written by itself may come after the text of another rank.
+    """
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def say_once(text: str) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megacoder.core.errors import MegacoderError
 __all__ = [
     "exclusive",
     "fsync_path",
+    "making_dir",
     "remove_stale_temporaries",
     "replacing",
     "replacing_dir",
@@ -71,6 +72,20 @@ def replacing_dir(path: Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def making_dir(path: Path) -> Iterator[None]:
+    """Makes the folder `path`, and on any error in the block removes again what it made, where that holds nothing."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

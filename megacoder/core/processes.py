@@ -2,6 +2,9 @@
 
 A new process reads what to run from a pipe. Were Ctrl-C raised while the parent writes it, the child would find the
 pipe cut off and end with a traceback of its own.
+
+SIGTERM can take the way of Ctrl-C, on which a parent ends its workers. Workers themselves keep to what it does to any
+process: a pool ends by it those that are left when one was killed.
 """
 
 import os
@@ -12,7 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["kill_sibling", "num_cores", "starting_workers"]
+__all__ = ["Terminated", "kill_sibling", "num_cores", "sigterm_as_interrupt", "starting_workers"]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is answered as Ctrl-C is."""
 
 
 def num_cores() -> int:
@@ -21,8 +28,36 @@ def num_cores() -> int:
 
 
 @contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Raises Terminated at the first SIGTERM in the block; later ones, as `timeout` sends, do not disturb the end.
+
+    Does nothing where SIGTERM is ignored or has been given another answer, nor outside the main thread.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a fork, which ends as others do
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def starting_workers() -> Iterator[None]:
-    """Holds SIGINT back until the block is left; processes started in it are never interrupted themselves."""
+    """Holds SIGINT, and a SIGTERM that is answered, back until the block is left; processes started in it are never
+    interrupted themselves."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is ever interrupted
         yield
         return
@@ -31,15 +66,20 @@ def starting_workers() -> Iterator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    handler = signal.signal(signal.SIGINT, remember)
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, remember)}
+    if callable(answer := signal.getsignal(signal.SIGTERM)):
+        handlers[signal.SIGTERM] = answer
+        signal.signal(signal.SIGTERM, remember)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit this
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, handler)
-        if received and callable(handler):
-            handler(signal.SIGINT, None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for received_number in received[:1]:
+            if callable(handler := handlers[signal.Signals(received_number)]):
+                handler(received_number, None)
 
 
 def kill_sibling(pid: int) -> bool:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.parquet import read_table
 
 __all__ = ["TestString", "fingerprint", "read_tests"]
 
@@ -66,7 +66,7 @@ def _rows(path: Path) -> Iterator[Any]:
     try:
         name = path.name.lower()
         if name.endswith(".parquet"):
-            yield from pq.read_table(path).to_pylist()
+            yield from read_table(path).to_pylist()
             return
         data = path.read_bytes()
         if name.endswith(".gz"):

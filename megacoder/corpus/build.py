@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from megacoder.core.console import progress, say
 from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
@@ -33,6 +31,7 @@ from megacoder.corpus.split import choose_heldout
 from megacoder.corpus.stages import stage_names, steps
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
 from megacoder.corpus.write import PARTS, WriteTask, write_shard
+from megacoder.data.parquet import read_table
 
 __all__ = ["build_corpus"]
 
@@ -147,7 +146,7 @@ def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[Wr
 def _nothing_left(shards: Sequence[Shard]) -> str:
     reasons: Counter[str] = Counter()
     for shard in shards:
-        reasons.update(pq.read_table(shard.scanned, columns=["reason"])["reason"].drop_null().to_pylist())
+        reasons.update(read_table(shard.scanned, ["reason"])["reason"].drop_null().to_pylist())
         reasons.update(reason for _, _, reason, _ in read_drops(shard.drops))
     if not reasons:
         return "the inputs hold no files"

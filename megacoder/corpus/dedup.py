@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.drops import Drop, DropFile, write_drops
@@ -23,6 +22,7 @@ from megacoder.corpus.names import NameFiles, write_names
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
 from megacoder.corpus.shards import finished, redoing
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
+from megacoder.data.parquet import read_table
 
 __all__ = ["DIGEST_BYTES", "ExactDedup", "copies_among", "digest"]
 
@@ -100,7 +100,7 @@ def _list_digests(task: _ListTask) -> tuple[int, int]:
 
 def _write_names(shard: Shard) -> int:
     """Leaves the name of every row; how many there are."""
-    repos, paths = pq.read_table(shard.scanned, columns=["repo", "path"]).columns
+    repos, paths = read_table(shard.scanned, ["repo", "path"]).columns
     write_names(shard.beside("names"), pc.binary_join_element_wise(repos, paths, "/"))
     return len(repos)
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from megacoder.core.files import replacing
 from megacoder.corpus.shards import disk_errors
+from megacoder.data.parquet import read_table
 
 __all__ = ["Drop", "DropFile", "read_drops", "write_drops"]
 
@@ -45,16 +46,16 @@ def write_drops(path: Path, drops: Sequence[Drop]) -> DropFile | None:
     if not parts:
         path.unlink(missing_ok=True)
         return None
-    with disk_errors(path), replacing(path) as temporary:
-        pq.write_table(pa.concat_tables(parts), temporary, compression="zstd")
-    with path.open("rb") as file:
-        return DropFile(path=path, key=hashlib.file_digest(file, "sha256").hexdigest()[:32])
+    with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(pa.concat_tables(parts), file, compression="zstd")
+    with path.open("rb") as written:
+        return DropFile(path=path, key=hashlib.file_digest(written, "sha256").hexdigest()[:32])
 
 
 def read_drops(paths: Sequence[Path]) -> Iterator[tuple[int, str, str, str | None]]:
     """(row, stage, reason, detail) of every drop in the files."""
     for path in paths:
-        yield from zip(*(column.to_pylist() for column in pq.read_table(path).columns), strict=True)
+        yield from zip(*(column.to_pylist() for column in read_table(path).columns), strict=True)
 
 
 def _table(drop: Drop) -> pa.Table:

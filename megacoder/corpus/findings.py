@@ -15,6 +15,7 @@ from megacoder.core.errors import CorpusError, FormatError
 from megacoder.corpus.accounts import CorpusReport, Count
 from megacoder.corpus.decontamination import Decontamination, read_hits
 from megacoder.corpus.near_dedup import NearDedup, read_copy
+from megacoder.data.parquet import open_dataset
 
 __all__ = ["Cluster", "Contaminated", "Copy", "Findings", "read_findings", "read_part"]
 
@@ -108,7 +109,7 @@ def read_part(
         if not name.startswith(f"{part}/"):
             continue
         try:
-            file = ds.dataset(out / name)
+            file = open_dataset(out / name)
             for batch in file.to_batches(columns=list(columns), filter=ds.field(column).isin(list(values))):
                 yield from batch.to_pylist()
         except FileNotFoundError:

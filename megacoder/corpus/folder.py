@@ -23,16 +23,17 @@ _CONFIG = "config.json"
 def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) -> Iterator[None]:
     """Holds `out` for a build with this `identity`, and clears what a killed one left half-written in `parts`.
 
-    ConfigError if it holds a corpus of another identity, with the first key that differs, or something else entirely;
-    CorpusError while another build holds it.
+    ConfigError if it holds something built with another identity, with the first key that differs, or something else
+    entirely; CorpusError while another build holds it.
     """
+    identity = json.loads(json.dumps(identity))
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with exclusive(out, what="build"):
         _check_identity(out, identity)
         for folder in (out, out / WORK, *(out / part for part in parts)):
             remove_stale_temporaries(folder)
-        if not (out / _CONFIG).exists():
+        if _identity_in(out) != identity:
             with disk_errors(out):
                 write_json(out / _CONFIG, identity)
         yield
@@ -59,23 +60,32 @@ def give_up(out: Path, *, keep: bool) -> None:
 
 
 def _check_identity(out: Path, identity: dict[str, Any]) -> None:
-    try:
-        found = json.loads((out / _CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if foreign := sorted(child.name for child in out.iterdir() if not child.name.startswith(_CONFIG)):
-            raise ConfigError(
-                f"{str(out)!r} is not empty and holds no corpus ({foreign[0]}); choose another --out"
-            ) from None
+    found = _identity_in(out)
+    others = sorted(child.name for child in out.iterdir() if not child.name.startswith(_CONFIG))
+    if found is None:
+        if others:
+            raise ConfigError(f"{str(out)!r} is not empty and holds no corpus ({others[0]}); choose another --out")
         return
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{out / _CONFIG}: not readable ({error}); choose another --out") from None
-    here, wanted = _flat(found), _flat(json.loads(json.dumps(identity)))
+    begun = any((out / WORK).glob("*.json"))  # a task has ended
+    if not begun and set(others) <= {WORK} and isinstance(found, dict) and found.keys() == identity.keys():
+        return  # a build that came to nothing binds nobody
+    here, wanted = _flat(found), _flat(identity)
     for key in sorted({*here, *wanted}):
         if here.get(key) != wanted.get(key):
             raise ConfigError(
                 f"{str(out)!r} was built with {key} = {here.get(key)!r}, not {wanted.get(key)!r}; "
                 "choose another --out, or remove that folder"
             )
+
+
+def _identity_in(out: Path) -> Any:
+    """What the folder was claimed with, None if it was not."""
+    try:
+        return json.loads((out / _CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out / _CONFIG}: not readable ({error}); choose another --out") from None
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

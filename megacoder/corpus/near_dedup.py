@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.core.files import replacing
 from megacoder.corpus.config import CorpusConfig
@@ -31,6 +30,7 @@ from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
 from megacoder.corpus.shards import disk_errors, finished, redoing
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
+from megacoder.data.parquet import open_parquet
 
 __all__ = ["NearDedup", "choose_copies", "read_copy"]
 
@@ -185,7 +185,7 @@ def _signed_rows(task: _SignTask, kept: np.ndarray) -> Iterator[Signed]:
 def _kept_texts(shard: Shard, kept: np.ndarray) -> Iterator[list[bytes]]:
     """The texts of the kept rows in order, a few megabytes at a time."""
     start = 0
-    with pq.ParquetFile(shard.scanned) as file:
+    with open_parquet(shard.scanned) as file:
         for group in range(file.num_row_groups):
             column = file.read_row_group(group, columns=["text"]).column(0)
             rows = kept[(kept >= start) & (kept < start + len(column))] - start

@@ -12,6 +12,7 @@ import html
 import re
 from dataclasses import dataclass
 
+from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.text_counts import LineCounts, line_counts
 
@@ -46,6 +47,21 @@ class RuleThresholds:
     """characters of a JSON or YAML file, at least"""
     data_max_chars: int = 5000
     """characters of a JSON or YAML file, at most"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_mean_line", "max_line", "data_max_chars"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 1; no file would be left")
+        for name in ("html_min_visible", "data_min_chars"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 0")
+        for name in ("min_alphabetic", "html_min_visible_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be between 0 and 1")
+        if self.data_min_chars > self.data_max_chars:
+            raise ConfigError(
+                f"rules data_min_chars = {self.data_min_chars}: must be at most data_max_chars = {self.data_max_chars}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

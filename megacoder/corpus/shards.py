@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from megacoder.core.errors import CorpusError
 from megacoder.core.files import replacing, write_json
+from megacoder.data.parquet import open_parquet
 
 __all__ = [
     "CORPUS_SCHEMA", "DROPPED_SCHEMA", "SCAN_SCHEMA", "TextReader", "disk_errors", "finished", "parquet_writer",
@@ -101,7 +102,7 @@ class TextReader:
     """Random access to one string column of a Parquet file, holding only a few row groups."""
 
     def __init__(self, path: Path, column: str) -> None:
-        self._file = pq.ParquetFile(path)
+        self._file = open_parquet(path)
         self._column = column
         self._starts = [0]
         for group in range(self._file.num_row_groups):

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.drops import DropFile
+from megacoder.data.parquet import read_table
 
 __all__ = ["RunTasks", "Shard", "Step", "hash_of"]
 
@@ -40,15 +40,15 @@ class Shard:
 
     def kept(self) -> np.ndarray:
         """Rows (int64, ascending) of the documents that no stage has dropped."""
-        stages = pq.read_table(self.scanned, columns=["stage"])["stage"]
+        stages = read_table(self.scanned, ["stage"])["stage"]
         kept = stages.is_null().to_numpy().copy()
         for path in self.drops:
-            kept[pq.read_table(path, columns=["row"])["row"].to_numpy()] = False
+            kept[read_table(path, ["row"])["row"].to_numpy()] = False
         return np.flatnonzero(kept)
 
     def columns(self, names: Sequence[str], kept: np.ndarray) -> pa.Table:
         """Those columns of the kept rows, in order."""
-        return pq.read_table(self.scanned, columns=list(names)).take(kept)
+        return read_table(self.scanned, names).take(kept)
 
     def beside(self, kind: str) -> Path:
         """Where a step leaves something of the shard."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.core.config import nearest
 from megacoder.core.errors import ConfigError, CorpusError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.reading import Selection, make_document, make_drop, name_reason
 from megacoder.corpus.shards import finished, parquet_writer, redoing
+from megacoder.data.parquet import open_parquet
 
 __all__ = ["GatherTask", "Gathered", "Run", "TableColumns", "gather_table", "is_table", "read_rows", "row_groups"]
 
@@ -168,7 +168,7 @@ def read_rows(
 
 def _piece_rows(file: Path, groups: Sequence[int], first: str, last: str) -> Iterator[tuple[Any, ...]]:
     """Rows as (repo, path, file, position, ...): equal paths stay in the order of the inputs."""
-    with pq.ParquetFile(file) as parquet:
+    with open_parquet(file) as parquet:
         for group in groups:
             columns = [column.to_pylist() for column in parquet.read_row_group(group).columns]
             for position, (repo, path, *rest) in enumerate(zip(*columns, strict=True)):
@@ -229,7 +229,7 @@ def _license(value: Any) -> str | None:
 
 
 def _parquet_rows(table: Path, columns: TableColumns) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with pq.ParquetFile(table) as file:
+    with open_parquet(table) as file:
         chosen = columns.chosen(file.schema_arrow.names, str(table))
         for batch in file.iter_batches(256, columns=list(dict.fromkeys(chosen.values()))):
             values = {role: _plain(batch.column(name)) for role, name in chosen.items()}

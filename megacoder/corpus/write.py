@@ -7,8 +7,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from megacoder.corpus.accounts import Accounts
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dependencies import repository_dependencies
@@ -16,6 +14,7 @@ from megacoder.corpus.documents import Dropped
 from megacoder.corpus.drops import read_drops
 from megacoder.corpus.samples import plan_samples, render, rendered_bytes
 from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
+from megacoder.data.parquet import read_table
 
 __all__ = ["PARTS", "WriteTask", "write_shard"]
 
@@ -85,7 +84,7 @@ class _Repository:
 
 def _repositories(task: WriteTask) -> list[_Repository]:
     columns = ["repo", "license", "path", "language", "size", "stage", "reason", "detail"]
-    table = pq.read_table(task.scanned, columns=columns)
+    table = read_table(task.scanned, columns)
     late = {row: drop for row, *drop in read_drops(task.drops)}
     found = []
     for name, grouped in groupby(

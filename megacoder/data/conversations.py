@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.core.config import to_dict
 from megacoder.core.errors import ConfigError, DataError, FormatError
-from megacoder.core.files import write_json
+from megacoder.core.files import making_dir, write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
+from megacoder.data.parquet import open_parquet
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["ConversationConfig", "Prepared", "prepare_conversations"]
@@ -62,7 +62,8 @@ def prepare_conversations(
 ) -> Prepared:
     """Writes `prefix`.bin/.idx unless it is there, made of the same inputs in the same way.
 
-    DataError naming file and line for a malformed row, or, where those are skipped, if no other is left.
+    DataError naming file and line for a malformed row, or, where those are skipped, if no other is left; neither leaves
+    anything.
     """
     files = find_inputs(inputs)
     made_of = _fingerprint(files, tokenizer, config)
@@ -72,8 +73,8 @@ def prepare_conversations(
         if there["made_of"] == made_of:
             return Prepared(**there["prepared"])
     record.unlink(missing_ok=True)  # from here on what is there may be half of it
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    prepared = _write(files, prefix, ChatFormat(config.format, tokenizer), skip=config.malformed == "skip")
+    with making_dir(prefix.parent):
+        prepared = _write(files, prefix, ChatFormat(config.format, tokenizer), skip=config.malformed == "skip")
     write_json(record, {"made_of": made_of, "prepared": to_dict(prepared)})
     return prepared
 
@@ -133,7 +134,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             wanted = [
                 name for name in ("messages", "instruction", "input", "output") if name in file.schema_arrow.names
             ]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from megacoder.core.config import nearest
 from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.data.parquet import open_parquet
 
 __all__ = ["SUFFIXES", "DocumentReader", "find_inputs"]
 
@@ -87,7 +88,7 @@ class DocumentReader:
     def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
         done = 0
         try:
-            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            with open_parquet(self.path, page_checksums=True) as file:
                 columns = [self.text_key, *([self.document_key] if self.document_key is not None else [])]
                 for column in columns:
                     self._check_key(str(self.path), "column", column, file.schema_arrow.names)

@@ -81,8 +81,10 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes what `load` and Hugging Face's `AutoTokenizer` read, beside whatever is in `folder` already.
 
-        Hugging Face's tokenizer puts BOS in front; `encode` does not.
+        Hugging Face's tokenizer puts BOS in front; `encode` does not. ConfigError where the folder holds another
+        tokenizer: ids on disk and in models mean nothing without the one that made them.
         """
+        self._check_no_other_in(folder / "tokenizer.json")
         write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
         write_text(
             folder / "tokenizer.json", self._backend.to_str(pretty=True)
@@ -150,6 +152,19 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.definition,)
+
+    def _check_no_other_in(self, file: Path) -> None:
+        if not file.exists():
+            return
+        try:
+            there = Tokenizer.load(file)
+        except FormatError as error:
+            raise ConfigError(f"{error}; choose another --output, or remove it") from None
+        if there.digest != self.digest:
+            raise ConfigError(
+                f"{file} holds another tokenizer ({there.vocab_size:,} ids, digest {there.digest[:12]}); "
+                "choose another --output, or remove it"
+            )
 
     def _control_id(self, name: str) -> int:
         index = self._backend.token_to_id(SPECIAL_TOKENS[name])

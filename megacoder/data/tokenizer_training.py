@@ -40,7 +40,10 @@ class TrainTokenizerConfig:
 
 
 def train_from_files(config: TrainTokenizerConfig) -> Tokenizer:
-    """Trains on a sample of the input and writes the folder; the same input gives the same tokenizer."""
+    """Trains on a sample of the input and writes the folder; the same input gives the same tokenizer.
+
+    ConfigError where the folder holds another one, which is known only then.
+    """
     texts = sample_texts(find_inputs(config.input), text_key=config.text_key, max_bytes=config.sample_mb * 1_000_000)
     if not texts:
         raise DataError(f"no documents in {', '.join(map(str, config.input))}")

@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacoder.core.errors import DataError, FormatError
 from megacoder.data.documents import DocumentReader, find_inputs
+from megacoder.data.parquet import open_parquet
 
 __all__ = ["SourceFile", "read_source_files", "read_texts", "sample_texts"]
 
@@ -46,7 +46,7 @@ def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
         raise DataError("no held-out data: name Parquet files, or folders of them, as `corpus build` writes them")
     for shard in shards:
         try:
-            with pq.ParquetFile(shard) as file:
+            with open_parquet(shard) as file:
                 missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
                 if missing:
                     raise FormatError(f"{shard}: no column {missing[0]!r}; expected what `corpus build` writes")

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, RankLost
 from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
@@ -119,8 +120,7 @@ class Watch:
         while not self._over.wait(self._interval):
             if has_agent and os.getppid() != self._agent:  # killed: nobody is left who could end this rank
                 has_agent = False
-                told = f"rank {self._world.rank}: torchrun has ended; the rank stops as if asked to"
-                print(told, file=sys.stderr, flush=True)
+                say(f"rank {self._world.rank}: torchrun has ended; the rank stops as if asked to")
                 os.kill(os.getpid(), signal.SIGTERM)
             now, still = time.monotonic(), self._still_seconds()
             if self._end is not None:
@@ -204,7 +204,7 @@ class Watch:
 
     def _print(self, error: RankLost) -> None:
         if not error.told:
-            print(f"megacoder: {error}", file=sys.stderr, flush=True)
+            say(f"megacoder: {error}")
 
     # ---- ending processes that cannot end
 

@@ -98,7 +98,7 @@ def test_ranks_of_their_own_may_be_killed(ranks):
 
 
 def test_a_result_that_cannot_be_pickled_is_a_failure(ranks):
-    with pytest.raises(RankFailed, match=r"failed in return_what_cannot_travel\n.*lambda"):
+    with pytest.raises(RankFailed, match=r"(?s)failed in return_what_cannot_travel\n.*lambda"):
         ranks.run(1, return_what_cannot_travel)
 
 

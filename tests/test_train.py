@@ -398,6 +398,16 @@ def test_what_any_rank_finds_wrong_is_said_once(case, alone, tmp_path, wrong):
     assert "Traceback" not in done.stderr
 
 
+def test_the_launcher_leaves_signals_as_they_were(case):
+    """What comes after it in a process, as after quickstart's training, answers them itself."""
+    code = (
+        "import signal; from megacoder.train.launch import launch_workers; launch_workers(['--version'], nproc=1);"
+        "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split()[-1] == "True", done.stderr
+
+
 def test_conversations_go_to_sft(case, capsys):
     config = case.config("talks")
     toml = case.folder / "talks.toml"

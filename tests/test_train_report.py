@@ -12,7 +12,8 @@ from train_cases import make_case
 
 from megacoder.cli.main import main
 from megacoder.core.html import Series, line_chart
-from megacoder.data.blend import blend_counts, blend_phase, blend_table
+from megacoder.data.blend import blend_counts, blend_table
+from megacoder.data.permutation import stream_phase
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
@@ -24,7 +25,7 @@ def test_blended_windows_are_counted_as_they_are_drawn(weights, num_streams, num
     table = blend_table(weights)
     counted = [0] * len(weights)
     for window in range(num_windows):
-        phase = blend_phase(window % num_streams, num_streams, len(table))
+        phase = stream_phase(window % num_streams, num_streams, len(table))
         counted[table[(window // num_streams + phase) % len(table)]] += 1
     assert blend_counts(table, num_windows=num_windows, num_streams=num_streams) == counted
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
@@ -53,10 +53,12 @@ def progress(
 def say(text: str) -> None:
     """A line for the person who started the command, on stderr so that stdout stays for results.
 
-    In one write: the end of a line that is written by itself may come after the text of another rank.
+    In one write: the end of a line that is written by itself may come after the text of another rank. A terminal that
+    has been closed takes no words, which must not keep a run from its checkpoint.
     """
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def say_once(text: str) -> None:

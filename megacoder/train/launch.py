@@ -40,6 +40,7 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
         run_id="megacoder", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn",
         signals_to_handle=",".join(signals),
     )  # fmt: skip
+    answers = {name: signal.getsignal(getattr(signal, name)) for name in signals}
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "megacoder", *arguments)
     except ChildFailedError as error:
@@ -51,6 +52,9 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
         is_interrupt = error.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         code = 128 + error.sigval if is_interrupt else 0
         raise SystemExit(code) from None
+    finally:  # torchrun's own end with its process
+        for name, answer in answers.items():
+            signal.signal(getattr(signal, name), answer)
 
 
 def how_it_ended(exit_code: int) -> str:

@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "megacoder: Python 3.11 or newer is needed, $(PYTHON) is older; try: make PYTHON=python3.12 quickstart"; exit 1; }
+	  { echo "megacoder: Python 3.11 or newer is needed, $(PYTHON) is older, or does not run; try: make PYTHON=python3.12 quickstart"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "megacoder: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 

@@ -102,7 +102,7 @@ def test_a_wrong_solution_and_a_blind_test_are_noticed(check, capsys):
     wrong = HUMANEVAL[0] | {"canonical_solution": HUMANEVAL[0]["wrong"]}
     code, _ = check(humaneval=[wrong])
     assert code == 1
-    blind = HUMANEVAL[0] | {"canonical_solution": HUMANEVAL[0]["right"], "test": "total([1])"}
+    blind = HUMANEVAL[0] | {"canonical_solution": HUMANEVAL[0]["right"], "test": "assert total([1]) is not total"}
     code, results = check(humaneval=[blind])
     assert code == 1
     assert results["HumanEval, python"][EMPTY] == {"programs": 1, "passed": 1}

@@ -1,6 +1,7 @@
 """The sandbox: attacks are contained and named, neighbours are not disturbed, nothing is left behind."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from sandbox_attacks import ATTACKS
 
 from megacoder.core.errors import ConfigError
+from megacoder.evaluate.sandbox.confine import kernel_limits
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Toolchain, find_toolchain, installed_languages
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step
@@ -46,7 +48,7 @@ class Bait:
         self.tcp, self.udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
         self.udp.bind(("127.0.0.1", 0))
         self.unix, self.abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        self.name = f"megacoder-test-{os.getpid()}"
+        self.name = f"megacoder-test-{os.getpid()}-{folder.name}"
         self.unix.bind(str(folder / "socket"))
         self.abstract.bind("\0" + self.name)
         for listener in (self.unix, self.abstract):
@@ -439,6 +441,16 @@ def test_unsafe_runs_with_limits_and_cleans_up():
     verdicts = {key: outcome.verdict for key, outcome in outcomes.items()}
     assert verdicts == {"right": "passed", "early": "ended early", "slow": "time", "daemon": "passed"}
     assert not left
+
+
+def test_processes_that_a_user_has_already_do_not_count_against_a_program():
+    """Where no user namespace does, the kernel counts all of them: of a user with a desktop no program could fork."""
+    limits = {"disk_mb": 1, "memory_mb": 1, "seconds": 1, "processes": 64, "address_space": False}
+    inside, outside = (
+        dict(kernel_limits(limits, confined=confined))[resource.RLIMIT_NPROC][0] for confined in (True, False)
+    )
+    assert inside == 128
+    assert outside - inside >= len(os.listdir("/proc/self/task"))
 
 
 def test_the_package_imports_no_torch():

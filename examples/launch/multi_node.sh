@@ -10,6 +10,7 @@ shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5   # where a node has several networks
 output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # checkpoints of many ranks; a login has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs/$(hostname)"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \

@@ -23,6 +23,7 @@ settings=$(python -m megacoder "$what" "$run" "$@" --print-config)
 output=$(sed -n 's/^output = "\(.*\)"$/\1/p' <<< "$settings")
 last=$output/checkpoints/step-$(printf %08d "$(sed -n 's/^steps = \(.*\)$/\1/p' <<< "$settings")")
 newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort | tail -n 1; }
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # which srun hands on
 srun bash examples/launch/check_environment.sh "$output"
 mkdir -p "$output/logs"
 before=$(newest)

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -68,11 +69,16 @@ def _close_all_but(mark: int) -> None:
     os.closerange(mark + 1, 1024)
 
 
-def kernel_limits(limits: dict[str, Any]) -> KernelLimits:
-    """Those that the kernel holds a process to; the overseer's own come first, so that it can say which it was."""
+def kernel_limits(limits: dict[str, Any], *, confined: bool) -> KernelLimits:
+    """Those that the kernel holds a process to; the overseer's own come first, so that it can say which it was.
+
+    Outside a user namespace the limit of processes is on all that the user has, and those were there before.
+    """
     disk, memory = limits["disk_mb"] * _MIB, limits["memory_mb"] * _MIB
     seconds = int(limits["seconds"]) + 2
     chosen = {"CORE": 0, "CPU": seconds, "FSIZE": disk, "NOFILE": 512, "NPROC": 2 * limits["processes"]}
+    if not confined:
+        chosen["NPROC"] += _tasks_of_user()
     if sys.platform == "linux":
         chosen |= {"MSGQUEUE": 0, "MEMLOCK": _MIB, "SIGPENDING": 1024, "NICE": 0, "RTPRIO": 0}
     if limits["address_space"]:
@@ -84,6 +90,16 @@ def kernel_limits(limits: dict[str, Any]) -> KernelLimits:
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         found.append((number, (value, value + 1 if name == "CPU" and hard == resource.RLIM_INFINITY else value)))
     return found
+
+
+def _tasks_of_user() -> int:
+    """Processes and threads that run as this user; none is seen where there is no /proc."""
+    count = 0
+    for entry in os.scandir("/proc") if os.path.isdir("/proc") else ():
+        with suppress(OSError):  # it has ended
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                count += len(os.listdir(f"{entry.path}/task"))
+    return count
 
 
 def _drop_privileges(identity: Identity | None) -> None:

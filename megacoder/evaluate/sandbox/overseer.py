@@ -95,7 +95,7 @@ class _Run:
 
     def run(self, identity: confine.Identity | None, work: str) -> dict[str, Any]:
         reading, writing = zip(*(os.pipe() for _ in range(3)), strict=True)  # stdout, stderr, mark
-        limits = confine.kernel_limits(self.limits)
+        limits = confine.kernel_limits(self.limits, confined=self.confined)
         start, cpu_before = time.monotonic(), _children_cpu()
         self.pid = os.fork()
         if self.pid == 0:

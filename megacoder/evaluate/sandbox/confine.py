@@ -116,6 +116,7 @@ def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoRetur
     """
     code = 0
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python begins, whatever its overseer does
         sys.argv = argv
         sys.path[:0] = [work]
         with open(argv[0], encoding="utf-8") as file:

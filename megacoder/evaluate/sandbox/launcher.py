@@ -121,6 +121,9 @@ class _Worker:
             if sys.platform == "linux":
                 kernel.set_subreaper()
         else:
+            # The first process of a namespace gets no signal from inside but those that it has an answer to, as Python
+            # has to this one; and a program that a user without root has started is of the same user.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             kernel.set_dumpable(False)
             kernel.bound_capabilities()
             kernel.forbid_new_privileges()

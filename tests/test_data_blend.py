@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.blend import MAX_ROUND, blend_table, stream_phase
+from megacoder.data.blend import MAX_ROUND, blend_table
+from megacoder.data.permutation import stream_phase
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 16}, r"steps = 16 \(was 8\): .* done 8 steps, and the learning rate of step 7 was 0.00316228,"),
+        ({"steps": 16}, r"steps = 16 \(was 8\): .* done 8 steps, and the learning rate of step 7 was 0.003162277"),
         ({"steps": 7}, "steps = 7: the run in .* has done 8 already; choose another output, .* init_from = '.*alone'"),
         ({"schedule": ScheduleConfig(peak_lr=0.02, warmup_steps=2)}, "schedule: .* of step 1 was 0.005, not 0.01;"),
     ],

@@ -136,19 +136,19 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
         samples = ready.check(tasks)
     tasks = tasks[: args.limit]
     tp = None
+    fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
+    args = replace(args, model=_resolved(args.model))
     if args.tp > 1:
         from megacoder.cli.model_folder import share_model
 
-        tp = share_model(args.tp, ["eval", name, *argv])
+        tp = share_model(args.tp, ["eval", name, *argv, "--model", str(args.model)])
         if tp is None:
             return
         if tp.rank > 0:
             _follow(args, benchmark, tasks, tp)
             return
-    fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
     contents: dict[str, str] = {}
     if args.out is not None:
-        args = replace(args, model=_resolved(args.model))
         contents = _contents(args)
     with Notes.open(args.out, {"benchmark": name, **fixed}, contents=contents) as notes:
         _resume_note(notes)
@@ -177,7 +177,7 @@ _FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
 
 
 def _resolved(model: Path | None) -> Path | None:
-    """The very checkpoint that will be loaded: a run that goes on has another in a while."""
+    """The very checkpoint that will be loaded, by all ranks: a run that goes on has another in a while."""
     if model is None:
         return None
     from megacoder.checkpoint.folders import find_checkpoint

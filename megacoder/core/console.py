@@ -32,7 +32,7 @@ def progress(
     Off a terminal it prints a line every `every_seconds` and one at the end; `quiet` prints nothing (ranks other
     than the first).
     """
-    if quiet:
+    if quiet or sys.stderr is None:
         yield _Silent()
     elif sys.stderr.isatty():
         from rich.console import Console
@@ -42,8 +42,14 @@ def progress(
             TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        bars = Progress(*columns, console=Console(stderr=True))
+        with suppress(OSError):
+            bars.start()
+        try:
             yield _Bar(bars, bars.add_task(title, total=total, completed=start, note=""))
+        finally:
+            with suppress(OSError):  # the terminal has been closed: see `say`
+                bars.stop()
     else:
         lines = _Lines(title, total, start, every_seconds)
         yield lines
@@ -56,6 +62,8 @@ def say(text: str) -> None:
     In one write: the end of a line that is written by itself may come after the text of another rank. A terminal that
     has been closed takes no words, which must not keep a run from its checkpoint.
     """
+    if sys.stderr is None:  # closed by who started us
+        return
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -77,9 +77,10 @@ def starting_workers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for received_number in received[:1]:
-            if callable(handler := handlers[signal.Signals(received_number)]):
-                handler(received_number, None)
+        for first in map(signal.Signals, received):
+            if callable(handler := handlers[first]):
+                handler(first, None)
+                break
 
 
 def kill_sibling(pid: int) -> bool:

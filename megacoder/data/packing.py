@@ -8,8 +8,8 @@ does not begin with the beginning of a document: else the first windows of all s
 comes S tokens later, and a model would learn one kind of window after the other (8 layers on 373 files: behind 256
 beginnings the loss jumped from 5.8 nats to 7.5, the gradient's norm from 0.5 to 300). Its first TURNED documents are
 turned instead: they are gone round from a token inside them to the same token, as if the stream had long been going.
-Streams have other places, and rounds of other lengths, so that from the first step on a batch is like any other. Still
-every token is served once.
+Streams have other places, and rounds of other lengths, so that from the first step on a batch is much like any other.
+Still every token is served once, and in its epoch.
 
 Best fit: documents are taken until they would fill some windows (`BEST_FIT_WINDOWS`), longer ones than S are cut into
 pieces of S and a rest, and all pieces are laid into windows, the longest first, each into the fullest window that has
@@ -38,7 +38,8 @@ __all__ = ["BEST_FIT_WINDOWS", "TURNED", "BestFit", "Concatenated", "Packer", "b
 BEST_FIT_WINDOWS = 16
 """Windows that a best-fit packer fills together, at least."""
 TURNED = 8
-"""Documents that a stream of concatenated ones begins inside: with the more, the less its place and theirs matter."""
+"""Documents of its first epoch that a stream of concatenated ones begins inside, or as many as it has: with the more,
+the less its place and theirs matter."""
 
 
 class Packer(Protocol):
@@ -76,22 +77,23 @@ class _Place(NamedTuple):
 class Concatenated:
     """Concatenate and cut. Its position: document in the order of serving, file in it, token of the file.
 
-    That order begins inside one of the first TURNED documents of the deal. What is left of it is number 0, what comes
-    before is number TURNED, and from there on numbers are one more than in the deal. (0, 0, 0) is the beginning,
-    wherever that is.
+    That order begins inside one of the first `turned` documents of the deal, which are gone round. What is left of that
+    document is number 0, what comes before is number `turned`, and from there on numbers are one more than in the deal.
+    (0, 0, 0) is the beginning, wherever that is.
     """
 
     def __init__(self, source: EndlessDocuments, stream: int, *, across_documents: bool) -> None:
         """With `across_documents` the last token of a document has the next one's first as its label."""
         self._source, self._across_documents = source, across_documents
         self.deal = Deal(source, stream)
+        self.turned = max(1, min(TURNED, source.dataset.num_documents // source.num_streams))
         self.move(0, 0, 0)
 
     @cached_property
     def _beginning(self) -> _Place:
-        """A token of the first TURNED documents, counted as they lie in the dataset."""
+        """A token of the documents that are turned, counted as they lie in the dataset."""
         dataset = self._source.dataset
-        files = [dataset.document_sequences(self.deal[index][0]) for index in range(TURNED)]
+        files = [dataset.document_sequences(self.deal[index][0]) for index in range(self.turned)]
         lengths = [dataset.sequence_lengths[part.start : part.stop] for part in files]
         offset = stream_phase(self.deal.stream, self._source.num_streams, int(sum(part.sum() for part in lengths)))
         for document, part in enumerate(lengths):
@@ -103,7 +105,7 @@ class Concatenated:
 
     @property
     def next_document(self) -> int:
-        return self._document - 1 if self._document > TURNED else 0
+        return self._document - 1 if self._document > self.turned else 0
 
     def position(self) -> list[int]:
         return [self._document, self._file, self._offset]
@@ -131,7 +133,7 @@ class Concatenated:
             labels[filled : stop - 1] = tokens[filled + 1 : stop]
             if at_edge:
                 starts[filled] = True
-            self._offset, filled = offset + taken, stop
+            self._offset, filled, self._follows_cut = offset + taken, stop, False
 
     def _current(self) -> np.ndarray:
         """The ids of the file under the cursor, after moving to the next one that has any left."""
@@ -141,12 +143,12 @@ class Concatenated:
         while ids is None or self._offset == len(ids):
             number, epoch = self.deal[self._dealt()]
             files = self._source.dataset.document_sequences(number)
-            if self._document == TURNED:
+            if self._document == self.turned:
                 files = files[: self._beginning.file + 1]
             if ids is not None:
                 self._file, self._offset, ids = self._file + 1, 0, None
             if self._file >= len(files):
-                self._follows_cut = self._document == TURNED and self._beginning[1:] != (0, 0)
+                self._follows_cut |= self._document == self.turned and self._beginning[1:] != (0, 0)
                 self._document, self._file, self._offset = self._document + 1, 0, 0
                 continue
             ids = self._read(files, epoch)
@@ -155,17 +157,17 @@ class Concatenated:
 
     def _dealt(self) -> int:
         """The index in the deal of the document under the cursor."""
-        if self._document > TURNED:
+        if self._document > self.turned:
             return self._document - 1
-        return (self._beginning.document + self._document) % TURNED
+        return (self._beginning.document + self._document) % self.turned
 
     def _read(self, files: range, epoch: int) -> np.ndarray:
         """The file under the cursor, of its document's `files`."""
         ids = self._source.read(files[self._file], epoch=epoch, opens_document=self._file == 0)
         self._opens = self._file == 0 or not (self._source.add_bos or self._any_tokens(files[: self._file]))
-        if self._document in (0, TURNED) and self._file == self._beginning.file:
+        if self._document in (0, self.turned) and self._file == self._beginning.file:
             cut = min(self._beginning.offset, len(ids))  # as an example of fill-in-the-middle it may be shorter
-            if self._document == TURNED:
+            if self._document == self.turned:
                 ids = ids[:cut]
             elif self._offset == self._beginning.offset:
                 self._offset = cut

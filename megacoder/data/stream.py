@@ -231,6 +231,11 @@ class TokenStream:
 def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
     """ConfigError where `state` belongs to another order of tokens than `order` describes."""
     for key in [*order, *(key for key in state["order"] if key not in order)]:
+        if key == "turned" and key not in state["order"]:
+            raise ConfigError(
+                "the data position to continue from is of an earlier version, whose streams began with beginnings of "
+                "documents; choose another output, and start from the run's weights with init_from"
+            )
         if order.get(key) != state["order"].get(key):
             raise ConfigError(
                 f"{key} is {order.get(key)!r}, but the data position to continue from was made with "

@@ -383,6 +383,8 @@ def failing_together(world: World) -> Iterator[None]:
     except MegacoderError as error:
         failure = str(error), error.exit_code
     except OSError as error:
+        if error.errno is None:  # none of the operating system's
+            raise
         failure = f"{error.filename}: {error.strerror}" if error.filename else str(error), MegacoderError.exit_code
     for failed in filter(None, gather_json(failure, world)):
         alike = AlikeOnAllRanks(failed[0])

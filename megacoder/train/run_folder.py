@@ -254,7 +254,7 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
     advice = f"choose another output, and start from these weights with init_from = {str(config.output)!r}"
     if config.steps < step:
         raise ConfigError(f"steps = {config.steps}: the run in {config.output} has done {step} already; {advice}")
-    if config.data.compat == "megatron" and config.steps != old.steps:
+    if config.data.compat == "megatron" and config.data.megatron.num_samples is None and config.steps != old.steps:
         raise ConfigError(
             f"steps = {config.steps}: the run in {config.output} is one of {old.steps}, and Megatron's order of "
             f"samples depends on their number; {advice}"
@@ -262,10 +262,11 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
     for past in range(1, step + 1):
         was, now = old.learning_rate(past), config.learning_rate(past)
         if was != now:
-            changed = "schedule" if old.schedule != config.schedule else f"steps = {config.steps} (was {old.steps})"
+            changed = ["schedule"] if old.schedule != config.schedule else []
+            changed += [f"steps = {config.steps} (was {old.steps})"] if old.steps != config.steps else []
             raise ConfigError(
-                f"{changed}: the run in {config.output} has done {step} steps, and the learning rate of step {past} "
-                f"was {was:g}, not {now:g}; {advice}"
+                f"{' and '.join(changed)}: the run in {config.output} has done {step} steps, and the learning rate of "
+                f"step {past} was {was!r}, not {now!r}; {advice}"
             )
 
 

@@ -58,7 +58,10 @@ class HumanEval(ProgramBenchmark):
         return tasks
 
     def fault(self, row: Mapping[str, Any]) -> str | None:
-        if self._language != "python":
+        if self._language != "python" or row.get("language", "python") not in (
+            "python",
+            "py",
+        ):  # the data says it in each row
             return None
         if leaves_uncalled("check", row["test"]) and not _entry_point(row):
             return f"its test does not call check, and no field 'entry_point' says for what; it has {sorted(row)}"

@@ -120,7 +120,12 @@ def _settings_of(path: Path) -> dict[str, Any]:
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """ConfigError that names the first setting of `new` that is not that of `old`, the settings in `path`."""
-    before, after = old.get("contents", {}), new["contents"]
+    if "contents" not in old:
+        raise ConfigError(
+            f"{path}: of an earlier version, which did not note what its inputs held; choose another --out, or remove "
+            f"{path.parent}"
+        )
+    before, after = old["contents"], new["contents"]
     for name in [name for name in new if name != "contents"]:
         was, now = old.get(name), new[name]
         if name in before or name in after:

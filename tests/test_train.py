@@ -416,6 +416,10 @@ def test_conversations_go_to_sft(case, capsys):
     with pytest.raises(SystemExit):
         main(["train", str(toml)])
     assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; that is: megacoder sft {toml}\n"
+    for words in (["profile", str(toml)], ["data", "digest", str(toml), "--steps", "1:2"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert f"has prepared them; name the run.toml in its output folder, {config.output}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

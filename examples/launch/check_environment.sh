@@ -9,7 +9,7 @@ fail() { echo "$(hostname): $*" >&2; exit 1; }
 python -c 'import megacoder' || fail "megacoder is not installed in $(command -v python)"
 read -r torch found < <(python -c 'import torch; print(torch.__version__, torch.cuda.device_count())') ||
   fail "torch does not run in $(command -v python)"
-[ "$(ulimit -n)" = unlimited ] || [ "$(ulimit -n)" -ge 4096 ] || 
+[ "$(ulimit -n)" = unlimited ] || [ "$(ulimit -n)" -ge 4096 ] ||
   fail "ulimit -n is $(ulimit -n), and no more is allowed; checkpoints of many ranks want 4096"
 if [ "${DEVICE:-cuda}" = cuda ]; then
   expected=${GPUS_PER_NODE:-8}

@@ -135,9 +135,14 @@ def open_conversations(
 def open_stream(
     config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
 ) -> TokenStream | MegatronStream | ConversationStream:
-    """The training tokens of one data-parallel rank."""
+    """The training tokens of one data-parallel rank; ConfigError for conversations that are not prepared."""
     data = config.data
     if data.conversations.train:
+        if not data.train:
+            raise ConfigError(
+                "data.train = []: conversations are read as megacoder sft has prepared them; name the run.toml in its "
+                f"output folder, {config.output}"
+            )
         return open_conversations(config, data.train[0], tokenizer, dp_rank=dp_rank, dp_size=dp_size)
     datasets = [open_dataset(prefix, tokenizer) for prefix in data.train]
     shares = {"global_batch_size": config.global_batch_size, "dp_rank": dp_rank, "dp_size": dp_size}

@@ -58,10 +58,8 @@ class HumanEval(ProgramBenchmark):
         return tasks
 
     def fault(self, row: Mapping[str, Any]) -> str | None:
-        if self._language != "python" or row.get("language", "python") not in (
-            "python",
-            "py",
-        ):  # the data says it in each row
+        of_row = row.get("language", "python")  # known before the data has told which language it is of
+        if self._language != "python" or of_row not in ("python", "py"):
             return None
         if leaves_uncalled("check", row["test"]) and not _entry_point(row):
             return f"its test does not call check, and no field 'entry_point' says for what; it has {sorted(row)}"

@@ -1,7 +1,7 @@
 """Is `megacoder plan` right? Its memory against what ranks really allocate, its time against what others published.
 
     python tools/check_plan.py                # memory, 21 layouts on this machine
-    python tools/check_plan.py --published    # throughput, 18 published rows
+    python tools/check_plan.py --published    # throughput, 21 published rows
 
 `--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows and
 not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source leaves

@@ -47,7 +47,7 @@ class RepositoryCount:
     heldout: Count = field(default_factory=Count)
     """of the kept files, those held out"""
     license: str | None = None
-    """an SPDX expression; None where no file was kept, or no licence is known"""
+    """an SPDX expression; None where no file was kept, or no license is known"""
 
 
 @dataclass(kw_only=True)

@@ -43,7 +43,7 @@ class DecontaminationConfig:
     min_ngram: int = 3
     """test strings shorter than `ngram` are searched for as a whole if they have at least this many words"""
     min_distinct_words: int = 1
-    """runs with fewer different words do not count; 1 is the paper's rule, 5 keeps tables such as `0 1 0 1 ...`"""
+    """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables such as `0 1 0 1 ...`"""
     fields: tuple[str, ...] = ()
     """columns of the benchmarks to search for; default: all that hold text"""
 

@@ -46,13 +46,13 @@ class TableColumns:
     """Columns of tables given as input; default: the first of the usual names that a table has."""
 
     text: str | None = None
-    """usual: content, text, code"""
+    """column of the text; default: content, text or code"""
     repo: str | None = None
-    """usual: max_stars_repo_name (The Stack), repo_name, repo"""
+    """column of the repository's name; default: max_stars_repo_name (The Stack), repo_name, repo or the like"""
     path: str | None = None
-    """usual: max_stars_repo_path (The Stack), path, file_path"""
+    """column of the file's path; default: max_stars_repo_path (The Stack), path, file_path or the like"""
     license: str | None = None
-    """usual: max_stars_repo_licenses (The Stack), license; may be missing"""
+    """column of the license, which may be missing; default: max_stars_repo_licenses (The Stack), license or the like"""
 
     def chosen(self, present: Iterable[str], where: str) -> dict[str, str]:
         """Role -> column, out of the columns `present`; ConfigError for a column that is not there."""
@@ -223,7 +223,7 @@ def _row(place: str, table: str, size: int, row: dict[str, Any] | str) -> tuple[
 def _license(value: Any) -> str | None:
     if isinstance(value, str):
         return value or None
-    if isinstance(value, (list, tuple)):  # The Stack: every licence that was found in the repository
+    if isinstance(value, (list, tuple)):  # The Stack: every license that was found in the repository
         return " AND ".join(sorted({str(name) for name in value if name})) or "none"
     return None
 

@@ -15,7 +15,7 @@ spans are told apart by their order; density and length are T5's, in characters.
 
 A file much longer than the model's context never shows its prefix, suffix and middle together: once cut into windows,
 the structure is lost (Bavarian et al., section 3). For short contexts `context_tokens` therefore cuts files at line
-borders into parts; each part is drawn and transformed by itself.
+borders into parts; each part has a draw of its own and is transformed by itself.
 
 Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, document level; Bavarian et al.
 (arXiv:2207.14255); Raffel et al. (arXiv:1910.10683, section 3.3.4).

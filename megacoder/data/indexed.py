@@ -14,8 +14,8 @@
 
 `.bin` is the tokens alone. A document usually has several sequences here: it is a repository sample, and a sequence is
 one file of it. Megatron's reader checks magic and version and trusts the rest; this one checks every field at open, so
-that an edited or truncated pair is an error that names the field and never a read out of bounds. Floating
-point (whose codes differ between forks) and the older TNTIDX layout are refused.
+that an edited or truncated pair is an error that names the field and never a read out of bounds. Floating point (whose
+codes differ between forks) and the older TNTIDX layout are refused.
 """
 
 import mmap

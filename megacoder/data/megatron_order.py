@@ -1,9 +1,9 @@
 """Megatron's order of samples, exactly: its document, sample, shuffle and blending indices, as pure functions.
 
 For runs that move over from Megatron-LM. Sequences (its documents) of all the epochs that the run's samples need are
-shuffled together, concatenated and cut every S tokens into samples of S + 1, and these are shuffled; a last epoch that
-is needed only in part is shuffled separately. Unlike the order of `megacoder.data.stream`, it must be built before a
-run, at 20 bytes per sample and 4 per sequence and epoch, and changes with the number of samples.
+shuffled together, concatenated and cut every S tokens into samples of S + 1, and these are shuffled; a last epoch of
+which less than 80% is needed is shuffled separately. Unlike the order of `megacoder.data.stream`, this one must be
+built before a run, at 20 bytes per sample and 4 per sequence and epoch, and changes with the number of samples.
 
 The random state is NumPy's RandomState, whose stream NumPy has frozen. Megatron's loop over sequences is replaced by a
 lookup: sample i begins at token i S of the concatenation, in the sequence that holds it.

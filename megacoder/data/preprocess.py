@@ -52,7 +52,7 @@ class PreprocessConfig:
     workers: int | None = None
     """number of encoding processes or threads; default: one per core"""
     encoder: EncoderName = "auto"
-    """tokenizers (the reference), fastokens (six times as fast; the extra `fast`), or auto: fastokens if it is there"""
+    """tokenizers (the reference), fastokens (six times as fast; the extra `fast`), or auto: fastokens if installed"""
 
     def __post_init__(self) -> None:
         if self.output.name in ("", ".."):

@@ -1,19 +1,19 @@
 """The training tokens as a function of (seed, config, position): the same for any number of ranks, never re-dealt.
 
-Documents are dealt like cards to V logical streams, in the keyed order of one epoch after another: the
-document at position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another,
-each as BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length`
-tokens. Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of
-each, and a table says which of them its next window is taken from (see `megacoder.data.blend`).
+Documents are dealt like cards to V logical streams, in the keyed order of one epoch after another: the document at
+position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another, each as
+BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length` tokens.
+Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of each, and a
+table says which of them its next window is taken from (see `megacoder.data.blend`).
 
 So nothing depends on the number of ranks or on how long the run is: rank r of dp serves the windows g = r (mod dp)
 and reads only the streams that those come from. A stream's state is three integers for each dataset, and the state of
 a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
 Within an epoch every token is served once; a stream begins inside its first documents, not at the beginning of one (see
-`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so
-epochs overlap at their seams. There are never more streams than documents (V is halved until it fits the smallest
-dataset): otherwise the first windows would be the beginnings of the same few documents, from many epochs at once.
+`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so epochs overlap at their
+seams. There are never more streams than documents (V is halved until it fits the smallest dataset): otherwise the first
+windows would be the beginnings of the same few documents, from many epochs at once.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Batches of random tokens: the shape of a run without its corpus, for profiles. Nothing can be learnt from them."""
+"""Batches of random tokens: the shape of a run without its corpus, for profiles. Nothing can be learned from them."""
 
 import torch
 

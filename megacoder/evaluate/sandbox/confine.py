@@ -72,7 +72,7 @@ def _close_all_but(mark: int) -> None:
 def kernel_limits(limits: dict[str, Any], *, confined: bool) -> KernelLimits:
     """Limits that the kernel enforces on a process; the overseer's own are met first, so that it can say which it was.
 
-    Outside a user namespace the limit of processes counts all of the user's, so those that run already are added.
+    Outside a user namespace the limit of processes counts all processes of the user, so those already there are added.
     """
     disk, memory = limits["disk_mb"] * _MIB, limits["memory_mb"] * _MIB
     seconds = int(limits["seconds"]) + 2

@@ -63,7 +63,7 @@ class Launcher:
 
     @classmethod
     def ahead(cls, preload: Sequence[str]) -> "Launcher":
-        """One for a later sandbox with this `preload`, no tools and no mode; a different sandbox does not use it."""
+        """A launcher for a later sandbox with this `preload`, no tools and no mode; other sandboxes do not use it."""
         mode = next(mode for mode in _order() if mode != "bubblewrap" or shutil.which("bwrap"))
         return cls(_command(mode, view.visible_paths()), preload)
 

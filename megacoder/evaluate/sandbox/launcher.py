@@ -172,7 +172,7 @@ class _Worker:
             with tempfile.TemporaryDirectory(prefix="megacoder-", ignore_cleanup_errors=True) as work:
                 return overseer.oversee(program, self.channel, confined=False, identity=None, work=work)
         try:
-            if not kernel.can_deny_system_calls():  # else programs cannot make any, so none outlives them
+            if not kernel.can_deny_system_calls():  # else programs can make no IPC object that outlives them
                 kernel.unshare(kernel.NEW_IPC)
             self.files.provide(program["steps"][-1]["limits"])
             return overseer.oversee(program, self.channel, confined=True, identity=self.identity, work=confine.WORK)

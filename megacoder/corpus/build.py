@@ -151,7 +151,7 @@ def _nothing_left(shards: Sequence[Shard]) -> str:
     if not reasons:
         return "the inputs hold no files"
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
-    return f"nothing is left to learn from: all {reasons.total()} files were dropped ({listed})"
+    return f"nothing is left to train on: all {reasons.total()} files were dropped ({listed})"
 
 
 def _sizes_by(column: str, shards: Sequence[Shard]) -> dict[str, int]:

@@ -79,8 +79,8 @@ def _run_on_ray(
             ray.init(address=config.ray_address, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError) as error:
             raise CorpusError(
-                f"no Ray cluster at {config.ray_address!r} ({str(error).splitlines()[0]}); "
-                "`ray start --head` on one host and `ray start --address=HOST:6379` on the others start one"
+                f"no Ray cluster at {config.ray_address!r} ({str(error).splitlines()[0]}); start one with "
+                "`ray start --head` on one host and `ray start --address=HOST:6379` on the others"
             ) from None
     # tasks of a lost host are run again, however many hosts are lost
     remote = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_call)

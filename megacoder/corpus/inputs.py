@@ -35,7 +35,7 @@ class Inputs:
         for before, after in pairwise(ordered):
             if before.name == after.name:
                 places = f"{before.identity()[1]} and {after.identity()[1]}"
-                raise ConfigError(f"two repositories are called {after.name!r}: {places}")
+                raise ConfigError(f"two repositories are called {after.name!r}: {places}; rename one")
 
 
 def find_inputs(inputs: Sequence[Path]) -> Inputs:

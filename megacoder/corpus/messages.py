@@ -32,7 +32,7 @@ def from_json(text: str) -> Any:
     try:
         return _decode(json.loads(text))
     except (ValueError, TypeError, AttributeError, ImportError, RecursionError) as error:
-        raise FormatError(f"no task or result of a task: {error}") from None
+        raise FormatError(f"not a task or a task's result: {error}") from None
 
 
 def _encode(value: Any) -> Any:
@@ -67,7 +67,7 @@ def _parts(value: Any) -> tuple[str, Any]:
     if dataclasses.is_dataclass(value) and cls.__module__.startswith(_PACKAGE):
         fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         return "dataclass", [cls.__module__, cls.__qualname__, fields]
-    raise TypeError(f"a task or result holds {value!r}, which is no data")
+    raise TypeError(f"a task or result holds {value!r}, which is not plain data")
 
 
 def _decode(value: Any) -> Any:

@@ -42,5 +42,6 @@ class NearDedupConfig:
             raise ConfigError(f"near-dedup num_hashes = {self.num_hashes}: must be a multiple of {HASH_MULTIPLE}")
         if self.bands * self.rows > self.num_hashes:
             raise ConfigError(
-                f"near-dedup bands x rows = {self.bands} x {self.rows}: only {self.num_hashes} hashes; lower either"
+                f"near-dedup bands x rows = {self.bands} x {self.rows}: there are only {self.num_hashes} hashes; lower "
+                "either, or raise num_hashes"
             )

@@ -60,7 +60,7 @@ def plan_scans(
     for before, after in pairwise(named):
         if before[0] == after[0]:
             places = " and ".join(str(item[2][0].identity()[1]) if item[2] else "a table" for item in (before, after))
-            raise ConfigError(f"two repositories are called {after[0]!r}: {places}")
+            raise ConfigError(f"two repositories are called {after[0]!r}: {places}; rename one")
     shards: list[list[tuple[str, int, tuple[Source, Inventory] | None]]] = []
     room = 0
     for item in named:

@@ -90,7 +90,7 @@ class ConversationStream:
             if state["order"].get(key) != value:
                 raise ConfigError(
                     f"{key} is {value!r}, but the data position to continue from was made with "
-                    f"{state['order'].get(key)!r}; start anew, or set it back"
+                    f"{state['order'].get(key)!r}; start a new run, or set it back"
                 )
         self.windows, self._epoch, self._next = state["windows"], state["epoch"], state["next"]
         self._lot = None

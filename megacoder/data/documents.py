@@ -83,7 +83,7 @@ class DocumentReader:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, which is no Unicode") from None
+            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, not valid Unicode") from None
 
     def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
         done = 0

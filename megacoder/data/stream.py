@@ -239,7 +239,7 @@ def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
         if order.get(key) != state["order"].get(key):
             raise ConfigError(
                 f"{key} is {order.get(key)!r}, but the data position to continue from was made with "
-                f"{state['order'].get(key)!r}; start anew, or set it back"
+                f"{state['order'].get(key)!r}; start a new run, or set it back"
             )
 
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 
 import pytest
@@ -43,9 +44,9 @@ def tar(files, change=None):
     return out.getvalue()
 
 
-def zipped(files):
+def zipped(files, compression=zipfile.ZIP_DEFLATED):
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "w", compression) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return out.getvalue()
@@ -70,6 +71,37 @@ def test_every_kind_of_archive_holds_the_same_repository(tmp_path, suffix):
     (source,) = find_inputs([tmp_path]).sources
     assert source == Archive(name="proj-1.0", file=path)
     assert {item.license for item in source.read(Selection()) if isinstance(item, Document)} == {"MIT"}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_compression_of_a_zip(tmp_path, compression):
+    files = FILES | {"proj/c.py": b"".join(b"name_%d = %d\n" % (n, n * n) for n in range(5000)), "proj/empty.py": b""}
+    (tmp_path / "z.zip").write_bytes(zipped(files, compression))
+    documents, drops = read(tmp_path / "z.zip", max_file_bytes=1 << 20)
+    assert documents.keys() == {"a.py", "b.py", "c.py", "big.py", "empty.py"}
+    assert documents["c.py"].encode() == files["proj/c.py"]
+    assert drops == {"LICENSE": "language unknown"}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_expands_no_further_than_it_declares(tmp_path, compression):
+    data = bytearray(zipped({"a.py": b"x = 1\n" * (5 << 20), "b.py": b"x = 2\n"}, compression))
+    for signature, at in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        place = data.index(signature) + at
+        data[place : place + 4] = (600).to_bytes(4, "little")
+    (tmp_path / "z.zip").write_bytes(data)
+    tracemalloc.start()
+    try:
+        assert read(tmp_path / "z.zip") == ({"b.py": "x = 2\n"}, {"a.py": "unreadable: BadZipFile"})
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_member_without_a_name_is_recorded(tmp_path):
+    data = zipped({"a.py": b"x = 1\n", "b.py": b"y = 2\n"})
+    (tmp_path / "z.zip").write_bytes(data.replace(b"b.py", b"\0.py"))
+    assert read(tmp_path / "z.zip") == ({"a.py": "x = 1\n"}, {"": "no name"})
 
 
 def test_archives_by_name():

@@ -3,10 +3,12 @@
 One pass over the members copies the bytes of those worth reading to an anonymous temporary file; they are then read
 back in path order. So no name can escape to the file system: an absolute one, or one with `..`, is recorded as dropped.
 Links are recorded, never followed. An archive may expand to `_EXPANSION` times its own size (at least to
-`_EXPANSION_FLOOR`); the rest is not read, which disarms zip bombs.
+`_EXPANSION_FLOOR`); the rest is not read, which disarms zip bombs. No member expands to more than it declares: zipfile
+sees to that for deflate only, so bzip2 and LZMA members are decompressed here.
 """
 
 import bz2
+import copy
 import gzip
 import hashlib
 import io
@@ -42,9 +44,11 @@ _MAX_MEMBERS = 1_000_000
 _LICENSE_BYTES = 1 << 16
 _DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError,
-    NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError,
+    NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError, MemoryError,
 )  # fmt: skip
 """What the libraries raise for damaged archives."""
+_LZMA_MEMORY = 128 << 20
+_CHUNK = 1 << 16
 
 
 def archive_stem(name: str) -> str | None:
@@ -238,20 +242,47 @@ def _zip_members(file: Path, allowed: int) -> Iterator[_Member]:
     left = allowed
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            if info.is_dir():
+            if info.filename and info.is_dir():
                 continue
             reason = None
-            if stat.S_ISLNK(info.external_attr >> 16):
+            if not info.filename:  # zipfile cuts a name at a NUL
+                reason = "no name"
+            elif stat.S_ISLNK(info.external_attr >> 16):
                 reason = "symbolic link"
             elif info.flag_bits & 1:
                 reason = "encrypted"
 
             def opened(info: zipfile.ZipInfo = info) -> IO[bytes]:
                 nonlocal left
-                left -= info.file_size  # zipfile never reads more, whatever the data would expand to
+                left -= info.file_size
                 if left < 0:
                     raise _Unaffordable
+                if info.compress_type in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+                    return io.BytesIO(_expanded(archive, info))
                 return archive.open(info)
 
             size = info.file_size if reason is None else 0
             yield _Member(path=_clean(info.filename), size=size, reason=reason, file=opened)
+
+
+def _expanded(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A bzip2 or LZMA member's content, decompressed no further than one byte beyond the size that it declares."""
+    stored = copy.copy(info)
+    stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
+    del stored.CRC  # that of the content
+    data = bytearray()
+    with archive.open(stored) as raw:
+        if info.compress_type == zipfile.ZIP_BZIP2:
+            decompressor: Any = bz2.BZ2Decompressor()
+        else:  # after a header of 4 bytes the fields with which an .lzma file begins; that one also has a size: unknown
+            _, length = struct.unpack("<HH", raw.read(4))
+            decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY)
+            decompressor.decompress(raw.read(length) + b"\xff" * 8)
+        while len(data) <= info.file_size and not decompressor.eof:
+            piece = raw.read(_CHUNK) if decompressor.needs_input else b""
+            if not piece and decompressor.needs_input:
+                break
+            data += decompressor.decompress(piece, info.file_size + 1 - len(data))
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise zipfile.BadZipFile(f"{info.filename!r} does not expand to what the archive declares")
+    return bytes(data)

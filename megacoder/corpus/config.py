@@ -23,7 +23,7 @@ from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 4  # incremented when the same inputs and configuration start to give a different output
+FORMAT = 5  # incremented when the same inputs and configuration start to give a different output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,11 @@ def test_no_text_takes_long_to_settle(hostile):
         ("# -*- coding: latin-1 -*-\né".encode("latin-1"), "# -*- coding: latin-1 -*-\né"),
         ("# vim: set fileencoding=cp1251 :\nж".encode("cp1251"), "# vim: set fileencoding=cp1251 :\nж"),
         ('<meta charset="gbk">中'.encode("gbk"), '<meta charset="gbk">中'),
-        ("<a encoding='Shift_JIS'>テ".encode("shift_jis"), "<a encoding='Shift_JIS'>テ"),
+        ("<?xml encoding='Shift_JIS'?>テ".encode("shift_jis"), "<?xml encoding='Shift_JIS'?>テ"),
+        ("<%@page a='b;charset=GBK'%>中".encode("gbk"), "<%@page a='b;charset=GBK'%>中"),
+        ('@charset "latin-1";é'.encode("latin-1"), '@charset "latin-1";é'),
+        ("/*\n * -*- coding: latin-1 -*- */é".encode("latin-1"), "/*\n * -*- coding: latin-1 -*- */é"),
+        ("#!/bin/x\r\n# encoding: cp1251\r\nж".encode("cp1251"), "#!/bin/x\r\n# encoding: cp1251\r\nж"),
     ],
 )  # fmt: skip
 def test_text_in_a_known_encoding_is_read(data, text):
@@ -102,6 +106,9 @@ def test_text_in_a_known_encoding_is_read(data, text):
         ("é".encode("latin-1"), "encoding unknown"),
         (b"# coding: unicode_escape\n\xff", "encoding unknown"),  # not an encoding of text
         (b"# coding: no-such\n\xff", "encoding unknown"),
+        (b"text = open(f, encoding='latin-1').read()  # \xe9\n", "encoding unknown"),  # of another file
+        (b"x = decode(y, encoding=latin1, charset='gbk') # \xe9\n", "encoding unknown"),
+        (b"a\nb\nc\nd\ne\n# coding: latin-1\n\xe9", "encoding unknown"),
         (b"\xff\xfea", "not UTF-16"),
         (b"\xef\xbb\xbf\xff", "not UTF-8"),
     ],

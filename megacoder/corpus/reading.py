@@ -1,7 +1,8 @@
 """What every source does with a file: judge it by its name, decode it, settle its language.
 
 A file is opened only if its name and size allow it. Text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or what
-the file itself declares (PEP 263, HTML, XML, editors' mode lines); other files are dropped unless a fallback is given.
+the file itself declares: in a comment of its first lines (PEP 263, editors' mode lines), or as HTML, XML, JSP and CSS
+do. An `encoding=` in code says nothing of the file that holds it. Other files are dropped unless a fallback is given.
 """
 
 import codecs
@@ -28,7 +29,12 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_DECLARED = re.compile(rb"(?:coding[=:][ \t]*|charset=[\"']?|encoding=[\"'])([A-Za-z][\w.:-]*)")
+_COMMENT = rb"[ \t\f]*(?:\#|//|/\*|\*|;|%|--|<!--|'|!|\(\*|\{-|(?:REM|rem|dnl|C|c)[ \t])"
+_DECLARED = re.compile(
+    rb"\A(?:[^\r\n]*+\r?\n){0,4}" + _COMMENT + rb"[^\r\n]*?coding[=:][ \t]*([A-Za-z][\w.:-]*)"
+    rb"|<(?i:\?xml|meta|%@)\b[^>]*?(?i:charset|encoding)=[\"']?([A-Za-z][\w.:-]*)"
+    rb"|\A@charset[ \t]+\"([A-Za-z][\w.:-]*)\""
+)
 _DECLARED_WITHIN = 1024
 _TEXT_CODEC = re.compile(
     r"ascii|utf-8|iso8859-\d+|cp\d+|koi8-[rut]|gb2312|gbk|gb18030|big5\w*|euc_\w+|shift_jis\w*|iso2022_\w+|mac-\w+"
@@ -125,7 +131,7 @@ def _declared(data: bytes) -> str | None:
     if found is None:
         return None
     try:
-        name = codecs.lookup(found[1].decode("ascii")).name
+        name = codecs.lookup(found[found.lastindex or 0].decode("ascii")).name
     except LookupError:
         return None
     return name if _TEXT_CODEC.fullmatch(name) else None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megacoder.corpus.ambiguous import settled_language
 from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
 from megacoder.corpus.imports.go import go_imports
 from megacoder.corpus.imports.javascript import javascript_imports
@@ -96,6 +97,28 @@ def test_go():
     }  # fmt: skip
 
 
+GO_TREE = {
+    "cmd/tool/main.go": 'package main\nimport (\n"fmt"\n"github.com/me/proj/%s"\n)\n',
+    "store/store.go": "package store\n",
+    "internal/store/store.go": "package store\n",
+    "api/api.go": 'package api\nimport "github.com/me/proj/store"\n',
+}
+
+
+def test_a_small_go_module_is_known_by_its_internal_package():
+    files = {path: GO_TREE[path] for path in ("cmd/tool/main.go", "internal/store/store.go")}
+    files["cmd/tool/main.go"] %= "internal/store"
+    assert edges(files) == {"cmd/tool/main.go": {"internal/store/store.go"}}
+
+
+def test_a_small_go_module_is_known_where_all_imports_from_it_are_here():
+    files = {path: GO_TREE[path] for path in ("cmd/tool/main.go", "store/store.go", "api/api.go")}
+    files["cmd/tool/main.go"] %= "api"
+    assert edges(files) == {"cmd/tool/main.go": {"api/api.go"}, "api/api.go": {"store/store.go"}}
+    files["more.go"] = 'package x\nimport (\n"github.com/me/proj/a"\n"github.com/me/proj/b"\n"github.com/me/proj/c"\n)\n'
+    assert edges(files) == {}, "two of five: another module with folders of the same names"
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -106,6 +129,9 @@ def test_go():
         ("import type { T } from './t'\ntype U = import('./u').U\n", {"./t", "./u"}),
         ('/// <reference path="globals.d.ts" />\n', {"./globals.d.ts"}),
         ("import(`./${name}`); require(name); x.from(y)\n", set()),
+        ("import(`./a`); const b = 'b' + require(`./b`)\n", {"./a", "./b"}),
+        ("const s = \"see from './b'\", t = 'it\\'s'; import c from './c'\n", {"./c"}),
+        ("throw `import './a' first`\n", set()),
     ],
 )
 def test_javascript_names(text, names):
@@ -196,6 +222,28 @@ def test_php():
         "index.php": {"src/App.php", "lib/x.php"},
         "lib/x.php": {"lib/y.php"},
     }
+
+
+def test_c_includes_in_comments_do_not_count():
+    files = {
+        "a.c": '/*\n#include "old.h"\n*/\n#if 1\n# include "new.h"\n/* an old one:\n#include "old.h" */\n#endif\n',
+        "old.h": '/**/\n#include "new.h"\n/*/\n#include "a.c"\n*/\n',
+        "new.h": "\n",
+    }
+    assert edges(files) == {"a.c": {"new.h"}, "old.h": {"new.h"}}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_end_will_do(end):
+    files = {
+        "a.py": "import os\nfrom .b import \\\n    x, y\nimport c, \\\n  d\n",
+        "b.py": "\x0cfrom c import (\n  x, # y\n  z)\n", "c.py": "\n", "d.py": "\n",
+        "a.c": '#include "a.h"\n#include "b.h"\n', "a.h": "\n", "b.h": "\n",
+    }  # fmt: skip
+    found = edges({path: text.replace("\n", end) for path, text in files.items()})
+    assert found == {"a.py": {"b.py", "c.py", "d.py"}, "b.py": {"c.py"}, "a.c": {"a.h", "b.h"}}
+    header = "#pragma once\nnamespace foo {\nint f(int a);\n}\n".replace("\n", end)
+    assert settled_language("a.h", "C", header) == "C++"
 
 
 def test_the_nearest_of_several_is_meant():

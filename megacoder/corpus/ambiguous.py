@@ -123,7 +123,7 @@ def settled_language(path: str, by_name: str | None, text: str) -> str | None:
     rules = AMBIGUOUS.get(_extension(path))
     if rules is None:
         return by_name
-    start = text[:_LOOKED_AT]
+    start = text[:_LOOKED_AT].replace("\r\n", "\n").replace("\r", "\n")
     return next(
         language
         for needed, pattern, language in rules

@@ -30,7 +30,7 @@ class Resolver(Protocol):
         """`paths` are the family's files in the repository, those dropped by a stage included."""
 
     def collect(self, path: str, text: str) -> None:
-        """Takes in one file; called for every file before the first call of `dependencies`."""
+        """Takes in one file, its lines ended by LF; called for every file before the first call of `dependencies`."""
 
     def dependencies(self, path: str) -> set[str]:
         """Those of the given paths that the file at `path` depends on; never `path` itself."""
@@ -58,7 +58,8 @@ def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[
     for path, text in files:
         position[path] = len(position)
         if languages[path] in family:
-            resolvers[family[languages[path]]].collect(path, text)
+            lines = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+            resolvers[family[languages[path]]].collect(path, lines)
     edges: list[set[int]] = []
     for path in position:
         kind = family.get(languages[path])

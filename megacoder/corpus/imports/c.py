@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 
-from megacoder.corpus.imports.lookup import SuffixIndex, nearest_path
+from megacoder.corpus.imports.lookup import SuffixIndex, in_code, nearest_path
 
 __all__ = ["CIncludes"]
 
@@ -43,7 +43,7 @@ class CIncludes:
 
     def collect(self, path: str, text: str) -> None:
         """Takes in what the file includes."""
-        self._includes[path] = {(quote, name.strip()) for quote, name in _INCLUDE.findall(text)}
+        self._includes[path] = {(found[1], found[2].strip()) for found in in_code(text, _INCLUDE.finditer(text))}
 
     def dependencies(self, path: str) -> set[str]:
         """Paths of the repository's files that the file at `path` includes."""

@@ -3,6 +3,10 @@
 A module's import path is in go.mod, which is not a source file, so it is inferred: the prefix under which most imports
 lead to folders of the repository. Paths whose first part has no dot are the standard library's, except in a repository
 that is the standard library.
+
+Evidence for such a prefix is any of: it ends in the folder's or its package's name; three imports lead below it; two do
+and no other import begins with it, where it has the form host/owner/repository; one leads to an `internal` package,
+which Go lets nobody import from outside.
 """
 
 import posixpath
@@ -20,6 +24,7 @@ _CLOSE = re.compile(rf"{_SPACE}\)", re.DOTALL)
 _VERSION = re.compile(r"(?:[/.]v\d+)$")
 _MIN_SHARE = 0.5
 _MIN_NAMES = 3
+_MIN_ALL_NAMES = 2  # where all that is imported from there is here
 _PATH_FOLDERS = ("vendor", "src")  # hold other modules by their full import path
 
 
@@ -122,4 +127,6 @@ class GoImports:
             return False
         called = _VERSION.sub("", prefix).rpartition("/")[2]
         named = called in (posixpath.basename(root), self._package_of.get(root))
-        return named or len(names) >= _MIN_NAMES
+        internal = any("/internal/" in f"{name[len(prefix) :]}/" for name in names)
+        complete = len(names) == below and len(names) >= _MIN_ALL_NAMES and prefix.count("/") >= 2
+        return named or internal or complete or len(names) >= _MIN_NAMES

@@ -14,7 +14,12 @@ from megacoder.corpus.imports.lookup import in_code
 
 __all__ = ["JavaScriptImports", "javascript_imports"]
 
-_IMPORT = re.compile(r"\b(?:from|import|require[ \t]*\(|import[ \t]*\()\s*([\"'])([^\"'\n]+)\1")
+_IMPORT = re.compile(
+    r"\b(?:(?:from|import|require[ \t]*\(|import[ \t]*\()\s*([\"'])([^\"'\n]+)\1"
+    r"|(?:require|import)[ \t]*\(\s*`([^`$\n]+)`)"
+)
+_OUTSIDE_STRINGS = re.compile(r"(?:[^\"'`\\]|\\.|\"(?:[^\"\\]|\\.)*+\"|'(?:[^'\\]|\\.)*+'|`(?:[^`\\]|\\.)*+`)*+")
+_LINE = 200  # characters before an import that can tell whether it is in a string; longer lines are minified code
 _REFERENCE = re.compile(r"^///[ \t]*<reference[ \t]+path[ \t]*=[ \t]*[\"']([^\"'\n]+)", re.MULTILINE)
 _EXTENSIONS = ("", ".ts", ".tsx", ".d.ts", ".js", ".jsx", ".mjs", ".cjs", ".mts", ".cts", ".json")
 _SOURCE_OF = {
@@ -28,10 +33,17 @@ _ENTRIES = ("source", "types", "typings", "module", "main")
 
 def javascript_imports(text: str) -> set[str]:
     """What a file imports, requires or refers to, as written."""
-    found = {match[2] for match in in_code(text, _IMPORT.finditer(text))}
+    matches = in_code(text, _IMPORT.finditer(text))
+    found = {match[2] or match[3] for match in matches if not _in_string(text, match.start())}
     for reference in _REFERENCE.findall(text) if "<reference" in text else ():
         found.add(reference if reference.startswith(".") else f"./{reference}")
     return found
+
+
+def _in_string(text: str, place: int) -> bool:
+    """Whether a string that opens earlier in the same line is still open at `place`."""
+    start = text.rfind("\n", 0, place) + 1
+    return place - start <= _LINE and _OUTSIDE_STRINGS.fullmatch(text, start, place) is None
 
 
 class JavaScriptImports:

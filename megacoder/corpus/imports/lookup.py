@@ -61,18 +61,23 @@ def in_code(text: str, matches: Iterator[re.Match[str]]) -> Iterator[re.Match[st
     Judged by the line they are in (`//`, or the `*` that runs down the side of a block) and by blocks that open at the
     start of a line.
     """
-    opens, closes = text.find("\n/*"), -1
+    opens, closes = 0 if text.startswith("/*") else _next_block(text, 0), -1
     for match in matches:
         start = match.start()
-        while 0 <= opens < start and closes < start:
-            end = text.find("*/", opens + 3)
+        while opens < start and closes < start:
+            end = text.find("*/", opens + 2)
             closes = end if end >= 0 else len(text)
-            opens = text.find("\n/*", closes)
+            opens = _next_block(text, closes)
         shown = max(start - _LINE, 0)
         line = text[max(text.rfind("\n", shown, start) + 1, shown) : start].lstrip()
         if start < closes or line.startswith(("//", "*", "/*", "#")) or " // " in line:
             continue
         yield match
+
+
+def _next_block(text: str, start: int) -> int:
+    """Where the next line begins that opens a block comment; the end of the text if none does."""
+    return text.find("\n/*", start) + 1 or len(text)
 
 
 def _shared(parts: list[str], others: list[str]) -> int:

@@ -142,7 +142,9 @@ def test_benchmarks_are_read_from_any_format(tmp_path, name):
     ("name", "content", "error", "message"),
     [
         ("a.jsonl", b"{not json\n", FormatError, "neither JSONL"),
-        ("a.jsonl", b"[1]\n", FormatError, "test 0 is"),
+        ("a.jsonl", b"{}\n[1]\n", FormatError, "line 2: expected a JSON object, not list"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "b"}\n' * 9, mtime=0)[:-9], FormatError, "not readable"),
+        ("a.json", b"[1]\n", FormatError, "test 0 is"),
         ("a.parquet", b"PAR0", FormatError, "neither JSONL"),
         ("a.jsonl", b'{"n": 1}\n', ConfigError, "no test has text"),
         ("a.jsonl", None, ConfigError, "No such file"),

@@ -1,7 +1,9 @@
 """Reading documents: the same from every kind of file, grouped by key, each fault one line with its place."""
 
+import gzip
 import json
 import random
+import tracemalloc
 from collections import deque
 
 import pyarrow as pa
@@ -11,8 +13,9 @@ import zstandard
 from data_samples import NASTY_TEXTS, write_jsonl
 
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data import documents
+from megacoder.data import documents, jsonl
 from megacoder.data.documents import DocumentReader, find_inputs
+from megacoder.data.jsonl import JsonRows
 from megacoder.data.tokenizer_training import sample_texts
 
 ROWS = [{"content": text, "sample": sample} for text, sample in zip(NASTY_TEXTS, "aabbbacddd", strict=True)]
@@ -22,6 +25,8 @@ def write(path, rows):
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines[:100]) + gzip.compress(lines[100:]))  # two members
     elif path.suffix == ".zst":
         compressor = zstandard.ZstdCompressor()
         path.write_bytes(compressor.compress(lines[:100]) + compressor.compress(lines[100:]))  # two frames
@@ -30,7 +35,7 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.zst", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"])
 def test_rows_become_documents(tmp_path, name):
     path = write(tmp_path / name, ROWS)
     reader = DocumentReader(path, text_key="content")
@@ -41,10 +46,12 @@ def test_rows_become_documents(tmp_path, name):
     assert [text for document in grouped for text in document] == NASTY_TEXTS
 
 
-def test_a_key_that_is_null_groups_like_any_other(tmp_path):
-    rows = [{"content": "a", "sample": None}, {"content": "b", "sample": None}, {"content": "c", "sample": 1}]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert list(DocumentReader(path, text_key="content", document_key="sample")) == [["a", "b"], ["c"]]
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_whose_key_is_null_are_documents_of_their_own(tmp_path, name):
+    keys = [None, None, 1, 1, None, 1, 0, 0]
+    path = write(tmp_path / name, [{"content": str(row), "sample": key} for row, key in enumerate(keys)])
+    found = list(DocumentReader(path, text_key="content", document_key="sample"))
+    assert found == [["0"], ["1"], ["2", "3"], ["4"], ["5"], ["6", "7"]]
 
 
 def test_empty_files_hold_no_documents(tmp_path):
@@ -94,7 +101,23 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(DocumentReader(tmp_path / "rows.jsonl", text_key="content"))
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl.zst"])
+def test_a_line_that_expands_to_gigabytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    lines = [b'{"content": "fine"}', b'{"content": "' + b"a" * (20 << 20) + b'"}', b'{"content": "fine"}']
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines)))
+    tracemalloc.start()
+    try:
+        rows = list(JsonRows(tmp_path / "rows.jsonl.zst"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    fine = {"content": "fine"}
+    assert rows == [(1, len(lines[0]) + 1, fine), (2, len(lines[1]) + 1, "over 1000 bytes"), (3, len(lines[2]), fine)]
+    with pytest.raises(DataError, match=r"rows.jsonl.zst:2: over 1000 bytes"):
+        list(DocumentReader(tmp_path / "rows.jsonl.zst", text_key="content"))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl.gz", "rows.jsonl.zst"])
 def test_truncated_and_foreign_files_are_named(tmp_path, name):
     path = write(tmp_path / name, ROWS)
     whole = path.read_bytes()

@@ -1,6 +1,7 @@
 """Instruction tuning: ids and labels as published, packing, malformed input, and a model that learns to stop."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 import random
@@ -11,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import zstandard
 from data_samples import small_tokenizer, write_jsonl
 from train_cases import functions
 
 from megacoder.cli import checkpoint_convert
 from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, FormatError, MegacoderError
 from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
@@ -232,6 +234,18 @@ def test_conversations_that_are_none_leave_no_folder(tmp_path, content):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_lines_are_read(tmp_path, suffix):
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    data = tmp_path / f"data.jsonl{suffix}"
+    data.write_bytes(compress(f"{GOOD}\n{GOOD}\n".encode()))
+    prepared = prepare_conversations([data], tmp_path / "out", small_tokenizer(), ConversationConfig())
+    assert (prepared.conversations, prepared.skipped) == (2, 0)
+    data.write_bytes(data.read_bytes()[:-9])
+    with pytest.raises(FormatError, match=rf"data\.jsonl\{suffix}: not readable"):
+        prepare_conversations([data], tmp_path / "out", small_tokenizer(), ConversationConfig())
+
+
 def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
     rows = [{"messages": [{"role": role, "content": content} for role, content in made]} for made in conversations(9)]
     lines = write_jsonl(tmp_path / "data.jsonl", rows)
@@ -402,7 +416,7 @@ def test_settings_that_contradict_are_refused(toy):
         ({"global_batch_size": 7}, "01", "global_batch_size = 7 is not a multiple"),
         ({"model": ModelConfig(vocab_size=50)}, "01", "model.vocab_size = 50, but the tokenizer"),
         ({"init_from": Path("nowhere")}, "01", "nowhere: no such folder"),
-        ({"stream": {"seq_length": 2}}, "0", "does the first answer begin within it"),
+        ({"stream": {"seq_length": 2}}, "0", "has an answer that begins within it"),
         ({"data": "{"}, "0", r"broken\.jsonl:1: malformed JSON"),
     ],
 )

@@ -22,7 +22,7 @@ class EvalPerplexityArgs:
     model: Path
     """Hugging Face folder with a tokenizer, as an export writes it, run or checkpoint"""
     data: tuple[Path, ...]
-    """held-out Parquet, JSONL or .jsonl.zst files, or folders of them"""
+    """held-out Parquet or JSONL files (also .gz, .zst), or folders of them"""
     text_key: str = "content"
     """column or JSON key of the text"""
     document_key: str | None = None

@@ -3,9 +3,7 @@
 A test is named by its file and the name or id in its row, else by its place in the file.
 """
 
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.jsonl import EMPTY_LINE, JsonRows, decompressed
 from megacoder.data.parquet import read_table
 
 __all__ = ["TestString", "fingerprint", "read_tests"]
@@ -64,25 +62,23 @@ def fingerprint(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[Any]:
     try:
+        path.stat()
         name = path.name.lower()
         if name.endswith(".parquet"):
             yield from read_table(path).to_pylist()
-            return
-        data = path.read_bytes()
-        if name.endswith(".gz"):
-            data, name = gzip.decompress(data), name.removesuffix(".gz")
-        elif name.endswith(".zst"):
-            data, name = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(), name.removesuffix(".zst")
-        if name.endswith(".json"):
-            whole = json.loads(data)
+        elif name.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
+            with path.open("rb") as raw, decompressed(path, raw) as file:
+                whole = json.load(file)
             yield from whole if isinstance(whole, list) else [whole]
-            return
-        for line in data.splitlines():
-            if line.strip():
-                yield json.loads(line)
-    except OSError as error:
-        raise ConfigError(f"benchmark {str(path)!r}: {error.strerror or error}") from None
-    except (ValueError, EOFError, pa.ArrowException, zstandard.ZstdError) as error:
+        else:
+            for number, _, row in JsonRows(path):
+                if row != EMPTY_LINE:
+                    if isinstance(row, str):
+                        raise ValueError(f"line {number}: {row}")
+                    yield row
+    except FileNotFoundError as error:
+        raise ConfigError(f"benchmark {str(path)!r}: {error.strerror}") from None
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise FormatError(f"{path}: neither JSONL, JSON nor Parquet: {error}") from None
 
 

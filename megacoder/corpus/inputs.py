@@ -68,7 +68,7 @@ def _found_in(given: Path) -> list[Path]:
         if archive_stem(given.name) is None and not is_table(given.name):
             raise CorpusError(
                 f"input {str(given)!r} is a file; give a folder, an archive (.zip, .tar, .tar.gz, ...) "
-                "or a table (.parquet, .jsonl, .jsonl.zst)"
+                "or a table (.parquet, .jsonl, .jsonl.gz, .jsonl.zst)"
             )
         return [given]
     try:

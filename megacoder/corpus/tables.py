@@ -6,8 +6,6 @@ every run the row groups that hold its repositories. A row that is malformed is 
 """
 
 import heapq
-import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from megacoder.core.config import nearest
-from megacoder.core.errors import ConfigError, CorpusError
+from megacoder.core.errors import ConfigError, CorpusError, FormatError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.reading import Selection, make_document, make_drop, name_reason
 from megacoder.corpus.shards import finished, parquet_writer, redoing
+from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import open_parquet
 
 __all__ = ["GatherTask", "Gathered", "Run", "TableColumns", "gather_table", "is_table", "read_rows", "row_groups"]
@@ -199,6 +198,8 @@ def _rows(task: GatherTask) -> Iterator[tuple[Any, ...]]:
         )
         for number, (size, row) in enumerate(values):
             yield _row(f"row {number}", table.name, size, row)
+    except FormatError as error:
+        raise CorpusError(f"{error}; repair it or leave it out") from None
     except OSError as error:  # pyarrow's errors about damaged files are OSErrors or ValueErrors
         raise CorpusError(f"{table}: not readable: {error}; repair it or leave it out") from None
     except pa.ArrowInvalid as error:
@@ -253,19 +254,12 @@ def _plain(column: pa.Array) -> list[Any]:
 
 def _json_rows(table: Path, columns: TableColumns) -> Iterator[tuple[int, dict[str, Any] | str]]:
     chosen = None
-    codec = {".zst": "zstd", ".gz": "gzip"}.get(table.suffix.lower())
-    with table.open("rb") as raw:
-        lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec)) if codec else raw
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                yield len(line), "row malformed"
-                continue
-            if chosen is None:
-                chosen = columns.chosen(row, str(table))
-            yield len(line), {role: row.get(name) for role, name in chosen.items()}
+    for _, size, row in JsonRows(table):
+        if row == EMPTY_LINE:
+            continue
+        if isinstance(row, str):
+            yield size, "row malformed"
+            continue
+        if chosen is None:
+            chosen = columns.chosen(row, str(table))
+        yield size, {role: row.get(name) for role, name in chosen.items()}

@@ -21,6 +21,7 @@ from megacoder.core.files import making_dir, write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
+from megacoder.data.jsonl import JsonRows
 from megacoder.data.parquet import open_parquet
 from megacoder.data.tokenizer import Tokenizer
 
@@ -108,28 +109,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    with path.open("rb") as raw:
-        lines: Any = raw
-        if path.suffix == ".zst":
-            lines = (line for line in pa.CompressedInputStream(pa.PythonFile(raw), "zstd").read().split(b"\n"))
-        for number, line in enumerate(lines, start=1):
-            yield f"{path}:{number}", _parse(line)
-
-
-def _parse(line: bytes) -> dict[str, Any] | str:
-    if not line.strip():
-        return "an empty line"
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except json.JSONDecodeError as error:
-        return f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
-    except ValueError as error:  # such as a number of thousands of digits
-        return f"malformed JSON: {error}"
-    except RecursionError:
-        return "malformed JSON: nested too deeply"
-    return row if isinstance(row, dict) else f"expected a JSON object, not {type(row).__name__}"
+    for number, _, row in JsonRows(path):
+        yield f"{path}:{number}", row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,12 +1,11 @@
 """Rows of Parquet and JSONL files as documents: lists of texts, one for each file of a sample.
 
-Consecutive rows with the same document key are the files of one document; without a key each row is a document.
+Consecutive rows with the same document key are the files of one document; without a key, or where it is null, each row
+is a document.
 Every fault of the input is reported in one line that says where it is.
 """
 
-import io
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr as shown  # of a value of any size, as that of an input can be
@@ -17,11 +16,12 @@ import pyarrow.parquet as pq
 
 from megacoder.core.config import nearest
 from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import open_parquet
 
 __all__ = ["SUFFIXES", "DocumentReader", "find_inputs"]
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz")
 """Names of input files end with one of these."""
 
 _ROWS_AT_ONCE = 256
@@ -64,7 +64,7 @@ class DocumentReader:
         try:
             for place, (text, key) in rows:
                 self._check_text(place, text)
-                if document and (self.document_key is None or key != open_key):
+                if document and (key is None or key != open_key):
                     yield document
                     document = []
                 document.append(text)
@@ -105,19 +105,18 @@ class DocumentReader:
             raise FormatError(f"{self.path}: not readable as Parquet: {_one_line(error)}") from None
 
     def _json_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
-        size = max(self.path.stat().st_size, 1)
-        with self.path.open("rb") as raw:
-            compressed = self.path.suffix == ".zst"
-            lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")) if compressed else raw
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    place = f"{self.path}:{number}"
-                    row = _parse_row(place, line)
-                    for key in (self.text_key, self.document_key):
-                        if key is not None:
-                            self._check_key(place, "key", key, row)
-                    yield place, (row[self.text_key], self.document_key and row[self.document_key])
-                self.fraction = raw.tell() / size
+        rows = JsonRows(self.path)
+        for number, _, row in rows:
+            self.fraction = rows.fraction
+            if row == EMPTY_LINE:
+                continue
+            place = f"{self.path}:{number}"
+            if isinstance(row, str):
+                raise DataError(f"{place}: {row}")
+            for key in (self.text_key, self.document_key):
+                if key is not None:
+                    self._check_key(place, "key", key, row)
+            yield place, (row[self.text_key], self.document_key and row[self.document_key])
 
     def _check_key(self, place: str, kind: str, key: str, known: Iterable[str]) -> None:
         if key not in known:
@@ -136,16 +135,3 @@ def _rows_at_once(about: pq.FileMetaData) -> int:
     size = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
     return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * about.num_rows // max(size, 1)))
 
-
-def _parse_row(place: str, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: malformed JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected a JSON object, not {type(row).__name__}")
-    return row

@@ -40,7 +40,7 @@ class PreprocessConfig:
     """Turns documents into the indexed binaries that training reads."""
 
     input: tuple[Path, ...]
-    """Parquet, JSONL or .jsonl.zst files, or folders of them"""
+    """Parquet or JSONL files (also .gz, .zst), or folders of them"""
     tokenizer: Path
     """tokenizer folder"""
     output: Path

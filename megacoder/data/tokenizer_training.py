@@ -24,7 +24,7 @@ class TrainTokenizerConfig:
     """Trains a byte-level BPE with DeepSeek-Coder's splits and control tokens."""
 
     input: tuple[Path, ...]
-    """Parquet, JSONL or .jsonl.zst files, or folders of them"""
+    """Parquet or JSONL files (also .gz, .zst), or folders of them"""
     output: Path
     """tokenizer folder to write"""
     vocab_size: int = 32_000

@@ -162,6 +162,29 @@ def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     assert not any(row["path"] == "copy.py" for row in kept)
 
 
+def test_without_exact_dedup_a_copy_stays_beside_the_files_that_need_it(tmp_path):
+    for name in "ab":
+        write(tmp_path / "repos" / name / "util.py", CODE.format(name="shared"))
+        write(tmp_path / "repos" / name / "server.py", f"import util\n{CODE.format(name=name)}")
+    options = {"heldout": SplitConfig(fraction=0), "near_dedup": NearDedupConfig(level="none")}
+    report = build_corpus(config(tmp_path / "repos", tmp_path, **options, exact_dedup=False), quiet=True)
+    assert [row["path"] for row in rows(tmp_path / "out", "train")] == ["util.py", "server.py"] * 2
+    assert "dedup" not in report.accounts.dropped
+    with pytest.raises(ConfigError, match="exact_dedup"):
+        build_corpus(config(tmp_path / "repos", tmp_path, **options), quiet=True)
+    report = build_corpus(config(tmp_path / "repos", tmp_path, **options, out=tmp_path / "out2"), quiet=True)
+    assert [row["path"] for row in rows(tmp_path / "out2", "train")] == ["util.py", "server.py", "server.py"]
+
+
+def test_files_whose_group_exceeds_a_sample_are_counted(repos, tmp_path, capsys):
+    build_corpus(config(repos, tmp_path, samples=SampleConfig(max_bytes=100)), quiet=True)
+    main(["corpus", "report", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "0 of several files" in printed
+    assert "24 files are samples by themselves" in printed
+    assert "samples.max_bytes = 100" in printed
+
+
 def test_held_out_repositories_are_whole(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
     train, held = ({row["repo"] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout"))

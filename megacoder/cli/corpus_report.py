@@ -65,3 +65,8 @@ def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
         f"{accounts.num_samples:,} samples, {accounts.multi_file_samples:,} of several files; "
         f"{accounts.written / 1e6:.1f} MB with path comments"
     )
+    if accounts.separated_files:
+        print(
+            f"{accounts.separated_files:,} files are samples by themselves although they depend on others or others on "
+            f"them: their groups exceed samples.max_bytes = {report.config['samples']['max_bytes']:,}"
+        )

@@ -61,6 +61,9 @@ class Accounts:
     repositories: dict[str, RepositoryCount] = field(default_factory=dict)
     """by name"""
     multi_file_samples: int = 0
+    separated_files: int = 0
+    """files that are a sample each although files of their repository depend on them or they on these: their group
+    exceeds the size limit of a sample"""
     written: int = 0
     """bytes of the contents written, path comments included"""
 
@@ -91,6 +94,7 @@ class Accounts:
             self.languages.setdefault(language, Count()).add(count.bytes, count.files)
         self.repositories.update(other.repositories)
         self.multi_file_samples += other.multi_file_samples
+        self.separated_files += other.separated_files
         self.written += other.written
 
     @property
@@ -129,6 +133,7 @@ class Accounts:
             "heldout": asdict(self.heldout),
             "samples": self.num_samples,
             "multi_file_samples": self.multi_file_samples,
+            "separated_files": self.separated_files,
             "written_bytes": self.written,
             "dropped": {stage: _counts_to_plain(reasons) for stage, reasons in self.dropped.items() if reasons},
             "languages": _counts_to_plain(self.languages),
@@ -152,6 +157,7 @@ class Accounts:
                 for name, row in plain["repositories"].items()
             },
             multi_file_samples=plain["multi_file_samples"],
+            separated_files=plain.get("separated_files", 0),
             written=plain["written_bytes"],
         )
 

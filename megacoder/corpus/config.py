@@ -61,6 +61,9 @@ class CorpusConfig:
     ruleset: Literal["paper", "starcoder2"] = "paper"
     """file filters: DeepSeek-Coder's, or StarCoder2's"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
+    exact_dedup: bool = True
+    """drop files with the same text as an earlier one in any repository; without it, only near-dedup removes copies, as
+    in the paper: whole repositories"""
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
     benchmarks: tuple[Path, ...] = ()

@@ -30,7 +30,7 @@ class NearDedupConfig:
     rows: int = 6
     """hashes per band; with 42 bands of 6, one pair in 300,000 at a similarity of 0.8 is missed"""
     min_words: int = 20
-    """repositories or files with fewer words are left to exact dedup"""
+    """repositories or files with fewer words have no near copies"""
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1:

@@ -49,7 +49,8 @@ def steps(config: CorpusConfig) -> list[Step]:
     """
     level = config.near_dedup.level
     found: list[Step] = [NearDedup("repository")] if level in ("repository", "both") else []
-    found.append(ExactDedup())
+    if config.exact_dedup:
+        found.append(ExactDedup())
     if level in ("file", "both"):
         found.append(NearDedup("file"))
     checks: list[Stage] = []

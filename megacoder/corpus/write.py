@@ -122,8 +122,10 @@ def _write_repository(
         documents = [
             item for item in repo.documents if ((item[1] if task.by_file else repo.name) in task.heldout) == held
         ]
-        for sample in _plan(repo, documents, texts, task.config):
+        samples, linked = _plan(repo, documents, texts, task.config)
+        for sample in samples:
             accounts.multi_file_samples += len(sample) > 1
+            accounts.separated_files += len(sample) == 1 and sample[0] in linked
             for row, path, size in (documents[node] for node in sample):
                 language = repo.languages[path]
                 text, style = texts[row], task.config.samples.comments
@@ -142,7 +144,8 @@ def _write_repository(
 
 def _plan(
     repo: _Repository, documents: list[tuple[int, str, int]], texts: TextReader, config: CorpusConfig
-) -> list[list[int]]:
+) -> tuple[list[list[int]], set[int]]:
+    """The samples, and which files an edge leads from or to."""
     sizes: list[int] = []
 
     def files() -> Iterator[tuple[str, str]]:  # one reading of the texts serves both sizes and dependencies
@@ -153,4 +156,5 @@ def _plan(
 
     depends_on = repository_dependencies(repo.languages, files())
     paths = [path for _, path, _ in documents]
-    return plan_samples(paths, sizes, depends_on, config.samples, key=f"{config.seed}:{repo.name}")
+    linked = {node for needs, targets in enumerate(depends_on) if targets for node in (needs, *targets)}
+    return plan_samples(paths, sizes, depends_on, config.samples, key=f"{config.seed}:{repo.name}"), linked

@@ -125,11 +125,11 @@ def _source_files(repo: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pieces(text: str) -> list[str]:
-    """What stands for a test: 40 words from the middle of a file, and 7 words for every fifth."""
-    words = re.findall(r"\w+", text)
-    middle = len(words) // 2
-    long = " ".join(words[middle : middle + 40])
-    return [long, " ".join(words[middle : middle + 7])] if len(words) % 5 == 0 else [long]
+    """What stands for a test: 40 words from the middle of a file, and for every fifth 7 words as they are written."""
+    words = list(re.finditer(r"\w+", text))
+    middle = words[len(words) // 2 :]
+    pieces = [" ".join(word[0] for word in middle[:40])]
+    return [*pieces, text[middle[0].start() : middle[:7][-1].end()]] if middle and len(words) % 5 == 0 else pieces
 
 
 def run(job: str, python: Path, table: Path, tree: Path) -> dict[str, Any]:

@@ -165,25 +165,34 @@ def ours_decontamination(table: Path, tree: Path, scratch: Path) -> Iterator[Any
 
 
 def set_decontamination(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
-    """The same by a loop over tuples of words and a set for each length."""
+    """The same by a loop over tuples of words and a set for each length; short strings must occur literally."""
     find = re.compile(rb"[0-9A-Za-z_\x80-\xff]+").findall
     grams: dict[int, set[tuple[bytes, ...]]] = {}
+    literals: dict[tuple[bytes, ...], set[bytes]] = {}
+
+    def holds(normal: bytes, literal: bytes) -> bool:
+        whole = (rb"(?<![0-9a-z_\x80-\xff])" if find(literal[:1]) else b"") + re.escape(literal)
+        return bool(re.search(whole + (rb"(?![0-9a-z_\x80-\xff])" if find(literal[-1:]) else b""), normal))
+
     for test in _tests(table):
         words = find(test.encode().lower())
         length = min(10, len(words))
         if length >= 3:
             grams.setdefault(length, set()).update(zip(*(words[i:] for i in range(length)), strict=False))
+        if 3 <= length < 10:
+            literals.setdefault(tuple(words), set()).add(b" ".join(test.encode().lower().split()))
     contents = [text.encode() for text in texts(table)]
     yield
     found = []
     for text in contents:
         words = find(text.lower())
-        found.append(
-            any(
-                not wanted.isdisjoint(zip(*(words[i:] for i in range(length)), strict=False))
-                for length, wanted in grams.items()
-            )
+        shared = set().union(
+            *(wanted.intersection(zip(*(words[i:] for i in range(n)), strict=False)) for n, wanted in grams.items())
         )
+        found.append(any(len(gram) == 10 for gram in shared))
+        if shared and not found[-1]:
+            normal = b" ".join(text.lower().split())
+            found[-1] = any(holds(normal, literal) for gram in shared for literal in literals[gram])
     yield _decisions(found)
 
 

@@ -2,13 +2,15 @@
 
 The rule (section 2.2 of arXiv 2401.14196): a file that shares any run of 10 words with a test is dropped; a test string
 of 3 to 9 words must occur as a whole. The paper does not define a word; here, as in near-dedup, it is a run of letters,
-digits, `_` and bytes from 128 on, ASCII in lower case.
+digits, `_` and bytes from 128 on, ASCII in lower case. Of so few words many are all that `return x == y` and
+`return x + y` have in common, so a short string must occur literally, but for case and the amount of white space.
 
 Taken literally, the rule also drops tables of digits ("0 1 0 1 0 1 0 1 0 1" is in many tests), so every hit names the
 run and the test, and `min_distinct_words` can exclude runs of few different words.
 
 The hash of a run of n words is that of its first n - 1, times a constant, plus the last word's: all lengths cost one
-pass (in C++ where compiled; the NumPy code defines it). A bit table over the first words of the runs searched for
+pass (in C++ where compiled; the NumPy code defines it). A short string is searched for literally only in the few files
+that hold its words. A bit table over the first words of the runs searched for
 filters out nearly all other text before 64-bit hashes are compared. With 100,000 runs to search for, a chance collision
 of hashes is expected in fewer than one of 100,000 corpora of a billion words.
 """
@@ -30,7 +32,8 @@ from megacoder.corpus.minhash import word_hashes
 __all__ = ["BenchmarkIndex", "Decontamination", "DecontaminationConfig", "Hit", "read_hits"]
 
 _BASE = np.uint64(0xD6E8FEB86659FD93)
-_WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
+_WORD_BYTE = rb"[0-9A-Za-z_\x80-\xff]"
+_WORD = re.compile(_WORD_BYTE + rb"+")
 _MAX_LISTED = 20
 
 
@@ -44,6 +47,8 @@ class DecontaminationConfig:
     """test strings shorter than `ngram` are searched for as a whole if they have at least this many words"""
     min_distinct_words: int = 1
     """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables such as `0 1 0 1 ...`"""
+    exceptions: tuple[str, ...] = ("return x + y", "return len(string)", "return n**2", "return ''.join(strings)")
+    """test strings that are too common to count when they occur as a whole; default: BigCode's list for HumanEval"""
     fields: tuple[str, ...] = ()
     """columns of the benchmarks to search for; default: all that hold text"""
 
@@ -66,23 +71,50 @@ class Hit:
     """whether the test string is shorter than `ngram` and occurs as a whole"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Gram:
+    """A run of words to look for."""
+
+    words: bytes
+    test: str
+    literal: bytes | None
+    """the test string itself, normalized, where it is shorter than `ngram`"""
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[bytes]:
+        """Finds `literal`, as whole words, in a text in lower case."""
+        first, *more = map(re.escape, (self.literal or b"").split())
+        if _WORD.match(self.literal or b""):  # looked for behind the first part, so that `re` can search for that
+            first += rb"(?<!" + _WORD_BYTE + first + rb")"
+        return re.compile(rb"\s+".join([first, *more]) + (rb"(?!" + _WORD_BYTE + rb")" if self._ends_in_word else b""))
+
+    @property
+    def _ends_in_word(self) -> bool:
+        return _WORD.match((self.literal or b"")[-1:]) is not None
+
+
 class BenchmarkIndex:
     """The runs of words to look for."""
 
     def __init__(self, tests: list[TestString], config: DecontaminationConfig) -> None:
         self._config = config
-        self._grams: dict[int, tuple[bytes, str]] = {}  # hash -> (words, first test with them)
+        self._grams: dict[int, list[_Gram]] = {}  # by hash
         runs: list[np.ndarray] = []  # the word hashes of each
+        exceptions = {_normalized(text) for text in config.exceptions}
         for test in tests:
-            words = _words(test.text.encode())
+            text = test.text.encode()
+            words = _words(text)
             length = min(len(words), config.ngram)
-            if length < config.min_ngram:
+            literal = _normalized(test.text) if length < config.ngram else None
+            if length < config.min_ngram or literal in exceptions:
                 continue
-            hashes = word_hashes(test.text.encode())
+            hashes = word_hashes(text)
             for start, hashed in enumerate(_run_hashes(hashes, length).tolist()):
                 run = words[start : start + length]
                 if len(set(run)) >= config.min_distinct_words:
-                    self._grams.setdefault(hashed, (b" ".join(run), test.test))
+                    grams = self._grams.setdefault(hashed, [])
+                    if all(gram.literal != literal for gram in grams):  # the first test with it is named
+                        grams.append(_Gram(words=b" ".join(run), test=test.test, literal=literal))
                     runs.append(hashes[start : start + length])
         self._lengths = np.array(sorted(set(map(len, runs))), np.int64)
         self._hashes = np.array(sorted(self._grams), np.uint64)
@@ -102,10 +134,17 @@ class BenchmarkIndex:
     def hits(self, text: bytes) -> list[Hit]:
         """One hit for each test of which `text` holds a piece, in the order of the text."""
         hits: dict[str, Hit] = {}
-        for _, length, hashed in sorted(self.runs(text)):
-            gram, test = self._grams[hashed]
-            if test not in hits:
-                hits[test] = Hit(test=test, gram=gram.decode("utf-8", "replace"), whole=length < self._config.ngram)
+        lower: bytes | None = None
+        for hashed in dict.fromkeys(hashed for _, _, hashed in sorted(self.runs(text))):
+            for gram in self._grams[hashed]:
+                if gram.test in hits:
+                    continue
+                if gram.literal is not None:
+                    lower = text.lower() if lower is None else lower
+                    if not gram.pattern.search(lower):
+                        continue
+                words = gram.words.decode("utf-8", "replace")
+                hits[gram.test] = Hit(test=gram.test, gram=words, whole=gram.literal is not None)
         return list(hits.values())
 
     def runs(self, text: bytes) -> list[tuple[int, int, int]]:
@@ -141,6 +180,11 @@ def _run_hashes(words: np.ndarray, length: int) -> np.ndarray:
     for size in range(1, length):
         runs = runs[:-1] * _BASE + words[size:]
     return runs
+
+
+def _normalized(text: str) -> bytes:
+    """The text in lower case, with one blank wherever it has white space inside; ASCII only, as for words."""
+    return b" ".join(text.encode().lower().split())
 
 
 def _words(text: bytes) -> list[bytes]:

@@ -340,5 +340,6 @@ def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
 
 def test_logits_of_shared_tokens_are_refused():
     model, _ = build(tiny(), TensorParallel(size=2, sequence_parallel=True))
-    with pytest.raises(ConfigError, match="logits need all tokens on a rank; generate with sequence_parallel = false"):
+    message = "logits need all tokens on every rank; generate with sequence_parallel = false"
+    with pytest.raises(ConfigError, match=message):
         model.logits(torch.zeros(1, 1, 32))

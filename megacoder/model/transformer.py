@@ -237,7 +237,7 @@ class Transformer(TransformerPart):
                 return few_rows_linear(hidden_BSD, weight_VD)
             return F.linear(hidden_BSD, weight_VD)
         if self.tp.shares_tokens:
-            raise ConfigError("logits need all tokens on a rank; generate with sequence_parallel = false")
+            raise ConfigError("logits need all tokens on every rank; generate with sequence_parallel = false")
         local = F.linear(hidden_BSD, self.lm_head.weight)  # (..., W/tp)
         gathered = local.new_empty(self.tp.size * local.shape[0], *local.shape[1:])
         all_gather_into(gathered, local.contiguous(), self.tp.group)

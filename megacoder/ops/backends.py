@@ -68,7 +68,7 @@ def _no_triton() -> str | None:
 
 
 def _cannot_import(module: str) -> str | None:
-    """Tries to: an installed module may be built for a different torch, and must not stop a run that does not need it."""
+    """Tries to: an installed module may not fit this torch, and must not stop a run that does not need it."""
     try:
         importlib.import_module(module)
     except Exception as error:

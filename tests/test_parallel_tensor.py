@@ -334,7 +334,7 @@ def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
     model, _ = build(tiny(), TensorParallel(size=4, sequence_parallel=True))
     tokens = torch.zeros(1, 18, dtype=torch.int64)
     for step in STEPS.values():
-        with pytest.raises(ConfigError, match=r"tp = 4: 1 x 18 tokens .* nearest sequence length that does: 16 or 20"):
+        with pytest.raises(ConfigError, match=r"tp = 4: 1 x 18 tokens .* nearest sequence lengths that work: 16 or 20"):
             step(model, tokens, tokens)
 
 

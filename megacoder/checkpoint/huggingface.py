@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> "TensorFolder | DcpFolder":
-    """The tensors of a model folder, whoever wrote it; FormatError where there are none that can be read."""
+    """The tensors of a model folder, ordinary or DCP; FormatError where there are none that can be read."""
     ordinary = (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
     return DcpFolder(folder) if not ordinary and any(folder.glob(DCP_SHARDS)) else TensorFolder(folder)
 

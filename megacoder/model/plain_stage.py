@@ -7,8 +7,8 @@ adds the weights' gradients into the same fp32 `param.grad` views that `megacode
 crosses stages is the same as there, and so is the head, which computes its gradients in the forward: full logits are in
 no graph.
 
-The costs against the hand-scheduled stage are time, memory (autograd keeps what each op saves for itself), and the
-benefit of zero-bubble schedules: see `PlainStage.backward_input`.
+The costs compared with the hand-scheduled stage are time, memory (autograd keeps what each op saves for itself), and
+the benefit of zero-bubble schedules: see `PlainStage.backward_input`.
 """
 
 from collections.abc import Callable

@@ -66,7 +66,7 @@ none       e * (4 D + C + H K + 2 F) + 4 H + 8   everything that the backward re
 norms      e * (2 D + C + H K + 2 F) + 4 H       both norms are recomputed, each in one pass over its input
 selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up product are recomputed: the widest tensors
                                                  for one product of 2 D F multiply-adds. Attention is not, unlike in
-                                                 arXiv:2205.05198, which stores scores: here none are stored
+                                                 arXiv:2205.05198, where scores would be kept: here there are none
 full       e * D                                 the layer's input alone; all of the forward but the last product is
                                                  rerun, under tensor parallelism with its collectives
 

@@ -1,9 +1,8 @@
 """AdamW (arXiv:1711.05101) on flat fp32 buffers, and the gradient norm that precedes it.
 
 State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
-same pass. On a CPU with bf16 weights, only the lower 16 bits of the master weights are stored beside them
-(`megacoder.ops.split_master`). `grad_scale` folds the division by the global number of tokens and the clipping into
-that pass too.
+same pass. On a CPU the master weights of bf16 weights take only 16 more bits each (`megacoder.ops.split_master`).
+`grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
 
 On a GPU with the compiled kernels, the scalars that change from step to step (`update_scalars`) are computed on the
 device and stay there, including the decision to skip an update: nothing waits for the host between the last backward

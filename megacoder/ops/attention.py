@@ -272,7 +272,7 @@ def _reached(num_keys: int, *tensors_BGPK: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors_BGPK:
         if tensor.shape[2] < num_keys:
             raise ValueError(
-                f"{tensor.shape[2]} keys for queries up to token {num_keys - 1}; it needs at least {num_keys}"
+                f"{tensor.shape[2]} keys for queries up to token {num_keys - 1}; at least {num_keys} are needed"
             )
     return tuple(t[:, :, :num_keys] for t in tensors_BGPK)
 

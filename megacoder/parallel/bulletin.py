@@ -64,7 +64,7 @@ class Bulletin:
         return _decode(store.get("end")) if store.check(["end"]) else None
 
     def announce(self, end: End) -> End:
-        """The announcement that stands: this one, unless another came first."""
+        """The announcement that counts: this one, unless another came first."""
         return _decode(self._connection().compare_set("end", "", json.dumps(asdict(end))))
 
     def claim(self, host: str) -> bool:

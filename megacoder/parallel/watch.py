@@ -6,7 +6,7 @@ end has been announced there. The other never touches the network, and so cannot
 thread does not.
 
 When a collective fails or times out, the rank compares the records of all ranks (`megacoder.parallel.blame`) and
-announces what it found; the first announcement stands, and each host prints it once. A rank that cannot reach the
+announces what it found; the first announcement counts, and each host prints it once. A rank that cannot reach the
 bulletin reports that, and what it waited for. The cost is three small messages per rank and beat.
 
 A rank whose launcher has been killed sends itself a stop signal: all ranks then stop together, with a checkpoint.

@@ -115,7 +115,9 @@ def test_a_small_go_module_is_known_where_all_imports_from_it_are_here():
     files = {path: GO_TREE[path] for path in ("cmd/tool/main.go", "store/store.go", "api/api.go")}
     files["cmd/tool/main.go"] %= "api"
     assert edges(files) == {"cmd/tool/main.go": {"api/api.go"}, "api/api.go": {"store/store.go"}}
-    files["more.go"] = 'package x\nimport (\n"github.com/me/proj/a"\n"github.com/me/proj/b"\n"github.com/me/proj/c"\n)\n'
+    files["more.go"] = (
+        'package x\nimport (\n"github.com/me/proj/a"\n"github.com/me/proj/b"\n"github.com/me/proj/c"\n)\n'
+    )
     assert edges(files) == {}, "two of five: another module with folders of the same names"
 
 

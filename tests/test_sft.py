@@ -317,6 +317,48 @@ def test_a_conversation_that_is_too_long_is_cut_at_the_right(stream_of):
         make(seq_length=2)
 
 
+def long_conversations(folder):
+    """A usual one, one whose question fills a window, and one whose answer exceeds it."""
+    rows = [("short", "ok"), ("word " * 300, "ok"), ("short", "word " * 400)]
+    return write_jsonl(folder / "long.jsonl", [{"instruction": asked, "output": answer} for asked, answer in rows])
+
+
+def test_what_a_window_cannot_hold_is_counted_named_and_said(tmp_path, capsys):
+    small_tokenizer().save(tmp_path / "tokenizer")
+    data = long_conversations(tmp_path)
+    config = run_config(tmp_path / "run", tmp_path / "tokenizer", data, chat=SHORT, stream={"seq_length": 128})
+    run = prepare(config)
+    printed = capsys.readouterr().err.splitlines()
+    dataset = IndexedDataset(run.data.train[0])
+    lengths = [len(dataset.document(number)) for number in range(3)]
+    assert lengths[0] < 128 < min(lengths[1:])
+    assert f"1 conversation left out, {lengths[1]:,} tokens: no answer begins within seq_length = 128" in printed[1]
+    assert printed[1].endswith("long.jsonl:2")
+    assert f"1 conversation cut at seq_length = 128, {lengths[2] - 128:,} tokens lost" in printed[2]
+    assert printed[2].endswith("long.jsonl:3")
+    stream = ConversationStream(dataset, small_tokenizer(), seq_length=128, seed=1, global_batch_size=1)
+    served = [window for epoch in range(3) for window in stream._windows(epoch)]
+    assert {number for window in served for number in window} == {0, 2}, "as counted"
+
+
+def test_what_is_too_long_is_skipped_or_an_error(tmp_path):
+    data, tokenizer = long_conversations(tmp_path), small_tokenizer()
+
+    def prepared(too_long, seq_length):
+        config = ConversationConfig(format=SHORT, too_long=too_long)
+        return prepare_conversations([data], tmp_path / "out", tokenizer, config, seq_length=seq_length)
+
+    found = prepared("skip", 128)
+    assert (found.conversations, found.unusable, found.cut) == (1, 2, 0)
+    assert IndexedDataset(tmp_path / "out").num_documents == 1
+    assert prepared("skip", 1 << 20).conversations == 3, "made again for other windows"
+    assert prepared("error", 1 << 20).conversations == 3
+    with pytest.raises(DataError, match=r"long\.jsonl:2: a conversation of \d+ tokens, but seq_length = 128"):
+        prepared("error", 128)
+    with pytest.raises(DataError, match="no conversation in it; 3 are longer than seq_length = 2"):
+        prepared("skip", 2)
+
+
 def test_ranks_serve_what_one_does_and_a_state_is_taken_up(stream_of):
     make, _ = stream_of
     alone, ranks = make(), [make(rank, 2) for rank in range(2)]

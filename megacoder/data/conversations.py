@@ -29,6 +29,7 @@ __all__ = ["ConversationConfig", "Prepared", "prepare_conversations"]
 
 
 _COLUMNS = ("messages", "instruction", "input", "output")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class ConversationConfig:
     """the same, of which the held-out loss is measured"""
     malformed: Literal["error", "skip"] = "error"
     """whether a row that is no conversation ends the run before it starts, or is left out and counted"""
+    too_long: Literal["cut", "skip", "error"] = "cut"
+    """whether a conversation longer than a window is cut at the right, as in the published script, or left out, or ends
+    the run before it starts; all are counted"""
     format: FormatConfig = field(default_factory=FormatConfig)
     """how conversations are written"""
 
@@ -56,18 +60,35 @@ class Prepared:
     """malformed rows"""
     first_skipped: str = ""
     """what was wrong with the first of them"""
+    unusable: int = 0
+    """conversations longer than a window that are not trained on: `too_long` says so, or no answer begins within it"""
+    unusable_tokens: int = 0
+    first_unusable: str = ""
+    """where the first few of them are"""
+    cut: int = 0
+    """conversations of which a window holds the beginning"""
+    cut_tokens: int = 0
+    """what is cut off"""
+    first_cut: str = ""
+    """where the first few of them are"""
 
 
 def prepare_conversations(
-    inputs: Sequence[Path], prefix: Path, tokenizer: Tokenizer, config: ConversationConfig
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    config: ConversationConfig,
+    *,
+    seq_length: int | None = None,
 ) -> Prepared:
     """Writes `prefix`.bin/.idx unless it is there, made from the same inputs in the same way.
 
-    DataError naming file and line for a malformed row, or, where these are skipped, if there are no other rows; nothing
-    is left on disk then.
+    `seq_length` is the size of the windows that they will be packed into; without it none is too long. DataError naming
+    file and line for a malformed row or a conversation that is too long, or, where these are skipped, if there are no
+    other rows; nothing is left on disk then.
     """
     files = find_inputs(inputs)
-    made_of = _fingerprint(files, tokenizer, config)
+    made_of = _fingerprint(files, tokenizer, config, seq_length)
     record = prefix.with_name(prefix.name + ".sft.json")
     if record.exists():
         there = json.loads(record.read_text(encoding="utf-8"))
@@ -75,12 +96,15 @@ def prepare_conversations(
             return Prepared(**there["prepared"])
     record.unlink(missing_ok=True)  # from here on the dataset may be half-written
     with making_dir(prefix.parent):
-        prepared = _write(files, prefix, ChatFormat(config.format, tokenizer), skip=config.malformed == "skip")
+        prepared = _write(files, prefix, ChatFormat(config.format, tokenizer), config, seq_length)
     write_json(record, {"made_of": made_of, "prepared": to_dict(prepared)})
     return prepared
 
 
-def _write(files: Sequence[Path], prefix: Path, chat: ChatFormat, *, skip: bool) -> Prepared:
+def _write(
+    files: Sequence[Path], prefix: Path, chat: ChatFormat, config: ConversationConfig, seq_length: int | None
+) -> Prepared:
+    unusable, cut = _Lost(), _Lost()
     count = tokens = trained = skipped = 0
     first = ""
     dtype = token_dtype(chat.tokenizer.vocab_size)
@@ -91,17 +115,52 @@ def _write(files: Sequence[Path], prefix: Path, chat: ChatFormat, *, skip: bool)
                     raise DataError(f"{where}: {row}")
                 segments = chat.segments(rows_to_messages(row, where=where))
             except DataError as error:
-                if not skip:
+                if config.malformed == "error":
                     raise DataError(f'{error}; malformed = "skip" skips such rows') from None
                 skipped, first = skipped + 1, first or str(error)
                 continue
+            length = sum(len(segment.ids) for segment in segments)
+            if seq_length is not None and length > seq_length:
+                if config.too_long == "error":
+                    raise DataError(
+                        f"{where}: a conversation of {length} tokens, but seq_length = {seq_length}; "
+                        'too_long = "cut" or "skip" allows such'
+                    )
+                if config.too_long == "skip":
+                    unusable.add(where, length)
+                    continue
+                if len(segments[0].ids) >= seq_length:  # written all the same; `ConversationStream` passes it over
+                    unusable.add(where, length)
+                else:
+                    cut.add(where, length - seq_length)
             writer.add_document([np.array(segment.ids, dtype=dtype) for segment in segments])
             count += 1
-            tokens += sum(len(segment.ids) for segment in segments)
+            tokens += length
             trained += sum(len(segment.ids) for segment in segments if segment.trained)
         if not count:
-            raise DataError(f"{files[0]}: no conversation in it" + (f"; the first error: {first}" if first else ""))
-    return Prepared(conversations=count, tokens=tokens, trained_tokens=trained, skipped=skipped, first_skipped=first)
+            told = f"; the first error: {first}" if first else ""
+            told += f"; {unusable.count} are longer than seq_length = {seq_length}" if unusable.count else ""
+            raise DataError(f"{files[0]}: no conversation in it{told}")
+    return Prepared(
+        conversations=count, tokens=tokens, trained_tokens=trained, skipped=skipped, first_skipped=first,
+        unusable=unusable.count, unusable_tokens=unusable.tokens, first_unusable=unusable.first,
+        cut=cut.count, cut_tokens=cut.tokens, first_cut=cut.first,
+    )  # fmt: skip
+
+
+@dataclass
+class _Lost:
+    """What windows do not hold."""
+
+    count: int = 0
+    tokens: int = 0
+    first: str = ""
+
+    def add(self, where: str, tokens: int) -> None:
+        if self.count < _MOST_NAMED:
+            self.first += f"{', ' if self.first else ''}{where}"
+        self.count += 1
+        self.tokens += tokens
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -131,12 +190,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise FormatError(f"{path}: not readable as Parquet: {error}") from None
 
 
-def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, config: ConversationConfig) -> str:
+def _fingerprint(
+    files: Sequence[Path], tokenizer: Tokenizer, config: ConversationConfig, seq_length: int | None
+) -> str:
     if not files:
         raise ConfigError("no input")
     parts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     plain = {
         "files": parts, "tokenizer": tokenizer.digest, "format": to_dict(config.format.resolved),
-        "malformed": config.malformed,
+        "malformed": config.malformed, "too_long": config.too_long, "seq_length": seq_length,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -134,4 +134,3 @@ def _one_line(error: Exception) -> str:
 def _rows_at_once(about: pq.FileMetaData) -> int:
     size = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
     return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * about.num_rows // max(size, 1)))
-

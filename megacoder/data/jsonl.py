@@ -1,8 +1,8 @@
 """JSONL files, plain or compressed (.gz, .zst), row by row: the one reader of all that this library takes as JSONL.
 
-Memory holds one line at a time, and of that at most `MAX_LINE_BYTES`: a few kilobytes of a compressed file can expand to
-a line of gigabytes. What is wrong with a line is told as text, so that a caller can refuse, skip or count such rows;
-a file that cannot be read, or that ends early, is a FormatError that names it.
+Memory holds one line at a time, and at most `MAX_LINE_BYTES` of it: a few kilobytes of a compressed file can expand to
+a line of gigabytes. What is wrong with a line is told as text, so that a caller can refuse, skip or count such rows; a
+file that cannot be read, or that ends early, is a FormatError that names it.
 """
 
 import io
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -58,8 +58,7 @@ class JsonRows:
 def decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
     """What `raw`, the open file `path`, holds; decompressed if its name says that it is compressed."""
     codec = _CODECS.get(path.suffix.lower())
-    stream = raw if codec is None else io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
-    yield cast(BinaryIO, stream)
+    yield raw if codec is None else io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megacoder.core.console import say
+from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
 from megacoder.data.chat_format import FormatConfig
@@ -67,11 +67,14 @@ def prepare(config: RunConfig) -> RunConfig:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     conversations = config.data.conversations
     before = idx_path(run.data.train[0]).stat().st_mtime_ns if idx_path(run.data.train[0]).exists() else None
-    trained = prepare_conversations(conversations.train, run.data.train[0], tokenizer, conversations)
+    seq_length = config.data.stream.seq_length
+    trained = prepare_conversations(
+        conversations.train, run.data.train[0], tokenizer, conversations, seq_length=seq_length
+    )
     if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has told of already
         _say(trained, config)
     if run.data.valid is not None:
-        prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations)
+        prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations, seq_length=seq_length)
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
     for prefix in filter(None, (run.data.train[0], run.data.valid)):
         open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # windows too short for them are met here
@@ -91,11 +94,27 @@ def sft(config: RunConfig) -> None:
 
 
 def _say(prepared: Prepared, config: RunConfig) -> None:
-    windows = config.steps * config.global_batch_size * config.data.stream.seq_length
+    seq_length, too_long = config.data.stream.seq_length, config.data.conversations.too_long
+    windows = config.steps * config.global_batch_size * seq_length
+    left_out = 0 if too_long == "skip" else prepared.unusable_tokens  # skipped ones are not among the tokens
+    seen = prepared.tokens - prepared.cut_tokens - left_out
     say(
         f"{prepared.conversations:,} conversations, {prepared.tokens:,} tokens, {prepared.trained_tokens:,} of them "
-        f"trained; {config.steps:,} steps see them about {windows / prepared.tokens:.1f} times"
+        f"trained; {config.steps:,} steps see them about {windows / max(seen, 1):.1f} times"
     )
+    if prepared.unusable:
+        why = "longer than" if too_long == "skip" else "no answer begins within"
+        number = counted(prepared.unusable, "conversation", "conversations")
+        say(
+            f"{number} left out, {prepared.unusable_tokens:,} tokens: {why} seq_length = {seq_length}; "
+            f"the first: {prepared.first_unusable}"
+        )
+    if prepared.cut:
+        number = counted(prepared.cut, "conversation", "conversations")
+        say(
+            f"{number} cut at seq_length = {seq_length}, "
+            f"{prepared.cut_tokens:,} tokens lost; the first: {prepared.first_cut}"
+        )
     if prepared.skipped:
         say(f"{prepared.skipped:,} malformed rows left out; the first: {prepared.first_skipped}")
 

@@ -119,6 +119,11 @@ def test_a_small_go_module_is_known_where_all_imports_from_it_are_here():
         'package x\nimport (\n"github.com/me/proj/a"\n"github.com/me/proj/b"\n"github.com/me/proj/c"\n)\n'
     )
     assert edges(files) == {}, "two of five: another module with folders of the same names"
+    files = {
+        "a.go": 'package a\nimport (\n"h.org/o/r/envoy/v2"\n"h.org/o/r/envoy/v3"\n)\n',
+        "x/v2/a.go": "package v2\n",
+    }
+    assert edges(files | {"x/v3/a.go": "package v3\n"}) == {}, "not the path of a repository"
 
 
 @pytest.mark.parametrize(

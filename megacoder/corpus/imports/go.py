@@ -128,5 +128,6 @@ class GoImports:
         called = _VERSION.sub("", prefix).rpartition("/")[2]
         named = called in (posixpath.basename(root), self._package_of.get(root))
         internal = any("/internal/" in f"{name[len(prefix) :]}/" for name in names)
-        complete = len(names) == below and len(names) >= _MIN_ALL_NAMES and prefix.count("/") >= 2
+        repository = _VERSION.sub("", prefix).count("/") == 2
+        complete = repository and len(names) == below and len(names) >= _MIN_ALL_NAMES
         return named or internal or complete or len(names) >= _MIN_NAMES

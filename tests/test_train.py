@@ -415,7 +415,7 @@ def test_conversations_go_to_sft(case, capsys):
     toml.write_text(to_toml(dataclasses.replace(config, data=talks)))
     with pytest.raises(SystemExit):
         main(["train", str(toml)])
-    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; that is: megacoder sft {toml}\n"
+    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; use megacoder sft {toml}\n"
     for words in (["profile", str(toml)], ["data", "digest", str(toml), "--steps", "1:2"]):
         with pytest.raises(SystemExit):
             main(words)

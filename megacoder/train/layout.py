@@ -61,11 +61,11 @@ class LayoutRequest:
         if world_size == 1 < dims.world_size:
             needed = dims.world_size
             raise ConfigError(
-                f"{dims} needs {needed} ranks, but only one was started; start them with --nproc {needed} or torchrun"
+                f"{dims} needs {needed} ranks, only one was started; start them with --nproc {needed} or torchrun"
             )
         try:
             if dims.world_size != world_size:
-                raise ConfigError(f"{dims} needs {dims.world_size} ranks, but there are {world_size}")
+                raise ConfigError(f"{dims} needs {dims.world_size} ranks, there are {world_size}")
             self._check_sizes(dims)
         except ConfigError as error:
             raise ConfigError(f"{error}; {self._advice(dims, world_size)}") from None

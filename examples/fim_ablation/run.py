@@ -56,7 +56,7 @@ class Options:
     held_out: Path = Path("quickstart/corpus/heldout")
     """held-out files of `megacoder corpus build`, whose lines are filled in"""
     steps: int | None = None
-    """training steps of each model; default: those of `base`"""
+    """training steps of each model; if unset, those of `base`"""
     points: int = 4
     """checkpoints at which infilling is measured, the last step among them"""
     num_tasks: int = 200

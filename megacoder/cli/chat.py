@@ -33,7 +33,7 @@ class ChatArgs:
     system: str | None = None
     """system prompt, instead of the built-in one"""
     max_new_tokens: int | None = None
-    """longest answer in tokens; default: 512, or half the model's positions if there are fewer than 1,024"""
+    """longest answer in tokens; if unset, 512, or half the model's positions if there are fewer than 1,024"""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by this"""
     top_k: int = 0
@@ -43,7 +43,7 @@ class ChatArgs:
     seed: int = 0
     """the same seed draws the same answers"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; default: the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model; the first of them reads the turns"""
     dtype: ComputeDtype = "stored"

@@ -57,11 +57,11 @@ class ExportArgs:
     dst: Positional[Path]
     """folder to write"""
     step: int | None = None
-    """step of the checkpoint to export; default: the newest"""
+    """step of the checkpoint to export; if unset, the newest"""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype of the exported weights; the master weights are fp32"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; default: the run's"""
+    """folder with tokenizer.json; if unset, the run's"""
 
 
 @dataclass(frozen=True, kw_only=True)

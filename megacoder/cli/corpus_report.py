@@ -28,7 +28,7 @@ class ReportArgs:
     out: Path | None = None
     """HTML file to write the full report to, with drawings"""
     repository: str | None = None
-    """repository whose dependency graph to show; default: a large one that can be drawn completely"""
+    """repository whose dependency graph to show; if unset, a large one that can be drawn completely"""
 
 
 def main(argv: Sequence[str]) -> None:

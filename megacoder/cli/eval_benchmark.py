@@ -43,7 +43,7 @@ class EvalArgs:
     completions: Optional[Path] = None
     """answers from a JSONL file of task_id and completion; several samples are several lines per task"""
     language: Optional[str] = None
-    """language of the programs; default: what the data says, else python"""
+    """language of the programs; if unset, what the data says, else python"""
     instruct: bool = False
     """ask through the chat template and take the answer's code block"""
     shots: Optional[Path] = None
@@ -61,11 +61,11 @@ class EvalArgs:
     seed: int = 0
     """the same seed draws the same answers"""
     max_new_tokens: Optional[int] = None
-    """longest answer in tokens; default: the benchmark's own"""
+    """longest answer in tokens; if unset, the benchmark's own"""
     batch_size: int = 16
     """answers generated at a time"""
     limit: Optional[int] = None
-    """number of tasks to run, from the first; default: all"""
+    """number of tasks to run, from the first; if unset, all"""
     seconds: Optional[float] = None
     """CPU time a program gets, instead of the published limit"""
     workers: int = os.cpu_count() or 1
@@ -77,9 +77,9 @@ class EvalArgs:
     json: bool = False
     """print the summary as JSON"""
     api_model: Optional[str] = None
-    """the model's name on the server; default: the server's first model"""
+    """the model's name on the server; if unset, the server's first model"""
     tokenizer: Optional[Path] = None
-    """folder with tokenizer.json; default: the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model"""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"

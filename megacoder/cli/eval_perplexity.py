@@ -26,12 +26,12 @@ class EvalPerplexityArgs:
     text_key: str = "content"
     """column or JSON key of the text"""
     document_key: str | None = None
-    """column or JSON key that is equal in consecutive rows of one document; default: `sample` in Parquet; in JSONL each
-    row is a document"""
+    """column or JSON key that is equal in consecutive rows of one document; if unset, `sample` in Parquet, and in
+    JSONL each row is a document"""
     train: Path | None = None
     """prefix of the training .bin/.idx, for the unigram model"""
     window: int | None = None
-    """most tokens that a prediction sees; default: the model's longest context"""
+    """most tokens that a prediction sees; if unset, the model's longest context"""
     json: bool = False
     """print the result as JSON"""
     tp: int = 1

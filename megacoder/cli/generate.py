@@ -24,8 +24,8 @@ class GenerateArgs:
     prompt: str
     """the text to continue"""
     max_new_tokens: int | None = None
-    """stop after this many tokens if the model has not ended the text; default: 128, or half the model's positions if
-    there are fewer than 256"""
+    """stop after this many tokens if the model has not ended the text; if unset, 128, or half the
+    model's positions if there are fewer than 256"""
     samples: int = 1
     """number of continuations to draw, one after the other, each with its own random numbers"""
     temperature: float = 0.0
@@ -39,7 +39,7 @@ class GenerateArgs:
     stop: tuple[str, ...] = ()
     """end the text before the first of these strings"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; default: the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model"""
     dtype: ComputeDtype = "stored"

@@ -33,10 +33,10 @@ class InfillArgs:
     context: Path | None = None
     """folder of the repository: the files that this one depends on precede it in the prompt, in dependency order"""
     max_new_tokens: int | None = None
-    """stop after this many tokens if the model has not ended the answer; default: 128, or half the model's positions if
-    there are fewer than 256"""
+    """stop after this many tokens if the model has not ended the answer; if unset, 128, or half the
+    model's positions if there are fewer than 256"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; default: the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model"""
     dtype: ComputeDtype = "stored"

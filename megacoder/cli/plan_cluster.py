@@ -42,9 +42,9 @@ class ClusterArgs:
     devices: int = 8
     """number of devices"""
     seq: int | None = None
-    """tokens per sequence; default: the model's own"""
+    """tokens per sequence; if unset, the model's own"""
     batch: int | None = None
-    """sequences per update; default: the model's own, or the scaling law's for --tokens"""
+    """sequences per update; if unset, the model's own, or the scaling law's for --tokens"""
     tokens: str | None = None
     """training tokens of the run, such as 2T or 500B: adds days, device-hours and the scaling law's advice"""
     tp: int | None = None

@@ -38,7 +38,7 @@ class ScheduleArgs:
     microbatches: int = 8
     """microbatches per step and replica"""
     chunks: int | None = None
-    """chunks of layers per rank; a choice for interleaved only, 2 by default"""
+    """chunks of layers per rank; a choice for interleaved only, 2 if unset"""
     forward: float = 1.0
     """time of one microbatch's forward through all chunks of a rank"""
     input_grad: float = 1.0

@@ -20,7 +20,7 @@ class ReportArgs:
     run: tyro.conf.Positional[Path]
     """output folder of a training run"""
     out: Path | None = None
-    """file to write; default: report.html in that folder"""
+    """file to write; if unset, report.html in that folder"""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ class ConversationConfig:
     valid: tuple[Path, ...] = ()
     """the same for the held-out loss"""
     malformed: Literal["error", "skip"] = "error"
-    """what to do with a row that is not a conversation: error: refuse to start; skip: skip and count it"""
+    """when a row is not a conversation, refuse to start (error), or skip and count it (skip)"""
     format: FormatConfig = field(default_factory=FormatConfig)
     """how conversations are written"""
 

@@ -55,8 +55,8 @@ class FimConfig:
     context_tokens: int | None = None
     """transform parts of a file, of at most this many tokens each (or one longer line); None: whole files"""
     only: tuple[str, ...] = ()
-    """suffixes or names of the files to transform, such as ".py" or "Makefile", as in the path comment that opens each
-    file of a corpus; empty: all files, also those without a path comment"""
+    """suffixes or names of the files to transform, such as ".py" or "Makefile", read from the path comment that opens
+    each file of a corpus; empty: all files, also those without one"""
     never: tuple[str, ...] = ()
     """suffixes or names of files not to transform"""
 

@@ -39,7 +39,7 @@ class MegatronConfig:
     """What else decides the order of a Megatron run."""
 
     num_samples: int | None = None
-    """the Megatron run's --train-iters times --global-batch-size; default: steps * global_batch_size of this run"""
+    """the Megatron run's --train-iters times --global-batch-size; if unset, steps * global_batch_size of this run"""
     consumed_samples: int = 0
     """samples that the Megatron run has trained on; this run continues after them"""
     split: tuple[float, ...] = (1.0, 0.0, 0.0)

@@ -57,7 +57,7 @@ class StreamConfig:
     """put the begin-of-sentence token before each document, as the tokenizer does before a prompt"""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """concatenate: join documents and cut them into windows (the paper); best_fit: keep documents whole where they fit,
-    with document masks and padding, which buffers 16 windows of tokens for each stream of a rank"""
+    with document masks and padding; it buffers 16 windows of tokens for each stream of a rank"""
     document_masks: bool = False
     """keep attention and positions within a document; the paper does not"""
     train_across_documents: bool = False

@@ -38,8 +38,7 @@ class ExecutionConfig:
     block: Literal["scheduled", "plain"] = "scheduled"
     """scheduled: this library's hand-written backward; plain: autograd (slower; for changing the block's code)"""
     recompute: Recompute = "none"
-    """what a layer recomputes in its backward instead of keeping it: nothing, its norms, its widest tensors too, or
-    everything"""
+    """what a layer recomputes in its backward instead of keeping: nothing, norms, also its widest tensors, or all"""
     fp8: bool = False
     """compute the layers' matrix products in fp8, cast from bfloat16; attention, embedding and head do not use fp8"""
     cuda_graph: bool = False

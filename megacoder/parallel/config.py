@@ -21,15 +21,15 @@ class ParallelConfig:
     pp: int = 1
     """pipeline-parallel ranks, each with some of the layers"""
     dp: int | None = None
-    """data-parallel replicas; default: the number of ranks / (tp * cp * pp)"""
+    """data-parallel replicas; if unset, the number of ranks / (tp * cp * pp)"""
     sequence_parallel: bool = True
     """the tp ranks also split the tokens of norms and residual stream: same traffic, less memory"""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = "1f1b"
     """pipeline schedule; `megacoder plan --schedule NAME` shows what it computes when"""
     chunks: int | None = None
-    """stages per pipeline rank; a choice for interleaved only, 2 by default"""
+    """stages per pipeline rank; a choice for interleaved only, 2 if unset"""
     layers_per_stage: tuple[int, ...] | None = None
-    """number of layers of each stage, first to last; default: such that stages take equal time, the head counted"""
+    """number of layers of each stage, first to last; if unset, stages take equal time, the head counted"""
     bucket_elements: int = BUCKET_ELEMENTS
     """gradient elements sent together; smaller buckets are sent earlier, larger ones use the network better"""
     shared_memory: bool = True

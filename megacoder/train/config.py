@@ -32,9 +32,9 @@ class DataConfig:
     train: tuple[Path, ...] = ()
     """prefix of the training .bin/.idx, or several prefixes whose tokens are blended"""
     weights: tuple[float, ...] = ()
-    """each dataset's share of the run's tokens, one per `train`, of any sum; default: in proportion to their sizes"""
+    """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes"""
     fim_rates: tuple[float, ...] = ()
-    """each dataset's rate of fill-in-the-middle, one per `train`; default: stream.fim.rate for all"""
+    """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
     valid: Path | None = None
     """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
     tokenizer: Path

@@ -40,8 +40,7 @@ class GuardConfig:
     max_skipped: int = 20
     """end the run after this many skipped updates in a row"""
     compare_replicas_every: int = 100
-    """steps between comparisons of the weights that several ranks hold; steps that end with a checkpoint compare them
-    too; 0: never"""
+    """steps between comparisons of weights that several ranks hold; also made with each checkpoint; 0: never"""
 
     def __post_init__(self) -> None:
         for name in ("loss_spike", "grad_norm_spike"):

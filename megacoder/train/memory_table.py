@@ -24,7 +24,7 @@ from megacoder.train.layout import Layout
 __all__ = ["ACTIVATIONS", "MemoryRow", "kept_activations", "largest_growth", "process_row", "standing_rows"]
 
 ACTIVATIONS = "activations and workspaces"
-"""The kind of memory of which a formula gives the part that layers keep."""
+"""The kind of memory of which layers keep a part, given by a formula."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """What each rank of a layout holds, without starting one: the code that trains, on tensors without memory.
 
 So a checkpoint that is resharded offline is, file by file, what a run in that layout would have written. Loading does
-not need it, since every checkpoint loads in every layout: it is for moving files of which each rank then reads only its
-own, or for a checkpoint in one file.
+not need it, since every checkpoint loads in every layout: it is for moving files so that each rank reads only its own,
+or for a checkpoint in one file.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ class QuickstartOptions:
     out: Path = Path("quickstart")
     """folder for everything it makes; do not move it afterwards"""
     input: tuple[Path, ...] = ()
-    """folders of repositories; default: the standard library and the packages installed here"""
+    """folders of repositories; if unset, the standard library and the packages installed here"""
     minutes: float = 7.0
     """training time to aim for; the other stages take some minutes more"""
     steps: int | None = None
@@ -24,7 +24,7 @@ class QuickstartOptions:
     vocab_size: int = 8192
     """regular tokens of the tokenizer, control tokens not counted; the paper has 32,000"""
     nproc: int | None = None
-    """training processes; default: one per GPU, or 2 on a CPU"""
+    """training processes; if unset, one per GPU, or 2 on a CPU"""
     max_repo_megabytes: float = 4.0
     """take only this much of a larger repository, so that none outweighs all others"""
     seed: int = 1234

@@ -25,7 +25,7 @@ class Device:
     matrix_tflops: float
     """dense bf16 products by the data sheet, TFLOP/s"""
     fp8_tflops: float | None = None
-    """dense fp8 products; left out, layers do not run in fp8 here"""
+    """dense fp8 products; if unset, layers do not run in fp8 here"""
     memory_gb: float
     """of one device, 10^9 bytes"""
     reserved_gb: float = 4.0

@@ -10,7 +10,7 @@ python -c 'import megacoder' || fail "megacoder is not installed in $(command -v
 read -r torch found < <(python -c 'import torch; print(torch.__version__, torch.cuda.device_count())') ||
   fail "torch does not run in $(command -v python)"
 [ "$(ulimit -n)" = unlimited ] || [ "$(ulimit -n)" -ge 4096 ] ||
-  fail "ulimit -n is $(ulimit -n), and cannot be raised; checkpoints of many ranks need 4096"
+  fail "ulimit -n is $(ulimit -n), but checkpoints of many ranks need 4096; raise it with ulimit -Sn"
 if [ "${DEVICE:-cuda}" = cuda ]; then
   expected=${GPUS_PER_NODE:-8}
   [ "$found" != 0 ] || fail "torch sees no GPU"

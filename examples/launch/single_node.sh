@@ -11,6 +11,6 @@ output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^out
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # for checkpoints of many ranks; a login shell has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs"
-# If a rank dies all end; torchrun restarts them, and they resume from the last checkpoint.
+# If a rank dies, all end; torchrun restarts them, and they resume from the last checkpoint.
 exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \
   --log-dir "$output/logs" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@"

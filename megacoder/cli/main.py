@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Sub-commands in the order in which `--help` shows them."""
 
 INTERRUPTED = 130
-"""Exit code after SIGINT; of training runs also after SIGTERM."""
+"""Exit code after SIGINT; of the ranks of a run also after SIGTERM or SIGHUP."""
 TERMINATED = 143
 """Exit code after SIGTERM."""
 FIRST_RANK_SECONDS = 10.0

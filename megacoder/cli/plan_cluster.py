@@ -139,7 +139,7 @@ def _limits(args: ClusterArgs, job: Job) -> Limits:
     if args.micro_batch is not None:
         if args.micro_batch < 1 or job.global_batch_size % args.micro_batch:
             raise ConfigError(
-                f"--micro-batch {args.micro_batch}: the batch of {job.global_batch_size} is not a multiple"
+                f"--micro-batch {args.micro_batch}: the batch of {job.global_batch_size} is not a multiple of it"
             )
         changes["micro_batch_sizes"] = (args.micro_batch,)
     if args.recompute is not None:

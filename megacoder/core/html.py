@@ -143,7 +143,7 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose [low, high], about `count` of them."""
-    if high <= low:  # a share or a count that stays at 0 is never below
+    if high <= low:  # a share or a count that stays at 0 is never below 0
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))

@@ -81,7 +81,7 @@ def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28, seconds: float 
 
 
 def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float) -> float:
-    """The fastest of at least two calls (the first may load a library), and of more within `seconds`."""
+    """Seconds of the fastest of at least two calls (the first may load a library), and of more within `seconds`."""
     timer = timer_for(device)
     times: list[float] = []
     end = time.perf_counter() + seconds

@@ -44,7 +44,7 @@ class ReplicaCheck:
     def maybe_compare(self, step: int, *, saves: bool) -> None:
         """Compares if `step` is due or `saves` a checkpoint; RunStopped names the ranks and the weight that differ.
 
-        Called before the update, so that a faulty rank has not yet affected what the others hold.
+        Called before the update, which would replace a wrong copy before anyone saw it.
         """
         world = self.engine.mesh.world
         if self.every == 0 or world.group is None or not (saves or step % self.every == 0):

@@ -287,7 +287,7 @@ def test_scores_of_a_model_are_not_those_of_another_in_its_place(tmp_path, capsy
     for folder, out in ((model, "of-folder"), (start, "of-run"), (step, "of-run")):
         code, _, err = run(capsys, *words, folder, "--out", tmp_path / out)
         assert code == 0, err
-        assert ("are there already" in err) == (folder == step)
+        assert ("results exist already" in err) == (folder == step)
     exported_model(tmp_path, seed=1)
     shutil.rmtree(start)
     assert run(capsys, "checkpoint", "import", model, start)[0] == 0
@@ -298,7 +298,7 @@ def test_scores_of_a_model_are_not_those_of_another_in_its_place(tmp_path, capsy
 
 
 def test_what_can_be_read_but_once_is_kept_no_track_of():
-    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so that --out cannot tell"):
+    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so --out cannot tell"):
         file_content(Path("/dev/null"), option="--completions")
 
 
@@ -452,9 +452,12 @@ def test_problems_of_our_own_in_every_language_installed_here():
         ("humaneval --data d.jsonl", "exactly one of --model, --endpoint, --completions"),
         ("humaneval --data d.jsonl --completions a.jsonl --language cobol", "language 'cobol': not one of python"),
         ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
-        ("humaneval --data d.jsonl --model x --samples 3", "--samples 3 of greedy answers are all the same"),
-        ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: at least 1"),
-        ("humaneval --data d.jsonl --completions a.jsonl --tp 2", "--tp 2: completions is no --model"),
+        ("humaneval --data d.jsonl --model x --samples 3", "--samples 3: greedy answers are all the same"),
+        ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: must be at least 1"),
+        (
+            "humaneval --data d.jsonl --completions a.jsonl --tp 2",
+            "--tp 2: only a --model can be shared by processes, not completions",
+        ),
         ("pal --data p.jsonl --completions a.jsonl", "pal needs --shots FILE"),
         ("humaneval --data d.jsonl --completions a.jsonl --out d.jsonl", "d.jsonl"),
         ("humaneval --data d.jsonl --completions none.jsonl", "none.jsonl: no completions in it"),
@@ -464,7 +467,7 @@ def test_problems_of_our_own_in_every_language_installed_here():
         ("infill --data i.jsonl --model torn", "torn/config.json: not readable as JSON"),
         (
             "infill --data i.jsonl --model bare",
-            "bare: no tokenizer.json in it; name the folder of one with --tokenizer",
+            "bare: no tokenizer.json in it; name a folder that has one with --tokenizer",
         ),
         (
             "humaneval --data d.jsonl --completions a.jsonl --out torn",

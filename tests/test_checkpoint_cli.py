@@ -63,7 +63,7 @@ def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
     assert code == 1
     assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
     assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
-    listed = "damaged, as listed above; put good copies of those files there, or move away what holds them"
+    listed = "damaged, as listed above; restore those files, or move the checkpoints that hold them away"
     assert err == f"megacoder: {root}: {listed}\n"
     assert run(capsys, "verify", root / "step-00000010")[0] == 1
 

@@ -215,7 +215,7 @@ def test_chat_leaves_out_a_turn_that_is_not_utf8_and_answers_the_next(capsys, mo
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert list(_turns()) == ["größer", "last"]
     told = capsys.readouterr().err.splitlines()
-    assert [line.partition(" is not UTF-8 and is left out")[0] for line in told] == [
+    assert [line.partition(" is not UTF-8 and is skipped")[0] for line in told] == [
         r"'caf\udce9'", r"'first\ncaf\udce9'",
     ]  # fmt: skip
 

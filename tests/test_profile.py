@@ -314,7 +314,7 @@ def test_two_processes_print_one_json(case):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--warmup", "-1"], "--warmup -1: at least 0"),
         (["--stepz", "3"], "unknown option '--stepz' (did you mean '--steps'?)"),
         (["--warmpu", "3"], "unknown option '--warmpu' (did you mean '--warmup'?)"),
@@ -322,7 +322,7 @@ def test_two_processes_print_one_json(case):
         (["--trace", "run.toml/t.json"], "--trace run.toml/t.json: cannot be written (/"),
         (["--out", "folder"], "--out folder: cannot be written (it is a folder)"),
         (["--nproc", "two"], "--nproc 'two'"),
-        (["--parallel.tp", "2"], "needs 2 ranks, this is one alone"),
+        (["--parallel.tp", "2"], "needs 2 ranks, only one was started"),
         (["--nproc", "2", "--parallel.tp", "4"], "needs 4 ranks, there are 2"),
         (["--data.tokenizer", "nowhere"], "data.tokenizer = 'nowhere': not there; add --synthetic"),
         (["--data.train", "none/there"], "data.train = 'none/there': not there; add --synthetic"),

@@ -385,8 +385,8 @@ def test_settings_that_contradict_are_refused(toy):
     _, _, config = toy
     run = config("contradictory")
     for changes, message in (
-        ({"rate": 0.5}, "conversations are not filled in"),
-        ({"masks": False}, "conversations of a window never see each other"),
+        ({"rate": 0.5}, "conversations take no fill-in-the-middle"),
+        ({"masks": False}, "conversations of a window are always masked"),
     ):
         stream = run.data.stream.__dict__ | (
             {"fim": run.data.stream.fim.__class__(rate=0.5)} if "rate" in changes else {"document_masks": False}

@@ -241,8 +241,8 @@ def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
     ("code", "how"),
     [
         (1, "exit code 1; its own message is above"),
-        (-signal.SIGKILL, "SIGKILL; if nobody sent it, look for a lack of memory"),
-        (-signal.SIGBUS, "SIGBUS; a file was cut off while it was read, or its disk has failed"),
+        (-signal.SIGKILL, "SIGKILL; if nobody sent it, the machine may have run out of memory"),
+        (-signal.SIGBUS, "SIGBUS; a file was truncated while it was read, or its disk has failed"),
     ],
 )
 def test_how_a_rank_ended_is_said(code, how):
@@ -415,11 +415,14 @@ def test_conversations_go_to_sft(case, capsys):
     toml.write_text(to_toml(dataclasses.replace(config, data=talks)))
     with pytest.raises(SystemExit):
         main(["train", str(toml)])
-    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; that is: megacoder sft {toml}\n"
+    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; use megacoder sft {toml}\n"
     for words in (["profile", str(toml)], ["data", "digest", str(toml), "--steps", "1:2"]):
         with pytest.raises(SystemExit):
             main(words)
-        assert f"has prepared them; name the run.toml in its output folder, {config.output}" in capsys.readouterr().err
+        assert (
+            f"been prepared by megacoder sft; name the run.toml in its output folder, {config.output}"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(
@@ -435,7 +438,7 @@ def test_a_users_number_of_threads_counts_and_torchruns_does_not(monkeypatch, ra
 
 def test_a_run_within_its_warmup_says_so(case, capfd):
     train(case.config("cold", steps=2, schedule=ScheduleConfig(peak_lr=1e-2, warmup_steps=9)))
-    assert "steps = 2 end within the warm-up of 9 (" in capfd.readouterr().err
+    assert "steps = 2: the run ends within the warm-up of 9 steps (" in capfd.readouterr().err
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):

@@ -94,7 +94,7 @@ def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, 
     noted(guard, 1)  # which ends the row
     for _ in range(2):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
-    with pytest.raises(RunStopped, match=f"3 updates in a row were left out, the last because {reason}"):
+    with pytest.raises(RunStopped, match=f"3 updates in a row were skipped, the last because {reason}"):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
     assert guard.num_skipped == 5
 
@@ -124,7 +124,7 @@ def test_a_guard_that_is_off_is_off_in_what_a_run_writes_down(case):
 
 @pytest.mark.parametrize("name", ["USR1", "SIGNAL", "SIGKILL", "SIGUSR9"])
 def test_what_is_no_signal_to_answer_is_refused(case, name):
-    with pytest.raises(ConfigError, match=f"stop_signals: '{name}' is no signal"):
+    with pytest.raises(ConfigError, match=f"stop_signals: '{name}' is not a signal"):
         case.config("x", stop_signals=(name,))
 
 
@@ -242,12 +242,14 @@ def test_a_run_that_the_guard_ended_is_not_started_again(ranks, case, capfd):
     config = case.config("ended", guard=GuardConfig(max_skipped=4), checkpoint_every=4, eval_every=8)
     said = ranks.run(2, run_into_the_guard, config)
     assert [line.partition(";")[0] for line in said] == [
-        "4 updates in a row were left out, the last because the loss is nan"
+        "4 updates in a row were skipped, the last because the loss is nan"
     ] * 2
     assert CheckpointReader(config.output).step == 4, "which was whole before the end"
     mark = config.output / "stopped"
     assert mark.read_text() == f"step 6: {said[0]}\n"
-    with pytest.raises(AlikeOnAllRanks, match=r"stopped: the run was ended at step 6: 4 updates .* remove that file$"):
+    with pytest.raises(
+        AlikeOnAllRanks, match=r"stopped: the run was stopped at step 6: 4 updates .* remove that file$"
+    ):
         Trainer(config, ALONE)
     mark.unlink()
     trainer = Trainer(dataclasses.replace(config, guard=GuardConfig(max_skipped=20)), ALONE)
@@ -381,7 +383,7 @@ def test_a_weight_that_drifts_is_named_with_its_rank(ranks, case, size, parallel
     for said, step in ranks.run(size, run_drifting, config, rank, name):
         assert said is not None
         assert said.startswith(f"step 4: {line}"), said
-        assert "goes back to the newest checkpoint, taken when replicas were equal (last in step 3)" in said
+        assert "resumes from the newest checkpoint, taken while replicas were equal (last in step 3)" in said
         assert step == 3, "the update is not made"
 
 

@@ -66,11 +66,11 @@ def test_the_report_says_what_the_run_has_logged(finished, capsys):
     shown = " ".join(reader.texts)
     assert f"{rows[-1]['loss']:.3f}" in reader.texts
     assert f"{rows[-1]['held_out_loss']:.3f}" in reader.texts
-    assert "The newest whole one is of step 6." in shown
-    assert "No update was left out." in shown
+    assert "The newest complete one is of step 6." in shown
+    assert "No update was skipped." in shown
     assert "tp 1" in shown
     assert "pp 2" in shown
-    assert re.search(r"dataset share asked for .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
+    assert re.search(r"dataset target share .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
     assert "<b> & such" in shown, "names are text"
     assert text.count("<polyline") == 7, "loss twice, rate, norm, speed, memory, checkpoints"
     assert "<script" not in text
@@ -102,7 +102,7 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     reader, _ = report_of(tmp_path, "--out", str(tmp_path / "other.html"))
     shown = " ".join(reader.texts)
     assert "2 1 not finite not finite" in shown
-    assert shown.count("The first checkpoint will say.") == 2
+    assert shown.count("Known from the first checkpoint on.") == 2
     assert "2.000" in reader.texts
 
 

@@ -178,7 +178,7 @@ class Story:
                 raise self.broken(faults[0])
         if step < self.whole_step:
             raise self.broken(f"the newest whole checkpoint is of step {step}, it was {self.whole_step}")
-        resumed = [int(found) for found in re.findall(r"going on from step (\d+)", self.said.read_text())]
+        resumed = [int(found) for found in re.findall(r"resuming from step (\d+)", self.said.read_text())]
         if self.whole_step and resumed and resumed[-1] > step:
             raise self.broken(f"a life went on from step {resumed[-1]}, of which there is no checkpoint")
         steps = [row["step"] for row in read_metrics(self.folder / "metrics.jsonl")]

@@ -38,14 +38,14 @@ class CheckpointConfig:
     asynchronous: bool = True
     """write in the background, from a copy of the state in host memory"""
     keep_last: int = 3
-    """newest checkpoints to keep"""
+    """number of newest checkpoints to keep"""
     keep_every: int | None = None
-    """keep those whose step is a multiple of this, too"""
+    """also keep checkpoints whose step is a multiple of this"""
     on_failure: Literal["stop", "go_on"] = "stop"
-    """what a save that fails, as on a full disk, does to the run; the last one of a run must succeed"""
+    """what the run does when a save fails, as on a full disk; the last save of a run must succeed"""
     timeout_seconds: float = 1800.0
-    """longest that a rank waits for the others' files before it gives a save up; it may be above the run's
-    `timeout_seconds`, since no rank is in a collective then"""
+    """how long a rank waits for the others' files before it gives up a save; may exceed the run's `timeout_seconds`,
+    since no rank is in a collective then"""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:

@@ -17,5 +17,5 @@ def attention_flops_per_token(*, layers: int, heads: int, head_dim: int, seq_len
 
 
 def training_flops_per_token(num_matmul_params: int, attention_flops: float) -> float:
-    """6 FLOPs per weight that takes part in a matrix product, forward and backward, and attention's own."""
+    """6 FLOPs per weight that takes part in a matrix product, forward and backward, plus attention's own."""
     return 6.0 * num_matmul_params + attention_flops

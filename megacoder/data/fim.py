@@ -43,22 +43,22 @@ class FimConfig:
     """How many files become fill-in-the-middle examples, and of which kind."""
 
     rate: float = 0.5
-    """share of files that are transformed, 0 to 1"""
+    """share of files to transform, 0 to 1"""
     spm_rate: float = 0.0
-    """share of the transformed files in suffix-prefix-middle order, 0 to 1; the paper uses none"""
+    """share of the transformed files that are in suffix-prefix-middle order, 0 to 1; the paper has none"""
     msp_rate: float = 0.0
-    """share of the transformed files with masked spans instead, 0 to 1; 1 is the paper's ablation"""
+    """share of the transformed files that have masked spans instead, 0 to 1; 1 in the paper's ablation"""
     msp_density: float = 0.15
     """share of a file's characters that masked spans hide, above 0, at most 1"""
     msp_span: float = 10.0
     """mean characters of a masked span, at least 1"""
     context_tokens: int | None = None
-    """transform parts of a file of at most this many tokens (a longer line is a part); None takes files whole"""
+    """transform parts of a file, of at most this many tokens each (or one longer line); None: whole files"""
     only: tuple[str, ...] = ()
-    """suffixes or names, such as ".py" or "Makefile": other files stay as they are. They are read off the path comment
-    that opens each file of a corpus; empty: files of any name, or none"""
+    """suffixes or names of the files to transform, such as ".py" or "Makefile", read from the path comment that opens
+    each file of a corpus; empty: all files, also those without one"""
     never: tuple[str, ...] = ()
-    """suffixes or names of files that stay as they are"""
+    """suffixes or names of files not to transform"""
 
     def __post_init__(self) -> None:
         for name in ("rate", "spm_rate", "msp_rate"):

@@ -24,21 +24,21 @@ class ModelConfig:
     num_key_value_heads: int = 16
     """key-value heads G; H is a multiple of it"""
     head_dim: int = 128
-    """dim of a head K; H * K need not be hidden_size"""
+    """dim K of a head; H * K need not equal hidden_size"""
     rms_norm_eps: float = 1e-6
-    """inside the root of RMSNorm"""
+    """added under the square root of RMSNorm"""
     rope_theta: float = 100000.0
     """RoPE base"""
     rope_factor: float = 1.0
-    """linear position interpolation: positions are divided by it; DeepSeek-Coder's 16K models use 4"""
+    """linear position interpolation: positions are divided by this; DeepSeek-Coder's 16K models use 4"""
     max_position_embeddings: int = 16384
     """longest sequence the model is meant for"""
     tie_word_embeddings: bool = False
-    """whether the head shares the embedding's weights"""
+    """share the embedding's weights with the head"""
     init_std: float = 0.006
-    """standard deviation of every matrix at the start (arXiv:2401.02954, 2.2)"""
+    """standard deviation of every matrix at initialization (arXiv:2401.02954, 2.2)"""
     vocab_multiple: int = 128
-    """rows of embedding and head are padded to a multiple of it; padding is never predicted nor exported"""
+    """pad the rows of embedding and head to a multiple of this; padding is neither predicted nor exported"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -34,7 +34,7 @@ class AdamWConfig:
     beta2: float = 0.95
     """decay of the second moment"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """added to the square root of the second moment"""
     weight_decay: float = 0.1
     """decoupled decay, applied to matrices and embeddings, not to norms"""
 

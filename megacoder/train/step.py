@@ -1,7 +1,7 @@
 """What training and its profile have in common: the ranks, what each of them holds, and one update.
 
-The loop puts checkpoints, logs and signals around it, the profile a clock. Neither has a step of its own, so that what
-is measured is what trains.
+The loop puts checkpoints, logs and signals around the update, the profile a clock. Neither has a step of its own, so
+that what is measured is what trains.
 """
 
 import os
@@ -62,13 +62,13 @@ class StepResult:
     grad_norm: float
     """before clipping; inf where it is not finite"""
     skipped: bool
-    """whether the update was left out"""
+    """whether the update was skipped"""
     stop: bool
     """a rank was asked to stop"""
 
 
 def start_ranks(config: RunConfig) -> World:
-    """Joins the ranks that torchrun started, or this process alone; ConfigError where they cannot run `config`."""
+    """Joins the ranks that torchrun started, or is one alone; ConfigError if they cannot run `config`."""
     machine = probe()
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
@@ -83,8 +83,8 @@ def start_ranks(config: RunConfig) -> World:
 
 
 def threads_of_a_rank(num_cores: int) -> int:
-    """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun puts there for several ranks
-    is nobody's wish."""
+    """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun sets for several ranks is
+    ignored, since nobody chose it."""
     num_ranks, asked = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > (num_ranks > 1):
         return int(asked)
@@ -92,7 +92,7 @@ def threads_of_a_rank(num_cores: int) -> int:
 
 
 def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:
-    """The config's dtype; for `auto` what the run began with, or the faster one as the first rank measures it."""
+    """The config's dtype; for `auto` the one that the run began with, or the faster one by the first rank's measure."""
     if config.dtype != "auto":
         return config.dtype
     begun = config.output / "run.toml"
@@ -108,9 +108,9 @@ def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer; ConfigError where the model has another vocabulary.
+    """The run's tokenizer; ConfigError if the model has another vocabulary.
 
-    A model that starts from given weights may have ids to spare, as DeepSeek-Coder's do: 32,256 for 32,022 tokens.
+    A model that starts from given weights may have spare ids, as DeepSeek-Coder's do: 32,256 for 32,022 tokens.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
     spare = config.model.vocab_size - tokenizer.vocab_size
@@ -140,7 +140,7 @@ def open_stream(
     if data.conversations.train:
         if not data.train:
             raise ConfigError(
-                "data.train = []: conversations are read as megacoder sft has prepared them; name the run.toml in its "
+                "data.train = []: conversations must have been prepared by megacoder sft; name the run.toml in its "
                 f"output folder, {config.output}"
             )
         return open_conversations(config, data.train[0], tokenizer, dp_rank=dp_rank, dp_size=dp_size)
@@ -174,10 +174,10 @@ def run_step(
     replicas: ReplicaCheck | None = None,
     stop_asked: bool = False,
 ) -> StepResult:
-    """Update `number`, from 1: one global batch and one optimizer step, left out past `limits` on all ranks alike.
+    """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
-    `replicas` are compared when it is time, and where the step ends with a checkpoint. `stop_asked` on one rank reaches
-    all, and is answered with one.
+    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` is
+    set on any rank.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
@@ -195,7 +195,7 @@ def run_step(
         lr=config.learning_rate(number),
         num_tokens=max(1, int(counted)),
         max_grad_norm=config.max_grad_norm,
-        skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # a loss that is not a number is above, too
+        skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # NaN counts as above
     )
     return StepResult(
         loss=loss, num_tokens=int(counted), grad_norm=grad_norm,

@@ -96,7 +96,7 @@ def _infills(evaluation: dict[str, Any]) -> str:
         parts.append(code(before, hole["completion"].rstrip("\n") or "(nothing)", after))
         parts.append(paragraph("the truth" + (", found exactly" if hole["exact_match"] else "") + ":"))
         parts.append(code(hole["truth"]))
-    return section("Holes in code it has never seen", *parts)
+    return section("Gaps in code it has never seen", *parts)
 
 
 def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
@@ -106,7 +106,7 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key-value) of {model.head_dim}, vocabulary "
         f"{model.vocab_size:,}; {config.steps:,} steps of {config.global_batch_size} x "
         f"{config.data.stream.seq_length} tokens, AdamW at {config.schedule.peak_lr:g}, three stages, fill-in-the-middle "
-        f"rate {config.data.stream.fim.rate:g}. Training loss counts the reordered documents as they are; held-out loss "
+        f"rate {config.data.stream.fim.rate:g}. Training loss is that of the reordered documents; held-out loss "
         "is plain next-token prediction."
     )
     return section(

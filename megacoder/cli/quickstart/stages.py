@@ -1,8 +1,8 @@
 """The stages, in order, each skipped when its output is there already.
 
 Every stage is a command of its own (`corpus build`, `tokenizer train`, `preprocess`, `train`, `checkpoint export`,
-`eval`) and writes its output whole or not at all, so that after Ctrl-C or a crash the same command goes on. The options
-of a folder are fixed by its first run.
+`eval`) and writes its output completely or not at all, so that the same command resumes after Ctrl-C or a crash. The
+options of a folder are fixed by its first run.
 """
 
 import json
@@ -58,12 +58,12 @@ __all__ = ["main", "run_quickstart"]
 HELD_OUT_BYTES = 1_000_000
 """Enough for a stable figure, little enough to score in half a minute."""
 NUM_INFILL_TASKS = 200
-"""Held-out lines that the model is asked for."""
+"""Held-out lines that the model is to fill in."""
 SHOWN_INFILLS = 3
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs or resumes every stage; ends with three infilled holes and the place of the report."""
+    """Runs or resumes every stage; ends with three filled gaps and the path of the report."""
     run_quickstart(parse_args(QuickstartOptions, argv, prog="megacoder quickstart"))
 
 
@@ -84,7 +84,7 @@ def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) ->
     say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
 
     corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
-    if not places.options.exists():  # only now: a folder that began with a mistake stays free
+    if not places.options.exists():  # only now: after a failed start the options may change
         write_text(places.options, to_toml(options))
     print_report(corpus, max_repositories=8)
     _stage("2/7 tokenizer", lambda: make_tokenizer(options, places))
@@ -99,7 +99,7 @@ def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) ->
 
 
 def check_options(places: Places, options: QuickstartOptions) -> None:
-    """ConfigError where the folder was begun with other options."""
+    """ConfigError if the folder was begun with other options."""
     if places.options.exists():
         old = load_toml(QuickstartOptions, places.options)
         check_same(old, options, where=str(places.options), free={"out"}, advice="choose another --out")
@@ -123,9 +123,9 @@ def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
     )
     if report.accounts.heldout.files == 0:
         raise CorpusError(
-            f"{places.corpus}: one file is too little to hold any out; give more with --input, or remove {places.root}"
+            f"{places.corpus}: too little to hold anything out; give more with --input, or remove {places.root}"
         )
-    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises where there is no line to ask for
+    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises if there is no line to fill in
     return report
 
 

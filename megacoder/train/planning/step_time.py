@@ -1,7 +1,7 @@
-"""The time of a step: its pipeline's makespan, what data parallel exchanges stick out of it, and the update.
+"""The time of a step: its pipeline's makespan, the data parallel exchanges that it does not hide, and the update.
 
-The head is all in the last stage's forward, and stages hold the layers that the run would give them. Gradients leave
-behind the last microbatch's backward and weights arrive behind the first one's forward (see
+The head is all in the last stage's forward, and stages hold the layers that the run would give them. Gradients are sent
+during the last microbatch's backward and weights arrive during the first one's forward (see
 `megacoder.parallel.buckets`); only what those do not cover is waited for.
 """
 
@@ -25,7 +25,7 @@ class StepTime:
     pipeline: float
     """forwards and backwards, waiting among stages included"""
     exchange: float
-    """gradients and weights among data parallel ranks, as far as nothing hides it"""
+    """gradients and weights among data parallel ranks, the part that nothing hides"""
     update: float
     """AdamW, the norm and clearing the gradient"""
 
@@ -36,7 +36,7 @@ class StepTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What a step time means."""
+    """A step's time as rates."""
 
     tokens_per_second: float
     """of all devices"""
@@ -69,7 +69,7 @@ def step_time(job: Job, variant: Variant, pipe: Pipeline, device: Device, shares
 
 
 def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) -> float:
-    """About what `step_time` says, of layers shared out evenly and without a schedule's list: to order many."""
+    """An estimate of `step_time`, for layers split evenly and without simulating the schedule: to order many."""
     layer = layer_times(job, variant, device, shares)
     head = head_seconds(job, variant, device, shares)
     work = job.model.num_hidden_layers * (layer.forward + layer.input_grad + layer.weight_grad) + head
@@ -100,7 +100,7 @@ def throughput(job: Job, variant: Variant, device: Device, seconds: float) -> Th
 def _whole(
     job: Job, variant: Variant, pipe: Pipeline, device: Device, shares: Shares, costs: Costs, seconds: float
 ) -> StepTime:
-    """With the exchange and the update of the rank that has most of both."""
+    """Adds the longest exchange and the longest update of any rank."""
     dims = variant.dims
     shards = dims.dp * dims.cp
     link = shard_link(variant, device, shares)

@@ -166,7 +166,7 @@ def edit_config(folder, **changes):
         ({"architectures": None}, "architecture 'none named'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),

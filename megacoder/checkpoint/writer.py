@@ -24,6 +24,7 @@ import torch
 from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
+from megacoder.core.config import check_seconds
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
 from megacoder.parallel.collectives import World, all_reduce_sum, barrier, broadcast_from_first, gather_json
@@ -52,8 +53,7 @@ class CheckpointConfig:
             raise ConfigError(f"keep_last = {self.keep_last}: must be at least 1")
         if self.keep_every is not None and self.keep_every < 1:
             raise ConfigError(f"keep_every = {self.keep_every}: must be positive; omit it to keep none permanently")
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds = {self.timeout_seconds}: must be positive")
+        check_seconds("checkpoint.timeout_seconds", self.timeout_seconds)
 
 
 class CheckpointWriter:

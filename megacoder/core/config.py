@@ -24,6 +24,7 @@ from megacoder.core.errors import ConfigError
 
 __all__ = [
     "check_same",
+    "check_seconds",
     "from_dict",
     "load_toml",
     "nearest",
@@ -139,6 +140,12 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
         if before != after and field.name not in free:
             key, was, now = _first_difference(field.name, before, after)
             raise ConfigError(f"{where} was made with {key} = {was!r}, not {now!r}; {advice}")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """ConfigError unless `value`, the setting `name`, is a time-out in seconds that clocks can add to a date."""
+    if not 0 < value <= 1e8:
+        raise ConfigError(f"{name} = {value}: must be positive, and at most 1e8 (three years)")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:

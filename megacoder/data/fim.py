@@ -21,6 +21,7 @@ Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, documen
 (arXiv:2207.14255); Raffel et al. (arXiv:1910.10683, section 3.3.4).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class FimConfig:
             )
         if not 0.0 < self.msp_density <= 1.0:
             raise ConfigError(f"fim.msp_density = {self.msp_density}: a share above 0, at most 1")
-        if not self.msp_span >= 1.0:
-            raise ConfigError(f"fim.msp_span = {self.msp_span}: at least 1 character")
+        if not 1.0 <= self.msp_span < math.inf:
+            raise ConfigError(f"fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
         if self.context_tokens is not None and self.context_tokens < 1:
             raise ConfigError(f"fim.context_tokens = {self.context_tokens}: at least 1")
 

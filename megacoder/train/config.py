@@ -4,12 +4,14 @@ A relative path is relative to the folder that the command runs in. `output` rec
 resolved), `metrics.jsonl`, TensorBoard events and `checkpoints/`.
 """
 
+import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.config import check_seconds
 from megacoder.core.errors import ConfigError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
@@ -22,7 +24,10 @@ from megacoder.train.guard import GuardConfig
 from megacoder.train.layout import Layout, LayoutRequest
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 
-__all__ = ["DataConfig", "RunConfig"]
+__all__ = ["RUN_TOML", "DataConfig", "RunConfig"]
+
+RUN_TOML = "run.toml"
+"""In a run's folder: its settings, resolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ class RunConfig:
     micro_batch_size: int = 8
     """sequences per forward and backward on one rank"""
     max_grad_norm: float = 1.0
-    """clip the gradient norm to this"""
+    """clip the gradient norm to this; 0: do not clip"""
     data_workers: int = 1
     """threads that prepare batches ahead; 0 prepares each batch when it is needed"""
     seed: int = 1234
@@ -125,9 +130,9 @@ class RunConfig:
                      "eval_every", "eval_batches", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("max_grad_norm", "timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
+        check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
                 raise ConfigError(f"stop_signals: {name!r} is not a signal that a run can handle; use e.g. 'SIGUSR1'")
@@ -141,6 +146,11 @@ class RunConfig:
                 "execution.cuda_graph = true with masked documents (data.stream.document_masks, data.conversations): "
                 "every microbatch has other masks, but a graph always replays the same; leave cuda_graph out"
             )
+
+    @property
+    def clip_norm(self) -> float:
+        """The norm that gradients are clipped to, inf if they are not."""
+        return self.max_grad_norm or math.inf
 
     def ends_with_checkpoint(self, step: int) -> bool:
         """Whether a checkpoint follows step `step` (1 .. steps)."""

@@ -21,13 +21,13 @@ from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
-from megacoder.parallel.collectives import World, failing_together
+from megacoder.parallel.collectives import World, failing_together, gather_json
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
-from megacoder.train.metrics_log import MetricsLog
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
@@ -92,7 +92,7 @@ class Trainer:
 
         self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
-        self.guard = Guard(config.guard, max_grad_norm=config.max_grad_norm)
+        self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if self.step and world.is_first:
@@ -113,7 +113,8 @@ class Trainer:
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # set by nohup
             numbers = [number for number in numbers if number != signal.SIGHUP]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
-        log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
+        owed = self._owed_held_out()
+        log = MetricsLog(config.output, resume_step=self.step, amend=owed) if self.world.is_first else None
         try:
             with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
                 while self.step < config.steps:
@@ -122,11 +123,11 @@ class Trainer:
                     self.step += 1
                     seconds = time.perf_counter() - began
                     interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
-                    held_out = {} if interrupted else self._maybe_held_out()
+                    held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
                     if log is not None:
                         metrics = self._metrics(result, seconds)
                         bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
-                        if self.step % config.log_every == 0 or held_out:
+                        if self.step % config.log_every == 0 or self._held_out_is_due():
                             log.write(self.step, {**metrics, **held_out})
                             self._checkpoint_seconds = 0.0
                     if interrupted:
@@ -155,7 +156,7 @@ class Trainer:
         number = self.step + 1
         result = run_step(
             self.engine, self.batches, self.config, number,
-            limits=self.guard.limits(), replicas=self.replicas, stop_asked=self._stop_asked is not None,
+            limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
         )  # fmt: skip
         reason = self.guard.note(loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
         if reason is not None and self.world.is_first:
@@ -182,12 +183,24 @@ class Trainer:
             "tflops": training_flops_per_token(model.num_matmul_params, attention) * sequence_tokens / seconds / 1e12,
         }
 
-    def _maybe_held_out(self) -> dict[str, float]:
+    def _held_out_is_due(self) -> bool:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
-        if self.held_out is None or not due:
+        return self.held_out is not None and due
+
+    def _maybe_held_out(self) -> dict[str, float]:
+        if self.held_out is None or not self._held_out_is_due():
             return {}
         self.world.journal.at("held-out loss")
-        return {"held_out_loss": self.held_out.loss(self.engine)}
+        return {HELD_OUT_LOSS: self.held_out.loss(self.engine)}
+
+    def _owed_held_out(self) -> dict[str, float]:
+        """The loss that was due when the run was interrupted, and which its last line of metrics lacks."""
+        if not self._held_out_is_due():
+            return {}
+        lacks = self.world.is_first and not any(
+            HELD_OUT_LOSS in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
+        )
+        return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 
     def _checkpoint(self) -> None:
         self.world.journal.at(CHECKPOINT)

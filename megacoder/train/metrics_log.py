@@ -23,20 +23,26 @@ from megacoder.core.console import say
 from megacoder.core.errors import FormatError
 from megacoder.core.files import write_text
 
-__all__ = ["METRICS", "MetricsLog", "read_metrics"]
+__all__ = ["HELD_OUT_LOSS", "METRICS", "MetricsLog", "read_metrics"]
 
 METRICS = "metrics.jsonl"
 """In a run's folder."""
+HELD_OUT_LOSS = "held_out_loss"
+"""In the lines of steps after which it was measured."""
 
 
 class MetricsLog:
     """Appends to `folder`/metrics.jsonl and `folder`/tensorboard."""
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    def __init__(self, folder: Path, *, resume_step: int, amend: dict[str, float] | None = None) -> None:
+        """`amend` is added to the line of `resume_step`: what an interruption had left to be measured."""
         board = folder / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        amend = amend or {}
+        if amend and kept and kept[-1]["step"] == resume_step:
+            kept[-1] |= _plain(amend)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._lines = _Appender(path)
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
@@ -44,22 +50,30 @@ class MetricsLog:
         self._record(Event(file_version="brain.Event:2"))
         # TensorBoard drops what earlier files have from this step on.
         self._record(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        if amend:
+            self._record_values(resume_step, amend)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, with null for what is not finite, which JSON lacks; TensorBoard gets the numbers by their names."""
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.append((json.dumps({"step": step, **row}) + "\n").encode())
-        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._record(Event(step=step, summary=Summary(value=entries)))
+        self._lines.append((json.dumps({"step": step, **_plain(values)}) + "\n").encode())
+        self._record_values(step, values)
 
     def close(self) -> None:
         """Closes both files; reports lines that were lost."""
         for appender in (self._lines, self._events):
             appender.close()
 
+    def _record_values(self, step: int, values: dict[str, float]) -> None:
+        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._record(Event(step=step, summary=Summary(value=entries)))
+
     def _record(self, event: Event) -> None:
         event.wall_time = time.time()
         RecordWriter(self._events).write(event.SerializeToString())
+
+
+def _plain(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class _Appender:

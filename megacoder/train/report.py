@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
 from megacoder.core.errors import MegacoderError
@@ -14,8 +14,8 @@ from megacoder.core.html import Series, line_chart, page, paragraph, picture, se
 from megacoder.data.blend import blend_counts, blend_table
 from megacoder.parallel.schedules import Costs, build_schedule, simulate
 from megacoder.parallel.schedules.draw import picture_of
-from megacoder.train.config import RunConfig
-from megacoder.train.metrics_log import METRICS, read_metrics
+from megacoder.train.config import RUN_TOML, RunConfig
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
 from megacoder.version import __version__
 
 __all__ = ["loss_chart", "speed_chart", "write_run_report"]
@@ -31,10 +31,10 @@ def write_run_report(run: Path, path: Path) -> int:
 
     Raises MegacoderError where no step has been logged there.
     """
-    config, rows = load_toml(RunConfig, run / "run.toml"), read_metrics(run / METRICS)
+    config, rows = load_toml(RunConfig, run / RUN_TOML), read_metrics(run / METRICS)
     if not rows:
         raise MegacoderError(f"{run}: no step has been logged yet; train first")
-    reader = CheckpointReader(run / "checkpoints") if step_folders(run / "checkpoints") else None
+    reader = CheckpointReader(run / CHECKPOINTS) if step_folders(run / CHECKPOINTS) else None
     lead = (
         f"megacoder {__version__}; step {rows[-1]['step']:,} of {config.steps:,}; "
         f"{config.model.num_params / 1e6:,.1f} M parameters, {config.dtype}, seed {config.seed}"
@@ -46,7 +46,7 @@ def write_run_report(run: Path, path: Path) -> int:
 
 def loss_chart(rows: Rows) -> str:
     """Training and held-out loss over steps."""
-    lines = [_series("training", rows, "loss"), _series("held out", rows, "held_out_loss")]
+    lines = [_series("training", rows, "loss"), _series("held out", rows, HELD_OUT_LOSS)]
     return line_chart([line for line in lines if line.points], x_label="step", y_label="loss, nats per token")
 
 
@@ -66,7 +66,7 @@ def _chart(name: str, rows: Rows, key: str, y_label: str) -> str:
 
 def _headline(rows: Rows) -> str:
     losses = [row["loss"] for row in rows if row["loss"] is not None]
-    held_out = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
+    held_out = [row[HELD_OUT_LOSS] for row in rows if row.get(HELD_OUT_LOSS) is not None]
     speed = statistics.median(row["tokens_per_second"] for row in rows)
     items = [
         ("tokens trained on", f"{rows[-1]['tokens'] / 1e6:,.2f} M"),

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,12 @@ from megacoder.model.transformer import Transformer, TransformerPart, WeightPiec
 from megacoder.parallel.collectives import barrier, failing_together, gather_json
 from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
-from megacoder.train.config import RunConfig
+from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.metrics_log import METRICS
 
-__all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
+__all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
@@ -63,19 +63,13 @@ class RunFolder:
         _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
         self._hold()
-        path = config.output / "run.toml"
-        # Any setting of a run that has done no step, such as one that ran out of memory, may change.
-        has_toml = path.exists() and _has_begun(config.output)
-        old = None
-        if has_toml:
-            old = load_toml(RunConfig, path)
-            check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
+        old = check_same_run(config)
         self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
         self._newest = self._open_newest()
         if self._newest is not None:
             _check_goes_on(self._newest, config, old)
         if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
-            write_text(path, to_toml(config))
+            write_text(config.output / RUN_TOML, to_toml(config))
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -172,6 +166,27 @@ class RunFolder:
         self._held.close()
 
 
+def check_same_run(config: RunConfig) -> RunConfig | None:
+    """The settings of the run that has begun in `config.output`, None if none has; ConfigError if it is another run.
+
+    A run that has done no step, such as one that ran out of memory, has not begun: any setting may change.
+    """
+    path = config.output / RUN_TOML
+    if not (path.exists() and _has_begun(config.output)):
+        return None
+    old = load_toml(RunConfig, path)
+    if config.dtype == "auto":  # resolved when the run began
+        config = replace(config, dtype=old.dtype)
+    _check_same_settings(old, config, where=str(path))
+    return old
+
+
+def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
+    # Rows that pad the vocabulary are in no checkpoint, and another tp may need other ones.
+    new = replace(new, model=replace(new.model, vocab_multiple=old.model.vocab_multiple))
+    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+
+
 def _has_begun(output: Path) -> bool:
     metrics = output / METRICS
     return bool(step_folders(output / CHECKPOINTS)) or (metrics.exists() and metrics.stat().st_size > 0)
@@ -238,10 +253,12 @@ def _check_goes_on(reader: CheckpointReader, config: RunConfig, old: RunConfig |
             f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can "
             f"resume; choose another output, and start from these weights with init_from = {output!r}"
         )
-    check_same(model_of(reader), config.model, where=f"{where}.model", free=(), advice="choose another output")
+    check_same(
+        model_of(reader), config.model, where=f"{where}.model", free={"vocab_multiple"}, advice="choose another output"
+    )
     if old is None:
         old = from_dict(RunConfig, reader.state["config"], where=where)
-        check_same(old, config, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+        _check_same_settings(old, config, where=where)
     _check_same_past(old, config, reader.step)
 
 

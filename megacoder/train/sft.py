@@ -14,7 +14,7 @@ from typing import Any
 
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
-from megacoder.core.files import write_json
+from megacoder.core.files import exclusive, making_dir, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
@@ -22,7 +22,7 @@ from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
-from megacoder.train.run_folder import open_start
+from megacoder.train.run_folder import check_same_run, open_start
 from megacoder.train.step import open_conversations, start_ranks
 
 __all__ = ["DEFAULTS", "prepare", "prepared_run", "sft"]
@@ -33,6 +33,10 @@ DEFAULTS: dict[str, Any] = {
     "data": {"train": ["made by megacoder sft"], "stream": {"document_masks": True, "fim": {"rate": 0.0}}},
 }
 """What a TOML file may leave out: the paper's settings (arXiv:2401.14196, 3.5)."""
+
+
+PREPARING_SECONDS = 24 * 3600.0
+"""How long ranks wait for the first one, which prepares the conversations: a core encodes about 1 MB a second."""
 
 
 def prepared_run(config: RunConfig) -> RunConfig:
@@ -61,9 +65,19 @@ def prepared_run(config: RunConfig) -> RunConfig:
 
 
 def prepare(config: RunConfig) -> RunConfig:
-    """Makes what `prepared_run(config)` reads, unless it is there; returns that run."""
+    """Makes what `prepared_run(config)` reads, unless it is there; returns that run.
+
+    Raises, and changes nothing, if the output folder belongs to another run, or if a run is at work in it.
+    """
     run = prepared_run(config)
     open_start(run)  # fails here if the weights are missing or of another model
+    with making_dir(config.output), exclusive(config.output, what="run"):
+        check_same_run(run)
+        _prepare(config, run)
+    return run
+
+
+def _prepare(config: RunConfig, run: RunConfig) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     conversations = config.data.conversations
     before = idx_path(run.data.train[0]).stat().st_mtime_ns if idx_path(run.data.train[0]).exists() else None
@@ -75,7 +89,6 @@ def prepare(config: RunConfig) -> RunConfig:
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
     for prefix in filter(None, (run.data.train[0], run.data.valid)):
         open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # fails here if windows are too short
-    return run
 
 
 def sft(config: RunConfig) -> None:
@@ -84,7 +97,7 @@ def sft(config: RunConfig) -> None:
     check_inputs(config)
     if os.environ.get("RANK", "0") == "0":
         prepare(config)  # the others wait until this rank joins them, so that a malformed row starts nothing
-    world = start_ranks(run)
+    world = start_ranks(run, join_seconds=PREPARING_SECONDS)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
         Trainer(run, world).run()
     world.close()

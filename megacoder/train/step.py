@@ -4,7 +4,9 @@ The loop puts checkpoints, logs and signals around the update, the profile a clo
 that what is measured is what trains.
 """
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -24,7 +26,7 @@ from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.collectives import World, broadcast_from_first, launched_ranks, start_world
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.parallel.mesh import Mesh
-from megacoder.train.config import RunConfig
+from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
@@ -67,8 +69,11 @@ class StepResult:
     """a rank was asked to stop"""
 
 
-def start_ranks(config: RunConfig) -> World:
-    """Joins the ranks that torchrun started, or is one alone; ConfigError if they cannot run `config`."""
+def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
+    """Joins the ranks that torchrun started, or is one alone; ConfigError if they cannot run `config`.
+
+    `join_seconds` is how much later than this rank others may come, at least.
+    """
     machine = probe()
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
@@ -79,7 +84,10 @@ def start_ranks(config: RunConfig) -> World:
         torch.set_num_threads(threads_of_a_rank(machine.num_cores))
         keep_freed_memory()
     config.layout(launched_ranks() or 1)  # what cannot work is refused before ranks wait for others
-    return start_world(device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory)
+    return start_world(
+        device_type, timeout_seconds=config.timeout_seconds, join_seconds=join_seconds,
+        shared_memory=config.parallel.shared_memory,
+    )  # fmt: skip
 
 
 def threads_of_a_rank(num_cores: int) -> int:
@@ -95,7 +103,7 @@ def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float
     """The config's dtype; for `auto` the one that the run began with, or the faster one by the first rank's measure."""
     if config.dtype != "auto":
         return config.dtype
-    begun = config.output / "run.toml"
+    begun = config.output / RUN_TOML
     is_bf16 = torch.zeros((), device=world.device)
     if world.is_first:
         is_bf16.fill_(
@@ -172,12 +180,12 @@ def run_step(
     *,
     limits: Limits = Limits(),  # noqa: B008, it is frozen
     replicas: ReplicaCheck | None = None,
-    stop_asked: bool = False,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
-    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` is
-    set on any rank.
+    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` says
+    so on any rank. It is called as late as ranks can still agree on the answer, so that a signal costs no further step.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
@@ -185,16 +193,16 @@ def run_step(
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
     journal.at(UPDATE)
-    loss_sum, counted, stop = engine.sum_losses(part, stop_asked)
+    loss_sum, counted, stop = engine.sum_losses(part, stop_asked())
     if replicas is not None:
         replicas.maybe_compare(number, saves=stop > 0 or config.ends_with_checkpoint(number))
         journal.at(UPDATE)
-    loss = loss_sum / max(1.0, counted)
+    loss = loss_sum / counted if counted else math.nan  # no token is trained: the update is skipped
     num_updates = engine.optimizer.num_updates
     grad_norm = engine.update(
         lr=config.learning_rate(number),
         num_tokens=max(1, int(counted)),
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.clip_norm,
         skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # NaN counts as above
     )
     return StepResult(

@@ -392,4 +392,4 @@ def test_a_checkpoint_that_does_not_say_its_model_is_not_exported(tmp_path, caps
     assert reader_of.step == 3
     code, _, err = run(capsys, "export", tmp_path / "bare", tmp_path / "hf")
     assert code == 1
-    assert "state.config.model: not there" in err
+    assert "state.config.model: missing" in err

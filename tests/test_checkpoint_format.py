@@ -218,7 +218,7 @@ EDITS = {
     "file member": (lambda table: table["files"][FIRST].pop("size"), "expected the members size, crc32"),
     "kind": (lambda table: table["tensors"].update(weight=3), "weight = 3: expected dict"),
     "dtype": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(dtype="F8"), "dtype 'F8'"),
-    "shape": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(shape=[3]), "no box of shape [3]"),
+    "shape": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(shape=[3]), "not a box in shape [3]"),
     "offsets": (lambda table: piece(table).update(offsets=[2, 1]), "offsets (2, 1) and sizes (1, 4) are not a box"),
     "negative": (lambda table: piece(table).update(offsets=[-1, 0]), "= -1: expected a non-negative integer"),
     "empty box": (lambda table: piece(table).update(sizes=[0, 4]), "are not a box"),

@@ -177,7 +177,7 @@ def edit_config(folder, **changes):
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": 2.5}, r"num_hidden_layers = 2\.5"),
         ({"num_attention_heads": 3}, "num_attention_heads = 3 is not a multiple"),
-        ({"torch_dtype": "int8"}, "torch_dtype 'int8'"),
+        ({"torch_dtype": "int8"}, "torch_dtype = 'int8'"),
         ({"vocab_size": 98}, r"model.embed_tokens.weight has shape \[97, 64\]; config.json implies \[98, 64\]"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "tensor model.layers.1.* has no place"),

@@ -58,7 +58,7 @@ def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = [size_fault(folder / name, sums.size) for name, sums in manifest.files.items()]
     match = _STEP_NAME.fullmatch(folder.name)
     if match and int(match.group(1)) != manifest.step:
-        faults.append(f"{folder / MANIFEST}: says step {manifest.step}, which is not the folder's step")
+        faults.append(f"{folder / MANIFEST}: is of step {manifest.step}, which is not the folder's step")
     for child in sorted(folder.iterdir()):
         if child.name != MANIFEST and child.name not in manifest.files:
             faults.append(f"{child}: not part of the checkpoint; move it elsewhere")

@@ -18,6 +18,7 @@ from megacoder.cli import checkpoint_convert
 from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, MegacoderError
+from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
@@ -396,6 +397,19 @@ def test_settings_that_contradict_are_refused(toy):
             prepared_run(RunConfig(**{**run.__dict__, "data": data}))
 
 
+def test_a_run_of_other_settings_leaves_a_begun_run_as_it_was(toy):
+    _, _, config = toy
+    first = config("begun", steps=1, checkpoint_every=1)
+    sft(first)
+    others = [path for path in first.output.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in others}
+    with pytest.raises(ConfigError, match="choose another output"):
+        prepare(config("begun", chat=FormatConfig(kind="script")))
+    with exclusive(first.output, what="run"), pytest.raises(MegacoderError, match="another run is working here"):
+        prepare(first)
+    assert {path: path.read_bytes() for path in first.output.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
@@ -416,7 +430,7 @@ def test_under_torchrun_bad_input_is_met_before_ranks_meet(toy, tmp_path, monkey
         conversations = dataclasses.replace(run.data.conversations, train=(broken,))
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, conversations=conversations))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda _: pytest.fail("ranks meet"))
+    monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda *_, **__: pytest.fail("ranks meet"))
     for rank in ranks:
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(MegacoderError, match=message) as raised:

@@ -198,7 +198,7 @@ def test_microbatches_do_not_change_the_run(case, alone):
         assert ours == {key: pytest.approx(value, rel=2e-5) for key, value in reference.items()}
 
 
-@pytest.mark.parametrize("stop_at", [2, 5])
+@pytest.mark.parametrize("stop_at", [2, 4, 5])  # a held-out loss is due in step 4, and measured on resuming
 def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     config = case.config(f"stopped-{stop_at}")
     trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
@@ -220,6 +220,21 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     ours, expected = (CheckpointReader(folder / "checkpoints") for folder in (config.output, alone))
     for kind, name in expected.tensors():
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
+
+
+def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch):
+    trainer = Trainer(case.config("signal-in-step"), World(0, 1, 0, torch.device("cpu"), None))
+    forward_backward = trainer.engine.forward_backward
+
+    def interrupted(microbatches):
+        part = forward_backward(microbatches)
+        if trainer.step + 1 == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return part
+
+    monkeypatch.setattr(trainer.engine, "forward_backward", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 2 "):
+        trainer.run()
 
 
 def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
@@ -454,7 +469,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps = 0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm = -1.0"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm = inf: must be positive, or 0 for no clipping"),
+        ({"timeout_seconds": math.inf}, "timeout_seconds = inf"),
+        ({"checkpoint": {"timeout_seconds": math.inf}}, "checkpoint.timeout_seconds = inf"),
         ({"schedule": {"peak_lr": -1.0}}, "peak_lr = -1.0"),
         ({"data": {"stream": {"seq_length": 128}}}, "seq_length = 128 exceeds model.max_position_embeddings = 64"),
     ],
@@ -473,6 +491,31 @@ def test_settings_out_of_range_are_refused(case, changes, message):
             table[key] = value
     with pytest.raises(ConfigError, match=message):
         from_dict(RunConfig, table, where="run.toml")
+
+
+def test_without_clipping_large_gradients_count_in_full(case):
+    norms = {}
+    for limit in (0.0, 1e9, 1e-3):
+        config = case.config(f"clip-{limit}", max_grad_norm=limit, steps=2, checkpoint_every=2)
+        train(config)
+        norms[limit] = [row["grad_norm"] for row in curve(config.output)]
+    assert norms[0.0] == norms[1e9] != norms[1e-3]
+
+
+def test_an_update_without_a_trained_token_is_skipped(case):
+    trainer = Trainer(case.config("nothing-trained"), World(0, 1, 0, torch.device("cpu"), None))
+    before = [param.clone() for param in trainer.engine.model.parameters()]
+    next_batch = trainer.batches.next_batch
+
+    def without_labels():
+        batch = next_batch()
+        batch.labels.fill_(-100)
+        return batch
+
+    trainer.batches.next_batch = without_labels
+    result = trainer.update()
+    assert (result.skipped, result.num_tokens, trainer.guard.num_skipped) == (True, 0, 1)
+    assert all(map(torch.equal, before, trainer.engine.model.parameters()))
 
 
 def test_damaged_data_is_refused_with_the_file_named(case, tmp_path):
@@ -515,7 +558,16 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": math.nan}, {"weight_decay": -1.0}]
+    "setting",
+    [
+        {"beta1": 1.0},
+        {"beta1": 1 - 1e-8},
+        {"beta2": -0.1},
+        {"eps": 0.0},
+        {"eps": 1e-46},
+        {"weight_decay": math.nan},
+        {"weight_decay": -1.0},
+    ],
 )
 def test_optimizer_settings_out_of_range_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):

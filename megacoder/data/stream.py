@@ -157,7 +157,7 @@ class TokenStream:
             "tokenizer": tokenizer.digest,
             "num_streams": self.num_streams,
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
-            **({"weights": list(weights)} if len(datasets) > 1 else {}),
+            **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
             **({"fim_rates": list(rates)} if fim_rates else {}),
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {"turned": TURNED}),
         }

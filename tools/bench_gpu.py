@@ -36,7 +36,6 @@ from contenders.one_gpu import Contender, Data, Step, build
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 
@@ -155,15 +154,9 @@ def measure(options: Options) -> dict[str, Any]:
     tokens = options.batch * options.sequence * options.accumulate
     rate = tokens / statistics.median(seconds)
     flops = {
-        name: training_flops_per_token(
-            config.num_matmul_params,
-            attention_flops_per_token(
-                layers=config.num_hidden_layers, heads=config.num_attention_heads, head_dim=config.head_dim,
-                seq_length=options.document or options.sequence, causal=name == "causal",
-            ),
-        )
+        name: config.training_flops_per_token(options.document or options.sequence, causal=name == "causal")
         for name in ("full", "causal")
-    }  # fmt: skip
+    }
     return {
         "seconds": round(statistics.median(seconds), 4),
         "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],

@@ -60,7 +60,7 @@ class ExecutionConfig:
 
     def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
         """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
-        heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+        heads, kv_heads = model.local_heads(tp)
         sizes = {
             "hidden_size": model.hidden_size,
             "intermediate_size": model.intermediate_size // tp,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megacoder.core.errors import ConfigError
-from megacoder.core.metrics import attention_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.config import ParallelConfig
@@ -170,8 +169,6 @@ class Layout:
 
 def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     """Forward FLOPs per token. An embedding is a lookup and counts as a thousandth of a layer."""
-    attention = attention_flops_per_token(
-        layers=1, heads=model.num_attention_heads, head_dim=model.head_dim, seq_length=seq_length, causal=True
-    )
+    attention = model.attention_flops_per_token(seq_length, causal=True) / model.num_hidden_layers
     layer = 2.0 * model.num_layer_matmul_params + attention / 3
     return LayerCosts(embedding=layer / 1000, layer=layer, head=2.0 * model.padded_vocab_size * model.hidden_size)

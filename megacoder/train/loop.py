@@ -19,7 +19,6 @@ import torch
 from megacoder.core.console import progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
 from megacoder.parallel.collectives import World, failing_together, gather_json
 from megacoder.parallel.journal import CHECKPOINT
@@ -165,11 +164,8 @@ class Trainer:
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""
-        model, length = self.config.model, self.config.data.stream.seq_length
-        attention = attention_flops_per_token(
-            layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-            seq_length=length, causal=True,
-        )  # fmt: skip
+        length = self.config.data.stream.seq_length
+        flops = self.config.model.training_flops_per_token(length, causal=True)
         sequence_tokens = self.config.global_batch_size * length
         return {
             "loss": result.loss,
@@ -180,7 +176,7 @@ class Trainer:
             "memory_gib": peak_memory(self.world.device) / 2**30,
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
-            "tflops": training_flops_per_token(model.num_matmul_params, attention) * sequence_tokens / seconds / 1e12,
+            "tflops": flops * sequence_tokens / seconds / 1e12,
         }
 
     def _held_out_is_due(self) -> bool:

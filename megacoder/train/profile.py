@@ -24,7 +24,6 @@ from megacoder.core.console import progress
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import replacing, why_not_writable
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.core.rates import Peak, copy_rate, known_peak, matrix_rate
 from megacoder.core.timing import timer_for
 from megacoder.data.prefetch import Prefetcher
@@ -353,11 +352,7 @@ def utilisation(
     device_peak: float,
 ) -> Utilisation:  # fmt: skip
     """Arithmetic alone; `tokens_per_second` is that of all devices."""
-    attention = attention_flops_per_token(
-        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-        seq_length=seq_length, causal=CONVENTIONS[convention],
-    )  # fmt: skip
-    per_token = training_flops_per_token(model.num_matmul_params, attention)
+    per_token = model.training_flops_per_token(seq_length, causal=CONVENTIONS[convention])
     flops = per_token * tokens_per_second / num_devices
     return Utilisation(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
 

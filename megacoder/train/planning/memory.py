@@ -77,7 +77,7 @@ def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> fl
 def local_elements(model: ModelConfig, variant: Variant, *, layers: int, embedding: bool, head: bool) -> int:
     """Elements of the flat buffers of a rank with so many layers, padding included."""
     tp, dim = variant.dims.tp, model.hidden_size
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     qkv = (heads + 2 * kv_heads) * model.head_dim * dim
     others = [
         heads * model.head_dim * dim,
@@ -175,7 +175,7 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
 def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
     """What a layer's four postponed weight gradients still read: their inputs and output gradients, of all T tokens."""
     model, tp = job.model, variant.dims.tp
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
 

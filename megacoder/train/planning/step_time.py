@@ -7,7 +7,6 @@ during the last microbatch's backward and weights arrive during the first one's 
 
 from dataclasses import dataclass
 
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.parallel.schedules import Costs
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
@@ -81,19 +80,15 @@ def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) ->
 
 def throughput(job: Job, variant: Variant, device: Device, seconds: float) -> Throughput:
     """Of steps that take `seconds`."""
-    model = job.model
     devices = variant.dims.world_size
     tokens = job.tokens_per_step / seconds
-    full = attention_flops_per_token(
-        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-        seq_length=job.seq_length, causal=False,
-    )  # fmt: skip
     peak = device.matrix_tflops * 1e12
-    mfu = [
-        training_flops_per_token(model.num_matmul_params, flops) * tokens / devices / peak for flops in (full, full / 2)
-    ]
+    full, causal = (
+        job.model.training_flops_per_token(job.seq_length, causal=causal) * tokens / devices / peak
+        for causal in (False, True)
+    )
     return Throughput(
-        tokens_per_second=tokens, tokens_per_second_per_device=tokens / devices, mfu_full=mfu[0], mfu_causal=mfu[1]
+        tokens_per_second=tokens, tokens_per_second_per_device=tokens / devices, mfu_full=full, mfu_causal=causal
     )
 
 

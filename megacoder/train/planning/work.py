@@ -62,7 +62,7 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
     model, dims, e = job.model, variant.dims, job.itemsize
     tokens, rows = variant.tokens(job), variant.rows(job)
     tp, dim, ffn = dims.tp, model.hidden_size, model.intermediate_size // variant.dims.tp
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     rate = _product_rate(variant, device, shares)
 
@@ -138,7 +138,7 @@ def _key_exchange(job: Job, variant: Variant, device: Device, shares: Shares) ->
     dims = variant.dims
     if dims.cp == 1:
         return 0.0
-    kv_heads = max(1, job.model.num_key_value_heads // dims.tp)
+    _, kv_heads = job.model.local_heads(dims.tp)
     link = link_between(device, shares, size=dims.cp, inside=min(dims.cp, max(1, device.devices_per_node // dims.tp)))
     own = 2 * variant.tokens(job) * kv_heads * job.model.head_dim * job.itemsize
     return link.seconds(own * (dims.cp - 1))

@@ -15,7 +15,7 @@ from megacoder.parallel.schedules import (
     Recv,
     ScheduleError,
     Send,
-    Tensor,
+    StageTensor,
     build_program,
     build_schedule,
     check_program,
@@ -37,7 +37,7 @@ def edited(program, rank, instructions):
 
 
 def test_two_ranks_by_hand():
-    activation, gradient = Tensor("activation", 0, 1), Tensor("gradient", 0, 0)
+    activation, gradient = StageTensor("activation", 0, 1), StageTensor("gradient", 0, 0)
     program = build_program(build("1f1b", 2, 1))
     assert program.ranks == (
         (Action("F", 0), Exchange((Send(activation, 1), Recv(gradient, 1))), Action("B", 0)),

@@ -28,7 +28,7 @@ from megacoder.parallel.schedules import (
     makespan,
     place_by_cost,
 )
-from megacoder.parallel.schedules.schedule import Op, Tensor
+from megacoder.parallel.schedules.schedule import Op, StageTensor
 from megacoder.train.layout import Layout, layer_costs
 
 __all__ = ["Held", "Pipeline", "pipeline"]
@@ -127,12 +127,12 @@ def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:
 
 
 def _moments(
-    program: Program, placement: Placement, rank: int, confirmed_by: Mapping[Tensor, Iterable[Tensor]]
+    program: Program, placement: Placement, rank: int, confirmed_by: Mapping[StageTensor, Iterable[StageTensor]]
 ) -> Iterator[Held]:
     """Where each action begins, as `megacoder.parallel.pipeline` executes them."""
     schedule = program.schedule
     whole = waiting = heads = 0
-    crossing, leaving = set[Tensor](), set[Tensor]()
+    crossing, leaving = set[StageTensor](), set[StageTensor]()
     for instruction in program.ranks[rank]:
         if isinstance(instruction, Exchange):
             for transfer in instruction.transfers:

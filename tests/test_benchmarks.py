@@ -129,7 +129,7 @@ def test_what_a_test_text_leaves_to_others(test, found):
     ("name", "row", "message"),
     [
         ("humaneval", {"test": "def check(c):\n    assert c(1)"}, "not call check, and no .*'entry_point' .*'prompt'"),
-        ("humaneval", {"test": "METADATA = {}\n"}, "asserts nothing, so that any answer would pass: 'METADATA"),
+        ("humaneval", {"test": "METADATA = {}\n"}, "asserts nothing, so any answer would pass: 'METADATA"),
         ("mbpp", {"test_list": []}, r"task 11: test_list = \[\]: any answer would pass"),
         ("leetcode", {"test": "my_solution = Solution()"}, "asserts nothing"),
         ("ds1000", {"code_context": "def test_execution(solution):\n    exec(solution)"}, "no test_execution that"),
@@ -307,7 +307,7 @@ def test_settings_that_made_nothing_bind_no_one(tmp_path, capsys):
     words = ["eval", "humaneval", "--data", data, "--model", model, "--out", out]
     code, _, err = run(capsys, *words)
     assert code == 2
-    assert "500 new tokens leave no prompt in the model's 320 positions; see --max-new-tokens" in err
+    assert "500 new tokens leave no room for a prompt in the model's 320 positions; lower --max-new-tokens" in err
     code, _, err = run(capsys, *words, "--max-new-tokens", 8)
     assert code == 0, err
     code, _, err = run(capsys, *words, "--max-new-tokens", 9)
@@ -447,7 +447,7 @@ def test_problems_of_our_own_in_every_language_installed_here():
         ("humaneval --data gone.jsonl --completions a.jsonl", "gone.jsonl: no such file"),
         ("humaneval --data bad.jsonl --completions a.jsonl", "bad.jsonl, line 2: not JSON"),
         ("mbpp --data d.jsonl --completions a.jsonl", "d.jsonl, line 1: no field 'text' (str)"),
-        ("humaneval --data d.jsonl --completions some.jsonl", "0 completions of task 'Own/1', 1 of others"),
+        ("humaneval --data d.jsonl --completions some.jsonl", "0 completions of task 'Own/1', but 1 of others"),
         ("humaneval --data d.jsonl --completions unknown.jsonl", "task_id 'x' is not in the data"),
         ("humaneval --data d.jsonl", "exactly one of --model, --endpoint, --completions"),
         ("humaneval --data d.jsonl --completions a.jsonl --language cobol", "language 'cobol': not one of python"),

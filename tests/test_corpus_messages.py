@@ -40,7 +40,7 @@ def test_errors_come_back_as_errors():
 
 @pytest.mark.parametrize("value", [print, object(), b"bytes", np.zeros(1, object)])
 def test_what_is_no_data_is_not_written(value):
-    with pytest.raises(TypeError, match="which is no data"):
+    with pytest.raises(TypeError, match="which is not plain data"):
         to_json(value)
 
 
@@ -62,6 +62,6 @@ def test_what_is_no_data_is_not_written(value):
 )  # fmt: skip
 def test_nothing_else_is_built(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FormatError, match="no task or result of a task"):
+    with pytest.raises(FormatError, match="not a task or a task's result"):
         from_json(json.dumps(value))
     assert list(tmp_path.iterdir()) == []

@@ -116,8 +116,8 @@ def test_the_page_says_it_all_and_fetches_nothing(corpus, tmp_path, capsys):
     assert "<script" not in text
     assert "url(" not in text
     for said in (
-        "Of no parser, and so not screened for syntax: AWK.", "- dedup: copy of another file", "fork",
-        "tests.jsonl T/7", "leaky/a.py", "What depends on what in app", "pkg/top <b>&.py",
+        "Not screened for syntax: AWK.", "- dedup: copy of another file", "fork",
+        "tests.jsonl T/7", "leaky/a.py", "Dependencies in app", "pkg/top <b>&.py",
         "Files dropped because an earlier one has the same text: 1. Near copies dropped: 1, in 1 cluster.",
         "1 file held a piece of 1 test of tests.jsonl.",
     ):  # fmt: skip
@@ -134,8 +134,8 @@ def test_what_was_not_looked_for_is_said(tmp_path):
     )
     build_corpus(config, quiet=True)
     _, reader = page_of(tmp_path / "out", tmp_path)
-    assert "No benchmark was given to look for." in reader.texts
-    assert any(text.endswith("Near copies were not looked for.") for text in reader.texts)
+    assert "No benchmark was given to search for." in reader.texts
+    assert any(text.endswith("Near copies were not searched for.") for text in reader.texts)
     assert "Every one of these languages was screened by a parser." in reader.texts
     assert unscreened(["Python", "Go", "AWK"], syntax=True, off=("Go",)) == ["AWK", "Go"]
     assert unscreened(["Python"], syntax=False, off=()) == ["Python"]

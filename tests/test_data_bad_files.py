@@ -178,7 +178,7 @@ def test_a_disk_that_fills_up_between_parts_loses_none(made, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(DataError, match="File too large; finished files are kept, the same command goes on"):
+        with pytest.raises(DataError, match="File too large; finished files are kept, run the same command to resume"):
             preprocess(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

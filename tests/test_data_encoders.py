@@ -77,8 +77,8 @@ def test_the_check_meets_every_token_and_every_block():
 def test_an_encoder_with_one_fault_does_not_serve(monkeypatch, capsys):
     monkeypatch.setattr(encoders, "_fastokens", wrong_encoder("<｜fim▁hole｜>"))
     assert fast_encoder("auto", small_tokenizer(), threads=1) is None
-    assert "encoding with tokenizers: fastokens gives other ids for " in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="encoder = 'fastokens': fastokens gives other ids for "):
+    assert "encoding with tokenizers: fastokens gives different ids for " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="encoder = 'fastokens': fastokens gives different ids for "):
         fast_encoder("fastokens", small_tokenizer(), threads=1)
 
 
@@ -144,7 +144,7 @@ def test_a_panic_in_its_check_is_said(monkeypatch, capsys):
 
     monkeypatch.setattr(encoders, "_fastokens", panics)
     assert fast_encoder("auto", small_tokenizer(), threads=1) is None
-    assert "fastokens does not take this tokenizer (index out of bounds)" in capsys.readouterr().err
+    assert "fastokens does not accept this tokenizer (index out of bounds)" in capsys.readouterr().err
 
 
 def test_long_texts_are_encoded_in_parts_and_few_at_a_time(monkeypatch):

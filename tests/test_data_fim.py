@@ -152,7 +152,7 @@ def test_rates_out_of_range_are_refused(field, value):
 
 def test_ids_of_another_tokenizer_are_refused():
     half = ids_of("é" * 50)[1::2]  # continuation bytes without their first ones
-    with pytest.raises(DataError, match="file 4 of the dataset is no UTF-8"):
+    with pytest.raises(DataError, match="file 4 of the dataset is not UTF-8"):
         fim()(np.concatenate([ids_of("ab"), half]), epoch=0, file=4)
 
 

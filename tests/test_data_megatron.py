@@ -228,7 +228,7 @@ def test_masks_are_megatrons_options(datasets):
 def test_samples_that_are_used_up_are_an_error(datasets):
     one = stream(datasets[:1], num_samples=5, batch=5)
     one.next_batch()
-    with pytest.raises(DataError, match=r"has 5 samples, and 10 are asked for; set data\.megatron\.num_samples"):
+    with pytest.raises(DataError, match=r"has 5 samples, but this step needs 10; set data\.megatron\.num_samples"):
         one.next_batch()
 
 

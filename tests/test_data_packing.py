@@ -153,7 +153,7 @@ def test_edges_are_the_documents_where_nothing_marks_them(tmp_path):
     ("options", "message"),
     [
         ({"packing": "best_fit", "document_masks": False}, "set document_masks = true"),
-        ({"packing": "best_fit", "train_across_documents": True}, "mean nothing"),
+        ({"packing": "best_fit", "train_across_documents": True}, "are unrelated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(dataset, options, message):

@@ -299,7 +299,7 @@ def test_a_conversation_that_is_too_long_is_cut_at_the_right(stream_of):
     tokens = make(seq_length=128).next_batch().tokens
     beginnings = {tuple(dataset.document(number)[:16].tolist()) for number in range(dataset.num_documents)}
     assert all(tuple(row[:16].tolist()) in beginnings for row in tokens)
-    with pytest.raises(ConfigError, match="in none of 60 conversations does the first answer begin within it"):
+    with pytest.raises(ConfigError, match="none of 60 conversations has an answer that begins within it"):
         make(seq_length=2)
 
 
@@ -402,7 +402,7 @@ def test_settings_that_contradict_are_refused(toy):
         ({"global_batch_size": 7}, "01", "global_batch_size = 7 is not a multiple"),
         ({"model": ModelConfig(vocab_size=50)}, "01", "model.vocab_size = 50, but the tokenizer"),
         ({"init_from": Path("nowhere")}, "01", "nowhere: no such folder"),
-        ({"stream": {"seq_length": 2}}, "0", "does the first answer begin within it"),
+        ({"stream": {"seq_length": 2}}, "0", "has an answer that begins within it"),
         ({"data": "{"}, "0", r"broken\.jsonl:1: malformed JSON"),
     ],
 )

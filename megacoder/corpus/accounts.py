@@ -1,7 +1,7 @@
-"""The corpus accounts: every file that was seen is either kept or dropped for one reason, by count and by bytes.
+"""The corpus accounts: every file seen is either kept or dropped for one reason, counted in files and in bytes.
 
-Each shard keeps its own accounts and the whole is their sum, so a shard that is redone is never counted twice. Bytes
-are those on disk; what path comments and final line ends add shows as `written`.
+Each shard keeps its own accounts and the corpus's are their sum, so a shard that is redone is never counted twice.
+Bytes are bytes on disk; only `written` includes the path comments and final line ends that are added.
 """
 
 import json
@@ -21,14 +21,14 @@ REPORT_NAME = "corpus.json"
 
 @dataclass(kw_only=True)
 class Count:
-    """Some files and their bytes on disk."""
+    """A number of files and their bytes on disk."""
 
     files: int = 0
     bytes: int = 0
 
     @property
     def megabytes(self) -> str:
-        """The bytes, for people."""
+        """The bytes as text, in MB."""
         return f"{self.bytes / 1e6:,.2f} MB"
 
     def add(self, size: int, files: int = 1) -> None:
@@ -39,7 +39,7 @@ class Count:
 
 @dataclass(kw_only=True)
 class RepositoryCount:
-    """One repository's part."""
+    """One repository's share of the accounts."""
 
     seen: Count = field(default_factory=Count)
     kept: Count = field(default_factory=Count)
@@ -47,7 +47,7 @@ class RepositoryCount:
     heldout: Count = field(default_factory=Count)
     """of the kept files, those held out"""
     license: str | None = None
-    """an SPDX expression; None where no file was kept, or no licence is known"""
+    """an SPDX expression; None where no file was kept, or no license is known"""
 
 
 @dataclass(kw_only=True)
@@ -65,12 +65,12 @@ class Accounts:
     """bytes of the contents written, path comments included"""
 
     def drop(self, item: Dropped) -> None:
-        """Counts a file that was left out."""
+        """Counts a dropped file."""
         self.dropped.setdefault(item.stage, {}).setdefault(item.reason, Count()).add(item.size)
         self.repository(item.repo).seen.add(item.size)
 
     def keep(self, repo: str, language: str, size: int, *, heldout: bool) -> None:
-        """Counts a file that was written."""
+        """Counts a written file."""
         self.languages.setdefault(language, Count()).add(size)
         repository = self.repository(repo)
         repository.seen.add(size)
@@ -79,11 +79,11 @@ class Accounts:
             repository.heldout.add(size)
 
     def repository(self, name: str) -> RepositoryCount:
-        """The repository's count, begun if need be."""
+        """The repository's count, created if missing."""
         return self.repositories.setdefault(name, RepositoryCount())
 
     def merge(self, other: "Accounts") -> None:
-        """Adds another shard's accounts; shards hold whole repositories, so theirs never meet."""
+        """Adds another shard's accounts; shards hold whole repositories, so no repository is in both."""
         for stage, reasons in other.dropped.items():
             for reason, count in reasons.items():
                 self.dropped.setdefault(stage, {}).setdefault(reason, Count()).add(count.bytes, count.files)
@@ -95,7 +95,7 @@ class Accounts:
 
     @property
     def seen(self) -> Count:
-        """All files looked at."""
+        """All files seen."""
         return _sum(repository.seen for repository in self.repositories.values())
 
     @property
@@ -163,7 +163,7 @@ class CorpusReport:
     key: str
     """identifies inputs and configuration; equal keys mean equal output"""
     config: dict[str, Any]
-    """the configuration as far as it decides the output"""
+    """the part of the configuration that decides the output"""
     split_unit: str
     """what was held out: 'repository'; 'file' where there was only one repository; 'none'"""
     accounts: Accounts
@@ -172,7 +172,7 @@ class CorpusReport:
 
 
 def save_report(report: CorpusReport, out: Path) -> None:
-    """Writes `out/corpus.json`, atomically; its presence says that the corpus is whole."""
+    """Writes `out/corpus.json`, atomically; its presence says that the corpus is complete."""
     write_json(out / REPORT_NAME, corpus_json(report))
 
 
@@ -183,7 +183,7 @@ def corpus_json(report: CorpusReport) -> dict[str, Any]:
 
 
 def load_report(out: Path) -> CorpusReport:
-    """Reads `out/corpus.json`; CorpusError if there is none, FormatError if it is something else."""
+    """Reads `out/corpus.json`; CorpusError if there is none, FormatError if it is not a corpus report."""
     path = out / REPORT_NAME
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
-"""Extensions that several languages share: which one a file is in, by its text.
+"""Extensions that several languages share: the text of a file decides which one it is in.
 
-Only these extensions are looked into; for all others the table of `languages.py` decides by name. For each, patterns
-are tried in order and the first that is found decides; the last row is what the extension means otherwise. A language
-outside the 87 counts as None, unknown. The patterns are this project's own; they ask for what one language writes on
-most pages and the others cannot.
+Text decides for these extensions only; for all others the table of `languages.py` decides by name. Patterns are tried
+in order and the first that matches decides; the last row is the default. None stands for a language outside the 87.
+The patterns are this project's own; each looks for what one language writes on most pages and the others cannot.
 """
 
 import re
@@ -98,7 +97,7 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
 }
 
 _NEEDED = {_OBJECTIVE_C: ("@", "import"), _CPP_WORDS: ("std::", "virtual", "constexpr", "noexcept", "_cast<")}
-"""Patterns that are slow to search for, and what all that they match has some of: that is looked for first."""
+"""Slow patterns -> strings of which every match holds at least one: a cheap test before the search."""
 
 AMBIGUOUS = {
     extension: [
@@ -107,9 +106,9 @@ AMBIGUOUS = {
     for extension, rules in _RULES.items()
     if len(rules) > 1
 }
-"""Extension -> (what the pattern needs, pattern, language) in the order in which they are tried."""
+"""Extension -> (strings of which a match holds one, pattern, language), in the order in which they are tried."""
 
-_LOOKED_AT = 32_768  # characters; what a language is shows early
+_LOOKED_AT = 32_768  # characters; the language shows early
 
 
 def candidate_languages(path: str, by_name: str | None) -> frozenset[str]:

@@ -1,9 +1,9 @@
 """Archives as repositories: zip, and tar under any compression. Nothing is unpacked to the file system.
 
 One pass over the members copies the bytes of those worth reading to an anonymous temporary file; they are then read
-back in path order. A name can therefore lead nowhere: one that is absolute or climbs (`..`) is recorded and left.
-Links are recorded, never followed. What an archive may expand to is bounded (`_EXPANSION` times its own size): beyond
-that the rest is not read, which is what a bomb comes to.
+back in path order. So no name can escape to the file system: an absolute one, or one with `..`, is recorded as dropped.
+Links are recorded, never followed. An archive may expand to `_EXPANSION` times its own size (at least to
+`_EXPANSION_FLOOR`); the rest is not read, which disarms zip bombs.
 """
 
 import bz2
@@ -44,11 +44,11 @@ _DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError,
     NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError,
 )  # fmt: skip
-"""What the libraries raise for bytes that are not what they should be."""
+"""What the libraries raise for damaged archives."""
 
 
 def archive_stem(name: str) -> str | None:
-    """The name without what says that it is an archive, or None: `a.tar.gz` -> `a`."""
+    """The name without its archive suffix, None if it has none: `a.tar.gz` -> `a`."""
     lower = name.lower()
     for suffix in [".zip", *(f".tar{compression}" for compression in _TAR), *_TAR_SHORT]:
         if lower.endswith(suffix) and len(name) > len(suffix):
@@ -58,7 +58,7 @@ def archive_stem(name: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A repository in an archive; a folder that holds all of it is no part of the paths."""
+    """A repository in an archive; a single top folder around everything is not part of the paths."""
 
     name: str
     file: Path
@@ -68,13 +68,13 @@ class Archive:
         return [self.name, str(self.file)]
 
     def inventory(self, selection: Selection) -> Inventory:
-        """By the archive's own size and time; how much it holds is guessed."""
+        """From the archive's own size and time; the size of its contents is a guess."""
         status = os.stat(self.file)
         state = hashlib.sha256(f"{status.st_size}\0{status.st_mtime_ns}".encode())
         return Inventory(size=4 * status.st_size, fingerprint=state.hexdigest())
 
     def read(self, selection: Selection) -> Iterator[Document | Dropped]:
-        """Every member, as a document or with the reason why it is none; documents in path order."""
+        """Every member, as a document or as a drop with its reason; documents in path order."""
         with tempfile.SpooledTemporaryFile(max_size=32 << 20) as spool:
             listing = _Listing(selection, spool)
             try:
@@ -98,7 +98,7 @@ class Archive:
             tarfile.open(fileobj=bounded, mode="r|", errors="surrogateescape") as tar,
         ):
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # a stream of members, not a list of a million
+                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all of a million members
                 if not info.isdir():
                     yield _tar_member(tar, info)
             if not bounded.in_blocks:
@@ -126,7 +126,7 @@ class _Listing:
         self._seen: set[str] = set()
 
     def add(self, member: _Member) -> None:
-        """Takes a member's bytes if its name allows it."""
+        """Records a member, and stores its bytes if its name and size qualify."""
         if len(self._seen) >= _MAX_MEMBERS:
             raise _TooMuch(f"holds over {_MAX_MEMBERS} files")
         path = member.path
@@ -163,7 +163,7 @@ class _Listing:
             self._spool.write(data)
 
     def items(self, repo: str, archive: str) -> Iterator[Document | Dropped]:
-        """The members; a break in the archive itself is one more record, under the archive's name."""
+        """The members; a failure of the archive itself is one more record, under the archive's name."""
         if self.broken is not None:
             yield make_drop(repo, archive, 0, self.broken)
         top = self._common_folder()
@@ -188,22 +188,22 @@ class _Listing:
 
 
 class _TooMuch(Exception):
-    """The archive goes beyond what it may hold."""
+    """The archive exceeds a limit; the rest of it is not read."""
 
 
 class _Unaffordable(Exception):
-    """One member of an archive would take it beyond what it may expand to; others need not."""
+    """This member would exceed what the archive may expand to; others may still fit."""
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends with an error after `allowed` bytes."""
+    """A stream that raises `_TooMuch` after `allowed` bytes."""
 
     def __init__(self, raw: Any, allowed: int) -> None:
         self._raw, self._left, self._allowed = raw, allowed, allowed
 
     @property
     def in_blocks(self) -> bool:
-        """Whether what was read so far is whole blocks of a tar, which it is if nothing was cut off."""
+        """Whether a whole number of tar blocks was read so far, as it is unless the file was cut off."""
         return (self._allowed - self._left) % tarfile.BLOCKSIZE == 0
 
     def read(self, size: int = -1) -> bytes:
@@ -248,7 +248,7 @@ def _zip_members(file: Path, allowed: int) -> Iterator[_Member]:
 
             def opened(info: zipfile.ZipInfo = info) -> IO[bytes]:
                 nonlocal left
-                left -= info.file_size  # never more is read, whatever the data would expand to
+                left -= info.file_size  # zipfile never reads more, whatever the data would expand to
                 if left < 0:
                     raise _Unaffordable
                 return archive.open(info)

@@ -1,6 +1,6 @@
 """Benchmark files as test strings: JSONL (plain, .gz, .zst), JSON with a list, or Parquet; every field that holds text.
 
-A test is called by its file and by what its row says it is called, or by its place in the file.
+A test is named by its file and the name or id in its row, else by its place in the file.
 """
 
 import gzip
@@ -25,17 +25,17 @@ _NAMES = ("task_id", "id", "question_id", "unique_id", "name")
 
 @dataclass(frozen=True, kw_only=True)
 class TestString:
-    """A text of a benchmark."""
+    """One text of a benchmark's test."""
 
-    __test__ = False  # for pytest, which looks for classes of such names
+    __test__ = False  # pytest would collect a class of this name
 
     test: str
-    """the file, and which of its tests"""
+    """the file, and the test in it"""
     text: str
 
 
 def read_tests(benchmarks: Sequence[Path], fields: Sequence[str] = ()) -> list[TestString]:
-    """The strings of all tests, lists and tables in a row included; only of `fields` if any are given."""
+    """The strings of all tests, those nested in lists and tables included; only from `fields` if any are given."""
     found: list[TestString] = []
     for path in benchmarks:
         some = False

@@ -1,12 +1,12 @@
 """A corpus from repositories, in passes over shards of whole repositories.
 
-*Scan* reads each shard's files, runs the scan stages and leaves texts, digests and drops in one Parquet file. The
-*steps* then drop more of what all shards hold (`stages.py` lists both), and the held-out part is chosen. *Write* orders
-the files of each repository and writes samples, and the record of every drop.
+*Scan* reads each shard's files, runs the scan stages and writes texts, digests and drops to one Parquet file. The
+*steps* see all shards and drop more files (`stages.py` lists stages and steps), and the held-out part is chosen.
+*Write* orders the files of each repository and writes the samples and the record of every drop.
 
 A shard task is a pure function of its inputs and is marked as done with a key over inputs and configuration, so that
-after a crash the same command goes on where it stopped, and the output is the same for any number of workers.
-`corpus.json` is written last and says that the corpus is whole.
+after a crash the same command resumes where it stopped, and the output is the same for any number of workers.
+`corpus.json` is written last: its presence says that the corpus is complete.
 """
 
 from collections import Counter
@@ -39,11 +39,11 @@ __all__ = ["build_corpus"]
 def build_corpus(
     config: CorpusConfig, *, repositories: Sequence[Source] | None = None, quiet: bool = False
 ) -> CorpusReport:
-    """Writes `train/`, `heldout/`, `dropped/` and `corpus.json` into `config.out`; what is finished there stays.
+    """Writes `train/`, `heldout/`, `dropped/` and `corpus.json` into `config.out`; what is finished there is reused.
 
-    `repositories`, with unique names, take the place of those that `config.input` names. CorpusError if there is
-    nothing to read or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus
-    or two repositories have one name.
+    `repositories`, with unique names, replace those that `config.input` names. CorpusError if there is nothing to read
+    or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus or two
+    repositories share a name.
     """
     if repositories is not None:
         inputs = Inputs(sources=tuple(repositories))
@@ -83,7 +83,7 @@ def build_corpus(
 
 
 def _finished(out: Path, key: str) -> CorpusReport | None:
-    """The report of a corpus that is whole and belongs to `key`."""
+    """The report in `out` if that corpus is complete and was built with `key`."""
     try:
         report = load_report(out)
     except DataError:
@@ -116,7 +116,7 @@ def _runner(config: CorpusConfig, pool: WorkerPool, quiet: bool) -> RunTasks:
 
 
 def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[WriteTask], str]:
-    """Which repositories (or files, of a single one) are held out, and what is left to write."""
+    """The write tasks, and the unit that is held out: repositories, or files where there is only one repository."""
     sizes = _sizes_by("repo", shards)
     if not sizes:
         message = _nothing_left(shards)
@@ -151,7 +151,7 @@ def _nothing_left(shards: Sequence[Shard]) -> str:
     if not reasons:
         return "the inputs hold no files"
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
-    return f"nothing is left to learn from: all {reasons.total()} files were dropped ({listed})"
+    return f"nothing is left to train on: all {reasons.total()} files were dropped ({listed})"
 
 
 def _sizes_by(column: str, shards: Sequence[Shard]) -> dict[str, int]:

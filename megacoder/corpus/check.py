@@ -1,6 +1,6 @@
-"""Document stages as a step: those that are worth their time only on files that dedup has left.
+"""Document stages as a step: those too slow to run on more files than dedup leaves.
 
-They judge a document and may not change it: its text is written as the scan left it.
+They judge a document and may not change it: the text is written as the scan stored it.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ class _CheckTask:
 
     @property
     def target(self) -> Path:
-        """The drops."""
+        """The file of drops."""
         return self.shard.beside(f"dropped-{'-'.join(stage.name for stage in self.stages)}")
 
 
 class DocumentPass:
-    """Runs document stages over what is kept; a `Step`."""
+    """Runs document stages over the kept files; a `Step`."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = tuple(stages)
@@ -48,7 +48,7 @@ class DocumentPass:
 
 
 def check_shard(task: _CheckTask) -> DropFile | None:
-    """What the stages drop from one shard, remembered for a later call with the same shard."""
+    """What the stages drop from one shard; the result is kept for a later call with the same shard."""
     if (done := finished(task.target, task.shard.key)) is None:
         with redoing(task.target, task.shard.key) as done:
             drops = write_drops(task.target, _check(task))

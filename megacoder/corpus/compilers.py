@@ -1,4 +1,4 @@
-"""A real compiler's opinion, by option and where one is installed: only those that check syntax and run nothing.
+"""A real compiler's verdict, an option where one is installed: only compilers that check syntax and run nothing.
 
 `perl -c` is not among them since it runs BEGIN blocks, nor are compilers that would need the headers or packages that a
 file imports. The text goes in through stdin; nothing is written.
@@ -18,13 +18,13 @@ COMPILERS = {
     "Ruby": ("ruby", "-c", "-"),
     "Shell": ("bash", "-n"),
 }
-"""Commands that exit with 0 if what they read from stdin is the language."""
+"""Commands that exit with 0 if they accept the text on stdin."""
 
 _SECONDS = 20
 
 
 def accepts(text: str, language: str) -> bool | None:
-    """Whether the language's compiler takes the text; None where there is none, or it gives no answer in time."""
+    """Whether the language's compiler accepts the text; None if none is installed, or if it times out."""
     command = COMPILERS.get(language)
     if command is None or not _installed(command[0]):
         return None

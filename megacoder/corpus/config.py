@@ -1,4 +1,4 @@
-"""What a corpus build can be told, and which of it decides the output."""
+"""The options of a corpus build, and which of them decide the output."""
 
 import os
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 4  # raised when the same inputs and configuration begin to give another output
+FORMAT = 4  # incremented when the same inputs and configuration start to give a different output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,25 +33,25 @@ class CorpusConfig:
     out: Path
     """folder for the corpus"""
     input: tuple[Path, ...] = ()
-    """repositories, archives, tables, or folders of these; without any, what Python has installed on this machine"""
+    """repositories, archives, tables, or folders of these; without any, Python's library and packages here"""
     columns: TableColumns = field(default_factory=TableColumns)
     workers: int = 0
-    """processes; 0 takes one per core. The output is the same for any number"""
+    """number of processes, 0: one per core; the output does not depend on it"""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     languages: tuple[str, ...] = ()
-    """only these; without any, all 87 of the paper"""
+    """keep only these languages; without any, all 87 of the paper"""
     max_file_bytes: int = 1 << 20
-    """larger files are not read"""
+    """larger files are dropped unread"""
     max_repo_bytes: int | None = None
-    """of a larger repository, whole folders are drawn up to this size (of tables, all is read)"""
+    """from a larger repository, folders are drawn at random up to this size (no limit for those in tables)"""
     fallback_encoding: str | None = None
-    """for text that is neither Unicode nor declares what it is, such as latin-1; without one it is dropped"""
+    """encoding of text that is neither Unicode nor declares its own, such as latin-1; None drops such files"""
     allow_licenses: tuple[str, ...] = ()
-    """SPDX names (`none`: no licence file, `unknown`: not recognised); files under others are dropped"""
+    """keep only files under these licenses, by SPDX name (`none`: no license file, `unknown`: not recognized)"""
     drop_generated: bool = False
-    """drop files whose first lines say that a program wrote them; the paper does not"""
+    """drop files whose first lines say that a program wrote them; the paper keeps them"""
     drop_minified: bool = False
-    """drop code packed for browsers: `.min.js`, or JavaScript and CSS next to without white space"""
+    """drop minified code: `.min.js`, or JavaScript and CSS with next to no white space"""
     drop_vendored: bool = False
     """drop files in folders such as node_modules, vendor and third_party"""
     secrets: Handling = "keep"
@@ -64,14 +64,14 @@ class CorpusConfig:
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
     benchmarks: tuple[Path, ...] = ()
-    """JSONL, JSON or Parquet files of tests; files that hold a piece of one are dropped"""
+    """benchmark tests as JSONL, JSON or Parquet; files that hold a piece of a test are dropped"""
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
     heldout: SplitConfig = field(default_factory=SplitConfig)
     seed: int = 0
-    """for the random order of files and the choice of folders in a large repository"""
+    """seed of the random file order and of the folders drawn from a large repository"""
     shard_bytes: int = 16 << 20
-    """repositories are worked on together up to this size; a larger one alone"""
+    """repositories are grouped into shards up to this size; a larger one is a shard by itself"""
 
     def __post_init__(self) -> None:
         for name in self.languages:
@@ -106,9 +106,9 @@ class CorpusConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the output, as plain values: all but where it goes and how many processes make it.
+        """What decides the output, as plain values: all options but the output folder, the workers and the cluster.
 
-        Whether there is a recogniser is part of it: without one, a few more files are screened as broken.
+        Whether the recognizer is compiled is part of it: without it, a few more files are screened out as broken.
         """
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(

@@ -1,16 +1,16 @@
-"""Decontamination: drops files that hold a piece of a benchmark, by the paper's rule, with what was found and where.
+"""Decontamination: drops files that hold a piece of a benchmark, by the paper's rule, and records which piece.
 
-The rule (section 2.2 of arXiv 2401.14196): a file that shares any run of 10 words with a test is dropped; of a test
-string shorter than 10 words but of at least 3, the whole must occur. What a word is the paper leaves open; here as in
-near-dedup: a run of letters, digits, `_` and bytes from 128 on, ASCII in lower case.
+The rule (section 2.2 of arXiv 2401.14196): a file that shares any run of 10 words with a test is dropped; a test string
+of 3 to 9 words must occur as a whole. The paper does not define a word; here, as in near-dedup, it is a run of letters,
+digits, `_` and bytes from 128 on, ASCII in lower case.
 
-Taken literally the rule also drops tables of digits ("0 1 2 3 4 5 6 7 8 9" stands in many tests), so every hit names
-the run and the test, and `min_distinct_words` can ask for runs that say something.
+Taken literally, the rule also drops tables of digits ("0 1 0 1 0 1 0 1 0 1" is in many tests), so every hit names the
+run and the test, and `min_distinct_words` can exclude runs of few different words.
 
 The hash of a run of n words is that of its first n - 1, times a constant, plus the last word's: all lengths cost one
-pass (in C++ where it is built; NumPy defines it). A table of bits for the first words of what is looked for lets little
-that is innocent through to the comparison of 64-bit hashes; that two runs have one hash by chance is to be expected
-once in a billion corpora of a billion words.
+pass (in C++ where compiled; the NumPy code defines it). A bit table over the first words of the runs searched for
+filters out nearly all other text before 64-bit hashes are compared. With 100,000 runs to search for, a chance collision
+of hashes is expected in fewer than one of 100,000 corpora of a billion words.
 """
 
 import functools
@@ -39,13 +39,13 @@ class DecontaminationConfig:
     """When a file counts as contaminated; the defaults are the paper's."""
 
     ngram: int = 10
-    """words in a row that no file may share with a test"""
+    """files that share this many consecutive words with a test are dropped"""
     min_ngram: int = 3
-    """shorter test strings are looked for as a whole if they have at least so many words"""
+    """test strings shorter than `ngram` are searched for as a whole if they have at least this many words"""
     min_distinct_words: int = 1
-    """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables of digits"""
+    """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables such as `0 1 0 1 ...`"""
     fields: tuple[str, ...] = ()
-    """columns of the benchmarks to look at; without any, all that hold text"""
+    """columns of the benchmarks to search for; without any, all that hold text"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.ngram:
@@ -61,9 +61,9 @@ class Hit:
     test: str
     """which test"""
     gram: str
-    """the words they share"""
+    """the shared words"""
     whole: bool
-    """the test's string is short and occurs as a whole"""
+    """whether the test string is shorter than `ngram` and occurs as a whole"""
 
 
 class BenchmarkIndex:
@@ -72,7 +72,7 @@ class BenchmarkIndex:
     def __init__(self, tests: list[TestString], config: DecontaminationConfig) -> None:
         self._config = config
         self._grams: dict[int, tuple[bytes, str]] = {}  # hash -> (words, first test with them)
-        runs: list[np.ndarray] = []  # hashes of the words of each
+        runs: list[np.ndarray] = []  # the word hashes of each
         for test in tests:
             words = _words(test.text.encode())
             length = min(len(words), config.ngram)
@@ -100,7 +100,7 @@ class BenchmarkIndex:
         return len(self._grams)
 
     def hits(self, text: bytes) -> list[Hit]:
-        """One hit for each test string of which `text` holds a piece, in the order of the text."""
+        """One hit for each test of which `text` holds a piece, in the order of the text."""
         hits: dict[str, Hit] = {}
         for _, length, hashed in sorted(self.runs(text)):
             gram, test = self._grams[hashed]
@@ -109,7 +109,7 @@ class BenchmarkIndex:
         return list(hits.values())
 
     def runs(self, text: bytes) -> list[tuple[int, int, int]]:
-        """(place, words, hash) of every run of words in `text` that is looked for."""
+        """(position, number of words, hash) of every run of words in `text` that the index holds."""
         kernel = getattr(native(), "find_grams", None) if sys.byteorder == "little" else None
         return self.reference_runs(text) if kernel is None else kernel(text, *self._looked_for)
 
@@ -121,7 +121,7 @@ class BenchmarkIndex:
             return []
         length = int(self._lengths[0])
         hashes = _run_hashes(words, length)
-        # signed: an index of another type is copied first
+        # int64: NumPy would first copy an index of another type
         places = np.flatnonzero(self._table.take((hashes >> self._shift).view(np.int64)))
         hashes = hashes[places]
         for wanted in self._lengths.tolist():
@@ -144,7 +144,7 @@ def _run_hashes(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def _words(text: bytes) -> list[bytes]:
-    return _WORD.findall(text.lower())  # bytes.lower() touches ASCII alone
+    return _WORD.findall(text.lower())  # bytes.lower() changes ASCII only
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,6 +172,6 @@ class Decontamination:
 
 
 def read_hits(detail: str) -> list[tuple[str, str]]:
-    """What a dropped row's detail says: (test, words) of each hit that is listed; words hold no colon."""
+    """Parses a dropped row's detail: (test, words) of each hit listed; words hold no colon."""
     parts = (line.rpartition(": ") for line in detail.split("\n"))
     return [(test, gram) for test, colon, gram in parts if colon]

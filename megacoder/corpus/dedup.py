@@ -1,11 +1,11 @@
-"""Exact duplicates: of files with the same text the one that comes first is kept, in the order repository, path.
+"""Exact duplicates: of files with the same text, the first by repository and path is kept.
 
 Shards hold repositories in name order and files in path order, so "first" is a position, the same for any number of
 workers and any order of the inputs.
 
-No process holds what grows with the corpus: every shard leaves the digests of its files in a sorted run (`runs.py`);
-tasks that own a range of digests read it from all runs and find the copies; then every shard takes its own copies from
-what these found, and the name of the file that stays from that one's shard.
+No process holds anything that grows with the corpus: each shard writes its files' digests as a sorted run (`runs.py`);
+tasks that own a range of digests read it from all runs and find the copies; then each shard collects its own copies
+from the results, and looks up the names of the kept files in their shards.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ DIGEST_BYTES = 16
 RECORD = np.dtype([("key", "<u8"), ("low", "<u8"), ("row", "<u4")])
 """A file's digest in two halves, and its row in the shard."""
 COPY = np.dtype([("key", "<u8"), ("first", "<u8")])
-"""Two files of one text by their numbers through all shards: the later one, and the first of all."""
+"""Two files with the same text, by their global numbers: the later one, and the first of all."""
 
-_RECORDS_AT_ONCE = 4 << 20  # digests that a task sorts: about 300 MB with what they are sorted by
+_RECORDS_AT_ONCE = 4 << 20  # digests that a task sorts: about 300 MB, sort keys included
 
 
 def digest(text: str) -> bytes:
@@ -41,7 +41,7 @@ def digest(text: str) -> bytes:
 
 
 class ExactDedup:
-    """Drops every file whose text an earlier one has; a `Step`."""
+    """Drops every file whose text equals an earlier file's; a `Step`."""
 
     names = ("dedup",)
 
@@ -82,7 +82,7 @@ class _ListTask:
 
 
 def _list_digests(task: _ListTask) -> tuple[int, int]:
-    """Leaves a shard's digests and names; how many rows it has, and how many of them are kept."""
+    """Writes a shard's digests and names; returns how many rows it has, and how many of them are kept."""
     shard = task.shard
     target = shard.beside("digests")
     if (done := finished(target, shard.key)) is not None:
@@ -99,7 +99,7 @@ def _list_digests(task: _ListTask) -> tuple[int, int]:
 
 
 def _write_names(shard: Shard) -> int:
-    """Leaves the name of every row; how many there are."""
+    """Writes the name of every row; returns the number of rows."""
     repos, paths = read_table(shard.scanned, ["repo", "path"]).columns
     write_names(shard.beside("names"), pc.binary_join_element_wise(repos, paths, "/"))
     return len(repos)
@@ -116,7 +116,7 @@ class _SearchTask:
 
 
 def _search(task: _SearchTask) -> None:
-    """Leaves the copies among the files whose digests lie in the range."""
+    """Writes the copies among the files whose digests lie in the range."""
     if finished(task.target, task.key) is not None:
         return
     with redoing(task.target, task.key):
@@ -126,7 +126,7 @@ def _search(task: _SearchTask) -> None:
 
 
 def copies_among(records: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """COPY records for RECORDs and the files' numbers (N,) through all shards."""
+    """COPY records for RECORDs (N,) and the files' global numbers (N,)."""
     order = np.lexsort((numbers, records["low"], records["key"]))
     records, numbers = records[order], numbers[order]
     same = (records["key"][1:] == records["key"][:-1]) & (records["low"][1:] == records["low"][:-1])
@@ -152,7 +152,7 @@ class _TakeTask:
 
 
 def _take(task: _TakeTask) -> DropFile | None:
-    """Leaves the shard's own copies as drops."""
+    """Writes the shard's own copies as drops."""
     start, end = task.names.starts[task.index : task.index + 2].tolist()
     if start == end:
         return None

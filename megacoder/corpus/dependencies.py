@@ -1,8 +1,8 @@
 """Which files of a repository depend on which: a resolver per language family, and the edges they find together.
 
-The paper takes invocation relations by regular expressions from the languages it parses and treats files of every
-other language one by one. A new language is a class with `languages`, `collect` and `dependencies` and a line in
-`RESOLVERS`.
+The paper extracts invocation relations by regular expressions from the languages it parses and treats files of every
+other language one by one. To add a language, write a class with `languages`, `collect` and `dependencies` and add it
+to `RESOLVERS`.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -30,10 +30,10 @@ class Resolver(Protocol):
         """`paths` are the family's files in the repository, those dropped by a stage included."""
 
     def collect(self, path: str, text: str) -> None:
-        """Takes in one file; every file is, before the first question."""
+        """Takes in one file; called for every file before the first call of `dependencies`."""
 
     def dependencies(self, path: str) -> set[str]:
-        """Paths, out of those given, that the file at `path` depends on; never `path` itself."""
+        """Those of the given paths that the file at `path` depends on; never `path` itself."""
 
 
 RESOLVERS: tuple[type[Resolver], ...] = (
@@ -45,8 +45,8 @@ RESOLVERS: tuple[type[Resolver], ...] = (
 def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[str, str]]) -> list[set[int]]:
     """For each of `files` the positions of the files that it depends on.
 
-    `languages` maps every path of the repository to its language, so that an import of a file that was dropped is not
-    taken for another one; `files` are (path, text), read once and in order.
+    `languages` maps every path of the repository to its language, so that an import of a dropped file is not resolved
+    to a different one; `files` are (path, text), read once and in order.
     """
     family = {language: resolver for resolver in RESOLVERS for language in resolver.languages}
     members: dict[type[Resolver], list[str]] = {}

@@ -1,7 +1,7 @@
-"""What flows through the corpus: a file with its text, or the record of a file that was left out and why.
+"""What flows through a corpus build: a file with its text, or the record of a dropped file and why.
 
 A stage is a small pure callable from one document to one document or to a `Dropped`; a run is a list of stages. What
-needs to see the whole corpus at once (dedup, the split) is not a stage but a function of its own over a few columns.
+needs to see the whole corpus at once (dedup, the split) is not a stage but works on a few columns of all shards.
 The invariant behind the accounts: every file that a source yields leaves the run as exactly one of the two types.
 """
 
@@ -20,14 +20,14 @@ class Dropped:
     path: str
     """relative to the repository, with `/`; undecodable bytes appear as `\\udcXX` escapes"""
     language: str | None
-    """None where the file name says nothing"""
+    """None where the file name does not tell"""
     size: int
     """bytes on disk"""
     stage: str
     reason: str
     """a short fixed phrase, so that drops can be counted by it"""
     detail: str | None = None
-    """what to record beside the reason, where there is more to say"""
+    """what to record with the reason, if there is more to say"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +42,10 @@ class Document:
     size: int
     """bytes on disk, which the accounts count; a byte order mark is in `size` but not in `text`"""
     license: str | None = None
-    """of its repository, as an SPDX expression; None where that is not known"""
+    """the repository's, as an SPDX expression; None where it is not known"""
 
     def dropped(self, stage: str, reason: str, detail: str | None = None) -> Dropped:
-        """The record of this file being left out by `stage`."""
+        """The record that `stage` dropped this file."""
         return Dropped(
             repo=self.repo, path=self.path, language=self.language, size=self.size,
             stage=stage, reason=reason, detail=detail,

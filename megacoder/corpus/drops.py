@@ -1,4 +1,4 @@
-"""What steps leave out of a shard, in files: however much a corpus loses, the main process holds one name for each."""
+"""What steps drop from shards, in files: however much is dropped, the main process holds only the files' names."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("stage", pa.string()), ("reason", pa.
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Some rows of a shard that a step leaves out for one reason."""
+    """Rows of a shard that a step drops for one reason."""
 
     stage: str
     reason: str
@@ -28,12 +28,12 @@ class Drop:
     rows: np.ndarray
     """int64, ascending"""
     details: tuple[str, ...] = ()
-    """what to record beside the reason, one a row: the file it copies, the test it holds; or none at all"""
+    """what to record with the reason, one per row (the file it copies, the test it holds), or empty"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropFile:
-    """What one step leaves out of one shard."""
+    """The file of what one step drops from one shard."""
 
     path: Path
     key: str
@@ -41,7 +41,7 @@ class DropFile:
 
 
 def write_drops(path: Path, drops: Sequence[Drop]) -> DropFile | None:
-    """Leaves the drops at `path`; None, and no file, where there are none."""
+    """Writes the drops to `path`; None, and no file, if there are none."""
     parts = [_table(drop) for drop in drops if len(drop.rows)]
     if not parts:
         path.unlink(missing_ok=True)

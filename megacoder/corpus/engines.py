@@ -1,8 +1,8 @@
 """Where shard tasks run: on this machine's cores, on a Ray cluster, or as a Slurm job array.
 
-A task is a pure function of files, and leaves its result under names that the plan has given out; so the corpus is the
-same on any engine, byte for byte, and a task that a lost host had begun is simply done again. The folders of input and
-output must be the same on every host (a shared file system), and so must the installed megacoder.
+A task is a pure function of files and writes its result under names that the plan fixes, so the corpus is the same on
+any engine, byte for byte, and a task lost with its host is simply run again. The input and output folders must be the
+same on every host (a shared file system), and so must the installed megacoder.
 """
 
 import importlib
@@ -30,18 +30,18 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where to work; none of it changes what comes out."""
+    """Where shard tasks run; the output does not depend on it."""
 
     engine: Annotated[Literal["local", "ray", "slurm"], tyro.conf.arg(aliases=["--engine"])] = "local"
     """this machine's cores, an existing Ray cluster (extra `ray`), or Slurm (extra `slurm`)"""
     ray_address: Annotated[str, tyro.conf.arg(aliases=["--ray-address"])] = "auto"
     """HOST:PORT of the cluster's head; `auto` finds the one that was started on this host"""
     partition: str = ""
-    """of Slurm"""
+    """Slurm partition"""
     time: str = "20:00:00"
-    """limit of a Slurm job"""
+    """time limit of a Slurm job"""
     memory_gb: int = 2
-    """memory a Slurm task asks for"""
+    """memory of a Slurm task, in GB"""
 
 
 def run_on(
@@ -53,11 +53,10 @@ def run_on(
     work: Path,
     done: Callable[[Any], Any],
 ) -> list[Any]:
-    """The results of `function(task)` in the order of `tasks`; `done(task)` as each one ends.
+    """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
 
-    `pool.workers` is how many run at a time, 0 as many as there is room for; on a cluster the pool itself stays empty.
-    `work` is a folder for what engines pass on.
-    The first error that a task raises ends the run.
+    `pool.workers` is how many run at a time, 0: as many as fit; on a cluster the pool itself starts no process. `work`
+    is a folder for the files that engines exchange. The first error that a task raises stops the run.
     """
     if config.engine == "ray":
         return _run_on_ray(config, function, tasks, pool.workers, done)
@@ -80,15 +79,15 @@ def _run_on_ray(
             ray.init(address=config.ray_address, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError) as error:
             raise CorpusError(
-                f"no Ray cluster at {config.ray_address!r} ({str(error).splitlines()[0]}); "
-                "`ray start --head` on one host and `ray start --address=HOST:6379` on the others start one"
+                f"no Ray cluster at {config.ray_address!r} ({str(error).splitlines()[0]}); start one with "
+                "`ray start --head` on one host and `ray start --address=HOST:6379` on the others"
             ) from None
-    # tasks of a host that is lost are done again, however many hosts are lost
+    # tasks of a lost host are run again, however many hosts are lost
     remote = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_call)
     results: dict[int, Any] = {}
     waiting = list(enumerate(tasks))[::-1]
     running: dict[Any, int] = {}
-    most = workers or max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))  # the next is there when one ends
+    most = workers or max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))  # the next one is queued when one ends
     while waiting or running:
         while waiting and len(running) < most:
             index, task = waiting.pop()
@@ -102,14 +101,14 @@ def _run_on_ray(
 
 
 def _knock(address: str) -> None:
-    """OSError where nobody listens at HOST:PORT, ValueError for no port; Ray itself tries for ten minutes."""
+    """OSError if nothing listens at HOST:PORT, ValueError without a port; Ray itself would try for ten minutes."""
     if address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _call(function: Callable[[Any], Any], task: Any) -> tuple[Any, MegacoderError | None]:
-    """Errors meant for the user travel as results, without a traceback of the engine."""
+    """Runs a task; errors meant for the user are returned, so that the engine adds no traceback."""
     try:
         return function(task), None
     except MegacoderError as error:
@@ -146,7 +145,7 @@ def _run_on_slurm(
     job.run()
     missing = set(range(len(tasks)))
     while missing:
-        alive = _in_queue(str(job.job_id))  # asked first: a result may arrive between the two
+        alive = _in_queue(str(job.job_id))  # asked before looking for results: one may arrive in between
         for index in [index for index in missing if (folder / f"result-{index:05d}").exists()]:
             _result(from_json((folder / f"result-{index:05d}").read_text()))
             missing.remove(index)
@@ -162,7 +161,7 @@ def _run_on_slurm(
 
 
 class _Step:
-    """A datatrove pipeline step as datatrove calls it, without its base class, which only its extra has."""
+    """A pipeline step as datatrove calls it, without datatrove's base class, which only the extra installs."""
 
     name = "megacoder"
     type = "megacoder"

@@ -1,6 +1,6 @@
 """What the records of dropped files tell beyond the counts: clusters of near copies, and contamination.
 
-Read back from a finished corpus, batch by batch; what is held is a name for each copy and each hit.
+Read back from a finished corpus, batch by batch; memory holds a name for each copy and each hit.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -26,7 +26,7 @@ class Copy:
 
     name: str
     similarity: float
-    """to the one that was kept, as estimated"""
+    """estimated, to the kept one"""
     count: Count = field(default_factory=Count)
 
 
@@ -51,7 +51,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Contaminated:
-    """A file that was dropped since it holds pieces of tests."""
+    """A file that was dropped because it holds pieces of tests."""
 
     repo: str
     path: str
@@ -67,16 +67,16 @@ class Contaminated:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All of a corpus."""
+    """All findings of a corpus."""
 
     clusters: tuple[Cluster, ...]
     """the largest first"""
     contaminated: tuple[Contaminated, ...]
-    """in the order of the corpus"""
+    """in corpus order"""
 
 
 def read_findings(out: Path, report: CorpusReport) -> Findings:
-    """What the corpus in `out` tells of near copies and contamination; FormatError for a damaged file."""
+    """The near copies and the contamination that the corpus in `out` records; FormatError for a damaged file."""
     found: dict[tuple[str, str], dict[str, Copy]] = {}
     contaminated = []
     columns = ["repo", "path", "size", "stage", "reason", "detail"]
@@ -103,7 +103,7 @@ def read_findings(out: Path, report: CorpusReport) -> Findings:
 def read_part(
     out: Path, report: CorpusReport, part: str, columns: Sequence[str], *, where: tuple[str, Collection[str]]
 ) -> Iterator[dict[str, Any]]:
-    """Those rows of `train`, `heldout` or `dropped` whose column has one of the values, in order, a batch at a time."""
+    """The rows of `train`, `heldout` or `dropped` whose column has one of the values, in order, a batch at a time."""
     column, values = where
     for name in report.files:
         if not name.startswith(f"{part}/"):

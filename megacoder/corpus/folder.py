@@ -1,4 +1,4 @@
-"""The output folder: one build at a time, one configuration, nothing left that is not part of the corpus."""
+"""The output folder: one build at a time, one configuration, and in the end nothing that is not part of the corpus."""
 
 import json
 import shutil
@@ -21,10 +21,10 @@ _CONFIG = "config.json"
 
 @contextmanager
 def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) -> Iterator[None]:
-    """Holds `out` for a build with this `identity`, and clears what a killed one left half-written in `parts`.
+    """Locks `out` for a build with this `identity`, and removes what a killed build left half-written in `parts`.
 
-    ConfigError if it holds something built with another identity, with the first key that differs, or something else
-    entirely; CorpusError while another build holds it.
+    ConfigError if `out` holds a build with another identity (the error names the first key that differs) or something
+    else entirely; CorpusError while another build holds the lock.
     """
     identity = json.loads(json.dumps(identity))
     with disk_errors(out):
@@ -51,7 +51,7 @@ def keep_only(out: Path, files: Collection[str], parts: Collection[str]) -> None
 
 
 def give_up(out: Path, *, keep: bool) -> None:
-    """Removes what a build wrote that came to nothing; `keep` says that an earlier corpus is here and stays."""
+    """Removes what a failed build wrote; `keep` says that an earlier corpus is here and stays."""
     shutil.rmtree(out / WORK, ignore_errors=True)
     if not keep:
         (out / _CONFIG).unlink(missing_ok=True)
@@ -66,9 +66,9 @@ def _check_identity(out: Path, identity: dict[str, Any]) -> None:
         if others:
             raise ConfigError(f"{str(out)!r} is not empty and holds no corpus ({others[0]}); choose another --out")
         return
-    begun = any((out / WORK).glob("*.json"))  # a task has ended
+    begun = any((out / WORK).glob("*.json"))  # a task has finished
     if not begun and set(others) <= {WORK} and isinstance(found, dict) and found.keys() == identity.keys():
-        return  # a build that came to nothing binds nobody
+        return  # a build without a finished task does not fix the configuration
     here, wanted = _flat(found), _flat(identity)
     for key in sorted({*here, *wanted}):
         if here.get(key) != wanted.get(key):
@@ -79,7 +79,7 @@ def _check_identity(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _identity_in(out: Path) -> Any:
-    """What the folder was claimed with, None if it was not."""
+    """The identity that the folder was claimed with, None if it was not."""
     try:
         return json.loads((out / _CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:

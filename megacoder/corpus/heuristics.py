@@ -1,7 +1,7 @@
 """Readability and modularity by rule of thumb: what a reviewer would send back, measured on text alone.
 
 The paper drops "files with syntax errors, poor readability, and low modularity" and says no more; names, measures and
-limits are ours. They aim at what is not written to be read: data and machine output under a programming language's
+limits are ours. They target what was not written to be read: data and machine output under a programming language's
 name, one endless function, code whose names are gone. Limits are loose, so that ordinary code passes.
 """
 
@@ -17,26 +17,26 @@ __all__ = ["FUNCTION_WORDS", "HeuristicLimits", "modularity", "readability"]
 
 _CONFLICT = re.compile(r"^<{7} [^\n]*\n(?:.*\n)*?={7}\n(?:.*\n)*?>{7} ", re.MULTILINE)
 FUNCTION_WORDS = ("function", "method", "constructor")
-"""One of these is in the type of a node that is a function, whatever the grammar."""
+"""In every grammar, a syntax node whose type contains one of these is a function."""
 _FUNCTION = re.compile("|".join(FUNCTION_WORDS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeuristicLimits:
-    """Where a file stops to be readable or modular."""
+    """Beyond these limits a file counts as unreadable or not modular."""
 
     min_words: int = 200
     """files with fewer words are not judged by their words"""
     max_number_share: float = 0.9
-    """of words that are numbers"""
+    """largest share of words that are numbers"""
     max_short_name_share: float = 0.8
-    """of the distinct names that have one or two characters"""
+    """largest share of distinct names that have one or two characters"""
     max_repeated_line_share: float = 0.95
-    """of lines that an earlier line equals, blank ones aside"""
+    """largest share of non-blank lines that repeat an earlier one"""
     long_file_lines: int = 1000
     """shorter files are not judged for modularity"""
     max_function_share: float = 0.9
-    """of a long file's lines that are one function"""
+    """largest share of a long file's lines that are one function"""
 
     def __post_init__(self) -> None:
         for name in ("max_number_share", "max_short_name_share", "max_repeated_line_share", "max_function_share"):
@@ -45,7 +45,7 @@ class HeuristicLimits:
 
 
 def readability(text: str, limits: HeuristicLimits) -> str | None:
-    """Why nobody would read this, or None."""
+    """Why the text counts as unreadable, or None."""
     if "<<<<<<< " in text and _CONFLICT.search(text):
         return "merge conflict"
     counts = word_counts(text)
@@ -61,11 +61,11 @@ def readability(text: str, limits: HeuristicLimits) -> str | None:
 
 
 def modularity(tree: tree_sitter.Tree, num_lines: int, limits: HeuristicLimits) -> str | None:
-    """Why a long file is not built of parts, or None; lines of functions inside a function are not that one's own."""
+    """Why a long file counts as not modular, or None; lines of nested functions do not count for the outer one."""
     if num_lines < limits.long_file_lines:
         return None
     most = limits.max_function_share * num_lines
-    wide = [tree.root_node]  # all that a function over the limit can hang from is as long as that
+    wide = [tree.root_node]  # only nodes over the limit can contain a function over it
     while wide:
         node = wide.pop()
         if _is_function(node) and _own_lines(node, most) > most:
@@ -75,9 +75,9 @@ def modularity(tree: tree_sitter.Tree, num_lines: int, limits: HeuristicLimits) 
 
 
 def _own_lines(function: tree_sitter.Node, most: float) -> int:
-    """Lines of a function less those of the functions in it; counted until they are seen not to be over `most`."""
+    """Lines of a function without those of functions nested in it; stops counting once they are not over `most`."""
     own = _lines(function)
-    within = list(function.children)  # a copy: a node gives out the same list again
+    within = list(function.children)  # a copy: the node returns the same list each time
     while within and own > most:
         node = within.pop()
         if _is_function(node):

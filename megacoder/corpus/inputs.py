@@ -1,7 +1,8 @@
 """What `--input` may name: a repository, an archive of one, a table of files, or a folder that holds any of these.
 
-A folder that directly holds source files or `.git` is one repository. Of any other folder each sub-folder and each
-archive is a repository, and a folder that holds nothing but tables (Parquet, JSONL), at any depth, is read as such.
+A folder that directly holds source files or `.git` is one repository. In any other folder, each sub-folder and each
+archive is a repository, except that a sub-folder with nothing but tables (Parquet, JSONL), at any depth, is read as
+tables.
 """
 
 import os
@@ -18,12 +19,12 @@ from megacoder.corpus.tables import is_table
 
 __all__ = ["Inputs", "find_inputs"]
 
-_BESIDE_TABLES = (".md", ".txt", ".json", ".yaml", ".yml", ".lock", ".crc")  # data sets explain themselves in these
+_BESIDE_TABLES = (".md", ".txt", ".json", ".yaml", ".yml", ".lock", ".crc")  # documentation of data sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the inputs hold, in an order that does not depend on theirs."""
+    """What the inputs hold, in an order that does not depend on the order of the inputs."""
 
     sources: tuple[Source, ...] = ()
     """folders and archives, by name"""
@@ -34,7 +35,7 @@ class Inputs:
         for before, after in pairwise(ordered):
             if before.name == after.name:
                 places = f"{before.identity()[1]} and {after.identity()[1]}"
-                raise ConfigError(f"two repositories are called {after.name!r}: {places}")
+                raise ConfigError(f"two repositories are called {after.name!r}: {places}; rename one")
 
 
 def find_inputs(inputs: Sequence[Path]) -> Inputs:

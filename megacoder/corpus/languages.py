@@ -2,7 +2,7 @@
 
 The names are Table 1's (arXiv 2401.14196). The paper's own table of extensions is unpublished; this one gives every
 extension to one language, so that a lookup reads no content. Extensions that several languages share (`.h`, `.m`,
-`.pl`, `.v`, ...) are settled by content, in `ambiguous.py`; what stands here is what they mean by name alone.
+`.pl`, `.v`, ...) are settled by content, in `ambiguous.py`; this table has what they mean by name alone.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Language:
     extensions: tuple[str, ...]
     """lower case, without the dot"""
     filenames: tuple[str, ...]
-    """whole names, lower case"""
+    """complete file names, lower case"""
     comment: tuple[str, str]
     """what opens and closes a comment that fills a line"""
 
@@ -151,7 +151,7 @@ _BY_FILENAME = {filename: row.name for row in LANGUAGES.values() for filename in
 
 
 def language_of(path: str) -> str | None:
-    """The language that a file's name tells, or None: `a/b.py` -> 'Python', `Makefile` -> 'Makefile'."""
+    """The language by file name, or None: `a/b.py` -> 'Python', `Makefile` -> 'Makefile'."""
     name = path.rpartition("/")[2].lower()
     stem, dot, extension = name.rpartition(".")
     by_extension = _BY_EXTENSION.get(extension) if dot and stem else None

@@ -1,8 +1,8 @@
-"""The licence of a repository, from the files at its root, as SPDX names.
+"""The license of a repository, from the files at its root, as SPDX names.
 
-Recognised by phrases that no other licence has, white space and case aside: a guide for filtering, no legal opinion.
-`LICENSE-A` beside `LICENSE-B` is a choice (`A OR B`); other licences found together all hold (`A AND B`). A licence
-file that none of the phrases is found in counts as `unknown`, no licence file at all as `none`.
+Recognized by phrases that no other license has, ignoring white space and case: a guide for filtering, not a legal
+opinion. `LICENSE-A` beside `LICENSE-B` is a choice (`A OR B`); other licenses found together all apply (`A AND B`). A
+license file with none of the phrases counts as `unknown`, no license file at all as `none`.
 """
 
 import re
@@ -20,7 +20,7 @@ _FILE = re.compile(
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", "")
 _GNU_VERSION = re.compile(r"version (\d)(?:\.(\d))?")
 
-# each is looked for in the text with white space collapsed, in lower case; the first that is found decides
+# searched for in the text in lower case with white space collapsed; the first match decides
 _PHRASES: tuple[tuple[str, str], ...] = (
     ("apache license,? version 2\\.0|apache license version 2\\.0, january 2004", "Apache-2.0"),
     ("mozilla public license,? (?:version|v\\.) ?2\\.0", "MPL-2.0"),
@@ -58,10 +58,10 @@ _TITLE = 600
 
 @dataclass(frozen=True, kw_only=True)
 class LicenseFilter:
-    """The stage: keeps files whose repository's licence allows it. Names are compared without regard to case."""
+    """The stage: keeps files whose repository has an allowed license. Names are compared ignoring case."""
 
     allow: tuple[str, ...]
-    """SPDX names; `none` and `unknown` stand for repositories without one and with one that is not recognised"""
+    """SPDX names; `none` and `unknown` stand for repositories without a license and with an unrecognized one"""
     name: str = "license"
 
     def __call__(self, document: Document) -> Document | Dropped:
@@ -72,7 +72,7 @@ class LicenseFilter:
 
 
 def is_allowed(expression: str, allowed: Collection[str]) -> bool:
-    """Whether `A OR B`, `A AND B`, or a combination holds where the names in `allowed`, lower case, do."""
+    """Whether an expression such as `A OR B AND C` holds if the names in `allowed` (lower case) do."""
     return any(
         all(part.split(" with ")[0].strip(" ()") in allowed for part in choice.split(" and "))
         for choice in expression.lower().split(" or ")
@@ -80,13 +80,13 @@ def is_allowed(expression: str, allowed: Collection[str]) -> bool:
 
 
 def is_license_file(name: str) -> bool:
-    """Whether a file of this name, at the root of a repository, holds a licence."""
+    """Whether a file of this name, at the root of a repository, holds a license."""
     stem, suffix = _split(name)
     return suffix in _TEXT_SUFFIXES and _FILE.fullmatch(stem) is not None
 
 
 def license_of(files: Iterable[tuple[str, str]]) -> str:
-    """The licence that a repository's licence files, (name, text), state together."""
+    """The license that a repository's license files, (name, text), state together."""
     choices: set[str] = set()
     others: set[str] = set()
     for name, text in files:
@@ -104,17 +104,17 @@ def license_of(files: Iterable[tuple[str, str]]) -> str:
 
 
 def license_of_text(text: str) -> str:
-    """The SPDX name of a licence text, or `unknown`."""
+    """The SPDX name of a license text, or `unknown`."""
     plain = " ".join(text[:_LOOKED_AT].lower().replace('"', "'").split())
     if found := _SPDX.search(text[:_LOOKED_AT]):
         return found[1]
-    title = _gnu(plain, within=_TITLE)  # the text of a GNU licence names the others, and may quote shorter ones
+    title = _gnu(plain, within=_TITLE)  # the text of a GNU license names the others, and may quote shorter ones
     other = next((name for pattern, name in _COMPILED if pattern.search(plain)), None)
     return title or other or _gnu(plain, within=len(plain)) or "unknown"
 
 
 def _gnu(plain: str, within: int) -> str | None:
-    """The GNU licence that is named first within so many characters."""
+    """The GNU license named first in the first `within` characters."""
     found = [(plain.find(phrase, 0, within), name) for phrase, name in _GNU]
     position, name = min(((at, name) for at, name in found if at >= 0), default=(-1, ""))
     if position < 0:

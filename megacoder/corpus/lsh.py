@@ -1,12 +1,12 @@
 """Locality-sensitive hashing of MinHash signatures: which pairs of units are worth comparing, and which are near.
 
-A signature is cut into bands of `rows` places; two units with one equal band are candidates, which happens with
-probability 1 - (1 - J^rows)^bands for a similarity of J. A candidate counts only if the whole signatures agree in the
-wanted share of places: bands alone let pairs far below it through.
+A signature is cut into bands of `rows` places; two units that agree in any band are candidates, which happens with
+probability 1 - (1 - J^rows)^bands for a similarity of J. A candidate counts only if the complete signatures agree in
+the required share of places: bands alone let through pairs far below it.
 
-A band's records lie in sorted runs (`runs.py`). In a group of equal bands each unit meets the `WINDOW` units before it
-and the group's first. Larger groups are rare but for boilerplate; there the search is done again once the near copies
-found are gone, until nothing more is found (`near_dedup.py`).
+A band's records are stored in sorted runs (`runs.py`). In a group of equal bands each unit is paired with the `WINDOW`
+units before it and with the group's first. Larger groups are rare except for boilerplate; for them the search is
+repeated without the near copies found so far, until it finds no more (`near_dedup.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,18 +33,18 @@ class SignatureFiles:
     """The signatures of all units, shard after shard, in raw files that stay on disk."""
 
     paths: tuple[Path, ...]
-    """of (units, num_hashes) uint32 each"""
+    """each (units, num_hashes) uint32"""
     counts: tuple[int, ...]
-    """units of each"""
+    """number of units in each"""
     num_hashes: int
 
     @property
     def starts(self) -> np.ndarray:
-        """The global number of each shard's first unit, and of all of them at the end."""
+        """The global number of each shard's first unit, then the number of all units."""
         return np.cumsum([0, *self.counts])
 
     def shard(self, index: int) -> np.ndarray:
-        """The signatures of one shard, (units, num_hashes) uint32, as they lie on disk."""
+        """The signatures of one shard, (units, num_hashes) uint32, mapped from disk."""
         shape = (self.counts[index], self.num_hashes)
         return np.memmap(self.paths[index], np.uint32, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint32)
 
@@ -77,7 +77,7 @@ def candidate_pairs(
 ) -> tuple[np.ndarray, bool]:
     """(pairs, whether a group was too large for all of its pairs); pairs (N, 2) int64, the earlier unit first.
 
-    Only bands with a hash in the range `keys`; units in `gone`, ascending, are left out.
+    Only bands with a hash in the range `keys`; units in `gone`, ascending, are skipped.
     """
     parts = [read_range(path, RECORD, keys, run=band, num_runs=bands) for path in band_files]
     hashes = np.concatenate([np.zeros(0, np.uint64), *(part["key"] for part in parts)])
@@ -102,11 +102,11 @@ def candidate_pairs(
 
 
 def near_pairs(pairs: np.ndarray, signatures: SignatureFiles, *, similarity: float) -> np.ndarray:
-    """Those of the candidates that agree in at least the share `similarity` of all places, as EDGE records."""
+    """The candidate pairs that agree in at least the share `similarity` of all places, as EDGE records."""
     edges = []
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[start : start + _PAIRS_AT_ONCE]
-        units, positions = np.unique(part, return_inverse=True)  # sorted, so that disks are read forwards
+        units, positions = np.unique(part, return_inverse=True)  # sorted, so that files are read forwards
         taken = signatures.take(units)
         left, right = positions.reshape(part.shape).T
         agree = (taken[left] == taken[right]).mean(axis=1, dtype=np.float32)

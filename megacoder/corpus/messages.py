@@ -1,8 +1,8 @@
-"""Tasks and their results as JSON, for hosts that hand each other files: data alone, nothing that runs when it is read.
+"""Tasks and their results as JSON, for hosts that exchange files: pure data, nothing that runs when it is read.
 
-Beside JSON's own values there are those that tasks are made of, each an object with one key that begins with a dot. A
-dataclass or an error is one of this package's, looked up by its name and built from its fields, so that its own checks
-hold; any other name is refused. Text and paths may hold bytes that are no UTF-8, as file names do.
+A value of a type that JSON lacks is an object with one key that begins with a dot. Dataclasses and errors must be this
+package's: they are looked up by name and built from their fields, so that their own checks run; any other name is
+refused. Text and paths may hold bytes that are not UTF-8, as file names do.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _PACKAGE = "megacoder."
 
 
 def to_json(value: Any) -> str:
-    """TypeError for what is no data."""
+    """The value as JSON; TypeError if it holds anything but data."""
     return json.dumps(_encode(value))
 
 
@@ -32,7 +32,7 @@ def from_json(text: str) -> Any:
     try:
         return _decode(json.loads(text))
     except (ValueError, TypeError, AttributeError, ImportError, RecursionError) as error:
-        raise FormatError(f"no task or result of a task: {error}") from None
+        raise FormatError(f"not a task or a task's result: {error}") from None
 
 
 def _encode(value: Any) -> Any:
@@ -67,7 +67,7 @@ def _parts(value: Any) -> tuple[str, Any]:
     if dataclasses.is_dataclass(value) and cls.__module__.startswith(_PACKAGE):
         fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         return "dataclass", [cls.__module__, cls.__qualname__, fields]
-    raise TypeError(f"a task or result holds {value!r}, which is no data")
+    raise TypeError(f"a task or result holds {value!r}, which is not plain data")
 
 
 def _decode(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 A word is a run of ASCII letters, digits, `_` and bytes from 128 on (so UTF-8 letters stay whole), lower case in ASCII;
 a shingle is `ngram` words in a row, or all words where there are fewer. A shingle is hashed to two 32-bit numbers, and
-hash function i gives low + i high + q_i modulo 2^32. Any two of the functions are independent, as the error of the
-estimate demands, at the price of an addition each; the fixed random q_i keep a shingle with a small `high` from being
+hash function i gives low + i high + q_i modulo 2^32. The functions are pairwise independent, as the error of the
+estimate requires, at the cost of an addition each; the fixed random q_i keep a shingle with a small `high` from being
 the lowest for many i in a row.
 
 The share of equal places in two signatures of K hashes estimates the Jaccard similarity J of the shingle sets with a
 standard error of sqrt(J (1 - J) / K). The signature of a union is the elementwise minimum: a repository's signature
-costs nothing beside those of its files, and depends neither on their order nor on how they are joined.
+costs nothing beyond those of its files, and depends neither on their order nor on how they are joined.
 
 `signatures` uses the kernel of csrc/cpp/minhash.inc where it is built; the NumPy path below defines it, bit for bit.
 """
@@ -25,16 +25,16 @@ from megacoder.core.native import native
 __all__ = ["EMPTY", "HASH_MULTIPLE", "reference_signatures", "shingle_hashes", "signatures", "word_hashes"]
 
 EMPTY = np.uint32(0xFFFFFFFF)
-"""What every place of the signature of a text without words holds; the identity of the minimum."""
+"""Fills the signature of a text without words; the identity of the minimum."""
 HASH_MULTIPLE = 64
-"""The number of hashes is a multiple of this: the kernel keeps as many minima in registers."""
+"""The number of hashes is a multiple of this: the kernel keeps this many minima in registers."""
 
 _WORD_BASE, _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _CHUNK = 512
 
 
 def signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int) -> tuple[np.ndarray, np.ndarray]:
-    """For N texts in UTF-8 their signatures, (N, num_hashes) uint32, and their numbers of words, (N,) int64."""
+    """For N texts in UTF-8: their signatures, (N, num_hashes) uint32, and their word counts, (N,) int64."""
     kernels = _kernels()
     if kernels is None:
         return reference_signatures(texts, num_hashes=num_hashes, ngram=ngram)
@@ -94,7 +94,7 @@ def _shingle_hashes(words: np.ndarray, ngram: int) -> np.ndarray:
 
 
 def reference_word_hashes(text: bytes) -> np.ndarray:
-    """`word_hashes` in NumPy alone: a word is hashed eight bytes after another, the last eight filled up with zeros."""
+    """`word_hashes` in NumPy alone: a word is hashed eight bytes at a time, the last eight padded with zeros."""
     folded = _fold()[np.frombuffer(text, np.uint8)]
     edges = np.flatnonzero(np.diff(folded != 0, prepend=False, append=False))
     starts, left = edges[::2], np.diff(edges)[::2]
@@ -113,7 +113,7 @@ def reference_word_hashes(text: bytes) -> np.ndarray:
 
 
 def _mix64(hashes: np.ndarray) -> np.ndarray:
-    """The finalizer of MurmurHash3: every bit of the input moves about half of the output's."""
+    """The finalizer of MurmurHash3: every input bit affects about half of the output bits."""
     hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return hashes ^ (hashes >> np.uint64(33))
@@ -121,7 +121,7 @@ def _mix64(hashes: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _addends(num_hashes: int) -> np.ndarray:
-    """q_i, (K,) uint32: the same for ever, so that signatures of different runs can be compared."""
+    """q_i, (K,) uint32: fixed forever, so that signatures of different runs can be compared."""
     counters = np.arange(1, num_hashes + 1, dtype=np.uint64) * _WORD_BASE
     return (_mix64(counters) >> np.uint64(32)).astype(np.uint32)
 

@@ -1,4 +1,4 @@
-"""Names of what is numbered through all shards: looked up one by one, on disk, so that nobody holds all of them."""
+"""Names of files or repositories by global number: looked up on disk, so that no process holds them all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["NameFiles", "write_names"]
 
 
 def write_names(path: Path, names: Sequence[str] | pa.ChunkedArray) -> None:
-    """Leaves the names in a file that can be mapped."""
+    """Writes the names to a file that can be memory-mapped."""
     column = names.cast(pa.large_string()) if isinstance(names, pa.ChunkedArray) else pa.array(names, pa.large_string())
     table = pa.table({"name": column})
     with disk_errors(path), replacing(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
@@ -31,11 +31,11 @@ class NameFiles:
 
     @property
     def starts(self) -> np.ndarray:
-        """The number of each shard's first name, and of all names at the end."""
+        """The global number of each shard's first name, then the number of all names."""
         return np.cumsum([0, *self.counts])
 
     def take(self, numbers: np.ndarray) -> list[str]:
-        """The names of some numbers, (N,) int64, in their order; every file is opened once at most."""
+        """The names of `numbers`, (N,) int64, in that order; every file is opened once at most."""
         starts = self.starts
         shard_of = np.searchsorted(starts, numbers, "right") - 1
         found = [""] * len(numbers)

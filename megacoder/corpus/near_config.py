@@ -1,4 +1,4 @@
-"""What near-dedup can be told."""
+"""The options of near-dedup."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,17 +18,17 @@ class NearDedupConfig:
     level: Annotated[Literal["repository", "file", "both", "none"], tyro.conf.arg(aliases=["--near-dedup"])] = (
         "repository"
     )
-    """what is compared: whole repositories (the paper), files, or first the ones and then the others"""
+    """what is compared: whole repositories (the paper), files, both (repositories first), or nothing"""
     similarity: float = 0.7
-    """estimated Jaccard similarity from which on two are near"""
+    """estimated Jaccard similarity at or above which two are near copies"""
     ngram: int = 5
-    """words of a shingle"""
+    """words per shingle"""
     num_hashes: int = 256
-    """places of a signature; the estimate's standard error is at most half over its root"""
+    """hashes per signature; the standard error of the estimate is at most 0.5 / sqrt(num_hashes)"""
     bands: int = 42
-    """groups of places by which candidates are found"""
+    """bands per signature; two that agree in any band are candidates"""
     rows: int = 6
-    """places of a band; with 42 bands of 6, pairs at a similarity of 0.8 are missed once in 300,000"""
+    """hashes per band; with 42 bands of 6, one pair in 300,000 at a similarity of 0.8 is missed"""
     min_words: int = 20
     """repositories or files with fewer words are left to exact dedup"""
 
@@ -42,5 +42,6 @@ class NearDedupConfig:
             raise ConfigError(f"near-dedup num_hashes = {self.num_hashes}: must be a multiple of {HASH_MULTIPLE}")
         if self.bands * self.rows > self.num_hashes:
             raise ConfigError(
-                f"near-dedup bands x rows = {self.bands} x {self.rows}: only {self.num_hashes} hashes; lower either"
+                f"near-dedup bands x rows = {self.bands} x {self.rows}: there are only {self.num_hashes} hashes; lower "
+                "either, or raise num_hashes"
             )

@@ -1,13 +1,13 @@
 """Near duplicates: repositories, or files, whose words are mostly those of an earlier one.
 
-As in the paper a repository is one document, so that no repository is left with holes; its signature is the minimum of
-its files'. Of near units the first in name order stays. A unit goes only if it is near to one that stays: no chain of
-small differences ends in the loss of something new, and every loss names what stands for it.
+As in the paper, a repository is one document, so that none is left with holes; its signature is the elementwise minimum
+of its files'. Of near units the first in name order is kept. A unit is dropped only if it is near to a kept one: no
+chain of small differences can drop something new, and every drop names the unit kept instead.
 
-Everything large stays on disk: each shard leaves signatures and sorted band records; tasks that own a range of a
-band's hashes find near pairs; the pairs, by ranges of units, decide; each shard takes its own copies from what was
-decided. The main process holds one byte a unit. Where files are compared after repositories, their signatures are those
-that the repositories' were made of.
+Everything large stays on disk: each shard writes signatures and sorted band records; tasks that own a range of a
+band's hashes find near pairs; the main process goes through the pairs by ranges of units and decides, holding one byte
+per unit; each shard reads its own copies from the decisions. Where files are compared after repositories, the files'
+signatures are reused.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ __all__ = ["NearDedup", "choose_copies", "read_copy"]
 
 Level = Literal["repository", "file"]
 
-_RECORDS_AT_ONCE = 1 << 20  # band records or near pairs that a task sorts: 40 MB with what they are sorted by
+_RECORDS_AT_ONCE = 1 << 20  # band records or near pairs that a task sorts: 40 MB, sort keys included
 _FILES_AT_ONCE = 4096
 
 
@@ -90,11 +90,11 @@ class _SignTask:
 
     @property
     def names(self) -> Path:
-        """Of the units."""
+        """The units' names."""
         return self.shard.beside(f"names-{self.level}")
 
     def unit_names(self, kept: np.ndarray) -> list[str]:
-        """Of every unit in order, given the kept rows."""
+        """The name of every unit in order, given the kept rows."""
         if self.level == "repository":
             return list(dict.fromkeys(self.shard.columns(["repo"], kept)["repo"].to_pylist()))
         table = self.shard.columns(["repo", "path"], kept)
@@ -109,7 +109,7 @@ class _SignTask:
 
 
 def _sign(task: _SignTask) -> int:
-    """Writes the signatures, band records and names of a shard's units; their number."""
+    """Writes the signatures, band records and names of a shard's units; returns the number of units."""
     if (done := finished(task.signatures, task.key)) is not None:
         return int(done["units"])
     options, kept = task.options, task.shard.kept()
@@ -129,12 +129,12 @@ def _sign(task: _SignTask) -> int:
 
 
 Signed = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of some consecutive rows the units, (N,) ascending, the signatures, (N, K), and the numbers of words, (N,)."""
+"""Consecutive rows: their units, (N,) ascending, signatures, (N, K), and word counts, (N,)."""
 
 
 def _merged(chunks: Iterable[Signed]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Signatures (M, K) and numbers of words (M,) of units, in order: the minima and sums of their rows'."""
-    unit, lowest, total = -1, np.zeros((0, 0), np.uint32), np.zeros(0, np.int64)  # of the last one, which may go on
+    """Signatures (M, K) and word counts (M,) of units, in order: minima and sums over their rows."""
+    unit, lowest, total = -1, np.zeros((0, 0), np.uint32), np.zeros(0, np.int64)  # of the last unit, which may continue
     for units, signed, words in chunks:
         firsts = np.flatnonzero(np.diff(units, prepend=-1))
         lowests, totals = np.minimum.reduceat(signed, firsts, axis=0), np.add.reduceat(words, firsts)
@@ -152,7 +152,7 @@ def _merged(chunks: Iterable[Signed]) -> Iterator[tuple[np.ndarray, np.ndarray]]
 def _signed_rows(task: _SignTask, kept: np.ndarray) -> Iterator[Signed]:
     """The kept rows, a few megabytes at a time.
 
-    Where repositories come first and files after them, the files' signatures are kept for the second time.
+    Where repositories are compared before files, the files' signatures are stored for the second pass.
     """
     options, units = task.options, task.unit_of_row(kept)
     record = np.dtype([("row", "<i8"), ("words", "<i8"), ("signature", "<u4", (options.num_hashes,))])
@@ -209,7 +209,7 @@ class _PairTask:
 
 
 def _pair(task: _PairTask) -> tuple[int, bool]:
-    """Writes the near pairs of some bands; how many, and whether a group was too large to look at all of its pairs."""
+    """Writes the near pairs of some bands; returns how many, and whether a group was too large for all of its pairs."""
     if (done := finished(task.target, task.key)) is not None:
         return int(done["pairs"]), bool(done["truncated"])
     truncated, found, gone = False, [np.zeros(0, EDGE)], np.fromfile(task.gone, EDGE)["later"]
@@ -227,7 +227,7 @@ def _pair(task: _PairTask) -> tuple[int, bool]:
 
 
 def _search(signed: Sequence[_SignTask], files: SignatureFiles, options: NearDedupConfig, run: RunTasks) -> Path:
-    """The file of all near copies, as EDGE records by unit: each with what it is a copy of and how near."""
+    """The file of all near copies, as EDGE records by unit: each with the unit kept instead and the similarity."""
     num_units = int(files.starts[-1])
     ranges = key_ranges(num_units, _RECORDS_AT_ONCE)
     bands_at_once = max(1, min(options.bands, _RECORDS_AT_ONCE // num_units))
@@ -263,10 +263,10 @@ def _by_unit(files: Sequence[Path], num_units: int, num_pairs: int) -> Iterator[
 
 
 def choose_copies(edges: Iterable[np.ndarray], num_units: int) -> Iterator[np.ndarray]:
-    """Goes through the units in order: one that is near to an earlier one that stays is a copy of the first such.
+    """Decides on the units in order: one that is near to earlier kept units is a copy of the first of them.
 
-    `edges` are EDGE records ordered by the later unit, then the earlier one, in parts; yields those of them, a part for
-    a part, that name a copy and what it is a copy of.
+    `edges` are EDGE records ordered by the later unit, then the earlier one, in parts; yields, part by part, the edges
+    from a copy to the unit kept instead.
     """
     gone = np.zeros(num_units, bool)
     for part in edges:
@@ -279,7 +279,7 @@ def choose_copies(edges: Iterable[np.ndarray], num_units: int) -> Iterator[np.nd
 
 
 def read_copy(detail: str) -> tuple[str, float]:
-    """What a dropped row's detail says: the name of what it is a copy of, and how near."""
+    """Parses a dropped row's detail: the name of what it is a copy of, and the similarity."""
     name, _, similarity = detail.rpartition(" ")
     return name, float(similarity.strip("()"))
 
@@ -302,7 +302,7 @@ class _TakeTask:
 
 
 def _take(task: _TakeTask) -> DropFile | None:
-    """Leaves the rows of the shard's own copies as drops."""
+    """Writes the rows of the shard's own copies as drops."""
     start, end = task.names.starts[task.index : task.index + 2].tolist()
     copies = read_range(task.copies, EDGE, (start, end - 1), field="later")
     signed, target = task.signed, task.signed.shard.beside(f"dropped-near-{task.signed.level}")

@@ -1,9 +1,9 @@
 """Algorithm 1 of DeepSeek-Coder (arXiv 2401.14196): files in the order of their dependencies.
 
 Weakly connected subgraphs are ordered one by one: of the files not yet placed, the one with the fewest dependencies
-not yet placed comes next. Taking the fewest rather than none is all the handling that import cycles get. The paper
-leaves ties open; here the lowest index wins, and indices follow paths, so the order depends on nothing else. Its
-search for the minimum is quadratic; a heap with stale entries makes it O((V + E) log V).
+not yet placed comes next. Taking the fewest, rather than requiring none, is also how import cycles are handled. The
+paper leaves ties open; here the lowest index wins, and indices follow paths, so the order depends on nothing else. The
+paper's search for the minimum is quadratic; a heap with stale entries makes it O((V + E) log V).
 """
 
 import heapq

@@ -1,6 +1,6 @@
-"""Files that nobody wrote here: vendored copies by their folder, minified code by its name and its looks.
+"""Files not written in this repository: vendored copies, by folder or name; minified code, by name or layout.
 
-The paper drops neither by name (its line lengths catch most minified code); these are options.
+The paper drops neither by name (its limits on line length catch most minified code); these are options.
 """
 
 import re
@@ -23,7 +23,7 @@ _VENDOR_NAMES = re.compile(
 )
 _MINIFIED_NAME = re.compile(r"[.-]min\.(?:js|mjs|cjs|css|html)$")
 _MINIFIED_LANGUAGES = frozenset({"JavaScript", "CSS"})
-_MIN_SPACE = 0.06  # of the characters of JavaScript or CSS that a person laid out; measured at 15 to 30 percent
+_MIN_SPACE = 0.06  # share of characters; 15 to 30 percent were measured in JavaScript and CSS laid out by people
 _MIN_CHARS = 500
 
 
@@ -39,7 +39,7 @@ class VendoredFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class MinifiedFiles:
-    """The stage that drops code packed for the browser."""
+    """The stage that drops minified code."""
 
     name: str = "minified"
 

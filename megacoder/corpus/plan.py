@@ -1,7 +1,7 @@
 """Which repositories go into which shard: consecutive ones in name order, up to a size.
 
-The cut depends on the inputs and `shard_bytes` alone, and since the order of repositories does not depend on
-`shard_bytes`, neither do the documents, only how they are spread over files.
+The cut depends on the inputs and `shard_bytes` alone. The order of repositories does not depend on `shard_bytes`, so
+the documents do not either, only how they are spread over files.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def gather_tables(inputs: Inputs, config: CorpusConfig, run: RunTasks) -> list[G
 def plan_scans(
     sources: Sequence[tuple[Source, Inventory]], gathered: Sequence[Gathered], key: str, config: CorpusConfig
 ) -> list[ScanTask]:
-    """The first pass over every shard; `key` stands for all the inputs. ConfigError if two have one name."""
+    """The scan task of every shard; `key` identifies all inputs. ConfigError if two repositories share a name."""
     rows: dict[str, int] = {}
     for table in gathered:
         for repo, size in table.sizes.items():
@@ -60,7 +60,7 @@ def plan_scans(
     for before, after in pairwise(named):
         if before[0] == after[0]:
             places = " and ".join(str(item[2][0].identity()[1]) if item[2] else "a table" for item in (before, after))
-            raise ConfigError(f"two repositories are called {after[0]!r}: {places}")
+            raise ConfigError(f"two repositories are called {after[0]!r}: {places}; rename one")
     shards: list[list[tuple[str, int, tuple[Source, Inventory] | None]]] = []
     room = 0
     for item in named:

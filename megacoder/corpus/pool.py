@@ -1,5 +1,5 @@
-"""Shard tasks on this machine's cores: one pool of processes for a whole build, which leaves none behind when its
-parent is killed.
+"""Shard tasks on this machine's cores: one pool of processes for a whole build; none of them outlives a parent that is
+killed.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Up to `workers` processes (0: one per core), started when tasks ask for them, ended with the `with` block."""
+    """Up to `workers` processes (0: one per core), started when first needed, stopped when the `with` block ends."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -44,8 +44,8 @@ class WorkerPool:
     ) -> list[Result]:
         """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
 
-        Tasks start in the order given, which puts long ones first if the caller does. The first error stops the run;
-        CorpusError if a worker is killed.
+        Tasks start in the order given, so callers put long ones first. The first error stops the run; CorpusError if a
+        worker is killed.
         """
         workers = self.workers or num_cores()
         if min(workers, len(tasks)) <= 1:
@@ -67,7 +67,7 @@ class WorkerPool:
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise CorpusError(
-                "a worker process was killed, most likely for memory; run the same command with fewer --workers"
+                "a worker process was killed, most likely out of memory; run the same command with fewer --workers"
             ) from None
 
 
@@ -77,7 +77,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool's worker waits for work forever if its parent is killed."""
+    """Exits when the parent is killed; a pool's worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -1,8 +1,8 @@
-"""Secrets and personal data in texts, left alone, replaced or reason to drop the file: the user's choice.
+"""Secrets and personal data in texts: the user chooses to keep them, to redact them, or to drop the file.
 
-Secrets are what Yelp's detect-secrets knows by their form (keys and tokens of services, private keys, passwords in
-URLs); its guesses by entropy are left out, as they take hashes and test data for secrets. Personal data are e-mail
-addresses and public IP addresses. What is replaced becomes `<KEY>`, `<EMAIL>` or `<IP_ADDRESS>`, as for StarCoder.
+Secrets are what Yelp's detect-secrets recognizes by form (keys and tokens of services, private keys, passwords in
+URLs); its entropy detectors are not used, as they report hashes and test data. Personal data are e-mail addresses and
+public IP addresses. Redacted text becomes `<KEY>`, `<EMAIL>` or `<IP_ADDRESS>`, as for StarCoder.
 """
 
 import functools
@@ -26,8 +26,8 @@ _PRIVATE_KEY = re.compile(
 _NOT_BY_FORM = frozenset(
     {"Public IP (ipv4)", "Secret Keyword", "Base64 High Entropy String", "Hex High Entropy String", "Private Key"}
 )
-_GROUPED = "Basic Auth Credentials"  # of a URL, the password alone
-_AROUND = " \t\r\n\"'`=:,;"  # what some patterns match beside the secret
+_GROUPED = "Basic Auth Credentials"  # only the password in a URL is the secret
+_AROUND = " \t\r\n\"'`=:,;"  # what some patterns match around the secret
 _EMAIL = re.compile(r"(?<![\w.+%-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
 _NOT_PERSONAL = re.compile(
     r"(?:^(?:no-?reply|git|root|user|foo|test|info|support)@|@(?:[\w.-]*\.)?example\.(?:com|org|net)$|@localhost)",
@@ -53,7 +53,7 @@ class Secrets:
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalData:
-    """The stage for addresses."""
+    """The stage for e-mail and IP addresses."""
 
     handling: Handling
     name: str = "personal data"

@@ -1,7 +1,7 @@
 """What every source does with a file: judge it by its name, decode it, settle its language.
 
 A file is opened only if its name and size allow it. Text is UTF-8, UTF-16 or UTF-32 with a byte order mark, or what
-the file itself declares (PEP 263, HTML, XML, editors' mode lines); any other is dropped unless a fallback is given.
+the file itself declares (PEP 263, HTML, XML, editors' mode lines); other files are dropped unless a fallback is given.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from megacoder.corpus.languages import LANGUAGES, language_of
 __all__ = ["NOT_WALKED", "Selection", "decode", "make_document", "make_drop", "name_reason", "within_cap"]
 
 NOT_WALKED = frozenset({".git", ".hg", ".svn", "__pycache__"})
-"""Version control metadata and byte-code caches are no part of a repository."""
+"""Version control metadata and byte-code caches are not part of a repository."""
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -43,16 +43,16 @@ class Selection:
     max_file_bytes: int = 1 << 20
     """larger files are not read"""
     max_repo_bytes: int | None = None
-    """of a larger repository, whole folders are drawn up to this size"""
+    """from a larger repository, folders are drawn at random up to this size"""
     fallback_encoding: str | None = None
-    """for text that is neither Unicode nor declares what it is; None drops it"""
+    """encoding of text that is neither Unicode nor declares its own; None drops such files"""
     seed: int = 0
     exclude: Path | None = None
-    """a folder that is passed over"""
+    """a folder to skip"""
 
 
 def decode(data: bytes, fallback: str | None = None) -> tuple[str | None, str | None]:
-    """(text, None), without its byte order mark, or (None, the reason why there is none)."""
+    """(text, None), without the byte order mark, or (None, the reason why it cannot be decoded)."""
     encoding = next((name for mark, name in _BOMS if data.startswith(mark)), None)
     if encoding is None and b"\0" in data:
         return None, "binary"
@@ -86,7 +86,7 @@ def name_reason(
 def make_document(
     repo: str, path: str, data: bytes | str, selection: Selection, *, license: str | None = None
 ) -> Document | Dropped:
-    """The file as a document, or dropped for what its content is."""
+    """The file as a document, or dropped because of its content."""
     by_name = language_of(path)
     size = len(data) if isinstance(data, bytes) else len(data.encode())
     if size > selection.max_file_bytes:
@@ -108,7 +108,7 @@ def make_drop(repo: str, path: str, size: int, reason: str) -> Dropped:
 
 
 def within_cap(files: Sequence[tuple[str, int]], max_bytes: int | None, key: str) -> set[str]:
-    """Paths of the files, (path, size), that fit; files of one folder go together: they depend on one another most."""
+    """Paths of the files, (path, size), drawn to fit; a folder's files go together: they depend on each other most."""
     if max_bytes is None or sum(size for _, size in files) <= max_bytes:
         return {path for path, _ in files}
     taken, left = set(), max_bytes
@@ -120,7 +120,7 @@ def within_cap(files: Sequence[tuple[str, int]], max_bytes: int | None, key: str
 
 
 def _declared(data: bytes) -> str | None:
-    """The encoding that the first lines name, if it is one of text."""
+    """The encoding that the first lines declare, if it is a text encoding."""
     found = _DECLARED.search(data, 0, _DECLARED_WITHIN)
     if found is None:
         return None

@@ -1,7 +1,7 @@
 """What a finished corpus holds, what was dropped on the way and why: as table rows, as JSON and as one HTML file.
 
-The accounts say how much; the records of drops, which copies and which tests; the files themselves, what depends on
-what. The terminal, this page and the quickstart's show the same rows.
+The accounts give the amounts; the records of drops, the copies and the tests; the files themselves, the dependencies.
+The terminal, this page and the quickstart's page show the same rows.
 """
 
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ _MOST_CLUSTERS, _MOST_COPIES, _MOST_CONTAMINATED, _MOST_REPOSITORIES = 20, 10, 1
 
 @dataclass(frozen=True, kw_only=True)
 class FullReport:
-    """All there is to say about the corpus in `folder`."""
+    """Everything reported about the corpus in `folder`."""
 
     folder: Path
     corpus: CorpusReport
     findings: Findings
     graph: DependencyGraph
     unscreened: tuple[str, ...]
-    """languages of kept files that nothing has parsed"""
+    """languages of kept files that no parser has checked"""
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON: the accounts of `corpus.json`, and what has been found beside them."""
+        """For JSON: the accounts of `corpus.json`, and the findings."""
         accounts = self.corpus.accounts
         shares = {name: count.bytes / accounts.kept.bytes for name, count in accounts.languages.items()}
         return corpus_json(self.corpus) | {
@@ -77,7 +77,7 @@ class FullReport:
     def _languages(self) -> str:
         said = "Every one of these languages was screened by a parser."
         if self.unscreened:
-            said = f"Of no parser, and so not screened for syntax: {', '.join(self.unscreened)}."
+            said = f"Not screened for syntax: {', '.join(self.unscreened)}."
         columns = ["language", "size", "files", "share"]
         return section("Kept, by language", value_table(columns, language_rows(self.corpus)), paragraph(said))
 
@@ -90,21 +90,21 @@ class FullReport:
         dropped = self.corpus.accounts.dropped.get("dedup", {}).values()
         exact = f"Files dropped because an earlier one has the same text: {sum(count.files for count in dropped):,}."
         if level == "none":
-            return section("Copies", paragraph(f"{exact} Near copies were not looked for."))
+            return section("Copies", paragraph(f"{exact} Near copies were not searched for."))
         number = sum(len(cluster.copies) for cluster in clusters)
         near = f"Near copies dropped: {number:,}, in {counted(len(clusters), 'cluster', 'clusters')}."
         parts = [paragraph(f"{exact} {near}")]
         if clusters:
             rows = [row for cluster in clusters[:_MOST_CLUSTERS] for row in _cluster_rows(cluster)]
-            columns = ["kept", "dropped as near to it", "similarity", "files", "size"]
+            columns = ["kept", "dropped as its near copy", "similarity", "files", "size"]
             parts.append(value_table(columns, rows, num_texts=2, caption=_first(clusters, _MOST_CLUSTERS, "clusters")))
         return section("Copies", *parts)
 
     def _contamination(self) -> str:
         found, benchmarks = self.findings.contaminated, self.corpus.config["benchmarks"]
         if not benchmarks:
-            return section("Contamination", paragraph("No benchmark was given to look for."))
-        names = ", ".join(name.rpartition(" ")[0] for name in benchmarks)  # behind each name stands its digest
+            return section("Contamination", paragraph("No benchmark was given to search for."))
+        names = ", ".join(name.rpartition(" ")[0] for name in benchmarks)  # each entry is a name and a digest
         tests = len({test for file in found for test, _ in file.hits})
         said = f"{counted(len(found), 'file held', 'files held')} a piece of {counted(tests, 'test', 'tests')} of"
         parts = [paragraph(f"{said} {names}." if found else f"No file held a piece of {names}.")]
@@ -115,11 +115,11 @@ class FullReport:
                 for index, (test, words) in enumerate(file.hits)
             ]
             caption = _first(found, _MOST_CONTAMINATED, "files")
-            parts.append(value_table(["file", "test", "words that both hold"], rows, num_texts=3, caption=caption))
+            parts.append(value_table(["file", "test", "words in both"], rows, num_texts=3, caption=caption))
         return section("Contamination", *parts)
 
     def _dependencies(self) -> str:
-        graph, title = self.graph, f"What depends on what in {self.graph.repository}"
+        graph, title = self.graph, f"Dependencies in {self.graph.repository}"
         if not graph.edges:
             return section(title, paragraph("No file depends on another."))
         drawn = graph.busiest(_MOST_DRAWN)
@@ -127,7 +127,7 @@ class FullReport:
         shown = f"The {len(drawn.files)} of {len(graph.files):,} files with the most edges" if cut else "Files"
         alone = f"; {counted(graph.alone, 'file has', 'files have')} none" if graph.alone else ""
         said = (
-            f"{shown}, dependencies to the left of what needs them; dashed: closes a cycle. "
+            f"{shown}, dependencies to the left of the files that need them; a dashed edge closes a cycle. "
             f"{counted(len(graph.edges), 'edge', 'edges')} in all{alone}."
         )
         drawing = layered_graph(drawn.files, drawn.edges, describes=f"dependencies in {graph.repository}")

@@ -1,7 +1,7 @@
-"""The dependencies between the files of a repository in a finished corpus, for people to look at.
+"""The dependencies between the files of a repository in a finished corpus, to be drawn.
 
-Texts come from the corpus itself; files that were dropped are known by name, so that an edge here is one that the
-build ordered by, but for a repository whose files are split between training and held out.
+Texts come from the corpus itself and dropped files are known by name, so the edges are those by which the build ordered
+the files, except in a repository whose files are split between training and held out.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ _CANDIDATES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DependencyGraph:
-    """One repository's kept files, as far as one of them depends on another."""
+    """One repository's kept files that depend on one another."""
 
     repository: str
     files: tuple[str, ...]
@@ -36,7 +36,7 @@ class DependencyGraph:
     """kept files without an edge"""
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON, with paths: [what depends, on what]."""
+        """For JSON, with paths: [dependent, dependency]."""
         edges = [[self.files[b], self.files[a]] for a, b in self.edges]
         return {"repository": self.repository, "files": list(self.files), "depends_on": edges, "alone": self.alone}
 
@@ -57,9 +57,9 @@ class DependencyGraph:
 
 
 def repository_graph(out: Path, report: CorpusReport, name: str | None = None) -> DependencyGraph:
-    """The graph of the repository called `name`, or of one that is large and small enough to be drawn whole.
+    """The graph of the repository called `name`, by default of a large one that can still be drawn completely.
 
-    That is: of the 8 with the most files up to 40, the one with the most edges; where all have more files, the
+    That is: of the 8 largest with at most 40 files, the one with the most edges; where all have more files, the
     smallest. CorpusError for a name that the corpus does not hold.
     """
     kept = {name: row.kept.files for name, row in sorted(report.accounts.repositories.items()) if row.kept.files}

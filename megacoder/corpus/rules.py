@@ -1,9 +1,9 @@
 """The paper's file filters, one small function each: a text in, a reason to drop it or None out.
 
-All thresholds count characters, not bytes, and hold strictly as in section 2.1 of arXiv 2401.14196: a mean line of
-exactly 100 characters stays. What the paper leaves open is decided here: a line ends at LF, CR or CRLF and its end is
-not counted; alphabetic is `str.isalpha`; an empty file has no alphabetic share and gets a reason of its own; visible
-text of HTML is what stands outside tags, comments, scripts and styles, white space collapsed as a browser does.
+All thresholds count characters, not bytes, and are strict as in section 2.1 of arXiv 2401.14196: a file with a mean
+line of exactly 100 characters is kept. What the paper leaves open is decided here: a line ends at LF, CR or CRLF and
+its end is not counted; alphabetic is `str.isalpha`; an empty file has no alphabetic share and gets a reason of its own;
+visible text of HTML is that outside tags, comments, scripts and styles, white space collapsed as in a browser.
 
 Lines and letters are counted in one pass (`text_counts.py`).
 """
@@ -21,7 +21,7 @@ __all__ = [
     "visible_text", "xml_declaration",
 ]  # fmt: skip
 
-# What is never closed goes on to the end of the text, as in a browser; so that no place is looked at twice.
+# What is never closed extends to the end of the text, as in a browser, so that no place is scanned twice.
 _REST_OF_TAG = r"""(?:[^>=]++|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z))|=)*+(?:>|\Z)"""
 _MARKUP = re.compile(
     rf"<(?:!--(?s:.*?)(?:-->|\Z)|(script|style)\b{_REST_OF_TAG}(?s:.*?)(?=</\1|\Z)|[a-zA-Z/!?]{_REST_OF_TAG})",
@@ -34,24 +34,24 @@ class RuleThresholds:
     """Limits of the file filters; the defaults are the paper's."""
 
     max_mean_line: float = 100
-    """characters a line on average, over the file"""
+    """largest mean length of a file's lines, in characters"""
     max_line: int = 1000
-    """characters of the longest line"""
+    """largest length of any line, in characters"""
     min_alphabetic: float = 0.25
-    """share of characters that are letters"""
+    """smallest share of characters that are letters"""
     html_min_visible_share: float = 0.20
-    """share of an HTML file that is visible text"""
+    """smallest share of an HTML file that is visible text"""
     html_min_visible: int = 100
-    """characters of visible text in an HTML file"""
+    """fewest characters of visible text in an HTML file"""
     data_min_chars: int = 50
-    """characters of a JSON or YAML file, at least"""
+    """fewest characters of a JSON or YAML file"""
     data_max_chars: int = 5000
-    """characters of a JSON or YAML file, at most"""
+    """most characters of a JSON or YAML file"""
 
     def __post_init__(self) -> None:
         for name in ("max_mean_line", "max_line", "data_max_chars"):
             if not getattr(self, name) >= 1:
-                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 1; no file would be left")
+                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 1, or no file is left")
         for name in ("html_min_visible", "data_min_chars"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 0")
@@ -92,7 +92,7 @@ class PaperRules:
 
 
 def line_lengths(counts: LineCounts, limits: RuleThresholds) -> str | None:
-    """Drops files whose lines are too long, on average or at the longest."""
+    """Drops files whose mean or longest line is too long."""
     if counts.in_lines > limits.max_mean_line * counts.lines:
         return f"mean line over {limits.max_mean_line:g} characters"
     if counts.longest > limits.max_line:
@@ -117,7 +117,7 @@ def html_visible_text(text: str, limits: RuleThresholds) -> str | None:
     visible = len(visible_text(text))
     if visible < limits.html_min_visible:
         return f"HTML with under {limits.html_min_visible} visible characters"
-    if visible / len(text) < limits.html_min_visible_share:  # a quotient rounds to the limit itself at the limit
+    if visible / len(text) < limits.html_min_visible_share:  # at the limit, the quotient rounds to the limit itself
         return f"HTML under {limits.html_min_visible_share:.0%} visible"
     return None
 

@@ -28,9 +28,9 @@ class SampleConfig:
     order: Annotated[Literal["topo", "random", "path"], tyro.conf.arg(aliases=["--order"])] = "topo"
     """order of the files in a sample: dependencies first (the paper), shuffled (as in DeepSeek-Coder-V2), or by path"""
     max_bytes: int = 32768
-    """a group of files above this size does not become one sample"""
+    """a group of dependent files up to this size becomes one sample"""
     oversize: Literal["files", "cut"] = "files"
-    """what becomes of it: one sample per file (the paper), or its order cut into runs of files that fit"""
+    """what becomes of a larger group: one sample per file (the paper), or its order cut into runs that fit"""
     comments: Literal["hash", "language"] = "hash"
     """path comments open with `#` in every language (the paper), or as the language writes comments"""
 
@@ -40,18 +40,18 @@ class SampleConfig:
 
 
 def path_comment(path: str, language: str, style: Literal["hash", "language"]) -> str:
-    """The line that opens a file in a sample, without its end."""
+    """The line that opens a file in a sample, without the line end."""
     return f"# {path}" if style == "hash" else as_comment(path, language)
 
 
 def render(path: str, text: str, language: str, style: Literal["hash", "language"]) -> str:
-    """The file as it stands in a sample: path comment, text, and a line end where the text lacks one."""
+    """The file as a sample holds it: path comment, text, and a line end where the text lacks one."""
     header = path_comment(path, language, style)
     return f"{header}\n{text}" if text.endswith("\n") else f"{header}\n{text}\n"
 
 
 def rendered_bytes(path: str, text: str, language: str, style: Literal["hash", "language"]) -> int:
-    """Bytes in UTF-8 of what `render` gives, without making it."""
+    """Bytes in UTF-8 of what `render` returns, without building it."""
     parts = (path_comment(path, language, style), text)
     return sum(len(part) if part.isascii() else len(part.encode()) for part in parts) + 1 + (not text.endswith("\n"))
 

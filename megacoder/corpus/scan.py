@@ -1,4 +1,4 @@
-"""The first pass over a shard: read its repositories, run the scan stages, leave what the steps need."""
+"""The first pass over a shard: read its repositories, run the scan stages, write what the steps need."""
 
 import heapq
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ class ScanTask:
     sources: tuple[Source, ...]
     """repositories in folders and archives, in name order"""
     rows: tuple[tuple[Path, tuple[int, ...]], ...]
-    """row groups of gathered tables that hold the others"""
+    """row groups of gathered tables that hold the other repositories"""
     row_repositories: tuple[str, ...]
-    """names of the others, in order"""
+    """names of those repositories, in order"""
     size: int
     """bytes to read"""
     target: Path
@@ -51,7 +51,7 @@ def scan_shard(task: ScanTask) -> None:
 
 
 def _repositories(task: ScanTask) -> Iterator[Iterator[Document | Dropped]]:
-    """The files of each repository, in name order; each must be used before the next is asked for."""
+    """The files of each repository, in name order; consume each one before advancing to the next."""
     selection = task.config.selection
     from_sources = ((source.name, source.read(selection)) for source in task.sources)
     from_rows = read_rows(task.rows, task.row_repositories, selection) if task.row_repositories else iter(())

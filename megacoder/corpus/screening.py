@@ -1,7 +1,7 @@
-"""Quality screening: drops files that do not parse, that nobody would read, or that are one endless function.
+"""Quality screening: drops files that do not parse, that are unreadable, or that are one endless function.
 
-How much of a file a grammar may fail to read depends on the grammar: *strict* ones hardly ever fail on good code,
-*lenient* ones (C before its preprocessor, assembly, SQL and others of many dialects) do, and the rest lie between. The
+How much of a file a grammar may fail to parse depends on the grammar: *strict* ones hardly ever fail on good code,
+*lenient* ones (C before preprocessing, assembly, SQL and others with many dialects) do, and the rest lie between. The
 shares were set on sources of Debian and PyPI so that under 2% of such files are dropped.
 """
 
@@ -36,16 +36,16 @@ class ScreeningConfig:
     syntax: Annotated[bool, tyro.conf.arg(aliases=["--screen-syntax"])] = True
     """drop files that do not parse"""
     strict_share: float = 0.01
-    """bytes that may be unreadable to a grammar that hardly ever fails on good code, of all"""
+    """largest share of bytes that may fail to parse, for grammars that hardly ever fail on good code"""
     usual_share: float = 0.1
     """the same for most grammars"""
     lenient_share: float = 0.25
-    """the same for languages of many dialects"""
+    """the same for languages with many dialects"""
     off: tuple[str, ...] = ()
     """languages that are not parsed"""
     compilers: bool = False
-    """where gofmt, node, luac, php, ruby or bash is installed, let it decide instead; what is installed then decides
-    what the corpus holds"""
+    """where gofmt, node, luac, php, ruby or bash is installed, let it decide instead of the grammar; the corpus then
+    depends on what is installed"""
     heuristics: bool = True
     """drop files by the limits below"""
     limits: HeuristicLimits = field(default_factory=HeuristicLimits)
@@ -66,14 +66,14 @@ class ScreeningConfig:
         return self.syntax or self.heuristics
 
     def max_share(self, language: str) -> float:
-        """Of bytes that may be unreadable in this language."""
+        """Largest share of bytes that may fail to parse in this language."""
         if language in STRICT:
             return self.strict_share
         return self.lenient_share if language in LENIENT else self.usual_share
 
 
 def unscreened(languages: Iterable[str], *, syntax: bool, off: Collection[str]) -> list[str]:
-    """Those of `languages` whose files nothing has parsed, under the options of these names in `ScreeningConfig`."""
+    """Those of `languages` whose files no parser has checked; `syntax` and `off` are those of `ScreeningConfig`."""
     return sorted(name for name in languages if not syntax or name in off or name not in SCREENED)
 
 

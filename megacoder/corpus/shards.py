@@ -1,8 +1,8 @@
-"""Parquet files of files: written by bytes a row group, read back by row without holding a repository in memory.
+"""Source files in Parquet: written in row groups of bounded bytes, read by row without holding a repository in memory.
 
-Row groups are bounded by bytes, not rows, so that memory is bounded whatever the files. What stays is packed by zstd at
-level 3, the size of level 9 within a fifth at four times its speed; what a build reads several times and then removes
-by lz4, half as well and in half the time.
+Row groups are bounded by bytes, not rows, so that memory is bounded whatever the files. Output is compressed by zstd at
+level 3: within a fifth of the size of level 9 at four times its speed. What a build reads several times and then
+removes is compressed by lz4: half as well in half the time.
 """
 
 import bisect
@@ -33,7 +33,7 @@ _DROP = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()
 SCAN_SCHEMA = pa.schema(
     [*_FILE, ("size", pa.int64()), _LICENSE, *_DROP, ("digest", pa.binary(16)), ("text", pa.string())]
 )
-"""What scanning leaves for the global steps; `text` and `digest` are null in rows of dropped files."""
+"""What the scan writes for the steps; `text` and `digest` are null in rows of dropped files."""
 CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, _LICENSE, ("content", pa.string())])
 """One row per file; the rows of a sample are contiguous, and their contents concatenate to its text."""
 DROPPED_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP])
@@ -51,10 +51,10 @@ def parquet_writer(
     passing: bool = False,
     cut: Callable[[tuple[Any, ...], tuple[Any, ...]], Any] | None = None,
 ) -> Iterator[Callable[[tuple[Any, ...], int], None]]:
-    """Yields `add(row, size)`; the file takes its name when the block ends without an error.
+    """Yields `add(row, size)`; the file gets its final name when the block ends without an error.
 
-    `size` is the row's weight in bytes, by which row groups are cut; `cut` is told the first and last row of each;
-    `passing` files are made for speed rather than size.
+    `size` is the row's weight in bytes, by which row groups are cut; `cut` is called with the first and last row of
+    each; `passing` files are temporary, compressed for speed rather than size.
     """
     packed = {"compression": "lz4"} if passing else {"compression": "zstd", "compression_level": 3}
     with (
@@ -79,7 +79,7 @@ def parquet_writer(
         def add(row: tuple[Any, ...], size: int) -> None:
             nonlocal pending
             rows.append(row)
-            pending += size + 64  # the row's share of names and numbers
+            pending += size + 64  # 64: the row's names and numbers, about
             if pending >= row_group_bytes:
                 flush()
 
@@ -123,7 +123,7 @@ class TextReader:
 
 
 def finished(target: Path, key: str) -> dict[str, Any] | None:
-    """What the task for `target` left with `redoing`, if it ended with this `key`."""
+    """What the task for `target` stored with `redoing`, if it finished with this `key`."""
     try:
         marker = json.loads(_marker(target).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -133,9 +133,9 @@ def finished(target: Path, key: str) -> dict[str, Any] | None:
 
 @contextmanager
 def redoing(target: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Marks `target` as finished with `key` when the block ends; the dictionary yielded is kept with the mark.
+    """Marks `target` as finished with `key` when the block ends; the dictionary yielded is stored with the mark.
 
-    The old mark goes first, so that a crash in between never pairs it with new data.
+    The old mark is removed first, so that a crash in between never pairs it with new data.
     """
     marker = _marker(target)
     marker.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Where files come from: folders of repositories, and what Python has installed on this machine.
 
 A repository is a name and a root. Walking it opens no file; reading yields every file as a document or as a drop with
-its reason. Nothing outside the root is ever read: a symbolic link is a reason,
-not a way, which also rules out loops. Version control metadata and byte-code caches are no part of a repository.
+its reason. Nothing outside the root is ever read: a symbolic link is dropped, not followed, which also rules out loops.
+Version control metadata and byte-code caches are not part of a repository.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inventory:
-    """A repository as its names, sizes and times show it."""
+    """What the names, sizes and times of a repository's files tell."""
 
     size: int
     """bytes in files that would be read"""
     fingerprint: str
-    """changes when any file below the root comes, goes or is written"""
+    """changes when any file below the root is added, removed or written"""
 
 
 class Source(Protocol):
@@ -68,13 +68,13 @@ class Source(Protocol):
         """Unique within a corpus."""
 
     def identity(self) -> list[Any]:
-        """Plain values that say which one it is."""
+        """Plain values that identify the repository."""
 
     def inventory(self, selection: Selection) -> Inventory:
-        """What shows without reading it."""
+        """What can be known without reading it."""
 
     def read(self, selection: Selection) -> Iterator[Document | Dropped]:
-        """Every file, as a document or with the reason why it is none; documents in path order, no path twice."""
+        """Every file, as a document or as a drop with its reason; documents in path order, no path twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,11 @@ class Repository:
     root: Path
     """a folder, or a single file"""
     prefix: str = ""
-    """put before each path; an installed package keeps the name that others import it by"""
+    """put before each path, so that an installed package keeps the name by which others import it"""
     skip_folders: Mapping[str, str] = field(default_factory=dict)
-    """folder name -> the reason why files below such a folder are left out"""
+    """folder name -> the reason why files below such a folder are dropped"""
     not_walked: frozenset[str] = NOT_WALKED
-    """names of folders that are not looked at and not counted"""
+    """names of folders that are neither read nor counted"""
 
     def identity(self) -> list[Any]:
         """The fields as plain values, the same in every process."""
@@ -109,7 +109,7 @@ class Repository:
         return Inventory(size=size, fingerprint=state.hexdigest())
 
     def read(self, selection: Selection) -> Iterator[Document | Dropped]:
-        """Every file, as a document or with the reason why it is none; documents in path order."""
+        """Every file, as a document or as a drop with its reason; documents in path order."""
         kept: list[Entry] = []
         licenses: list[tuple[str, str]] = []
         for entry in walk(self, exclude=selection.exclude):
@@ -152,7 +152,7 @@ class Repository:
 
     def _bytes(self, entry: Entry, limit: int) -> bytes:
         location = self._folder + entry.path if self._folder else self.root
-        # neither a link nor a pipe that took the file's place since the walk may be followed or waited for
+        # neither follow a link nor wait for a pipe that replaced the file since the walk
         descriptor = os.open(location, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
             return file.read(limit)
@@ -183,7 +183,7 @@ def machine_repositories() -> list[Repository]:
 
 
 def walk(repository: Repository, *, exclude: Path | None = None) -> Iterator[Entry]:
-    """Every file below the root, in an order that only the names decide; the folder `exclude` is passed over."""
+    """Every file below the root, in an order that only the names decide; the folder `exclude` is skipped."""
     root = os.fspath(repository.root)
     if not os.path.isdir(root) or os.path.islink(root):
         yield _entry(os.path.basename(root), root)

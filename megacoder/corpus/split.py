@@ -1,7 +1,7 @@
-"""The held-out part: whole repositories, so that no file of a held-out project was trained on.
+"""The held-out part: whole repositories, so that no file of a held-out project is trained on.
 
 Names are drawn in the order of a keyed hash, so the choice depends on neither input order nor workers. A draw that
-would pass the target is skipped, and draws of at most a quarter of the target go first: one large repository never
+would exceed the target is skipped, and draws of at most a quarter of the target go first: one large repository never
 becomes the whole held-out set while smaller ones can share it.
 """
 
@@ -21,9 +21,9 @@ class SplitConfig:
     fraction: float = 0.05
     """share of the bytes; 0 holds nothing out"""
     max_bytes: int = 2_000_000
-    """upper limit, whatever the share"""
+    """upper limit in bytes, whatever the fraction"""
     seed: int = 0
-    """another seed holds out other repositories"""
+    """a different seed holds out different repositories"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
@@ -35,8 +35,8 @@ class SplitConfig:
 def choose_heldout(sizes: Mapping[str, int], config: SplitConfig) -> frozenset[str]:
     """Which of the units `sizes` (name -> bytes) to hold out.
 
-    The bytes held out come close to the target from below. Where even the smallest unit is above it, that one is
-    taken: of two or more units at least one is held out and at least one is left, unless the fraction is 0.
+    The bytes held out come close to the target from below. Where even the smallest unit exceeds it, that one is held
+    out: of two or more units at least one is held out and at least one is left, unless the fraction is 0.
     """
     if config.fraction == 0 or len(sizes) < 2:
         return frozenset()

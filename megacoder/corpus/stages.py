@@ -1,7 +1,7 @@
 """The stages of a build in their order, the one place to add another.
 
-*Scan stages* look at one document as it is read and may change it. *Steps* come after every shard is read: dedup sees
-the whole corpus, and what is slow looks only at what dedup has left.
+*Scan stages* see one document as it is read and may change it. *Steps* run after every shard is read: dedup sees the
+whole corpus, and slow checks see only what dedup leaves.
 """
 
 from megacoder.corpus.check import DocumentPass
@@ -43,9 +43,9 @@ def scan_stages(config: CorpusConfig) -> list[Stage]:
 
 
 def steps(config: CorpusConfig) -> list[Step]:
-    """What happens to the shards between reading and writing.
+    """The steps between reading and writing.
 
-    Whole repositories are compared before single files are, so that what makes two alike is still there.
+    Repositories are compared before single files, so that the files that make two repositories alike are still there.
     """
     level = config.near_dedup.level
     found: list[Step] = [NearDedup("repository")] if level in ("repository", "both") else []
@@ -63,7 +63,7 @@ def steps(config: CorpusConfig) -> list[Step]:
 
 
 def stage_names(config: CorpusConfig) -> list[str]:
-    """Where a file can be dropped, in order."""
+    """The stages at which a file can be dropped, in order."""
     names = [stage.name for stage in scan_stages(config)]
     names += [name for step in steps(config) for name in step.names]
     return ["read", *dict.fromkeys(names)]

@@ -1,9 +1,9 @@
-"""What happens between reading and writing: steps that see every shard and leave out more of its files.
+"""The steps between reading and writing: they see every shard and drop more files.
 
-A step is given the shards as they stand and says, in a file for each, which rows to drop and why. It may be global
+A step is given the shards as they are and writes, to one file per shard, which rows to drop and why. It may be global
 (dedup: it reads a few columns of all shards), or a pass of document stages over each shard by itself (`DocumentPass`),
 and it runs its own shard tasks through `run`, on whatever engine the build uses. A step must be a pure function of what
-the shards hold: it is done again after a crash, unless its tasks remember what they have done (`finished`, `redoing`).
+the shards hold: it is run again after a crash, except for tasks marked as finished (`finished`, `redoing`).
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Shard:
     size: int
     """bytes of the documents read, for progress"""
     drops: tuple[Path, ...] = ()
-    """of `write_drops`"""
+    """files of `write_drops`"""
 
     def kept(self) -> np.ndarray:
         """Rows (int64, ascending) of the documents that no stage has dropped."""
@@ -51,7 +51,7 @@ class Shard:
         return read_table(self.scanned, names).take(kept)
 
     def beside(self, kind: str) -> Path:
-        """Where a step leaves something of the shard."""
+        """The path of a file that a step keeps about the shard."""
         return self.scanned.with_name(f"{kind}-{self.name}")
 
     def without(self, drops: DropFile | None) -> "Shard":
@@ -71,7 +71,7 @@ class Step(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the stages under which it drops files, in the order of the accounts."""
+        """The stages under which it drops files, in the order of the accounts."""
 
     def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
         """For each shard what to drop from its kept rows."""

@@ -1,17 +1,17 @@
 """Does a file parse? The share of it that a grammar cannot read, for 64 of the 87 languages.
 
-Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; a first
-line that parses but can have no symbol table ends the work behind the parser); before it a recogniser in C++ is asked,
-many times as fast, which takes only what CPython takes, and nearly all of that. Other languages go through the
-tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error is not enough
-for a file to count as broken: grammars lag behind languages, and C or C++ before the preprocessor often is not C. So
-what is told is the share of bytes that had to be passed over for the rest to be read:
+Python goes through CPython's own parser (by `symtable`: the same answers as `ast` without building its objects; an
+added first line that parses but can have no symbol table stops the work after the parser). Before that, a recognizer in
+C++ is asked: it is many times as fast, and accepts only what CPython accepts, and nearly all of that. Other languages
+go through the tree-sitter grammars of `tree-sitter-language-pack` 0.13, the last release that contains them. One error
+is not enough for a file to count as broken: grammars lag behind languages, and C or C++ before preprocessing often is
+not C. So the result is the share of bytes that had to be skipped for the rest to parse:
 
-- first by another recogniser, where it is compiled (csrc/cpp/recognizer.h): it follows a grammar's tables without
-  building its tree, in a third of the time or less, leaves out whole lines around an error, and gives up on a file as
-  soon as they are more than is allowed;
-- else by tree-sitter, which looks for a cheap way to recover: tokens that hang from an ERROR node were skipped. What
-  was understood inside one was not: a grammar may wrap a whole file in an ERROR for a tag that is never closed.
+- first by another recognizer, where it is compiled (csrc/cpp/recognizer.h): it follows a grammar's tables without
+  building its tree, in a third of the time or less, skips whole lines around an error, and gives up on a file as soon
+  as it has skipped more than is allowed;
+- else by tree-sitter, which looks for a cheap way to recover: tokens directly below an ERROR node were skipped. Nodes
+  that parsed inside one were not: a grammar may wrap a whole file in an ERROR for a tag that is never closed.
 
 For literate languages the code in the document is parsed.
 """
@@ -40,9 +40,9 @@ class Parsed:
     """What a parser says about a text."""
 
     error_share: float
-    """bytes passed over for the rest to be read, of all; 1 where the parser only says yes or no, and says no"""
+    """share of bytes skipped for the rest to parse; 1 where the parser only says yes or no, and says no"""
     problem: str | None = None
-    """where the first of them is, if a tree tells"""
+    """where the first error is or what the parser said, if known"""
     tree: tree_sitter.Tree | None = None
     """None where no grammar was used, or where none was needed"""
 
@@ -50,7 +50,7 @@ class Parsed:
 _GOOD = Parsed(error_share=0)
 _NO_TABLE = "def f(x): global x\n"
 
-# Languages whose grammar is not called as the language is in lower case; a path's ending may ask for another one.
+# The grammar of each language; `_BY_ENDING` has others for some file endings.
 _GRAMMARS = {
     "Ada": "ada", "Agda": "agda", "Assembly": "asm", "C": "c", "C#": "csharp", "Clojure": "clojure", "CMake": "cmake",
     "Common Lisp": "commonlisp", "C++": "cpp", "CSS": "css", "CUDA": "cuda", "Dart": "dart", "Dockerfile": "dockerfile",
@@ -64,8 +64,8 @@ _GRAMMARS = {
     "SystemVerilog": "verilog", "TCL": "tcl", "TeX": "latex", "Thrift": "thrift", "TypeScript": "typescript",
     "Verilog": "verilog", "VHDL": "vhdl", "XSLT": "xml", "YAML": "yaml", "Zig": "zig",
 }  # fmt: skip
-_TAKE_TEXT = frozenset({"embeddedtemplate", "html", "latex", "php"})  # without one line, code may be a text to them
-_PREPROCESSED = frozenset({"c", "cpp", "cuda", "glsl"})  # lines under #if and #else may open twice what is closed once
+_TAKE_TEXT = frozenset({"embeddedtemplate", "html", "latex", "php"})  # with a line skipped, they may take code for text
+_PREPROCESSED = frozenset({"c", "cpp", "cuda", "glsl"})  # #if and #else may each open what is closed once
 _BY_ENDING = {".tsx": "tsx", ".mli": "ocaml_interface", ".fsi": "fsharp_signature"}
 
 SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
@@ -75,8 +75,8 @@ SCREENED = frozenset({"Python", "Jupyter Notebook", *_GRAMMARS})
 def parse(text: str, language: str, path: str, *, enough: float = 0, function_lines: float = math.inf) -> Parsed | None:
     """What is wrong with a text in `language`; None where the language is not in `SCREENED`.
 
-    A share up to `enough` may be told as more than it is, though not as over `enough`; of one above, all is told, and
-    where. A text whose share is not above may come without its tree if no function in it spans over `function_lines`.
+    A share up to `enough` may be overestimated, though not beyond `enough`; a larger one is exact and comes with its
+    place. A text with a share up to `enough` may come without its tree if no function in it is over `function_lines`.
     """
     if language == "Python":
         return _python(text)
@@ -140,7 +140,7 @@ def _notebook(text: str) -> Parsed:
 
 
 def _left_out(code: bytes, grammar: str, enough: float, function_lines: float) -> int:
-    """Bytes without which a recogniser takes `code`; -1 where they may be more than allowed, or a tree is needed."""
+    """Bytes to skip for the recognizer to accept `code`; -1 where they may exceed the limit, or a tree is needed."""
     recognizer = _recognizer(grammar)
     if recognizer is None:
         return -1
@@ -165,7 +165,7 @@ def _tree(code: bytes, grammar: str, enough: float) -> Parsed:
 
 
 def _skipped(tree: tree_sitter.Tree, num_bytes: int, enough: float) -> tuple[float, int | None]:
-    """The share that was skipped, and in which row first; once below `enough`, all that is left to look at counts."""
+    """The share skipped, and the first row with an error; once it cannot exceed `enough`, all unvisited bytes count."""
     root = tree.root_node
     skipped, rows = 0, []
     pending, left = [root], _size(root)  # nodes with an error in them, or that are one, and their bytes
@@ -207,7 +207,7 @@ def _between(opening: str, closing: str) -> Callable[[str], str]:
 
 
 def _bird_tracks(text: str) -> str:
-    """Literate Haskell: lines behind `>`, or between `\\begin{code}` and `\\end{code}`."""
+    """Literate Haskell: lines that start with `>`, or those between `\\begin{code}` and `\\end{code}`."""
     lines = [f" {line[1:]}" for line in text.split("\n") if line.startswith(">")]
     return "\n".join(lines) if lines else _between(r"\\begin\{code\}", r"\\end\{code\}")(text)
 

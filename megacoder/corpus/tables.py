@@ -31,7 +31,7 @@ _RUN_SCHEMA = pa.schema(
      ("reason", pa.string()), ("text", pa.string())]
 )  # fmt: skip
 _RUN_BYTES = 96 << 20  # of texts sorted in memory at once
-_GROUP_BYTES = 1 << 20  # what a shard reads too much of each run, at most, before and after its own rows
+_GROUP_BYTES = 1 << 20  # a shard reads at most this much of each run before and after its own rows
 
 _KNOWN = {
     "text": ("content", "text", "code"),
@@ -43,19 +43,19 @@ _KNOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class TableColumns:
-    """Columns of tables given as input; without a name, the first of the usual ones that a table has."""
+    """Columns of tables given as input; for None, the first of the usual names that a table has."""
 
     text: str | None = None
-    """usual: content, text, code"""
+    """column of the text; usual: content, text, code"""
     repo: str | None = None
-    """usual: max_stars_repo_name (The Stack), repo_name, repo"""
+    """column of the repository's name; usual: max_stars_repo_name (The Stack), repo_name, repo"""
     path: str | None = None
-    """usual: max_stars_repo_path (The Stack), path, file_path"""
+    """column of the file's path; usual: max_stars_repo_path (The Stack), path, file_path"""
     license: str | None = None
-    """usual: max_stars_repo_licenses (The Stack), license; may be missing"""
+    """column of the license, which may be missing; usual: max_stars_repo_licenses (The Stack), license"""
 
     def chosen(self, present: Iterable[str], where: str) -> dict[str, str]:
-        """Which of the columns `present` is which; ConfigError for one that is not there."""
+        """Role -> column, out of the columns `present`; ConfigError for a column that is not there."""
         present = list(present)
         found = {}
         for role, usual in _KNOWN.items():
@@ -101,7 +101,7 @@ class GatherTask:
     table: Path
     size: int
     target: Path
-    """what the runs' names begin with"""
+    """what the runs' file names begin with"""
     columns: TableColumns
     selection: Selection
 
@@ -112,7 +112,7 @@ def is_table(name: str) -> bool:
 
 
 def gather_table(task: GatherTask) -> Gathered:
-    """Writes the runs of one table, unless done with the same key. CorpusError for a table that is none."""
+    """Writes the runs of one table, unless done with the same key. CorpusError for a file that is not a table."""
     done = finished(task.target, task.key)
     if done is None:
         with redoing(task.target, task.key) as done:
@@ -223,7 +223,7 @@ def _row(place: str, table: str, size: int, row: dict[str, Any] | str) -> tuple[
 def _license(value: Any) -> str | None:
     if isinstance(value, str):
         return value or None
-    if isinstance(value, (list, tuple)):  # The Stack: every licence that was found in the repository
+    if isinstance(value, (list, tuple)):  # The Stack: every license that was found in the repository
         return " AND ".join(sorted({str(name) for name in value if name})) or "none"
     return None
 
@@ -238,7 +238,7 @@ def _parquet_rows(table: Path, columns: TableColumns) -> Iterator[tuple[int, dic
 
 
 def _plain(column: pa.Array) -> list[Any]:
-    """The values; text that is no UTF-8 becomes None."""
+    """The values; text that is not UTF-8 becomes None."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

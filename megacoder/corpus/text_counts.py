@@ -1,5 +1,5 @@
-"""What file filters count in a text: lines, letters, words, names. In C++ where it is built (csrc/cpp/text_counts.h);
-the plain functions here define the counts, and hold wherever there is no compiler.
+"""What file filters count in a text: lines, letters, words, names. In C++ where compiled (csrc/cpp/text_counts.h); the
+plain functions here define the counts and are used otherwise.
 """
 
 import re
@@ -17,7 +17,7 @@ _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 class LineCounts(NamedTuple):
-    """A line ends at LF, CR or CRLF; what stands behind the last end is a line unless it is empty."""
+    """A line ends at LF, CR or CRLF; what follows the last line end is a line unless it is empty."""
 
     lines: int
     longest: int
@@ -29,18 +29,18 @@ class LineCounts(NamedTuple):
 
 
 class WordCounts(NamedTuple):
-    """A word begins with a letter or `_`, or is a number: a digit, and what follows of letters, digits, `_` and `.`."""
+    """A word begins with a letter or `_`, or is a number: a digit and the letters, digits, `_` and `.` after it."""
 
     words: int
     numbers: int
     names: int
-    """different words that are no numbers"""
+    """distinct words that are not numbers"""
     short_names: int
     """of these, those of one or two characters"""
     lines: int
-    """that are not blank; here only LF ends a line"""
+    """lines that are not blank; here only LF ends a line"""
     distinct_lines: int
-    """of these, different ones, white space at either end aside"""
+    """of these, distinct ones, ignoring white space at either end"""
 
 
 def line_counts(text: str) -> LineCounts:
@@ -80,7 +80,7 @@ def reference_word_counts(text: str) -> WordCounts:
 
 
 def _count_letters(text: str) -> int:
-    """ASCII letters by deleting them from the bytes, four times faster than asking each; the rest are asked."""
+    """Counts ASCII letters by deleting them from the bytes, four times faster than `isalpha`; the rest by `isalpha`."""
     encoded = text.encode()
     letters = len(encoded) - len(encoded.translate(None, _ASCII_LETTERS))
     if not text.isascii():

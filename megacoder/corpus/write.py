@@ -33,9 +33,9 @@ class WriteTask:
     size: int
     """bytes of the documents"""
     name: str
-    """of the Parquet files written, one in each of `PARTS` at most"""
+    """name of the Parquet files written, one in each of `PARTS` at most"""
     drops: tuple[Path, ...]
-    """what the steps left out of `scanned`, in files"""
+    """files of what the steps dropped from `scanned`"""
     heldout: frozenset[str]
     """names of the repositories held out, or paths where `by_file`"""
     by_file: bool
@@ -43,12 +43,12 @@ class WriteTask:
 
     @property
     def marker(self) -> Path:
-        """What the finished task is remembered by."""
+        """What is marked as finished when the task is."""
         return self.scanned.with_name(f"written-{self.name}")
 
 
 def write_shard(task: WriteTask) -> tuple[Accounts, dict[str, int]]:
-    """Writes the shard's part of the corpus, unless done with the same key; its accounts, and files -> rows."""
+    """Writes the shard's part of the corpus, unless done with the same key; returns its accounts, and files -> rows."""
     if done := finished(task.marker, task.key):
         return Accounts.from_plain(done["accounts"]), done["files"]
     accounts, rows = Accounts(), dict.fromkeys(PARTS, 0)

@@ -1,13 +1,13 @@
 """Blending by token weight as a table: which dataset the next window of a stream is taken from.
 
 Windows hold equal numbers of tokens, so shares of windows are shares of tokens. Dataset d with q of a table's Q entries
-is due at the times (k + 1/2) / q, k = 0, 1, ...; the table lists the datasets in the order of these times and is gone
-round for ever. So each dataset has exactly its share of every round, and no prefix strays from it by more than a
-window or so; there is no size to run over, and nothing to keep but the number of windows. Each of the V streams goes
-round by itself and they begin all over the table, so that neighbouring windows mix datasets too.
+is due at the times (k + 1/2) / q, k = 0, 1, ...; the table lists the datasets in the order of these times and is
+repeated forever. So each dataset has exactly its share of every round, and no prefix deviates from it by more than a
+window or so; there is no end to run past, and no state but the number of windows. Each of the V streams goes through
+the table by itself, from starts spread over the table, so that neighbouring windows mix datasets too.
 
-Megatron picks greedily by the largest error, for a number of samples that must be known, over datasets each made a
-little larger than needed; where that margin was too small, the run ends in an IndexError.
+Megatron picks greedily by the largest error, for a number of samples that must be known in advance, from datasets that
+are each made a little larger than needed; where that margin is too small, the run ends in an IndexError.
 """
 
 import math
@@ -22,7 +22,7 @@ from megacoder.data.permutation import stream_phase
 __all__ = ["MAX_ROUND", "blend_counts", "blend_table"]
 
 MAX_ROUND = 1 << 16
-"""Entries of a table at most: weights that need more are rounded to such shares, each dataset to one at least"""
+"""Most entries of a table: weights that need more are rounded, those of each dataset to one entry at least."""
 
 
 def blend_table(weights: Sequence[float]) -> np.ndarray:
@@ -55,7 +55,7 @@ def blend_counts(table: np.ndarray, *, num_windows: int, num_streams: int) -> li
 
 
 def _whole_numbers(weights: list[Fraction]) -> list[int]:
-    """The smallest whole numbers in these proportions, or nearly these where their sum would exceed MAX_ROUND."""
+    """The smallest whole numbers in these proportions, or nearly so where their sum would exceed MAX_ROUND."""
     total = sum(weights)
     shares = [weight / total for weight in weights]
     size = math.lcm(*(share.denominator for share in shares))

@@ -1,17 +1,17 @@
 """Conversations as text and as ids: which parts a model is asked, and which it is trained to answer.
 
-A conversation becomes segments of ids, in turns asked and answered: everything up to and with `### Response:` and its
-line break is asked, the answer with its end marker is trained. What is trained is told by the lengths of segments and
-by nothing else. A mask by id would hide every token that looks like padding, the marker that ends a text above all
-(with DeepSeek-Coder's base tokenizer the two are one id), and the model would never learn to stop.
+A conversation becomes segments of ids, asked and trained in turn: everything through `### Response:` and its line break
+is asked, the answer with its end marker is trained. The lengths of the segments alone tell which tokens are trained. A
+mask by id would also hide every token with the id of padding, above all the marker that ends a text (with
+DeepSeek-Coder's base tokenizer the two share an id), and the model would never learn to stop.
 
-Segments end behind a line break or a control token, at which texts tokenise independently of each other, so that the
+Segments end after a line break or a control token, where the texts on both sides tokenize independently, so that the
 ids of a conversation are those of its rendered text. Text is taken literally: a message that quotes `<|EOT|>` ends
-nothing here, where Hugging Face's tokenizer would put in the control token itself.
+nothing here, where Hugging Face's tokenizer would insert the control token itself.
 
-Two formats are DeepSeek-Coder's own and not quite the same. `chat` is its tokenizer's template (`chat_template.py`);
-`script` is that of its published fine-tuning script, for one instruction and one answer: it has another system text,
-strips the instruction, and stops right behind the end marker.
+Two formats are DeepSeek-Coder's own and differ slightly. `chat` is its tokenizer's template (`chat_template.py`);
+`script` is that of its published fine-tuning script, for one instruction and one answer: it has a different system
+text, strips white space around the instruction, and stops right after the end marker.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,21 +53,21 @@ class FormatConfig:
 
     def __post_init__(self) -> None:
         if "{content}" not in self.instruction:
-            raise ConfigError(f"instruction = {self.instruction!r}: has no {{content}}, so that no message would show")
+            raise ConfigError(f"instruction = {self.instruction!r}: has no {{content}}, so no message would appear")
         if not self.end.endswith(tuple(SPECIAL_TOKENS.values())):
             raise ConfigError(
-                f"end = {self.end!r}: does not end with a control token such as {SPECIAL_TOKENS['eot']}, so that the "
+                f"end = {self.end!r}: does not end with a control token such as {SPECIAL_TOKENS['eot']}, so the "
                 "model would never learn to stop"
             )
         if not self.response.endswith(("\n", *SPECIAL_TOKENS.values())):
             raise ConfigError(
                 f"response = {self.response!r}: must end with a line break or a control token, else its tokens would "
-                "depend on the answer behind it"
+                "depend on the answer after it"
             )
 
     @property
     def resolved(self) -> "FormatConfig":
-        """With the texts that its kind stands for."""
+        """This configuration with the texts of its kind filled in."""
         if self.kind == "chat":
             return FormatConfig()
         if self.kind == "script":
@@ -76,7 +76,7 @@ class FormatConfig:
 
     @property
     def jinja(self) -> str:
-        """The same as a chat template of Hugging Face's."""
+        """The same format as a Hugging Face chat template."""
         chosen = self.resolved
         if self.kind == "chat":
             return CHAT_TEMPLATE
@@ -104,7 +104,7 @@ class FormatConfig:
 
 @dataclass(frozen=True)
 class Segment:
-    """Ids that follow each other and are all trained, or none of them."""
+    """Consecutive ids, either all trained or none."""
 
     ids: list[int]
     trained: bool
@@ -123,7 +123,7 @@ class ChatFormat:
         }
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """Asked and trained in turns, asked first, BOS in front; the last is asked and may be empty."""
+        """Asked and trained segments in turn, asked first, BOS in front; the last is asked and may be empty."""
         config, segments = self.config, list[Segment]()
         asked: _Runs = [self.tokenizer.bos_id]
         if all(role != "system" for role, _ in messages):
@@ -147,7 +147,7 @@ class ChatFormat:
         return [*segments, Segment(self._ids(asked), False)]
 
     def _add_format(self, runs: "_Runs", text: str) -> None:
-        """Text of the format itself, in which the strings of control tokens mean those."""
+        """Adds text of the format itself, in which the string of a control token stands for that token."""
         while text:
             found = [(text.find(control), control) for control in self._controls if control in text]
             place, control = min(found, default=(len(text), ""))
@@ -161,7 +161,7 @@ class ChatFormat:
 
 
 _Runs = list[str | int]
-"""Texts, each encoded as one since tokens may join what stands beside each other, and control ids."""
+"""Control ids, and texts that are each encoded in one piece, since tokens may cross the borders of their parts."""
 
 
 def _add_text(runs: _Runs, text: str) -> None:
@@ -173,7 +173,7 @@ def _add_text(runs: _Runs, text: str) -> None:
 
 
 def render(messages: Sequence[Message], config: FormatConfig) -> str:
-    """The text of a conversation, BOS left out, as `ChatFormat` tokenises it."""
+    """The text of a conversation, without BOS, as `ChatFormat` tokenizes it."""
     chosen = config.resolved
     parts = [] if any(role == "system" for role, _ in messages) else [chosen.system]
     for role, content in messages:
@@ -233,5 +233,5 @@ def _turn(message: Any, where: str) -> Message:
 
 
 def _quoted(text: str) -> str:
-    """As a string of Jinja's."""
+    """As a Jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

@@ -1,7 +1,7 @@
 """The chat template that exported tokenizers carry: renders as DeepSeek-Coder-Instruct's does, character for character.
 
-Two of its habits are traps that a training script must share: the built-in system text ends without a full stop, and a
-system message of the caller's own is followed by no line break.
+Two of its quirks must be reproduced in training: the built-in system text ends without a full stop, and a system
+message of the caller's own is not followed by a line break.
 """
 
 __all__ = ["CHAT_TEMPLATE", "SYSTEM"]
@@ -11,7 +11,7 @@ SYSTEM = (
     "only answer questions related to computer science. For politically sensitive questions, security and privacy "
     "issues, and other non-computer science questions, you will refuse to answer"
 )
-"""What stands first where the caller has no system message."""
+"""The system text where the caller has no system message."""
 
 CHAT_TEMPLATE = (
     "{{- bos_token -}}\n"

@@ -1,9 +1,9 @@
-"""Conversations into windows for training: packed whole, masked from each other, their answers trained.
+"""Conversations into windows for training: packed whole, masked from each other, only their answers trained.
 
-Every epoch deals the conversations in its keyed order, some thousands at a time, and lays each lot into windows of S
-tokens, the longest first, each into the fullest window that has room. What does not fit into a window of its own is cut
-at the right, as the published script does. So a window is a function of (seed, epoch, number), a run's state is two
-integers, and any number of ranks can take it up.
+Every epoch deals the conversations in its keyed order, some thousands at a time, and packs each lot into windows of S
+tokens, the longest first, each into the fullest window that has room. A conversation longer than a window is truncated
+at the right, as in the published script. So a window is a function of (seed, epoch, number), a run's place is two
+integers, and any number of ranks can resume from it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from megacoder.ops.cross_entropy import IGNORE_INDEX
 __all__ = ["ConversationStream"]
 
 _LOT = 4096
-"""Conversations that are laid into windows together."""
+"""Conversations that are packed into windows together."""
 
 
 class ConversationStream:
@@ -47,7 +47,7 @@ class ConversationStream:
         self._dataset, self._pad_id, self._size, self._seed = dataset, tokenizer.pad_id, seq_length, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self.windows = 0
-        """that all ranks together have served"""
+        """windows that all ranks together have served"""
         self._epoch, self._next = 0, 0
         self._usable = np.array(
             [number for number in range(dataset.num_documents) if self._asked_first(number) < seq_length],
@@ -55,8 +55,8 @@ class ConversationStream:
         )
         if not len(self._usable):
             raise ConfigError(
-                f"seq_length = {seq_length}: in none of {dataset.num_documents} conversations does the first answer "
-                "begin within it; give more"
+                f"seq_length = {seq_length}: none of {dataset.num_documents} conversations has an answer that begins "
+                "within it; increase it"
             )
         self._lot: tuple[int, int] | None = None
         self._order = {
@@ -65,7 +65,7 @@ class ConversationStream:
         }  # fmt: skip
 
     def next_batch(self, *, threads: Executor | None = None, num_threads: int = 1) -> Batch:
-        """This rank's windows of the next step; made in this thread, as there is little to make."""
+        """This rank's windows of the next step; made in this thread, as it is little work."""
         shape = (self._global_batch_size // self._dp_size, self._size)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -90,7 +90,7 @@ class ConversationStream:
             if state["order"].get(key) != value:
                 raise ConfigError(
                     f"{key} is {value!r}, but the data position to continue from was made with "
-                    f"{state['order'].get(key)!r}; start anew, or set it back"
+                    f"{state['order'].get(key)!r}; start a new run, or set it back"
                 )
         self.windows, self._epoch, self._next = state["windows"], state["epoch"], state["next"]
         self._lot = None
@@ -139,6 +139,6 @@ class ConversationStream:
     def _asked_first(self, number: int) -> int:
         sequences = self._dataset.document_sequences(number)
         if len(sequences) < 2 or len(sequences) % 2 == 0:
-            raise DataError(f"{self._dataset.prefix}: document {number} has {len(sequences)} sequences, which is no "
-                            "conversation; was this written by megacoder sft?")  # fmt: skip
+            raise DataError(f"{self._dataset.prefix}: document {number} has {len(sequences)} sequences, so it is not "
+                            "a conversation; was this written by megacoder sft?")  # fmt: skip
         return len(self._dataset.sequence(sequences[0]))

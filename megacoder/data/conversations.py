@@ -1,7 +1,7 @@
-"""Conversations on disk: rows of JSONL or Parquet -> an indexed dataset whose sequences are asked and trained in turns.
+"""Conversations on disk: rows of JSONL or Parquet -> an indexed dataset whose sequences are asked and trained in turn.
 
-The format has all that is needed: a document is a conversation, its sequences 0, 2, 4, ... are asked, 1, 3, 5, ...
-trained. So which tokens are trained is in the lengths of sequences, on disk as in memory, and every tool that reads
+The format needs no extension: a document is a conversation, its sequences 0, 2, 4, ... are asked, 1, 3, 5, ... are
+trained. So the lengths of sequences tell which tokens are trained, on disk as in memory, and every tool that reads
 `.bin/.idx` reads these too.
 """
 
@@ -52,7 +52,7 @@ class Prepared:
     tokens: int
     trained_tokens: int
     skipped: int
-    """malformed rows left out"""
+    """malformed rows"""
     first_skipped: str = ""
     """what was wrong with the first of them"""
 
@@ -60,10 +60,10 @@ class Prepared:
 def prepare_conversations(
     inputs: Sequence[Path], prefix: Path, tokenizer: Tokenizer, config: ConversationConfig
 ) -> Prepared:
-    """Writes `prefix`.bin/.idx unless it is there, made of the same inputs in the same way.
+    """Writes `prefix`.bin/.idx unless it is there, made from the same inputs in the same way.
 
-    DataError naming file and line for a malformed row, or, where those are skipped, if no other is left; neither leaves
-    anything.
+    DataError naming file and line for a malformed row, or, where these are skipped, if there are no other rows; nothing
+    is left on disk then.
     """
     files = find_inputs(inputs)
     made_of = _fingerprint(files, tokenizer, config)
@@ -72,7 +72,7 @@ def prepare_conversations(
         there = json.loads(record.read_text(encoding="utf-8"))
         if there["made_of"] == made_of:
             return Prepared(**there["prepared"])
-    record.unlink(missing_ok=True)  # from here on what is there may be half of it
+    record.unlink(missing_ok=True)  # from here on the dataset may be half-written
     with making_dir(prefix.parent):
         prepared = _write(files, prefix, ChatFormat(config.format, tokenizer), skip=config.malformed == "skip")
     write_json(record, {"made_of": made_of, "prepared": to_dict(prepared)})
@@ -91,7 +91,7 @@ def _write(files: Sequence[Path], prefix: Path, chat: ChatFormat, *, skip: bool)
                 segments = chat.segments(rows_to_messages(row, where=where))
             except DataError as error:
                 if not skip:
-                    raise DataError(f'{error}; malformed = "skip" leaves such rows out') from None
+                    raise DataError(f'{error}; malformed = "skip" skips such rows') from None
                 skipped, first = skipped + 1, first or str(error)
                 continue
             writer.add_document([np.array(segment.ids, dtype=dtype) for segment in segments])
@@ -99,12 +99,12 @@ def _write(files: Sequence[Path], prefix: Path, chat: ChatFormat, *, skip: bool)
             tokens += sum(len(segment.ids) for segment in segments)
             trained += sum(len(segment.ids) for segment in segments if segment.trained)
         if not count:
-            raise DataError(f"{files[0]}: no conversation in it" + (f"; the first fault: {first}" if first else ""))
+            raise DataError(f"{files[0]}: no conversation in it" + (f"; the first error: {first}" if first else ""))
     return Prepared(conversations=count, tokens=tokens, trained_tokens=trained, skipped=skipped, first_skipped=first)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(place, row, or what is wrong with the line)."""
+    """(place, the row or what is wrong with the line)."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

@@ -1,8 +1,8 @@
 """Cutting token ids at characters: the ids of each part, as if its text had been encoded by itself.
 
-A cut falls inside a token, or changes how its neighbourhood tokenises. Decoding and re-encoding the file would cost a
-hundred times the rest of the data path. But a text can be cut freely at certain places, which are as frequent as words
-(see `megacoder.data.places`): only the stretches between two of them that a cut falls into are decoded, cut and encoded
+A cut may fall inside a token, or change how the text around it tokenizes. Decoding and re-encoding the file would cost
+a hundred times the rest of the data path. But at certain places, as frequent as words, a text can be cut freely (see
+`megacoder.data.places`): only the stretches between two of them that a cut falls into are decoded, cut and encoded
 again, all pieces of a file in one call, with line breaks between them. The result equals encoding each part in full.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["CharacterCutter"]
 
 
 class CharacterCutter:
-    """Cuts the ids of one tokenizer; holds the tables that it looks ids up in and no other state."""
+    """Cuts the ids of one tokenizer; holds lookup tables by id and no other state."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -29,14 +29,14 @@ class CharacterCutter:
         self._line_break = tokenizer.token_bytes.index(b"\n")
 
     def character_ends(self, content: np.ndarray) -> np.ndarray:
-        """int64 (tokens,): characters up to and with each token."""
+        """int64 (tokens,): characters up to and including each token."""
         return np.cumsum(self._characters[content], dtype=np.int64)
 
     def cut(self, content: np.ndarray, ends: np.ndarray, cuts: np.ndarray | list[int]) -> list[list[np.ndarray]]:
-        """The len(cuts) + 1 parts of `content`, each as runs of ids that follow each other.
+        """The len(cuts) + 1 parts of `content`, each as consecutive runs of ids.
 
-        `cuts` are numbers of characters in rising order, `ends` are the content's `character_ends`. Raises DataError
-        where the ids around a cut are no UTF-8.
+        `cuts` are positions in characters, in rising order, `ends` are the content's `character_ends`. Raises DataError
+        where the ids around a cut are not UTF-8.
         """
         stretches = self._stretches(content, ends, np.asarray(cuts))
         texts: list[str] = []
@@ -54,12 +54,12 @@ class CharacterCutter:
         return parts
 
     def _stretches(self, content: np.ndarray, ends: np.ndarray, cuts: np.ndarray) -> list[tuple[slice, list[int]]]:
-        """The tokens between the places around each cut, and the cuts in characters from there; none if a place is cut.
+        """The tokens between the borders around each cut, and the cuts in characters from there; none at a border.
 
-        They hold no line break. The character to either side of a place stays with it, which is all that decides it.
+        They hold no line break. The characters on either side of a border, which alone decide it, stay in place.
         """
         borders = self._places.borders(content)
-        behind = np.searchsorted(borders, np.searchsorted(ends, cuts, side="right"), side="right")  # first border there
+        behind = np.searchsorted(borders, np.searchsorted(ends, cuts, side="right"), side="right")  # next border
         starts = borders[behind - 1]
         inside = cuts - np.where(starts > 0, ends[starts - 1], 0)
         stops = np.where(inside > 0, borders[np.minimum(behind, len(borders) - 1)], starts)
@@ -81,4 +81,4 @@ class CharacterCutter:
         try:
             return self.tokenizer.decode_bytes(ids.tolist()).decode("utf-8")
         except UnicodeDecodeError:
-            raise DataError("no UTF-8 in this tokenizer; made with another one?") from None
+            raise DataError("not UTF-8 in this tokenizer; was it made with a different one?") from None

@@ -1,6 +1,6 @@
-"""A digest of each step's tokens: whether two runs, machines or versions see the same data, without training.
+"""A digest of each step's tokens: shows whether two runs, machines or versions see the same data, without training.
 
-Ranks are put together in the order of their windows, so that the digest does not depend on how many there are.
+Windows of all ranks are digested in the run's order, so that the digest does not depend on the number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ __all__ = ["step_digest", "step_digests"]
 def step_digests(
     ranks: Sequence[TokenStream | MegatronStream | ConversationStream], *, skip: int, steps: int
 ) -> Iterator[str]:
-    """The digests of `steps` steps behind `skip` others, of the streams of all ranks, which move on together."""
+    """The digests of `steps` steps after `skip` others, from the streams of all ranks, which advance together."""
     for step in range(skip + steps):
         first_window = ranks[0].windows
         batches = [rank.next_batch() for rank in ranks]

@@ -1,7 +1,7 @@
 """Rows of Parquet and JSONL files as documents: lists of texts, one for each file of a sample.
 
-Rows that follow each other with the same document key are the files of one document; without a key each row is one.
-Every fault of the input is one line with the place where it is.
+Consecutive rows with the same document key are the files of one document; without a key each row is a document.
+Every fault of the input is reported in one line that says where it is.
 """
 
 import io
@@ -25,7 +25,7 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst")
 """Names of input files end with one of these."""
 
 _ROWS_AT_ONCE = 256
-_BYTES_AT_ONCE = 1 << 24  # in the mean
+_BYTES_AT_ONCE = 1 << 24  # on average
 _KEYS_COMPARED, _KEYS_SHOWN = 1000, 20  # of the keys of a row, in a message
 
 
@@ -78,12 +78,12 @@ class DocumentReader:
     def _check_text(self, place: str, text: Any) -> None:
         if not isinstance(text, str):
             raise DataError(f"{place}: {self.text_key!r} is {shown(text)}, expected text")
-        if text.isascii():  # as it knows of itself
+        if text.isascii():  # a flag of the string, so it costs nothing
             return
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, which is no Unicode") from None
+            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, not valid Unicode") from None
 
     def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
         done = 0

@@ -1,9 +1,9 @@
 """Many texts to ids: `tokenizers`, the reference that is always there, or the optional `fastokens`, six times as fast.
 
-fastokens is young, and ids that are wrong once in a million texts train a model on noise without any error. So it
-serves only where it has just given the reference's ids for this very tokenizer: on code points of every block, alone
-and in context, every token of the vocabulary, control tokens spelled out, and long runs. Otherwise the reference
-serves, and one line says why.
+fastokens is young, and ids that are wrong once in a million texts train a model on noise without any error. So it is
+used only where it has just given the reference's ids for this very tokenizer: on code points of every block, alone
+and in context, every token of the vocabulary, control tokens spelled out, and long runs. Otherwise the reference is
+used, and one line says why.
 """
 
 import importlib
@@ -24,8 +24,8 @@ __all__ = ["BatchEncoder", "EncoderName", "fast_encoder", "reference_encoder"]
 
 EncoderName = Literal["auto", "fastokens", "tokenizers"]
 
-_THREADS = "FASTOKENS_BPE_THREADS"  # read once, as fastokens starts to encode
-_REFERENCE_CHARACTERS = 1 << 22  # that the reference gets at once, at 260 bytes each
+_THREADS = "FASTOKENS_BPE_THREADS"  # read once, when fastokens starts to encode
+_REFERENCE_CHARACTERS = 1 << 22  # that the reference encodes at once, at 260 bytes of memory each
 
 _Encoded = tuple[np.ndarray, np.ndarray]  # as a BatchEncoder returns
 
@@ -38,10 +38,10 @@ class BatchEncoder(Protocol):
 
 
 def fast_encoder(asked: EncoderName, tokenizer: Tokenizer, *, threads: int) -> BatchEncoder | None:
-    """fastokens, where it is asked for or found and gives the ids of `tokenizer`; None where the reference serves.
+    """fastokens, if requested or installed and if it gives the ids of `tokenizer`; None where the reference is used.
 
-    `threads` is how many it may use in this process, as long as it has not encoded in it yet. Raises ConfigError where
-    it is asked for by name and cannot serve.
+    `threads` is how many it may use in this process, if it has not encoded in it yet. Raises ConfigError where it is
+    requested by name and cannot be used.
     """
     if asked == "tokenizers":
         return None
@@ -81,14 +81,14 @@ def _cutting(encode: BatchEncoder, places: CuttingPlaces) -> BatchEncoder:
         if len(texts) == sum(map(len, pieces)):
             return encode(texts)
         ids, counts = encode([piece for of_text in pieces for piece in of_text])
-        firsts = np.cumsum([0, *map(len, pieces[:-1])])  # no text is without a piece, which `reduceat` relies on
+        firsts = np.cumsum([0, *map(len, pieces[:-1])])  # every text has a piece, as `reduceat` requires
         return ids, np.add.reduceat(counts, firsts)
 
     return encode_cut
 
 
 class _CannotServe(Exception):
-    """Why fastokens cannot."""
+    """Why fastokens cannot be used."""
 
 
 def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
@@ -96,7 +96,7 @@ def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
         raise _CannotServe("fastokens, six times as fast, is not installed (pip install 'megacoder[fast]')")
     reference, texts = reference_encoder(tokenizer), _check_texts(tokenizer)
     try:
-        with ThreadPoolExecutor(1) as thread:  # neither holds Python's lock
+        with ThreadPoolExecutor(1) as thread:  # neither holds the GIL
             building = thread.submit(_fastokens, tokenizer)
             expected = reference(texts)
             encode = building.result()
@@ -104,14 +104,14 @@ def _checked_fastokens(tokenizer: Tokenizer) -> BatchEncoder:
     except BaseException as error:
         if not (isinstance(error, Exception) or _is_fastokens_own(error)):  # another version may raise anything
             raise
-        raise _CannotServe(f"fastokens does not take this tokenizer ({error})") from None
+        raise _CannotServe(f"fastokens does not accept this tokenizer ({error})") from None
     if different is not None:
-        raise _CannotServe(f"fastokens gives other ids for {different!r}")
+        raise _CannotServe(f"fastokens gives different ids for {different!r}")
     return _or_else(encode, reference)
 
 
 def _or_else(encode: BatchEncoder, reference: BatchEncoder) -> BatchEncoder:
-    """`encode`, or `reference` for texts at which it gives up: its regular expressions have limits of their own."""
+    """`encode`, or `reference` for texts on which it fails: its regular expressions have limits of their own."""
 
     def encode_either(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -121,17 +121,17 @@ def _or_else(encode: BatchEncoder, reference: BatchEncoder) -> BatchEncoder:
                 raise
         if len(texts) == 1:
             return reference(texts)
-        ids, counts = zip(*(encode_either([text]) for text in texts), strict=True)  # most are none of those
+        ids, counts = zip(*(encode_either([text]) for text in texts), strict=True)  # most do not fail
         return np.concatenate(ids), np.concatenate(counts)
 
     return encode_either
 
 
 def _is_fastokens_own(error: BaseException) -> bool:
-    """Whether fastokens says with `error` that it cannot encode.
+    """Whether `error` is how fastokens says that it cannot encode.
 
-    It raises ValueError, and where its Rust code panics PyO3's PanicException. That is no Exception but a direct
-    BaseException, and a class of each extension module's own that none of them exports: it has only its name.
+    It raises ValueError and, where its Rust code panics, PyO3's PanicException. That derives directly from
+    BaseException, and each extension module has a class of its own that it does not export: only the name tells.
     """
     return isinstance(error, ValueError) or type(error).__module__ == "pyo3_runtime"
 
@@ -160,8 +160,8 @@ def _apart(ids: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 
 
 def _check_texts(tokenizer: Tokenizer) -> list[str]:
-    """Less than half a megabyte that meets every rule of the splits and every token; a third of a second."""
-    beyond = range(0x10000, 0x30000, 4)  # characters are assigned there in blocks, all of one kind
+    """Less than half a megabyte that exercises every rule of the splits and every token; takes a third of a second."""
+    beyond = range(0x10000, 0x30000, 4)  # there, each block has characters of one kind
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000), *beyond, *range(0xE0000, 0xE0200))))
     marks = map(chr, (*range(0x300), *range(0x300, 0x3000, 8)))
     in_context = "".join(f"{mark}a {mark}1 .{mark}\n" for mark in marks)

@@ -1,8 +1,8 @@
 """Documents to ids on many cores, in order, with a bounded number of pieces in memory.
 
-fastokens works in threads of its own, free of Python's lock, and hands out arrays: one process, which reads the next
-pieces meanwhile. The reference's ids pass through Python as lists, under that lock: processes. Workers import this
-module and nothing heavier.
+fastokens works in threads of its own, without the GIL, and returns arrays: it takes one process, which reads the next
+pieces meanwhile. The reference's ids pass through Python as lists, under the GIL: it takes several processes. Workers
+import this module and nothing heavier.
 """
 
 import functools
@@ -28,8 +28,8 @@ from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["Encoded", "Piece", "encode_in_order"]
 
-_PIECES_PER_WORKER = 3  # one being encoded, the others waiting, so that no worker does
-_THREADS_THAT_ASK = 2  # fastokens begins the next piece while the last texts of one are left over
+_PIECES_PER_WORKER = 3  # one being encoded, the others queued, so that no worker waits
+_THREADS_THAT_ASK = 2  # fastokens begins the next piece while it finishes the last texts of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Piece:
     """Consecutive documents of one input file."""
 
     path: Path
-    """of the file"""
+    """the input file"""
     documents: list[list[str]]
     """texts of the files of each document"""
     read: float
@@ -51,7 +51,7 @@ class Encoded:
     """A piece as IndexedDatasetWriter.add_documents takes it."""
 
     tokens: np.ndarray
-    """ids of all files, EOS behind the last one of each document"""
+    """ids of all files, EOS after the last file of each document"""
     lengths: np.ndarray
     """int64: ids in each file"""
     sequences: list[int]
@@ -66,8 +66,8 @@ def encode_in_order(
 ) -> Iterator[Iterator[tuple[Piece, Encoded]]]:
     """Yields an iterator over the pieces with their ids, in the order of `pieces`.
 
-    `fast` is an encoder with threads of its own; without one the reference serves, in `workers` processes that load
-    the tokenizer from `folder`, or in this process where that is one. Raises DataError where a worker was killed.
+    `fast` is an encoder with threads of its own; without one the reference is used, in `workers` processes that load
+    the tokenizer from `folder`, or in this process if `workers` is 1. Raises DataError where a worker was killed.
     """
     if fast is not None:
         with ThreadPoolExecutor(_THREADS_THAT_ASK) as threads:
@@ -84,7 +84,7 @@ def encode_in_order(
         yield _results(executor, pieces, in_worker, ahead=workers * _PIECES_PER_WORKER)
     except BrokenProcessPool:
         raise DataError(
-            "an encoding process was killed, most often for lack of memory; the same command goes on, "
+            "an encoding process was killed, most often for lack of memory; run the same command to resume, "
             f"with fewer than {workers} --workers if it happens again"
         ) from None
     finally:
@@ -99,7 +99,7 @@ def _results(
     while True:
         try:
             piece = next(pieces, None)
-        except (DataError, OSError) as error:  # what was read before it is whole, and is not to be lost
+        except (DataError, OSError) as error:  # pieces read before it are complete and must not be lost
             failure = error
             break
         if piece is None:
@@ -117,12 +117,12 @@ def _results(
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exits when the parent is killed; a worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -131,7 +131,7 @@ def _exit_with_parent() -> None:
 
 @functools.cache
 def _load(folder: Path, digest: str) -> tuple[Tokenizer, BatchEncoder]:
-    """The tokenizer, which must be the one of that digest: the file may be replaced while others still use it."""
+    """The tokenizer, which must have this digest: the file may be replaced while other processes still use it."""
     tokenizer = Tokenizer.load(folder)
     if tokenizer.digest != digest:
         raise DataError(f"{folder}: the tokenizer changed while it was in use")
@@ -150,7 +150,7 @@ def _encode(tokenizer: Tokenizer, encode: BatchEncoder, piece: Piece) -> Encoded
     except DataError as error:
         raise DataError(f"{piece.path}: {error}") from None
     if sequences:
-        last = np.cumsum(sequences) - 1  # files behind which a document ends
+        last = np.cumsum(sequences) - 1  # the last file of each document
         ids = np.insert(ids, np.cumsum(lengths)[last], tokenizer.eos_id)
         lengths[last] += 1
     return Encoded(

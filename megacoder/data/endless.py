@@ -1,8 +1,8 @@
 """One dataset as an endless row of documents: the keyed order of an epoch, then that of the next, dealt to V streams.
 
 The document at position p of the row goes to stream p mod V, as cards are dealt. Which document that is, in which
-epoch, and how its files read in it (some as fill-in-the-middle examples) are functions of (seed, p): nothing is built,
-and any stream can be taken up anywhere.
+epoch, and how its files look in that epoch (some are fill-in-the-middle examples) are functions of (seed, p): nothing
+is precomputed, and any stream can resume anywhere.
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ from megacoder.data.permutation import permute
 
 __all__ = ["Deal", "EndlessDocuments"]
 
-_DEALT_AT_ONCE = 256  # documents whose numbers a stream computes together: as arrays, nearly at the cost of one
-_DEALT_FIRST = 8  # and at the start of a run, for all streams in one go
+_DEALT_AT_ONCE = 256  # document numbers that a stream computes together: as arrays, at nearly the cost of one
+_DEALT_FIRST = 8  # the same at the start of a run, for all streams at once
 
 
 class EndlessDocuments:
@@ -62,7 +62,7 @@ class EndlessDocuments:
 
 
 class Deal:
-    """Which documents come to one stream, computed some at a time."""
+    """Which documents are dealt to one stream, computed some at a time."""
 
     def __init__(self, source: EndlessDocuments, stream: int) -> None:
         self.source, self.stream = source, stream
@@ -80,7 +80,7 @@ class Deal:
 
     @staticmethod
     def prepare(deals: "list[Deal]", indices: list[int]) -> None:
-        """Computes what comes at and after `indices`, for all streams of one dataset at once."""
+        """Computes the documents from `indices` on, for all streams of one dataset at once."""
         streams = np.array([deal.stream for deal in deals])
         documents, epochs = deals[0].source.deal(streams, np.array(indices), _DEALT_FIRST)
         for row, (deal, first) in enumerate(zip(deals, indices, strict=True)):

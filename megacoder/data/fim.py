@@ -5,17 +5,17 @@ A file is cut at two characters into prefix, middle and suffix, and becomes, by 
     <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
 
 or, by SPM (variant 2 of gpt-neox), `<fim_begin> <fim_hole> suffix <fim_end> prefix middle <eos>`. The cuts are drawn
-uniformly over the characters, ends included, so that any part may be empty. EOS ends the middle: it is what the model
-learns to stop on. MSP, the masked spans of the paper's ablation (T5's objective), hides many short spans:
+uniformly over the characters, ends included, so that any part may be empty. EOS ends the middle: from it the model
+learns to stop. MSP, the masked spans of the paper's ablation (T5's objective), hides many short spans:
 
     <fim_begin> text <fim_hole> text <fim_hole> text <fim_end> span <fim_hole> span <eos>
 
-which with a single span is PSM. What the paper leaves open there is chosen here: its sentinels are all there are, so
-that spans are told apart by their order; density and length are T5's, in characters.
+which with a single span is PSM. What the paper leaves open there is chosen here: there are no further sentinels, so
+spans are told apart by their order; density and length are T5's, in characters.
 
-A file much longer than the model's context never shows its prefix, suffix and middle together: cut into windows, the
-structure is lost (Bavarian et al., section 3). For short contexts `context_tokens` therefore cuts files at line borders
-into parts that are drawn for and transformed each by itself.
+A file much longer than the model's context never shows its prefix, suffix and middle together: once cut into windows,
+the structure is lost (Bavarian et al., section 3). For short contexts `context_tokens` therefore cuts files at line
+borders into parts; each part has a draw of its own and is transformed by itself.
 
 Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, document level; Bavarian et al.
 (arXiv:2207.14255); Raffel et al. (arXiv:1910.10683, section 3.3.4).
@@ -87,8 +87,8 @@ class FillInTheMiddle:
     def __call__(self, tokens: np.ndarray, *, epoch: int, file: int) -> np.ndarray:
         """The file as it is seen in `epoch`: `tokens` itself, or its parts with sentinels and EOS, in the same dtype.
 
-        `tokens` are the ids of one whole file, with or without EOS at the end; `file` is its number in the dataset.
-        Neither order nor number of calls matters. An empty file stays as it is.
+        `tokens` are the ids of one complete file, with or without EOS at the end; `file` is its number in the dataset.
+        Neither the order nor the number of calls matters. An empty file stays as it is.
         """
         if self.config.rate == 0.0 or not self._is_meant(tokens):
             return tokens
@@ -99,7 +99,7 @@ class FillInTheMiddle:
         return np.concatenate([self._transform(part, epoch=epoch, file=file, part=index) for index, part in parts])
 
     def _parts(self, tokens: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-        """As many whole lines as fit into `limit` at a time, and one where that is longer; EOS stays with the last."""
+        """Parts of as many lines as fit into `limit`, or of one line that is longer; EOS stays with the last part."""
         length = len(tokens) - int(tokens[-1] == self.tokenizer.eos_id)
         ends = np.unique(np.append(np.flatnonzero(self._cutter.breaks_line[tokens[:length]]) + 1, length))
         start = 0
@@ -133,7 +133,7 @@ class FillInTheMiddle:
         return np.concatenate([np.asarray(run, dtype=tokens.dtype) for run in runs])
 
     def _arrange(self, parts: list[list[np.ndarray]], *, spm: bool) -> list[np.ndarray | list[int]]:
-        """Kept and hidden parts, which take turns in the text, between their sentinels."""
+        """Kept and hidden parts, which alternate in the text, between their sentinels."""
         ids = self.tokenizer
         begin, hole, end, eos = [ids.fim_begin_id], [ids.fim_hole_id], [ids.fim_end_id], [ids.eos_id]
         if spm:
@@ -163,22 +163,22 @@ class FillInTheMiddle:
 
 
 def masked_spans(characters: int, *, density: float, span: float, key: int) -> np.ndarray:
-    """Where each masked span of a text of so many characters begins and ends: int64 (spans, 2).
+    """Where each masked span of a text of `characters` characters begins and ends: int64 (spans, 2).
 
-    `density` of the characters, and at least one, lie in spans of `span` characters in the mean, which do not touch.
-    How both divide is drawn, as rising cuts.
+    The share `density` of the characters, at least one, is in spans of `span` characters on average, which do not
+    touch. The lengths of the spans and of the text between them are drawn, as sorted cuts.
     """
     hidden = min(max(round(characters * density), 1), characters)
     spans = min(max(round(hidden / span), 1), hidden, characters - hidden + 1)
     shares = (draw_many_bits(key, 2 * spans - 1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     lengths = np.diff(_rising(shares[: spans - 1], hidden - spans), prepend=0, append=hidden - spans) + 1
-    kept = characters - hidden - (spans - 1)  # beside the one character between neighbours
+    kept = characters - hidden - (spans - 1)  # without the one character between neighbouring spans
     starts = _rising(shares[spans - 1 :], kept) + np.arange(spans) + np.cumsum(lengths) - lengths
     return np.stack([starts, starts + lengths], axis=1)
 
 
 def _rising(shares: np.ndarray, limit: int) -> np.ndarray:
-    """Numbers from 0 to `limit`, which is among them, in rising order."""
+    """Numbers from 0 to `limit`, inclusive, in rising order."""
     return np.sort((shares * (limit + 1)).astype(np.int64))
 
 

@@ -1,4 +1,4 @@
-"""Megatron's MMapIndexedDataset, byte for byte: tokens in `.bin`, where each sequence and document lies in `.idx`.
+"""Megatron's MMapIndexedDataset, byte for byte: tokens in `.bin`, the places of sequences and documents in `.idx`.
 
 `.idx`, little-endian and without padding, for S sequences and D = documents + 1:
 
@@ -12,10 +12,10 @@
     34 + 4 S      int64[S]  byte offset of each sequence in `.bin`: exclusive running sum of the sizes
     34 + 12 S     int64[D]  first sequence of each document; starts with 0, ends with S
 
-`.bin` is the tokens alone. Several sequences to a document are the rule here: a document is a repository sample and a
-sequence one file of it. Megatron's reader checks magic and version and then trusts; this one compares every field at
-open, so that an edited or truncated pair is an error that names the field and never a read out of bounds. Floating
-point (whose codes differ between forks) and the older TNTIDX layout are refused.
+`.bin` is the tokens alone. A document usually has several sequences here: it is a repository sample, and a sequence is
+one file of it. Megatron's reader checks magic and version and trusts the rest; this one checks every field at open, so
+that an edited or truncated pair is an error that names the field and never a read out of bounds. Floating point (whose
+codes differ between forks) and the older TNTIDX layout are refused.
 """
 
 import mmap
@@ -48,7 +48,7 @@ _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _FLOAT_CODES = (6, 7)
 _CHUNK = 1 << 20  # entries of the index that are written at a time
 _CHECKED_AT_ONCE = 1 << 15  # entries of the index, as many as a core's cache holds
-_CHECKING_THREADS = 4  # numpy works outside Python's lock
+_CHECKING_THREADS = 4  # NumPy releases the GIL
 
 
 def bin_path(prefix: Path) -> Path:
@@ -60,7 +60,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 def rename_dataset(prefix: Path, new: Path) -> None:
-    """Gives a pair another name in its file system, in place of a pair that has it; at no time is half of one there."""
+    """Renames a pair within its file system, replacing any pair of that name; a mixture of the two is never there."""
     idx_path(new).unlink(missing_ok=True)  # an older index must not outlive its tokens
     for path in (bin_path, idx_path):
         os.replace(path(prefix), path(new))
@@ -123,14 +123,14 @@ class IndexedDataset:
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def _check(self, bin_size: int) -> None:
-        """Compares every entry with its neighbours and with the size of `.bin`; 100 million in a second."""
+        """Compares every entry with its neighbours and with the size of `.bin`; 100 million entries a second."""
         path, kernels = idx_path(self.prefix), native() if sys.byteorder == "little" else None
         if kernels is None:
             _for_each_chunk(self._check_sequences, self.num_sequences)
         else:
             lengths, pointers = self.sequence_lengths.ctypes.data, self._pointers.ctypes.data
             wrong = kernels.first_wrong_sequences(lengths, pointers, self.num_sequences, self.dtype.itemsize)
-            if wrong >= 0:  # here or with the entry before; these say what
+            if wrong >= 0:  # here or at the entry before; these raise the error
                 self._check_sequences(max(0, wrong - 1))
                 self._check_sequences(wrong)
         last = self.num_sequences - 1
@@ -158,7 +158,7 @@ class IndexedDataset:
         if lengths.min() < 0:
             raise FormatError(f"{path}: length of sequence {start + int(lengths.argmin())} is {lengths.min()}")
         right = np.diff(pointers) == lengths[: len(pointers) - 1] * np.int64(self.dtype.itemsize)
-        first_is_right = pointers[0] == 0 if start == 0 else pointers[0] >= 0  # a sum that wraps is negative for long
+        first_is_right = pointers[0] == 0 if start == 0 else pointers[0] >= 0  # wrapped sums stay negative for long
         if not (first_is_right and right.all()):
             wrong = start + (int(right.argmin()) + 1 if first_is_right else 0)
             raise FormatError(f"{path}: byte offset of sequence {wrong} is not the sum of the lengths before it")
@@ -175,8 +175,8 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes a `.bin/.idx` pair as a stream, in memory that does not grow with the data.
 
-    A context manager: the pair takes its names when the block ends without an error, `.idx` last, so that a dataset
-    whose `.idx` exists is whole.
+    A context manager: the pair gets its names when the block ends without an error, `.idx` last, so that a dataset
+    whose `.idx` exists is complete.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype) -> None:
@@ -188,7 +188,7 @@ class IndexedDatasetWriter:
     def __enter__(self) -> "IndexedDatasetWriter":
         with ExitStack() as files:
             idx = files.enter_context(replacing(idx_path(self.prefix)))
-            tokens = files.enter_context(replacing(bin_path(self.prefix)))  # left first, so renamed first
+            tokens = files.enter_context(replacing(bin_path(self.prefix)))  # exited first, so renamed first
             self._idx: BinaryIO = files.enter_context(idx.open("wb"))
             self._bin: BinaryIO = files.enter_context(tokens.open("wb"))
             self._lengths: IO[bytes] = files.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
@@ -215,16 +215,16 @@ class IndexedDatasetWriter:
     def add_documents(
         self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, sequences: Sequence[int] | np.ndarray
     ) -> None:
-        """Appends many documents at once: all their tokens, the length of each sequence, the sequences of each one."""
+        """Appends documents: all their tokens, the length of each sequence, the sequences of each document."""
         if tokens.dtype != self.dtype and len(tokens):
             limits = np.iinfo(self.dtype)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise DataError(f"token id {tokens.max()} does not fit {self.dtype}; the vocabulary is larger")
         sizes, counts = np.asarray(lengths, dtype=np.int64), np.asarray(sequences, dtype=np.int64)
         if sizes.sum() != len(tokens) or counts.sum() != len(sizes):
-            raise ValueError("lengths must sum to the tokens, and sequences to the lengths")
+            raise ValueError("lengths must sum to the number of tokens, and sequences to the number of lengths")
         if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
-            raise DataError(f"a sequence of {sizes.max():,} tokens: the format ends at 2,147,483,647")
+            raise DataError(f"a sequence of {sizes.max():,} tokens: the format allows at most 2,147,483,647")
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.write(sizes.astype("<i4").tobytes())
         self._offsets.write((np.cumsum(counts) + self.num_sequences).astype("<i8").tobytes())

@@ -24,13 +24,13 @@ class InspectConfig:
     prefix: tyro.conf.Positional[Path]
     """path of the pair without .bin or .idx"""
     tokenizer: Path | None = None
-    """tokenizer folder; decodes the beginnings of some documents"""
+    """tokenizer folder, to decode the beginnings of some documents"""
     documents: int = 3
-    """how many documents to decode, evenly spread"""
+    """number of documents to decode, evenly spread over the dataset"""
     verify: bool = False
-    """also reads every byte and compares with the checksum that preprocessing noted"""
+    """read every byte and compare with the checksum that preprocessing recorded"""
     json: bool = False
-    """prints JSON"""
+    """print JSON"""
 
     def __post_init__(self) -> None:
         if self.documents < 0:
@@ -63,7 +63,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 def _verify(prefix: Path, sidecar: Sidecar | None) -> None:
     if sidecar is None or sidecar.checksum is None:
-        raise DataError(f"{Sidecar.path(prefix)}: no checksum to compare with; only `megacoder preprocess` notes one")
+        raise DataError(
+            f"{Sidecar.path(prefix)}: no checksum to compare with; `megacoder preprocess` and `data merge` record one"
+        )
     if checksum(prefix) != sidecar.checksum:
         raise FormatError(
             f"{prefix}: .bin or .idx is not as it was written (checksum {sidecar.checksum}); make it again"

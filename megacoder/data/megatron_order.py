@@ -1,12 +1,12 @@
 """Megatron's order of samples, exactly: its document, sample, shuffle and blending indices, as pure functions.
 
-For runs that move over from Megatron-LM. Sequences (its documents) are shuffled within all epochs that the run's number
-of samples needs, concatenated, cut every S tokens into samples of S + 1, and these are shuffled; a last epoch of which
-little is needed is kept apart. Unlike the order of `megacoder.data.stream` it must be built before a run, with 20 bytes
-a sample and 4 a sequence and epoch, and is dealt anew when the number of samples changes.
+For runs that move over from Megatron-LM. Sequences (its documents) of all the epochs that the run's samples need are
+shuffled together, concatenated and cut every S tokens into samples of S + 1, and these are shuffled; a last epoch of
+which less than 80% is needed is shuffled separately. Unlike the order of `megacoder.data.stream`, this one must be
+built before a run, at 20 bytes per sample and 4 per sequence and epoch, and changes with the number of samples.
 
-The random state is NumPy's RandomState, whose stream NumPy has frozen. Instead of Megatron's loop over sequences, where
-sample i begins is looked up: at token i S of the concatenation, in the sequence that holds it.
+The random state is NumPy's RandomState, whose stream NumPy has frozen. Megatron's loop over sequences is replaced by a
+lookup: sample i begins at token i S of the concatenation, in the sequence that holds it.
 
 Source: Megatron-LM, megatron/core/datasets/{gpt_dataset,blended_dataset,blended_megatron_dataset_builder}.py and
 helpers.cpp, version 0.16.
@@ -25,8 +25,8 @@ from megacoder.core.errors import ConfigError, DataError
 
 __all__ = ["SampleOrder", "blending_indices", "build_sample_order", "normalized", "size_with_surplus", "split_range"]
 
-_SEPARATE_BELOW = 0.80  # share of an epoch under which a last one is shuffled apart
-_SURPLUS = 0.005  # samples that each dataset of a blend has to spare
+_SEPARATE_BELOW = 0.80  # a last epoch of which a smaller share is needed is shuffled separately
+_SURPLUS = 0.005  # share of samples that each dataset of a blend has in reserve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SampleOrder:
     """The three indices of one dataset."""
 
     documents: np.ndarray
-    """int32 (E x sequences,): the sequences as they are concatenated"""
+    """int32 (E x sequences,): the sequences in the order in which they are concatenated"""
     samples: np.ndarray
     """int64 (N + 1, 2): where samples begin, as (index into `documents`, token of that sequence)"""
     shuffle: np.ndarray
@@ -104,7 +104,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def split_range(split: Sequence[float], num_sequences: int) -> np.ndarray:
-    """int32: the sequences of the first part, as of `--split 969,30,1` the training data."""
+    """int32: the sequences of the first part; of `--split 969,30,1` that is the training data."""
     if not split or any(not (part >= 0 and math.isfinite(part)) for part in split) or not split[0] > 0:
         raise ConfigError(f"megatron.split = {list(split)}: shares of training, validation and test data")
     return np.arange(0, round(normalized(split)[0] * float(num_sequences)), dtype=np.int32)

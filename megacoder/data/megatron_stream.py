@@ -1,9 +1,9 @@
 """The samples of a Megatron run in its order, served like any other stream: for runs that move over.
 
-The global batch of a step holds the same samples as Megatron's; rank r of dp serves every dp-th of them. Its seed is
-`stream.seed`, `stream.document_masks` are its `--reset-position-ids --reset-attention-mask`, and
-`stream.train_across_documents = false` its `--eod-mask-loss`. Of fill-in-the-middle there is none: Megatron's depends
-on the order in which samples are asked for.
+The global batch of a step holds the same samples as Megatron's; rank r of dp serves every dp-th of them. Megatron's
+seed is `stream.seed`, its `--reset-position-ids --reset-attention-mask` is `stream.document_masks`, and its
+`--eod-mask-loss` is `stream.train_across_documents = false`. There is no fill-in-the-middle: Megatron's depends on the
+order in which samples are requested.
 """
 
 from collections.abc import Sequence
@@ -86,14 +86,14 @@ class MegatronStream:
             )
             for dataset, size in zip(datasets, sizes, strict=True)
         ]  # fmt: skip
-        if self._blend is None and len(datasets) > 1:  # without weights datasets are blended by their samples
+        if self._blend is None and len(datasets) > 1:  # without weights, datasets are blended by their sizes
             counts = [len(order) for order in self._orders]
             self._blend = blending_indices(normalized(counts), min(total, sum(counts)))
         for number, order in enumerate(self._orders):
             if self._blend is not None and np.count_nonzero(self._blend[0] == number) > len(order):
-                raise ConfigError(f"weights = {list(weights)}: the blend takes more than there is of dataset {number}")
+                raise ConfigError(f"weights = {list(weights)}: the blend takes more samples than dataset {number} has")
         self.num_samples = len(self._orders[0]) if self._blend is None else len(self._blend[0])
-        """samples that there are to serve"""
+        """samples to serve, in all"""
         self._order = {
             "compat": "megatron",
             "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
@@ -105,12 +105,12 @@ class MegatronStream:
         }
 
     def next_batch(self, *, threads: Executor | None = None, num_threads: int = 1) -> Batch:
-        """This rank's windows of the next step; one thread makes them. DataError where samples are used up."""
+        """This rank's windows of the next step; one thread makes them. DataError once the samples are used up."""
         stop = self.windows + self.global_batch_size
         if stop > self.num_samples:
             raise DataError(
-                f"the Megatron order has {self.num_samples:,} samples, and {stop:,} are asked for; set "
-                "data.megatron.num_samples to what the run was made for, or end it there"
+                f"the Megatron order has {self.num_samples:,} samples, but this step needs {stop:,}; set "
+                "data.megatron.num_samples to the number that Megatron's run was planned for, or end the run here"
             )
         ours = range(self.windows + (self.dp_rank - self.windows) % self.dp_size, stop, self.dp_size)
         windows = torch.from_numpy(np.stack([self.sample(index) for index in ours]))
@@ -165,7 +165,7 @@ def _check(config: StreamConfig, datasets: Sequence[IndexedDataset], weights: Se
 def _blend(
     weights: Sequence[float], num_datasets: int, total: int
 ) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[int | None]]:
-    """The blending indices and the samples to build of each dataset, where weights say so."""
+    """The blending indices, None without weights, and the samples to build of each dataset, None for one epoch."""
     if not weights:
         return None, [total if num_datasets == 1 else None] * num_datasets
     shares = normalized(weights)

@@ -1,6 +1,6 @@
-"""Several `.bin/.idx` pairs as one, document after document, in memory that does not grow with them.
+"""Joins several `.bin/.idx` pairs, document after document, in memory that does not grow with them.
 
-For preprocessing on many machines: each makes a dataset of its share of the input, and one merges them.
+For preprocessing on many machines: each makes a dataset of its share of the input, and one machine merges them.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def merge(config: MergeConfig) -> IndexedDataset:
 
 def _describe(output: Path, sidecars: list[Sidecar], *, complete: bool) -> None:
     if not complete:
-        say(f"{output}: not all parts say with which tokenizer they were made, so this one does not either")
+        say(f"{output}: some parts do not record their tokenizer, so the output does not either")
         return
     keys = {(sidecar.text_key, sidecar.document_key) for sidecar in sidecars}
     text_key, document_key = keys.pop() if len(keys) == 1 else ("several", None)

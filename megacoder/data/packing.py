@@ -1,22 +1,22 @@
-"""Documents into windows of S tokens, as the paper does (concatenate and cut) or whole where they fit (best fit).
+"""Packs documents into windows of S tokens, as the paper does (concatenate and cut) or whole where they fit (best fit).
 
 A packer is one stream of one dataset: a cursor over the documents dealt to it that fills one window after another.
 Its state is three integers.
 
 Concatenated: documents follow each other and are cut every S tokens; a window begins where the last one ended. A stream
-does not begin with the beginning of a document: else the first windows of all streams would, the next would be what
-comes S tokens later, and a model would learn one kind of window after the other (8 layers on 373 files: behind 256
-beginnings the loss jumped from 5.8 nats to 7.5, the gradient's norm from 0.5 to 300). Its first TURNED documents are
-turned instead: they are gone round from a token inside them to the same token, as if the stream had long been going.
-Streams have other places, and rounds of other lengths, so that from the first step on a batch is much like any other.
-Still every token is served once, and in its epoch.
+does not start at the beginning of a document. Otherwise the first windows of all streams would, the next windows would
+all lie S tokens later, and a model would learn one kind of window after the other (8 layers on 373 files: after 256
+beginnings the loss jumped from 5.8 nats to 7.5, the gradient norm from 0.5 to 300). Instead, a stream's first TURNED
+documents are rotated: they are served from a token inside them around to the same token, as if the stream had long been
+running. Each stream has a different starting place and a rotation of different length, so that from the first step on
+all batches look alike. Still, every token is served once, in its epoch.
 
-Best fit: documents are taken until they would fill some windows (`BEST_FIT_WINDOWS`), longer ones than S are cut into
-pieces of S and a rest, and all pieces are laid into windows, the longest first, each into the fullest window that has
-room (best-fit decreasing; Ding et al., arXiv:2404.10830). Windows come in a keyed order, as those with long pieces are
-made first. What stays free is padded, a document of its own without labels. Groups do not depend on each other, so that
-a packer can be taken up inside one without the ones before; it keeps the group's tokens, which is why their number is
-small.
+Best fit: documents are taken as a group until they would fill `BEST_FIT_WINDOWS` windows, those longer than S are cut
+into pieces of S and a rest, and all pieces are packed into windows, the longest first, each into the fullest window
+that has room (best-fit decreasing; Ding et al., arXiv:2404.10830). A group's windows come in a keyed order, as those
+with long pieces are made first. Free space is padded, as a document of its own without labels. Groups do not depend on
+each other, so that a packer can resume inside one without the ones before; it holds the group's tokens in memory, which
+is why a group is small.
 
 Legend: S tokens of a window.
 """
@@ -36,21 +36,21 @@ from megacoder.ops.cross_entropy import IGNORE_INDEX
 __all__ = ["BEST_FIT_WINDOWS", "TURNED", "BestFit", "Concatenated", "Packer", "best_fit"]
 
 BEST_FIT_WINDOWS = 16
-"""Windows that a best-fit packer fills together, at least."""
+"""Least number of windows that a best-fit packer fills together."""
 TURNED = 8
-"""Documents of its first epoch that a stream of concatenated ones begins inside, or as many as it has: with the more,
-the less its place and theirs matter."""
+"""Documents that a `Concatenated` stream rotates at its start, or as many as it has in an epoch: the more there are,
+the less its starting place matters."""
 
 
 class Packer(Protocol):
     """One stream of one dataset."""
 
     deal: Deal
-    """which documents come"""
+    """the documents dealt to the stream"""
 
     @property
     def next_document(self) -> int:
-        """The first of the deal that is yet to be read."""
+        """The index in the deal of the next document to read."""
 
     def fill(self, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> None:
         """Writes the next window into rows of S, int64, int64 and bool.
@@ -63,27 +63,27 @@ class Packer(Protocol):
         """Three integers."""
 
     def move(self, *position: int) -> None:
-        """Back or forth to a `position`."""
+        """Moves back or forth to a `position`."""
 
 
 class _Place(NamedTuple):
     document: int
-    """of the deal"""
+    """index in the deal"""
     file: int
     offset: int
-    """token of the file"""
+    """token in the file"""
 
 
 class Concatenated:
-    """Concatenate and cut. Its position: document in the order of serving, file in it, token of the file.
+    """Concatenate and cut. Its position: document in the order of serving, file in it, token in the file.
 
-    That order begins inside one of the first `turned` documents of the deal, which are gone round. What is left of that
-    document is number 0, what comes before is number `turned`, and from there on numbers are one more than in the deal.
-    (0, 0, 0) is the beginning, wherever that is.
+    That order begins inside one of the first `turned` documents of the deal, which are rotated. The rest of that
+    document is number 0, its first part is number `turned`, and later documents have numbers one higher than in the
+    deal. (0, 0, 0) is the starting place, wherever that is.
     """
 
     def __init__(self, source: EndlessDocuments, stream: int, *, across_documents: bool) -> None:
-        """With `across_documents` the last token of a document has the next one's first as its label."""
+        """With `across_documents` the last token of a document has the next document's first token as its label."""
         self._source, self._across_documents = source, across_documents
         self.deal = Deal(source, stream)
         self.turned = max(1, min(TURNED, source.dataset.num_documents // source.num_streams))
@@ -91,7 +91,7 @@ class Concatenated:
 
     @cached_property
     def _beginning(self) -> _Place:
-        """A token of the documents that are turned, counted as they lie in the dataset."""
+        """The starting place: a token of the rotated documents, counted in the dataset, before fill-in-the-middle."""
         dataset = self._source.dataset
         files = [dataset.document_sequences(self.deal[index][0]) for index in range(self.turned)]
         lengths = [dataset.sequence_lengths[part.start : part.stop] for part in files]
@@ -114,7 +114,7 @@ class Concatenated:
         self._document, self._file, self._offset = position
         self._ids: np.ndarray | None = None
         self._opens = False  # whether the file under the cursor holds its document's first token
-        self._follows_cut = False  # and whether it follows one that is cut short
+        self._follows_cut = False  # whether it follows a document that is cut short
 
     def fill(self, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> None:
         filled, size = 0, len(tokens)
@@ -122,7 +122,7 @@ class Concatenated:
         while True:
             ids, offset = self._current(), self._offset
             at_edge = self._opens and offset == 0
-            if filled:  # what the token before was waiting for
+            if filled:  # the label of the token before
                 known = self._across_documents and not self._follows_cut
                 labels[filled - 1] = ids[offset] if known or not at_edge else IGNORE_INDEX
             if filled == size:
@@ -166,7 +166,7 @@ class Concatenated:
         ids = self._source.read(files[self._file], epoch=epoch, opens_document=self._file == 0)
         self._opens = self._file == 0 or not (self._source.add_bos or self._any_tokens(files[: self._file]))
         if self._document in (0, self.turned) and self._file == self._beginning.file:
-            cut = min(self._beginning.offset, len(ids))  # as an example of fill-in-the-middle it may be shorter
+            cut = min(self._beginning.offset, len(ids))  # as a fill-in-the-middle example the file may be shorter
             if self._document == self.turned:
                 ids = ids[:cut]
             elif self._offset == self._beginning.offset:
@@ -174,7 +174,7 @@ class Concatenated:
         if self._offset > len(ids):
             raise DataError(
                 f"{self._source.dataset.prefix}: the data position is token {self._offset} of sequence "
-                f"{files[self._file]}, which has {len(ids)}; another dataset?"
+                f"{files[self._file]}, which has {len(ids)}; is this a different dataset?"
             )
         return ids
 
@@ -183,7 +183,7 @@ class Concatenated:
 
 
 class BestFit:
-    """Best-fit decreasing. Its position: document of the deal that a group begins with, window in the group, and 0."""
+    """Best-fit decreasing. Its position: the group's first document in the deal, window in the group, and 0."""
 
     def __init__(self, source: EndlessDocuments, stream: int, *, pad_id: int) -> None:
         self._source, self._pad_id = source, pad_id
@@ -207,7 +207,7 @@ class BestFit:
             if self._window >= len(self._windows):
                 raise DataError(
                     f"{self._source.dataset.prefix}: the data position is window {self._window} of a group of "
-                    f"{len(self._windows)}; another dataset?"
+                    f"{len(self._windows)}; is this a different dataset?"
                 )
         filled = 0
         for ids, start, stop in self._windows[self._window]:

@@ -1,7 +1,7 @@
 """Parquet files by name: the one place that tells pyarrow which file is meant.
 
-pyarrow takes a relative name with a colon, such as `my:corpus/part.parquet`, for the address of a file system, and an
-absolute one never. Whoever writes hands it an open file.
+pyarrow takes a relative name with a colon, such as `my:corpus/part.parquet`, for the address of a file system, but
+never an absolute one. Writers hand it an open file.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def open_dataset(path: Path) -> "ds.Dataset":
-    """The file, to be read by columns and rows that are chosen before."""
+    """The file, for reading chosen columns and rows."""
     import pyarrow.dataset as ds
 
     return ds.dataset(path.absolute())

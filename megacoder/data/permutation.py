@@ -6,7 +6,7 @@ permutation until the result is below n, at most four times on average. Every ra
 alone; a shuffled array would take 8 bytes per item, a pass to build, and agreement on who builds it.
 
 Random bits are the same hash of a key and a counter. They are pinned by a test: the examples of a run are part of its
-record, and NumPy promises its generators' streams only within limits.
+record, and NumPy guarantees its generators' streams only within limits.
 
 Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002); mixing constants of splitmix64 (Steele et
 al. 2014).
@@ -62,7 +62,7 @@ def draw_many_bits(key: int, count: int) -> np.ndarray:
 
 
 def stream_phase(stream: int, num_streams: int, size: int) -> int:
-    """Where in a round of `size` places a stream begins: all over it, neighbours far apart (bit reversal).
+    """Where in a round of `size` places a stream begins: spread over it, neighbours far apart (bit reversal).
 
     `num_streams` is a power of two; stream 0 begins at 0.
     """
@@ -79,7 +79,7 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
 
 
 def _mix_one(x: int) -> int:
-    """`_mix` of a Python number, which for a few is ten times as fast as an array of them."""
+    """`_mix` of a Python number: for a few numbers, ten times as fast as an array of them."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK

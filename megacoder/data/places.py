@@ -1,9 +1,9 @@
 """Where a text can be cut so that its parts, each encoded by itself, have the ids of the whole.
 
-A pre-tokenizer splits text into words that are encoded apart, but where it splits depends on what stands around. Three
-kinds of places do not: the two characters at them decide. They are before and behind a line break, behind a digit, and
-behind a letter that ASCII other than a letter follows. A Tokenizer has been seen to keep line breaks apart; whether
-its splits have the other two is tried. In source text no place is far.
+A pre-tokenizer splits text into words that are encoded separately, but where it splits depends on the text around. At
+three kinds of places it does not: the two characters there decide. They are before and after a line break, after a
+digit, and between an ASCII letter and ASCII that is not a letter. `Tokenizer` has checked that line breaks are split
+off; whether the other two split is tried here. In source text such a place is never far.
 
 So a text of any length is encoded in bounded memory, where `tokenizers` takes 260 bytes a character, and a cut through
 encoded text changes few ids.
@@ -25,11 +25,11 @@ _LONGEST_RUN = 1 << 24  # characters without a place; 2 GB in `tokenizers`
 _LINE_BREAKS = "\r\n"
 _MAY_FOLLOW_A_LETTER = string.digits + string.punctuation + " \t"
 _AROUND = ("", " ", ".", "1", "é")
-_BEHIND, _BETWEEN, _BEFORE = 1, 2, 4  # what the text to the left decides, both sides, and the text to the right
+_BEHIND, _BETWEEN, _BEFORE = 1, 2, 4  # the text to the left decides, both sides, the text to the right
 
 
 class CuttingPlaces:
-    """Of one tokenizer. `pattern` ends behind such places, other than those before line breaks, in text."""
+    """The places of one tokenizer. Matches of `pattern` in text end at them, except at those before line breaks."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         behind = _LINE_BREAKS
@@ -54,7 +54,7 @@ class CuttingPlaces:
     def cut(self, text: str) -> list[str]:
         """`text` in parts of about a million characters.
 
-        Raises DataError where it has nowhere to cut for 16 million characters, as no source text has.
+        Raises DataError where 16 million characters have no place to cut, which no source text has.
         """
         if len(text) <= _PART_CHARACTERS:
             return [text]
@@ -73,7 +73,7 @@ class CuttingPlaces:
 
 
 def _splitting_followers(tokenizer: Tokenizer) -> str:
-    """The characters before which a word of ASCII letters is seen to end, whatever is around the two."""
+    """The characters before which a word of ASCII letters ends in every probe, whatever is around the two."""
     probes = [
         (follower, f"{before}ab", f"{follower}{after}\n")
         for follower in _MAY_FOLLOW_A_LETTER

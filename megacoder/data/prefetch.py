@@ -1,8 +1,8 @@
 """Batches made ahead in the background; their state is that of the last batch handed out, not of the last made.
 
 Threads, not processes: nearly all the time goes to copies and to the tokenizer's native code, and a thread needs no
-second copy of the tables, no pickling and no start-up. One thread serves far more tokens than a GPU trains on; more
-share out the streams of each batch, which changes nothing but time.
+second copy of the tables, no pickling and no start-up. One thread serves far more tokens than a GPU trains on; several
+split the streams of each batch, which changes nothing but time.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ __all__ = ["Prefetcher", "ResumableBatches"]
 
 
 class ResumableBatches(Protocol):
-    """One rank's endless batches, which can be taken up where a state says."""
+    """One rank's endless batches, which can resume from a state."""
 
     def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
-        """The next step's; `num_threads` tasks of `threads` make it together."""
+        """The next step's batch; `num_threads` tasks of `threads` make it together."""
 
     def state_dict(self) -> dict[str, Any]:
-        """After the last batch."""
+        """The state after the last batch."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """To the batch after those that `state` has seen."""
+        """Moves to the batch after those that `state` has seen."""
 
 
 class Prefetcher:
@@ -37,7 +37,7 @@ class Prefetcher:
     """
 
     def __init__(self, stream: ResumableBatches, *, workers: int = 1, depth: int = 2) -> None:
-        """Keeps up to `depth` batches ready, made by so many threads; 0 makes each as it is asked for."""
+        """Keeps up to `depth` batches ready, made by `workers` threads; with 0, each is made when it is requested."""
         if workers < 0:
             raise ConfigError(f"data_workers = {workers}: at least 0")
         self._stream, self._workers, self._depth = stream, workers, depth
@@ -71,7 +71,7 @@ class Prefetcher:
         self._state = self._stream.state_dict()
 
     def close(self) -> None:
-        """Stops the threads; a later `next_batch` goes on after the last batch that was handed out."""
+        """Stops the threads; a later `next_batch` continues after the last batch that was handed out."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -94,7 +94,7 @@ class Prefetcher:
     def _work(self) -> None:
         with contextlib.ExitStack() as stack:
             threads = None
-            if self._workers > 1:  # one is this thread, which would only wait for the other
+            if self._workers > 1:  # a single worker is this thread, which would only wait for another
                 threads = stack.enter_context(ThreadPoolExecutor(self._workers, thread_name_prefix="prefetch"))
             while not self._stop.is_set():
                 try:

@@ -1,9 +1,9 @@
 """Documents -> `.bin/.idx`, on all cores, resumable after a kill, byte-identical for any number of workers.
 
 One process reads and writes, in the order of the input; workers encode pieces of about half a megabyte. Each input
-file becomes a part, a small dataset in a folder beside the output, and complete once its `.idx` exists; a run that was
-killed goes on with the first file without one. The output grows in that folder together with the parts, those of the
-run before copied into it, so that at the end it only takes its name.
+file becomes a part, a small dataset in a folder beside the output, complete once its `.idx` exists; a run that was
+killed resumes with the first file without one. The output is written in that folder along with the parts (those of an
+earlier run are copied into it), so that at the end it only has to be renamed.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ class PreprocessConfig:
     document_key: str | None = None
     """column or JSON key that is equal in consecutive rows of one document; without it each row is a document"""
     workers: int | None = None
-    """processes or threads that encode, one per core if not given"""
+    """number of encoding processes or threads; None: one per core"""
     encoder: EncoderName = "auto"
-    """tokenizers, the reference; fastokens, as fast as several of it (the extra `fast`); or that one if it is there"""
+    """tokenizers (the reference), fastokens (six times as fast; the extra `fast`), or auto: fastokens if installed"""
 
     def __post_init__(self) -> None:
         if self.output.name in ("", ".."):
-            raise ConfigError(f"output = {str(self.output)!r}: expected a prefix of names of files, as data/train")
+            raise ConfigError(f"output = {str(self.output)!r}: expected a prefix of file names, such as data/train")
         if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
             raise ConfigError(f"workers = {self.workers}: 1 to {_MOST_WORKERS}, or none for one per core")
 
@@ -64,7 +64,7 @@ class PreprocessConfig:
 def preprocess(config: PreprocessConfig) -> Sidecar:
     """Writes the dataset, or finds it already written; returns its description.
 
-    Raises ConfigError if `output` holds a dataset made otherwise, DataError for input that cannot be used.
+    Raises ConfigError if `output` holds a different dataset, DataError for input that cannot be used.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     inputs = find_inputs(config.input)
@@ -87,7 +87,7 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     except OSError as error:
         where = error.filename or config.output
         raise DataError(
-            f"{where}: {error.strerror or error}; finished files are kept, the same command goes on"
+            f"{where}: {error.strerror or error}; finished files are kept, run the same command to resume"
         ) from None
     say(f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text")
     return sidecar
@@ -103,7 +103,7 @@ def _describe(path: Path) -> str:
 
 
 def _part_name(config: PreprocessConfig, tokenizer: Tokenizer, description: str) -> str:
-    """Names everything that decides a part's content, so that only a part of the same run is ever taken up."""
+    """Names everything that decides a part's content, so that only a part of the same run is ever reused."""
     key = repr((description, tokenizer.digest, config.text_key, config.document_key))
     return sha256(key.encode()).hexdigest()[:32]
 
@@ -124,7 +124,8 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
     for name, value in wanted.items():
         if getattr(sidecar, name) != value:
             raise ConfigError(
-                f"{Sidecar.path(config.output)}: made with another {name}; remove it, or choose another --output"
+                f"{Sidecar.path(config.output)}: made with different options ({name}); remove it, or choose another "
+                "--output"
             )
     return sidecar if idx_path(config.output).exists() else None
 
@@ -132,7 +133,7 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
 def _write(
     config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[str, Path], described: tuple[str, ...]
 ) -> Sidecar:
-    """Makes the parts that are not there yet, and of all parts the output; `inputs` are the files as `described`."""
+    """Makes the missing parts, and the output from all parts; `inputs` are the files as `described`."""
     folder, dtype = _parts_folder(config), token_dtype(tokenizer.vocab_size)
     workers = config.workers or num_cores()
     with ThreadPoolExecutor(1) as thread:  # its check takes as long as the digest and the parts' checks
@@ -209,7 +210,7 @@ def _pieces(config: PreprocessConfig, inputs: Iterable[Path], *, characters: int
 
 
 def _text_bytes(dataset: IndexedDataset, tokenizer: Tokenizer) -> int:
-    """Of the text that `dataset` was made of, in UTF-8."""
+    """Bytes in UTF-8 of the text that `dataset` was made from."""
     lengths = np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
     lengths[tokenizer.eos_id] = 0
     starts = range(0, dataset.num_tokens, _TOKENS_AT_ONCE)

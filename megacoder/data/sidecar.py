@@ -1,4 +1,4 @@
-"""`PREFIX.json` beside `PREFIX.bin` and `PREFIX.idx`: what the dataset was made of, and with which tokenizer.
+"""`PREFIX.json` beside `PREFIX.bin` and `PREFIX.idx`: what the dataset was made from, and with which tokenizer.
 
 Megatron's format says nothing about the tokenizer, and ids of another one train a model on noise without any error.
 """
@@ -28,7 +28,7 @@ class Sidecar:
     tokens: int
     """ids, EOS included"""
     bytes: int
-    """of text in UTF-8"""
+    """size of the text in UTF-8"""
     tokenizer: str
     """the tokenizer's digest"""
     text_key: str
@@ -36,7 +36,7 @@ class Sidecar:
     document_key: str | None = None
     """column or key that rows of one document share"""
     inputs: tuple[str, ...]
-    """path, size and time of change of each input file, in order"""
+    """path, size and modification time of each input file, in order"""
     checksum: str | None = None
     """`checksum` of the pair; None in a description written before there was one"""
 
@@ -46,7 +46,7 @@ class Sidecar:
 
     @classmethod
     def read(cls, prefix: Path) -> "Sidecar | None":
-        """The sidecar of a dataset, or None where it has none, as one written by another program."""
+        """The sidecar of a dataset, or None where it has none, as when another program wrote it."""
         path = cls.path(prefix)
         if not path.exists():
             return None

@@ -1,19 +1,19 @@
 """The training tokens as a function of (seed, config, position): the same for any number of ranks, never re-dealt.
 
-Documents are dealt in the keyed order of each epoch, epochs without end, like cards to V logical streams: the
-document at position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another,
-each as BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length`
-tokens. Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of
-each, and a table says which of them its next window is taken from (see `megacoder.data.blend`).
+Documents are dealt like cards to V logical streams, in the keyed order of one epoch after another: the document at
+position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another, each as
+BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length` tokens.
+Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of each, and a
+table says which of them its next window is taken from (see `megacoder.data.blend`).
 
 So nothing depends on the number of ranks or on how long the run is: rank r of dp serves the windows g = r (mod dp)
 and reads only the streams that those come from. A stream's state is three integers for each dataset, and the state of
 a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
-Within an epoch every token is served once; a stream begins inside its first documents, not at a beginning (see
-`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so
-epochs overlap at their seams. There are never more streams than documents (V is halved until it fits the smallest
-dataset): otherwise the first windows would be the beginnings of the same few documents, from many epochs at once.
+Within an epoch every token is served once; a stream begins inside its first documents, not at the beginning of one (see
+`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so epochs overlap at their
+seams. There are never more streams than documents (V is halved until it fits the smallest dataset): otherwise the first
+windows would be the beginnings of the same few documents, from many epochs at once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "StreamConfig", "TokenStream", "check_order", "check_shares", "merge_states"]
 
-_NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # as they change no token, or are counted anew
+_NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # change no token, or are added below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class StreamConfig:
         if self.num_streams < 1 or self.num_streams & (self.num_streams - 1):
             raise ConfigError(f"num_streams = {self.num_streams}: a power of two")
         if self.packing == "best_fit" and not self.document_masks:
-            raise ConfigError('packing = "best_fit" is for masked documents: set document_masks = true')
+            raise ConfigError('packing = "best_fit" needs document masks: set document_masks = true')
         if self.packing == "best_fit" and self.train_across_documents:
-            raise ConfigError('train_across_documents: neighbours in a window of packing = "best_fit" mean nothing')
+            raise ConfigError('train_across_documents: with packing = "best_fit", neighbouring documents are unrelated')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Batch:
     tokens: Tensor
     """int64 (B, S)"""
     labels: Tensor
-    """int64 (B, S): the next token, -100 where that begins another document"""
+    """int64 (B, S): the next token, -100 where it begins another document"""
     starts: Tensor | None = None
     """bool (B, S): first tokens of documents, and of windows; None where tokens may see other documents"""
 
@@ -94,7 +94,7 @@ class Batch:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """int32 (pieces + 1,): where each stretch of tokens that see each other begins in the B S, and B S."""
+        """int32 (pieces + 1,): where each stretch of tokens that see each other begins in the B S tokens, then B S."""
         return cu_seqlens(self._starts)
 
     @property
@@ -109,8 +109,8 @@ class Batch:
 class TokenStream:
     """Serves the windows of one data-parallel rank, step after step, without end.
 
-    Where `dp_size` divides V each rank reads 1/dp of the streams; otherwise ranks share streams, and each walks over
-    the windows of the others in them.
+    Where `dp_size` divides V each rank reads 1/dp of the streams; otherwise ranks share streams, and each steps over
+    the others' windows in them.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class TokenStream:
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        """`weights` are the datasets' shares of the tokens, `fim_rates` replace `config.fim.rate`, one a dataset.
+        """`weights` are the datasets' shares of the tokens, `fim_rates` replace `config.fim.rate`, one per dataset.
 
-        Without weights every dataset's share is its size.
+        Without weights, shares are proportional to the datasets' sizes.
         """
         check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         weights, rates = _per_dataset(datasets, weights=weights, fim_rates=fim_rates, config=config)
@@ -181,7 +181,7 @@ class TokenStream:
         )  # fmt: skip
 
     def _fill(self, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, part: int = 0, parts: int = 1) -> None:
-        """Fills the rows whose streams are `part` of `parts` of this rank's; the streams move on."""
+        """Fills the rows of part `part` of `parts` of this rank's streams, which advance."""
         unseen = tuple(np.empty_like(rows[0]) for rows in (tokens, labels, starts))  # of other ranks
         row, first = 0, self.windows
         behind = (self.dp_rank - first) % self._shares  # to the first window that comes from a stream of ours
@@ -197,7 +197,7 @@ class TokenStream:
         return int(self._blend[(window + self._phases[stream]) % len(self._blend)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain integers: where each stream of this rank stands, and what the order depends on.
+        """Plain integers: the position of each stream of this rank, and what the order depends on.
 
         Written to a checkpoint after `merge_states` over all ranks.
         """
@@ -233,13 +233,13 @@ def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
     for key in [*order, *(key for key in state["order"] if key not in order)]:
         if key == "turned" and key not in state["order"]:
             raise ConfigError(
-                "the data position to continue from is of an earlier version, whose streams began with beginnings of "
+                "the data position to continue from is of an earlier version, whose streams began at the beginnings of "
                 "documents; choose another output, and start from the run's weights with init_from"
             )
         if order.get(key) != state["order"].get(key):
             raise ConfigError(
                 f"{key} is {order.get(key)!r}, but the data position to continue from was made with "
-                f"{state['order'].get(key)!r}; start anew, or set it back"
+                f"{state['order'].get(key)!r}; start a new run, or set it back"
             )
 
 

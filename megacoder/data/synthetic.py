@@ -1,4 +1,4 @@
-"""Batches of random tokens: the shape of a run without its corpus, for profiles. Nothing can be learnt from them."""
+"""Batches of random tokens: the shape of a run without its corpus, for profiles. Nothing can be learned from them."""
 
 import torch
 
@@ -8,7 +8,7 @@ __all__ = ["SyntheticStream"]
 
 
 class SyntheticStream:
-    """Endless windows of ids that are equally likely; ranks of one replica draw the same, replicas others."""
+    """Endless windows of uniformly random ids; ranks of one replica draw the same ones, replicas different ones."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class SyntheticStream:
         document_masks: bool = False,
         seed: int = 0,
     ) -> None:
-        """With `document_masks` each window is one document: masks that take their path, and hide nothing."""
+        """With `document_masks` each window is one document: the code for masks runs, but they hide nothing."""
         self._vocab_size, self._shape = vocab_size, (global_batch_size // dp_size, seq_length + 1)
         self._document_masks = document_masks
         self._generator = torch.Generator().manual_seed(seed * dp_size + dp_rank)

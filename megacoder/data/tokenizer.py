@@ -1,12 +1,12 @@
 """DeepSeek-Coder's byte-level BPE: the published pre-tokenizer, every byte in the alphabet, control ids out of reach.
 
 Text goes through five splits in a fixed order and then through bytes, so that a line break is always a token of its
-own. The rest of the data path leans on that: lines tokenise independently of each other.
+own. The rest of the data path relies on that: lines tokenize independently of each other.
 
-Two faults of the published tokenizer are not repeated. Its alphabet was read off the corpus, so that 13 bytes were
+Two faults of the published tokenizer are not repeated. Its alphabet was derived from the corpus, so that 13 bytes were
 missing and came back as literal characters (u-umlaut decodes to a broken byte); ours starts from all 256. And source
 text that contains a control token's string became that control id; here `encode` takes every text literally, and
-control ids are put in by those who mean them (`bos_id`, `fim_begin_id`, ...).
+callers insert control ids explicitly (`bos_id`, `fim_begin_id`, ...).
 
 Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1), its tokenizer.json, llama.cpp's
 LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
@@ -45,7 +45,7 @@ SPECIAL_TOKENS = {
 class Tokenizer:
     """Text to ids and back.
 
-    BOS and EOS must be there, other control tokens only for those who use them: other models' tokenizers lack some.
+    BOS and EOS must be there, other control tokens only where they are used: other models' tokenizers lack some.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json.
     """
@@ -79,7 +79,7 @@ class Tokenizer:
             raise FormatError(f"{file}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` and Hugging Face's `AutoTokenizer` read, beside whatever is in `folder` already.
+        """Writes what `load` and Hugging Face's `AutoTokenizer` read; other files in `folder` are left alone.
 
         Hugging Face's tokenizer puts BOS in front; `encode` does not. ConfigError where the folder holds another
         tokenizer: ids on disk and in models mean nothing without the one that made them.
@@ -88,7 +88,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
         write_text(
             folder / "tokenizer.json", self._backend.to_str(pretty=True)
-        )  # last: it says that the folder is whole
+        )  # last: it says that the folder is complete
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, taken literally: no BOS, and no control id whatever the text contains."""
@@ -103,7 +103,7 @@ class Tokenizer:
         return b"".join([self.token_bytes[index] for index in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """`decode_bytes` as text; bytes that are no UTF-8, as in a half character, become U+FFFD."""
+        """`decode_bytes` as text; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def characters_per_token(self) -> np.ndarray:
@@ -117,7 +117,7 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the ids, in hexadecimal; a sixth of a second, when first asked for."""
+        """SHA-256 over everything that decides the ids, in hexadecimal; takes a sixth of a second, the first time."""
         return _digest(json.loads(self._backend.to_str()))
 
     @property

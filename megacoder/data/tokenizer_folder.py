@@ -20,7 +20,7 @@ __all__ = ["TokenizerFiles", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-"""What some folders have besides; carried along as it is."""
+"""Further files of some folders; copied unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A sample of the corpus -> a tokenizer folder.
 
-Merges are learnt from counts, and a few hundred megabytes count well enough: the sample, not the corpus, bounds memory
+Merges are learned from counts, for which a few hundred megabytes are enough: the sample, not the corpus, bounds memory
 (about four times the sample) and time.
 """
 
@@ -42,7 +42,7 @@ class TrainTokenizerConfig:
 def train_from_files(config: TrainTokenizerConfig) -> Tokenizer:
     """Trains on a sample of the input and writes the folder; the same input gives the same tokenizer.
 
-    ConfigError where the folder holds another one, which is known only then.
+    ConfigError where the folder holds a different one, which is known only after training.
     """
     texts = sample_texts(find_inputs(config.input), text_key=config.text_key, max_bytes=config.sample_mb * 1_000_000)
     if not texts:
@@ -51,7 +51,7 @@ def train_from_files(config: TrainTokenizerConfig) -> Tokenizer:
     say(f"tokenizer: learning from {len(texts):,} texts, {size / 1e6:.1f} MB")
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     if tokenizer.num_regular_tokens < config.vocab_size:
-        say(f"tokenizer: the sample holds no more than {tokenizer.num_regular_tokens:,} tokens")
+        say(f"tokenizer: the sample yields only {tokenizer.num_regular_tokens:,} tokens")
     tokenizer.save(config.output)
     say(f"{config.output}: {tokenizer.vocab_size:,} ids, digest {tokenizer.digest[:12]}")
     return tokenizer
@@ -65,7 +65,7 @@ def sample_texts(paths: Sequence[Path], *, text_key: str, max_bytes: int) -> lis
     """
     kept: list[tuple[int, str]] = []  # a heap of (-hash, text): the largest hash is first, and the first to go
     hashes: set[int] = set()
-    total, limit = 0, 1 << 128  # of bytes kept, and of the hashes that could still be
+    total, limit = 0, 1 << 128  # bytes kept, and the bound below which a hash may still be kept
     for path in paths:
         for text in itertools.chain.from_iterable(DocumentReader(path, text_key=text_key)):
             content = text.encode()

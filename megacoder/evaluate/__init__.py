@@ -1,1 +1,1 @@
-"""What a trained model can do: bits per byte, infilling, and the baselines beside them."""
+"""What a trained model can do: bits per byte and infilling, beside simple baselines, and published benchmarks."""

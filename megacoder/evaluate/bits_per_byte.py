@@ -3,11 +3,11 @@
 Legend: C the longest window of input tokens, V vocabulary.
 Bits per byte compares across tokenizers and with any compressor: the negative log2-likelihood of all text tokens over
 the UTF-8 bytes of the text. A document is BOS and its text; each text token counts once, EOS and BOS do not. A document
-longer than C is read in windows that overlap by half, of which only the second half counts, so that every token but a
-document's first has context, at twice the cost of disjoint windows.
+longer than C is read in windows that overlap by half; after the first, only a window's second half counts, so that
+each of its tokens sees at least C/2 tokens, at twice the cost of disjoint windows.
 
-Beside it, over the same bytes: `xz -9` in one stream over the concatenated documents, which may look back over all of
-them, and a unigram model, -log2((count + 1) / (all counts + V)) of the training tokens.
+For comparison, over the same bytes: `xz -9` in one stream over the concatenated documents, which may look back over all
+of them, and a unigram model, -log2((count + 1) / (all counts + V)) of the training tokens.
 """
 
 import lzma
@@ -37,7 +37,7 @@ class HeldOutScore:
 
     num_documents: int
     num_bytes: int
-    """UTF-8 bytes of the text, what all three are divided by"""
+    """UTF-8 bytes of the text, by which all three are divided"""
     num_tokens: int
     """text tokens, each predicted once"""
     window: int
@@ -64,7 +64,7 @@ def measure_bits_per_byte(
     token_counts: np.ndarray | None = None,
     quiet: bool = False,
 ) -> HeldOutScore:
-    """Scores `documents`; `token_counts` (V,) of the training corpus, and the model's longest window by default.
+    """Scores `documents`; `window` is the model's longest by default, `token_counts` (V,) the training corpus's.
 
     Raises DataError where there is no text, ConfigError for a window of less than 2 tokens or more than the model has
     positions.
@@ -92,8 +92,8 @@ def measure_bits_per_byte(
 def windows(num_tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, counted) of each pass over a document of `num_tokens` with BOS.
 
-    Tokens [start, stop) go in, and of the tokens [start + 1, stop + 1) that come out those from `counted` on are
-    counted; over all passes that is every token but BOS, once.
+    Tokens [start, stop) are the input; of the tokens [start + 1, stop + 1) that are predicted, those from `counted` on
+    count. Over all passes, every token but BOS counts once.
     """
     stop = 0
     while stop < num_tokens - 1:
@@ -114,9 +114,9 @@ def unigram_bits(ids: np.ndarray, token_counts: np.ndarray) -> float:
 
 
 def training_token_counts(dataset: IndexedDataset, tokenizer: Tokenizer) -> np.ndarray:
-    """int64 (V,): how often each token stands in the corpus, EOS not counted since it is no text.
+    """int64 (V,): how often each token occurs in the corpus, EOS not counted since it is not text.
 
-    Raises DataError if the dataset holds ids that the tokenizer has not.
+    Raises DataError if the dataset holds ids that the tokenizer does not have.
     """
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for index in range(dataset.num_documents):
@@ -135,7 +135,7 @@ def _model_bits(model: Transformer, documents: Sequence[np.ndarray], window: int
     passes = [(ids, *span) for ids in documents for span in windows(len(ids), window)]
     passes.sort(
         key=lambda item: item[1] - item[2]
-    )  # longest first: little padding, and memory runs out at once if ever
+    )  # longest first: little padding, and memory runs out at once if at all
     total = sum(stop - start for _, start, stop, _ in passes)
     nats, first, num_done = 0.0, 0, 0
     with progress("held-out bits per byte", total, quiet=quiet) as bar:

@@ -1,7 +1,7 @@
 """Turns of a conversation to the tokens of the published template (`megacoder.data.chat_template`).
 
-Its control tokens are ids, what people and models say is literal text: a user who types `<|EOT|>` ends nothing. Every
-line break is a token of its own, so that pieces tokenise as the whole would.
+Its control tokens are ids; what people and models say is literal text: a user who types `<|EOT|>` ends nothing. Every
+line break is a token of its own, so that pieces tokenize as the whole would.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ Turn = tuple[str, str]
 
 
 def chat_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
-    """What the model continues with its answer to the last turn; ConfigError for an unknown role.
+    """The prompt that the model continues with its answer to the last turn; ConfigError for an unknown role.
 
-    Without a system turn the built-in one stands first. Equal to transformers' `apply_chat_template` with
-    `add_generation_prompt`, save where text contains the strings of control tokens.
+    Without a system turn the built-in one comes first. Equal to transformers' `apply_chat_template` with
+    `add_generation_prompt`, except where text contains the strings of control tokens.
     """
     tokens, text = [tokenizer.bos_id], ""
     if not any(role == "system" for role, _ in turns):

@@ -1,10 +1,10 @@
 """Prompts to continuations: batched, with a key-value cache, greedy unless a temperature is given.
 
 Legend: B sequences of one batch, V vocabulary.
-A result depends on the model, its prompt and its name alone, not on what shares its batch: padding is invisible
-(`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, name). Batches are cut from
-the prompts sorted by length, so that little is padded, and shrink when half of their sequences are done. Where ranks
-share the model (tp), each calls this with the same arguments and gets the same tokens.
+A result depends only on the model, its prompt and its name, not on what else is in its batch: padding is invisible
+(`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, name). Prompts are sorted by
+length before they are batched, so that there is little padding, and a batch shrinks when half of its sequences are
+done. Where ranks share the model (tp), each calls this with the same arguments and gets the same tokens.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from megacoder.model.transformer import Transformer
 __all__ = ["Sampling", "Watcher", "generate"]
 
 Watcher = Callable[[int, list[int]], bool]
-"""Called with (prompt's place, its tokens so far) after each new token; True ends that sequence."""
+"""Called with (place of the prompt, its new tokens so far) after each new token; True ends that sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Sampling:
     """How the next token is picked."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token; otherwise logits are divided by it"""
+    """divides the logits before sampling; 0 takes the likeliest token"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0 draws from all"""
+    """sample from this many likeliest tokens; 0 samples from all"""
     top_p: float = 1.0
-    """draw from the fewest tokens that together are this likely (arXiv:1904.09751), above 0 and at most 1"""
+    """sample from the fewest tokens that together are this likely (arXiv:1904.09751), above 0 and at most 1"""
     seed: int = 0
-    """the same seed draws the same tokens"""
+    """the same seed samples the same tokens"""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -84,7 +84,7 @@ def generate(
 
 
 class _Batch:
-    """Sequences that go through the model together."""
+    """Sequences that run through the model together."""
 
     def __init__(
         self,
@@ -149,12 +149,12 @@ class _Picker:
             return logits_BV.argmax(-1)
         probabilities, ids_BV = (logits_BV.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)
         upto_BV = probabilities.cumsum(-1)
-        if self.sampling.top_k:  # top_p is then of what top_k leaves
+        if self.sampling.top_k:  # top_p then applies to what top_k leaves
             last = min(self.sampling.top_k, upto_BV.shape[-1]) - 1
             probabilities, upto_BV = (x / upto_BV[:, last, None] for x in (probabilities, upto_BV))
             upto_BV[:, last:] = 1.0
             probabilities[:, last + 1 :] = 0.0
-        # a token is kept if those before it do not reach top_p: the likeliest always is
+        # a token is kept if those before it do not reach top_p: the likeliest always is kept
         kept_B = (upto_BV - probabilities < self.sampling.top_p).sum(-1, keepdim=True) - 1
         drawn_B = self.uniform_BN[rows, step, None] * upto_BV.gather(-1, kept_B)
         index_B = torch.minimum((upto_BV <= drawn_B).sum(-1, keepdim=True), kept_B)
@@ -175,8 +175,8 @@ def _check_prompt(prompt: Sequence[int], place: int, max_new_tokens: int, config
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
         raise DataError(
-            f"prompt {place} holds token {wrong}, but the model knows {config.vocab_size} tokens; made with another "
-            "tokenizer?"
+            f"prompt {place} holds token {wrong}, but the model knows {config.vocab_size} tokens; was it made with "
+            "another tokenizer?"
         )
     if len(prompt) + max_new_tokens > config.max_position_embeddings:
         raise DataError(

@@ -1,7 +1,7 @@
 """Held-out text: source files as `megacoder corpus build` writes them, or any documents.
 
-The corpus is Parquet, one row per file. A row's content begins with the comment that names its path; rows of one sample
-follow each other, and their contents concatenate to what a model is trained on as one document.
+The corpus is Parquet, one row per file. A row's content begins with the comment that names its path; rows of a sample
+are consecutive, and their contents concatenate to what a model is trained on as one document.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ _COLUMNS = list(SourceFile.__dataclass_fields__)
 def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
     """The files in `paths`, Parquet files or folders of them, in order.
 
-    Raises DataError for no path or one with nothing in it, and FormatError for a file that is no such Parquet file.
+    Raises DataError for no path or one with nothing in it, and FormatError for a file that is not such a Parquet file.
     """
     shards = [shard for path in paths for shard in _shards(path)]
     if not shards:

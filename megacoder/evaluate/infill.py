@@ -1,13 +1,13 @@
 """Single-line infilling: a line of a held-out file is removed, and the model fills it in from both sides.
 
-The hole is a whole line, indentation included and line break not, as in the single-line task of Fried et al.
-(arXiv:2204.05999) and SantaCoder's benchmark (arXiv:2301.03988); lines tokenise independently, so that the prompt has
+The hole is a whole line, indentation included but not the line break, as in the single-line task of Fried et al.
+(arXiv:2204.05999) and SantaCoder's benchmark (arXiv:2301.03988); lines tokenize independently, so that the prompt has
 no token that straddles the hole. Only lines with something to get right are asked for (`is_worth_asking`). The model
 decodes greedily to EOS or the end of the line.
 
 Two scores, both after trailing whitespace is stripped; indentation counts. *Exact match*: the line is the same.
-*Edit similarity*: 1 - Levenshtein distance / length of the longer line. Two baselines that know no code say what the
-scores are worth: the most frequent line of the training corpus, and the line above the hole once more.
+*Edit similarity*: 1 - Levenshtein distance / length of the longer line. Two baselines that know no code show what the
+scores are worth: the most frequent line of the training corpus, and a copy of the line above the hole.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class InfillResult:
     """0 to 1"""
 
     def row(self) -> dict[str, Any]:
-        """For a JSONL file: everything but the rest of the source file."""
+        """The row of a JSONL file: everything but the rest of the source file."""
         row = asdict(self)
         task = row.pop("task")
         return {key: task[key] for key in ("repo", "path", "line", "truth")} | row
@@ -88,15 +88,15 @@ class InfillSummary:
     line_above: InfillScore
     """the nearest line above that is not blank, repeated"""
     most_frequent_line: InfillScore | None
-    """the training corpus' most frequent line that is worth asking for; None where no training corpus was given"""
+    """the training corpus's most frequent line that is worth asking for; None where no training corpus was given"""
 
 
 def choose_tasks(files: Iterable[SourceFile], *, num_tasks: int, seed: int = 0) -> list[InfillTask]:
     """At most `num_tasks` lines, from as many files as possible, in an order that depends on the seed alone.
 
     Every line has a key, a hash of seed, repository, path and line number; each file offers its lines in the order of
-    their keys, and a line is taken in the order of (its place in its file's offer, key). So a file that is added or
-    reordered disturbs no other file's lines. Raises DataError if there is no line to ask for.
+    their keys, and lines are taken in the order of (place in the file's offer, key). So adding or reordering a file
+    does not change the order of other files' lines. Raises DataError if there is no line to ask for.
     """
     offers: list[tuple[int, bytes, SourceFile, int]] = []
     for file in files:
@@ -129,9 +129,10 @@ def fill_lines(
     batch_size: int = 32,
     quiet: bool = False,
 ) -> list[InfillResult]:
-    """The model's answer to each task, scored; files that are too long for the model lose their farthest lines.
+    """The model's answer to each task, scored; files too long for the model lose the lines farthest from the hole.
 
-    `max_prompt_tokens` keeps prompts within what the model was trained to fill in (`FimConfig.context_tokens`).
+    `max_prompt_tokens` keeps prompts within the length that the model was trained to fill in
+    (`FimConfig.context_tokens`).
     """
     room = model.config.max_position_embeddings - max_new_tokens
     room = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
@@ -154,7 +155,7 @@ def fill_lines(
 def summarise(results: Sequence[InfillResult], *, frequent_line: str | None = None) -> InfillSummary:
     """The means, and those of the baselines on the same tasks; DataError where there is no result."""
     if not results:
-        raise DataError("no infilling results to summarise")
+        raise DataError("no infilling results to summarize")
     tasks = [result.task for result in results]
     return InfillSummary(
         num_tasks=len(tasks),
@@ -171,7 +172,7 @@ def line_above(task: InfillTask) -> str:
 
 
 def most_frequent_line(files: Iterable[SourceFile]) -> str | None:
-    """The line worth asking for that stands in the most places, the first of them at a tie; None without any."""
+    """The line worth asking for that occurs most often, the first of them at a tie; None without any."""
     counts: Counter[str] = Counter()
     for file in files:
         counts.update(line for line in file.content.split("\n")[1:] if is_worth_asking(line, file.language))
@@ -179,7 +180,7 @@ def most_frequent_line(files: Iterable[SourceFile]) -> str | None:
 
 
 def score(task: InfillTask, completion: str) -> InfillResult:
-    """`completion` against the truth."""
+    """Compares `completion` with the truth."""
     answer, truth = completion.rstrip(), task.truth.rstrip()
     return InfillResult(
         task=task,

@@ -1,10 +1,11 @@
 """Does a model use a long context? Loss by position, and a planted definition that must be found again.
 
-Loss by position: documents long enough to fill the context, the mean loss of tokens in equal stretches of it. Where
-context helps it falls from stretch to stretch; where positions are beyond what a model has learnt it rises, steeply.
+Loss by position: over documents long enough to fill the context, the mean loss of tokens in equal stretches of it.
+Where context helps, the loss falls from stretch to stretch; at positions beyond those that a model has learned, it
+rises steeply.
 
 Retrieval: many small functions that each return a number, one of which is asked for at the end of the context; a model
-that sees it, at whatever depth, continues with its number. Greedy, and a hit only where the whole number is right.
+that sees it, at whatever depth, continues with its number. Decoding is greedy, and only the complete number counts.
 """
 
 import random
@@ -23,7 +24,7 @@ from megacoder.model.transformer import Transformer
 __all__ = ["PositionLoss", "Retrieval", "loss_by_position", "retrieval"]
 
 _DIGITS = 4
-"""Of a planted number; chance finds one in nine thousand."""
+"""Digits of a planted number; a guess is right once in nine thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Retrieval:
 def loss_by_position(
     model: Transformer, tokenizer: Tokenizer, documents: Sequence[np.ndarray], *, length: int, parts: int = 8
 ) -> list[PositionLoss]:
-    """Over `documents` of at least `length` - 1 ids, the others left out; DataError where none is so long."""
+    """Over the `documents` of at least `length` ids; DataError where none is that long."""
     weight = model.lm_head.weight
     sums, counts, used = np.zeros(length), np.zeros(length, dtype=np.int64), 0
     for document in documents:

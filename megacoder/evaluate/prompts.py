@@ -1,7 +1,7 @@
 """Prompts within the model's context: what does not fit is cut at line borders, the lines farthest from the gap first.
 
-Every line break is a token of its own, so that lines tokenise independently: a text without some of its lines has the
-tokens it had, without those lines'.
+Every line break is a token of its own, so that lines tokenize independently: without some of its lines, a text has its
+old tokens less those of these lines.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from megacoder.data.tokenizer import Tokenizer
 __all__ = ["SHORTEST_COMPLETION", "SHORTEST_INFILL", "Prompt", "completion_prompt", "infill_prompt"]
 
 SHORTEST_COMPLETION = 2
-"""Tokens of a prompt that asks for something: BOS and one of the text."""
+"""Tokens of the shortest prompt: BOS and one of the text."""
 SHORTEST_INFILL = 4
-"""BOS and the marks of prefix, hole and end."""
+"""Tokens of the shortest infilling prompt: BOS and the marks of prefix, hole and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Pr
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int) -> Prompt:
     """BOS, `<fim_begin> prefix <fim_hole> suffix <fim_end>`; the model continues with the middle and EOS.
 
-    This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; what one does
-    not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
+    This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; room that one
+    side does not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
     """
     room = max_tokens - SHORTEST_INFILL
     if room < 0:

@@ -1,7 +1,7 @@
 """Files of a repository as context for one of them: what it depends on, in the order of dependencies, as trained.
 
-A training sample is files after their dependencies, each under a comment with its path (arXiv:2401.14196, 2.2); a
-prompt that looks the same lets the model use what stands in other files.
+In a training sample, files come after their dependencies, each under a comment with its path (arXiv:2401.14196, 2.2); a
+prompt that looks the same lets the model use what is in other files.
 """
 
 from pathlib import Path
@@ -15,18 +15,18 @@ from megacoder.corpus.samples import render
 __all__ = ["dependency_context"]
 
 _LARGEST = 1 << 20
-"""Bytes beyond which a file is no context."""
+"""Bytes beyond which a file is not used as context."""
 
 
 def dependency_context(root: Path, file: Path) -> tuple[str, str]:
     """(text of all files under `root` that `file` depends on, directly or not; the path comment of `file`).
 
-    Hidden folders and files that are not UTF-8 are passed over. Raises DataError where `file` is not under `root`.
+    Hidden folders and files that are not UTF-8 are skipped. Raises DataError where `file` is not under `root`.
     """
     try:
         target = str(file.resolve().relative_to(root.resolve()))
     except ValueError:
-        raise DataError(f"{file} is not in {root}, whose files are to be its context") from None
+        raise DataError(f"{file} is not in {root}, the repository that is to be its context") from None
     texts = dict(_texts(root))
     texts.setdefault(target, file.read_text(encoding="utf-8"))
     paths = sorted(texts)

@@ -1,4 +1,4 @@
-"""How alike two texts are, in characters: by edits, and by what they have in common in the same order."""
+"""How similar two texts are, in characters: by edit distance, and by longest common subsequence."""
 
 __all__ = ["common_ratio", "edit_similarity"]
 
@@ -7,7 +7,7 @@ def edit_similarity(a: str, b: str) -> float:
     """1 - Levenshtein distance / length of the longer, in characters; 1 for two empty strings."""
     if a == b:
         return 1.0
-    import numpy as np  # late: benchmarks that run programs compare no texts, and it takes as long as scoring some
+    import numpy as np  # late: the import is slow, and benchmarks that run programs compare no texts
 
     characters, columns = np.array([ord(character) for character in b]), np.arange(len(b) + 1)
     distances = columns
@@ -20,7 +20,7 @@ def edit_similarity(a: str, b: str) -> float:
 
 
 def common_ratio(a: str, b: str) -> float:
-    """2 * longest common subsequence / both lengths; 1 for two empty strings."""
+    """2 * longest common subsequence / sum of both lengths; 1 for two empty strings."""
     if not a or not b:
         return float(a == b)
     import numpy as np

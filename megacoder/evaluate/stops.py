@@ -1,4 +1,4 @@
-"""Where a continuation ends: stop strings seen across token borders, and the text that may already be shown."""
+"""Where a continuation ends: stop strings found across token borders, and the text that may already be shown."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,10 +8,10 @@ __all__ = ["StopStrings"]
 
 
 class StopStrings:
-    """Watches one sequence (see `generate`'s watcher): ends it at the first of `stops`, and hands text out as it comes.
+    """Watches one sequence (see `generate`'s watcher): ends it at the first of `stops`, and shows text as it comes.
 
-    Text is decoded a token at a time from bytes, so that a character of several tokens is never seen in halves; what
-    may be the beginning of a stop string is held back until it is known not to be.
+    Text is decoded a token at a time from bytes, so that a character of several tokens is never split; what may be the
+    beginning of a stop string is held back until it is known not to be.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], show: Callable[[str], None] | None = None) -> None:
@@ -33,7 +33,7 @@ class StopStrings:
         return self.stopped
 
     def finish(self) -> str:
-        """Hands out the rest; the text."""
+        """Shows the rest; returns the text."""
         if not self.stopped:
             self.text = self._bytes.decode("utf-8", errors="replace")
         self._hand_out(self.text)
@@ -45,7 +45,7 @@ class StopStrings:
             self._shown = len(text)
 
     def _held_back(self) -> int:
-        """Characters at the end that a stop string begins with."""
+        """The number of characters at the end that may begin a stop string."""
         longest = max(map(len, self._stops), default=0) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stops):

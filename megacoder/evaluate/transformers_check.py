@@ -1,4 +1,4 @@
-"""Does the exported folder mean to transformers what it means to us?"""
+"""Does transformers compute the same logits from an exported folder?"""
 
 import importlib.util
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The C family's `#include`: which file of the repository each one means.
 
 A name is looked for beside the including file, then as the end of any path in the repository, since include
-directories are known only to the build system. Among several, the one in the folder from which the includer's
-neighbours take most of what can mean one file only, then the one that shares most of the includer's path.
+directories are known only to the build system. Of several matches, the one under the include directory to which most of
+the unambiguous includes in the same folder lead is chosen, then the one that shares most of the includer's path.
 `<string.h>` and the other headers of the C standard and of POSIX are the system's.
 """
 
@@ -54,7 +54,7 @@ class CIncludes:
         return {target for target in found if target is not None and target != path}
 
     def _include_folders(self) -> dict[str, Counter[str]]:
-        """Folder -> from where its files take what only one file can be."""
+        """Folder -> the include directories to which its files' unambiguous includes lead, counted."""
         bases: dict[str, Counter[str]] = {}
         for path, includes in self._includes.items():
             folder = posixpath.dirname(path)

@@ -1,4 +1,4 @@
-"""C#: `using` names a namespace, which any number of files declare; those count whose types the file mentions."""
+"""C#: `using` names a namespace, which any number of files declare; a file depends on those whose types it mentions."""
 
 import posixpath
 import re
@@ -46,7 +46,7 @@ class CSharpUsings:
                 declared.setdefault(type_, []).append(path)
 
     def dependencies(self, path: str) -> set[str]:
-        """Paths of the repository's files that declare what the file at `path` uses by its usings."""
+        """Paths of the repository's files that declare the types that the file at `path` uses through its usings."""
         folder, found = posixpath.dirname(path), set()
         mentioned = self._words.of(path)
         for using in self._usings[path]:
@@ -58,7 +58,7 @@ class CSharpUsings:
     def _used(self, using: str, own: list[str], mentioned: set[int]) -> tuple[dict[int, list[str]], Collection[int]]:
         """A namespace and those of its types that a file needs.
 
-        `using A.B` is a namespace, also inside one of the file's own, or a type of one.
+        `using A.B` names a namespace, possibly inside one of the file's own, or a type in a namespace.
         """
         for outer in ("", *(f"{namespace}." for namespace in own)):
             if (declared := self._namespaces.get(outer + using)) is not None:

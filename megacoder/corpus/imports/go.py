@@ -1,8 +1,8 @@
-"""Go: an import names a package, that is a folder: the file depends on all its files but tests.
+"""Go: an import names a package, that is a folder: the file depends on all files in it except tests.
 
-Where a module's folder lies in the import path stands in go.mod, which is no source file. It is inferred: the prefix
-under which most imports lead to folders of the repository is the module's. Paths whose first part has no dot are the
-standard library's, except in a repository that is one.
+A module's import path is in go.mod, which is not a source file, so it is inferred: the prefix under which most imports
+lead to folders of the repository. Paths whose first part has no dot are the standard library's, except in a repository
+that is the standard library.
 """
 
 import posixpath
@@ -20,11 +20,11 @@ _CLOSE = re.compile(rf"{_SPACE}\)", re.DOTALL)
 _VERSION = re.compile(r"(?:[/.]v\d+)$")
 _MIN_SHARE = 0.5
 _MIN_NAMES = 3
-_PATH_FOLDERS = ("vendor", "src")  # hold other modules by their whole import path
+_PATH_FOLDERS = ("vendor", "src")  # hold other modules by their full import path
 
 
 def go_imports(text: str) -> Iterator[str]:
-    """The import paths of a file, which stand before all else."""
+    """The import paths of a file, which precede all other code."""
     found = _PACKAGE.match(text)
     position = found.end() if found else 0
     while opening := _OPEN.match(text, position):

@@ -47,7 +47,7 @@ class JavaScriptImports:
         self._entries: dict[str, list[str]] = {}  # folder -> what its package.json calls its entry
 
     def collect(self, path: str, text: str) -> None:
-        """Takes in what the file imports, or of a package.json what it is called."""
+        """Takes in what the file imports, or the name and entry points in a package.json."""
         if not path.endswith(".json"):
             self._imports[path] = javascript_imports(text)
         elif posixpath.basename(path) == "package.json":
@@ -87,7 +87,7 @@ class JavaScriptImports:
         return self._entry(root) or self._file(posixpath.join(root, "src/index"))
 
     def _above(self, inner: str, folder: str, beside: tuple[str, ...] = ("",)) -> str | None:
-        """The module `inner` in the nearest folder above, or in one `beside` that."""
+        """The module `inner` in `folder` or the nearest folder above, or in a sub-folder of those named in `beside`."""
         while True:
             for source in beside:
                 if target := self._module(posixpath.join(folder, source, inner)):
@@ -110,7 +110,7 @@ class JavaScriptImports:
         return None
 
     def _file(self, base: str) -> str | None:
-        """`base` itself, or with an extension, or the source of what it is compiled to."""
+        """`base` itself, or with an extension, or the source that compiles to it."""
         for extension in _EXTENSIONS:
             if base + extension in self._paths:
                 return base + extension

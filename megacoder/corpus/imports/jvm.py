@@ -1,8 +1,8 @@
 """Java, Kotlin and Scala: imports by qualified name, which the three may take from one another.
 
-A file provides the names that it declares at its top level (for Java the one it is called after) in the package that
-it states. An import means the longest beginning of it that some file provides: what follows is a member or an inner
-type. An import of all of a package (`.*`, `._`) means those of its names that the file mentions.
+A file provides the names that it declares at its top level (for Java, the name of the file) in the package that it
+states. An import resolves to its longest prefix that some file provides: the rest is a member or an inner type. A
+wildcard import (`.*`, `._`) resolves to those names of the package that the file mentions.
 """
 
 import posixpath
@@ -83,12 +83,12 @@ class JvmImports:
                 return nearest_path(self._providers[name], folder)
             name = name.rpartition(".")[0]
             if name in self._packages and name not in self._providers:
-                return None  # a package: what it was to provide is not here
+                return None  # the package is here, the imported name is not
         return None
 
 
 def _java_header(text: str) -> tuple[str, list[tuple[str, bool]]]:
-    """Package and imports, [(name, whether all of it)], which stand before all else."""
+    """Package and imports, [(name, whether a wildcard follows)], which precede all other code."""
     position, package, imports = 0, "", []
     if text.startswith("#!"):
         position = text.find("\n") + 1

@@ -1,5 +1,5 @@
 """What resolvers share: of several files that a name could mean, the nearest; which matches are in comments; and which
-words a file holds, for imports of all that some package has.
+words a file holds, for wildcard imports.
 """
 
 import posixpath
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 __all__ = ["Mentions", "SuffixIndex", "in_code", "nearest_path"]
 
 _WORD = re.compile(r"\w+")
-_LINE = 200  # characters looked back for the start of a line; lines without end are no source
+_LINE = 200  # characters searched backwards for the start of a line; longer lines are not source code
 
 
 def nearest_path(candidates: Collection[str], folder: str) -> str | None:
@@ -36,7 +36,7 @@ class SuffixIndex:
 
 
 class Mentions:
-    """The words of each file, as numbers: a repository holds tens of millions, of which few are different."""
+    """The words of each file, as numbers: a repository holds tens of millions, few of them distinct."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -47,7 +47,7 @@ class Mentions:
         self._held[path] = array("I", map(self.number, set(_WORD.findall(text))))
 
     def number(self, word: str) -> int:
-        """The same for the same word."""
+        """The word's number, the same in all files."""
         return self._numbers.setdefault(word, len(self._numbers))
 
     def of(self, path: str) -> set[int]:
@@ -58,8 +58,8 @@ class Mentions:
 def in_code(text: str, matches: Iterator[re.Match[str]]) -> Iterator[re.Match[str]]:
     """Those of the matches that do not begin in a line or block comment of the C family.
 
-    By the look of the line they stand in (`//`, or the `*` that runs down the side of a block), and by blocks that open
-    at the start of a line.
+    Judged by the line they are in (`//`, or the `*` that runs down the side of a block) and by blocks that open at the
+    start of a line.
     """
     opens, closes = text.find("\n/*"), -1
     for match in matches:

@@ -31,7 +31,7 @@ class PhpUses:
     def __init__(self, paths: Collection[str]) -> None:
         self._paths = frozenset(paths)
         self._index = SuffixIndex(paths)
-        self._classes: dict[str, list[str]] = {}  # in lower case: names of classes have none
+        self._classes: dict[str, list[str]] = {}  # in lower case: class names are case-insensitive
         self._uses: dict[str, set[str]] = {}
         self._files: dict[str, set[str]] = {}
 

@@ -1,11 +1,11 @@
 """Python's imports: which file of the repository each one means.
 
 Found by one lexing expression rather than by `ast`: it steps over strings and comments, so that an import shown in a
-docstring is none, and it reads Python 2 and files with a syntax error too. Resolution follows Python's rules as far
-as files show them: relative imports from the package; absolute ones from the folder above the importing file's
+docstring does not count, and it reads Python 2 and files with a syntax error too. Resolution follows Python's rules as
+far as files show them: relative imports from the package; absolute ones from the folder above the importing file's
 outermost package, then from the folders above that, then from a package of that name anywhere in the repository.
-A module of the standard library is never taken for a file (`import typing` in a package with a `typing.py`), except
-in a repository that is a standard library itself.
+A standard-library module is never resolved to a file (`import typing` in a package with a `typing.py`), except in a
+repository that is a standard library itself.
 """
 
 import posixpath
@@ -32,7 +32,7 @@ _TOKEN = re.compile(
 _NOISE = re.compile(r"\#[^\n]*|[()\\\s]+")
 _SOURCE_FOLDERS = ("", "src/", "lib/", "python/")
 _STDLIB = sys.stdlib_module_names
-_STDLIB_SIZE = 20  # a folder with that many of the standard library's modules is one, such as CPython's Lib
+_STDLIB_SIZE = 20  # a folder with this many standard-library modules is a standard library, such as CPython's Lib
 
 
 def python_imports(text: str) -> Iterator[tuple[str, str | None]]:
@@ -143,8 +143,8 @@ def _preference(path: str) -> tuple[bool, bool, str]:
 
 
 def _end_of_imports(text: str) -> int:
-    """A place behind which no statement of import goes on, and no string of one line."""
-    last = text.rfind("import")  # a word of the last statement, or of a comment in what it lists
+    """A position after which no import statement and no single-line string continues."""
+    last = text.rfind("import")  # a word of the last statement, or of a comment in its list
     if last < 0:
         return 0
     closes = text.find(")", last)

@@ -1,7 +1,7 @@
 """Ruby: `require_relative` and `load` from the file's folder, `require` and `autoload` from a folder on the load path.
 
-What is on the load path no file says; `lib` folders are, and the repository's root, and so is any folder for a name
-that leads to one file only.
+No file states the load path: `lib` folders and the repository's root count as on it, and so does any folder for a name
+that matches one file only.
 """
 
 import posixpath

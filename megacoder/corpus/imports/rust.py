@@ -1,6 +1,6 @@
 """Rust: `mod` declares a file as a child, `use` names an item by its path from the crate, the module or its parent.
 
-A path means the longest beginning of it that is a module with a file of its own; the rest are items in it.
+A path resolves to its longest prefix that is a module with a file of its own; the rest are items in it.
 """
 
 import posixpath
@@ -23,7 +23,7 @@ _CRATE_FILES = ("lib.rs", "main.rs")
 
 
 def rust_uses(statement: str) -> Iterator[list[str]]:
-    """The paths of one `use`, braces spread out: `a::{b, c::d}` -> [a, b], [a, c, d]."""
+    """The paths of one `use`, braces expanded: `a::{b, c::d}` -> [a, b], [a, c, d]."""
     text = _ALIAS.sub("", re.sub(r"//[^\n]*", "", statement))
     prefixes: list[list[str]] = [[]]
     word: list[str] = []
@@ -126,6 +126,6 @@ class RustModules:
 
 
 def _inside(path: str) -> str:
-    """The folder that holds the modules inside the one at `path`."""
+    """The folder that holds the child modules of the module at `path`."""
     folder, name = posixpath.split(path)
     return folder if name in (*_CRATE_FILES, "mod.rs") else posixpath.join(folder, name.removesuffix(".rs"))

@@ -1,6 +1,6 @@
 """What a benchmark is: rows of a file become tasks; a completion becomes a program to run, or is compared as text.
 
-Everything that the published protocol fixes is here or in a benchmark's own module: prompt, cut, limit, judgement.
+Everything that the published protocol fixes is here or in a benchmark's own module: prompt, cut, limit, judgment.
 """
 
 import json
@@ -37,7 +37,7 @@ import string
 from typing import *
 from collections import *
 """
-"""What stands before every Python program, as in the published harness."""
+"""Put before every Python program, as in the published harness."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class Task:
 
     id: str
     prompt: str
-    """what the model continues; in chat, what the user says"""
+    """the text that the model continues; in chat, what the user says"""
     suffix: str | None = None
     """what follows the gap, where the task is to fill one in"""
     context: str = ""
-    """other files, in front of the prompt as far as there is room"""
+    """text of other files, in front of the prompt where there is room"""
     group: str = ""
-    """what a result is counted under beside the whole: a difficulty, a library, a language"""
+    """what a result is also counted under, besides the total: a difficulty, a library, a language"""
     row: Mapping[str, Any] = field(default_factory=dict)
     """the line of the data file"""
 
@@ -63,13 +63,13 @@ class Settings:
 
     language: str = "python"
     instruct: bool = False
-    """ask through the chat template and take the answer's code block"""
+    """ask through the chat template and use the answer's code block"""
     shots: Path | None = None
-    """worked examples, where they are not in the data file"""
+    """file of worked examples, where they are not in the data file"""
     retrieval: bool = False
     """give other files' code, where the data has it"""
     seconds: float | None = None
-    """CPU time a program gets, instead of the published limit"""
+    """CPU time that a program gets, instead of the published limit"""
 
 
 class Benchmark(ABC):
@@ -95,7 +95,7 @@ class Benchmark(ABC):
         seen: set[str] = set()
         for task in tasks:
             if task.id in seen:
-                raise DataError(f"{path}: task {task.id!r} stands there twice")
+                raise DataError(f"{path}: task {task.id!r} is in it twice")
             seen.add(task.id)
         return tasks
 
@@ -105,15 +105,15 @@ class Benchmark(ABC):
 
     @abstractmethod
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
-        """One task a row, where the protocol asks for all of them."""
+        """One task per row, for the rows that the protocol asks."""
 
     def stops_of(self, task: Task) -> tuple[str, ...]:
-        """Strings before which a completion of this task is cut."""
+        """Strings at whose first occurrence a completion of this task is cut."""
         return self.stops
 
 
 class ProgramBenchmark(Benchmark):
-    """One whose completions are run."""
+    """A benchmark whose completions are run."""
 
     seconds: ClassVar[float] = 10.0
     preload: ClassVar[tuple[str, ...]] = (
@@ -124,7 +124,7 @@ class ProgramBenchmark(Benchmark):
     memory_mb: ClassVar[int] = 2048
 
     def toolchain(self) -> Toolchain:
-        """What runs its programs; ConfigError where that is not installed."""
+        """What runs its programs; ConfigError where tools are not installed."""
         return self._toolchain
 
     @cached_property
@@ -133,7 +133,7 @@ class ProgramBenchmark(Benchmark):
 
     @abstractmethod
     def source(self, task: Task, completion: str) -> str:
-        """The whole program, tests included."""
+        """The complete program, tests included."""
 
     def program(self, task: Task, completion: str, toolchain: Toolchain) -> Program:
         """What the sandbox runs."""
@@ -141,12 +141,12 @@ class ProgramBenchmark(Benchmark):
         return toolchain.program(self.source(task, completion), seconds=seconds, memory_mb=self.memory_mb)
 
     def passed(self, task: Task, outcome: Outcome) -> bool:
-        """Whether a program that ended so solves the task."""
+        """Whether a program with this outcome solves the task."""
         return outcome.passed
 
 
 class TextBenchmark(Benchmark):
-    """One whose completions are compared with the truth."""
+    """A benchmark whose completions are compared with the truth."""
 
     @abstractmethod
     def scores(self, task: Task, completion: str) -> dict[str, float]:
@@ -156,9 +156,9 @@ class TextBenchmark(Benchmark):
 def read_rows(
     path: Path, fields: Mapping[str, type], *, fault: Callable[[Mapping[str, Any]], str | None] | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; FormatError that names the first line without the `fields`, or with others' types.
+    """The rows of a JSONL file; FormatError that names the first line where `fields` are missing or of another type.
 
-    So is the first in which `fault` finds one.
+    The same for the first row in which `fault` finds something.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Where completions come from without a model in this process: a file of ready ones, or a server (`endpoint`).
+"""Where completions come from without a model in this process: a file of finished ones, or a server (`endpoint`).
 
-A source answers requests in any order. `local` is the one that runs a model here; this module imports no torch, so that
-scoring a file starts at once.
+A source answers requests in any order. `local` has those that run a model here; this module does not import torch, so
+that scoring a file starts at once.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One answer wanted."""
+    """A request for one answer."""
 
     task: Task
     sample: int
@@ -46,7 +46,7 @@ class CompletionSource(Protocol):
 
 
 class FileSource:
-    """A JSONL file of `task_id` and `completion`, several lines a task for several samples."""
+    """A JSONL file of `task_id` and `completion`, several lines per task for several samples."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class FileSource:
             self._texts[str(row["task_id"])].append(row["completion"])
 
     def check(self, tasks: Sequence[Task]) -> int:
-        """How many samples a task has; DataError where that differs, or tasks are missing or unknown."""
+        """How many samples each task has; DataError where tasks differ in that, are missing or unknown."""
         known = {task.id for task in tasks}
         unknown = next((task_id for task_id in self._texts if task_id not in known), None)
         if unknown is not None:
@@ -68,7 +68,7 @@ class FileSource:
             raise DataError(f"{self.path}: no completions in it")
         short = next((task_id for task_id, count in counts.items() if count < most), None)
         if short is not None:
-            raise DataError(f"{self.path}: {counts[short]} completions of task {short!r}, {most} of others")
+            raise DataError(f"{self.path}: {counts[short]} completions of task {short!r}, but {most} of others")
         return most
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:

@@ -1,8 +1,9 @@
-"""CrossCodeEval (arXiv:2310.11248): the next statement, whose names live in other files.
+"""CrossCodeEval (arXiv:2310.11248): the next statement, whose names are defined in other files.
 
-With retrieval the data's own retrieved code stands in front, at most 512 tokens of it; prompt and answer make 2,048
-tokens, 50 of them the answer. The answer is its first statement: lines up to where brackets are closed. Blanks around
-lines do not count. Edit similarity is the published one: twice the longest common subsequence over both lengths.
+With retrieval, at most 512 tokens of the data's own retrieved code come before the prompt; prompt and answer have at
+most 2,048 tokens, 50 of them the answer. Of an answer the first statement counts: lines up to where brackets are
+closed. White space around lines does not count. Edit similarity is the published one: twice the longest common
+subsequence over the sum of both lengths.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,7 @@ class CrossCode(TextBenchmark):
 
 
 def first_statement(text: str) -> str:
-    """The first lines of `text` in which every bracket that opens is closed, blank ones in front left out."""
+    """The first lines of `text` until every open bracket is closed, without blank lines in front."""
     taken: list[str] = []
     depth = 0
     for line in text.split("\n"):

@@ -1,7 +1,7 @@
 """DS-1000 (arXiv:2211.11501), completion mode: data-science snippets over seven libraries, run in each row's context.
 
-Rows are those of the published JSONL (`prompt`, `code_context`, `metadata` with the library). The libraries are the
-user's, in this interpreter's environment.
+Rows are those of the published JSONL (`prompt`, `code_context`, `metadata` with the library). The libraries are those
+installed in this interpreter's environment.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ class DS1000(ProgramBenchmark):
     def fault(self, row: Mapping[str, Any]) -> str | None:
         if asserts(f"{row['code_context']}\ntest_execution(code)"):
             return None
-        return "its code_context has no test_execution that asserts anything, so that any answer would pass"
+        return "its code_context has no test_execution that asserts anything, so any answer would pass"
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
         for number, row in enumerate(rows):

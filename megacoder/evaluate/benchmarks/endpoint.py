@@ -19,13 +19,13 @@ __all__ = ["EndpointError", "EndpointSource"]
 
 _TRIES = 4
 _MODELS_SECONDS = 20.0
-"""How long a server may take to name its models, which costs it nothing."""
+"""How long a server may take to list its models, which needs no computation."""
 _OPENAI_STOPS = 4
-"""Most stop strings that the interface takes; the answer is cut at all of them here anyway."""
+"""Most stop strings that the interface accepts; the answer is cut at all of them here anyway."""
 
 
 class EndpointError(MegacoderError):
-    """A server that cannot be reached, or does not answer as OpenAI's interface says."""
+    """A server that cannot be reached, or does not answer as OpenAI's interface specifies."""
 
 
 class EndpointSource:
@@ -37,7 +37,7 @@ class EndpointSource:
         try:
             parts = urllib.parse.urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of a port that is no number
+        except ValueError:  # the port is not a number
             known = False
         if not known:
             raise ConfigError(f"--endpoint {url}: expected an address such as http://localhost:8000/v1")
@@ -87,7 +87,7 @@ class EndpointSource:
             raise EndpointError(f"{self.url}/models: no model in {str(answer)[:120]}; name one (--api-model)") from None
 
     def _call(self, path: str, body: dict[str, Any] | None, *, timeout: float | None = None) -> Any:
-        """The answer's JSON; tried again where the server is busy or away, not where it lets us wait for too long."""
+        """The answer's JSON; retries where the server is busy or down, but not after a timeout."""
         timeout = self.timeout if timeout is None else timeout
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):

@@ -1,9 +1,9 @@
 """HumanEval (arXiv:2107.03374) and its multilingual sets: complete a function from its signature and docstring.
 
-Base models are asked with the stripped prompt and no example; Python answers end at the next top-level statement,
-others at the row's stop tokens. Chat models are asked for the whole function in a code block, whose body is put back
-under the prompt's own lines, without any main. Python tests that define `check` and leave its call to the harness, as
-those of OpenAI's own file do, get that call.
+Base models get the stripped prompt and no example; Python answers end at the next top-level statement, others at the
+row's stop tokens. Chat models are asked for the complete function in a code block; it is put back under the prompt's
+own lines, without any main. Python tests that define `check` and leave its call to the harness, as those of OpenAI's
+own file do, get that call.
 """
 
 import re
@@ -40,7 +40,7 @@ _HEADERS = {
 _TOP_LEVEL = ("\ndef", "\nclass", "\nif", "\n#", "\nprint")
 _TS_TOP_LEVEL = ("\nexport", "\nimport", "\nexport default", "\nimport default", "\nconsole.log")
 _CLOSED = "}"
-"""How a test text begins that ends the function itself."""
+"""How a test text begins that closes the function itself."""
 
 
 class HumanEval(ProgramBenchmark):
@@ -50,7 +50,7 @@ class HumanEval(ProgramBenchmark):
     max_prompt_tokens = 4096
 
     def load(self, path: Path) -> list[Task]:
-        """As every benchmark; ConfigError where the tests need a library that is not installed here."""
+        """As for every benchmark; ConfigError where the tests need a library that is not installed here."""
         tasks = super().load(path)
         toolchain = self.toolchain()
         if missing := toolchain.missing_libraries("".join(task.row["prompt"] + task.row["test"] for task in tasks)):
@@ -58,13 +58,13 @@ class HumanEval(ProgramBenchmark):
         return tasks
 
     def fault(self, row: Mapping[str, Any]) -> str | None:
-        of_row = row.get("language", "python")  # known before the data has told which language it is of
+        of_row = row.get("language", "python")  # the row itself says, before `tasks` does
         if self._language != "python" or of_row not in ("python", "py"):
             return None
         if leaves_uncalled("check", row["test"]) and not _entry_point(row):
             return f"its test does not call check, and no field 'entry_point' says for what; it has {sorted(row)}"
         if not asserts(_python_test(row)):
-            return f"its test asserts nothing, so that any answer would pass: {row['test']!r:.60}"
+            return f"its test asserts nothing, so any answer would pass: {row['test']!r:.60}"
         return None
 
     @property
@@ -104,12 +104,12 @@ def _python_test(row: Mapping[str, Any]) -> str:
 
 
 def _entry_point(row: Mapping[str, Any]) -> str:
-    """The name of the function asked for; empty where the row does not say."""
+    """The name of the function to write; empty where the row does not say."""
     return str(row.get("entry_point") or "").strip()
 
 
 def _rebuilt(prompt: str, answer: str, language: str, *, closed_by_tests: bool) -> str:
-    """The prompt's lines before the function, then the answer's own function, so that its end is as tests expect."""
+    """The prompt's lines before the function, then the answer's own function, ending as the tests expect."""
     block = code_block(answer, _FENCES.get(language, language))
     block = answer if block is None else block
     main = _MAINS.get(language)

@@ -1,6 +1,6 @@
 """Single-line infilling (SantaCoder's set, arXiv:2301.03988): the missing line must be the same, per language.
 
-Rows have `prompt`, `suffix` and `canonical_solution`; blanks around the line do not count.
+Rows have `prompt`, `suffix` and `canonical_solution`; white space around the line does not count.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,7 @@
 """LeetCode Contest (arXiv:2401.14196, 4.1): problems of July 2023 to January 2024, 100 tests each, by difficulty.
 
 Chat models get the statement with the code to complete (`prompt_sft`); base models continue `prompt`, which ends in
-that code. An answer that brings its own `class Solution` stands alone.
+that code. An answer that has its own `class Solution` is run without the prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class LeetCode(ProgramBenchmark):
     def fault(self, row: Mapping[str, Any]) -> str | None:
         if asserts(row["test"]):
             return None
-        return f"its test asserts nothing, so that any answer would pass: {row['test']!r:.60}"
+        return f"its test asserts nothing, so any answer would pass: {row['test']!r:.60}"
 
     def tasks(self, rows: Sequence[dict[str, Any]]) -> Iterable[Task]:
         for row in rows:

@@ -24,7 +24,7 @@ _CONTEXT_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSource:
-    """A model of ours with its tokenizer."""
+    """A megacoder model with its tokenizer."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -59,8 +59,8 @@ class LocalSource:
         room = self.model.config.max_position_embeddings - self.decoding.max_new_tokens
         if room < 8:
             raise ConfigError(
-                f"{self.decoding.max_new_tokens} new tokens leave no prompt in the model's "
-                f"{self.model.config.max_position_embeddings} positions; see --max-new-tokens"
+                f"{self.decoding.max_new_tokens} new tokens leave no room for a prompt in the model's "
+                f"{self.model.config.max_position_embeddings} positions; lower --max-new-tokens"
             )
         room = room if request.max_prompt_tokens is None else min(room, request.max_prompt_tokens)
         if self.decoding.chat:
@@ -75,13 +75,15 @@ class LocalSource:
 
 
 class TransformersSource:
-    """A Hugging Face folder of any architecture, generated from by transformers; one request at a time."""
+    """A Hugging Face folder of any architecture, run by transformers; one request at a time."""
 
     def __init__(self, folder: Path, decoding: Decoding, *, device: str) -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
-            raise ConfigError(f"{folder}: not a model of ours; transformers, which may load it, is not there") from None
+            raise ConfigError(
+                f"{folder}: not a megacoder model; to load it with transformers, pip install 'megacoder[hf]'"
+            ) from None
         self.decoding, self.device = decoding, device
         loader: Any = AutoModelForCausalLM
         try:

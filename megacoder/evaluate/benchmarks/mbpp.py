@@ -1,8 +1,8 @@
 """MBPP (arXiv:2108.07732): a sentence and three tests; write the function.
 
-Base models see three solved examples, which are the data file's tasks 2, 3 and 4, and are asked for tasks 11 to 510; a
-file without those examples is asked without any. Programs run with the row's own set-up code, which the published
-harness leaves out (so that its reference for task 367 fails there).
+Base models see three solved examples, the data file's tasks 2, 3 and 4, and are asked tasks 11 to 510; of a file
+without those examples, all tasks are asked, with the examples that there are. Programs run with the row's own set-up
+code, which the published harness leaves out (so its reference for task 367 fails there).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

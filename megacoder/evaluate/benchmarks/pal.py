@@ -1,8 +1,9 @@
-"""Program-aided maths (arXiv:2211.10435): the model writes `solution()`, whose value is compared with the answer.
+"""Program-aided math (arXiv:2211.10435): the model writes `solution()`, whose value is compared with the answer.
 
 Seven sets, told apart by their fields: GSM8K, MATH, GSM-Hard, SVAMP, ASDiv, MAWPS, TabMWP. The worked examples are the
 published prompt file, given with --shots. Numbers are equal within 1e-4 of their size, also as percentages either way;
-other answers as text, or as expressions where sympy is installed. The value is computed and compared in the sandbox.
+other answers are compared as text, or as expressions where sympy is installed. The value is computed and compared in
+the sandbox.
 """
 
 import re
@@ -74,7 +75,7 @@ class Pal(ProgramBenchmark):
 
 
 def question_and_answer(row: dict[str, Any], number: int) -> tuple[str, str]:
-    """Of one row of any of the sets; DataError for a row that none of them has."""
+    """Question and answer of a row of any of the sets; DataError for a row that fits none of them."""
     match row:
         case {"question": str(question), "answer": str(answer)} if "####" in answer:
             return question, answer.rsplit("####", 1)[1].strip()
@@ -94,7 +95,7 @@ def question_and_answer(row: dict[str, Any], number: int) -> tuple[str, str]:
 
 
 def _boxed(solution: str) -> str:
-    """What stands in the last \\boxed{...}."""
+    """The content of the last \\boxed{...}; all of `solution` without one."""
     start = solution.rfind("\\boxed{")
     if start < 0:
         return solution.strip()

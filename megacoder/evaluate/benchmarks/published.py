@@ -1,4 +1,4 @@
-"""Scores of DeepSeek-Coder as published (arXiv:2401.14196, tables 3 to 8), in percent, to stand beside a result."""
+"""Scores of DeepSeek-Coder as published (arXiv:2401.14196, tables 3 to 8), in percent, to compare a result with."""
 
 __all__ = ["published_scores"]
 
@@ -38,7 +38,7 @@ _CROSSCODE = {
 def published_scores(
     benchmark: str, *, language: str = "python", instruct: bool = False, retrieval: bool = False
 ) -> dict[str, dict[str, float]]:
-    """{model: {group: percent}} of pass@1 or exact match; group "" is the whole. Empty where nothing comparable is."""
+    """{model: {group: percent}} of pass@1 or exact match; group "" is the total. Empty where nothing is comparable."""
     kind = "instruct" if instruct else "base"
     found: dict[str, dict[str, float]] = {}
     if benchmark == "humaneval" and language in _LANGUAGES:

@@ -1,6 +1,6 @@
 """What a Python test text does when it is run: one that only defines functions, or asserts nothing, passes any answer.
 
-Texts are read, not run. One that is no Python by itself, as of another language, is given the benefit of the doubt.
+Texts are parsed, not run. One that is not Python by itself, such as another language, gets the benefit of the doubt.
 """
 
 import ast
@@ -11,11 +11,11 @@ __all__ = ["asserts", "leaves_uncalled"]
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _FAILING = re.compile("assert|fail|exit", re.IGNORECASE)
-"""In the names of functions that tell of a failed test, such as numpy's `assert_allclose`."""
+"""Matches the names of functions that can fail a test, such as numpy's `assert_allclose`."""
 
 
 def asserts(test: str) -> bool:
-    """Whether running `test` comes to an assertion, or to a function or class of its own where there is one in it."""
+    """Whether running `test` reaches an assertion, or calls its own function or class where it has an assertion."""
     tree = _parsed(test)
     if tree is None:
         return True
@@ -38,7 +38,7 @@ def leaves_uncalled(name: str, test: str) -> bool:
 def _parsed(test: str) -> ast.Module | None:
     try:
         return ast.parse(test)
-    except (SyntaxError, ValueError):  # ValueError of a null byte
+    except (SyntaxError, ValueError):  # ValueError for a null byte
         return None
 
 

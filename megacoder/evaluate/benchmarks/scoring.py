@@ -1,9 +1,9 @@
-"""From tasks to scores: completions are asked for, run or compared, and written down as they come.
+"""From tasks to scores: completions are requested, run or compared, and written down as they come.
 
-A folder holds `settings.json`, `completions.jsonl` and `results.jsonl`, one line a sample. The same command with the
-same folder goes on where it stopped: what stands there is not asked for or run again. A last line that was cut off, as
-a crash leaves it, counts as not there. Other settings, and inputs whose content has changed, are refused once there is
-a line; before, nothing has been made with the settings that are there.
+A folder holds `settings.json`, `completions.jsonl` and `results.jsonl`, one line per sample. The same command with the
+same folder resumes where it stopped: what is there is not requested or run again. A last line that a crash cut off is
+ignored. Different settings, and inputs whose content has changed, are refused once there is a line; before that,
+nothing depends on the settings that are there.
 """
 
 import json
@@ -39,7 +39,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 class Notes:
-    """What is known so far: completions and results by key, in a folder where one is given."""
+    """What is known so far: completions and results by key, stored in a folder if one is given."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -52,9 +52,9 @@ class Notes:
     def open(
         cls, folder: Path | None, settings: Mapping[str, Any], *, contents: Mapping[str, str]
     ) -> Iterator["Notes"]:
-        """Notes of an evaluation with these settings; ConfigError where the folder holds another's.
+        """Notes of an evaluation with these settings; ConfigError where the folder holds a different evaluation.
 
-        `contents` says of settings that are paths what lies there, by which they are compared.
+        `contents` gives, for settings that are paths, a digest of what is there, by which they are compared.
         """
         notes = cls(folder)
         if folder is None:
@@ -70,7 +70,7 @@ class Notes:
 
     @classmethod
     def glance(cls, folder: Path | None) -> "Notes":
-        """The completions that are there; what is added stays in memory. For ranks that follow one with the folder."""
+        """The completions that are there; new ones stay in memory. For ranks other than the one that has the folder."""
         notes = cls(None)
         if folder is not None:
             notes._read_completions(folder)
@@ -119,11 +119,11 @@ def _settings_of(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """ConfigError that names the first setting of `new` that is not that of `old`, the settings in `path`."""
+    """ConfigError that names the first setting of `new` that differs from `old`, the settings in `path`."""
     if "contents" not in old:
         raise ConfigError(
-            f"{path}: of an earlier version, which did not note what its inputs held; choose another --out, or remove "
-            f"{path.parent}"
+            f"{path}: of an earlier version, which did not record what its inputs held; choose another --out, or "
+            f"remove {path.parent}"
         )
     before, after = old["contents"], new["contents"]
     for name in [name for name in new if name != "contents"]:
@@ -138,7 +138,7 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
 
 
 def _whole_lines(path: Path, *, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of `path`, each with `fields`, else FormatError.
+    """The rows of `path`; FormatError for one without all `fields`.
 
     What follows the last line break is cut off the file, to be done again.
     """
@@ -166,7 +166,7 @@ def collect(
     benchmark: Benchmark, tasks: Sequence[Task], source: CompletionSource, notes: Notes, *, samples: int,
     quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Asks for every completion that `notes` do not have; each is cut where the benchmark says."""
+    """Requests every completion that `notes` do not have; each is cut where the benchmark says."""
     requests = [
         Request(task=task, sample=sample, stops=benchmark.stops_of(task), max_prompt_tokens=benchmark.max_prompt_tokens)
         for task in tasks
@@ -215,7 +215,7 @@ def judge(
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Scores from 0 to 1 by group; group "" is the whole."""
+    """Scores from 0 to 1 by group; group "" is the total."""
 
     num_tasks: int
     num_samples: int
@@ -223,7 +223,7 @@ class Summary:
     """{group: {"pass@1" or "exact_match", ...: score}}"""
     group_sizes: dict[str, int]
     verdicts: dict[str, int] = field(default_factory=dict)
-    """how often each stands in the results"""
+    """how often each occurs in the results"""
 
 
 def summarise(tasks: Sequence[Task], notes: Notes, *, samples: int, ks: Iterable[int] = (1, 10, 100)) -> Summary:

@@ -1,4 +1,4 @@
-"""The last thing a new process does before it becomes the program: limits set, privileges gone, files closed."""
+"""What a new process does just before it becomes the program: set limits, drop privileges, close files."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
-"""What every program finds; one thread a process, so that CPU time means the same with any number of cores."""
+"""The environment of every program; one thread per process, so that CPU time means the same on any number of cores."""
 _MIB = 1 << 20
 
 Identity = tuple[int, int]
@@ -31,10 +31,10 @@ KernelLimits = list[tuple[int, tuple[int, int]]]
 
 def become_program(argv: list[str], limits: KernelLimits, mark: int, secret: bytes, *,
                    confined: bool, identity: Identity | None, work: str) -> NoReturn:  # fmt: skip
-    """Turns this freshly forked process into the program; never returns, 126 is the exit code where it cannot.
+    """Turns this freshly forked process into the program; never returns, exits with 126 where it cannot.
 
-    The environment is what it has (see `take_environment`). All that can be made before the fork is: each page that a
-    new process touches it has to fetch first.
+    It keeps this process's environment (see `take_environment`). Everything that can be is prepared before the fork:
+    each page that a new process touches costs it a page fault.
     """
     try:
         _close_all_but(mark)
@@ -56,7 +56,7 @@ def become_program(argv: list[str], limits: KernelLimits, mark: int, secret: byt
 
 
 def take_environment(environment: dict[str, str]) -> None:
-    """Makes it this process's, and that of those that it forks."""
+    """Makes `environment` that of this process and of those that it forks."""
     for name in [name for name in os.environ if name not in environment]:
         del os.environ[name]
     for name, value in environment.items():
@@ -70,9 +70,9 @@ def _close_all_but(mark: int) -> None:
 
 
 def kernel_limits(limits: dict[str, Any], *, confined: bool) -> KernelLimits:
-    """Those that the kernel holds a process to; the overseer's own come first, so that it can say which it was.
+    """Limits that the kernel enforces on a process; the overseer's own are met first, so that it can say which it was.
 
-    Outside a user namespace the limit of processes is on all that the user has, and those were there before.
+    Outside a user namespace the limit of processes counts all processes of the user, so those already there are added.
     """
     disk, memory = limits["disk_mb"] * _MIB, limits["memory_mb"] * _MIB
     seconds = int(limits["seconds"]) + 2
@@ -93,7 +93,7 @@ def kernel_limits(limits: dict[str, Any], *, confined: bool) -> KernelLimits:
 
 
 def _tasks_of_user() -> int:
-    """Processes and threads that run as this user; none is seen where there is no /proc."""
+    """Processes and threads that run as this user; 0 where there is no /proc."""
     count = 0
     for entry in os.scandir("/proc") if os.path.isdir("/proc") else ():
         with suppress(OSError):  # it has ended
@@ -105,18 +105,18 @@ def _tasks_of_user() -> int:
 def _drop_privileges(identity: Identity | None) -> None:
     kernel.become(*(identity or (os.getuid(), os.getgid())))
     kernel.deny_system_calls()
-    kernel.set_dumpable(True)  # it may look at itself in /proc
+    kernel.set_dumpable(True)  # it may read its own entries in /proc
 
 
 def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoReturn:
-    """Runs a file as `__main__`; once it has run to its end, and not before, `secret` goes out through `mark`.
+    """Runs a file as `__main__`; once it has run to its end, and not before, `secret` is written to `mark`.
 
     A program that ends the process itself has not proven that the tests after its code were reached. (One that is
-    written to deceive may search the interpreter's frames for `secret`: what shares a process with its judge can.)
+    written to deceive may search the interpreter's frames for `secret`: code in the process of its judge can.)
     """
     code = 0
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python begins, whatever its overseer does
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Python's default, whatever the overseer set
         sys.argv = argv
         sys.path[:0] = [work]
         with open(argv[0], encoding="utf-8") as file:
@@ -143,7 +143,7 @@ def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoRetur
 
 
 def _limit_met(error: BaseException) -> bytes:
-    """The limit that an exception tells of, as the overseer names it; empty for any other."""
+    """The limit that an exception indicates, as the overseer names it; empty for any other."""
     if isinstance(error, MemoryError):
         return b"memory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG):

@@ -1,7 +1,7 @@
-"""The host's side: starts workers, hands them programs, tries again alone what ran out of time or memory.
+"""The host's side: starts workers, hands them programs, retries alone what ran out of time or memory.
 
-A verdict does not depend on how many workers there are: time is CPU time, every worker has its own namespaces, and what
-was ended for time or memory while others ran is run once more with nothing beside it; that second verdict counts.
+A verdict does not depend on how many workers there are: time is CPU time, every worker has its own namespaces, and a
+program that was killed for time or memory while others ran is run again alone; that second verdict counts.
 """
 
 import os
@@ -27,7 +27,7 @@ Mode = Literal["namespaces", "bubblewrap", "unsafe"]
 Key = TypeVar("Key", bound=Hashable)
 
 _ROOT = str(Path(__file__).parents[3])
-"""What holds the package; bubblewrap shows this folder's part of it as `_SHOWN`."""
+"""The folder that holds the package; bubblewrap shows this sub-package of it under `_SHOWN`."""
 _SHOWN = "/run/sandbox"
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from megacoder.evaluate.sandbox.launcher import main; "
@@ -35,18 +35,18 @@ _START = (
 )
 _START_SECONDS, _END_SECONDS = 60.0, 5.0
 _AGAIN = ("time", "memory")
-"""Verdicts that neighbours may have brought about."""
+"""Verdicts that other running programs may have caused."""
 
 
 class SandboxError(MegacoderError):
-    """Programs cannot be shut in here, or the sandbox itself failed."""
+    """Programs cannot be confined here, or the sandbox itself failed."""
 
 
 class Launcher:
     """A process that loads modules, then becomes workers, until it is closed.
 
-    Loading takes as long as many programs. Where the modules are known before all else is, a process started `ahead`
-    loads beside what is to be done first.
+    Loading takes as long as many programs. Where the modules are known early, a process started `ahead` loads them
+    while other work is done.
     """
 
     def __init__(self, words: list[str], preload: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ class Launcher:
 
     @classmethod
     def ahead(cls, preload: Sequence[str]) -> "Launcher":
-        """One for a sandbox to be made with this `preload`, no tools and no mode, which others can do without."""
+        """A launcher for a later sandbox with this `preload`, no tools and no mode; other sandboxes do not use it."""
         mode = next(mode for mode in _order() if mode != "bubblewrap" or shutil.which("bwrap"))
         return cls(_command(mode, view.visible_paths()), preload)
 
@@ -76,14 +76,14 @@ class Launcher:
                 socket.send_fds(self._control, [b"."], [channel.fileno()])
 
     def last_words(self) -> str:
-        """The last line that it printed before it ended; empty without one."""
+        """The last line that the process printed before it ended; empty without one."""
         with suppress(subprocess.TimeoutExpired):
             _, printed = self.process.communicate(timeout=_END_SECONDS)
             return (printed.decode("utf-8", "replace").strip().splitlines() or [""])[-1]
         return ""
 
     def close(self) -> None:
-        """Waits until it and its workers have ended, as they do once their sockets are closed."""
+        """Waits until the process and its workers have ended, as they do once their sockets are closed."""
         self._control.close()
         if not self._serves:
             self.process.kill()
@@ -94,7 +94,7 @@ class Launcher:
             self.process.wait()
 
     def _send(self, message: Any) -> None:
-        with suppress(OSError):  # what it does not read, it ended without: see `Sandbox._why`
+        with suppress(OSError):  # the process may have ended: `Sandbox._why` then reports why
             send(self._control, message)
 
 
@@ -105,11 +105,11 @@ class Sandbox:
         self, *, workers: int = 1, mode: Mode | None = None, preload: Sequence[str] = (), tools: Iterable[str] = (),
         ahead: Launcher | None = None,
     ) -> None:  # fmt: skip
-        """`preload` names modules that preloaded Python programs find imported; `tools` executables to be visible.
+        """`preload` names modules that preloaded Python programs find imported, `tools` executables to be visible.
 
-        Without a `mode` the first that works: bubblewrap then namespaces, the other way round for root, whose files
-        only the latter keep closed. SandboxError, which says why, where neither works; "unsafe" is never chosen.
-        `ahead` is taken over where it is such a process as is needed.
+        Without a `mode`, the first that works is used: bubblewrap, then namespaces, or the other way round for root,
+        whose files only namespaces keep closed. SandboxError, which says why, where neither works; "unsafe" is never
+        chosen. `ahead` is used if it is the process that is needed.
         """
         if workers < 1:
             raise SandboxError(f"{workers} workers: at least one is needed")
@@ -130,12 +130,12 @@ class Sandbox:
                 self.close()
                 raise
         raise SandboxError(
-            f"programs cannot be shut in on this machine ({'; '.join(reasons)}); install bubblewrap or allow user "
+            f"programs cannot be confined on this machine ({'; '.join(reasons)}); install bubblewrap or allow user "
             "namespaces, or run them with your own rights (--unsafe)"
         )
 
     def run(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
-        """(key, outcome) of every program, as they end; those to be tried again come last."""
+        """(key, outcome) of every program, as they end; those that are retried come last."""
         waiting = ((key, program, packed(as_message(program, alone=False))) for key, program in programs)
         running: dict[socket.socket, tuple[Key, Program]] = {}
         again: list[tuple[Key, Program]] = []
@@ -146,10 +146,10 @@ class Sandbox:
                 channel = idle.pop()
                 key, program, message = following
                 running[channel] = key, program
-                with suppress(OSError):  # that the worker has ended is found where its answer is awaited
+                with suppress(OSError):  # if the worker has ended, waiting for its answer will show it
                     channel.sendall(message)
-                following = next(waiting, None)  # now, so that no worker waits for it later
-            yield from ended  # nor for what is done with them
+                following = next(waiting, None)  # prepared now, so that no worker waits for it later
+            yield from ended  # after the workers have work, so that none waits for the caller
             if not running:
                 break
             ended = []
@@ -171,7 +171,7 @@ class Sandbox:
         return outcome
 
     def close(self) -> None:
-        """Ends the workers and whatever they run."""
+        """Stops the workers and whatever they run."""
         for channel in self._channels:
             channel.close()
         for launcher in self._launchers:
@@ -195,7 +195,7 @@ class Sandbox:
         return Outcome(**answer, alone=True)
 
     def _outcome(self, channel: socket.socket) -> tuple[Outcome | None, socket.socket]:
-        """What a worker answers, None where the sandbox failed; and the worker to go on with."""
+        """What a worker answers, None where the sandbox failed; and the worker to continue with."""
         answer = self._answer(channel)
         if "error" not in answer:
             return Outcome(**answer), channel
@@ -214,7 +214,7 @@ class Sandbox:
 
     def _start(self, count: int) -> None:
         """Starts `count` workers and waits until they are ready."""
-        groups = [count] if self.mode != "bubblewrap" else [1] * count  # each its own user namespace
+        groups = [count] if self.mode != "bubblewrap" else [1] * count  # bubblewrap: a user namespace each
         started = []
         for size in groups:
             pairs = [socket.socketpair() for _ in range(size)]
@@ -245,18 +245,18 @@ class Sandbox:
 
 
 def _order() -> list[Mode]:
-    """In which modes are tried."""
+    """The order in which modes are tried."""
     return ["namespaces", "bubblewrap"] if os.geteuid() == 0 else ["bubblewrap", "namespaces"]
 
 
 def _command(mode: Mode, paths: list[str]) -> list[str]:
-    """What starts a launcher, behind bubblewrap with `paths` shown."""
+    """The command that starts a launcher; in bubblewrap mode, inside bubblewrap with `paths` shown."""
     python = [sys.executable, "-I", "-c", _START]
     return [*_bubblewrap(paths), *python, _SHOWN] if mode == "bubblewrap" else [*python, _ROOT]
 
 
 def _bubblewrap(paths: list[str]) -> list[str]:
-    """The command that shuts a worker in as `namespaces` does; it keeps the rights to make namespaces within."""
+    """The command that confines a worker as `namespaces` does; it keeps the rights to make namespaces inside."""
     words = ["bwrap", "--unshare-all", "--unshare-user", "--cap-add", "ALL", "--uid", "1000", "--gid", "1000"]
     words += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--tmpfs", "/tmp"]
     for path in paths:

@@ -1,4 +1,4 @@
-"""System calls of Linux that Python 3.11 does not offer, through the C library; each raises OSError where it fails."""
+"""Linux system calls that Python 3.11 does not offer, through the C library; each raises OSError where it fails."""
 
 import ctypes
 import os
@@ -34,8 +34,8 @@ _MNT_DETACH = 2
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _NUMBERS: dict[str, dict[str, int]] = {
-    # `pivot_root`, `keyctl`, `clone` and `clone3` apart, what a program of ours never needs: memory that no file system
-    # and no process accounts for, other processes' memory, keys, namespaces, mounts, and doors into the kernel.
+    # Apart from `pivot_root`, `keyctl`, `clone` and `clone3`, calls that programs here never need: memory that no file
+    # system or process accounts for, other processes' memory, keys, namespaces, mounts, and interfaces to the kernel.
     "x86_64": {
         "audit": 0xC000003E, "clone": 56, "clone3": 435, "pivot_root": 155, "keyctl": 250, "capset": 126,
         "memfd_create": 319,
@@ -88,7 +88,7 @@ def _number(name: str) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Leaves the namespaces in `flags` for new ones; for processes that is where children will be."""
+    """Leaves the namespaces in `flags` for new ones; a new process namespace holds only later children."""
     _checked(_libc().unshare(flags), "unshare")
 
 
@@ -100,25 +100,25 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
 
 
 def make_read_only(target: str) -> None:
-    """A mount and all below it: no writing, no set-user-id programs, no devices. Needs Linux 5.12."""
+    """Makes a mount and all below it read-only, without set-user-id programs and devices. Needs Linux 5.12."""
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     result = _libc().syscall(_number("mount_setattr"), -100, target.encode(), 0x8000, attributes, 32)
     _checked(result, f"mount_setattr {target}")
 
 
 def unmount(target: str) -> None:
-    """Takes a mount away at once; what is open in it stays usable."""
+    """Detaches a mount at once; what is open in it stays usable."""
     _checked(_libc().umount2(target.encode(), _MNT_DETACH), f"umount {target}")
 
 
 def pivot_root(new: str, old: str) -> None:
-    """Makes the mount `new` the root; the root so far appears at `old`, a folder below `new`."""
+    """Makes the mount `new` the root; the old root appears at `old`, a folder below `new`."""
     result = _libc().syscall(_number("pivot_root"), new.encode(), old.encode())
     _checked(result, "pivot_root")
 
 
 def new_session_keyring() -> None:
-    """Leaves behind the keys of whoever started us."""
+    """Gives up the keys of whoever started this process."""
     _checked(_libc().syscall(_number("keyctl"), _KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
 
 
@@ -133,7 +133,7 @@ def forbid_new_privileges() -> None:
 
 
 def prepare() -> None:
-    """Makes, before any fork, the arguments of calls that every child will make: that takes longer than the calls."""
+    """Builds, before any fork, the arguments of calls that every child makes: that takes longer than the calls."""
     _drop_capabilities()
     _install_filter()
 
@@ -149,12 +149,12 @@ def set_subreaper() -> None:
 
 
 def bound_capabilities() -> None:
-    """Programs that this process's children start gain no capability; its own stay, and what it forks inherits them."""
+    """Programs started from now on gain no capability; this process keeps its own, and its forks inherit them."""
     for capability in range(_LAST_CAPABILITY + 1):
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
         except OSError:
-            break  # the kernel has no more of them, or we hold none that could be dropped
+            break  # the kernel has no more of them, or this process may not drop them
 
 
 def become(user: int, group: int) -> None:
@@ -188,8 +188,8 @@ def can_deny_system_calls() -> bool:
 def deny_system_calls() -> None:
     """From here on the calls of `_NUMBERS` fail with EPERM; on machines without a table nothing changes.
 
-    A clone with a new namespace fails as well; clone3, whose flags a filter cannot see, does not exist (ENOSYS), upon
-    which C libraries use clone.
+    A clone with a new namespace fails as well; clone3, whose flags a filter cannot see, fails with ENOSYS, so that C
+    libraries fall back to clone.
     """
     install = _install_filter()
     if install is not None:

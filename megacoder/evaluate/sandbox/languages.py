@@ -1,6 +1,6 @@
 """How a program of each language is compiled and run, and which tools that takes on this machine.
 
-A tool is the first of its candidates that is installed. One that is missing is named before anything runs: it is the
+A tool is the first of its candidates that is installed. A missing tool is reported before anything runs: it is the
 machine's fault, and never counts against a model.
 """
 
@@ -20,19 +20,19 @@ __all__ = ["LANGUAGES", "Language", "Library", "Toolchain", "find_toolchain", "i
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """What tests of a published set need beside the tools."""
+    """A library that tests of a published set need besides the tools."""
 
     mention: str
-    """a program with this text in it needs it"""
+    """a program that contains this text needs the library"""
     install: str
     """what to install"""
     is_there: Callable[[Mapping[str, str]], bool]
-    """asks a toolchain's paths"""
+    """given a toolchain's paths"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """Words in braces are tools, each with the names it may be installed under in `tools`."""
+    """Words in braces are tools; `tools` has the names that each may be installed under."""
 
     name: str
     file: str
@@ -42,11 +42,11 @@ class Language:
     reserves: bool = False
     """whether its runtime reserves much more address space than it uses"""
     processes: int = 64
-    """with threads, which some runtimes start by the dozen"""
+    """limit, threads included, which some runtimes start by the dozen"""
     slower: float = 1.0
-    """how many times the CPU time of a Python program is granted: start-up, and compilation while it runs"""
+    """factor on the CPU time that a Python program gets: for start-up, and compilation while it runs"""
     complaint: str = ""
-    """pattern of a line on stderr that says that a test failed, where the exit code does not"""
+    """pattern of a line on stderr that means a failed test, where the exit code does not tell"""
     libraries: tuple[Library, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,7 +103,7 @@ _ALL = [
     _language("d", "main.d", "./main", "{dc} -unittest main.d -ofmain", tools={"dc": "ldmd2 dmd gdmd"}, reserves=True),
 ]  # fmt: skip
 LANGUAGES: dict[str, Language] = {language.name: language for language in _ALL}
-"""By the names that the multilingual HumanEval sets use, `python` apart."""
+"""By the names that the multilingual HumanEval sets use, except for `python`."""
 _ALIASES = {
     "py": "python", "c++": "cpp", "javascript": "js", "typescript": "ts", "c#": "cs", "csharp": "cs", "bash": "sh",
     "rs": "rust", "rb": "ruby", "pl": "perl", "jl": "julia", "rkt": "racket", "golang": "go", "go_test.go": "go",
@@ -124,12 +124,12 @@ class Toolchain:
         return [path for path in paths if path.startswith("/")]
 
     def missing_libraries(self, source: str) -> list[str]:
-        """What is to be installed before `source` can run, beside the tools."""
+        """What must be installed before `source` can run, besides the tools."""
         wanted = [library for library in self.language.libraries if library.mention in source]
         return [library.install for library in wanted if not library.is_there(self.paths)]
 
     def program(self, source: str, *, seconds: float, memory_mb: int = 2048) -> Program:
-        """`source` to be compiled, within half a minute, and run for `seconds` of CPU time."""
+        """`source`, compiled within half a minute of CPU time and run within `seconds`, times `slower`."""
         language = self.language
         limits = Limits(
             seconds=seconds * language.slower, memory_mb=memory_mb, processes=language.processes,
@@ -161,7 +161,7 @@ def find_toolchain(name: str) -> Toolchain:
 
 
 def installed_languages() -> list[str]:
-    """Those whose tools are all there."""
+    """Languages whose tools are all installed."""
     names = []
     for name, language in LANGUAGES.items():
         if all(_find(candidates) for candidates in language.tools.values()):
@@ -174,7 +174,7 @@ def _find(candidates: tuple[str, ...]) -> str | None:
         path = shutil.which(candidate)
         if path is None:
             continue
-        if candidate == "rustc":  # rustup's stands for the compiler of the toolchain that is chosen, if one is
+        if candidate == "rustc":  # rustup's is a proxy for the chosen toolchain's compiler, if one is chosen
             asked = subprocess.run([path, "--print", "sysroot"], capture_output=True, text=True, check=False)
             if asked.returncode != 0:
                 continue
@@ -189,6 +189,6 @@ def _succeeds(*words: str) -> bool:
 
 
 def _jars() -> list[str]:
-    """javatuples, which HumanEval's Java programs import, where Debian or CLASSPATH have it."""
+    """The jars in CLASSPATH, and Debian's javatuples, which HumanEval's Java programs import."""
     known = os.environ.get("CLASSPATH", "").split(":")
     return [path for path in [*known, *glob.glob("/usr/share/java/javatuples*.jar")] if path.endswith(".jar")]

@@ -1,8 +1,8 @@
-"""Workers: processes behind namespaces with Python's modules imported, that run one program after another.
+"""Workers: processes in namespaces, with Python modules imported, that run one program after another.
 
-Started as `python -I` with a socket as stdin, which brings what to import, later how to shut itself in, and a socket
-for each worker to serve. Messages are JSON after their length in four bytes. A worker whose socket ends, ends, and with
-it, as it is the first process of its namespace, all that it started.
+Started as `python -I` with a socket as stdin, over which it gets what to import, later how to confine itself, and a
+socket for each worker to serve. Messages are JSON after their length in four bytes. A worker exits when its socket is
+closed, and with it, since it is the first process of its namespace, all that it started.
 """
 
 import gc
@@ -21,24 +21,24 @@ from megacoder.evaluate.sandbox.own_files import OwnFiles
 __all__ = ["main", "packed", "receive", "send"]
 
 _INSIDE = 1000
-"""User and group that programs run as, as they see it."""
+"""User and group that programs run as, as seen inside."""
 _NOBODY = 65534
-"""Who that is outside, where root starts the sandbox: its files stay closed to programs."""
+"""The same user seen from outside, where root starts the sandbox: root's files stay closed to programs."""
 
 
 def packed(message: Any) -> bytes:
-    """A message as it is sent."""
+    """The bytes of a message."""
     text = json.dumps(message).encode()
     return struct.pack("<I", len(text)) + text
 
 
 def send(channel: socket.socket, message: Any) -> None:
-    """One message."""
+    """Sends one message."""
     channel.sendall(packed(message))
 
 
 def receive(channel: socket.socket) -> Any:
-    """The next message, None at the end."""
+    """Receives the next message, None at the end."""
     header = channel.recv(4, socket.MSG_WAITALL)
     if len(header) < 4:
         return None
@@ -48,8 +48,8 @@ def receive(channel: socket.socket) -> Any:
 
 
 def main() -> NoReturn:
-    """Loads, then serves every socket that comes in a process of its own, and waits for them."""
-    gc.disable()  # nearly all that loading makes stays
+    """Loads, then serves each socket in a process of its own, and waits for these processes."""
+    gc.disable()  # nearly everything that loading allocates stays
     control = socket.socket(fileno=0)
     for name in receive(control) or ():
         with suppress(ImportError):
@@ -78,7 +78,7 @@ def main() -> NoReturn:
             os._exit(1)
         for mine in (asked, telling):
             os.close(mine)
-        if os.read(asking, 1):  # it has its user namespace, whose users only we may name
+        if os.read(asking, 1):  # it has its user namespace, whose users only this process may map
             os.write(told, b"y" if _name_users(child) else b"n")
         for ours in (asking, told):
             os.close(ours)
@@ -91,7 +91,7 @@ def main() -> NoReturn:
 
 
 def _name_users(child: int) -> bool:
-    """As root: `child`'s root is root, to set things up, and its user 1000 is nobody."""
+    """As root: maps `child`'s root to root, to set things up, and its user 1000 to nobody."""
     if os.geteuid() != 0:
         return False
     try:
@@ -112,7 +112,7 @@ class _Worker:
         self.identity: confine.Identity | None = None
 
     def start(self, asked: int, telling: int) -> NoReturn:
-        """Shuts itself in, says that it is ready, and serves until the socket ends."""
+        """Confines itself, says that it is ready, and serves until the socket is closed."""
         if self.mode == "namespaces":
             self._enter_namespaces(asked, telling)
         for descriptor in (asked, telling):
@@ -121,8 +121,8 @@ class _Worker:
             if sys.platform == "linux":
                 kernel.set_subreaper()
         else:
-            # The first process of a namespace gets no signal from inside but those that it has an answer to, as Python
-            # has to this one; and a program that a user without root has started is of the same user.
+            # From inside, the first process of a namespace gets only signals that it handles, as Python does this one;
+            # and without root, programs run as the same user, who may signal it.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             kernel.set_dumpable(False)
             kernel.bound_capabilities()
@@ -131,7 +131,7 @@ class _Worker:
                 kernel.new_session_keyring()
             self.files = OwnFiles(self.identity, self.config["paths"])
             kernel.prepare()
-        gc.freeze()  # what is here now is never collected, nor its memory copied by a program that collects
+        gc.freeze()  # what is here now is never collected, nor copied because a program collects
         gc.enable()
         send(self.channel, {"ready": True})
         while (program := receive(self.channel)) is not None:
@@ -141,7 +141,7 @@ class _Worker:
     def _enter_namespaces(self, asked: int, telling: int) -> None:
         user, group = os.geteuid(), os.getegid()
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # the first to go where memory runs out
+            file.write("1000")  # the first to be killed where memory runs out
         kernel.unshare(kernel.NEW_USER)
         os.write(asked, b"?")
         if os.read(telling, 1) == b"y":
@@ -167,12 +167,12 @@ class _Worker:
     def _serve(self, program: dict[str, Any]) -> dict[str, Any]:
         """Runs one program; {"error": why} where the sandbox itself failed."""
         if self.mode == "unsafe":
-            import tempfile  # neither is needed elsewhere, and what a worker holds makes every fork dearer
+            import tempfile  # not needed elsewhere, and what a worker holds makes every fork slower
 
             with tempfile.TemporaryDirectory(prefix="megacoder-", ignore_cleanup_errors=True) as work:
                 return overseer.oversee(program, self.channel, confined=False, identity=None, work=work)
         try:
-            if not kernel.can_deny_system_calls():  # else nothing outlives a program there: it may make nothing
+            if not kernel.can_deny_system_calls():  # else programs can make no IPC object that outlives them
                 kernel.unshare(kernel.NEW_IPC)
             self.files.provide(program["steps"][-1]["limits"])
             return overseer.oversee(program, self.channel, confined=True, identity=self.identity, work=confine.WORK)

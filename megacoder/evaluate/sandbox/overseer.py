@@ -1,13 +1,12 @@
-"""What a worker does with one program: starts each step, counts what it uses, says how it ended, ends the rest.
+"""What a worker does with one program: starts each step, counts what it uses, says how it ended, kills the rest.
 
-A worker is the first process of its namespaces: orphans fall to it, and it ends them until there is none (what becomes
-of their files says `own_files`). A program cannot harm it: the first process gets no signal from inside that it
-does not handle, its memory is closed to others, and the program holds none of its files but the two that it writes to.
+A worker is the first process of its namespaces: it inherits orphans, and kills them until there is none (for their
+files see `own_files`). A program cannot harm it: the first process gets no signal from inside that it does not handle,
+its memory is closed to others, and the program holds none of its files but the two that it writes to.
 
-What is counted, every 20 ms: CPU time (of the living and, through the kernel, of those that were waited for),
-resident memory (shared pages once, where a first sum goes over the limit) with the files in memory, processes and
-threads, files.
-Where the whole machine runs out of memory the program is ended too, whoever took it: "memory", tried again alone.
+Counted every 20 ms: CPU time (of live processes and, through the kernel, of those that were waited for), resident
+memory (shared pages once, where a first sum exceeds the limit) with the files in memory, processes and threads, files.
+Where the whole machine runs out of memory the program is killed too, whoever took it: "memory", retried alone.
 """
 
 import os
@@ -37,9 +36,9 @@ _SCARCE = 0.03
 def oversee(
     program: dict[str, Any], channel: socket.socket, *, confined: bool, identity: confine.Identity | None, work: str
 ) -> dict[str, Any]:
-    """Runs the steps until one does not pass; how the last one that ran ended, as `Outcome` has it.
+    """Runs the steps until one does not pass; returns how the last one that ran ended, in `Outcome`'s fields.
 
-    Where `channel` ends, nobody waits for the answer any more: so does this process.
+    Where `channel` is closed, nobody waits for the answer any more: this process exits.
     """
     home = confine.HOME if confined else work
     environment = confine.ENVIRONMENT | {"HOME": home, "TMPDIR": work} | program["environment"]
@@ -71,7 +70,7 @@ def oversee(
 
 
 class _Seen:
-    """What a step has used so far. (No dataclass: that takes modules along into every fork.)"""
+    """What a step has used so far. (Not a dataclass: that would bring more modules into every fork.)"""
 
     def __init__(self) -> None:
         self.cpu = self.peak = 0.0
@@ -113,7 +112,7 @@ class _Run:
             broken = self._watch(reading[:2], start, cpu_before)
         finally:
             self._end_all()
-            for descriptor in writing:  # as long as we hold them, too, a pipe that is not written to wakes nobody
+            for descriptor in writing:  # held until here, so that a program closing its pipes wakes nobody
                 os.close(descriptor)
         self._read(reading)
         out, err, mark = (bytes(self.seen.kept[descriptor]) for descriptor in reading)
@@ -137,7 +136,7 @@ class _Run:
         }  # fmt: skip
 
     def _watch(self, reading: tuple[int, ...], start: float, cpu_before: float) -> str | None:
-        """Until the program ends (None) or breaks a limit (which)."""
+        """Watches until the program ends (None) or exceeds a limit (its name)."""
         poller = select.poll()
         for descriptor in reading:
             poller.register(descriptor, select.POLLIN)
@@ -170,7 +169,7 @@ class _Run:
                 os.close(ending)
 
     def _too_much(self, cpu_before: float) -> str | None:
-        """Which limit is passed at this moment."""
+        """Which limit is exceeded at this moment."""
         if not self.confined:
             self.seen.cpu = _children_cpu() - cpu_before
             return None
@@ -191,7 +190,7 @@ class _Run:
         return "time" if cpu > self.limits["seconds"] else None
 
     def _found_out(self, status: int | None, cpu: float, mark: bytes, err: bytes) -> str | None:
-        """What the kernel's own limits did to the program, where it did not end well."""
+        """The kernel limit that the program met, if it did not exit with 0."""
         if status == 0:
             return None
         ended_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
@@ -204,7 +203,7 @@ class _Run:
         return next((word for word in ("memory", "disk", "processes") if mark.startswith(word.encode())), None)
 
     def _read(self, descriptors: tuple[int, ...]) -> None:
-        """Takes what is in the pipes, until it is more than is allowed."""
+        """Reads what is in the pipes, until it is more than is allowed."""
         for descriptor in descriptors:
             while True:
                 try:
@@ -220,7 +219,7 @@ class _Run:
                     return
 
     def _reap(self) -> None:
-        """Waits for what has ended, orphans too, which fall to the first process."""
+        """Waits for what has ended, orphans too, which the first process inherits."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -283,7 +282,7 @@ def _usage(process: int) -> tuple[float, int, int]:
 
 
 def _maps_shared_memory(process: int) -> bool:
-    """Whether much of what is shared is anonymous: such memory is no file's, and nobody else counts it."""
+    """Whether much of the shared memory is anonymous: it belongs to no file, so nothing else counts it."""
     try:
         with open(f"/proc/{process}/status", "rb") as file:
             lines = [line for line in file if line.startswith(b"RssShmem")]

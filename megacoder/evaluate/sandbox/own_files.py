@@ -1,8 +1,8 @@
 """A program's own files: /tmp and /dev/shm, in memory, limited, empty when it starts.
 
-They go with their mounts. Taking a mount away makes the worker wait until every processor has noticed, which can take
-as long as a small program runs; so where a program leaves nothing but what it was given, that is removed and the mounts
-serve the next one. Whether nothing else is left the file systems say themselves: a file takes an inode.
+They disappear with their mounts. Unmounting makes the worker wait until every processor has noticed, which can take as
+long as a small program runs; so where a program leaves nothing but what it was given, that is removed and the next
+program gets the same mounts. The file systems themselves tell whether anything else is left: a file takes an inode.
 """
 
 import os
@@ -21,21 +21,21 @@ class OwnFiles:
     """The mounts of one worker, which is alone in its namespaces and runs one program at a time."""
 
     def __init__(self, identity: confine.Identity | None, paths: Iterable[str]) -> None:
-        """Of `paths`, what programs are shown, those that lie there are shown there."""
+        """Those of `paths`, which programs are to see, that lie under a mount are shown in it."""
         self._identity = identity
         self._covered = [path for path in paths if path.startswith(tuple(f"{mounted}/" for mounted in MOUNTED))]
         self._disk_mb: int | None = None
-        """of the mounts that are there, which are empty between programs; None without any"""
+        """size of the mounts that are there, which are empty between programs; None without any"""
         self._empty: list[tuple[Any, ...]] = []
 
     def provide(self, limits: dict[str, Any]) -> None:
-        """Empty ones of the size that `limits` allow."""
+        """Mounts empty file systems of the size that `limits` allow."""
         if self._disk_mb != limits["disk_mb"]:
             self._remove()
             self._mount(limits["disk_mb"])
 
     def clear(self, names: Iterable[str]) -> None:
-        """Once all processes of the program have ended: what it was given, files of these names, and what it left."""
+        """Removes what the program was given, files `names`, and all it left; call when its processes have ended."""
         try:
             folder = os.open(confine.WORK, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -60,7 +60,7 @@ class OwnFiles:
         kernel.mount("tmpfs", "/tmp", "tmpfs", common, f"{owner},size={size},nr_inodes={inodes}")
         self._disk_mb = disk_mb
         kernel.mount("tmpfs", "/dev/shm", "tmpfs", common, f"{owner},size={size // 4},nr_inodes=1024")
-        for path, is_folder, descriptor in shown:  # as where the interpreter's environment is
+        for path, is_folder, descriptor in shown:  # such as the interpreter's environment
             if is_folder:
                 os.makedirs(path)
             else:
@@ -83,6 +83,6 @@ def used_bytes(mounted: str) -> int:
 
 
 def _state(mounted: str) -> tuple[Any, ...]:
-    """All that tells a file system in use from an empty one, and what a program may do to its root."""
+    """Tells a file system in use from an empty one; also holds what a program may change of its root."""
     root, space = os.stat(mounted), os.statvfs(mounted)
     return root.st_mode, root.st_uid, root.st_gid, os.listxattr(mounted), space.f_bfree, space.f_ffree

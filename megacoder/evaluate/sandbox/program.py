@@ -10,10 +10,10 @@ PRELOADED_PYTHON = "<python>"
 """First word of a step that runs a Python file in a fork of the worker, with its modules imported: ten times faster."""
 
 Verdict = Literal[
-    "passed",  # ended by itself with exit code 0; a preloaded Python program ran to its end too
+    "passed",  # exit code 0; a preloaded Python program also ran to its end
     "failed",  # another exit code, an assertion, an exception, or a complaint on stderr
-    "ended early",  # a preloaded Python program that left with exit code 0 before its end, where the tests are
-    "crashed",  # a signal of its own making
+    "ended early",  # a preloaded Python program exited with 0 before its end, where the tests are
+    "crashed",  # a signal that it caused itself
     "time",  # more CPU time or wall time than allowed
     "memory",
     "processes",
@@ -26,25 +26,25 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one step may use; beyond that it is ended, and the verdict says why."""
+    """What one step may use; beyond that it is killed, and the verdict says why."""
 
     seconds: float = 10.0
-    """CPU time of all its processes together, which does not depend on what else runs; wall time is held to twice that
-    and a second"""
+    """CPU time of all its processes together, which does not depend on what else runs; wall time may be twice that plus
+    a second"""
     memory_mb: int = 2048
     """resident memory of all its processes and files together"""
     processes: int = 64
     """processes and threads at a time"""
     disk_mb: int = 64
-    """all files together, and each of them"""
+    """limit of all files together, and of each"""
     output_kb: int = 1024
     """stdout and stderr together"""
     address_space: bool = True
-    """whether a process may reserve little more than `memory_mb` either; runtimes that reserve much need it off"""
+    """whether address space is limited too, to little more than `memory_mb`; off for runtimes that reserve much"""
 
     @property
     def wall_seconds(self) -> float:
-        """What bounds a program that sleeps."""
+        """The limit for a program that sleeps."""
         return 2 * self.seconds + 1
 
 
@@ -56,19 +56,19 @@ class Step:
     """first word: a path, a name to be found in PATH, or PRELOADED_PYTHON followed by a file's name"""
     limits: Limits = field(default_factory=Limits)
     complaint: str = ""
-    """pattern of a line on stderr that makes a step fail which ends with exit code 0; none if empty"""
+    """pattern of a line on stderr that makes a step with exit code 0 fail; none if empty"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Files and what to do with them; a step runs where those before it passed."""
+    """Files and what to do with them; a step runs if those before it passed."""
 
     files: Mapping[str, str]
     """relative path -> text"""
     steps: tuple[Step, ...]
-    """the last is the run, those before compile"""
+    """the last one runs the program, those before compile it"""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """beside PATH, HOME and what every program gets"""
+    """added to PATH, HOME and what every program gets"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Outcome:
 
     verdict: Verdict
     step: int
-    """its index; one before the last is a program that does not compile"""
+    """its index; before the last one, the program does not compile"""
     exit_code: int | None
     """None where a signal ended it"""
     signal: int | None
@@ -105,7 +105,7 @@ class Outcome:
 
 
 def as_message(program: Program, *, alone: bool) -> dict[str, Any]:
-    """`program` as JSON carries it to a worker; `alone` doubles the wall time, which a busy machine takes from it."""
+    """`program` in JSON's types, for a worker; `alone` doubles the wall time, of which a busy machine takes some."""
     patience = 2 if alone else 1
     steps = [
         {

@@ -1,7 +1,7 @@
-"""What of the system a program sees, all of it read-only: libraries, interpreters and compilers, no one's files.
+"""What a program sees of the system, all of it read-only: libraries, interpreters and compilers, nobody's files.
 
-A list of paths is shown where it stands; everything else, home folders, /var, /run, /sys, /etc but for what tools need,
-is not there. /tmp is the program's own and empty.
+A list of paths is shown in place; everything else (home folders, /var, /run, /sys, /etc except for what tools need) is
+not there. /tmp is the program's own and empty.
 """
 
 import os
@@ -27,7 +27,7 @@ FILES = {
     "/etc/group": "user:x:1000:\n",
     "/etc/hosts": "127.0.0.1 localhost\n",
 }
-"""What stands in place of the machine's own."""
+"""Shown instead of the machine's own."""
 _FOLDERS = ["/proc", "/tmp", "/dev/shm"]
 
 
@@ -45,7 +45,7 @@ def visible_paths(more: Iterable[str] = ()) -> list[str]:
 
 
 def tool_folder(tool: str) -> str:
-    """What to show for an executable: what it was installed into, never a home folder or the root; a jar alone."""
+    """What to show for an executable: the folder it was installed in, never a home folder or the root; a jar alone."""
     if tool.endswith(".jar"):
         return tool
     folder = Path(os.path.realpath(tool)).parent
@@ -54,7 +54,7 @@ def tool_folder(tool: str) -> str:
 
 
 def build_root(paths: Iterable[str]) -> None:
-    """Makes a new root of `paths`, in namespaces of one's own, and leaves the old one behind."""
+    """Makes a new root that shows `paths`, within the process's own namespaces, and detaches the old one."""
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     common = kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("tmpfs", "/tmp", "tmpfs", common, "mode=0755,size=1m")
@@ -95,6 +95,6 @@ def _show(path: str) -> None:
 
 
 def touch(path: str) -> None:
-    """An empty file, and the folders above it."""
+    """Makes an empty file, and the folders above it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))

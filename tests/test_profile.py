@@ -315,7 +315,7 @@ def test_two_processes_print_one_json(case):
     ("words", "message"),
     [
         (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--warmup", "-1"], "--warmup -1: at least 0"),
+        (["--warmup", "-1"], "--warmup -1: must be at least 0"),
         (["--stepz", "3"], "unknown option '--stepz' (did you mean '--steps'?)"),
         (["--warmpu", "3"], "unknown option '--warmpu' (did you mean '--warmup'?)"),
         (["--model.hidden-sise", "8"], "did you mean '--model.hidden-size'?"),

@@ -25,8 +25,8 @@ from megacoder.cli.quickstart.report import write_report
 from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.device import Machine, faster_dtype, probe
-from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
 from megacoder.core.errors import CorpusError
+from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
 from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
@@ -115,12 +115,11 @@ def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
     limit = int(options.max_repo_megabytes * 1e6)
     # Without --input the sources are installed Python packages; a user's folder may hold any language.
     languages = () if options.input else ("Python",)
-    report = build_corpus(
-        CorpusConfig(
-            out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
-            samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
-        )  # fmt: skip
-    )
+    config = CorpusConfig(
+        out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
+        samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
+    )  # fmt: skip
+    report = build_corpus(config)
     if report.accounts.heldout.files == 0:
         raise CorpusError(
             f"{places.corpus}: too little to hold anything out; give more with --input, or remove {places.root}"
@@ -154,8 +153,8 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     if places.run_config.exists():
         return load_toml(RunConfig, places.run_config)
     with_steps = partial(
-        run_config, choose_recipe(machine, options.minutes), nproc=nproc, dtype=faster_dtype(machine), output=places.run,
-        vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
+        run_config, choose_recipe(machine, options.minutes),
+        nproc=nproc, dtype=faster_dtype(machine), output=places.run, vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
         train=places.train_data, valid=places.heldout_data, seed=options.seed,
     )  # fmt: skip
     steps = options.steps
@@ -206,7 +205,9 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
         "most_frequent_line": frequent_line,
         "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
         "largest_logit_difference": largest_logit_difference(
-            import_model(places.model, dtype=torch.float32), places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
+            import_model(places.model, dtype=torch.float32),
+            places.model,
+            tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings],
         ),
     }
     write_json(places.evaluation, evaluation)
@@ -236,7 +237,9 @@ def _show(evaluation: dict[str, Any], places: Places) -> None:
     print_score(from_dict(HeldOutScore, evaluation["held_out"], where=str(places.evaluation)))
     print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
     difference = evaluation["largest_logit_difference"]
-    checked = "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    checked = (
+        "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    )
     print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")
 
 

@@ -107,8 +107,8 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key-value) of {model.head_dim}, vocabulary "
         f"{model.vocab_size:,}; {config.steps:,} steps of {config.global_batch_size} x "
         f"{config.data.stream.seq_length} tokens, AdamW at {config.schedule.peak_lr:g}, three stages, "
-        f"fill-in-the-middle rate {config.data.stream.fim.rate:g}. Training loss is that of the reordered documents; held-out loss "
-        "is plain next-token prediction."
+        f"fill-in-the-middle rate {config.data.stream.fim.rate:g}. Training loss is that of the reordered "
+        "documents; held-out loss is plain next-token prediction."
     )
     return section(
         "Training",

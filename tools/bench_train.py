@@ -20,28 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from bench_common import machine, write_record
+from bench_common import CPU_SHAPES, machine, write_record
 from bench_ranks import Answer, ContenderFailed, Ranks
 from contenders.one_process import COMPILED, EAGER, OURS, PRODUCTS
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.model.config import ModelConfig
-
-SHAPES = {
-    "101M": ModelConfig(
-        vocab_size=32256, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
-        num_key_value_heads=10, head_dim=64, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-    "58M": ModelConfig(
-        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-    "4M": ModelConfig(
-        vocab_size=8192, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=48, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +54,7 @@ def bench(shape: str, dtype: str, options: Options) -> dict[str, dict[str, Any]]
     """Rows by contender: median seconds, tokens/s, peak memory, share of the matrix products' rate."""
     names = [OURS, EAGER, *([COMPILED] if options.compile else []), PRODUCTS]
     job = {
-        "model": asdict(SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
+        "model": asdict(CPU_SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
     }  # fmt: skip
     answers: dict[str, list[Answer]] = {name: [] for name in names}
     failed: dict[str, str] = {}

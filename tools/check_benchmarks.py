@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine, write_record
+from bench_common import machine, run_tool, write_record
 from language_problems import OWN_LANGUAGES, own_problems
 from planted_faults import EMPTY, faulty_programs, rewritten
 from recited_answers import RECITED_LANGUAGES, recited_answer
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.core.errors import ConfigError, DataError, MegacoderError
+from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Settings, Task, read_rows
 from megacoder.evaluate.benchmarks.humaneval import HumanEval
 from megacoder.evaluate.benchmarks.mbpp import Mbpp
@@ -193,7 +193,4 @@ def _record(results: dict[str, list[Count]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        raise SystemExit(f"check_benchmarks: {error}") from None
+    run_tool(main)

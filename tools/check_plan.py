@@ -12,12 +12,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import machine, write_record
+from bench_common import machine, run_tool, write_record
 from plan_memory import check_memory
 from plan_published import check_published
 
 from megacoder.core.config import parse_args
-from megacoder.core.errors import MegacoderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        raise SystemExit(f"check_plan: {error}") from None
+    run_tool(main)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bench_common import run_tool
 
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
@@ -326,7 +327,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        sys.exit(f"kill_test.py: {error}")
+    run_tool(main)

@@ -24,16 +24,16 @@ import itertools
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from bench_common import run_tool
 from ranks import RankFailed, RankPool
 
 from megacoder.core.config import from_dict, nearest, parse_args
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import ConfigError
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -453,7 +453,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MegacoderError as error:
-        sys.exit(f"layout_parity.py: {error}")
+    run_tool(main)

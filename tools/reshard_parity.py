@@ -15,7 +15,6 @@ weights, load. Then
 import dataclasses
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import run_tool
 from layout_parity import (
     BUCKET_ELEMENTS,
     MICRO_BATCH,
@@ -43,7 +43,7 @@ from ranks import RankFailed, RankPool
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.config import parse_args
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import ConfigError
 from megacoder.parallel.collectives import World
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.schedules import SCHEDULES
@@ -296,7 +296,4 @@ def _line(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MegacoderError as error:
-        sys.exit(f"reshard_parity.py: {error}")
+    run_tool(main)

@@ -207,23 +207,35 @@ def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(case):
         assert torch.equal(tensor, expected[key]), key
 
 
-def test_on_a_device_the_norm_is_judged_without_the_host(monkeypatch):
-    """`update_scalars` on a CPU, with the kernel replaced by what its source says."""
-    seen = []
-
-    def kernel(squares, num_tokens, lr, step, *, max_grad_norm, beta1, beta2, scalars, norm):
-        mean = squares.sqrt() / num_tokens
-        seen.append(bool(mean.isfinite()))
-        norm.copy_(mean if mean.isfinite() else torch.tensor(math.inf))
-
-    monkeypatch.setattr(adamw.cuda, "adamw_scalars", kernel)
-    settings = {"config": AdamWConfig(), "lr": 1e-3, "num_updates": 3, "num_tokens": 2, "max_grad_norm": 1.0}
-    for squares, limit, norm, made in [
-        (16.0, 2.0, 2.0, True), (16.0, 1.9, 2.0, False), (16.0, -1.0, 2.0, False),
-        (math.inf, 1e300, math.inf, False), (math.nan, 1e300, math.inf, False), (16.0, sys.float_info.max, 2.0, True),
-    ]:  # fmt: skip
-        _, found = adamw.update_scalars(torch.tensor(squares, dtype=torch.float64), skip_above=limit, **settings)
-        assert (found.item(), seen[-1]) == (norm, made), (squares, limit)
+@pytest.mark.parametrize(
+    ("squares", "limit", "norm", "made"),
+    [
+        (16.0, 2.0, 2.0, True),
+        (16.0, 1.9, 2.0, False),
+        (16.0, -1.0, 2.0, False),
+        (16.0, sys.float_info.max, 2.0, True),
+        (math.inf, 1e300, math.inf, False),
+        (math.nan, 1e300, math.inf, False),
+    ],
+)
+def test_update_scalars_passes_infinite_squares_to_the_kernel_to_skip_an_update(
+    monkeypatch, squares, limit, norm, made
+):
+    """Only what the kernel receives is checked here; what it does with that, in test_cuda_kernels.py."""
+    received = []
+    monkeypatch.setattr(adamw.cuda, "adamw_scalars", lambda *tensors, **settings: received.append((tensors, settings)))
+    config = AdamWConfig(beta1=0.8, beta2=0.9)
+    scalars, found = adamw.update_scalars(
+        torch.tensor(squares, dtype=torch.float64), config=config, lr=0.25, num_updates=3, num_tokens=2,
+        max_grad_norm=1.0, skip_above=limit,
+    )  # fmt: skip
+    [(tensors, settings)] = received
+    assert [tensor.item() for tensor in tensors] == [squares if made else math.inf, 2.0, 0.25, 3]
+    assert [tensor.dtype for tensor in tensors] == [torch.float64, torch.float64, torch.float32, torch.int64]
+    assert (settings["max_grad_norm"], settings["beta1"], settings["beta2"]) == (1.0, 0.8, 0.9)
+    assert settings["scalars"] is scalars
+    assert settings["norm"] is not found, "the kernel's own norm is infinite where the update is skipped"
+    assert found.item() == norm
 
 
 def lose_from(trainer, step):

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and what MEGACODER_OPS may say."""
+"""Which implementation of an op runs, and which values MEGACODER_OPS accepts."""
 
 import functools
 import json

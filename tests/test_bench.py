@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: ranks that answer, fail and end; contenders that train; honest summaries."""
+"""The benchmarks' own machinery: ranks that answer, fail and exit; contenders that train; correct summaries."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""`megacoder checkpoint inspect` and `verify` as a person and a script meet them."""
+"""`megacoder checkpoint inspect` and `verify` as people and scripts use them."""
 
 import json
 import random

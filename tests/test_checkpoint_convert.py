@@ -1,4 +1,4 @@
-"""`megacoder checkpoint reshard`, `export` and `import`: what comes out is what went in, and can be trained on."""
+"""`megacoder checkpoint reshard`, `export` and `import`: the output equals the input and can be trained on."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Saves that wait, fail, are killed or meet old ones: an earlier whole checkpoint is always there."""
+"""Saves that wait, fail, are killed or meet old ones: an earlier complete checkpoint always remains."""
 
 import ast
 import errno

@@ -1,4 +1,4 @@
-"""The command line: every command answers --help, mistakes are one line with the nearest right thing."""
+"""The command line: every command has --help; mistakes are one line that names the nearest valid word."""
 
 import contextlib
 import importlib

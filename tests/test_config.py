@@ -1,4 +1,4 @@
-"""Configuration: defaults, TOML, command line; every mistake is one line that names the nearest right thing."""
+"""Configuration: defaults, TOML, command line; every mistake is one line that names the nearest valid key or value."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

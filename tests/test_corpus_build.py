@@ -1,4 +1,4 @@
-"""The whole build: accounts that add up, the same output however it is made, and every way it can go wrong."""
+"""The whole build: counts that add up, the same output for any workers and order, and every failure."""
 
 import json
 import os

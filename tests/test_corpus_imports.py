@@ -1,4 +1,4 @@
-"""Imports of every parsed language but Python and C: what they say, and which file of the repository they mean."""
+"""Imports of every parsed language but Python and C: how they parse, and to which file they resolve."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tasks as JSON: what was written comes back, and nothing else is ever built."""
+"""Tasks as JSON: they round-trip, and no other type is ever instantiated."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""MinHash: the kernel equals its definition, that equals plain Python, and the estimate errs as theory says."""
+"""MinHash: the kernel equals its definition, that equals plain Python, and the estimate errs as theory predicts."""
 
 from concurrent.futures import ThreadPoolExecutor
 

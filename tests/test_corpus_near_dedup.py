@@ -1,4 +1,4 @@
-"""Near-dedup against exact similarity: planted copies go, nothing else does, whatever the shards and the engine."""
+"""Near-dedup against exact similarity: planted copies are removed and nothing else, for any shards and engine."""
 
 import itertools
 import random

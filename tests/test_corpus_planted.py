@@ -1,4 +1,4 @@
-"""The planted corpus: each of its files ends as it must, none vanishes, however the work is cut and shared out."""
+"""The planted corpus: every file has its expected outcome, for any shards and workers."""
 
 import pyarrow.parquet as pq
 import pytest

@@ -1,4 +1,4 @@
-"""Language by content, encodings, licences: what is read of a file beyond its name."""
+"""Language by content, encodings, licences: what is read from a file's content."""
 
 import re
 

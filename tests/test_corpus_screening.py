@@ -1,4 +1,4 @@
-"""Screening: broken files of every screened language are told from good ones; heuristics at their limits."""
+"""Screening: broken files of every screened language are distinguished from good ones; heuristics at their limits."""
 
 import random
 import re

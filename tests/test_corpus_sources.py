@@ -1,4 +1,4 @@
-"""Walking and reading: what is a repository, what is read, and the reason for everything that is not."""
+"""Walking and reading: what is a repository, what is read, and the reason for every skipped file."""
 
 import errno
 import os

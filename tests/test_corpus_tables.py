@@ -1,4 +1,4 @@
-"""Tables as input: repositories gathered from anywhere in them, the same however they are split."""
+"""Tables as input: repositories gathered from rows anywhere in them, for any split."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Counts over texts: the compiled ones equal the definition, character by character as Python has them."""
+"""Counts over texts: the compiled ones equal Python's definitions, character by character."""
 
 import sys
 

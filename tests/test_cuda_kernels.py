@@ -1,7 +1,7 @@
 """Every CUDA launcher against a plain fp64 or torch reference: odd sizes, unaligned starts, nothing at all, poison.
 
-Buffers are views into larger ones, so that a write outside them is seen. Runs where there is a GPU and the kernels are
-built; that they compile, and into what, tests/test_cuda_build.py checks anywhere.
+Buffers are views into larger ones, so that a write outside them is noticed. Runs where there is a GPU and the kernels
+are built; tests/test_cuda_build.py checks on any machine that they compile, and to what.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What reaches the data path damaged: the same tokens, or one clear line; never a crash, never half a dataset."""
+"""Damaged inputs of the data path give the same tokens or one clear line; never a crash or half a dataset."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Blending: exact shares in the long run, and close to them all the way; what a stream takes from which dataset."""
+"""Blending: shares are exact in the long run and close at every step; which dataset a stream draws from."""
 
 from collections import Counter
 from fractions import Fraction

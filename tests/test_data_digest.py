@@ -1,4 +1,4 @@
-"""What a run sees, as digests: the same on any ranks, after resuming, and of a run that is made longer."""
+"""Digests of the data that a run reads: the same for any number of ranks, after resuming, and for an extended run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Encoders of many texts: fastokens only where it equals the reference, which serves where that gives up."""
+"""Encoders of many texts: fastokens only where it equals the reference, with the reference as fallback."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: equal to cutting and encoding the text in full, a function of its arguments, fair."""
+"""Fill-in-the-middle: equal to cutting and encoding the text in full, deterministic, unbiased."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Our files read by megatron-core's IndexedDataset, its builder's by ours: equal bytes, equal documents."""
+"""megatron-core's IndexedDataset reads our files and we read its builder's: equal bytes, equal documents."""
 
 import importlib.util
 import itertools

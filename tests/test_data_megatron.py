@@ -1,4 +1,4 @@
-"""Megatron's order: golden values made with its own code, and megatron-core's functions themselves beside ours."""
+"""Megatron's order: golden values made with its own code, and ours compared with megatron-core's functions."""
 
 import ast
 import importlib.util

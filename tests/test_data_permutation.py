@@ -1,4 +1,4 @@
-"""The keyed order: a bijection for every size, another one for every key, uniform."""
+"""The keyed order: a bijection for every size, different for every key, uniform."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Places where text can be cut: found in text and between ids, and no id notices."""
+"""Places where text can be cut, found in text and between ids, without a change of any id."""
 
 import json
 import random

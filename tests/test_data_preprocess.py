@@ -1,4 +1,4 @@
-"""Preprocessing: exact content, identical for any number of workers, resumed after a kill, refused where unfit."""
+"""Preprocessing: exact content, identical for any number of workers, resumed after a kill, unfit inputs rejected."""
 
 import json
 import os

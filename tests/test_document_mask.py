@@ -1,4 +1,4 @@
-"""The masks of packed documents as a ragged kernel is told them: pure arithmetic, held against the mask itself."""
+"""The masks of packed documents as a varlen kernel receives them: pure arithmetic, compared with the mask itself."""
 
 import pytest
 import torch

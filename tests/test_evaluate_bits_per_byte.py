@@ -1,4 +1,4 @@
-"""Bits per byte: every text token is counted once, with context, beside xz and a unigram model of the same bytes."""
+"""Bits per byte: every text token is counted once, with context; xz and a unigram model on the same bytes."""
 
 import lzma
 import math

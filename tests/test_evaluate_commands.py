@@ -1,4 +1,4 @@
-"""The commands that run a model, from an exported folder to what they print, and one line for what cannot work."""
+"""The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Infilling: which lines are asked for, what the model sees, and how answers are scored."""
+"""Infilling: which lines are masked, what the model sees, and how answers are scored."""
 
 import dataclasses
 

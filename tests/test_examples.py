@@ -1,4 +1,4 @@
-"""Every example would start: it parses, its numbers fit together, its shape and its figures are the published ones."""
+"""Every example could start: it parses, its numbers are consistent, its shape and figures are the published ones."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Nothing half-written is ever left in place: full disks, crashes and interruptions keep the old content."""
+"""Atomic writes: full disks, crashes and interruptions keep the old content."""
 
 import errno
 import json

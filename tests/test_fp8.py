@@ -1,7 +1,7 @@
-"""fp8 linears: casts, the three products, whole steps against fp64 and against autograd that rounds as they do.
+"""fp8 linears: casts, the three GEMMs, and full steps against fp64 and against autograd that rounds as they do.
 
 On a GPU that multiplies fp8 these run through its kernels, elsewhere through the emulation in torch, which is the
-reference. A step in fp8 is far from one in bf16, since each matrix is rounded to 3 or 4 digits; what can be asked is
+reference. A step in fp8 is far from one in bf16, since each matrix is rounded to 3 or 4 digits; the test is
 that it is no farther than any other step that rounds the same matrices.
 """
 

@@ -1,4 +1,4 @@
-"""Greedy generation equals transformers' token for token; cache, padding and company in the batch change nothing."""
+"""Greedy generation equals transformers' token for token; cache, padding and the rest of the batch change nothing."""
 
 import pytest
 import torch

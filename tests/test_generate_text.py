@@ -1,4 +1,4 @@
-"""Generation as users meet it: stop strings, streaming, chat, a repository as context, models that ranks share."""
+"""Generation as users see it: stop strings, streaming, chat, a repository as context, models that ranks share."""
 
 import json
 import shutil

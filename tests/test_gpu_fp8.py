@@ -1,4 +1,4 @@
-"""The fp8 kernels and products of a GPU against the emulation in torch, which tests/test_fp8.py holds against fp64."""
+"""The fp8 kernels and products of a GPU against the emulation in torch, which tests/test_fp8.py compares with fp64."""
 
 import itertools
 import math

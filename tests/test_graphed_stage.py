@@ -1,8 +1,8 @@
-"""The graphed stage, with a CUDA graph's part played on a CPU, and what it takes for granted of a microbatch.
+"""The graphed stage with a CPU stand-in for the CUDA graph, and what it requires of a microbatch.
 
-What plays it records every torch op with its tensors and later repeats the ops on the same tensors, with no Python of
-ours in between: a number of the host or another tensor that a step depends on would be the recorded one. It does not
-see kernels of our own, so all ops run on their references.
+The stand-in records every torch op with its tensors and later repeats the ops on the same tensors, without running our
+Python code: a host number or another tensor that a step depends on would keep its recorded value. It does not see our
+own kernels, so all ops run on their references.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The kill test in short; and that it would notice what it looks for."""
+"""The kill test in short, and proof that it notices the faults it looks for."""
 
 import json
 import random

@@ -1,6 +1,6 @@
-"""Hosts of their own, as far as training can tell: network namespaces with their own addresses, names and links.
+"""Several hosts, as far as training can tell: network namespaces with their own addresses, names and links.
 
-torchrun meets over those addresses. The same run gives the same losses, and a link that is cut ends it on both sides.
+torchrun's rendezvous uses those addresses. A run gives the losses of one host; cutting a link ends it on both sides.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started again agree on a name although the store still holds what the last ranks left."""
+"""Ranks restarted by torchrun agree on a name although the store still holds the keys of the previous start."""
 
 import threading
 

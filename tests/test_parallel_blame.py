@@ -1,4 +1,4 @@
-"""The rank at fault, from tables of records."""
+"""Which rank is at fault, from tables of journal records."""
 
 import dataclasses
 

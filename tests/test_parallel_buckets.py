@@ -1,4 +1,4 @@
-"""Buckets that travel behind backwards and forwards give the bits of those that travel when all is done."""
+"""Buckets communicated during backward and forward give the same bits as buckets communicated afterwards."""
 
 import contextlib
 import itertools

@@ -1,6 +1,6 @@
 """Context parallelism and packed documents on 1 to 4 ranks equal one process: loss and every gradient.
 
-The oracle is the plain model in fp64 with an explicit mask, itself held to each document run alone and to transformers.
+The oracle is the plain model in fp64 with an explicit mask, checked against single documents and transformers.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Flat buffers: every parameter is a view of them, its gradient too, however the gradient is computed."""
+"""Flat buffers: every parameter and its gradient are views of them, however the gradient is computed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every use of the network is noted where it belongs, and its failures are those of a lost rank."""
+"""Every use of the network is noted in the journal, and its failures are reported as a lost rank."""
 
 import datetime
 import gc

@@ -1,4 +1,4 @@
-"""The pool of ranks that multi-rank tests rely on: what it reports, and that it outlives every failure."""
+"""The pool of ranks that multi-rank tests rely on: what it reports, and that it survives every failure."""
 
 import contextlib
 import os

@@ -1,6 +1,6 @@
-"""Ranks of one host exchange tensors through memory: sums to the bit, waits in any order, no rank lost in silence.
+"""Ranks of one host exchange tensors through memory: bit-exact sums, waits in any order, no silent loss of a rank.
 
-What the collectives promise is tested in `test_parallel_collectives`, which goes through memory, too.
+`test_parallel_collectives` tests what the collectives promise, through shared memory too.
 """
 
 import datetime

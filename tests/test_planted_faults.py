@@ -1,4 +1,4 @@
-"""`tools/check_benchmarks.py`: faults go where they are meant to, and the check notices what should not be."""
+"""`tools/check_benchmarks.py`: faults are planted where intended, and the check notices what is wrong."""
 
 import json
 import sys

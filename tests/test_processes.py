@@ -1,4 +1,4 @@
-"""Signals: an interrupt while workers start is held back, and not lost; SIGTERM takes the same way."""
+"""Signals: an interrupt while workers start is deferred, not lost; SIGTERM likewise."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The profile of a run: phases that add up, figures that follow by hand arithmetic, any ranks, nothing left behind."""
+"""The profile of a run: phases that add up, figures checked by hand, any number of ranks, nothing left behind."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The recogniser of Python: whatever it takes, CPython's parser takes; and it takes nearly everything that one does."""
+"""The recogniser of Python: CPython's parser accepts all that it accepts, and it accepts nearly all of Python."""
 
 import ast
 import random

@@ -1,4 +1,4 @@
-"""The whole job in small: every stage, resumed after an interruption, refused where it cannot work."""
+"""The full pipeline in small: every stage, resumed after an interruption, refused where it cannot work."""
 
 import math
 import os

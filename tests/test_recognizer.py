@@ -1,4 +1,4 @@
-"""The recogniser of grammars beside tree-sitter: it takes what that one parses, and leaves out what is wrong."""
+"""The recogniser of grammars compared with tree-sitter: it accepts what tree-sitter parses, and leaves out errors."""
 
 import functools
 import math

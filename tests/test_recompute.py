@@ -1,4 +1,4 @@
-"""What a stage keeps between forward and backward, and that forming the rest again changes no bit."""
+"""What a stage keeps between forward and backward, and that recomputing the rest changes no bit."""
 
 import pytest
 import torch

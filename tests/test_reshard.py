@@ -1,6 +1,6 @@
-"""Thirty random pairs of layouts, both ways: what every rank asks for is, bit for bit, what the others have written.
+"""Thirty random pairs of layouts, both ways: every rank loads, bit for bit, what the ranks of the other layout saved.
 
-All thirty go through the planner, real files and the code that says what a rank of a layout holds, with the ranks
+All thirty go through the planner, real files and the code that decides what a rank of a layout holds, with ranks
 simulated one after the other; a few are real runs that change their layout halfway and train on. `reshard_parity.py`
 does the latter with any number of pairs.
 """

@@ -1,4 +1,4 @@
-"""Every schedule is valid for any number of ranks and microbatches and holds what its paper says."""
+"""Every schedule is valid for any number of ranks and microbatches and holds as many activations as its paper says."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Layers to stages: even, by hand and by cost; what cannot work names what can."""
+"""Layers to stages: even, by hand and by cost; an error names a split that works."""
 
 from itertools import combinations, pairwise
 

@@ -1,4 +1,4 @@
-"""Programs: every send meets its receive in order, whatever the costs, and the proof notices when one does not."""
+"""Programs: sends match receives in order, whatever the costs, and the proof notices when they do not."""
 
 from dataclasses import replace
 from itertools import pairwise

@@ -1,5 +1,4 @@
-"""Updates that are left out, replicas that drift, saves that fail: the run notices, on all ranks alike, and goes on or
-ends as its configuration says."""
+"""Skipped updates, drifting replicas, failing saves: noticed on every rank, then handled as configured."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""The report of a run says what the run's own files say, and is one file that fetches nothing."""
+"""The report of a run agrees with the run's files, and is one file that fetches nothing."""
 
 import base64
 import dataclasses

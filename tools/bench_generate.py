@@ -1,10 +1,10 @@
-"""Tokens/s of greedy generation beside `transformers.generate`, on this machine's CPU.
+"""Tokens/s of greedy generation compared with `transformers.generate`, on this machine's CPU.
 
     python tools/bench_generate.py --out tools/results/generate_cpu.json
 
-The same weights (exported and loaded by the peer), prompts, dtype and threads in one process; contenders take turns,
-and medians are compared. The peer runs with each of its caches, and the faster counts. In float32 all must produce the
-same tokens, or nothing is reported.
+The same weights (exported and loaded by the peer), prompts, dtype and threads in one process; contenders
+alternate, and medians are compared. The peer runs with each of its caches, and the faster counts. In float32 all must
+produce the same tokens, or nothing is reported.
 """
 
 import statistics
@@ -34,14 +34,14 @@ PEERS = ("transformers", "transformers, static cache")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Generation throughput beside transformers."""
+    """Generation throughput compared with transformers."""
 
     shapes: tuple[str, ...] = ("58M", "4M")
     """which of the built-in shapes"""
     batches: tuple[int, ...] = (1, 8)
     """sequences at a time"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """what is computed in"""
+    """precision of the computation"""
     prompt: int = 64
     """tokens of the longest prompt; the others of a batch are shorter, and padded"""
     tokens: int = 128
@@ -49,7 +49,7 @@ class Options:
     threads: int = 2
     """intra-op threads"""
     rounds: int = 5
-    """timed turns, after one to warm up"""
+    """timed rounds, after one warm-up"""
     out: Path | None = None
     """JSON file to write"""
 

@@ -1,15 +1,16 @@
-"""Tokens/s and memory of the training step beside transformers' Llama, and this machine's own matrix rate.
+"""Tokens/s and memory of the training step, compared with transformers' Llama and with the GEMMs alone.
 
     python tools/bench_train.py --out tools/results/train_cpu.json
 
-Same shape, dtype, batch and threads. Each contender is a process of its own; they take turns step by step, so that a
-change in the machine's speed meets all of them, and medians are compared; ratios are medians of those of each round.
-Memory is the most that a process has held beyond what it held when everything was imported: a compiled model's counts
-its compiler. Peers: `transformers.LlamaForCausalLM` with torch's fused AdamW, eager and compiled. In bf16 the peers
+Same shape, dtype, batch and threads. Each contender is a process of its own; they alternate step by step, so that a
+change in the machine's speed affects all of them, and medians are compared; ratios are medians of each round's ratio.
+Memory is a process's peak less what it held when everything was imported; for a compiled model that includes the
+compiler. Peers: `transformers.LlamaForCausalLM` with torch's fused AdamW, eager and compiled. In bf16 the peers
 hold bf16 weights and state; ours keeps fp32 master weights and moments, which is more work for more precision. The
 limit is every matrix product of the step's layers and head, forward and both gradients, timed alone at the same shapes.
 
-A shape and a dtype at a time (`--shapes`, `--dtypes`) add up to one record, where commit, machine and options are one.
+Runs of one shape and dtype at a time (`--shapes`, `--dtypes`) are merged into one record if commit, machine and options
+are the same.
 """
 
 import json
@@ -30,7 +31,7 @@ from megacoder.core.console import say, table
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Training-step throughput and memory beside peers and the matrix rate."""
+    """Training-step throughput and memory compared with peers and with the GEMMs alone."""
 
     shapes: tuple[str, ...] = ("101M", "58M", "4M")
     """which of the built-in shapes"""
@@ -43,7 +44,7 @@ class Options:
     threads: int = 2
     """intra-op threads"""
     rounds: int = 7
-    """timed steps of each contender, after one to warm up"""
+    """timed steps of each contender, after one warm-up"""
     compile: bool = True
     """also time transformers under torch.compile"""
     out: Path | None = None

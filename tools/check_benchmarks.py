@@ -1,13 +1,13 @@
-"""Does the judge tell right from wrong? Canonical solutions must pass, the same with a fault planted must not.
+"""Tests the judge: canonical solutions must pass, and the same solutions with a planted fault must fail.
 
     python tools/check_benchmarks.py --humaneval humaneval-python.jsonl humaneval-cpp.jsonl --mbpp mbpp.jsonl --own
 
 Python's solutions run as they are, rewritten from their syntax trees, and with each of the faults of `planted_faults`;
-those whose tests do not see it are named. The multilingual sets come without solutions: theirs recite what the tests
-expect (`recited_answers`), in order and in another. `--own` adds the problems of `language_problems`, with solutions by
-hand, in every language installed here. A language whose tools are not installed is named and left out.
-Exit code 1 where a right program fails, which a row does whose own prompt does not compile, or where a wrong one
-passes: an empty body, answers recited in another order, one answer to all questions.
+problems whose tests miss a fault are listed. The multilingual sets come without solutions: instead of solving, programs
+recite what the tests expect (`recited_answers`), in the right order and in a wrong one. `--own` adds the problems of
+`language_problems`, with solutions by hand. A language whose tools are not installed is reported and skipped.
+Exits with 1 if a right program fails (one whose row's own prompt does not compile fails too) or a wrong one passes: an
+empty body, answers in a wrong order, one answer to all questions.
 """
 
 from collections import defaultdict

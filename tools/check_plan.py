@@ -1,11 +1,11 @@
-"""Is `megacoder plan` right? Its memory against what ranks really allocate, its time against what others published.
+"""Validates `megacoder plan`: its memory against real allocations, its time against published throughput.
 
     python tools/check_plan.py                # memory, 21 layouts on this machine
     python tools/check_plan.py --published    # throughput, 21 published rows
 
-`--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows and
-not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source leaves
-out (micro batch, schedule, recomputation) is what the planner finds best for that layout, and is shown.
+`--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows but
+not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source does not
+tell (micro batch, schedule, recomputation) is set to what the planner finds best for that layout, and is shown.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Does a run that changes its layout halfway stay what it was? Saves in one layout, loads in another, trains on.
+"""Checks that changing the layout mid-run changes nothing: saves in one layout, loads in another, trains on.
 
     python tools/reshard_parity.py --random 30 --seed 1
     python tools/reshard_parity.py --pairs "tp=2,pp=2 > dp=3,pp=2" "pp=7 > tp=4,kv-heads=1"
 
 A pair is two layouts of 1 to 8 ranks and one model (written with the first; see `layout_parity.py` for the keys). Both
-directions are tried. For each, ranks in the first layout train and save; ranks in the second, which began with other
-weights, load. Then
+directions are tried. For each, ranks in the first layout train and save; ranks in the second, initialized with
+different weights, load. Then
 
 - every element of weights and both moments must be, bit for bit, what the first ranks had in memory;
 - two more updates must give the losses, norms, gradients and weights of one process that was never interrupted, within

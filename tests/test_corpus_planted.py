@@ -58,7 +58,7 @@ def test_every_planted_file_ends_as_it_must_and_none_vanishes(planted, tmp_path)
     assert not list(root.parent.rglob("out.py"))
 
 
-def test_shards_change_neither_documents_nor_accounts(planted, tmp_path):
+def test_shards_change_neither_documents_nor_counts(planted, tmp_path):
     root, _ = planted
     found = []
     for shard_bytes in (16 << 20, 3000):

@@ -107,16 +107,16 @@ def test_text_in_a_known_encoding_is_read(data, text):
         (b"\xef\xbb\xbf\xff", "not UTF-8"),
     ],
 )
-def test_other_bytes_have_a_reason(data, reason):
+def test_undecodable_bytes_have_a_reason(data, reason):
     assert decode(data) == (None, reason)
 
 
-def test_a_fallback_is_for_what_is_not_known():
+def test_a_fallback_encoding_is_used_only_where_none_is_known():
     assert decode("é".encode("latin-1"), "latin-1") == ("é", None)
     assert decode("é".encode(), "latin-1") == ("é", None)
 
 
-def test_a_document_of_a_language_that_shows_only_in_its_text_can_be_unwanted():
+def test_a_document_whose_language_shows_in_its_text_can_be_dropped():
     only_c = Selection(languages=frozenset({"C"}))
     assert isinstance(make_document("r", "a.h", b"int f(void);\n", only_c), Document)
     dropped = make_document("r", "a.h", b"namespace a {}\nusing namespace a;\n", only_c)

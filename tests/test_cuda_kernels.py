@@ -314,7 +314,7 @@ def test_cast_transpose(shape, dtype, offset, amax):
         buffer.assert_margins_untouched()
 
 
-def test_cast_transpose_refuses_what_is_not_fp8():
+def test_cast_transpose_refuses_other_dtypes():
     x = torch.zeros(16, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match=r"not torch\.bfloat16"):
         cast_transpose(x, scalar(1.0, torch.float32), x.clone(), x.clone(), scalar(1.0, torch.float32))

@@ -1,4 +1,4 @@
-"""The commands that run a model, from an exported folder to what they print, and one line for what cannot work."""
+"""The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_generate(home, capsys):
     assert (code, out) == (0, COMPLETION[1] + "\n")
 
 
-def test_generate_leaves_out_what_does_not_fit_and_says_so(home, capsys):
+def test_generate_skips_what_does_not_fit_and_says_so(home, capsys):
     prompt = "x = 1\n" * 100 + COMPLETION[0]
     code, _, err = run(capsys, "generate", "--model", home / "model", "--prompt", prompt, "--max-new-tokens", "8")
     assert code == 0
@@ -62,7 +62,7 @@ def test_a_short_model_answers_with_half_of_its_positions(home, capsys):
     assert "its first 1 line is dropped" in err
 
 
-def test_infill_a_mark_or_a_line(home, capsys):
+def test_infill_at_a_mark_or_at_a_line(home, capsys):
     marked, whole = home / "marked.py", home / "whole.py"
     marked.write_text(TASK.prefix + "<FILL>" + TASK.suffix)
     whole.write_text(TASK.prefix + "to be replaced" + TASK.suffix)
@@ -89,7 +89,7 @@ def test_eval_infill(home, capsys):
     assert "most frequent line" not in out
 
 
-def test_eval_infill_takes_a_published_set_by_the_value_of_data_alone(home, capsys):
+def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys):
     words = ["eval", "infill", "--model", home / "model", "--num-tasks", "1", "--json"]
     (home / "data").mkdir()
     code, out, err = run(capsys, *words, "--data", home / "heldout", "--out", home / "data" / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""FLOPs per token against the figures of a 1.3B model worked out by hand (2 FLOPs a weight, three products a step)."""
+"""FLOPs per token against the figures of a 1.3B model worked out by hand (2 FLOPs per weight, three GEMMs per step)."""
 
 import pytest
 

@@ -184,7 +184,7 @@ def test_attention_of_part_of_a_sequence_and_within_documents(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_documents_are_as_if_each_were_alone(dtype):
+def test_documents_equal_each_alone(dtype):
     """The masked half of a packed sequence equals the unmasked one of every document."""
     q, k, v = (randn(1, 2, 400, 16, dtype=dtype, seed=seed) for seed in range(3))
     starts = [0, 1, 130, 256, 400]

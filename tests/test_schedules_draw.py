@@ -151,7 +151,7 @@ def test_plan_fails_with_one_line(capsys, options, message):
         ),
     ],
 )
-def test_what_would_take_for_ever_is_refused(words, message, capsys):
+def test_too_large_plans_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         main(["plan", *words])
     assert message in capsys.readouterr().err

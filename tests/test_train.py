@@ -95,7 +95,7 @@ def wait_until(holds, seconds=60):
         time.sleep(0.05)
 
 
-def test_of_a_run_that_has_done_nothing_anything_may_change(case):
+def test_all_options_may_change_before_the_first_step(case):
     config = case.config("nothing-done")
     Trainer(config, World(0, 1, 0, torch.device("cpu"), None)).folder.finish()
     other = case.config("nothing-done", seed=7)
@@ -107,7 +107,7 @@ def test_of_a_run_that_has_done_nothing_anything_may_change(case):
         train(case.config("nothing-done", seed=8))
 
 
-def test_a_second_run_in_a_folder_is_refused_alike_on_all_ranks(case):
+def test_a_second_run_in_a_folder_is_refused_on_every_rank(case):
     trainer = Trainer(case.config("taken"), World(0, 1, 0, torch.device("cpu"), None))
     done = launch(case.toml("taken"))
     trainer.folder.finish()
@@ -130,7 +130,7 @@ def test_a_second_run_in_a_folder_is_refused_alike_on_all_ranks(case):
     ],
     ids=["host", "gpu", "python"],
 )
-def test_a_lack_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
     def fail(config):
         raise error
 
@@ -153,7 +153,7 @@ def test_a_run_learns_and_logs(alone):
     assert CheckpointReader(alone / "checkpoints").step == 8
 
 
-def test_tensorboard_reads_what_was_logged(alone):
+def test_tensorboard_reads_the_log(alone):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(alone / "tensorboard"))
@@ -260,7 +260,7 @@ def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
         (-signal.SIGBUS, "SIGBUS; a file was truncated while it was read, or its disk has failed"),
     ],
 )
-def test_how_a_rank_ended_is_said(code, how):
+def test_how_a_rank_ended_is_described(code, how):
     assert how_it_ended(code) == how
 
 
@@ -284,7 +284,7 @@ def test_auto_dtype_is_recorded_and_kept(case):
     train(config)
 
 
-def test_a_crash_between_checkpoints_repeats_its_steps_only(case, alone):
+def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):
     config = case.config("crashed")
     trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
     update = trainer.update
@@ -326,7 +326,7 @@ def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, 
     assert math.isfinite(resumed.update().loss)
 
 
-def test_a_schedulers_signal_reaches_ranks_alone_and_torchrun_ends_well(case):
+def test_a_schedulers_signal_reaches_only_ranks_and_torchrun_exits_cleanly(case):
     """As Slurm's --signal does where the job's script has told torchrun to ignore it."""
     settings = {"steps": 2000, "schedule": ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)}
     toml = case.toml("told", **settings, stop_signals=("SIGUSR2",))
@@ -376,13 +376,13 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
         ({"schedule": ScheduleConfig(peak_lr=0.02, warmup_steps=2)}, "schedule: .* of step 1 was 0.005, not 0.01;"),
     ],
 )
-def test_a_run_whose_past_would_have_been_another_is_not_extended(case, alone, changes, message):
+def test_a_run_whose_past_data_would_change_is_not_extended(case, alone, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(case.config("alone", **changes))
     assert load_toml(RunConfig, alone / "run.toml").steps == 8
 
 
-def test_a_worker_error_is_said_once_and_ends_the_launcher(case):
+def test_a_worker_error_is_reported_once_and_stops_the_launcher(case):
     done = launch(case.toml("refused"), "--model.vocab-size", "999")
     assert done.returncode == 2
     assert done.stderr.count("model.vocab_size = 999") == 1
@@ -398,7 +398,7 @@ def flip_a_byte(folder):
 
 
 @pytest.mark.parametrize("wrong", ["data", "output", "checkpoint"])
-def test_what_any_rank_finds_wrong_is_said_once(case, alone, tmp_path, wrong):
+def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
     output = tmp_path / "run"
     if wrong == "output":
         output.touch()
@@ -538,7 +538,7 @@ def test_three_stage_schedule():
     assert learning_rate(1, 100, ScheduleConfig(kind="constant", peak_lr=0.5, warmup_steps=0)) == 0.5
 
 
-def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
     log = MetricsLog(tmp_path, resume_step=0)
     for step in (1, 2, 3):
         log.write(step, {"loss": float(step)})

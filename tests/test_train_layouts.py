@@ -107,7 +107,7 @@ def test_a_run_in_any_layout_equals_one_process(ranks, case, alone, name, tied):
     check_same(config.output, alone[tied])
 
 
-def test_document_masks_change_what_is_learnt(case, alone):
+def test_document_masks_change_training(case, alone):
     config = config_of(case, "together", tied=True, document_masks=False)
     Trainer(config, ALONE).run()
     together, apart = (read_metrics(folder / "metrics.jsonl") for folder in (config.output, alone[True]))
@@ -125,7 +125,7 @@ def run_to(world, config, step):
     trainer.batches.close()
 
 
-def test_a_run_goes_on_in_another_layout(ranks, case, alone):
+def test_a_run_resumes_in_another_layout(ranks, case, alone):
     """Four steps, each by other ranks; only the last writes metrics."""
     layouts = [LAYOUTS[name] for name in ("tp=2 pp=2", "pp=2 dp=2", "tp=4", "pp=2 zbv")]
     for step, (size, parallel) in enumerate(layouts, start=1):
@@ -200,7 +200,7 @@ def request(**changes):
         (2, {"execution": FP8, "seq_length": 20, "micro_batch_size": 1}, "microbatch = 20 .*; no number of ranks chan"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_what_does(world_size, changes, message):
+def test_impossible_settings_are_refused_with_an_alternative(world_size, changes, message):
     with pytest.raises(ConfigError, match=message):
         request(**changes).layout(world_size)
 

@@ -1,4 +1,4 @@
-"""The report of a run says what the run's own files say, and is one file that fetches nothing."""
+"""The report of a run agrees with the run's files, and is one file that fetches nothing."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from megacoder.train.metrics_log import read_metrics
 
 @pytest.mark.parametrize(("weights", "num_streams"), [([1.0], 1), ([0.7, 0.1, 0.2], 8), ([1, 2, 3, 1.5], 16)])
 @pytest.mark.parametrize("num_windows", [0, 5, 64, 1003])
-def test_blended_windows_are_counted_as_they_are_drawn(weights, num_streams, num_windows):
+def test_counts_of_blended_windows_are_those_drawn(weights, num_streams, num_windows):
     table = blend_table(weights)
     counted = [0] * len(weights)
     for window in range(num_windows):
@@ -59,7 +59,7 @@ def report_of(folder, *arguments):
     return reader, text
 
 
-def test_the_report_says_what_the_run_has_logged(finished, capsys):
+def test_the_report_shows_the_logged_metrics(finished, capsys):
     reader, text = report_of(finished.output)
     assert f"{finished.output}/report.html: as of step 6" in capsys.readouterr().err
     rows = read_metrics(finished.output / "metrics.jsonl")
@@ -76,7 +76,7 @@ def test_the_report_says_what_the_run_has_logged(finished, capsys):
     assert "<script" not in text
 
 
-def test_it_fetches_nothing_and_its_picture_is_one(finished):
+def test_the_report_fetches_nothing_and_embeds_a_valid_picture(finished):
     reader, _ = report_of(finished.output)
     assert len(reader.sources) == 1
     kind, _, data = reader.sources[0].partition(";base64,")
@@ -106,7 +106,7 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     assert "2.000" in reader.texts
 
 
-def test_a_chart_of_nothing_but_zeros_begins_at_zero_and_its_names_have_room():
+def test_a_chart_of_zeros_starts_at_zero_with_room_for_labels():
     lines = [Series(name, [(1.0, 0.0), (2.0, 0.0)]) for name in ("0%", "50% PSM", "100% PSM")]
     chart = ET.fromstring(line_chart(lines, x_label="step", y_label="lines filled in exactly, %"))
     texts = {text.text: float(text.get("x")) for text in chart.iter("text")}

@@ -1,10 +1,10 @@
-"""Is a layout equal to one process? Trains a tiny model in each and compares losses, norms, gradients and weights.
+"""Checks that a layout equals one process: trains a tiny model both ways, compares losses, norms, gradients, weights.
 
     python tools/layout_parity.py --layouts "tp=2,pp=2,dp=2" "pp=4,schedule=zbv,recompute=full"
     python tools/layout_parity.py --random 20 --seed 7 --world 8
     python tools/layout_parity.py --pairwise
 
-A layout is written as `key=value` pairs, on and off for switches; what is left out has its default:
+A layout is written as `key=value` pairs, on and off for switches; the keys, each with a default:
 tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, norms, selective, full),
 and of the model kv-heads (1, 2, 4), tied, layers, vocab; packed (documents within a sequence do not see each other)
 and sequences (of an update, two of them a microbatch); shared-memory=off sends layers', stages' and gradients'
@@ -12,10 +12,10 @@ tensors through sockets, as between hosts.
 
 Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
 of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
-|found - expected| / |expected|, norms over one weight; what is no number differs by infinity. In fp32 the loss must
+|found - expected| / |expected|, norms over one weight; NaN counts as infinitely different. In fp32 the loss must
 agree within 1e-5 and every gradient within 1e-4; in bf16 errors against one process in fp32 must be at most twice those
-of one process in bf16, those of loss and gradient norm at most twice its or half a unit in the last place of bf16: one
-number may come out right by chance.
+of one process in bf16. For loss and gradient norm, half a unit in the last place of bf16 is allowed too: a single
+number of the one process may be right by chance.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ import itertools
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from bench_common import run_tool
 from ranks import RankFailed, RankPool
 
 from megacoder.core.config import from_dict, nearest, parse_args
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import ConfigError
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -460,7 +460,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MegacoderError as error:
-        sys.exit(f"layout_parity.py: {error}")
+    run_tool(main)

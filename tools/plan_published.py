@@ -1,7 +1,7 @@
-"""Published throughputs, and the planner's word on each with shares fitted to all the others.
+"""Published throughputs, and the planner's prediction of each with shares fitted to all the others.
 
 The shares that are fitted minimise the squares of log(predicted / published) plus a weak pull to the starting values,
-without which a share that few rows depend on would run away where those are left out.
+without which a share that few rows depend on would diverge when those rows are excluded.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Every use of the network is noted where it belongs, and its failures are those of a lost rank."""
+"""Every use of the network is noted in the journal, and its failures are reported as a lost rank."""
 
 import datetime
 import gc
@@ -65,7 +65,7 @@ def journals(world):
     return len({id(journal) for journal in same}), noted() is None
 
 
-def test_one_journal_for_all_groups_which_keeps_none_alive(ranks):
+def test_all_groups_share_one_journal_that_keeps_none_alive(ranks):
     assert ranks.run(2, journals) == [(1, True)] * 2
 
 
@@ -95,7 +95,7 @@ def gather_in_wrong_shape(world):
         collectives.all_gather_into(torch.zeros(5), torch.zeros(3), world.group)
 
 
-def test_a_wrong_call_is_no_lost_rank(ranks):
+def test_a_wrong_call_is_not_a_lost_rank(ranks):
     ranks.run(2, gather_in_wrong_shape)
 
 

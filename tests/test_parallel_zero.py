@@ -261,7 +261,7 @@ def train_on_from_a_copied_state(world, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_published_state_trains_on_to_the_same_bits(ranks, size, dtype):
+def test_a_published_state_continues_training_to_the_same_bits(ranks, size, dtype):
     for pairs in ranks.run(size, train_on_from_a_copied_state, dtype):
         for source, copy in pairs:
             for expected, actual in zip(source, copy, strict=True):

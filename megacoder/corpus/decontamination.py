@@ -50,7 +50,7 @@ class DecontaminationConfig:
     exceptions: tuple[str, ...] = ("return x + y", "return len(string)", "return n**2", "return ''.join(strings)")
     """test strings that are too common to count when they occur as a whole; default: BigCode's list for HumanEval"""
     fields: tuple[str, ...] = ()
-    """columns of the benchmarks to search for; default: all that hold text"""
+    """columns of the benchmarks to search for; without any, all that hold text"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.ngram:

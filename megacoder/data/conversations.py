@@ -39,12 +39,12 @@ class ConversationConfig:
     train: tuple[Path, ...] = ()
     """JSONL or Parquet files, or folders of them, with `messages`, or `instruction` and `output`"""
     valid: tuple[Path, ...] = ()
-    """the same, of which the held-out loss is measured"""
+    """the same for the held-out loss"""
     malformed: Literal["error", "skip"] = "error"
-    """whether a row that is no conversation ends the run before it starts, or is left out and counted"""
+    """when a row is not a conversation, refuse to start (error), or skip and count it (skip)"""
     too_long: Literal["cut", "skip", "error"] = "cut"
-    """whether a conversation longer than a window is cut at the right, as in the published script, or left out, or ends
-    the run before it starts; all are counted"""
+    """when a conversation is longer than a window, cut it at the right as the published script does (cut), skip it
+    (skip), or refuse to start (error); all are counted"""
     format: FormatConfig = field(default_factory=FormatConfig)
     """how conversations are written"""
 

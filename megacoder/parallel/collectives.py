@@ -64,6 +64,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _notes: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupNote] = weakref.WeakKeyDictionary()
 """Would be an attribute of each group, if torch's class allowed attributes."""
 
+MEETING = datetime.timedelta(seconds=60)
+"""Time that ranks have, at least, to connect to each other once all are there."""
+
 NCCL_MARGIN_SECONDS = 60.0
 """NCCL's own watchdog, which aborts the process without our error line, gets this much longer than the time-out."""
 
@@ -184,10 +187,10 @@ def start_world(
     try:
         join_timeout = max(timeout, datetime.timedelta(seconds=join_seconds))
         store, rank, size = next(dist.rendezvous("env://", timeout=join_timeout))
-        store.set_timeout(join_timeout)
         attempt = agree_on_attempt(
             dist.PrefixStore("megacoder/start", store), rank, size, timeout_seconds=join_timeout.total_seconds()
         )
+        store.set_timeout(max(timeout, MEETING))  # from here on all ranks are there
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             store=dist.PrefixStore(f"megacoder/{attempt}", store),

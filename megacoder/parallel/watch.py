@@ -101,8 +101,6 @@ class Watch:
             for thread in self._threads:  # a thread that returns from the network during shutdown would abort Python
                 thread.join(ANSWER_SECONDS)
 
-    # ---- the two threads
-
     def _keep_beating(self) -> None:
         """Blocks when the network does; the other thread sees that from `_heard`."""
         while not self._over.is_set():
@@ -157,8 +155,6 @@ class Watch:
         self._print(error)
         os._exit(error.exit_code)
 
-    # ---- finding out and telling
-
     def _conclude(self, failure: str) -> RankLost:
         """The error to raise or print after `failure`: the first announcement, made by this rank if there is none."""
         looks = self._bulletin.ask(
@@ -206,8 +202,6 @@ class Watch:
         if not error.told:
             say(f"megacoder: {error}")
 
-    # ---- ending processes that cannot end
-
     def _end_silent(self, end: End) -> None:
         for host, pid in end.silent:
             if host == self._host:
@@ -222,8 +216,6 @@ class Watch:
                 with contextlib.suppress(OSError):
                     os.kill(self._agent, number)
                 time.sleep(GRACE_SECONDS if number == signal.SIGTERM else 0.0)
-
-    # ---- this rank
 
     def _publish(self, *, finished: bool = False) -> None:
         self._beat += 1

@@ -175,7 +175,7 @@ def test_runs_give_back_every_record_once_whatever_the_ranges(tmp_path):
     [
         ({"similarity": 0.0}, "similarity = 0.0"),
         ({"num_hashes": 100}, "num_hashes = 100: must be a multiple of 64"),
-        ({"bands": 65, "rows": 4}, "bands x rows = 65 x 4: only 256"),
+        ({"bands": 65, "rows": 4}, "bands x rows = 65 x 4: there are only 256"),
         ({"ngram": 0}, "ngram = 0"),
     ],
 )

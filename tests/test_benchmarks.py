@@ -377,7 +377,7 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "/models: no answer in 0 s; is it a model's server?"),
+        (None, "/models: no answer in 0 s; is an OpenAI-compatible server running there?"),
         (b"SSH-2.0-here\r\n", "/models: SSH-2.0-here; is the server running?"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", "/models: 404 Not Found: gone"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "/models: no model in []; name one (--api-model)"),

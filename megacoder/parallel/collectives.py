@@ -218,7 +218,7 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
         return None
     assert world.group is not None
     parts = [list(members) for members in partition]
-    with Operation(f"making of the {name} groups", None, _note_of(world.group)):
+    with Operation(f"creation of the {name} groups", None, _note_of(world.group)):
         if world.device.type == "cuda":  # one split of the world's communicator makes all groups of the axis at once
             return dist.split_group(split_ranks=parts, timeout=world.timeout, group_desc=name)
         groups = [dist.new_group(members, timeout=world.timeout, group_desc=name) for members in parts]
@@ -270,7 +270,7 @@ def _share_memory(group: dist.ProcessGroup, world: World) -> None:
     if not world.shared_memory or note.memory is not None or len(note.ranks) == 1 or note.backend != "gloo":
         return
     seconds = (world.timeout or default_pg_timeout).total_seconds()
-    with Operation("sharing of memory", None, note):
+    with Operation("set-up of shared memory", None, note):
         exchange = partial(_exchange, group=group)
         note.memory = share_memory(dist.get_rank(group), note.ranks, exchange, timeout_seconds=seconds)
 

@@ -17,11 +17,11 @@ from megacoder.core.rates import known_peak
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World
 from megacoder.train.op_table import op_table
 from megacoder.train.phases import PhaseClock
 from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilisation

@@ -30,10 +30,10 @@ from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import Batch
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
-from megacoder.parallel.collectives import World, gather_json
 from megacoder.parallel.journal import Listener
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout

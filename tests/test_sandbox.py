@@ -141,7 +141,14 @@ def test_the_attacks_do_their_worst_where_nothing_stops_them(tmp_path):
         ("raise SystemExit(3)", "failed", "exit code 3"),
         ("import os; os.kill(os.getpid(), 11)", "crashed", "signal 11"),
         ("def f(:", "failed", "SyntaxError"),
-    ],
+        ("if __name__ == '__main__':\n    input()", "passed", ""),
+        ("import pickle\nclass C: pass\npickle.loads(pickle.dumps(C()))", "passed", ""),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.fail('no')\nunittest.main()",
+            "failed",
+            "FAILED (failures=1)",
+        ),
+    ],  # fmt: skip
 )
 def test_what_a_program_does_is_what_is_reported(sandbox, source, verdict, detail):
     outcome = sandbox.run_one(python(source, Limits(seconds=5)))
@@ -280,7 +287,7 @@ PROGRAMS = {  # right, wrong, and what does not compile
         "class Problem {",
     ),
     "js": (
-        "console.log(42)",
+        "var x = 42",
         "require('assert')(false)",
         None,
     ),
@@ -377,7 +384,7 @@ def test_every_installed_language_runs_fails_and_does_not_compile():
         pytest.skip(str(error))
     for (name, kind), outcome in outcomes.items():
         assert outcome.passed == (kind == "right"), (name, kind, outcome)
-        if kind == "right":
+        if kind == "right" and not LANGUAGES[name].silent:
             assert outcome.stdout.split()[0] == "42"  # Go's test programs add a line
         if kind == "broken":
             assert (outcome.step, outcome.verdict) == (0, "failed"), (name, outcome)
@@ -391,6 +398,22 @@ def test_a_complaint_on_stderr_fails_a_program_whose_exit_code_does_not(sandbox)
     assert sandbox.run_one(script("echo Failure >&2; echo no Fail >&2; echo Fail")).passed
     outcome = sandbox.run_one(script("echo x >&2; echo Fail: 3 >&2"))
     assert outcome.describe() == "failed: Fail: 3"
+
+
+def test_anything_printed_fails_a_program_that_must_be_silent(sandbox):
+    def script(source: str) -> Program:
+        step = Step(argv=("bash", "main.sh"), limits=Limits(seconds=5), silent=True)
+        return Program(files={"main.sh": source}, steps=(step,))
+
+    assert sandbox.run_one(script("true")).passed
+    assert sandbox.run_one(script("echo so far")).describe() == "failed: so far"
+    assert sandbox.run_one(script("echo so far >&2")).describe() == "failed: so far"
+
+
+def test_openssl_is_linked_where_a_program_includes_it():
+    toolchain = Toolchain(language=LANGUAGES["cpp"], paths={"c++": "/x/bin/g++"})
+    plain, linked = (toolchain.program(source, seconds=1).steps[0].argv for source in ("", "#include <openssl/md5.h>"))
+    assert linked == (*plain, "-lcrypto", "-lssl")
 
 
 def test_a_jar_is_a_library_that_is_named_and_shown_alone():

@@ -148,7 +148,7 @@ def test_the_attacks_do_their_worst_where_nothing_stops_them(tmp_path):
             "failed",
             "FAILED (failures=1)",
         ),
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_program_does_is_what_is_reported(sandbox, source, verdict, detail):
     outcome = sandbox.run_one(python(source, Limits(seconds=5)))

@@ -6,7 +6,7 @@ here and counts by its model's tokenizer, so that the same task is the same ques
 
 from collections.abc import Sequence
 
-from megacoder.core.console import counted, say_once
+from megacoder.core.console import say_once
 from megacoder.evaluate.benchmarks.base import Task
 from megacoder.evaluate.benchmarks.completions import Request
 from megacoder.evaluate.prompts import CountTokens, last_lines, num_that_fit
@@ -29,7 +29,7 @@ def limited_texts(requests: Sequence[Request], *, count: CountTokens, frame: int
         texts.append(text)
         num_cut += num_dropped > 0
     if num_cut:
-        say_once(f"{counted(num_cut, 'prompt', 'prompts')} of {len(texts):,} did not fit and lost their first lines")
+        say_once(f"prompts without their first lines, which did not fit: {num_cut:,} of {len(texts):,}")
     return texts
 
 

@@ -63,7 +63,7 @@ def test_what_is_asked_for_runs_or_is_refused(asked):
 
 def test_a_backend_that_cannot_do_the_rest_is_named(asked):
     asked("attention=flash")
-    with pytest.raises(ConfigError, match="attention=flash does not serve all of this run"):
+    with pytest.raises(ConfigError, match="attention=flash does not support all of this run"):
         backend("attention", torch.empty(0), able=lambda name: False)
 
 

@@ -91,7 +91,7 @@ def test_a_folder_without_checkpoints_exits_with_1(tmp_path, capsys, command):
 def test_what_is_no_checkpoint_is_not_called_damaged(tmp_path, capsys):
     (tmp_path / "corpus.json").touch()
     code, out, err = run(capsys, "verify", tmp_path)
-    assert (code, out, err) == (1, "", f"megacoder: {tmp_path}: holds no whole checkpoint\n")
+    assert (code, out, err) == (1, "", f"megacoder: {tmp_path}: holds no complete checkpoint\n")
 
 
 @pytest.mark.parametrize("step", [15, -1])

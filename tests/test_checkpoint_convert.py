@@ -111,7 +111,7 @@ def test_there_and_back_in_one_file(case, capsys, tmp_path):
     [
         (
             ["--tp", "3"],
-            "tp = 3: model.num_attention_heads = 4 is not a multiple of it; nearest",
+            "tp = 3: model.num_attention_heads = 4 is not a multiple of 3; nearest",
         ),
         (["--pp", "8"], "8 stages for 5 layers"),
         (["--dp", "0"], "dp = 0: needs at least 1"),
@@ -392,4 +392,4 @@ def test_a_checkpoint_that_does_not_say_its_model_is_not_exported(tmp_path, caps
     assert reader_of.step == 3
     code, _, err = run(capsys, "export", tmp_path / "bare", tmp_path / "hf")
     assert code == 1
-    assert "state.config.model: not there" in err
+    assert "state.config.model: missing" in err

@@ -114,7 +114,7 @@ def test_any_truncation_and_any_growth_is_found(folder, name):
 @pytest.mark.parametrize("name", ["manifest.json", FIRST, SECOND])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    assert_refused(folder, folder / name, "No such file or directory; the checkpoint is not whole")
+    assert_refused(folder, folder / name, "No such file or directory; the checkpoint is incomplete")
 
 
 def test_all_bad_files_are_named_at_once(folder):
@@ -218,11 +218,11 @@ EDITS = {
     "file member": (lambda table: table["files"][FIRST].pop("size"), "expected the members size, crc32"),
     "kind": (lambda table: table["tensors"].update(weight=3), "weight = 3: expected dict"),
     "dtype": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(dtype="F8"), "dtype 'F8'"),
-    "shape": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(shape=[3]), "no box of shape [3]"),
-    "offsets": (lambda table: piece(table).update(offsets=[2, 1]), "offsets (2, 1) and sizes (1, 4) are no box"),
+    "shape": (lambda table: table["tensors"]["weight"]["lm_head.weight"].update(shape=[3]), "not a box in shape [3]"),
+    "offsets": (lambda table: piece(table).update(offsets=[2, 1]), "offsets (2, 1) and sizes (1, 4) are not a box"),
     "negative": (lambda table: piece(table).update(offsets=[-1, 0]), "= -1: expected a non-negative integer"),
-    "empty box": (lambda table: piece(table).update(sizes=[0, 4]), "are no box"),
-    "ranks differ": (lambda table: piece(table).update(sizes=[4]), "are no box"),
+    "empty box": (lambda table: piece(table).update(sizes=[0, 4]), "are not a box"),
+    "ranks differ": (lambda table: piece(table).update(sizes=[4]), "are not a box"),
     "unlisted file": (lambda table: piece(table).update(file="y.safetensors"), "'y.safetensors', which is not listed"),
     "key twice": (lambda table: piece(table, 1).update(key=piece(table)["key"]), "is used twice"),
     "a hole": (lambda table: table["tensors"]["weight"]["model.norm.weight"].update(shape=[3]), "norm.weight: [2:3]"),
@@ -331,5 +331,5 @@ def test_data_is_cut_into_blocks_however_it_comes(tmp_path, monkeypatch):
 
 
 def test_a_dtype_that_is_not_stored_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"torch.complex64 are not stored; use one of F64"):
+    with pytest.raises(CheckpointError, match=r"torch.complex64 cannot be stored; use one of F64"):
         save_as_ranks(tmp_path, 1, [[flat("w", (2,), 0, 2, torch.zeros(2, dtype=torch.complex64))]])

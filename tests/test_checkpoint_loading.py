@@ -121,8 +121,8 @@ def fragment(name="matrix", kind="weight", shape=(9, 5), dtype=torch.float32):
     [
         ({"name": "matrx"}, "no weight of matrx; the nearest is matrix"),
         ({"kind": "momentum"}, "no momentum of matrix; it has no tensor of kind 'momentum'"),
-        ({"shape": (5, 9)}, r"has shape \[9, 5\], the model's has \[5, 9\]"),
-        ({"dtype": torch.bfloat16}, "stored as F32, asked for as BF16"),
+        ({"shape": (5, 9)}, r"has shape \[9, 5\]; the model needs \[5, 9\]"),
+        ({"dtype": torch.bfloat16}, "stored as F32; requested as BF16"),
     ],
 )
 def test_what_is_not_there_as_asked_is_named(tmp_path, asked, message):
@@ -170,15 +170,15 @@ def test_the_newest_whole_one_is_taken_whatever_latest_says_and_that_is_said(tmp
         (tmp_path / "latest").write_text(latest + "\n")
     assert CheckpointReader(tmp_path).step == 2
     said = capsys.readouterr().err
-    assert "passing over step-00000003" in said
-    named = f"latest names {latest!r}; the newest whole checkpoint is step-00000002"
+    assert "skipping step-00000003" in said
+    named = f"latest names {latest!r}; using step-00000002, which is the newest complete checkpoint"
     assert (named in said) == (latest not in (None, "step-00000002"))
 
 
 def test_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder of checkpoints"):
         CheckpointReader(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         CheckpointReader(tmp_path)
     with pytest.raises(CheckpointError, match=r"step-00000004/manifest.json: No such file"):
         CheckpointReader(tmp_path / "step-00000004")

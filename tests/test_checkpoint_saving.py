@@ -328,8 +328,8 @@ def refusing(function, name):
 @pytest.mark.parametrize(
     ("operation", "name", "line"),
     [
-        ("replace", "latest", "latest was not moved to step-00000002, which is whole: Permission denied"),
-        ("rename", ".tmp-rotated", "older checkpoints are still there: "),
+        ("replace", "latest", "latest was not updated to step-00000002, which is complete: Permission denied"),
+        ("rename", ".tmp-rotated", "older checkpoints were not removed: "),
     ],
 )
 def test_what_fails_once_a_checkpoint_is_there_is_no_failed_save(tmp_path, monkeypatch, capsys, operation, name, line):
@@ -403,7 +403,8 @@ def test_a_rank_that_is_late_or_gives_up_is_noticed(tmp_path):
     temporary.mkdir()
     file = rank_file_name(0, 3)
     write_part(temporary, file, plan_rank_file(file, []), [], step=1, layout={}, state={})
-    with pytest.raises(CheckpointError, match=r"2 of 3 ranks were not done in 0\.05 s, rank-00001-of-00003 the first"):
+    message = r"2 of 3 ranks did not finish writing in 0\.05 s; the first is rank-00001-of-00003"
+    with pytest.raises(CheckpointError, match=message):
         commit(temporary, 3, timeout_seconds=0.05)
     with pytest.raises(CheckpointError, match="the first rank did not commit step-00000001"):
         await_outcome(temporary, timeout_seconds=0.05)
@@ -431,7 +432,7 @@ def test_a_rank_writes_no_further_once_another_has_given_up(tmp_path, monkeypatc
             yield view[start : start + 16]
 
     file = rank_file_name(1, 2)
-    with pytest.raises(CheckpointError, match=r"is not there: another rank gave up, .* or this host no longer sees"):
+    with pytest.raises(CheckpointError, match=r"is gone: another rank gave up, .* or this host no longer sees"):
         write_part(temporary, file, plan_rank_file(file, fragments), data(), step=1, layout={}, state={})
     assert asked == [0, 16]
 

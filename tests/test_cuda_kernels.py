@@ -353,6 +353,6 @@ def test_buffers_that_a_kernel_would_misread_are_refused():
     }.items():
         right = getattr(update, name)
         setattr(update, name, wrong)
-        with pytest.raises(ValueError, match="a kernel takes contiguous"):
+        with pytest.raises(ValueError, match="a kernel needs contiguous"):
             update.run([1e-3, 1.0, 0.1, 0.05, 0.0])
         setattr(update, name, right)

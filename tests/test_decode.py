@@ -88,5 +88,5 @@ def test_a_step_beyond_the_cache_is_refused(backend):
     decoder = Decoder(model, make_cache(model, [6]))
     for _ in range(4):
         decoder.step(torch.tensor([1]))
-    with pytest.raises(ValueError, match="column 10: from 0 to 9"):
+    with pytest.raises(ValueError, match="column 10: must be from 0 to 9"):
         decoder.step(torch.tensor([1]))

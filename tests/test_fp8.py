@@ -103,7 +103,7 @@ def test_what_is_not_finite_makes_all_products_nan(bad, dtype):
 
 @pytest.mark.parametrize("shape", [(8, 16), (16, 24), (1, 16), (17, 31)], ids=str)
 def test_odd_sizes_are_refused_by_name(shape):
-    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} in fp8; both dims must be multiples of 16"):
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} to fp8; both dims must be multiples of 16"):
         fp8_cast(randn(*shape), E4M3)
 
 
@@ -368,7 +368,7 @@ def test_what_has_no_fp8_is_refused(asked):
     fp8 = ExecutionConfig(fp8=True)
     with pytest.raises(ConfigError, match=r'execution\.fp8 = true needs execution.block = "scheduled"'):
         ExecutionConfig(fp8=True, block="plain")
-    with pytest.raises(ConfigError, match='fp8 = true casts from bfloat16; dtype = "float32"'):
+    with pytest.raises(ConfigError, match='fp8 = true casts from bfloat16: it needs dtype = "bfloat16", not "float32"'):
         fp8.check_machine("cuda", torch.float32)
     with pytest.raises(ConfigError, match=r"needs a GPU that multiplies fp8 .*: sm_89 and up"):
         fp8.check_machine("cpu", torch.bfloat16)
@@ -382,7 +382,7 @@ def test_what_has_no_fp8_is_refused(asked):
     [
         ({"hidden_size": 72}, 1, 16, "hidden_size = 72 is not a multiple of 16"),
         ({"intermediate_size": 104}, 1, 16, "intermediate_size = 104 is"),
-        ({"intermediate_size": 112}, 2, 16, r"intermediate_size = 56 \(of one of tp = 2 ranks\) is not"),
+        ({"intermediate_size": 112}, 2, 16, r"intermediate_size = 56 \(per rank at tp = 2\) is not"),
         ({"head_dim": 10}, 1, 16, "num_attention_heads [*] head_dim = 40 is"),
         ({"num_key_value_heads": 1, "head_dim": 4}, 1, 16, r"\+ 2 num_key_value_heads\) [*] head_dim = 24 is"),
         ({}, 1, 40, "tokens of a microbatch = 40 is"),

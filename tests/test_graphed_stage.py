@@ -153,7 +153,7 @@ def test_what_a_graph_cannot_hold_is_refused_before_anything_runs(num_before, to
         stage.forward(None, microbatch)
     grad = flat.grad.clone()
     for changes in ({"num_labels": None}, {"places": None}, {"places": packed(last.tokens_BS)}):
-        with pytest.raises(ValueError, match="a graph is of whole sequences with places, not masked"):
+        with pytest.raises(ValueError, match="a CUDA graph needs microbatches with places, counted labels and no"):
             stage.forward(None, dataclasses.replace(last, **changes))
     assert len(recorders) == int(num_before > WARM_UP)
     assert torch.equal(flat.grad, grad)
@@ -166,7 +166,7 @@ def test_tokens_of_another_shape_are_refused(torch_alone, monkeypatch):
     for microbatch in microbatches(WARM_UP + 1):
         stage.forward(None, microbatch)
     (other,) = microbatches(1, length=9)
-    with pytest.raises(ValueError, match=r"the graph is of microbatches of \[2, 11\] tokens; this one has \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"the graph was recorded for \[2, 11\] tokens; this microbatch has \[2, 9\]"):
         stage.forward(None, other)
 
 

@@ -20,5 +20,5 @@ def test_a_buffer_of_dtype_and_shape_passes():
     ids=["dtype", "strides", "shape"],
 )
 def test_a_buffer_that_a_kernel_would_misread_is_refused(buffer):
-    with pytest.raises(ValueError, match="a kernel takes contiguous"):
+    with pytest.raises(ValueError, match="a kernel needs contiguous"):
         address(buffer, *WANTED)

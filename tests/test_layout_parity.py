@@ -140,7 +140,7 @@ def test_the_command_fails_past_the_tolerance(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ([], "no layouts; give --layouts"),
-        (["--layouts", "tp=3"], "tp = 3: model.num_attention_heads = 4 is not a multiple of it"),
+        (["--layouts", "tp=3"], "tp = 3: model.num_attention_heads = 4 is not a multiple of 3"),
         (["--layouts", "block=fast"], "block = 'fast': expected one of 'scheduled', 'plain'"),
     ],
 )

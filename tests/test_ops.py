@@ -202,7 +202,7 @@ def test_documents_are_as_if_each_were_alone(dtype):
     [
         ([[0, 0, 4]], "the first key of token 3 of sequence 0 is 4; it must be from 0 to 3"),
         ([[0, -1, 0]], "the first key of token 2 of sequence 0 is -1"),
-        ([[0, 0]], r"first keys of 1 x 3 queries have the shape \[1, 2\]"),
+        ([[0, 0]], r"first keys of 1 x 3 queries have shape \[1, 2\]"),
     ],
 )
 def test_masks_that_leave_a_query_nothing_are_refused(first_keys, message):

@@ -49,4 +49,4 @@ def test_a_start_in_which_ranks_died_before_they_came_does_not_confuse_the_next(
 
 def test_who_does_not_come_is_counted():
     names = start(dist.HashStore(), [0, 2], 3, timeout_seconds=0.3)
-    assert "1 of 2 other ranks have come in 0.3 s" in str(names[0])
+    assert "1 of 2 other ranks have joined in 0.3 s" in str(names[0])

@@ -44,10 +44,10 @@ CASES = {
     ),
     "all wait": (
         {2: record(2, beat=8, microbatch=1, moves=95), 3: record(3, beat=8, microbatch=1, moves=94)},
-        "all ranks wait for others; the furthest behind is rank 3 (host h1, pid 103) in",
+        "all ranks wait for each other; furthest behind is rank 3 (host h1, pid 103) in",
     ),
     "before the first step": (
-        {3: record(3, beat=8, step=None, microbatch=None)}, "all ranks wait for others; the furthest behind is rank 3 ",
+        {3: record(3, beat=8, step=None, microbatch=None)}, "all ranks wait for each other; furthest behind is rank 3 ",
     ),
     "busy": ({1: record(1, **{**WORKING, "still_seconds": 0.3})}, f"rank 0 at {PLACE}: all-reduce failed; all other"),
     "finished": ({1: record(1, **WORKING), 2: record(2, finished=True)}, STUCK),

@@ -354,7 +354,7 @@ def one_too_many(world):
     microbatch = replica.microbatches(0)[0]
     replica.stage.backward(None, replica.stage.forward(None, microbatch)[1])
     again = replica.stage.forward(None, microbatch)[1]
-    with pytest.raises(RuntimeError, match="RMSNorm: more microbatches than begin_step was told"):
+    with pytest.raises(RuntimeError, match="RMSNorm: finished by more microbatches than begin_step announced"):
         replica.stage.backward(None, again)
     list(replica.optimizer.traffic.reduced())  # a rank must not leave while others still wait for it
 
@@ -365,5 +365,5 @@ def test_a_gradient_that_comes_after_its_bucket_left_is_refused(ranks):
 
 def test_buckets_for_another_number_of_ranks_are_refused():
     flat = FlatParameters(build(tiny()).named_parameters(), dtype=torch.float32, device=CPU, num_shards=2)
-    with pytest.raises(ValueError, match="parameters cut for 2 data-parallel ranks; there are 1"):
+    with pytest.raises(ValueError, match="parameters are cut for 2 data-parallel ranks; there are 1"):
         Zero1AdamW(flat, None, CONFIG)

@@ -159,8 +159,11 @@ TORCHRUN_SETS = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MASTER_ADDR": None, "LOCAL_RANK": None}, "WORLD_SIZE = '4' is set, LOCAL_RANK, MASTER_ADDR not: "),
-        ({"RANK": ""}, "WORLD_SIZE = '4' is set, RANK not: start ranks with torchrun, which sets them all, or unset"),
+        ({"MASTER_ADDR": None, "LOCAL_RANK": None}, "WORLD_SIZE = '4' is set, but not LOCAL_RANK, MASTER_ADDR: "),
+        (
+            {"RANK": ""},
+            "WORLD_SIZE = '4' is set, but not RANK: start ranks with torchrun, which sets them all, or unset",
+        ),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': expected a number, as torchrun sets it"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT = '-1': expected a number"),
         ({"RANK": "4"}, "RANK = 4, but WORLD_SIZE = 4: ranks are counted from 0"),

@@ -335,9 +335,9 @@ def test_sum_with_peer_leaves_others_alone(ranks):
 @pytest.mark.parametrize(
     ("num_ranks", "num_stages", "num_microbatches", "message"),
     [
-        (2, 1, 3, "1f1b: the program is for 2 pipeline ranks, there are 1"),
-        (1, 2, 3, "1f1b: the program is for 1 chunks per rank, there are 2"),
-        (1, 1, 4, "1f1b: the program is for 3 microbatches, there are 4"),
+        (2, 1, 3, "1f1b: the program is for 2 pipeline ranks; there are 1"),
+        (1, 2, 3, "1f1b: the program is for 1 chunks per rank; there are 2"),
+        (1, 1, 4, "1f1b: the program is for 3 microbatches; there are 4"),
     ],
 )
 def test_what_does_not_fit_the_program_is_refused(num_ranks, num_stages, num_microbatches, message):

@@ -270,7 +270,7 @@ def test_a_tensor_of_a_graph_is_summed(ranks):
 
 
 def differ_in_size(world):
-    with pytest.raises(RuntimeError, match=r"takes part with 1\d bytes where this one has 1\d: their calls differ"):
+    with pytest.raises(RuntimeError, match=r"takes part with 1\d bytes where this rank has 1\d: their calls differ"):
         all_reduce_sum(torch.ones(3 + world.rank), world.group)
     barrier(world.group)
 

@@ -316,12 +316,12 @@ def test_a_label_of_the_padding_is_refused_on_every_rank(ranks):
     ("size", "changes", "message"),
     [
         (0, {}, "tp = 0: needs at least 1; nearest that work: tp = 1 or 2"),
-        (3, {}, "tp = 3: model.num_attention_heads = 4 is not a multiple of it; nearest that work: tp = 2 or 4"),
+        (3, {}, "tp = 3: model.num_attention_heads = 4 is not a multiple of 3; nearest that work: tp = 2 or 4"),
         (4, {"intermediate_size": 54}, "tp = 4: model.intermediate_size = 54 is not a .* tp = 1 or 2"),
         (4, {"vocab_multiple": 10}, "tp = 4: the vocabulary, padded to 90 by model.vocab_multiple = 10, is"),
         (
             4, {"num_attention_heads": 12, "num_key_value_heads": 6},
-            "tp = 4: model.num_key_value_heads = 6 is neither a multiple nor a divisor of it; .* tp = 1 or 2",
+            "tp = 4: model.num_key_value_heads = 6 is neither a multiple nor a divisor of 4; .* tp = 1 or 2",
         ),
     ],
 )  # fmt: skip
@@ -334,11 +334,12 @@ def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
     model, _ = build(tiny(), TensorParallel(size=4, sequence_parallel=True))
     tokens = torch.zeros(1, 18, dtype=torch.int64)
     for step in STEPS.values():
-        with pytest.raises(ConfigError, match=r"tp = 4: 1 x 18 tokens .* nearest sequence length that does: 16 or 20"):
+        with pytest.raises(ConfigError, match=r"tp = 4: 1 x 18 tokens .* nearest sequence lengths that work: 16 or 20"):
             step(model, tokens, tokens)
 
 
 def test_logits_of_shared_tokens_are_refused():
     model, _ = build(tiny(), TensorParallel(size=2, sequence_parallel=True))
-    with pytest.raises(ConfigError, match="logits under sequence parallelism; generate with sequence_parallel = false"):
+    message = "logits need all tokens on every rank; generate with sequence_parallel = false"
+    with pytest.raises(ConfigError, match=message):
         model.logits(torch.zeros(1, 1, 32))

@@ -224,5 +224,5 @@ def test_a_build_without_the_recogniser_is_another_one(tmp_path):
 
 @pytest.mark.parametrize("share", [-0.5, 1.5, math.nan])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ValueError, match=r"share = .*: from 0 to 1"):
+    with pytest.raises(ValueError, match=r"share = .*: must be from 0 to 1"):
         left_out("int x;\n", "c", share=share)

@@ -402,7 +402,7 @@ def test_settings_that_contradict_are_refused(toy):
         ({"global_batch_size": 7}, "01", "global_batch_size = 7 is not a multiple"),
         ({"model": ModelConfig(vocab_size=50)}, "01", "model.vocab_size = 50, but the tokenizer"),
         ({"init_from": Path("nowhere")}, "01", "nowhere: no such folder"),
-        ({"stream": {"seq_length": 2}}, "0", "does the first answer begin within it"),
+        ({"stream": {"seq_length": 2}}, "0", "has an answer that begins within it"),
         ({"data": "{"}, "0", r"broken\.jsonl:1: malformed JSON"),
     ],
 )

@@ -82,7 +82,7 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(case):
     ranks = children(launcher.pid)
     launcher.kill()
     _, said = launcher.communicate(timeout=60)  # at the end of what the ranks say
-    assert "torchrun has ended; the rank stops as if asked to" in said
+    assert "torchrun has exited; the rank stops as on a signal" in said
     wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
     reached = CheckpointReader(output / "checkpoints").step
     assert reached == read_metrics(output / "metrics.jsonl")[-1]["step"]

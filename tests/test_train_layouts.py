@@ -181,7 +181,7 @@ def request(**changes):
     ("world_size", "changes", "message"),
     [
         (2, {"parallel": ParallelConfig(tp=4)}, "tp=4 needs 4 ranks, there are 2; nearest that work on 2 ranks: tp=2"),
-        (6, {"parallel": ParallelConfig(tp=3)}, "tp = 3: model.num_attention_heads = 4 is not a multiple of it"),
+        (6, {"parallel": ParallelConfig(tp=3)}, "tp = 3: model.num_attention_heads = 4 is not a multiple of 3"),
         (8, {"parallel": ParallelConfig(dp=3)}, "dp=3 needs 3 ranks, there are 8; nearest that work on 8 ranks: "),
         (8, {"parallel": ParallelConfig(pp=8)}, "8 stages for 2 layers: .*; nearest that work on 8 ranks: pp=4,dp=2"),
         (4, {"parallel": ParallelConfig(pp=4, schedule="zbv")}, "8 stages for 2 layers: .*: pp=2,dp=2"),

@@ -394,7 +394,7 @@ def test_ignored_labels_are_those_of_the_op():
             "grad_weight_D must be contiguous torch.float32",
         ),
         (lambda x: cross_entropy_(x, torch.zeros(4, dtype=torch.int32), vocab=8), "labels_C must be .* torch.int64"),
-        (lambda x: softmax_(x, vocab=9), "vocabulary of 9 ids does not lie in rows of 8 columns"),
+        (lambda x: softmax_(x, vocab=9), "vocabulary of 9 ids does not fit in rows of 8 columns"),
         (lambda x: rescale_subtract_(x, x[:, 0], x[:, 0], x[:, 0]), "scale_C must be .* with strides \\[8\\]"),
         (
             lambda x: rope_(x, *rope_tables(4, 4, theta=1e4), torch.arange(4), num_heads=3, head_dim=4),

@@ -1,7 +1,7 @@
-// A compiled tree-sitter grammar as it lies in memory, ABI 13 to 15, and the look-ups in it.
+// A compiled tree-sitter grammar in memory, ABI 13 to 15, and the look-ups in it.
 //
-// The layout is that of tree-sitter's lib/src/parser.h (0.26), which every generated parser is compiled against, so that
-// it cannot change under a version number that is known. Grammars are read-only and never freed.
+// The layout is that of tree-sitter's lib/src/parser.h (0.26), which every generated parser is compiled against, so it
+// cannot change without a new ABI version. Grammars are read-only and never freed.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ using Symbol = uint16_t;
 
 constexpr Symbol kEnd = 0, kNoSymbol = 0xFFFF;
 constexpr State kErrorState = 0, kStartState = 1;
-constexpr uint16_t kNoLexState = 0xFFFF;  // behind an extra of several tokens: reduce it before anything is read
-constexpr unsigned kScannerBytes = 1024;  // an external scanner's state may have: tree-sitter's buffer
+constexpr uint16_t kNoLexState = 0xFFFF;  // after an extra of several tokens: reduce before reading anything
+constexpr unsigned kScannerBytes = 1024;  // limit of an external scanner's state: the size of tree-sitter's buffer
 
 // What a grammar's lexer and external scanner see of the text.
 struct LexerView {
@@ -51,7 +51,7 @@ union Action {
   struct {
     uint8_t count;
     bool reusable;
-  } entry;  // stands before the actions of one state and symbol
+  } entry;  // precedes the actions of one state and symbol
 };
 static_assert(sizeof(Action) == 8);
 
@@ -77,9 +77,9 @@ struct Tables {
   const void* field_map_entries;
   const void* symbol_metadata;
   const Symbol* public_symbol_map;
-  const uint16_t* alias_map;  // symbol, count, that many names it may go by; symbols rise, 0 ends
+  const uint16_t* alias_map;  // symbol, count, that many aliases of it; in ascending order of symbols, ended by 0
   const Symbol* alias_sequences;
-  const uint16_t* lex_modes;  // two numbers a state; three from ABI 15
+  const uint16_t* lex_modes;  // two numbers per state; three from ABI 15 on
   bool (*lex_fn)(LexerView*, State);
   bool (*keyword_lex_fn)(LexerView*, State);
   Symbol keyword_capture_token;
@@ -93,7 +93,7 @@ struct Tables {
     void (*deserialize)(void*, const char*, unsigned);
   } external_scanner;
   const State* primary_state_ids;
-  const char* name;  // from here on ABI 15
+  const char* name;  // from here on only in ABI 15
   const Symbol* reserved_words;
   uint16_t max_reserved_word_set_size;
 };
@@ -106,7 +106,7 @@ struct Entry {
 
 class Grammar {
  public:
-  // `function_words`: what is in the names of functions' symbols.
+  // `function_words`: strings that occur in the names of functions' symbols.
   Grammar(const Tables* tables, const std::vector<std::string>& function_words)
       : tables(*tables), cache_(size_t{1} << kCacheBits), is_function_(tables->symbol_count) {
     const auto names_function = [&](Symbol symbol) {
@@ -152,14 +152,14 @@ class Grammar {
     return false;
   }
 
-  // Whether a node of this symbol, or of a name it may go by, is a function.
+  // Whether this symbol, or one of its aliases, is a function.
   bool is_function(Symbol symbol) const { return is_function_[symbol]; }
 
   const Tables& tables;
 
  private:
-  // Rows of most states are lists of groups, which take a search; the last answers are kept where their key hashes to
-  // (13 bits are 3% slower in C and Scala, 17 no faster).
+  // The rows of most states are lists of groups that must be searched; a direct-mapped cache holds recent answers (with
+  // 13 bits C and Scala are 3% slower, with 17 no faster).
   static constexpr int kCacheBits = 15;
   struct Cached {
     uint32_t key = 0xFFFFFFFF;

@@ -1,6 +1,6 @@
 // The text as a grammar's lexer and external scanner read it: one character at a time, UTF-8.
 //
-// They reach it through the pointers of LexerView, which is the first member, so that its address is the lexer's.
+// They call it through the function pointers of LexerView, the first member, whose address is therefore the lexer's.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ class Lexer {
   Lexer(const uint8_t* text, uint32_t size)
       : view_{0, 0, advance, mark_end, column, at_start, at_end, log}, text_(text), size_(size) {}
 
-  // Goes to `position`, where a token, after blanks, may begin.
+  // Moves to `position`, where a token may begin, perhaps after blanks.
   void start(uint32_t position) {
     position_ = token_start_ = position;
     view_.result_symbol = 0;
@@ -23,7 +23,7 @@ class Lexer {
     if (position == 0 && view_.lookahead == kByteOrderMark) advance(&view_, true);
   }
 
-  // A token that was found ends where it was last marked, or else where reading stopped.
+  // A token ends where its end was last marked, or else where reading stopped.
   void finish() {
     if (!is_end_marked_) token_end_ = position_;
     if (token_end_ < token_start_) token_start_ = token_end_;
@@ -58,7 +58,7 @@ class Lexer {
   static bool at_end(const LexerView* view) { return of(view)->position_ >= of(view)->size_; }
   static void log(const LexerView*, const char*, ...) {}
 
-  // Characters since the line began; counted on from where it was last asked for, if that is on the same line.
+  // Characters since the line began; continues from the last call's position if that is on the same line.
   static uint32_t column(LexerView* view) {
     Lexer* self = of(view);
     const uint8_t *text = self->text_, *here = text + self->position_;
@@ -88,7 +88,7 @@ class Lexer {
     }
   }
 
-  // Of what is not UTF-8 nothing is read beyond the end.
+  // Never reads beyond the end, even of invalid UTF-8.
   void read_wide(uint8_t byte) {
     const uint32_t length = byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
     width_ = std::min(length, size_ - position_);

@@ -1,14 +1,14 @@
-// The lines of a text at which reading could start again: what is known before the first token of each.
+// The lines of a text at which reading could resume: the parser's state before the first token of each.
 //
-// Of lines with the same indent the last few are kept, and none that is indented further than a later one: a block that
-// is closed is not gone back into.
+// Of lines with the same indent the last few are kept, and none that is indented further than a later one: reading
+// never resumes in a block that is closed.
 #pragma once
 
 #include "grammar_stack.h"
 
 namespace megacoder::grammar {
 
-struct Line {  // before its first token, which begins at `start`
+struct Line {  // the state before its first token, which begins at `start`
   Node* top;
   uint32_t scanner_state, start, indent;
 };
@@ -43,15 +43,15 @@ class Lines {
     return true;
   }
 
-  // Keeps the first `count` of `lines` and no others.
+  // Keeps exactly the first `count` of `lines`.
   void keep(const std::vector<Line>& lines, size_t count) {
     for (size_t i = 0; i < count; ++i) ++lines[i].top->references;
     for (const Line& line : kept_) stacks_.release(line.top);
     kept_.assign(lines.begin(), lines.begin() + count);
   }
 
-  // Moves `position` to where the next line begins that is not blank, behind its indent; false, and to the end of the
-  // text, where there is none.
+  // Moves `position` to the next line that is not blank, after its indent; to the end of the text, and false, where
+  // there is none.
   bool next(uint32_t& position, uint32_t& indent) const {
     while (const void* end = std::memchr(text_ + position, '\n', size_ - position)) {
       const uint32_t line = static_cast<uint32_t>(static_cast<const uint8_t*>(end) - text_) + 1;
@@ -63,14 +63,14 @@ class Lines {
     return false;
   }
 
-  // The end of the line before, 0 in the first.
+  // The end of the previous line, 0 in the first.
   uint32_t end_before(uint32_t position) const {
     while (position && text_[position - 1] != '\n') --position;
     return position ? position - 1 : 0;
   }
 
  private:
-  static constexpr size_t kKept = 4;  // of one indent: a function's head may take as many
+  static constexpr size_t kKept = 4;  // per indent: a function's header may take as many lines
 
   static bool is_blank(uint8_t c) { return c == ' ' || c == '\t'; }
   static bool is_end(uint8_t c) { return c == '\n' || c == '\r'; }

@@ -1,9 +1,9 @@
 // The stacks of an LR parser that may read a text in several ways at once, as one graph of states.
 //
-// A version's stack is a chain of nodes down to the start. Versions share what is below their fork; where two become one
-// again, the node on top has several predecessors (Rekers, "Parser Generation for Interactive Environments", 1992, section
-// 1.2). What was read between two nodes is not kept, only whether it may stand anywhere, as a comment may. Nodes count
-// who refers to them and are used again.
+// A version's stack is a chain of nodes down to the start. Versions share what is below their fork; where two merge,
+// the node on top has several predecessors (Rekers, "Parser Generation for Interactive Environments", 1992, section
+// 1.2). What was read between two nodes is not kept, only whether it is an extra, which may be anywhere, such as a
+// comment. Nodes are reference-counted and reused.
 #pragma once
 
 #include <algorithm>
@@ -17,20 +17,20 @@ struct Node;
 
 struct Link {
   Node* node;
-  bool extra;  // what was read between the two may stand anywhere
+  bool extra;  // what was read between the two nodes may be anywhere
 };
 
 struct Node {
-  Link previous;  // no node under the first
+  Link previous;  // null under the first node
   std::unique_ptr<std::vector<Link>> others;
-  uint32_t position, references;  // up to where the text is read
+  uint32_t position, references;  // position: up to where the text has been read
   State state;
 };
 
 struct Path {  // down from a node over some children
   Node* base;
   uint32_t end;                  // of the last child
-  std::vector<uint32_t> extras;  // behind it: where each ends
+  std::vector<uint32_t> extras;  // where each extra after it ends
 };
 
 class Stacks {
@@ -44,16 +44,16 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
 
-  // Begins a text, for which so many merges are enough.
+  // Begins a text; `merges` limits the work.
   void start(int64_t merges) {
     is_overfull = false;
     merges_left_ = merges;
   }
 
-  // Whether there were more ways than are followed; what is said about the text then may miss one.
+  // Whether there were more paths than are followed; the result for the text may then have missed one.
   bool is_overfull = false;
 
-  // Takes over the caller's reference to `previous`.
+  // A new node on top of `previous`; takes over the caller's reference to it.
   Node* make(Node* previous, State state, uint32_t position, bool extra) {
     if (!free_) grow();
     Node* node = free_;
@@ -65,7 +65,7 @@ class Stacks {
     return node;
   }
 
-  // A node as `node`, but at another place of the text.
+  // A copy of `node` at a different place in the text.
   Node* copy(const Node& node, uint32_t position) {
     if (node.previous.node) ++node.previous.node->references;
     Node* made = make(node.previous.node, node.state, position, node.previous.extra);
@@ -94,7 +94,7 @@ class Stacks {
     }
   }
 
-  // Every way down from `top` over `count` children, in `paths`; extras under the last child are not taken off.
+  // Collects every path down from `top` over `count` children; extras under the last child are not popped.
   size_t collect(Node* top, uint32_t count) {
     paths_[0].extras.clear();
     Node* node = top;
@@ -112,7 +112,7 @@ class Stacks {
 
   const Path& path(size_t index) const { return paths_[index]; }
 
-  // Adds the stacks under `other`, which stands at the same place in the same state, to those under `node`.
+  // Adds the stacks under `other`, which is at the same place and in the same state, to those under `node`.
   void merge(Node* node, const Node& other, int depth = 0) {
     add(node, other.previous, depth);
     if (!other.others) return;
@@ -120,9 +120,9 @@ class Stacks {
   }
 
  private:
-  static constexpr size_t kMostLinks = 8, kMostPaths = 32;  // tree-sitter drops what is over 8 and 64
+  static constexpr size_t kMostLinks = 8, kMostPaths = 32;  // tree-sitter drops any over 8 and 64
   static constexpr size_t kBlock = 1024;
-  static constexpr int kDeepest = 1000;  // calls within each other
+  static constexpr int kDeepest = 1000;  // levels of recursion
 
   void grow() {
     Node* block = new Node[kBlock];
@@ -176,7 +176,7 @@ class Stacks {
     node->others->push_back(link);
   }
 
-  // Whether `link` adds nothing to `known`, once the nodes behind them are one.
+  // Whether `link` adds nothing to `known`, after merging their nodes if these are at the same place and state.
   bool is_same(const Link& known, const Link& link, int depth) {
     if (known.extra != link.extra) return false;
     if (known.node == link.node) return true;
@@ -186,7 +186,7 @@ class Stacks {
   }
 
   std::vector<Node*> blocks_;
-  std::vector<Node*> released_;  // by nodes that had several predecessors, and still to be counted
+  std::vector<Node*> released_;  // predecessors of freed nodes whose references are still to be decremented
   std::vector<Path> paths_;
   Node* free_ = nullptr;
   size_t num_paths_ = 0;

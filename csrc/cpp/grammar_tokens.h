@@ -1,7 +1,7 @@
-// The tokens of a text as a grammar reads them: which come depends on the parser's state and, where the grammar has an
-// external scanner, on that one's.
+// The tokens of a text as a grammar reads them: they depend on the parser's state and, where the grammar has an
+// external scanner, on the scanner's state.
 //
-// The scanner's state is bytes that it writes and reads; each that comes up gets a number, 0 that of none.
+// The scanner serializes its state to bytes; each distinct state gets a number, the empty one 0.
 #pragma once
 
 #include <unordered_map>
@@ -12,7 +12,7 @@ namespace megacoder::grammar {
 
 struct Token {
   Symbol symbol = kNoSymbol;
-  State state = 0;  // in which it was read
+  State state = 0;  // parser state in which it was read
   uint32_t start = 0, end = 0, scanner_state = 0;
   bool is_external = false, is_keyword = false;
 };
@@ -32,8 +32,8 @@ class Tokens {
   Tokens(const Tokens&) = delete;
   Tokens& operator=(const Tokens&) = delete;
 
-  // The next token as it reads in `state`; its symbol is kNoSymbol where none does. False where none is to be read
-  // before a reduction.
+  // The next token as read in `state`; its symbol is kNoSymbol if there is no valid one. False where a reduction must
+  // come before the next token.
   bool read(State state, uint32_t position, uint32_t scanner_state, Token& token) {
     LexMode mode = grammar_.lex_mode(state);
     if (mode.lex_state == kNoLexState) return false;
@@ -48,7 +48,7 @@ class Tokens {
     return true;
   }
 
-  // The token that was read last, if it was read from the same place and reads the same in `state`.
+  // The token that was read last, if it was read at the same place and would be read the same way in `state`.
   bool reuse(State state, uint32_t position, uint32_t scanner_state, Token& token, Entry& entry) {
     if (cached_.symbol == kNoSymbol || cached_position_ != position || cached_scanner_state_ != scanner_state) return false;
     const LexMode here = grammar_.lex_mode(state);
@@ -93,7 +93,7 @@ class Tokens {
     Token found = token;
     take(found, scanner.symbol_map[lexer_.symbol()]);
     if (found.end <= position && !is_changed && (is_error || grammar_.next_state(token.state, found.symbol) == token.state))
-      return false;  // an empty token that leaves all as it was would come again and again
+      return false;  // an empty token that changes no state would repeat forever
     found.is_external = true;
     found.scanner_state = is_changed ? number_of(after) : scanner_state;
     token = found;

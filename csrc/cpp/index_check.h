@@ -1,5 +1,5 @@
-// Checks of a dataset's index (megacoder/data/indexed.py), which is mapped where its header leaves it: at addresses that
-// are no multiple of anything. NumPy copies such arrays before it computes; here they pass by once, at memory's speed.
+// Checks of a dataset's index (megacoder/data/indexed.py), which is mapped at whatever offset its header leaves: at
+// unaligned addresses. NumPy copies such arrays before it computes; here they are read once, at memory speed.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace megacoder {
 
-constexpr int64_t kChecked = 1 << 15;  // entries looked at as one
+constexpr int64_t kChecked = 1 << 15;  // entries checked as one run
 
 template <class T>
 inline T load(const char* at, int64_t index) {
@@ -17,7 +17,7 @@ inline T load(const char* at, int64_t index) {
   return value;
 }
 
-// Calls right(i) for 0 <= i < count; the start of the first run of kChecked in which one is not, -1 where all are.
+// Calls right(i) for 0 <= i < count; returns the start of the first run of kChecked entries with a false one, else -1.
 template <class Right>
 inline int64_t first_wrong(int64_t count, Right right) {
   const int64_t runs = (count + kChecked - 1) / kChecked;
@@ -32,8 +32,8 @@ inline int64_t first_wrong(int64_t count, Right right) {
   return first < runs ? first * kChecked : -1;
 }
 
-// No length is negative, and every pointer is the one before it and that one's bytes; the first is 0. A sum that wraps
-// stays negative for longer than a run, so its first entry shows it.
+// No length is negative, the first pointer is 0, and every other one is the previous pointer plus that entry's bytes. A
+// sum that overflows stays negative for longer than a run, so checking the run's first entry detects it.
 inline int64_t first_wrong_sequences(const char* lengths, const char* pointers, int64_t count, int64_t itemsize) {
   return first_wrong(count, [=](int64_t i) {
     const int64_t pointer = load<int64_t>(pointers, i);
@@ -44,7 +44,7 @@ inline int64_t first_wrong_sequences(const char* lengths, const char* pointers, 
   });
 }
 
-// None of count + 1 offsets is less than the one before it.
+// None of the count + 1 offsets is less than the one before it.
 inline int64_t first_falling_offsets(const char* offsets, int64_t count) {
   return first_wrong(count, [=](int64_t i) { return load<int64_t>(offsets, i) <= load<int64_t>(offsets, i + 1); });
 }

@@ -1,4 +1,4 @@
-// The table of CPU kernels that every instruction set fills in (see kernels.inc) and the module picks from at import.
+// The table of CPU kernels, filled in once per instruction set (see kernels.inc); the module picks one table at import.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +16,11 @@ struct bf16 {
 };
 
 constexpr int64_t kRowBlocks = 64;       // partial sums of the norm's weight gradient
-constexpr int64_t kVocabBlock = 4096;    // terms summed in fp32 before they join the fp64 total
+constexpr int64_t kVocabBlock = 4096;    // terms summed in fp32 before they are added to the fp64 total
 constexpr int64_t kNormBlock = 1 << 16;  // elements per partial sum of the gradient norm
 
-// Limits of fast_exp, defined in another file so that the compiler does not know them: for limits that it knows, gcc
-// writes out what follows the exponential once for each, and does all of it in every vector. SwiGLU, where that is a
+// Limits of fast_exp, defined in a separate file so that the compiler does not know them: for known limits gcc emits
+// the code after the exponential once per limit, and runs all copies for every vector. SwiGLU, where that code is a
 // division, then takes four times as long.
 extern const float kLeastExponent, kLargestExponent;
 

@@ -1,6 +1,6 @@
-// Python's door to the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs neither
-// torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape as it takes them. What counts
-// or finds something in a text takes the text itself and keeps the interpreter's lock.
+// The Python bindings of the CPU kernels. Tensors arrive as addresses (Tensor.data_ptr()), so that the module needs
+// neither torch's headers nor its ABI; megacoder/ops/cpp.py checks dtype, contiguity and shape when it takes them.
+// Functions that count or find something in a text take the text itself and hold the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -207,17 +207,19 @@ PYBIND11_MODULE(_cpp, m) {
     if (!encoded) PyErr_Clear();  // a lone surrogate
     return encoded && megacoder::surely_python(encoded, size);
   });
-  py::class_<Recognizer>(m, "Recognizer", "Of texts without a syntax error in a tree-sitter grammar (recognizer.h).")
+  py::class_<Recognizer>(m, "Recognizer", "Finds texts without a syntax error in a tree-sitter grammar (recognizer.h).")
       .def(py::init([](const py::capsule& language, const std::vector<std::string>& function_words) {
-        if (!PyCapsule_IsValid(language.ptr(), "tree_sitter.Language")) throw py::type_error("no tree-sitter language");
+        if (!PyCapsule_IsValid(language.ptr(), "tree_sitter.Language"))
+          throw py::type_error("not a tree-sitter language");
         const auto* tables = static_cast<const megacoder::grammar::Tables*>(language.get_pointer());
         if (!megacoder::grammar::Grammar::knows(tables))
-          throw py::value_error("ABI " + std::to_string(tables->abi_version) + ": no grammar of ABI 13 to 15");
+          throw py::value_error("grammar of ABI " + std::to_string(tables->abi_version) + ": supported are 13 to 15");
         return std::make_unique<Recognizer>(tables, function_words);
       }))
       .def("left_out", [](Recognizer& self, const py::bytes& text, double share, double function_lines,
-                          bool open_end) -> int64_t {  // with the interpreter's lock: it reads one text at a time
-        if (!(share >= 0 && share <= 1)) throw py::value_error("share = " + std::to_string(share) + ": from 0 to 1");
+                          bool open_end) -> int64_t {  // holds the GIL: it reads one text at a time
+        if (!(share >= 0 && share <= 1))
+          throw py::value_error("share = " + std::to_string(share) + ": must be from 0 to 1");
         const Py_ssize_t size = PyBytes_GET_SIZE(text.ptr());
         if (size >= int64_t{1} << 31) return -1;
         return self.left_out(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())),

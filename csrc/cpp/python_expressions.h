@@ -1,22 +1,23 @@
-// Python's expressions, recognised over the kinds of tokens: those of 3.11's grammar, every one of which later versions
-// have too. No tree is built and no expression is read twice: a form says what an expression may still turn out to be.
+// Recognizes Python's expressions in a sequence of token kinds: those of 3.11's grammar, all of which are valid in
+// later versions too. No tree is built and no expression is read twice: a Form says what an expression may still turn
+// out to be.
 //
-// A binary operator's precedence makes no difference to whether operands and operators can follow one another; so an
-// operation is read as a flat run, and only parentheses, lambdas and the like nest. How deep they may is limited far
-// below what CPython's parser bears; one level costs about what it costs there.
+// The precedence of binary operators does not affect whether a sequence of operands and operators is valid; so an
+// operation is read as a flat run, and only parentheses, lambdas and the like nest. Their depth is limited far below
+// what CPython's parser supports; a level is counted about as CPython counts it.
 #pragma once
 
 #include "python_kinds.h"
 
 namespace megacoder::python {
 
-// What an expression can be used as; zero where there is none, or none that is surely one.
+// What an expression can be used as; zero where there is no expression, or not surely one.
 enum Form : uint8_t {
   kAbsent = 0,
   kPlain = 1,
   kSingle = 2,      // a name, an attribute or a subscript: the target of `+=` and of `: int`
-  kDeletable = 4,   // by `del`: one of these, or a tuple or list of them
-  kAssignable = 8,  // that, or one with starred targets in it
+  kDeletable = 4,   // by `del`: a single one, or a tuple or list of them
+  kAssignable = 8,  // a deletable one, or one with starred targets in it
   kTarget = kPlain | kSingle | kDeletable | kAssignable,
   kTargets = kPlain | kDeletable | kAssignable,
 };
@@ -25,12 +26,12 @@ class Expressions {
  protected:
   explicit Expressions(const Kind* tokens) : at_(tokens) {}
 
-  // Counts what nests, in levels of CPython's parser, and forgets it as the scope ends.
+  // Counts nesting in levels of CPython's parser; the scope's end restores the count.
   class Depth {
    public:
     explicit Depth(int& depth) : depth_(depth), before_(depth) {}
     ~Depth() { depth_ = before_; }
-    bool add(int levels) { return (depth_ += levels) <= 2000; }  // it has 4000 to 6000 of them
+    bool add(int levels) { return (depth_ += levels) <= 2000; }  // CPython allows 4000 to 6000
     void reset() { depth_ = before_; }
 
    private:
@@ -43,11 +44,11 @@ class Expressions {
   bool begins() const { return kKindTable.begins[*at_]; }
   bool begins_comprehension() const { return *at_ == kFor || (*at_ == kAsync && at_[1] == kFor); }
 
-  // star_expressions: with commas, starred ones among them.
+  // star_expressions: with commas, some perhaps starred.
   Form expressions() {
     const bool starred = *at_ == kStar;
     Form form = element(false);
-    if (*at_ != kComma) return starred ? kAbsent : form;  // alone, it is for the compiler to refuse
+    if (*at_ != kComma) return starred ? kAbsent : form;  // a starred one alone is refused by CPython's compiler
     while (form && take(kComma) && begins()) form = both(form, element(false));
     return without_single(form);
   }
@@ -90,7 +91,7 @@ class Expressions {
     return true;
   }
 
-  // Parameters up to, not over, `end`; those of a lambda have no annotations.
+  // Parameters up to `end`, which is not consumed; those of a lambda have no annotations.
   bool parameters(Kind end) {
     const bool annotated = end == kCloseParenthesis;
     bool any = false, slash = false, star = false, defaults = false;
@@ -121,7 +122,7 @@ class Expressions {
     return true;
   }
 
-  // Behind the parenthesis that opens them. A generator without parentheses of its own stands alone, and only in a call.
+  // After the opening parenthesis. A generator without its own parentheses must be the only argument, and of a call.
   bool arguments(bool call) {
     bool keyword = false, mapping = false;
     for (bool first = true; *at_ != kCloseParenthesis; first = false) {
@@ -177,7 +178,7 @@ class Expressions {
     }
   }
 
-  // strings: those that follow one another make one, all of bytes or none of them.
+  // strings: adjacent ones are concatenated; all are bytes or none.
   bool strings() {
     if (*at_ == kBytes) {
       while (*at_ == kBytes) ++at_;
@@ -202,7 +203,7 @@ class Expressions {
  private:
   static constexpr int kBracketLevels = 40;
 
-  // Of a tuple, a list or a set: an expression, or a starred operation. Only in brackets may it be a walrus.
+  // An element of a tuple, list or set: an expression, or a starred operation. Only in brackets may it be a walrus.
   Form element(bool in_brackets) {
     if (take(kStar)) return static_cast<Form>(operation(false) & (kPlain | kAssignable));
     return in_brackets ? named() : expression();
@@ -223,7 +224,7 @@ class Expressions {
     return plain(expression());
   }
 
-  // An atom and what hangs from it.
+  // An atom with its attributes, calls and subscripts.
   Form primary() {
     Form form = atom();
     while (form) {
@@ -267,7 +268,7 @@ class Expressions {
     }
   }
 
-  // Behind the parenthesis: a tuple, a group or a generator.
+  // After the parenthesis: a tuple, a group or a generator.
   Form parenthesised() {
     if (take(kCloseParenthesis)) return kTargets;
     if (*at_ == kYield) return yield_or_expressions() && take(kCloseParenthesis) ? kPlain : kAbsent;
@@ -288,13 +289,13 @@ class Expressions {
     return rest(without_single(form), kCloseBracket);
   }
 
-  // The elements of a tuple, a list or a set behind the first one, and what closes it.
+  // The elements of a tuple, a list or a set after the first one, and what closes it.
   Form rest(Form form, Kind close) {
     while (form && take(kComma) && *at_ != close) form = both(form, element(true));
     return take(close) ? form : kAbsent;
   }
 
-  // Behind the brace: a set or a dict.
+  // After the brace: a set or a dict.
   bool braces() {
     if (take(kCloseBrace)) return true;
     const bool starred = *at_ == kStar, walrus = is_name(*at_) && at_[1] == kWalrus;

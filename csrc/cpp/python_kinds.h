@@ -1,4 +1,4 @@
-// The kinds of Python's tokens, and what the recogniser asks of a kind. A token is its kind and no more: one byte.
+// The kinds of Python's tokens, and what the recognizer needs to know about a kind. A token is just its kind: one byte.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@ enum Kind : uint8_t {
   kEnd,
   kNewline, kIndent, kDedent,
 
-  // Names; the soft keywords are names first.
+  // Names, including the soft keywords.
   kName, kUnderscore, kMatch, kCase,
 
-  // Keywords. (`match` and `case` are above; 3.12's `type` statement is not taken.)
+  // Keywords. (`match` and `case` are above; 3.12's `type` statement is not accepted.)
   kFalse, kNone, kTrue, kAnd, kAs, kAssert, kAsync, kAwait, kBreak, kClass, kContinue, kDef, kDel, kElif, kElse,
   kExcept, kFinally, kFor, kFrom, kGlobal, kIf, kImport, kIn, kIs, kLambda, kNonlocal, kNot, kOr, kPass, kRaise,
   kReturn, kTry, kWhile, kWith, kYield,
@@ -25,17 +25,17 @@ enum Kind : uint8_t {
   kOpenParenthesis, kCloseParenthesis, kOpenBracket, kCloseBracket, kOpenBrace, kCloseBrace,
   kComma, kColon, kSemicolon, kDot, kEllipsis, kArrow, kAssign, kAugmentedAssign, kWalrus,
   kPlus, kMinus, kTilde, kStar, kDoubleStar, kSlash, kAt, kBar,
-  kOperator,    // other binary ones that bind tighter than a comparison
-  kComparison,  // other ones than `in`, `is`, `not in`, `is not`
+  kOperator,    // other binary operators that bind tighter than a comparison
+  kComparison,  // except `in`, `is`, `not in`, `is not`
   kKinds,
 };
 
-// What stands behind an operand and takes another one.
+// Operators that follow an operand and take another one.
 enum Joins : uint8_t { kNothing = 0, kArithmetic = 1, kPower = 2, kCompares = 4, kConnects = 8 };
 
 struct KindTable {
   Joins joins[kKinds] = {};
-  bool begins[kKinds] = {};  // an expression, perhaps a starred one
+  bool begins[kKinds] = {};  // whether it begins an expression, perhaps a starred one
 
   constexpr KindTable() {
     for (const Kind kind : {kPlus, kMinus, kStar, kSlash, kAt, kBar, kOperator}) joins[kind] = kArithmetic;
@@ -53,7 +53,7 @@ inline constexpr KindTable kKindTable;
 
 constexpr bool is_name(Kind kind) { return kName <= kind && kind <= kCase; }
 
-// The keywords by their letters, at most eight, as one number: an open table.
+// The keywords by their letters, at most eight, packed into one number: an open-addressing hash table.
 class Keywords {
  public:
   constexpr Keywords() {

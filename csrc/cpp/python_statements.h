@@ -1,8 +1,8 @@
-// Whether a text is Python, for certain: a recogniser of 3.11's statements, above python_expressions.h.
+// Whether a text is certainly Python: a recognizer of 3.11's statements, on top of python_expressions.h.
 //
-// Whatever it takes, CPython's parser takes, of 3.11 and of every later version; what it does not take may be Python all
-// the same, and CPython is asked. What is no matter of the parser (a `return` outside a function, a name twice among the
-// parameters) is not looked at.
+// Whatever it accepts, the parser of CPython 3.11 and of every later version accepts. What it does not accept may still
+// be Python: then CPython is asked. Errors that the parser does not find (a `return` outside a function, a repeated
+// parameter name) are not checked.
 #pragma once
 
 #include <cstring>
@@ -29,7 +29,7 @@ class Statements : private Expressions {
     return true;
   }
 
-  // What stands behind the header of a compound statement.
+  // What follows the header of a compound statement.
   bool block() {
     if (!take(kColon)) return false;
     if (!take(kNewline)) return simple_statements();
@@ -53,7 +53,7 @@ class Statements : private Expressions {
       case kMatch: {
         const Kind* const start = at_;
         ++at_;
-        // Only behind these can an expression stand that a `match` is about; else it is a name like any other.
+        // A `match` statement only if all of this follows; otherwise `match` is a name like any other.
         if (begins() && expressions_to_match() && take(kColon) && take(kNewline) && take(kIndent) && *at_ == kCase)
           return cases();
         at_ = start;
@@ -94,7 +94,7 @@ class Statements : private Expressions {
     if (*at_ == kYield) return yield_or_expressions();
     const bool parenthesised = *at_ == kOpenParenthesis;
     Form form = expressions();
-    // (a): int is one, (a).b: int is none.
+    // `(a): int` is valid, `(a).b: int` is not: both are declined.
     if (take(kColon)) return form & kSingle && !parenthesised && expression() && (!take(kAssign) || yield_or_expressions());
     if (take(kAugmentedAssign)) return form & kSingle && yield_or_expressions();
     while (take(kAssign)) {
@@ -135,7 +135,7 @@ class Statements : private Expressions {
   }
 
   bool if_statement() {
-    Depth depth(depth_);  // the parser reads an `elif` within the one before it
+    Depth depth(depth_);  // CPython's parser nests an `elif` in the one before it
     do {
       ++at_;
       if (!depth.add(2) || !named() || !block()) return false;
@@ -150,7 +150,7 @@ class Statements : private Expressions {
   bool with() {
     ++at_;
     const Kind* const start = at_;
-    if (take(kOpenParenthesis)) {  // around all items, or else a part of the first one
+    if (take(kOpenParenthesis)) {  // around all items, or else part of the first one
       if (with_items(true) && take(kCloseParenthesis) && *at_ == kColon) return block();
       at_ = start;
     }
@@ -200,7 +200,7 @@ class Statements : private Expressions {
     return (!take(kArrow) || expression()) && block();
   }
 
-  // The subject of a `match`: a comma makes a tuple of it, starred elements and all; alone it may be a walrus.
+  // The subject of a `match`: with a comma a tuple, whose elements may be starred; alone it may be a walrus.
   bool expressions_to_match() { return is_name(*at_) && at_[1] == kWalrus ? named() : expressions(); }
 
   bool cases() {
@@ -288,7 +288,7 @@ class Statements : private Expressions {
 
   bool class_patterns() {
     for (bool keywords = false; *at_ != kCloseParenthesis;) {
-      if (is_name(*at_) && *at_ != kUnderscore && at_[1] == kAssign) {  // behind positional ones, _ is a wildcard
+      if (is_name(*at_) && *at_ != kUnderscore && at_[1] == kAssign) {  // as a positional pattern, _ is a wildcard
         at_ += 2;
         keywords = true;
       } else if (keywords) {
@@ -305,11 +305,11 @@ class Statements : private Expressions {
 
 namespace megacoder {
 
-// `text` is UTF-8, with a byte 0 behind its last one.
+// `text` is UTF-8, followed by a zero byte.
 inline bool surely_python(const char* text, int64_t size) {
   if (size > INT32_MAX / 4 || std::memchr(text, 0, size)) return false;
   std::string lines;
-  if (std::memchr(text, '\r', size)) {  // a CRLF is a newline, in strings too; a CR alone is left to CPython
+  if (std::memchr(text, '\r', size)) {  // a CRLF is a newline, also in strings; a lone CR is left to CPython
     lines.reserve(size);
     for (const char* at = text; at < text + size; ++at) {
       if (*at != '\r') lines += *at;

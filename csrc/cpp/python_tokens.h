@@ -1,9 +1,9 @@
-// Python source to the kinds of its tokens, as CPython's tokenizer cuts it, from 3.11 on. Whatever two versions read in
-// different ways, and whatever is rare and hard to get right (names beyond ASCII, \N{...} in strings), is declined.
+// Python source to the kinds of its tokens, as CPython's tokenizer splits it, from 3.11 on. Anything that versions read
+// differently, or that is rare and hard to get right (names beyond ASCII, \N{...} in strings), is declined.
 //
-// F-strings are the hard part: 3.11 finds the end of the string first and then looks into it, so that no backslash, no
-// comment and no quote of its own kind stands in a field; 3.12 cuts them with the rest of the file. Only what both read
-// alike is taken.
+// F-strings are the hard part: 3.11 finds the end of the string first and then looks inside, so that a field may
+// contain no backslash, no comment and no quote of the string's own kind; 3.12 tokenizes fields with the rest of the
+// file. Only what both read the same way is accepted.
 #pragma once
 
 #include <cstring>
@@ -13,7 +13,7 @@
 
 namespace megacoder::python {
 
-// What a byte is in a file, and where a scan for the end of a string or a name stops.
+// What a byte can be in a file, and where a scan for the end of a string or a name stops.
 enum ByteClass : uint8_t { kBegins = 1, kDigit = 2, kHex = 4, kStops = 8, kBrace = 16, kBeyond = 32, kBlank = 64 };
 
 struct ByteTable {
@@ -37,7 +37,7 @@ inline bool is(char c, int classes) { return kBytesOf.classes[static_cast<uint8_
 
 class Tokens {
  public:
-  // `text` ends in a byte 0, and has no other one and no carriage return.
+  // `text` ends in a zero byte, and contains no other one and no carriage return.
   Tokens(const char* text, int64_t size)
       : at_(text), kinds_(new Kind[2 * size + 2]), out_(kinds_.get()) {}
 
@@ -55,9 +55,9 @@ class Tokens {
   static constexpr int kMaxIndents = 90, kMaxBrackets = 100, kMaxFormats = 3;  // CPython: 100, 200, many
   static constexpr int64_t kMaxDigits = 4000;                                   // 4300
 
-  // A logical line, with the indentation before it; or a blank one, of which no token is left.
+  // A logical line, with the indentation before it; or a blank one, which produces no token.
   bool line() {
-    int column = 0, narrow = 0;  // with tabs of eight and of one
+    int column = 0, narrow = 0;  // with tabs to multiples of eight, and with tabs of width one
     for (;; ++at_) {
       if (*at_ == ' ') ++column, ++narrow;
       else if (*at_ == '\t') column = column / 8 * 8 + 8, ++narrow;
@@ -108,7 +108,7 @@ class Tokens {
     return column == indents_[num_indents_ - 1].column && narrow == indents_[num_indents_ - 1].narrow;
   }
 
-  // A token that is neither blank nor the end of a line.
+  // A token other than a blank or the end of a line.
   bool token() {
     if (is(*at_, kBegins)) return word();
     if (is(*at_, kDigit) || (*at_ == '.' && is(at_[1], kDigit))) return number();
@@ -134,9 +134,9 @@ class Tokens {
       }
     }
     Kind kind = size <= 8 ? kKeywords.kind_of(letters) : kName;
-    if (size == 9 && !std::memcmp(start, "__debug__", 9)) kind = kTrue;  // nor can it be assigned to
+    if (size == 9 && !std::memcmp(start, "__debug__", 9)) kind = kTrue;  // like True it cannot be assigned to
     *out_++ = kind;
-    return size != 14 || std::memcmp(start, "barry_as_FLUFL", 14);  // where that is imported, `!=` is an error
+    return size != 14 || std::memcmp(start, "barry_as_FLUFL", 14);  // importing it makes `!=` an error
   }
 
   bool number() {
@@ -152,7 +152,7 @@ class Tokens {
     }
     if (*at_ != '.') {
       if (!digits('d')) return false;
-      if (*start == '0') {  // nothing but zeros; 012.5 is a number too, but a rare one
+      if (*start == '0') {  // only zeros are accepted; 012.5 is a number too, but rare
         for (const char* c = start; c < at_; ++c) {
           if (*c != '0' && *c != '_') return false;
         }
@@ -171,7 +171,7 @@ class Tokens {
     return !is(*at_, kBegins | kDigit | kBeyond);
   }
 
-  // Digits of a base, at least one, single underscores between them.
+  // At least one digit of a base, with single underscores between digits.
   bool digits(char base) {
     const auto fits = [base](char c) {
       if (base == 'x') return is(c, kHex);
@@ -209,7 +209,7 @@ class Tokens {
         const char* start = at_;
         if (at_[1] == *at_) at_ += 2;
         else if (*at_ == '}' || !field(true, triple) || holds_end(start, quote, triple)) return false;
-      } else {  // the end of the file, or a byte beyond ASCII where none may be
+      } else {  // the end of the file, or a byte beyond ASCII where none is allowed
         return false;
       }
     }
@@ -221,9 +221,9 @@ class Tokens {
     return true;
   }
 
-  // At a backslash in a string: over it and what it escapes.
+  // At a backslash in a string: skips it and what it escapes.
   bool escape(bool raw, bool bytes, bool format) {
-    if (num_formats_ > format) return false;  // 3.11 has none in a field
+    if (num_formats_ > format) return false;  // 3.11 allows none in a field
     const char c = at_[1];
     if (c == '\0' || (bytes && is(c, kBeyond))) return false;
     if (format && (c == '{' || c == '}')) return ++at_, raw;
@@ -243,8 +243,8 @@ class Tokens {
     return true;
   }
 
-  // A field of an f-string, from brace to brace; only one of the string itself has fields in its specification. Of a
-  // string in triple quotes it may run over lines.
+  // A field of an f-string, from brace to brace. Only an outer field may have fields in its format specification. In a
+  // triple-quoted string a field may span lines.
   bool field(bool outer, bool lines) {
     *out_++ = kField;
     ++at_;
@@ -330,7 +330,7 @@ class Tokens {
     }
   }
 
-  // An operator of a character or of that character twice, `=` perhaps behind it.
+  // An operator of one character or of that character twice, perhaps followed by `=`.
   bool repeated(char c, Kind once, Kind twice) {
     const int more = *at_ == c;
     const bool assigns = at_[more] == '=';
@@ -348,7 +348,7 @@ class Tokens {
   };
 
   const char* at_;
-  std::unique_ptr<Kind[]> kinds_;  // a byte makes no two tokens, but for dedents, the last newline and the end
+  std::unique_ptr<Kind[]> kinds_;  // at most one token per byte, plus dedents, the last newline and the end
   Kind* out_;
   Indent indents_[kMaxIndents] = {};
   int num_indents_ = 1;

@@ -1,15 +1,15 @@
-// Whether a text has no syntax error in a tree-sitter grammar, or few, by the grammar's own tables, without its tree.
+// Whether a text has no, or few, syntax errors in a tree-sitter grammar, by the grammar's own tables, without a tree.
 //
-// tree-sitter builds, balances and frees a tree of every file, and of most files only that much is wanted. This is its
-// algorithm without trees: LR on a stack of states; where a table has several actions the stack forks, and forks that
-// reach the same state at the same place become one again. A fork that cannot go on is given up; the text is good if one
-// of them comes to its end. What is taken so, tree-sitter parses without an error, unless it drops the only right one
-// of too many forks.
+// tree-sitter builds, balances and frees a tree for every file, but for most files only that answer is needed. This is
+// its algorithm without trees: LR on a stack of states; where a table has several actions the stack forks, and forks
+// that reach the same state at the same place merge. A fork that cannot continue is dropped; the text is good if one
+// fork reaches its end. tree-sitter parses such a text without an error, unless it has too many forks and drops the
+// only right one.
 //
-// Around an error whole lines are left out, from one before it up to one behind it from which reading goes on well. What
-// they would have closed may stay open at the end of the text where that is allowed.
-// A text that is declined may still be good: on it too many forks live at once, or nothing that was tried behind an error
-// reads well, or a function in it is longer than the caller wants to pass over. Then parse it.
+// Around an error whole lines are skipped, from a line before it up to a line after it from which reading succeeds.
+// What they would have closed may stay open at the end of the text where that is allowed. A text that is declined may
+// still be good: it has too many forks at once, or nothing that was tried after an error succeeds, or a function in it
+// is longer than the caller's limit. Then parse it.
 #pragma once
 
 #include "grammar_lines.h"
@@ -18,12 +18,12 @@
 namespace megacoder::grammar {
 
 struct Limits {
-  double function_lines;  // that no function may span more of
-  uint32_t left_out;      // bytes, at most
-  bool open_end;          // whether what lines with a } or # in them would have closed may stay open
+  double function_lines;  // most lines that a function may span
+  uint32_t left_out;      // most bytes that may be skipped
+  bool open_end;          // whether what skipped lines with a } or # would have closed may stay open
 };
 
-// One text.
+// The reading of one text.
 class Reading {
  public:
   Reading(Grammar& grammar, Stacks& stacks, const uint8_t* text, uint32_t size, const Limits& limits)
@@ -37,7 +37,7 @@ class Reading {
     for (const Version& version : versions_) stacks_.release(version.top);
   }
 
-  // How many bytes were left out so that the rest is good; -1 where that is not known.
+  // How many bytes were skipped so that the rest is good; -1 where that is not known.
   int64_t left_out() {
     run();
     while (!is_accepted_ && !is_declined() && recover()) run();
@@ -45,8 +45,8 @@ class Reading {
   }
 
  private:
-  static constexpr size_t kMostVersions = 8;  // tree-sitter drops what is over 6
-  static constexpr int kTries = 8;  // lines behind an error; 16 take hardly more of 1,383 C files with errors
+  static constexpr size_t kMostVersions = 8;  // tree-sitter drops any over 6
+  static constexpr int kTries = 8;  // lines after an error; 16 accept hardly more of 1,383 C files with errors
   static constexpr int kNone = -1;
 
   enum Status { kActive, kStuck, kMerged };
@@ -55,14 +55,14 @@ class Reading {
     uint32_t scanner_state;
     Status status;
   };
-  struct Proof {  // that reading goes on well: the next line behind `start` that is indented no further than `indent`
+  struct Proof {  // that reading succeeds: reaching a line after `start` that is indented no further than `indent`
     uint32_t start, indent;
   };
   static constexpr Proof kNoProof{0xFFFFFFFF, 0};
 
   bool is_declined() const { return is_declined_ || stacks_.is_overfull || steps_left_ < 0; }
 
-  // Versions advance by turns, so that none is a token ahead when they are compared.
+  // Versions take turns advancing, so that none is a token ahead when they are compared.
   void run() {
     uint32_t reached = 0;
     is_proven_ = false;
@@ -82,12 +82,12 @@ class Reading {
       if (versions_.size() > 1 || versions_[0].status != kActive) condense();
     }
     if (versions_.empty() && furthest_ == size_ && may_be_open_ && !lines_.kept().empty()) {
-      left_out_ += size_ - lines_.kept().back().start;  // all that a string may have swallowed
+      left_out_ += size_ - lines_.kept().back().start;  // everything that an open string may have swallowed
       is_accepted_ = left_out_ <= limits_.left_out;
     }
   }
 
-  // Up to the next token that is shifted, or to where this version ends.
+  // Advances a version until it shifts the next token, or ends.
   void advance(size_t index) {
     const uint32_t position = versions_[index].top->position, scanner_state = versions_[index].scanner_state;
     State state = versions_[index].top->state;
@@ -142,7 +142,7 @@ class Reading {
       is_proven_ |= token.start > proof_.start && lines_.kept().back().indent <= proof_.indent;
   }
 
-  // Whether a keyword that has no place here is a name; then `entry` is that of names.
+  // Whether a keyword that is not valid here can be a name; then `entry` is that of names.
   bool may_be_word(State state, const Token& token, Entry& entry) {
     const Symbol word = grammar_.tables.keyword_capture_token;
     if (!token.is_keyword || token.symbol == word || grammar_.is_reserved(state, token.symbol)) return false;
@@ -157,8 +157,8 @@ class Reading {
     if (token.is_external) version.scanner_state = token.scanner_state;
   }
 
-  // Takes `action`'s children off the stack and puts its symbol there, in one new version for each node they came from;
-  // the first that stays, or kNone. Where there is but one version and one action, that version is changed itself.
+  // Pops `action`'s children off the stack and pushes its symbol, in one new version for each node below them; returns
+  // the first new one that was not merged, or kNone. A single version with a single action is changed in place.
   int reduce(size_t index, const Action& action, bool ends_extra, bool is_only) {
     const Symbol symbol = action.reduce.symbol;
     const size_t num_paths = stacks_.collect(versions_[index].top, action.reduce.child_count);
@@ -172,7 +172,7 @@ class Reading {
     for (size_t i = 0; i < num_paths; ++i) {
       stacks_.is_overfull |= versions_.size() > 2 * kMostVersions;
       if (stacks_.is_overfull) return kNone;
-      bool is_known = false;  // two ways to one node: two readings of the same children
+      bool is_known = false;  // two paths to one node: two readings of the same children
       for (size_t j = 0; j < i && !is_known; ++j) is_known = stacks_.path(j).base == stacks_.path(i).base;
       if (is_known) continue;
       versions_.push_back({push(stacks_.path(i), symbol, ends_extra), versions_[index].scanner_state, kActive});
@@ -191,8 +191,8 @@ class Reading {
     return top;
   }
 
-  bool spans_more(uint32_t start, uint32_t end) {  // lines than a function may
-    if (end - start < limits_.function_lines) return false;  // as many characters take at least
+  bool spans_more(uint32_t start, uint32_t end) {  // whether it spans more lines than a function may
+    if (end - start < limits_.function_lines) return false;  // a line has at least one character
     if (line_ends_.empty()) {
       for (const uint8_t* at = text_; (at = std::find(at, text_ + size_, '\n')) != text_ + size_; ++at)
         line_ends_.push_back(static_cast<uint32_t>(at - text_));
@@ -202,7 +202,7 @@ class Reading {
     return 1 + (std::lower_bound(first, line_ends_.end(), end) - first) > limits_.function_lines;
   }
 
-  // Version `by` takes the place of version `index`.
+  // Replaces version `index` by version `by`.
   void replace(size_t index, size_t by) {
     if (by == index) return;
     stacks_.release(versions_[index].top);
@@ -210,7 +210,7 @@ class Reading {
     versions_.erase(versions_.begin() + by);
   }
 
-  // Makes version `second` one with `first`, if they stand at the same place in the same state.
+  // Merges version `second` into `first`, if they are at the same place in the same state.
   bool merge(size_t first, size_t second) {
     const Version &a = versions_[first], &b = versions_[second];
     if (a.status != kActive || b.status != kActive || a.top->state != b.top->state ||
@@ -222,7 +222,7 @@ class Reading {
     return true;
   }
 
-  // Lets go of versions that have ended; none is left where the text is wrong.
+  // Drops versions that have ended; none is left where the text is wrong.
   void condense() {
     for (size_t i = versions_.size(); i-- > 0;) {
       if (versions_[i].status == kActive) continue;
@@ -238,10 +238,10 @@ class Reading {
     stacks_.is_overfull |= versions_.size() > kMostVersions;
   }
 
-  // Leaves out lines around an error: from one before it, the nearest that will do, up to one behind it, from which all
-  // reads well up to the next line that is indented no further. False where that is too much.
+  // Skips lines around an error: from the nearest line before it that works, up to a line after it from which reading
+  // succeeds to the next line that is indented no further. False where that would skip too much.
   bool recover() {
-    if (furthest_ == size_) return false;  // what is missing at the end stands in no line
+    if (furthest_ == size_) return false;  // something is missing at the end: no line to skip
     const uint32_t line = lines_.end_before(furthest_), before = left_out_;
     const bool was_open = may_be_open_;
     const std::vector<Line> known = lines_.kept();
@@ -266,12 +266,12 @@ class Reading {
     return is_found && !is_accepted_;
   }
 
-  // Whether there is a bracket, or a directive such as #endif.
+  // Whether there is a closing brace, or a directive such as #endif.
   bool closes(uint32_t start, uint32_t end) const {
     return std::any_of(text_ + start, text_ + end, [](uint8_t c) { return c == '}' || c == '#'; });
   }
 
-  // Goes on at `position` as if what lies between it and `line` were not there.
+  // Continues at `position` as if the text between `line` and it were not there.
   void resume_from(const Line& line, uint32_t position) {
     for (const Version& version : versions_) stacks_.release(version.top);
     versions_ = {{stacks_.copy(*line.top, position), line.scanner_state, kActive}};
@@ -286,21 +286,21 @@ class Reading {
   uint32_t size_;
   Limits limits_;
   uint32_t left_out_ = 0;
-  int64_t steps_left_;  // good texts take 0.3 (Java) to 1.1 (Scala) a byte, single ones 3
+  int64_t steps_left_;  // good texts take 0.3 (Java) to 1.1 (Scala) per byte, a few take 3
   std::vector<Version> versions_;
   Proof proof_ = kNoProof;
-  uint32_t furthest_ = 0;  // where the last token begins that was looked at
-  std::vector<uint32_t> line_ends_;  // found when first asked for
+  uint32_t furthest_ = 0;  // where the furthest token read begins
+  std::vector<uint32_t> line_ends_;  // computed on first use
   bool is_declined_ = false, is_accepted_ = false, is_proven_ = false, may_be_open_ = false;
 };
 
-// Of texts in one language; holds what they share, so that it reads one at a time.
+// Reads texts in one language, one at a time, since they share its stacks and caches.
 class Recognizer {
  public:
   Recognizer(const Tables* tables, const std::vector<std::string>& function_words) : grammar_(tables, function_words) {}
 
-  // How many bytes were left out so that the rest has no syntax error, those included that follow the last line of a text
-  // with an open end; -1 where that may not be done within `limits`.
+  // How many bytes were skipped so that the rest has no syntax error, including those after the last line of a text
+  // with an open end; -1 where that is not possible within `limits`.
   int64_t left_out(const uint8_t* text, uint32_t size, const Limits& limits) {
     return Reading(grammar_, stacks_, text, size, limits).left_out();
   }

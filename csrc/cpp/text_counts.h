@@ -1,8 +1,8 @@
 // Counts over the characters of a Python string, which megacoder/corpus/text_counts.py defines.
 //
-// They run over the string as it lies in memory, at 1, 2 or 4 bytes a character, so that nothing is encoded or cut into
-// objects; and they ask Python itself what a character is, so that letters are those of str.isalpha, words those of
-// re's \w and blanks those of str.strip. The caller holds the interpreter's lock.
+// They read the string as stored, at 1, 2 or 4 bytes per character, so that nothing is encoded or split into objects;
+// and they ask Python itself what a character is, so that letters are those of str.isalpha, words those of re's \w and
+// blanks those of str.strip. The caller holds the GIL.
 #pragma once
 
 #include <Python.h>
@@ -44,7 +44,7 @@ struct LineCounts {
   int64_t lines = 0, longest = 0, in_lines = 0, letters = 0;
 };
 
-// A line ends at LF, CR or CRLF; what stands behind the last end is a line unless it is empty.
+// A line ends at LF, CR or CRLF; what follows the last one is a line unless it is empty.
 template <class Char>
 LineCounts count_lines(const Char* text, int64_t size) {
   const uint8_t* latin = latin_kinds();
@@ -68,7 +68,7 @@ LineCounts count_lines(const Char* text, int64_t size) {
   return counts;
 }
 
-// Runs of a text's characters that differ from one another: an open table of places. Runs count as equal only where
+// The set of distinct runs of a text's characters: an open-addressing hash table of places. Runs are equal only if
 // their characters are.
 template <class Char>
 class DistinctRuns {
@@ -77,7 +77,7 @@ class DistinctRuns {
 
   int64_t count() const { return count_; }
 
-  // Whether no equal run was added before.
+  // Adds a run; whether no equal one was added before.
   bool add(int64_t start, int64_t size) {
     const uint64_t hash = hash_of(reinterpret_cast<const uint8_t*>(text_ + start), size * sizeof(Char));
     for (uint64_t at = hash;; ++at) {
@@ -135,7 +135,7 @@ struct WordCounts {
   int64_t words = 0, numbers = 0, names = 0, short_names = 0, lines = 0, distinct_lines = 0;
 };
 
-// A word begins with a letter or `_`, or is a number: a decimal digit and what follows of word characters and dots.
+// A word begins with a letter or `_`, or is a number: a decimal digit and the word characters and dots that follow.
 template <class Char>
 WordCounts count_words(const Char* text, int64_t size) {
   const uint8_t* latin = latin_kinds();

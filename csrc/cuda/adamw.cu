@@ -1,8 +1,8 @@
 // AdamW (arXiv:1711.05101) on flat buffers: fp32 master weights and moments, the model's copy written in the same pass.
 //
-// What changes from step to step is read from device memory, where `adamw_scalars` puts it: no step waits for the host,
-// and a CUDA graph replays. Bound by memory: 28 B per parameter, 30 with a bf16 copy. The gradient is cleared elsewhere: a
-// store of zeros beside the loads here made 1.3e9 parameters take 23.6 ms on an H200, where the two passes take 9.8 + 1.2.
+// The scalars that change from step to step are read from device memory, where `adamw_scalars` puts them: no step waits
+// for the host, and a CUDA graph can replay it. Memory-bound: 28 B per parameter, 30 with a bf16 copy. The gradient is
+// zeroed elsewhere: with the zeros stored here 1.3e9 parameters took 23.6 ms on an H200, the two passes 9.8 + 1.2 ms.
 #include "flat.cuh"
 
 #include <cmath>
@@ -14,10 +14,10 @@ using namespace megacoder;
 
 struct AdamWScalars {
   float lr;
-  float grad_scale;   // clipping over the number of tokens
+  float grad_scale;   // clipping factor / number of tokens
   float correction1;  // 1 - beta1^step
   float correction2;
-  float skip;  // not 0: weights and state stay as they are
+  float skip;  // not 0: weights and state stay unchanged
 };
 
 struct AdamWConstants {
@@ -74,7 +74,7 @@ __device__ void update(const AdamWBuffers<Weight>& buffers, int64_t at, const Ad
   load(buffers.master + at, master);
   load(buffers.exp_avg + at, exp_avg);
   load(buffers.exp_avg_sq + at, exp_avg_sq);
-  const AdamWScalars scalars = now;  // after the other loads were issued: a thread waits for memory once
+  const AdamWScalars scalars = now;  // after the other loads have been issued, so that a thread waits only once
   if (scalars.skip != 0.0f) return;
   const float step_size = scalars.lr / scalars.correction1;
   const float inverse_root = 1.0f / sqrtf(scalars.correction2);
@@ -84,7 +84,7 @@ __device__ void update(const AdamWBuffers<Weight>& buffers, int64_t at, const Ad
     const float g = grad[i] * scalars.grad_scale;
     exp_avg[i] = fmaf(fixed.beta1, exp_avg[i], fixed.complement1 * g);
     exp_avg_sq[i] = fmaf(fixed.beta2, exp_avg_sq[i], fixed.complement2 * g * g);
-    // Not master * (1 - shrink): that factor's rounding is the same in every step, and adds up to 1e-6 in a hundred.
+    // Not master * (1 - shrink): the factor's rounding error is the same in every step, 1e-6 after a hundred steps.
     const float kept = fmaf(-shrink, master[i], master[i]);
     master[i] = kept - step_size * exp_avg[i] / (sqrtf(exp_avg_sq[i]) * inverse_root + fixed.eps);
   }
@@ -94,7 +94,7 @@ __device__ void update(const AdamWBuffers<Weight>& buffers, int64_t at, const Ad
   if constexpr (!std::is_same_v<Weight, MasterOnly>) store(buffers.weight + at, master);
 }
 
-// A thread has one vector, or one of the single elements around the vectors.
+// A thread updates one vector, or one of the single elements around the vectors.
 template <class Weight>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(AdamWBuffers<Weight> buffers, Cut cut, const AdamWScalars* __restrict__ scalars, AdamWConstants fixed) {
@@ -152,8 +152,8 @@ extern "C" int adamw(void* weight, int64_t weight_is_bf16, float* master, float*
   return launch_with(static_cast<float*>(weight));
 }
 
-// Forms the scalars of one update from the sum of squared gradient sums; a non-finite norm is written as infinity, and
-// skips the update. `step` counts the updates that were not skipped, this one included.
+// Computes the scalars of one update from the sum of squared gradient sums; a non-finite norm is written as infinity and
+// skips the update. `step` counts the updates that were not skipped, including this one.
 extern "C" int adamw_scalars(const double* squares, const double* num_tokens, const float* lr, int64_t* step,
                              double max_grad_norm, double beta1, double beta2, void* scalars, double* norm,
                              void* stream) {

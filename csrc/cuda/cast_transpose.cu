@@ -1,9 +1,9 @@
 // bf16 matrices to fp8, as tensorwise scaling needs them: the largest magnitude, then the scaled cast and its transpose
-// in one pass (2 B read, 1 + 1 B written per element). Hopper's fp8 GEMMs take both factors with the summed dim inmost,
-// so every matrix is wanted both ways.
+// in one pass (2 B read, 1 + 1 B written per element). Hopper's fp8 GEMMs need the summed dim innermost in both
+// factors, so every matrix is needed in both layouts.
 //
-// A thread casts 8 x 8 elements, turns them in registers, and leaves them in shared memory, from where the block's tile
-// of 128 x 128 goes out by rows of the transpose.
+// A thread casts 8 x 8 elements, transposes them in registers, and puts them in shared memory, from where the block's
+// tile of 128 x 128 is written by rows of the transpose.
 #include "flat.cuh"
 
 #include <cuda_fp8.h>
@@ -18,7 +18,7 @@ constexpr int kTile = 128;
 constexpr int kGroup = 8;  // rows and columns of one thread; kThreads = (kTile / kGroup)^2
 constexpr int kGroups = kTile / kGroup;
 constexpr int kPiece = 16;  // bytes of an access to the transpose
-constexpr float kSmallest = 0x1p-100f;  // lesser largest magnitudes count as this one, lest the scale overflow
+constexpr float kSmallest = 0x1p-100f;  // lower bound of the largest magnitude, so that the scale cannot overflow
 static_assert(kThreads == kGroups * kGroups);
 
 struct Matrix {
@@ -26,7 +26,7 @@ struct Matrix {
   int64_t columns;
 };
 
-// Eight bf16 of a row, zeros beyond the matrix. `kWide`: the columns divide by 8 and the start is aligned.
+// Eight bf16 of a row, zeros beyond the matrix. `kWide`: the columns are a multiple of 8 and the start is aligned.
 template <bool kWide>
 __device__ uint4 load_group(const uint16_t* x, int64_t row, int64_t column, Matrix size) {
   uint4 group = {0, 0, 0, 0};
@@ -82,8 +82,8 @@ __device__ void transpose_4x4(uint32_t a, uint32_t b, uint32_t c, uint32_t d, ui
   columns[3] = __byte_perm(ab23, cd23, 0x7632);
 }
 
-// The scale by which the largest magnitude becomes the format's, formed by every thread for itself: one division, where
-// a kernel of its own would cost a launch for each matrix.
+// The scale that maps the largest magnitude to the format's, computed by every thread itself: one division, where a
+// separate kernel would cost a launch per matrix.
 template <__nv_fp8_interpretation_t kFormat>
 __device__ float scale_for(float amax, float* inverse) {
   constexpr float kLimit = kFormat == __NV_E5M2 ? 57344.f : 448.f;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     cast_transpose_kernel(const uint16_t* __restrict__ x, Matrix size, const float* __restrict__ amax,
                           uint8_t* __restrict__ out, uint8_t* __restrict__ transposed,
                           float* __restrict__ inverse_scale) {
-  // [column][group of rows ^ group of columns]: the exclusive or spreads a warp's accesses over all banks both ways.
+  // [column][group of rows ^ group of columns]: the XOR spreads a warp's reads and writes over all banks.
   __shared__ __align__(16) uint2 tile[kTile][kGroups];
   const int64_t tiles_across = max(int64_t{1}, (size.columns + kTile - 1) / kTile);
   const int64_t first_row = blockIdx.x / tiles_across * kTile, first_column = blockIdx.x % tiles_across * kTile;
@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(kThreads)
     const int line = pass * (kThreads / kPieces) + threadIdx.x / kPieces;  // column of the tile
     const int group = line / kGroup;
     uint4 bytes = reinterpret_cast<const uint4*>(tile[line])[piece ^ group / 2];
-    if (group % 2) bytes = {bytes.z, bytes.w, bytes.x, bytes.y};  // the exclusive or swapped the two groups of a piece
+    if (group % 2) bytes = {bytes.z, bytes.w, bytes.x, bytes.y};  // the XOR swapped the two groups of a piece
     store_piece<kWide>(transposed, first_column + line, first_row + piece * kPiece, {size.columns, size.rows}, bytes);
   }
 }
 
-// Magnitudes of bf16 compare as their bits, two to a word, and NaN above all: a NaN anywhere is a NaN in the end.
+// Magnitudes of bf16 compare as their bits, two to a word, with NaN largest: a NaN anywhere makes the result NaN.
 constexpr uint32_t kMagnitudes = 0x7fff7fffu;
 
 // The order of a maximum does not matter, so atomics keep the result the same in every run.
@@ -176,8 +176,8 @@ cudaError_t launch(const uint16_t* x, Matrix size, const float* amax, uint8_t* o
 
 }  // namespace
 
-// out (rows, columns) and transposed (columns, rows) receive x * scale in e4m3, or in e5m2, where scale makes `amax` the
-// format's largest number; inverse_scale receives what undoes it, NaN for an `amax` that is not finite.
+// out (rows, columns) and transposed (columns, rows) receive x * scale in e4m3 or e5m2, where scale maps `amax` to the
+// format's largest number; inverse_scale receives the inverse, NaN for an `amax` that is not finite.
 extern "C" int cast_transpose(const void* x, int64_t rows, int64_t columns, const float* amax, int64_t is_e5m2,
                               void* out, void* transposed, float* inverse_scale, void* stream) {
   const auto launch_as = is_e5m2 ? launch<__NV_E5M2> : launch<__NV_E4M3>;
@@ -185,7 +185,7 @@ extern "C" int cast_transpose(const void* x, int64_t rows, int64_t columns, cons
                    static_cast<uint8_t*>(transposed), inverse_scale, static_cast<cudaStream_t>(stream));
 }
 
-// `out` receives the largest magnitude of `count` bf16 values, 0 of none, NaN where there is one.
+// `out` receives the largest magnitude of `count` bf16 values, 0 if there are none, NaN if any is NaN.
 extern "C" int amax(const void* values, int64_t count, float* out, void* stream) {
   constexpr int64_t kMaxBlocks = 1024;
   const auto on = static_cast<cudaStream_t>(stream);

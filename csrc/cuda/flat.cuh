@@ -1,7 +1,7 @@
-// What the kernels on flat buffers share: 16-byte accesses to buffers that may start and end anywhere.
+// Shared by the kernels on flat buffers: 16-byte accesses to buffers that may start and end anywhere.
 //
 // Contract of every launcher (extern "C", called through ctypes by megacoder/ops/cuda.py): addresses of contiguous
-// device memory, sizes in elements, a stream; nothing is allocated and nothing waits; the cudaError_t is returned.
+// device memory, sizes in elements, a stream; it allocates nothing, waits for nothing, and returns the cudaError_t.
 // Arithmetic is fp32 or fp64, rounded as IEEE says: the build uses no fast math.
 #pragma once
 
@@ -31,8 +31,8 @@ struct Stream {
   int64_t element_bytes;
 };
 
-// Buffers that never come to a vector boundary at the same element are cut into single elements throughout: correct,
-// slower, and not what the flat buffers of training look like.
+// Buffers that never reach a vector boundary at the same element are cut into single elements: correct but slower, and
+// not the case for training's flat buffers.
 inline Cut cut(int64_t count, int64_t width, std::initializer_list<Stream> streams) {
   for (int64_t head = 0; head < width && head <= count; ++head) {
     bool aligned = true;
@@ -52,7 +52,7 @@ inline int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / k
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 
-// Gives a thread of a grid that strides through the buffer its vectors, four of them on their way at a time.
+// A grid-stride loop over the thread's vectors, four loads in flight at a time.
 template <class Use>
 __device__ void for_each_vector(const void* values, int64_t element_bytes, Cut cut, Use use) {
   constexpr int kInFlight = 4;

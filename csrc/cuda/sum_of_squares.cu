@@ -1,7 +1,7 @@
-// The sum of squares of a flat buffer, in fp64 from the first product on, so that no gradient is too large for it.
+// The sum of squares of a flat buffer, in fp64 from the first product on, so that no gradient overflows it.
 //
-// Two stages and no atomics: the order of summation depends on the number of elements, the workspace and the buffer's
-// alignment alone, so that two runs, and two ranks, agree to the last bit.
+// Two stages and no atomics: the order of summation depends only on the number of elements, the workspace and the
+// buffer's alignment, so that two runs, and two ranks, agree to the last bit.
 #include "flat.cuh"
 
 #include <algorithm>

@@ -2,18 +2,18 @@
 
 Legend: C tokens of a chunk, W columns of a row (this rank's vocabulary and its padding); within a kernel B columns.
 
-A row is read twice, for its maximum and sum and then for its softmax, by one program in blocks of TILE. Held in
-registers it would be read once (32,256 columns take 1,024 threads), but then one program fills a multiprocessor, and
-memory idles while it reduces and exponentiates. Here several programs share a multiprocessor, each in another phase,
-and the second read comes from L2: of the rows under way, 34 MB at W=32,256, half is still to be read again. The
-blocks' maxima and sums are combined online, so that the first pass needs no third.
+One program reads a row twice in blocks of TILE: for its maximum and sum, then for its softmax. Held in registers it
+would be read once (32,256 columns take 1,024 threads), but then one program fills a multiprocessor, and memory idles
+while it reduces and exponentiates. Here several programs share a multiprocessor, each in a different phase, and the
+second read comes from L2: of the rows in flight, 34 MB at W=32,256, half is still to be read again. The blocks' maxima
+and sums are combined online, so two passes suffice.
 
-Instructions are the limit. A copy of 8,192 x 32,256 in bf16 takes an H200 250 us, in which its schedulers issue 28
-for every element at 1.75 GHz. With masks in every block the two loops had 33, and took 327 us. So only the last block
-is masked, which leaves 22 to the others (not yet timed), and the label's column is corrected afterwards. Timed with
-masks: without the hints to L2 354 us, rows in registers 366 to 392, blocks of half the size 359.
+The kernel is bound by instructions. A copy of 8,192 x 32,256 in bf16 takes 250 us on an H200, in which its schedulers
+can issue 28 instructions per element at 1.75 GHz. With masks in every block the two loops had 33, and took 327 us. So
+only the last block is masked, which leaves the others with 22 (not yet timed), and the label's column is corrected
+afterwards. Timed with masks: without the L2 hints 354 us, rows in registers 366 to 392, blocks of half the size 359.
 
-A row that is not trained on is one with no columns: it is not read at first, and all of it is padding.
+A row that is not trained on is treated as having no columns: the first pass does not read it, and all of it is padding.
 """
 
 import torch
@@ -26,16 +26,16 @@ from megacoder.ops.triton_kernels.launch import ceil_div, check, power_of_two, s
 __all__ = ["cross_entropy_", "rescale_subtract_", "softmax_"]
 
 TILE = 8192
-"""Columns of a block: with 32 of them a thread, four 16-byte loads are under way in each."""
+"""Columns of a block: with 32 of them per thread, each thread has four 16-byte loads in flight."""
 IGNORE_INDEX = tl.constexpr(-100)
-"""That of the op, which is not imported here: it may itself import this module."""
+"""The op's; not imported, since the op may itself import this module."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""The least float. Minus infinity as the maximum of nothing would make a block of such logits NaN."""
+"""The lowest float. Starting the maximum at minus infinity would make a block of such logits NaN."""
 
 
 @triton.jit
 def _with_block(top, total, logits_B):
-    """(maximum, sum of exponentials less it) of what they were of before and a block."""
+    """Updates (maximum, sum of exponentials relative to it) by a block."""
     new_top = tl.maximum(top, tl.max(logits_B, axis=0))
     return new_top, total * tl.exp(top - new_top) + tl.sum(tl.exp(logits_B - new_top), axis=0)
 
@@ -55,12 +55,12 @@ def softmax_kernel(logits_ptr, labels_ptr, out_ptr, VOCAB: tl.constexpr, W: tl.c
     top = tl.full((), LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for first in range(0, whole, BLOCK):
-        # To be kept until the second pass; what that reads and writes nobody wants again.
+        # Kept in L2 until the second pass; what that reads and writes is not needed again.
         logits_B = tl.load(logits_ptr + first + tl.arange(0, BLOCK), eviction_policy="evict_last")
         top, total = _with_block(top, total, logits_B.to(tl.float32))
     for first in range(whole, vocab, BLOCK):
         cols_B = first + tl.arange(0, BLOCK)
-        # Read up to W, which is aligned, and not to vocab, which need not be: so that loads stay 16 bytes wide.
+        # Read up to W, which is aligned, not to vocab, which may not be, so that loads stay 16 bytes wide.
         logits_B = tl.load(logits_ptr + cols_B, mask=cols_B < W, other=0.0, eviction_policy="evict_last")
         logits_B = tl.where(cols_B < vocab, logits_B.to(tl.float32), float("-inf"))
         top, total = _with_block(top, total, logits_B)
@@ -79,7 +79,7 @@ def softmax_kernel(logits_ptr, labels_ptr, out_ptr, VOCAB: tl.constexpr, W: tl.c
         tl.store(logits_ptr + cols_B, softmax_B, mask=cols_B < W, eviction_policy="evict_first")
 
     if labels_ptr is not None:
-        tl.debug_barrier()  # Another thread has stored this column.
+        tl.debug_barrier()  # A different thread has stored this column.
         label_softmax = tl.exp(target - top) * inverse
         tl.store(logits_ptr + label, (label_softmax - 1.0).to(logits_ptr.dtype.element_ty), mask=vocab > 0)
         # In this order the digits of the sum survive a huge maximum.
@@ -101,17 +101,17 @@ def rescale_subtract_kernel(probs_ptr, scale_ptr, rows_ptr, owned_ptr, W: tl.con
 
 
 def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor:
-    """Token losses (C,) fp32; overwrites the logits by softmax - onehot.
+    """Token losses (C,) fp32; overwrites the logits with softmax - onehot.
 
     The gradient is zero in the W - vocab columns of padding and where the label is IGNORE_INDEX. Every other label
-    must be one of the vocab: the kernel does not look.
+    must be in [0, vocab): the kernel does not check.
     """
     check("labels_C", labels_C, torch.int64, len(logits_CW))
     return _softmax_(logits_CW, labels_C, vocab)
 
 
 def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
-    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf of none; overwrites the logits by their softmax.
+    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf if there are none; overwrites the logits with softmax.
 
     The softmax is zero in the W - vocab columns of padding.
     """
@@ -121,7 +121,7 @@ def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
 def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C: Tensor) -> None:
     """Multiplies each token's probabilities by its scale and, where `owned_C`, subtracts 1 in column `rows_C`.
 
-    This is what a rank with part of the vocabulary does once it knows the other ranks' log-sum-exps.
+    A rank that holds part of the vocabulary calls it once it knows the other ranks' log-sum-exps.
     """
     num_rows, width = probs_CW.shape
     check("probs_CW", probs_CW, storage("probs_CW", probs_CW), num_rows, width)
@@ -139,7 +139,7 @@ def _softmax_(logits_CW: Tensor, labels_C: Tensor | None, vocab: int) -> Tensor:
     num_rows, width = logits_CW.shape
     check("logits_CW", logits_CW, storage("logits_CW", logits_CW), num_rows, width)
     if not 0 <= vocab <= width:
-        raise ValueError(f"a vocabulary of {vocab} ids does not lie in rows of {width} columns")
+        raise ValueError(f"a vocabulary of {vocab} ids does not fit in rows of {width} columns")
     out_C = logits_CW.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
         block, num_warps = _tile(width)

@@ -1,7 +1,7 @@
-"""What the launchers share: the check of what kernels take for granted, and the arithmetic of block sizes.
+"""Shared by the launchers: the check of what kernels assume, and the arithmetic of block sizes.
 
-What kernels share is `raise_amax`. An fp8 cast needs the largest magnitude of what a kernel stores, and while that is
-in registers finding it is free, where a kernel of its own would read it all again.
+The kernels share `raise_amax`. An fp8 cast needs the largest magnitude of what a kernel stores: while the values are in
+registers finding it is free, where a separate kernel would read them all again.
 """
 
 from functools import lru_cache
@@ -29,18 +29,18 @@ INTERPRETED_MULTIPROCESSORS = 2
 
 @triton.jit
 def magnitudes(stored):
-    """The bits of |stored| in fp32, which compare as the numbers do, NaN above all."""
+    """The bits of |stored| in fp32, which compare as the numbers do, with NaN largest."""
     return stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def raise_amax(amax_ptr, bits):
-    """Raises what lies at `amax_ptr` to the largest of `magnitudes`; one atomic a program."""
+    """Raises the value at `amax_ptr` to the largest of `bits`, from `magnitudes`; one atomic per program."""
     tl.atomic_max(amax_ptr, tl.max(bits), sem="relaxed")
 
 
 def amax_bits(amax: Tensor | None) -> Tensor | None:
-    """The fp32 scalar `amax` as kernels raise it: by its bits. ValueError for another dtype or shape."""
+    """The fp32 scalar `amax` as its bits, which is how kernels raise it. ValueError for any other dtype or shape."""
     if amax is None:
         return None
     check("amax", amax, torch.float32)
@@ -57,7 +57,7 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
 
 
 def storage(name: str, tensor: Tensor) -> torch.dtype:
-    """The dtype in which an op's rows are stored; ValueError for one that no kernel takes."""
+    """The dtype in which an op's rows are stored; ValueError for one that no kernel supports."""
     if tensor.dtype not in STORAGE:
         raise ValueError(f"{name} must be stored as bfloat16 or float32, not {tensor.dtype}")
     return tensor.dtype
@@ -65,7 +65,7 @@ def storage(name: str, tensor: Tensor) -> torch.dtype:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many there are to keep busy; under the interpreter a few, so that rows are shared out there too."""
+    """Number of multiprocessors; under the interpreter a few, so that programs share the rows there too."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -76,7 +76,7 @@ def ceil_div(count: int, size: int) -> int:
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that is not below `count`: Triton's tiles have no other sizes."""
+    """The smallest power of two that is at least `count`: Triton's tiles have no other sizes."""
     return 1 << max(0, count - 1).bit_length()
 
 

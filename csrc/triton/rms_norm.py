@@ -1,15 +1,16 @@
 """RMSNorm with the residual add folded in, forward and backward; the op is described in `megacoder.ops.rms_norm`.
 
-Legend: T tokens, D model dim, P programs; within a kernel a tile is R rows by B columns, B the power of two from D on.
+Legend: T tokens, D model dim, P programs; within a kernel a tile is R rows by B columns, B being D rounded up to a
+power of two.
 
-A row lies in one program's registers, so each tensor passes through memory once. Eight warps or more share it, and
-short rows are taken several at a time, so that each thread has 16 elements of every tensor forward and 8 backward,
-where there are more tensors: a few 16-byte loads under way in every thread, and registers to spare for so many
-programs that they cover each other's reductions.
+A row stays in one program's registers, so each tensor passes through memory once. Eight warps or more share a row, and
+short rows are processed several at a time, so that each thread has 16 elements of every tensor in the forward and 8 in
+the backward, which has more tensors: every thread then has a few 16-byte loads in flight, and uses few enough registers
+that resident programs hide each other's reductions.
 
-The backward must also sum over all rows for the weight. Its programs stay for the whole kernel, P of them, and walk
-the rows with a private sum in registers; a second kernel adds the P sums. P is what is resident at once: fewer would
-leave bandwidth idle, more would write more private sums (a hundredth of the traffic at D=2048, and all in L2).
+The backward must also sum over all rows for the weight. Its P programs are persistent: each walks over its rows with a
+private sum in registers, and a second kernel adds the P sums. P is the number resident at once: fewer would leave
+bandwidth idle, more would write more private sums (a hundredth of the traffic at D=2048, and all in L2).
 """
 
 import torch
@@ -35,9 +36,9 @@ FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8
 LONGEST_ROW = 1 << 14
 """16 elements in each of a program's 1,024 threads; beyond 8,192 some of the backward's registers spill."""
 BACKWARD_REGISTERS, RESIDENT_WARPS = 64, 32
-"""At 64 registers a thread a multiprocessor holds 32 warps."""
+"""At 64 registers per thread a multiprocessor holds 32 warps."""
 SUM_ROWS, SUM_COLUMNS = 128, 32
-"""Tile of the second kernel: 128 bytes of each of many rows, since D gives it few columns to share out."""
+"""Tile of the second kernel: 128 bytes of each of many rows, since D columns give it few programs otherwise."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -63,7 +64,7 @@ def rms_norm_forward_kernel(
     h_RB = tl.load(x_ptr + places_RB, mask=inside_RB, other=0.0)
     if residual_ptr is not None:
         residual_RB = tl.load(residual_ptr + places_RB, mask=inside_RB, other=0.0)
-        # Rounded before it is normalised: who keeps only h finds the same y and rstd from it again.
+        # Rounded before the norm: y and rstd recomputed from h alone are then the same.
         h_RB = (h_RB.to(tl.float32) + residual_RB.to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + places_RB, h_RB, mask=inside_RB)
     h_RB = h_RB.to(tl.float32)
@@ -92,7 +93,7 @@ def rms_norm_backward_kernel(
 ):
     cols_B = tl.arange(0, BLOCK)
     weight_B = tl.load(weight_ptr + cols_B, mask=cols_B < D, other=0.0).to(tl.float32)
-    # A sum for each row of the tile: with one for all of them, threads would have to meet in every round.
+    # One sum for each row of the tile: with one for all rows, threads would have to synchronize in every iteration.
     sums_RB = tl.zeros((ROWS, BLOCK), tl.float32)
     if amax_ptr is not None:
         top_RB = tl.zeros((ROWS, BLOCK), tl.int32)
@@ -168,7 +169,7 @@ def rms_norm_backward(
 ) -> Tensor:
     """Returns grad_h_TD (+ grad_residual_TD if given) and adds the weight's gradient into fp32 `grad_weight_D`.
 
-    Raises `amax` to the largest magnitude of what is returned.
+    Raises `amax` to the largest magnitude of the result.
     """
     (num_rows, dim), dtype = h_TD.shape, storage("h_TD", h_TD)
     check("h_TD", h_TD, dtype, num_rows, dim)
@@ -199,7 +200,7 @@ def rms_norm_backward(
 def _tile(dim: int, per_thread: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program's tile."""
     if not 0 < dim <= LONGEST_ROW:
-        raise ValueError(f"a row of {dim} elements does not fit in one program; 1 to {LONGEST_ROW} do")
+        raise ValueError(f"a row of {dim} elements does not fit in one program; it must have 1 to {LONGEST_ROW}")
     block = power_of_two(dim)
     rows = max(1, 8 * 32 * per_thread // block)
     return rows, block, warps(rows * block, per_thread=per_thread)

@@ -1,12 +1,12 @@
-"""Rotary embedding in the fused rows [q | k | v], and the way back from the three gradients that attention returns.
+"""Rotary embedding in the fused rows [q | k | v], and its backward from the three gradients that attention returns.
 
 Legend: T = BS tokens of B sequences, C = (H + 2G)K columns of a fused row, H query and G key-value heads, K head dim,
 P positions in the table; within a kernel a tile is R (token, head) pairs by half a head's columns, padded to B. The
 op is described in `megacoder.ops.rope`.
 
-A pair is a contiguous run of K elements wherever it lies, and pairs are counted through all tokens, so that a program
-has the same work for any number of heads. A thread holds the same columns of both halves and rotates in its own
-registers. The fp32 tables are read once per pair, for all but the first head of a token from the L1 cache.
+A pair is always a contiguous run of K elements, and pairs are numbered over all tokens, so that a program has the same
+work for any number of heads. A thread holds the same columns of both halves and rotates in its own registers. The fp32
+tables are read once per pair, for all but the first head of a token from the L1 cache.
 """
 
 import torch
@@ -28,8 +28,8 @@ from megacoder.ops.triton_kernels.launch import (
 __all__ = ["gather_unrotate", "rope_"]
 
 TILE = 2048
-"""Elements of each half. With 8 of them a thread there are two 16-byte loads under way in each, and registers for 40
-warps on a multiprocessor."""
+"""Elements of each half. With 8 of them per thread, each thread has two 16-byte loads in flight, and a multiprocessor
+has registers for 40 warps."""
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _gather_heads(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Places one block of pairs of one gradient; `out_ptr` is where its first head lies in the first token's row."""
+    """Writes one block of pairs of one gradient; `out_ptr` points to its first head in the first token's row."""
     pairs_R = block * ROWS + tl.arange(0, ROWS)
     tokens_R, heads_R = pairs_R // HEADS, pairs_R % HEADS
     cols_B = tl.arange(0, BLOCK)
@@ -143,7 +143,7 @@ def gather_unrotate_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first programs place the queries' gradient, the next the keys', the last the values'."""
+    """The first programs write the queries' gradient, the next the keys', the last the values'."""
     C: tl.constexpr = 2 * HALF * (H + 2 * G)
     K_COLUMN: tl.constexpr = 2 * HALF * H
     V_COLUMN: tl.constexpr = 2 * HALF * (H + G)
@@ -178,7 +178,7 @@ def rope_(
 ) -> None:
     """Rotates in place the first `num_heads` heads of rows [q | k | v]; `inverse` is the backward.
 
-    Every position must lie in the table: the kernel does not look.
+    Every position must lie in the table: the kernel does not check.
     """
     num_tokens, columns = qkv_TC.shape
     check("qkv_TC", qkv_TC, storage("qkv_TC", qkv_TC), num_tokens, columns)
@@ -206,8 +206,8 @@ def gather_unrotate(
 ) -> Tensor:
     """grad_qkv_TC: attention's gradients in fused rows, those of queries and keys rotated back.
 
-    Raises `amax` to its largest magnitude.
-    The gradients may lie in memory in any order of batch, head and step; each head's K elements are contiguous.
+    Raises `amax` to the result's largest magnitude. The gradients may have any memory order of batch, head and step;
+    each head's K elements must be contiguous.
     """
     batch, heads, length, dim = grad_q_BHSK.shape
     kv_heads, dtype = grad_k_BGSK.shape[1], storage("grad_q_BHSK", grad_q_BHSK)
@@ -238,7 +238,7 @@ def gather_unrotate(
 
 def _check_tables(cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor, num_tokens: int, head_dim: int) -> None:
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"a head of {head_dim} elements has no two halves to rotate")
+        raise ValueError(f"head_dim = {head_dim}: must be even and positive, to have two halves to rotate")
     table = len(cos_PK2), head_dim // 2
     check("cos_PK2", cos_PK2, torch.float32, *table)
     check("sin_PK2", sin_PK2, torch.float32, *table)

@@ -1,10 +1,10 @@
 """SwiGLU over rows [gate | up], forward and in-place backward; the op is described in `megacoder.ops.swiglu`.
 
-Legend: T tokens, F feed-forward dim; within a kernel B elements of the (T, F) activation, counted through all rows.
+Legend: T tokens, F feed-forward dim; within a kernel B elements of the (T, F) activation, numbered across all rows.
 
-Counting through rows leaves no tile half empty when F is no power of two (5504 = 43 * 128), and as long as F is a
-multiple of 8 a thread's 8 neighbours lie in one row, which the compiler proves and so reads them at once. Two such
-groups a thread are four 16-byte loads under way forward and six backward.
+Numbering across rows leaves no tile half empty when F is not a power of two (5504 = 43 * 128). If F is a multiple of 8,
+a thread's 8 neighboring elements lie in one row: the compiler proves it, and loads them at once. Two such groups per
+thread are four 16-byte loads in flight in the forward and six in the backward.
 """
 
 import torch
@@ -23,8 +23,9 @@ TILE = 4096
 def _block(num_rows, F: tl.constexpr, BLOCK: tl.constexpr):
     """(places in the activation, places of the gates in [gate | up], which are real) of this program's elements.
 
-    The first element's row is a scalar, so that the elements' own divisions are of 32 bits. Which are real is told by
-    their rows: all neighbours of one row agree, where the compiler could not know it of a bound on their places.
+    The first element's row is a scalar, so that the elements' own divisions are of 32 bits. An element's row says
+    whether it is real: the compiler then knows that all neighbors in one row agree, as it would not from a bound on
+    their places.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first // F
@@ -77,8 +78,8 @@ def swiglu_forward(gate_up_T2F: Tensor, *, amax: Tensor | None = None) -> Tensor
 def swiglu_backward_(
     grad_TF: Tensor, gate_up_T2F: Tensor, *, forms_activation: bool = True, amax: Tensor | None = None
 ) -> Tensor | None:
-    """Overwrites `gate_up_T2F` by its gradient, raises `amax` to that one's largest magnitude, and returns the
-    recomputed activation (T, F) if that is wanted."""
+    """Overwrites `gate_up_T2F` with its gradient, raises `amax` to the gradient's largest magnitude, and returns the
+    recomputed activation (T, F) if requested."""
     num_rows, dim = _check_rows(gate_up_T2F)
     check("grad_TF", grad_TF, gate_up_T2F.dtype, num_rows, dim)
     activation_TF = torch.empty_like(grad_TF) if forms_activation else None

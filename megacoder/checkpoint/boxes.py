@@ -2,8 +2,8 @@
 
 A box is what every layout has in common: a tensor-parallel shard is a box of the global tensor, and the flat range of
 it that a ZeRO rank owns is a few boxes (three for a matrix: the rest of a row, full rows, the start of a row). So
-files hold boxes, and loading in another layout is intersection. All of this is arithmetic on integers: no tensor is
-touched here, and a plan either covers what is wanted exactly once or is an error that names the first hole.
+files hold boxes, and loading in a different layout is intersection. All of this is integer arithmetic: no tensor is
+touched here. A plan covers what is wanted exactly once, or is an error that names the first hole or overlap.
 """
 
 import math
@@ -72,7 +72,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Copy:
-    """Take `overlap` from box number `source` of those stored into box number `target` of those wanted."""
+    """Copy `overlap` from stored box number `source` to wanted box number `target`."""
 
     source: int
     target: int
@@ -109,8 +109,8 @@ def boxes_of_range(region: Box, start: int, stop: int) -> list[Box]:
 def find_fault(region: Box, boxes: Sequence[Box]) -> Fault | None:
     """None when `boxes`, which lie in `region`, cover it exactly once; else the first hole or overlap.
 
-    Cuts the region into slabs where a box begins or ends along the first dim and looks at each slab in the dims that
-    are left. The cost is boxes x slabs that each spans: linear for flat ranges and for shards.
+    Cuts the region into slabs where a box begins or ends along the first dim and recurses into each slab with the
+    remaining dims. The cost is the number of slabs each box spans, summed: linear for flat ranges and for shards.
     """
     if region.volume == 0:
         return None

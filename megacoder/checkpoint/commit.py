@@ -1,9 +1,9 @@
-"""How the ranks of a save become one checkpoint: each leaves its file and a sealed part; the first rank joins them.
+"""How the files of all ranks become one checkpoint: each rank writes its file and a sealed part; the first joins them.
 
-The ranks meet through the temporary folder alone, because they do so in background threads, and a collective there
-could cross one of the training's. Its existence is the signal: parts that appear in it mean progress, and when it
-vanishes the attempt is over, published under its real name or given up by a rank that failed (which needs no space
-on a full disk). Asks of the file system what training needs anyway: that all ranks see one folder.
+The ranks communicate through the temporary folder alone: they do so from background threads, where a collective could
+interleave with one of the training loop. Parts that appear in the folder are progress. When the folder vanishes the
+attempt is over: published under its real name, or given up by a rank that failed (which needs no space on a full
+disk). The file system must show all ranks one folder, as training requires anyway.
 """
 
 import os
@@ -23,11 +23,11 @@ from megacoder.core.files import fsync_path
 __all__ = ["await_outcome", "commit", "rank_file_name", "write_part"]
 
 _LOOK_EVERY = 1 << 26
-"""Bytes after which a rank that writes looks whether the attempt is over."""
+"""Bytes after which a writing rank checks whether the attempt is over."""
 
 
 def rank_file_name(rank: int, num_ranks: int) -> str:
-    """The file of a writer rank."""
+    """Name of the file that a rank writes."""
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
@@ -43,8 +43,8 @@ def write_part(
 ) -> None:
     """Writes one rank's file, then its part: a manifest of that file alone.
 
-    Ends early, with CheckpointError, where another rank has given up: whoever waits for this one in the next
-    collective waits no longer than some bytes take, so that the time-outs of the two need not agree.
+    Stops early, with CheckpointError, where another rank has given up: ranks that wait for this one in the next
+    collective then wait no longer than a few bytes take to write, so the two time-outs need not match.
     """
     with _noticing_its_end(temporary):
         sums = write_tensor_file(temporary / file, plan.stored, _while_it_lasts(temporary, data))
@@ -53,7 +53,7 @@ def write_part(
 
 
 def _while_it_lasts(temporary: Path, data: Iterable[memoryview]) -> Iterator[memoryview]:
-    """`data` cut into pieces; FileNotFoundError before the next one where the folder is no longer there."""
+    """`data` in pieces; FileNotFoundError before the next one once the folder is gone."""
     for view in data:
         for start in range(0, len(view), _LOOK_EVERY):
             temporary.lstat()
@@ -78,7 +78,7 @@ def commit(temporary: Path, num_ranks: int, *, timeout_seconds: float) -> Path:
 def await_outcome(temporary: Path, *, timeout_seconds: float) -> None:
     """Waits, on the ranks that do not commit, until the attempt is over; CheckpointError if that takes too long.
 
-    So that the ranks come to their next collective at about the same time, whoever writes slowest.
+    All ranks thereby reach their next collective at about the same time, however slow one writes.
     """
     for pause in _pauses(timeout_seconds):
         if not temporary.exists():
@@ -89,7 +89,7 @@ def await_outcome(temporary: Path, *, timeout_seconds: float) -> None:
 
 
 def _pauses(timeout_seconds: float) -> Iterator[float | None]:
-    """Seconds to sleep before each further look, growing to one, and None at the last."""
+    """Seconds to sleep before each further check, growing to one, and None at the last."""
     deadline = time.monotonic() + timeout_seconds
     pause = 0.01
     while time.monotonic() < deadline:
@@ -100,15 +100,15 @@ def _pauses(timeout_seconds: float) -> Iterator[float | None]:
 
 @contextmanager
 def _noticing_its_end(temporary: Path) -> Iterator[None]:
-    """Says what it means when the folder in which a rank is at work is no longer there."""
+    """Explains the error of a rank whose temporary folder has vanished under it."""
     try:
         yield
     except FileNotFoundError:
         if temporary.exists():
             raise
         raise CheckpointError(
-            f"{temporary} is not there: another rank gave up, and its own error says why, or this host no longer sees "
-            "the folder that the first rank writes to"
+            f"{temporary} is gone: another rank gave up, as its own error explains, or this host no longer sees the "
+            "folder that the first rank writes to"
         ) from None
 
 
@@ -120,7 +120,8 @@ def _await_parts(temporary: Path, parts: list[Path], timeout_seconds: float) -> 
             return
         if pause is None:
             raise CheckpointError(
-                f"{len(missing)} of {len(parts)} ranks were not done in {timeout_seconds:g} s, {missing[0]} the first"
+                f"{len(missing)} of {len(parts)} ranks did not finish writing in {timeout_seconds:g} s; the first is "
+                f"{missing[0]}"
             )
         time.sleep(pause)
 
@@ -130,7 +131,7 @@ def _part_path(temporary: Path, file: str) -> Path:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """As `core.files.replacing`, but never makes the folder: one that has vanished was given up."""
+    """As `core.files.replacing`, but never makes the folder: if it has vanished, the attempt was given up."""
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_bytes(content)
     fsync_path(unfinished)

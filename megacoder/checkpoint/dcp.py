@@ -1,12 +1,12 @@
 """Weights that torch.distributed.checkpoint wrote through its Hugging Face storage: safetensors of boxes, no pickle.
 
 `HuggingFaceStorageWriter(save_distributed=True)` leaves a file for each rank, `shard-00001-model-00001-of-00002
-.safetensors`, whose metadata says where in the global tensor each of its tensors begins. Nothing says which files there
-should be: torch's own reader takes what is there and leaves the rest as it was. Here the boxes must cover every tensor
-exactly once, in parts of one dtype. (Consolidated, or saved by one rank, such a folder is an ordinary Hugging Face
-one.)
+.safetensors`, whose metadata says where in the global tensor each of its tensors begins. Nothing lists the files that
+should exist: torch's own reader loads those it finds and leaves the rest of a tensor unchanged. Here the boxes must
+cover every tensor exactly once, in parts of one dtype. (Consolidated, or saved by one rank, such a folder is an
+ordinary Hugging Face one.)
 
-DCP's own storage is not read: its index, `.metadata`, is a pickle, and reading it runs what it says.
+DCP's own storage is not read: its index, `.metadata`, is a pickle, and reading a pickle runs the code in it.
 """
 
 import json
@@ -27,14 +27,14 @@ __all__ = ["DCP_METADATA", "DCP_SHARDS", "DcpFolder"]
 DCP_METADATA = ".metadata"
 """The pickled index of DCP's own storage."""
 DCP_SHARDS = "shard-*-model-*.safetensors"
-"""Names of files of ranks."""
+"""Glob pattern of the ranks' files."""
 
 
 class DcpFolder:
-    """The tensors of such a folder, by name; as `megacoder.checkpoint.huggingface.TensorFolder`."""
+    """The tensors of such a folder by name; has the interface of `megacoder.checkpoint.huggingface.TensorFolder`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FormatError naming a file that is no such file."""
+        """Raises FormatError naming a file that is not in this format."""
         self.folder = folder
         self._files: list[Any] = []
         self._pieces: dict[str, list[tuple[Box, Any]]] = {}
@@ -42,7 +42,7 @@ class DcpFolder:
             try:
                 file = safe_open(path, framework="pt")
                 offsets = json.loads((file.metadata() or {})["DCP_SHARDING_INFO"])
-                for name in file.keys():  # noqa: SIM118 (no dict)
+                for name in file.keys():  # noqa: SIM118 (not a dict)
                     part = file.get_slice(name)
                     box = Box(tuple(map(int, offsets[name]["saved_offsets"])), tuple(part.get_shape()))
                     self._pieces.setdefault(name, []).append((box, part))
@@ -54,8 +54,8 @@ class DcpFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
-        """Raises FormatError naming a tensor that is missing, whole or in part, stored twice or in several dtypes,
-        or is neither in `shapes` nor in `ignored` (names, or their ends).
+        """Raises FormatError naming a tensor that is missing, entirely or in part, is stored twice or in several
+        dtypes, or is neither in `shapes` nor in `ignored` (names or suffixes).
         """
         known_ends = tuple(ignored)
         for name in self._pieces:
@@ -76,11 +76,11 @@ class DcpFolder:
         self._shapes = dict(shapes)
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor that `check` has found."""
+        """A complete tensor, one of those that were given to `check`."""
         return self._fill(name, Box.whole(self._shapes[name]))
 
     def read_rows(self, name: str, chunk_elements: int) -> Iterator[Tensor]:
-        """The same in order, as many rows at a time as have about `chunk_elements` elements."""
+        """The same in order, in chunks of rows with about `chunk_elements` elements."""
         shape = self._shapes[name]
         step = max(1, chunk_elements // max(1, math.prod(shape[1:])))
         for begin in range(0, shape[0], step):

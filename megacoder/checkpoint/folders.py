@@ -1,9 +1,9 @@
-"""The folder that holds a run's checkpoints: names, `latest`, which one is whole, publication and rotation.
+"""The folder that holds a run's checkpoints: names, `latest`, completeness, publication and rotation.
 
-A checkpoint gets its name `step-00001000` in one rename, after everything in it is on the device; before that it has
-a temporary name, unlike in every attempt, that no reader looks at. So at any moment a kill leaves the older checkpoint,
-the new one, or both; never half of one under a real name. Readers take the newest whole one. `latest` says which that
-is, for people and scripts: it moves after the rename, and may be behind where something went wrong in between.
+A checkpoint gets its name `step-00001000` in one rename, after everything in it has been flushed to the device; before
+that it has a temporary name, new in every attempt, that no reader looks at. So a kill at any moment leaves the older
+checkpoint, the new one, or both; never half of one under a real name. Readers take the newest complete one. `latest`
+names it for people and scripts: it moves after the rename, and may be behind if something went wrong in between.
 """
 
 import os
@@ -38,14 +38,14 @@ def step_name(step: int) -> str:
 
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every published checkpoint in `root`, whole or not, oldest first."""
+    """(step, folder) of every published checkpoint in `root`, complete or not, oldest first."""
     children = root.iterdir() if root.is_dir() else ()
     matches = [(_STEP_NAME.fullmatch(child.name), child) for child in children]
     return sorted((int(match.group(1)), child) for match, child in matches if match)
 
 
 def open_checkpoint(folder: Path) -> Manifest:
-    """The manifest of a checkpoint that `folder_faults` finds nothing wrong with; else CheckpointError, the first."""
+    """The manifest of a complete checkpoint; else CheckpointError with the first of its `folder_faults`."""
     manifest = read_manifest(folder / MANIFEST)
     faults = folder_faults(folder, manifest)
     if faults:
@@ -58,7 +58,7 @@ def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = [size_fault(folder / name, sums.size) for name, sums in manifest.files.items()]
     match = _STEP_NAME.fullmatch(folder.name)
     if match and int(match.group(1)) != manifest.step:
-        faults.append(f"{folder / MANIFEST}: of step {manifest.step}, not of the folder's step")
+        faults.append(f"{folder / MANIFEST}: is of step {manifest.step}, which is not the folder's step")
     for child in sorted(folder.iterdir()):
         if child.name != MANIFEST and child.name not in manifest.files:
             faults.append(f"{child}: not part of the checkpoint; move it elsewhere")
@@ -72,7 +72,7 @@ def checkpoints_in(path: Path) -> Path:
 
 
 def checkpoint_of_step(path: Path, step: int) -> Path:
-    """The checkpoint of a run or a folder of checkpoints that is of `step`; CheckpointError with the steps that are."""
+    """The checkpoint of `step` of a run, or in a folder of checkpoints; CheckpointError that lists the steps found."""
     there = dict(step_folders(checkpoints_in(path)))
     if step not in there:
         steps = [str(known) for known in there] or ["none"]
@@ -82,10 +82,10 @@ def checkpoint_of_step(path: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself when it is a checkpoint, else the newest whole one in it.
+    """`path` itself when it is a checkpoint, else the newest complete one in it.
 
-    `path` may also be a run's folder, which has them in `checkpoints/`. Says on stderr which it passes over, and where
-    `latest` names another. Raises CheckpointError when there is none.
+    `path` may also be a run's folder, which has them in `checkpoints/`. Reports on stderr which ones it skips, and if
+    `latest` names a different one. Raises CheckpointError when there is none.
     """
     if _STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return path
@@ -96,31 +96,31 @@ def find_checkpoint(path: Path) -> Path:
         try:
             open_checkpoint(folder)
         except CheckpointError as error:
-            say_once(f"passing over {folder.name}: {error}")
+            say_once(f"skipping {folder.name}: {error}")
         else:
             named = _named_by_latest(path)
             if named not in (None, folder.name):
                 say_once(
-                    f"{path / LATEST} names {named!r}; the newest whole checkpoint is {folder.name}, which is taken"
+                    f"{path / LATEST} names {named!r}; using {folder.name}, which is the newest complete checkpoint"
                 )
             return folder
-    hint = "; megacoder checkpoint import makes one of a Hugging Face folder" if (path / "config.json").exists() else ""
-    raise CheckpointError(f"{path}: holds no whole checkpoint{hint}")
+    hint = "; convert a Hugging Face folder with megacoder checkpoint import" if (path / "config.json").exists() else ""
+    raise CheckpointError(f"{path}: holds no complete checkpoint{hint}")
 
 
 def latest_fault(root: Path) -> str | None:
-    """What is wrong with `latest` of a folder of checkpoints where it is there and names none of them."""
+    """The error line for a `latest` that names none of the checkpoints beside it, else None."""
     named = _named_by_latest(root)
     if named is None or named in [folder.name for _, folder in step_folders(root)]:
         return None
-    return f"{root / LATEST}: names {named!r}, which is no checkpoint here; remove it: readers take the newest whole"
+    return f"{root / LATEST}: names {named!r}, which is not a checkpoint here; remove the file: readers do not need it"
 
 
 def recover(root: Path) -> None:
     """Makes `root` ready for a new writer after a kill at any moment; only for the one process that writes there.
 
-    Puts back a checkpoint that was about to be replaced by another of the same step, and removes what else a killed
-    writer left.
+    Puts back a checkpoint that was about to be replaced by a new one of the same step, and removes everything else that
+    a killed writer left.
     """
     for child in root.glob("step-*.tmp-*-replaced"):
         final = child.with_name(child.name.split(".")[0])
@@ -135,11 +135,11 @@ def temporary_for(root: Path, step: int, attempt: str) -> Path:
 
 
 def publish(temporary: Path) -> Path:
-    """Gives a finished temporary folder its real name and moves `latest` on; returns the real path.
+    """Gives a finished temporary folder its real name and points `latest` to it; returns the real path.
 
-    A folder of that name (the step was reached before, and the run then went on from an older one) is replaced. Where
-    `latest` cannot be written that is said and no failure, since readers do without it; and it never moves from a whole
-    checkpoint to one of an earlier step, which a late conversion may add.
+    A folder of that name (the step was reached before, and the run then resumed from an older one) is replaced. If
+    `latest` cannot be written, that is reported but is not a failure, since readers do not need it. `latest` never
+    moves from a complete checkpoint to one of an earlier step, which a later conversion may add.
     """
     final = temporary.with_name(temporary.name.split(".")[0])
     replaced = temporary.with_name(f"{temporary.name}-replaced")
@@ -156,7 +156,7 @@ def publish(temporary: Path) -> Path:
     try:
         _move_latest(final)
     except OSError as error:
-        say(f"{final.parent / LATEST} was not moved to {final.name}, which is whole: {error.strerror or error}")
+        say(f"{final.parent / LATEST} was not updated to {final.name}, which is complete: {error.strerror or error}")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -170,7 +170,7 @@ def _move_latest(final: Path) -> None:
 
 
 def _named_by_latest(root: Path) -> str | None:
-    """What the file says, whatever it is; None where there is none."""
+    """The text of `latest`, valid or not; None where there is no such file."""
     try:
         return (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -178,7 +178,7 @@ def _named_by_latest(root: Path) -> str | None:
 
 
 def discard(temporary: Path) -> None:
-    """Removes a temporary folder in which other ranks may be writing: under another name, so that they notice."""
+    """Removes a temporary folder in which other ranks may be writing; renames it first, so that they notice."""
     doomed = temporary.with_name(f"{temporary.name}-failed")
     try:
         os.rename(temporary, doomed)
@@ -188,10 +188,10 @@ def discard(temporary: Path) -> None:
 
 
 def rotate(root: Path, *, step: int, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Removes the checkpoints that need not be kept, seen from the one just saved at `step`; returns them.
+    """Removes the checkpoints that need not be kept after the one just saved at `step`; returns them.
 
-    Kept are the `keep_last` newest whole ones and those whose step is a multiple of `keep_every`. Left alone are
-    later steps, which belong to a run that went on from an older checkpoint, and broken ones among the newest.
+    Keeps the `keep_last` newest complete ones and those whose step is a multiple of `keep_every`. Also leaves later
+    steps alone, which the run saved before it resumed from an older checkpoint, and broken ones among the newest.
     """
     removed, whole = [], 0
     for number, folder in reversed(step_folders(root)):

@@ -1,9 +1,9 @@
 """Hugging Face model folders: config.json, safetensors in one file or in shards with an index, both ways.
 
 This module knows names, shapes and files, not models: `megacoder.model.huggingface` says which tensors there are.
-Weights stream: a writer holds a chunk of a tensor, a reader maps files into memory and hands out some rows at a time,
-so that a 33B model passes through a small machine. A folder appears whole or not at all, and a reader checks every name
-and shape against the files' headers before it reads the first weight.
+Weights are streamed: a writer holds a chunk of a tensor, a reader maps files into memory and hands out some rows at a
+time, so that a small machine can convert a 33B model. A folder appears complete or not at all, and a reader checks
+every name and shape against the files' headers before it reads the first weight.
 
 Layout (huggingface.co/docs/safetensors; transformers 4 and 5 read it): `model.safetensors`, or
 `model-00001-of-0000N.safetensors` beside `model.safetensors.index.json` = {"metadata": {"total_size": bytes},
@@ -43,7 +43,7 @@ def write_model_folder(
     files: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `folder`, replacing an older one only when whole, with the bytes of each tensor that `data(key)` yields.
+    """Writes `folder`, replacing an older one only when complete, with the bytes of each tensor from `data(key)`.
 
     `files` are further text files by name, such as a tokenizer's. A tensor larger than `max_shard_bytes` gets a shard
     of its own. Raises CheckpointError where the system cannot write.
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> "TensorFolder | DcpFolder":
-    """The tensors of a model folder, whoever wrote it; FormatError where there are none that can be read."""
+    """The tensors of a model folder, ordinary or DCP; FormatError where there are none that can be read."""
     ordinary = (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
     return DcpFolder(folder) if not ordinary and any(folder.glob(DCP_SHARDS)) else TensorFolder(folder)
 
@@ -78,7 +78,7 @@ class TensorFolder:
     """The tensors of a model folder, by name; files are opened when first needed and mapped, not read."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FormatError for a folder without safetensors, or an index that is no index."""
+        """Raises FormatError for a folder without safetensors, or with an invalid index."""
         self.folder = folder
         self._open_files: dict[str, Any] = {}
         self._file_of: dict[str, str]
@@ -93,8 +93,8 @@ class TensorFolder:
             raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX} in it{_pickled(folder)}")
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
-        """Raises FormatError naming a tensor that is missing, has another shape or no float dtype, or is neither in
-        `shapes` nor in `ignored` (names, or their ends).
+        """Raises FormatError naming a tensor that is missing, has a different shape or no float dtype, or is neither
+        in `shapes` nor in `ignored` (names or suffixes).
         """
         known_ends = tuple(ignored)
         for name, shape in shapes.items():
@@ -117,7 +117,7 @@ class TensorFolder:
         return self._slice(name)[:]
 
     def read_rows(self, name: str, chunk_elements: int) -> Iterator[Tensor]:
-        """The same in order, as many rows at a time as have about `chunk_elements` elements."""
+        """The same in order, in chunks of rows with about `chunk_elements` elements."""
         rows = self._slice(name)
         shape = rows.get_shape()
         step = max(1, chunk_elements // max(1, math.prod(shape[1:])))
@@ -149,7 +149,7 @@ def _write_tensors(
     for number, shard in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         views = (view for tensor in shard for view in data(tensor.key))
-        write_tensor_file(folder / file, shard, views, metadata={"format": "pt"})  # transformers asks for that
+        write_tensor_file(folder / file, shard, views, metadata={"format": "pt"})  # transformers requires it
         weight_map.update({tensor.key: file for tensor in shard})
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
@@ -169,7 +169,7 @@ def _shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[
 
 
 def _pickled(folder: Path) -> str:
-    """A remark on weights that are there in a form that is code, which is never read."""
+    """A hint for folders whose weights are pickled: pickles can run code and are never read."""
     if (folder / DCP_METADATA).exists():
         return (
             "; a torch DCP checkpoint's index is a pickle, which can run code, and is not read: save it with "

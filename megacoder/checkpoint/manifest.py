@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint is made of, sealed so that a changed byte of it is seen.
+"""manifest.json: what a checkpoint is made of, sealed so that any changed byte of it is detected.
 
 Its last member is the SHA-256 of every byte before that digest, so the seal needs no canonical form of JSON. While a
 checkpoint is being written each rank leaves a manifest of its own file; the checkpoint's is their union. FORMAT.md
@@ -31,7 +31,7 @@ _MEMBERS = ["format", "version", "step", "layout", "state", "block_size", "files
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"}\n\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _DEEPEST = 64
-"""Levels of `layout` and `state`; readers may go through them by recursion."""
+"""Deepest nesting of `layout` and `state`, so that readers may recurse into them."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A checkpoint but for its bytes."""
+    """Everything about a checkpoint except its tensors' bytes."""
 
     step: int
     """optimizer steps done"""
     layout: dict[str, Any]
     """how the run was laid out over ranks; for people, never needed to load"""
     state: dict[str, Any]
-    """plain JSON of the training loop: position in the data, random state, configuration"""
+    """plain JSON of the training loop: updates made, position in the data, configuration; no random state"""
     files: dict[str, FileSums]
     """name -> size and checksums"""
     tensors: dict[tuple[str, str], TensorEntry]
-    """(kind, Hugging Face name) -> where it is; kind is weight, exp_avg or exp_avg_sq"""
+    """(kind, Hugging Face name) -> the tensor; kind is weight, exp_avg or exp_avg_sq"""
 
     def tensors_by_file(self) -> dict[str, list[StoredTensor]]:
         """What each file holds."""
@@ -140,13 +140,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads and checks a manifest file, which is no link; every CheckpointError begins with its path."""
+    """Reads and checks a manifest, which must be a regular file; every CheckpointError begins with its path."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"{path}: not a regular file; a checkpoint holds its files itself")
+            raise CheckpointError(f"{path}: not a regular file; a checkpoint may not contain links")
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not whole") from None
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
     return decode_manifest(content, where=str(path))
 
 
@@ -154,7 +154,7 @@ def decode_manifest(content: bytes, *, where: str) -> Manifest:
     """The manifest in `content`, every field checked; CheckpointErrors begin with `where`."""
     seal = _SEAL.search(content)
     if seal is None or hashlib.sha256(content[: seal.start()]).hexdigest().encode() != seal.group(1):
-        raise CheckpointError(f"{where}: its content does not match its SHA-256: cut off, damaged or edited")
+        raise CheckpointError(f"{where}: its content does not match its SHA-256: it is cut off, damaged or edited")
     try:
         return _manifest(_typed(json.loads(content), dict, "manifest"))
     except _Invalid as error:
@@ -220,7 +220,7 @@ def _tensor(entry: Any, what: str) -> TensorEntry:
         place = _members(piece, ["offsets", "sizes", "file", "key"], f"piece of {what}")
         box = Box(_integers(place["offsets"], f"offsets in {what}"), _integers(place["sizes"], f"sizes in {what}"))
         if len(box.offsets) != len(box.sizes) or not box.lies_in(shape) or box.volume == 0:
-            raise _Invalid(f"{what}: offsets {box.offsets} and sizes {box.sizes} are no box of shape {list(shape)}")
+            raise _Invalid(f"{what}: offsets {box.offsets} and sizes {box.sizes} are not a box in shape {list(shape)}")
         pieces.append(Piece(box, _typed(place["file"], str, f"file of {what}"), _typed(place["key"], str, "key")))
     return TensorEntry(shape, dtype, tuple(pieces))
 

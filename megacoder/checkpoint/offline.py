@@ -1,7 +1,7 @@
-"""A checkpoint written by one process, rank file by rank file, from tensors that pass through a chunk at a time.
+"""A checkpoint written by one process, rank file by rank file, from tensors streamed a chunk at a time.
 
-What resharding and importing have in common: neither holds more than a chunk, whatever the size of the model, and both
-leave a whole checkpoint or none.
+Resharding and importing share this: neither holds more than a chunk, whatever the size of the model, and both leave a
+complete checkpoint or none.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ def write_offline(
     """Adds the checkpoint of `step` to the folder of checkpoints `root` and returns it; `latest` then names it, or a
     later one.
 
-    `ranks` has what each of `num_ranks` ranks holds, fragments without data, and `stream` yields their elements in
-    order. Raises ConfigError where that step is there already, CheckpointError where writing fails.
+    `ranks` lists what each of `num_ranks` ranks holds, as fragments without data, and `stream` yields their elements in
+    order. Raises ConfigError where that step exists already, CheckpointError where writing fails.
     """
     final = root / step_name(step)
     if final.exists():
@@ -53,7 +53,7 @@ def write_offline(
     except OSError as error:
         raise CheckpointError(f"{final} was not written: {error.filename or root}: {error.strerror}") from None
     finally:
-        discard(temporary)  # which is no longer there when all went well
+        discard(temporary)  # does nothing if all went well: it has been renamed
         if not was_there:
-            with contextlib.suppress(OSError):  # nor is the folder empty then
+            with contextlib.suppress(OSError):  # fails if all went well: the folder is not empty
                 root.rmdir()

@@ -1,8 +1,8 @@
 """What one rank puts into a checkpoint: fragments of tensors, laid out as the tensors of one file.
 
 A fragment is what a ZeRO rank owns of a weight or of its optimizer state: a range of the flattened tensor, or of the
-flattened shard where tensor parallelism has cut it first. Each becomes a few boxes whose bytes follow each other as
-they do in the fragment, so a file's data is its fragments end to end, with nothing to rearrange.
+flattened shard where tensor parallelism has cut it first. Each becomes a few boxes whose bytes are in the fragment's
+order, so a file's data is its fragments end to end, with nothing to rearrange.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
 __all__ = ["Fragment", "RankFile", "Staging", "bytes_of", "live_bytes", "plan_rank_file"]
 
 _DEVICE_CHUNK = 1 << 24
-"""Elements fetched from a device at a time by a save that stages nothing."""
+"""Elements that a save without staging (a synchronous one) fetches from a device at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,15 +38,18 @@ class Fragment:
     stop: int
     """one past the last; a fragment may be empty"""
     data: Tensor
-    """(stop - start,), contiguous, on any device: read by a save, filled by a load; on `meta` to say which elements"""
+    """(stop - start,), contiguous, on any device: read by a save, filled by a load; on `meta` to name elements only"""
 
     def __post_init__(self) -> None:
         if not self.region.lies_in(self.global_shape):
-            raise ValueError(f"{self}: the region is no box of the tensor")
+            raise ValueError(f"{self}: the region is not a box of the tensor")
         if not 0 <= self.start <= self.stop <= self.region.volume:
-            raise ValueError(f"{self}: no such range of {self.region.volume} elements")
+            raise ValueError(f"{self}: not a range of the region's {self.region.volume} elements")
         if self.data.shape != (self.stop - self.start,) or not self.data.is_contiguous():
-            raise ValueError(f"{self}: data of shape {tuple(self.data.shape)} and stride {self.data.stride()}")
+            raise ValueError(
+                f"{self}: data has shape {tuple(self.data.shape)} and stride {self.data.stride()}; expected "
+                f"({self.stop - self.start},) and contiguous"
+            )
 
     def __str__(self) -> str:
         shape = list(self.global_shape)
@@ -78,7 +81,7 @@ def plan_rank_file(file: str, fragments: Sequence[Fragment]) -> RankFile:
         dtype = dtype_name(fragment.data.dtype)
         known = entries.get((fragment.kind, fragment.name), TensorEntry(fragment.global_shape, dtype, ()))
         if (known.shape, known.dtype) != (fragment.global_shape, dtype):
-            raise ValueError(f"{fragment} is {dtype}, an earlier fragment {known.dtype} of {list(known.shape)}")
+            raise ValueError(f"{fragment} is {dtype}; an earlier fragment is {known.dtype} of {list(known.shape)}")
         pieces = [
             Piece(box, file, f"{fragment.kind}/{fragment.name}/{index}")
             for index, box in enumerate(fragment.boxes(), start=len(known.pieces))
@@ -89,14 +92,14 @@ def plan_rank_file(file: str, fragments: Sequence[Fragment]) -> RankFile:
 
 
 def live_bytes(fragments: Sequence[Fragment]) -> Iterator[memoryview]:
-    """The fragments' bytes straight from their tensors; what is on a device comes over in chunks."""
+    """The fragments' bytes straight from their tensors; tensors on a device are copied to the host in chunks."""
     for fragment in fragments:
         for chunk in fragment.data.detach().split(_DEVICE_CHUNK):
             yield bytes_of(chunk.cpu())
 
 
 class Staging:
-    """Host memory that a rank's state is copied to, kept from one save to the next: fresh pages cost twice a copy."""
+    """Host memory for a copy of a rank's state, reused by every save: fresh pages would cost as much as two copies."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -120,5 +123,5 @@ class Staging:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor of one dim on the host."""
-    # A tensor of one element or none is contiguous with any stride, but a view of other width wants a stride of 1.
+    # A tensor of one element or none is contiguous with any stride, but a view as another dtype needs a stride of 1.
     return tensor.as_strided(tensor.shape, (1,)).view(torch.uint8).numpy().data

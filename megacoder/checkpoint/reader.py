@@ -1,8 +1,8 @@
 """Loading: any range of any tensor, from a checkpoint written in any layout.
 
 Which rank wrote what does not matter: the boxes wanted are intersected with the boxes stored, the plan must cover
-every element wanted exactly once, and only those bytes are read, after their checksums have been seen to be right.
-A tensor that is missing, of another shape or dtype, or damaged is an error that names it; nothing is ever filled in.
+every element wanted exactly once, and only those bytes are read, after their checksums have been verified. A tensor
+that is missing, damaged, or of a different shape or dtype is an error that names it; nothing is ever filled in.
 """
 
 import threading
@@ -27,25 +27,25 @@ from megacoder.core.errors import CheckpointError
 __all__ = ["CHUNK_ELEMENTS", "CheckpointReader", "verify_checkpoint"]
 
 CHUNK_ELEMENTS = 1 << 22
-"""Of a tensor that passes through: 16 MiB in fp32, as much as lies under one checksum."""
+"""Elements of a streamed tensor held at a time: 16 MiB in fp32, as much as one checksum covers."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Item size -> a dtype that NumPy has, too."""
+"""Item size -> a dtype of that width that NumPy has too."""
 
 _READERS = 2
-"""Threads that load; what they do waits for the disk or runs outside of the interpreter's lock."""
+"""Threads that load; their work waits for the disk or runs without the GIL."""
 
 _MOST_MAPPED = 128
-"""Files mapped at a time: each mapping holds a descriptor, of which a process may often have 1,024."""
+"""Files mapped at a time: each mapping holds a file descriptor, and the limit is often 1,024 per process."""
 
 
 class CheckpointReader:
-    """A whole checkpoint, open for reading."""
+    """A complete checkpoint, open for reading."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the checkpoint at `path`, or the newest whole one in the folder of checkpoints `path`.
+        """Opens the checkpoint at `path`, or the newest complete one in the folder of checkpoints `path`.
 
-        Raises CheckpointError naming the file when one is missing, cut off or not part of it.
+        Raises CheckpointError naming the file when one is missing, cut off or not part of the checkpoint.
         """
         self.folder = find_checkpoint(path)
         self._manifest = open_checkpoint(self.folder)
@@ -79,16 +79,16 @@ class CheckpointReader:
         return self._manifest.tensors
 
     def read(self, fragment: Fragment) -> None:
-        """Fills `fragment.data`. CheckpointError names the tensor that is not there as asked, or the file at fault."""
+        """Fills `fragment.data`. CheckpointError names a tensor that is missing or differs, or the file at fault."""
         what = f"{fragment.kind} of {fragment.name}"
         entry = self._entry(fragment.kind, fragment.name)
         if entry.shape != fragment.global_shape:
             raise CheckpointError(
-                f"{self.folder}: {what} has shape {list(entry.shape)}, the model's has {list(fragment.global_shape)}"
+                f"{self.folder}: {what} has shape {list(entry.shape)}; the model needs {list(fragment.global_shape)}"
             )
         if entry.dtype != dtype_name(fragment.data.dtype):
             raise CheckpointError(
-                f"{self.folder}: {what} is stored as {entry.dtype}, asked for as {dtype_name(fragment.data.dtype)}"
+                f"{self.folder}: {what} is stored as {entry.dtype}; requested as {dtype_name(fragment.data.dtype)}"
             )
         host = fragment.data.detach()
         if host.device.type != "cpu":
@@ -98,15 +98,15 @@ class CheckpointReader:
             fragment.data.detach().copy_(host)
 
     def read_all(self, fragments: Iterable[Fragment]) -> None:
-        """Fills every fragment, some at a time: one's bytes come from the disk while another's are checked."""
+        """Fills every fragment, several at a time: one is read from disk while another is checked."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="load") as pool:
             for _ in pool.map(self.read, fragments):
                 pass
 
     def stream(self, fragments: Iterable[Fragment]) -> Iterator[Tensor]:
-        """The elements of fragments whose data is never touched, in order, a chunk at a time.
+        """The fragments' elements in order, a chunk at a time; the fragments' own data is never touched.
 
-        Each chunk, (elements,), is of one fragment and is valid until the next is asked for.
+        Each chunk, (elements,), belongs to one fragment and is valid until the next is requested.
         """
         buffers: dict[torch.dtype, Tensor] = {}
         for fragment in fragments:
@@ -120,7 +120,7 @@ class CheckpointReader:
                 yield chunk
 
     def whole(self, name: str, kind: str = "weight") -> Fragment:
-        """All of a tensor, as `stream` takes it."""
+        """All of a tensor, as a fragment for `stream`."""
         entry = self._entry(kind, name)
         region = Box.whole(entry.shape)
         return Fragment(
@@ -136,7 +136,7 @@ class CheckpointReader:
         return values.view(whole.global_shape)
 
     def verify(self) -> list[str]:
-        """A line for each file whose header or checksums are wrong, and for each tensor that is not covered exactly."""
+        """A line for each file with a wrong header or checksum, and for each tensor not covered exactly once."""
         faults = []
         for name in self.files:
             try:
@@ -175,7 +175,7 @@ class CheckpointReader:
             part = Box(
                 tuple(a - b for a, b in zip(copy.overlap.offsets, piece.box.offsets, strict=True)), copy.overlap.sizes
             )
-            index: Any = (*copy.overlap.inside(target), ...)  # with the dots a 0-d part is a view, too
+            index: Any = (*copy.overlap.inside(target), ...)  # with the ellipsis a 0-d part is a view, too
             stored_tensor = StoredTensor(piece.key, entry.dtype, piece.box.sizes)
             self._file(piece.file).read(stored_tensor, part, targets[copy.target][index])
 
@@ -183,7 +183,7 @@ class CheckpointReader:
 def verify_checkpoint(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, a line for each file or tensor at fault; empty when nothing is.
 
-    Reads every byte. Its files are looked into only when they are all there.
+    Reads every byte, but opens the files only if all of them are there.
     """
     try:
         faults = folder_faults(folder, read_manifest(folder / MANIFEST))

@@ -1,15 +1,15 @@
 """safetensors files, streamed out and mapped in, with a CRC-32 for every 16 MiB.
 
 The safetensors layout is a header that gives every tensor's place, then the bytes; so a file can be written straight
-from where the tensors are, and any slice can be read straight from the page cache. The library's own functions build
-a whole file in memory, and carry no checksum; here a reader checks exactly the blocks it is about to copy from, once
-each, so that a slice of a large file costs only its own blocks and still cannot come out wrong. The price of mapping: a
-file that is cut off while it is mapped, or a disk that fails, ends the process with SIGBUS and no line. Nothing of ours
-cuts a file off (rotation removes names, and what is mapped stays readable), and sizes are checked before mapping.
+from where the tensors are, and any slice can be read straight from the page cache. The safetensors library builds a
+whole file in memory and stores no checksum. Here a reader checks exactly the blocks that it is about to copy from, once
+each, so that a slice of a large file costs only its own blocks and still cannot come out wrong. The price of mapping:
+if a file is truncated while mapped, or a disk fails, SIGBUS kills the process without a message. Nothing in this
+library truncates a file (rotation removes names; mapped files stay readable), and sizes are checked before mapping.
 
-CRC-32 finds every damage of up to 32 bits in a row and misses other damage once in 2^32 blocks; it guards against
-accidents, not against forgers. `zlib.crc32` runs at 6.9 GB/s on one core where hashlib's SHA-256 runs at 2.1 GB/s
-(AMD EPYC), slower than the disks that checkpoints are written to.
+CRC-32 detects any damage of up to 32 consecutive bits and misses other damage once in 2^32 blocks; it guards against
+accidents, not against forgers. `zlib.crc32` runs at 6.9 GB/s on one core (AMD EPYC); hashlib's SHA-256 at 2.1 GB/s,
+slower than the disks that checkpoints are written to.
 """
 
 import json
@@ -40,7 +40,7 @@ BLOCK_SIZE = 1 << 24
 """Bytes under one checksum."""
 
 _WRITE_BEHIND = 1 << 26
-"""Bytes that are written before the system is asked to bring them to the device."""
+"""Bytes written before the system is asked to start flushing them to the device."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -77,11 +77,11 @@ class FileSums:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a torch dtype; CheckpointError for one that is not stored."""
+    """safetensors' name of a torch dtype; CheckpointError for an unsupported one."""
     for name, known in DTYPES.items():
         if known == dtype:
             return name
-    raise CheckpointError(f"tensors of dtype {dtype} are not stored; use one of {', '.join(DTYPES)}")
+    raise CheckpointError(f"tensors of dtype {dtype} cannot be stored; use one of {', '.join(DTYPES)}")
 
 
 def write_tensor_file(
@@ -93,8 +93,8 @@ def write_tensor_file(
 ) -> FileSums:
     """Writes a safetensors file and flushes it to the device; holds no more than one item of `data` at a time.
 
-    `data` is the tensors' bytes in their order, cut anywhere; at the start of each tensor its length so far must be a
-    multiple of that tensor's item size (widest dtypes first does it). `metadata` is for other programs' readers.
+    `data` is the tensors' bytes in their order, cut anywhere. Each tensor must begin at a multiple of its item size
+    (sort by dtype, widest first). `metadata` is for other programs' readers.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
@@ -110,7 +110,7 @@ def write_tensor_file(
         for view in data:
             sink.write(view)
         if sink.size != 8 + len(text) + position:
-            raise ValueError(f"{sink.size - 8 - len(text)} bytes of data for tensors of {position} bytes")
+            raise ValueError(f"got {sink.size - 8 - len(text)} bytes of data for tensors of {position} bytes")
         os.fsync(sink.descriptor)
     finally:
         sink.close()
@@ -118,10 +118,10 @@ def write_tensor_file(
 
 
 class _Sink:
-    """A file descriptor that sums what goes through it, in a thread of its own: writing and summing take alike long.
+    """A file descriptor that checksums what is written to it, in a thread: writing and checksums take equally long.
 
-    It asks the system from time to time to begin with the way to the device; what then is left for the final flush is
-    little, where otherwise it would be as much as the system lets lie in memory.
+    From time to time it asks the system to start flushing to the device. Little is then left for the final flush, which
+    otherwise would have to write all that the system keeps dirty in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,26 +152,26 @@ class _Sink:
 
 
 def _start_writing(descriptor: int, start: int, size: int) -> None:
-    """Brings part of a file on its way to the device, without waiting; what has arrived may leave the page cache."""
+    """Starts to flush part of a file to the device, without waiting; flushed pages may leave the page cache."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 class TensorFile:
-    """A mapped safetensors file of which nothing is used before its checksum has been seen to be right."""
+    """A mapped safetensors file; no byte is used before its block's checksum has been verified."""
 
     def __init__(self, path: Path, sums: FileSums, tensors: Sequence[StoredTensor], unchecked: set[int]) -> None:
-        """Maps `path`, which must be a file of that size, and of exactly these tensors in whatever order.
+        """Maps `path`, which must be a file of the size in `sums`, with exactly these tensors in any order.
 
-        `unchecked` numbers the blocks whose checksum is still to be looked at, and is updated; it is the caller's, so
-        that a file can be closed and mapped again. Raises CheckpointError naming the file for anything wrong.
+        `unchecked` holds the numbers of the blocks still to be verified, and is updated; the caller owns it, so that a
+        file can be closed and mapped again. Raises CheckpointError naming the file for anything wrong.
         """
         self.path, self.sums, self._unchecked = path, sums, unchecked
         fault = size_fault(path, sums.size)
         if fault is not None:
             raise CheckpointError(fault)
         try:
-            with path.open("rb") as file:  # mapping it to that size fails where it has just been cut off
+            with path.open("rb") as file:  # mapping to that size fails if the file has just been cut off
                 self._map = mmap.mmap(file.fileno(), sums.size, access=mmap.ACCESS_READ)
                 self._bytes = memoryview(self._map)
         except (OSError, ValueError) as error:
@@ -179,7 +179,7 @@ class TensorFile:
         self._begin = self._parse_header({tensor.key: tensor for tensor in tensors})
 
     def read(self, tensor: StoredTensor, part: Box, out: np.ndarray) -> None:
-        """Fills `out`, of shape part.sizes, by a part of a tensor; its items are integers as wide as the dtype.
+        """Fills `out`, of shape part.sizes, from a part of a tensor; its items are integers as wide as the dtype.
 
         A copy needs only the width, and NumPy has no bfloat16.
         """
@@ -194,7 +194,7 @@ class TensorFile:
         np.copyto(out, flat.reshape(tensor.shape)[part.inside(Box.whole(tensor.shape))])
 
     def check_all(self) -> None:
-        """Checks the blocks that nothing has been read from yet."""
+        """Verifies the blocks from which nothing has been read yet."""
         self._check(0, self.sums.size)
 
     def _check(self, start: int, stop: int) -> None:
@@ -214,7 +214,7 @@ class TensorFile:
                 self._unchecked.discard(block)
 
     def _parse_header(self, expected: dict[str, StoredTensor]) -> dict[str, int]:
-        """Where each tensor's bytes begin in the file, after making sure that they are the tensors expected."""
+        """Where each tensor's bytes begin in the file, after checking that the tensors are those expected."""
         self._check(0, min(8, self.sums.size))
         length = int.from_bytes(self._bytes[:8], "little")
         data = 8 + length
@@ -241,13 +241,13 @@ class TensorFile:
 
 
 def size_fault(path: Path, size: int) -> str | None:
-    """What is wrong with `path` unless it is a regular file, no link, of exactly `size` bytes."""
+    """What is wrong with `path` unless it is a regular file, not a link, of exactly `size` bytes."""
     try:
         found = path.lstat()
     except OSError as error:
-        return f"{path}: {error.strerror}; the checkpoint is not whole"
+        return f"{path}: {error.strerror}; the checkpoint is incomplete"
     if not stat.S_ISREG(found.st_mode):
-        return f"{path}: not a regular file; a checkpoint holds its files itself"
+        return f"{path}: not a regular file; a checkpoint may not contain links"
     if found.st_size != size:
-        return f"{path}: {found.st_size} bytes, the manifest says {size}; the checkpoint is not whole"
+        return f"{path}: {found.st_size} bytes, the manifest says {size}; the checkpoint is incomplete"
     return None

@@ -1,12 +1,12 @@
 """Saving: each rank writes what it owns, in the background, and the training loop pays for one copy in memory.
 
-`save` copies the fragments into host memory and returns; a thread writes them and the first rank's thread commits
-once every rank's file is whole (`commit.py`). At most one save is in flight: the next one first waits for it, so a
-disk that is too slow slows training instead of filling memory. What went wrong in the background is raised by the
-next `save` or `wait`, on all ranks, which agree on it by a collective on the main thread; or it is said there, and the
-run goes on without that checkpoint (`on_failure`). No failure touches an earlier checkpoint. A run that ends by
-another error, on all ranks alike, calls `conclude`, so that the save in flight is not lost; any other end abandons it,
-and the next start clears away what is left.
+`save` copies the fragments into host memory and returns; a thread writes them, and the first rank's thread commits
+once every rank's file is complete (`commit.py`). At most one save is in flight: the next one first waits for it, so a
+disk that is too slow slows training instead of filling memory. A failure in the background is raised by the next `save`
+or `wait`, on all ranks, which agree on it by a collective on the main thread; or it is reported there, and the run
+continues without that checkpoint (`on_failure`). No failure touches an earlier checkpoint. A run that stops with a
+different error, the same on every rank, calls `conclude`, so that the save in flight is not lost. Any other end
+abandons that save, and the next start removes what it left.
 """
 
 import json
@@ -49,18 +49,18 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
-            raise ConfigError(f"keep_last = {self.keep_last}: at least one checkpoint is kept")
+            raise ConfigError(f"keep_last = {self.keep_last}: must be at least 1")
         if self.keep_every is not None and self.keep_every < 1:
-            raise ConfigError(f"keep_every = {self.keep_every}: must be positive; leave it out to keep none for good")
+            raise ConfigError(f"keep_every = {self.keep_every}: must be positive; omit it to keep none permanently")
         if not self.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds = {self.timeout_seconds}: must be positive")
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run; all ranks make one and make the same calls."""
+    """Writes the checkpoints of one run; every rank has one and makes the same calls."""
 
     def __init__(self, root: Path, world: World, config: CheckpointConfig) -> None:
-        """Takes `root` over: makes it, and clears away what a killed run left. Make it before reading from `root`.
+        """Takes over `root`: makes the folder, and removes what a killed run left. Call it before reading from `root`.
 
         Raises AlikeOnAllRanks where a rank does not see what the first one writes there.
         """
@@ -80,15 +80,15 @@ class CheckpointWriter:
         self._error: Exception | None = None
         self._last_failure: Exception | None = None
         self.num_failures = 0
-        """saves that failed and that the run went on without"""
+        """saves that failed and without which the run continued"""
 
     def save(self, step: int, fragments: Sequence[Fragment], *, state: dict[str, Any], layout: dict[str, Any]) -> float:
-        """Saves the state after `step` steps; returns the seconds for which it held training up.
+        """Saves the state after `step` steps; returns the seconds for which it held up training.
 
-        Over all ranks the fragments must cover every tensor exactly once. `state` (what the loop needs to go on) and
-        `layout` (for people) are plain JSON values; the first rank's are kept. Where this save (synchronous) or the one
-        before it (asynchronous) has failed, raises CheckpointError on all ranks, this save not begun, unless the config
-        says to go on.
+        Over all ranks the fragments must cover every tensor exactly once. `state` (what the loop needs to resume) and
+        `layout` (for people) are plain JSON values; the first rank's are kept. Raises CheckpointError on all ranks if
+        this save fails (synchronous), or if the one before has failed (asynchronous; this one then does not begin),
+        unless `on_failure` is "go_on".
         """
         begin = time.perf_counter()
         self._join(self.config.on_failure)
@@ -103,7 +103,7 @@ class CheckpointWriter:
         self._step = step
         if self.config.asynchronous:
             staged = [self._staging.copy_out(job.plan.fragments)]
-            job.plan.fragments.clear()  # what was made for this save alone is not held until it ends
+            job.plan.fragments.clear()  # frees tensors made only for this save before it ends
             if self._make_folder(job):
                 self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)
                 self._thread.start()
@@ -113,13 +113,13 @@ class CheckpointWriter:
         return time.perf_counter() - begin
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong with it, on all ranks, in any configuration."""
+        """Returns when the last save is on disk; raises its failure, on all ranks, whatever `on_failure` says."""
         self._join("stop")
         if self._last_failure is not None:
             raise self._last_failure
 
     def conclude(self) -> None:
-        """Finishes the save in flight, if any, for a run that ends by another error; what goes wrong is said only."""
+        """Finishes the save in flight, if any, when a different error stops the run; only reports a failure."""
         if self._thread is not None and self.world.is_first:
             say(f"finishing the checkpoint of step {self._step}, which was being written")
         self._join("go_on")
@@ -131,7 +131,7 @@ class CheckpointWriter:
             self._settle(on_failure)
 
     def _check_shared(self) -> None:
-        """Whether all ranks see one folder, before it comes out at a save that hosts give up on each other."""
+        """Checks that all ranks see one folder; otherwise hosts would only find out at a save, by timing out."""
         probe = self.root / f"start.tmp-{self._attempts}"
         if self.world.is_first:
             probe.touch()
@@ -146,7 +146,7 @@ class CheckpointWriter:
             )
 
     def _make_folder(self, job: "_Job") -> bool:
-        """Made by one rank before any writes, so that a rank can tell a folder given up from one not made yet."""
+        """Makes it on one rank before any writes, so that a missing folder means that the save has been given up."""
         if self.world.is_first:
             try:
                 job.temporary.mkdir()
@@ -155,7 +155,7 @@ class CheckpointWriter:
         return self._settle(self.config.on_failure)
 
     def _run(self, job: "_Job", data: Iterable[memoryview]) -> None:
-        """Writes and commits; runs in the background, where an exception has nobody to go to."""
+        """Writes and commits; runs in the background, where nobody would catch an exception."""
         try:
             file, timeout = rank_file_name(self.world.rank, self.world.size), self.config.timeout_seconds
             write_part(job.temporary, file, job.plan, data, step=job.step, layout=job.layout, state=job.state)
@@ -171,17 +171,17 @@ class CheckpointWriter:
             self._error = _describe(job, error)
 
     def _rotate(self, step: int) -> None:
-        """What cannot be removed is no failure of the save, which is whole by now; the next save tries again."""
+        """A checkpoint that cannot be removed does not fail the save, complete by now; the next save tries again."""
         try:
             rotate(self.root, step=step, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
         except OSError as error:
-            say(f"older checkpoints are still there: {error.filename or self.root}: {error.strerror or error}")
+            say(f"older checkpoints were not removed: {error.filename or self.root}: {error.strerror or error}")
 
     def _settle(self, on_failure: Literal["stop", "go_on"]) -> bool:
         """Whether all ranks did their part; called on the main thread, by all of them at once.
 
-        Where one did not, each raises: its own error, or that another has one. Unless `on_failure` says to go on
-        without this checkpoint, and none of them has met a bug.
+        Where one did not, every rank raises: its own error, or that another rank failed. With `on_failure` "go_on" they
+        continue without this checkpoint instead, unless the error of any rank is a bug.
         """
         error, self._error = self._error, None
         is_bug = error is not None and not isinstance(error, CheckpointError)
@@ -191,7 +191,7 @@ class CheckpointWriter:
         self._last_failure = None
         if not num_failed:
             return True
-        failure = error or CheckpointError("a checkpoint was not saved: another rank failed; its own error says why")
+        failure = error or CheckpointError("the checkpoint was not saved: another rank failed; see its own error")
         if num_bugs or on_failure == "stop":
             raise failure
         self.num_failures += 1
@@ -213,7 +213,7 @@ class _Job:
 
 
 def _plain(value: dict[str, Any], what: str) -> dict[str, Any]:
-    """A copy, by way of JSON, so that the caller may go on changing its own and a load gives back the same."""
+    """A copy by way of JSON, so that the caller may change the original, and a load returns the same value."""
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _plain(value: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _describe(job: _Job, error: Exception) -> Exception:
-    """The line for the user; an error that is a bug stays as it is."""
+    """The error with its line for the user; one that is a bug stays as it is."""
     if isinstance(error, OSError):
         reason = f"{error.filename or job.temporary}: {os.strerror(error.errno) if error.errno else error}"
     elif isinstance(error, CheckpointError):

@@ -33,19 +33,19 @@ class CorpusConfig:
     out: Path
     """folder for the corpus"""
     input: tuple[Path, ...] = ()
-    """repositories, archives, tables, or folders of these; default: Python's library and packages on this machine"""
+    """repositories, archives, tables, or folders of these; without any, Python's library and packages here"""
     columns: TableColumns = field(default_factory=TableColumns)
     workers: int = 0
     """number of processes, 0: one per core; the output does not depend on it"""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     languages: tuple[str, ...] = ()
-    """keep only these languages; default: all 87 of the paper"""
+    """keep only these languages; without any, all 87 of the paper"""
     max_file_bytes: int = 1 << 20
     """larger files are dropped unread"""
     max_repo_bytes: int | None = None
     """from a larger repository, folders are drawn at random up to this size (no limit for those in tables)"""
     fallback_encoding: str | None = None
-    """encoding of text that is neither Unicode nor declares its own, such as latin-1; default: drop such files"""
+    """encoding of text that is neither Unicode nor declares its own, such as latin-1; None drops such files"""
     allow_licenses: tuple[str, ...] = ()
     """keep only files under these licenses, by SPDX name (`none`: no license file, `unknown`: not recognized)"""
     drop_generated: bool = False

@@ -45,7 +45,7 @@ class DecontaminationConfig:
     min_distinct_words: int = 1
     """runs with fewer different words do not count; 1 is the paper's rule, 5 spares tables such as `0 1 0 1 ...`"""
     fields: tuple[str, ...] = ()
-    """columns of the benchmarks to search for; default: all that hold text"""
+    """columns of the benchmarks to search for; without any, all that hold text"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.ngram:

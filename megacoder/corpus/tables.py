@@ -43,16 +43,16 @@ _KNOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class TableColumns:
-    """Columns of tables given as input; default: the first of the usual names that a table has."""
+    """Columns of tables given as input; for None, the first of the usual names that a table has."""
 
     text: str | None = None
-    """column of the text; default: content, text or code"""
+    """column of the text; usual: content, text, code"""
     repo: str | None = None
-    """column of the repository's name; default: max_stars_repo_name (The Stack), repo_name, repo or the like"""
+    """column of the repository's name; usual: max_stars_repo_name (The Stack), repo_name, repo"""
     path: str | None = None
-    """column of the file's path; default: max_stars_repo_path (The Stack), path, file_path or the like"""
+    """column of the file's path; usual: max_stars_repo_path (The Stack), path, file_path"""
     license: str | None = None
-    """column of the license, which may be missing; default: max_stars_repo_licenses (The Stack), license or the like"""
+    """column of the license, which may be missing; usual: max_stars_repo_licenses (The Stack), license"""
 
     def chosen(self, present: Iterable[str], where: str) -> dict[str, str]:
         """Role -> column, out of the columns `present`; ConfigError for a column that is not there."""

@@ -50,7 +50,7 @@ class PreprocessConfig:
     document_key: str | None = None
     """column or JSON key that is equal in consecutive rows of one document; without it each row is a document"""
     workers: int | None = None
-    """number of encoding processes or threads; default: one per core"""
+    """number of encoding processes or threads; None: one per core"""
     encoder: EncoderName = "auto"
     """tokenizers (the reference), fastokens (six times as fast; the extra `fast`), or auto: fastokens if installed"""
 

@@ -92,10 +92,12 @@ class ModelConfig:
             return "needs at least 1"
         for name in ("num_attention_heads", "intermediate_size"):
             if getattr(self, name) % size:
-                return f"model.{name} = {getattr(self, name)} is not a multiple of it"
+                return f"model.{name} = {getattr(self, name)} is not a multiple of {size}"
         if self.padded_vocab_size % size:
             multiple = f"model.vocab_multiple = {self.vocab_multiple}"
-            return f"the vocabulary, padded to {self.padded_vocab_size} by {multiple}, is not a multiple of it"
+            return f"the vocabulary, padded to {self.padded_vocab_size} by {multiple}, is not a multiple of {size}"
         if self.num_key_value_heads % size and size % self.num_key_value_heads:
-            return f"model.num_key_value_heads = {self.num_key_value_heads} is neither a multiple nor a divisor of it"
+            return (
+                f"model.num_key_value_heads = {self.num_key_value_heads} is neither a multiple nor a divisor of {size}"
+            )
         return None

@@ -1,8 +1,8 @@
-"""Checkpoints to Hugging Face folders and back, with no model in memory: weights pass through a chunk at a time.
+"""Checkpoints to Hugging Face folders and back, with no model in memory: weights are streamed a chunk at a time.
 
-What training writes are fp32 master weights and moments in any layout; a Hugging Face folder is the weights alone. A
-checkpoint says which model it is of in its state, where the run's configuration is. What `import_folder` makes looks
-like a run's folder: `checkpoints/` with one checkpoint, of weights alone, at step 0, and `tokenizer/` beside it.
+Training writes fp32 master weights and moments, in any layout; a Hugging Face folder holds the weights alone. A
+checkpoint names its model in its state, as part of the run's configuration. `import_folder` makes a folder like a
+run's: `checkpoints/` with one checkpoint of step 0, of weights alone, and `tokenizer/` beside it.
 """
 
 import shutil
@@ -28,7 +28,7 @@ from megacoder.model.huggingface import open_folder, weight_shapes, write_folder
 __all__ = ["TOKENIZER", "export_checkpoint", "import_folder", "model_of"]
 
 TOKENIZER = "tokenizer"
-"""Folder beside `checkpoints/` in which an imported model's tokenizer is."""
+"""Folder beside `checkpoints/` that holds an imported model's tokenizer."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -36,12 +36,12 @@ _TOKENIZER_FILES = (
 
 
 def model_of(reader: CheckpointReader) -> ModelConfig:
-    """The model that a checkpoint is of; CheckpointError where it does not say, or holds tensors of another."""
+    """The model of a checkpoint; CheckpointError where the state does not name it, or the tensors do not match it."""
     where = f"{reader.folder / MANIFEST}: state.config.model"
     config = reader.state.get("config")
     table = config.get("model") if isinstance(config, dict) else None
     if not isinstance(table, dict):
-        raise CheckpointError(f"{where}: not there; which model this checkpoint is of is unknown")
+        raise CheckpointError(f"{where}: missing; without it the checkpoint's model is unknown")
     try:
         model = from_dict(ModelConfig, table, where=where)
     except ConfigError as error:
@@ -67,7 +67,7 @@ def export_checkpoint(
     tokenizer_folder: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelConfig:
-    """Writes a checkpoint's weights as a Hugging Face folder; returns what model it was. Errors as `export_model`."""
+    """Writes a checkpoint's weights as a Hugging Face folder; returns the model. Errors as `export_model`."""
     config = model_of(reader)
     write_folder(
         folder, config, lambda name: reader.stream([reader.whole(name)]),
@@ -79,10 +79,10 @@ def export_checkpoint(
 def import_folder(
     source: Path, folder: Path, *, files: Callable[[ModelConfig], Mapping[str, str]] = lambda _: {}
 ) -> ModelConfig:
-    """Makes `folder`, a run's without its run, from a Hugging Face folder; returns what model it is.
+    """Makes `folder`, laid out like a run's, from a Hugging Face folder; returns the model.
 
     `files` gives further text files by name, which appear with the rest. Weights become fp32, which changes no value.
-    FormatError as `open_folder`; ConfigError where `folder` is there.
+    FormatError as `open_folder`; ConfigError where `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")

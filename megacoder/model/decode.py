@@ -1,9 +1,9 @@
-"""One new token a sequence, from keys and values already there: the model's forward with nothing in it but the work.
+"""Decoding steps of one new token per sequence, on cached keys and values: the forward without module overhead.
 
-`Transformer.forward` is the reference, and what prompts go through. A step that makes one token a sequence is so short
-that on a CPU most of its time went to what surrounds the arithmetic: module calls, views for general shapes, a rotary
-lookup in every layer. Where the CPU kernels are built and the sequences are few, a layer here is two calls
-(`megacoder.ops.decode`); elsewhere it is a dozen operations.
+`Transformer.forward` is the reference and processes the prompts. A step of one token per sequence is so short that on a
+CPU most of its time went into what surrounds the arithmetic: module calls, views for general shapes, a rotary lookup in
+every layer. Where the CPU kernels are built and the batch is small, a layer here is two calls (`megacoder.ops.decode`);
+elsewhere it is a dozen operations.
 
 Legend: B sequences, D model dim, G key-value heads, R query heads of each, K head dim, P columns so far.
 """
@@ -25,7 +25,7 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Steps of one batch, whose prompts are in `cache`; after `cache.keep` another one is needed."""
+    """Decodes one batch, whose prompts are already in `cache`; after `cache.keep` make a new one."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -38,7 +38,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Hidden states (B, D), normalised, of one more token of each sequence, which the cache takes in."""
+        """Hidden states (B, D), normalized, of one more token per sequence, which is added to the cache."""
         model = self._model
         x_BD = model.embed_tokens(tokens_B)
         x_BD = self._plain(x_BD) if self._fused is None else self._by_kernels(self._fused, x_BD)
@@ -71,7 +71,7 @@ class Decoder:
             apply_rope_(qkv_BC, rope.cos, rope.sin, positions_B, num_heads=heads + groups, head_dim=dim)
             rows = qkv_BC.view(batch, -1, dim)
             k_BGPK, v_BGPK, _ = kept.append(rows[:, heads : heads + groups, None], rows[:, heads + groups :, None])
-            # the heads of a group take the place of queries: no key is read twice
+            # the heads of a group go into the query dim: no key is read twice
             q_BGRK = rows[:, :heads].view(batch, groups, heads // groups, dim)
             out = F.scaled_dot_product_attention(q_BGRK, k_BGPK, v_BGPK, attn_mask=mask)
             x_BD = _add(x_BD, out.reshape(batch, heads * dim), attn.o_proj.weight, model.tp)
@@ -97,5 +97,5 @@ def _weights(layer: DecoderLayer) -> LayerWeights:
 
 
 def _add(x_BD: Tensor, partial_BI: Tensor, weight_DI: Tensor, tp: TensorParallel) -> Tensor:
-    """x plus the product, summed over the ranks that share it."""
+    """x plus the product, summed over the tensor ranks."""
     return x_BD + reduce(few_rows_linear(partial_BI, weight_DI), tp)

@@ -1,13 +1,13 @@
 """A whole model's microbatch, forward and backward, as one CUDA graph: recorded once, then replayed.
 
 A layer's step is some thirty kernels. Where they are short (small models, short microbatches) a GPU waits for the host
-to launch the next one; of a graph it has them all. What a graph needs is given here: addresses that stay (parameters
-and gradients lie in flat buffers, tokens and labels are copied into tensors of the graph's own), shapes that stay
-(masks of packed documents do not: each microbatch has its own number of them), and a step in which the host asks
-nothing of the device (see `Microbatch.num_labels`).
+to launch the next one; a graph launches them all at once. A graph needs fixed addresses (parameters and gradients lie
+in flat buffers, tokens and labels are copied into the graph's own tensors), fixed shapes (which rules out the masks of
+packed documents: every microbatch has a different number of documents), and a step in which the host never waits for
+the device (see `Microbatch.num_labels`).
 
-The graph holds no collective: one rank holds the whole model, and sums over data-parallel ranks wait for the step's
-end, since a replay reports to no one. Not yet run on a GPU.
+The graph holds no collective: one rank holds the whole model, and data-parallel ranks reduce gradients only at the end
+of the step, since a replay does not report finished layers. Not yet run on a GPU.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from megacoder.ops.cross_entropy import LossSum
 __all__ = ["GraphedStage"]
 
 WARM_UP = 2
-"""Microbatches that run as ever, so that kernels are compiled and libraries have chosen theirs before the recording."""
+"""Microbatches that run without a graph first, so that kernels are compiled and chosen before the recording."""
 
 
 @dataclass(kw_only=True)
 class GraphedStage:
-    """`stage`, the whole model, as the runner calls it: its forward does the backward's work, too."""
+    """`stage`, the whole model, with the interface that the runner calls; `forward` runs the backward too."""
 
     stage: Stage
     _num_run: int = field(default=0, init=False)
@@ -39,9 +39,9 @@ class GraphedStage:
         return self.stage.new_boundary(microbatch)
 
     def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, None]:
-        """The loss, once gradients have been added; ValueError for what a graph cannot hold, or this one does not."""
+        """The loss; gradients are already accumulated. ValueError for a microbatch that the graph cannot run."""
         if microbatch.num_labels is None or microbatch.places is None or microbatch.places.documents is not None:
-            raise ValueError("a graph is of whole sequences with places, not masked, whose labels have been counted")
+            raise ValueError("a CUDA graph needs microbatches with places, counted labels and no document mask")
         if self._num_run < WARM_UP:
             self._num_run += 1
             return _forward_backward(self.stage, microbatch), None
@@ -66,7 +66,7 @@ def _forward_backward(stage: Stage, microbatch: Microbatch) -> LossSum:
 
 
 class _Recorded:
-    """The graph, and the tensors through which it is given a microbatch and returns its loss."""
+    """The graph, and the tensors through which a microbatch enters it and its loss leaves."""
 
     def __init__(self, stage: Stage, microbatch: Microbatch) -> None:
         self._entering = replace(
@@ -80,10 +80,10 @@ class _Recorded:
         self._run = record(step)
 
     def replay(self, microbatch: Microbatch, num_labels: int) -> LossSum:
-        """Its loss; ValueError for tokens of another shape."""
+        """The microbatch's loss; ValueError where its tokens have a different shape than the recorded ones."""
         shape, recorded = microbatch.tokens_BS.shape, self._entering.tokens_BS.shape
         if shape != recorded:
-            raise ValueError(f"the graph is of microbatches of {list(recorded)} tokens; this one has {list(shape)}")
+            raise ValueError(f"the graph was recorded for {list(recorded)} tokens; this microbatch has {list(shape)}")
         self._entering.tokens_BS.copy_(microbatch.tokens_BS)
         self._entering.labels_BS.copy_(microbatch.labels_BS)
         self._run()
@@ -91,7 +91,7 @@ class _Recorded:
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """What replays the kernels that `step` launches; recording runs none of them."""
+    """Records the kernels that `step` launches, without running them; returns what replays them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may call CUDA meanwhile
         step()

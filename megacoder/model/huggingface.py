@@ -1,9 +1,9 @@
-"""The transformer as a Hugging Face folder, `LlamaForCausalLM`, there and back without a changed bit.
+"""The transformer to and from a Hugging Face folder, `LlamaForCausalLM`, without a changed bit.
 
 `transformers`, vLLM and llama.cpp load what `export_model` writes; `import_model` reads what they and DeepSeek publish.
-Names are already Hugging Face's (`weight_pieces`); what differs is that the vocabulary's padding stays at home, and how
-RoPE is written down. transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`: both are
-written. A reader that misses the scaling produces garbage in silence, so here whatever is not understood is refused.
+Names are already Hugging Face's (`weight_pieces`). Two things differ: the vocabulary's padding is not exported, and
+RoPE has several spellings. transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both
+are written. A reader that misses the scaling silently produces garbage, so anything not understood is refused here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -39,9 +39,9 @@ __all__ = [
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""What every model of ours has; a folder that says otherwise is not one."""
+"""Settings that all our models share; a folder with different ones is refused."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""Sizes that have no default in transformers' own reading, or a default that nobody means."""
+"""Sizes for which transformers has no default, or a default that nobody means."""
 
 
 def export_model(
@@ -52,13 +52,13 @@ def export_model(
     tokenizer_folder: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `folder`, replacing an older one only when whole; memory beyond the model is a few rows.
+    """Writes `folder`, replacing an older one only when complete; memory beyond the model is a few rows.
 
-    `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its files come along, and
-    the ids of BOS, EOS and padding stand in the configuration. Raises ConfigError for what transformers would refuse.
+    `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its files are copied, and the
+    ids of BOS, EOS and padding are put in the configuration. Raises ConfigError for what transformers would refuse.
     """
     if model.tp.size > 1:
-        raise ConfigError(f"a model that tp = {model.tp.size} ranks share is exported from its checkpoint, with tp = 1")
+        raise ConfigError(f"a model sharded with tp = {model.tp.size} cannot be exported; export its checkpoint")
     views = {piece.hf_name: piece.view for piece in weight_pieces(model)}
     write_folder(
         folder, model.config,
@@ -77,7 +77,7 @@ def write_folder(
     tokenizer_folder: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """As `export_model`, of weights of which `stream(name)` yields the elements in order, some at a time, each (n,)."""
+    """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,)."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
     if config.hidden_size % config.num_attention_heads:
@@ -109,10 +109,10 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder | DcpFolder]:
-    """The configuration of a Hugging Face folder, its config.json as it is, and its weights, found to be as it says.
+    """(the configuration of a Hugging Face folder, its config.json as read, its weights, checked against it).
 
-    Raises FormatError, in one line with the file, key or tensor at fault, for a folder that is not whole or holds
-    another architecture.
+    Raises FormatError, one line that names the file, key or tensor at fault, for a folder that is incomplete or holds
+    a different architecture.
     """
     table = read_config(folder)
     config = config_from_huggingface(table, where=str(folder / "config.json"))
@@ -132,14 +132,14 @@ def import_model(
     device: str | torch.device = "cpu",
     tp: TensorParallel = ALONE,
 ) -> Transformer:
-    """The model of a Hugging Face folder, in the dtype that its config.json names unless given; a rank's part of it.
+    """This rank's part of the model in a Hugging Face folder; the default `dtype` is the one in config.json.
 
     Raises FormatError as `open_folder`.
     """
     config, table, tensors = open_folder(folder)
     stored = table.get("torch_dtype") or table.get("dtype") or "float32"
     if stored not in _DTYPES:
-        raise FormatError(f"{folder / 'config.json'}: torch_dtype {stored!r} is none of {', '.join(_DTYPES)}")
+        raise FormatError(f"{folder / 'config.json'}: torch_dtype = {stored!r}: expected one of {', '.join(_DTYPES)}")
     with _default_dtype(dtype or _DTYPES[stored]):
         model = Transformer(config, tp)
     for param in model.parameters():
@@ -157,8 +157,8 @@ def import_with_tokenizer(
     tp: TensorParallel = ALONE,
     tokenizer_folder: Path | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model of a Hugging Face folder and the tokenizer beside it, unless another is named; FormatError where they
-    do not fit together.
+    """The model of a Hugging Face folder and its tokenizer, or that of `tokenizer_folder`; FormatError where they do
+    not fit together.
     """
     tokenizer = Tokenizer.load(tokenizer_folder or folder)  # first, since the weights take long
     model = import_model(folder, dtype=dtype, device=device, tp=tp)
@@ -196,7 +196,7 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
 
 
 def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig:
-    """The ModelConfig of a config.json; FormatError, beginning with `where`, for what we have not."""
+    """The ModelConfig of a config.json; FormatError, beginning with `where`, for anything unsupported."""
     architectures = table.get("architectures") or ["none named"]
     if architectures != ["LlamaForCausalLM"]:
         raise FormatError(f"{where}: architecture {architectures[0]!r}; only 'LlamaForCausalLM' can be loaded")
@@ -204,7 +204,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
         if table.get(key, value) != value:
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
     if table.get("quantization_config") is not None:
-        raise FormatError(f"{where}: the weights are quantised; only plain float weights can be loaded")
+        raise FormatError(f"{where}: the weights are quantized; only plain float weights can be loaded")
     rope = _rope(table, where)
     sizes = {key: _read(table, key, where) for key in _REQUIRED}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -225,7 +225,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
 
 
 def _rope(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """rope_theta and factor, from wherever they stand; FormatError where two places contradict each other."""
+    """rope_theta and factor, from wherever they are written; FormatError where two places contradict each other."""
     found: dict[str, Any] = {"rope_theta": table.get("rope_theta")}
     places = {key: table[key] for key in ("rope_parameters", "rope_scaling") if table.get(key) is not None}
     for key, rope in places.items():
@@ -264,7 +264,7 @@ def _check_vocabulary(num_tokens: int, config: ModelConfig, folder: Path) -> Non
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are born in `dtype`, so that a bf16 model never takes the memory of an fp32 one."""
+    """New parameters are created in `dtype`, so that a bf16 model never takes the memory of an fp32 one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

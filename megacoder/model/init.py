@@ -1,7 +1,7 @@
-"""Initial weights as a function of (seed, Hugging Face name): the same whatever the layout and the fusing.
+"""Initial weights as a function of (seed, Hugging Face name), whatever the layout and however weights are fused.
 
-Every named weight is drawn whole, in fp32, on the CPU, from a generator keyed by its name; a rank that owns a part
-slices. Drawing a 32,256 x 7,168 embedding takes about a second, once per run.
+Every named weight is drawn in full, in fp32, on the CPU, from a generator keyed by its name; a rank that owns a part
+slices it out. Drawing a 32,256 x 7,168 embedding takes about a second, once per run.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 Legend: B sequences, S new tokens each, G key-value heads, P columns so far, K head dim.
 Sequences of unequal length all end at the same column, the shorter ones padded on the left, so that one slice writes
 the next token of every sequence. Padding changes nothing: no real token sees it, and positions count from the first
-real token. Memory is allocated once, for the longest that the batch may become.
+real token. Memory is allocated once, for the greatest length that the batch may reach.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ __all__ = ["KVCache", "LayerCache"]
 
 
 class LayerCache:
-    """One layer's part; where the new columns are and who sees whom is the whole cache's to say."""
+    """One layer's keys and values; the `KVCache` says where new columns go and what each token may see."""
 
     def __init__(self, cache: "KVCache", shape: tuple[int, ...], like: Tensor) -> None:
         self.cache = cache
@@ -46,7 +46,7 @@ class KVCache:
         self.layers = [LayerCache(self, shape, like) for _ in range(config.num_hidden_layers)]
         self.start = self.stop = 0
         self.mask: Tensor | None = None
-        """who sees whom in this pass, True is seen: (B, 1, S, P), or None for plain causal"""
+        """attention mask of this pass, True is seen: (B, 1, S, P), or None for plain causal"""
         self._columns = torch.arange(capacity, device=like.device)
         self._padding_B1 = torch.tensor([[max(lengths) - length] for length in lengths], device=like.device)
         self._padded = min(lengths) != max(lengths)
@@ -67,11 +67,11 @@ class KVCache:
 
     @property
     def mask_of_one(self) -> Tensor | None:
-        """As `mask` in a pass of one token, None where no sequence is padded: it sees all there is."""
+        """`mask` in a pass of one token, but None where no sequence is padded: the token then sees every column."""
         return self.mask if self._padded else None
 
     def advance_one(self) -> int:
-        """Makes room for one more column and returns it; for those who count positions from `padding_B` themselves."""
+        """Makes room for one more column and returns its index; for callers that take positions from `padding_B`."""
         self.start, self.stop = self.stop, self.stop + 1
         return self.start
 

@@ -55,11 +55,11 @@ class ExecutionConfig:
 
     @property
     def precision(self) -> Precision:
-        """What layers multiply."""
+        """What the layers' matrix products run in."""
         return Precision(fp8=self.fp8)
 
     def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
-        """ConfigError where fp8 does not take a rank's share of the matrices, or `tokens` of a microbatch."""
+        """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
         heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
         sizes = {
             "hidden_size": model.hidden_size,
@@ -70,16 +70,16 @@ class ExecutionConfig:
         }
         for name, size in sizes.items():
             if self.fp8 and size % MULTIPLE:
-                share = f" (of one of tp = {tp} ranks)" if tp > 1 else ""
+                share = f" (per rank at tp = {tp})" if tp > 1 else ""
                 raise ConfigError(f"execution.fp8 = true: {name} = {size}{share} is not a multiple of {MULTIPLE}")
 
     def check_machine(self, device_type: str, dtype: torch.dtype) -> None:
-        """ConfigError where such devices have no fp8 or graphs, or no fp8 for weights and activations of `dtype`."""
+        """ConfigError where devices of this type have no fp8 or no CUDA graphs, or fp8 cannot be cast from `dtype`."""
         if self.cuda_graph and device_type != "cuda":
             raise ConfigError(f"execution.cuda_graph = true needs a GPU; this run is on {device_type}")
         if self.fp8 and dtype != torch.bfloat16:
             name = str(dtype).removeprefix("torch.")
-            raise ConfigError(f'execution.fp8 = true casts from bfloat16; dtype = "{name}"')
+            raise ConfigError(f'execution.fp8 = true casts from bfloat16: it needs dtype = "bfloat16", not "{name}"')
         if self.fp8:
             check_fp8_machine(device_type)
 
@@ -93,7 +93,7 @@ def build_stages(
     held: Sequence[int],
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> list[ModelStage]:
-    """The stages numbered `held`, which one rank has, over one common `model` with empty weights."""
+    """One rank's stages, numbered `held`, which share one `TransformerPart` with empty weights."""
     execution.check_sizes(config, tp=tp.size)
     model = TransformerPart(
         config,

@@ -1,9 +1,9 @@
-"""Where the tokens that a rank computes stand: what rotary angles and attention masks are made of.
+"""Where in its sequence each of a rank's tokens is: what rotary angles and attention masks are computed from.
 
-Legend: B sequences, S tokens of a whole one, L of them on this rank: all, or its part under context parallelism.
-A token has two numbers: its place in the sequence, by which attention knows what lies before it, and its position for
-the rotary embedding. They are one where a sequence is one document. Where documents are packed and masked, positions
-count from each document's beginning, so that it reads as if it were alone.
+Legend: B sequences of S tokens, L of these on this rank: all, or its part under context parallelism.
+A token has two numbers: its place in the sequence, which tells attention what comes before it, and its position for
+the rotary embedding. They are equal where a sequence is one document. Where documents are packed and masked, positions
+count from each document's beginning, so that the model reads each as if it were alone.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ __all__ = ["Places"]
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Of the tokens of one microbatch that this rank holds."""
+    """The places of one microbatch's tokens on this rank."""
 
     positions_BL: Tensor
     """rotary positions, int64"""
     first_keys_BL: Tensor | None = None
     """place in the whole sequence of the first token that each may see, int64; None: the sequence's first"""
     documents: Sequence[DocumentMask] | None = None
-    """the same for the hand-scheduled attention, one for each chunk that the rank holds; layers share what it costs"""
+    """the same for the hand-scheduled attention, one for each chunk that the rank holds; all layers share them"""
 
     @classmethod
     def of(
@@ -42,8 +42,8 @@ class Places:
     ) -> Self:
         """This rank's part of whole sequences of `shape` (B, S); ConfigError for a length that ranks cannot share.
 
-        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. On the host it
-        serves best: what attention has to know of documents there is then found without asking the device.
+        With `starts_BS` (bool), True where a document begins, tokens see only their own document. Pass it on the host:
+        the document boundaries that attention kernels need are then found without waiting for the device.
         """
         batch, length = shape
         cp.check_length(length)

@@ -2,12 +2,13 @@
 
 Legend: B sequences, S tokens, T = B * S, N = T or a rank's share of them under sequence parallelism, D model dim.
 
-A forward keeps its graph from a leaf, what entered, to what leaves; a backward walks it, and autograd adds the weights'
-gradients into the same fp32 `param.grad` views that `megacoder.model.stage` fills by hand. What crosses stages is as
-there, and so is the head, which forms its gradients in the forward: full logits are in no graph.
+A forward keeps its autograd graph, from the stage's input (a leaf) to its output; a backward walks it, and autograd
+adds the weights' gradients into the same fp32 `param.grad` views that `megacoder.model.stage` fills by hand. What
+crosses stages is the same as there, and so is the head, which computes its gradients in the forward: full logits are in
+no graph.
 
-What it costs beside the hand-scheduled stage is time, memory (autograd keeps what each op wants for itself), and the
-benefit of zero-bubble schedules: see `PlainStage.backward_input`.
+The costs compared with the hand-scheduled stage are time, memory (autograd keeps what each op saves for itself), and
+the benefit of zero-bubble schedules: see `PlainStage.backward_input`.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class PlainStage(ModelStage):
         return None if saved.entered is None else saved.entered.grad
 
     def backward_input(self, grad_TD: Tensor | None, saved: SavedGraph) -> tuple[Tensor | None, Callable[[], None]]:
-        """The whole backward at once; what it returns does nothing.
+        """The whole backward at once; the returned function does nothing.
 
         That is right in any schedule: nothing reads a weight's gradient before the step ends, so W may come early. It
         costs what zero-bubble schedules gain: I takes as long as B, and there is no W left to fill a bubble with.

@@ -1,6 +1,6 @@
-"""The models of the paper by name, with the batch and rate they were trained with, and small ones of the same kind.
+"""The paper's models by name, with their training batch size and learning rate, and small models of the same kind.
 
-Shapes are those of the published `config.json` files, long-context RoPE left out: pre-training is at 4,096 positions,
+Shapes are those of the published `config.json` files without long-context RoPE: pre-training uses 4,096 positions;
 `examples/long_context_*.toml` extend them. Sources: arXiv:2401.14196, Table 2 and section 3; arXiv:2401.02954 for v1.5.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["PRESETS", "Preset", "find_preset"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A shape and how it was trained; None where that is published nowhere."""
+    """A shape and how it was trained; None where that is unpublished."""
 
     model: ModelConfig
     seq_length: int = 4096
@@ -51,7 +51,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """ConfigError with the nearest name where there is none."""
+    """The preset called `name`; ConfigError with the nearest name where there is none."""
     if name not in PRESETS:
         match = nearest(name, PRESETS)
         hint = f"did you mean {match!r}? " if match else ""

@@ -1,11 +1,12 @@
 """Weights that several ranks of a replica hold: their gradients are summed, and counted once in the norm.
 
-Two kinds of copies receive different gradients on their ranks, which only together are the weight's: norms under
+Two kinds of copies receive a different gradient on each rank, and the weight's gradient is their sum: norms under
 sequence parallelism, where each rank has its own tokens; and key-value heads that ranks share when there are fewer
-heads than ranks, where each has its own queries. Copies of norms without sequence parallelism are equal already. A
-tied embedding in two stages is summed by `megacoder.model.partition.sum_tied_gradients`.
+heads than ranks, where each rank has its own queries. Without sequence parallelism the gradients of norms are equal
+already. A tied embedding in two stages is summed by `megacoder.model.partition.sum_tied_gradients`.
 
-These sums end a step, so that data-parallel ranks cannot reduce such gradients before: `late_parameters` says which.
+These sums come at the end of a step, so data-parallel ranks cannot reduce such gradients earlier: `late_parameters`
+lists them.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ __all__ = ["counted_elsewhere", "late_parameters", "sum_replica_gradients"]
 def sum_replica_gradients(model: TransformerPart) -> None:
     """Completes the gradients of copies: once per update, after the last backward and before the norm.
 
-    One all-reduce for the whole model. A head's gradient travels in its place in the whole weight, zeros elsewhere, so
-    that the tensor axis's own group serves and each head meets its own copies.
+    One all-reduce for the whole model. A key-value head's gradient is sent at its place in the full weight, with zeros
+    elsewhere: each head is then summed with its own copies, and the tensor axis's group is all that is needed.
     """
     pieces = [piece for piece in weight_pieces(model) if piece.shard.sum_copies]
     if not pieces:
@@ -54,7 +55,7 @@ def counted_elsewhere(model: TransformerPart, flat: FlatParameters) -> Iterator[
 
 
 def late_parameters(model: TransformerPart) -> Iterator[nn.Parameter]:
-    """Those whose gradients a step's backwards leave incomplete, for the sums over copies."""
+    """Parameters whose gradients are incomplete after a step's backwards, until the sums over copies."""
     for piece in weight_pieces(model):
         if piece.shard.sum_copies or (model.shares_embedding and piece.param is model.embed_tokens.weight):
             yield piece.param

@@ -8,14 +8,15 @@ overwrites buffers in place, and adds every weight gradient straight into `param
 buffer. Weight gradients go through `WeightGradients`, so that a pipeline schedule can postpone them behind the input
 gradients of other microbatches.
 
-All products take factors, which `Precision` makes of tensors: the tensors themselves, or their fp8 casts. In fp8 what
-is kept for a weight gradient alone is the cast, one byte an element, and weights are cast once a microbatch.
+All matrix products take factors, which `Precision` makes from tensors: the tensors themselves, or their fp8 casts. In
+fp8 a tensor kept only for a weight gradient is kept as its cast, one byte per element; weights are cast once per
+microbatch.
 
 Under tensor parallelism C and F are this rank's share, and the residual stream has N tokens: T, or T / tp under
-sequence parallelism. The ranks' sum of an input gradient travels while weight gradients are computed, and the normed
-input, of which only this rank's tokens are kept, while the input gradient is. Under context parallelism S is what this
-rank holds of every sequence; the others' keys and values travel during one product of the backward, and the gradients
-of keys and values during another.
+sequence parallelism. Communication overlaps with the backward's products: an input gradient is reduced over the ranks
+while weight gradients are computed, and a normed input, of which only this rank's tokens are kept, is gathered while an
+input gradient is. Under context parallelism S is the length of this rank's part of every sequence; the other ranks'
+keys and values are gathered during one product, and the gradients of keys and values reduced during another.
 """
 
 from collections.abc import Callable
@@ -56,26 +57,26 @@ __all__ = [
 ]
 
 Recompute = Literal["none", "norms", "selective", "full"]
-"""What a layer forms again in its backward rather than keeps. The bits of every result are the same.
+"""What a layer recomputes in its backward instead of keeping. Every result has the same bits.
 
 Kept per token and layer, H * K being the query heads' columns (D in most models) and e the bytes of the weights' dtype;
-D counts for N / T under sequence parallelism:
+D is scaled by N / T under sequence parallelism:
 
 none       e * (4 D + C + H K + 2 F) + 4 H + 8   everything that the backward reads
-norms      e * (2 D + C + H K + 2 F) + 4 H       both norms are formed again, each in one pass over what it is formed of
-selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up product are formed again: the widest tensors
-                                                 for one product of 2 D F multiply-adds. Attention is not run again, as
-                                                 in arXiv:2205.05198, whose selection holds scores: here there are none
-full       e * D                                 the layer's input alone; all of the forward but the last product runs
-                                                 again, with tensor parallelism its collectives too
+norms      e * (2 D + C + H K + 2 F) + 4 H       both norms are recomputed, each in one pass over its input
+selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up product are recomputed: the widest tensors
+                                                 for one product of 2 D F multiply-adds. Attention is not, unlike in
+                                                 arXiv:2205.05198, where scores would be kept: here there are none
+full       e * D                                 the layer's input alone; all of the forward but the last product is
+                                                 rerun, under tensor parallelism with its collectives
 
 For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 46.7 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
 
-In fp8 "none" keeps the transposed casts of all four inputs. Those of the normed ones take the place of what they are
-cast from (under sequence parallelism that is kept, N tokens of it instead of T). Those of attention's result and of
-the activation, H K + F bytes, are kept beside it, since to form them again would move 4 H K + 6 F. It keeps the
-transposed weights too, a byte each (`kept_weight_bytes`). So does "norms", but for the normed inputs' casts. The others
-keep what they keep in bf16, and cast again.
+In fp8 "none" keeps the transposed casts of the four linears' inputs. Those of the normed inputs replace the tensors
+that they are cast from (except under sequence parallelism, where the N uncast tokens are kept instead of a cast of T).
+Those of the attention output and of the activation, H K + F bytes, are kept in addition, since recomputing them would
+move 4 H K + 6 F bytes. "none" also keeps the transposed weights, one byte each (`kept_weight_bytes`). "norms" keeps all
+of that except the casts of the normed inputs. The others keep the same as in bf16, and cast again.
 """
 
 
@@ -101,7 +102,7 @@ def kept_bytes_per_token(
 
 
 def kept_weight_bytes(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool) -> int:
-    """What one layer keeps of its weights beside themselves, for every microbatch that waits for its backward."""
+    """Bytes of weight casts that one layer keeps for every microbatch that waits for its backward."""
     return model.num_layer_matmul_params // tp.size if fp8 and recompute in ("none", "norms") else 0
 
 
@@ -115,7 +116,7 @@ class LayerWeights(NamedTuple):
 
     @classmethod
     def of(cls, layer: DecoderLayer, precision: Precision) -> Self:
-        """Casts them where they are to be cast."""
+        """Casts them where `precision` is fp8."""
         attn, mlp = layer.self_attn, layer.mlp
         linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
         return cls(*(precision.weight(linear.weight.detach()) for linear in linears))
@@ -125,7 +126,7 @@ class Normed(NamedTuple):
     """A norm's result."""
 
     out: Factor
-    """(N, D); once it has been cast, what the weight gradient reads of the cast (T, D)"""
+    """(N, D); once cast, the part of the cast that the weight gradient reads (T, D)"""
     rstd: Tensor
     """(N,) fp32"""
     amax: Tensor | None = None
@@ -134,7 +135,7 @@ class Normed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SavedAttention:
-    """What the attention half of a layer leaves; all but a "full" layer keep it."""
+    """What the attention half of a layer computes; kept unless `recompute` is "full"."""
 
     qkv: Tensor
     """rotated queries and keys, values (T, C)"""
@@ -150,7 +151,7 @@ class SavedAttention:
 
 @dataclass(slots=True)
 class SavedLayer:
-    """What one layer's forward keeps for its backward, None what that forms again; of this microbatch alone."""
+    """What one layer's forward keeps for the backward of one microbatch; None for what the backward recomputes."""
 
     attn_input: Tensor
     """residual stream before the layer (N, D)"""
@@ -169,8 +170,8 @@ class SavedLayer:
 class WeightGradients:
     """Runs weight-gradient products at once, or keeps them for `run` when `postponed` (the W of zero bubble).
 
-    What waits is the same whatever is recomputed: what a layer formed again is kept from then on. To form the normed
-    inputs a second time would need the residual stream instead, which is as large.
+    The tensors that wait are the same for every `Recompute`: what a backward has recomputed is kept from then on.
+    Recomputing the normed inputs once more would need the residual stream instead, which is as large.
     """
 
     postponed: bool = False
@@ -247,7 +248,7 @@ def _attention_half(
     places: Places,
     precision: Precision,
 ) -> tuple[Tensor, Normed, SavedAttention, Normed]:
-    """From the layer's input through the second norm: (input, it normed, attention, its output normed)."""
+    """From the layer's input through the second norm: (input, first norm, attention, second norm)."""
     attn, tp = layer.self_attn, layer.tp
     attn_input, attn_norm = _norm(layer.input_layernorm, tp, precision, stream_ND, residual_ND)
     qkv_input_TD, attn_norm = _enter(attn_norm, tp, precision)
@@ -277,7 +278,8 @@ def layer_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the layer's output -> gradient of its input; consumes `saved`.
 
-    `amax` is the largest magnitude of the one, where it is known and a cast may want it; that of the other is returned.
+    `amax` is the largest magnitude of `grad_ND`, where it is known and a cast needs it; that of the input's gradient is
+    returned with it.
     """
     attn, mlp, tp = layer.self_attn, layer.mlp, layer.tp
     attention, attn_norm, mlp_norm, gate_up_T2F = saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up
@@ -340,7 +342,7 @@ def _enter(normed: Normed, tp: TensorParallel, precision: Precision) -> tuple[Fa
 
 
 def _start_entering(normed: Normed, tp: TensorParallel, precision: Precision) -> Callable[[], Factor]:
-    """Starts to gather a normed input; what is returned waits for it and casts it, once, unless it is cast already."""
+    """Starts to gather a normed input, unless it is cast already; the returned function waits, and casts it once."""
     out = normed.out
     if not isinstance(out, Tensor):
         return lambda: out
@@ -351,7 +353,7 @@ def _start_entering(normed: Normed, tp: TensorParallel, precision: Precision) ->
 def _norm(
     norm: RMSNorm, tp: TensorParallel, precision: Precision, stream_ND: Tensor, residual_ND: Tensor | None = None
 ) -> tuple[Tensor, Normed]:
-    """(stream + residual, that normed); the same bits from the two as from their rounded sum."""
+    """(stream + residual, its norm); the same bits from the two tensors as from their rounded sum."""
     amax = _amax_of_stream(tp, precision, stream_ND)
     out, summed, rstd = rms_norm_forward(stream_ND, norm.weight.detach(), norm.eps, residual_TD=residual_ND, amax=amax)
     return summed, Normed(out, rstd, amax)
@@ -376,7 +378,7 @@ def _norm_backward(
 
 
 def _amax_of_stream(tp: TensorParallel, precision: Precision, stream_ND: Tensor) -> Tensor | None:
-    """None under sequence parallelism: what is cast is all ranks' tokens, and its largest magnitude no rank's alone."""
+    """None under sequence parallelism: the cast covers all ranks' tokens, and no rank knows their largest magnitude."""
     return None if tp.shares_tokens else precision.new_amax(stream_ND)
 
 

@@ -7,9 +7,9 @@ Legend: B sequences, S tokens that this rank has of each, T = B * S, D model dim
 residual stream (T, D) in the weights' dtype, and its gradient the other way. Gradients of weights are added straight
 into `param.grad`.
 
-The last stage computes its loss and, in the same pass over chunks of tokens, the head's gradients in its forward: full
-logits are never kept, so there is nothing that a later backward could start from. What it keeps is the gradient of the
-head's input. Postponed weight gradients are therefore those of the layers; embedding, norms and head are never late.
+In its forward the last stage computes the loss and, in the same pass over chunks of tokens, the head's gradients: full
+logits are never kept, so a later backward would have nothing to start from. What it keeps is the gradient of the head's
+input. Only the layers' weight gradients are therefore postponed, never those of embedding, norms and head.
 """
 
 from abc import ABC, abstractmethod
@@ -44,10 +44,10 @@ class Microbatch:
     labels_BS: Tensor
     """already shifted, IGNORE_INDEX where not trained"""
     places: Places | None = None
-    """where the tokens stand; None: the sequences are whole, and each is one document"""
+    """where in their sequences the tokens are; None: the sequences are whole, and each is one document"""
     num_labels: int | None = None
-    """how many are trained on, where they have been counted and are known to be of the vocabulary; None: the head
-    counts them, and the host waits for a GPU until then"""
+    """how many labels are trained on, if they have been counted and checked against the vocabulary; None: the head
+    counts them, and the host waits for the GPU to do so"""
 
     @classmethod
     def of(
@@ -59,16 +59,16 @@ class Microbatch:
         starts_BS: Tensor | None = None,
         num_labels: int | None = None,
     ) -> Self:
-        """This rank's part of whole sequences, of which all ranks of the context axis give the same.
+        """This rank's part of whole sequences; all ranks of the context axis pass the same ones.
 
-        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. ConfigError for a
+        With `starts_BS` (bool), True where a document begins, tokens see only their own document. ConfigError for a
         length that the ranks cannot share.
         """
         places = Places.of(tokens_BS.shape, cp, device=tokens_BS.device, starts_BS=starts_BS)
         return cls(cp.part(tokens_BS), cp.part(labels_BS), places, num_labels)
 
     def places_in(self, model: TransformerPart) -> Places:
-        """Of every token; ValueError for a shape that `model` cannot take."""
+        """The places of every token; ValueError for a shape that `model` cannot take."""
         batch, length = self.tokens_BS.shape
         model.tp.check_tokens(batch, length)
         if length * model.cp.size > model.config.max_position_embeddings:
@@ -76,7 +76,7 @@ class Microbatch:
             raise ValueError(f"sequences of {length * model.cp.size} tokens; the model has {limit} positions")
         if self.places is None and model.cp.size > 1:
             raise ValueError(
-                f"a microbatch of whole sequences, which cp = {model.cp.size} ranks share: use Microbatch.of"
+                f"a microbatch without places, whose sequences cp = {model.cp.size} ranks share; use Microbatch.of"
             )
         return self.places or Places.of(self.tokens_BS.shape, device=self.tokens_BS.device)
 
@@ -115,7 +115,7 @@ class ModelStage(ABC):
     is_last: bool
     """ends with the final norm, the head and the loss"""
     recompute: Recompute = "none"
-    """what the layers form again in their backward"""
+    """what the layers recompute in their backward"""
     precision: Precision = STORED
     """what their matrices are multiplied in"""
     events: UnitEvents = NO_EVENTS
@@ -128,7 +128,7 @@ class ModelStage(ABC):
         return cls(model=model, layers=layers, is_first=True, is_last=True, recompute=recompute, precision=precision)
 
     def new_boundary(self, microbatch: Microbatch) -> Tensor:
-        """Uninitialised memory for what enters this stage, or its gradient (T, D)."""
+        """Uninitialized memory for what enters this stage, or its gradient (T, D)."""
         weight, tp = next(self.model.parameters()), self.model.tp
         rows = microbatch.tokens_BS.numel() // (tp.size if tp.sequence_parallel else 1)
         return weight.new_empty(rows, self.model.config.hidden_size)
@@ -147,7 +147,7 @@ class ModelStage(ABC):
 
     @abstractmethod
     def backward_input(self, grad_TD: Tensor | None, saved: Any) -> tuple[Tensor | None, Callable[[], None]]:
-        """As `backward`, but may leave weight gradients to the function it returns, to be called once."""
+        """As `backward`, but may leave weight gradients to the returned function, which is called once."""
 
     def _enter_head(self) -> tuple[RMSNorm, VocabParallelEmbedding]:
         norm, head = self.model.norm, self.model.lm_head
@@ -163,7 +163,7 @@ class ModelStage(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(ModelStage):
-    """Layers run by hand."""
+    """Layers whose backward is written by hand."""
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage]:
@@ -254,7 +254,7 @@ class Stage(ModelStage):
 
 @dataclass(frozen=True)
 class ForwardOnly:
-    """A stage as evaluation runs it, by a program of forwards."""
+    """A stage for evaluation, which runs a program of forwards only."""
 
     stage: ModelStage
 
@@ -274,9 +274,9 @@ class ForwardOnly:
 def forward_backward(
     model: Transformer, tokens_BS: Tensor, labels_BS: Tensor, *, starts_BS: Tensor | None = None
 ) -> LossSum:
-    """One microbatch of whole sequences, of which the rank computes its part (see `Microbatch.of`).
+    """Forward and backward of this rank's part (see `Microbatch.of`) of one microbatch of whole sequences.
 
-    Returns the part's loss sum and adds its gradients (of the sum) into every `param.grad`.
+    Returns the part's loss sum and adds the gradients of that sum into every `param.grad`.
     """
     stage = Stage.whole(model)
     loss, saved = stage.forward(None, Microbatch.of(tokens_BS, labels_BS, cp=model.cp, starts_BS=starts_BS))

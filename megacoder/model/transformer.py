@@ -6,9 +6,9 @@ key and value projections are one matrix, gate and up another, because one large
 `weight_pieces` gives them back under Hugging Face's names, as views.
 
 Tensor parallelism is in the linear layers and the embedding alone. Each rank then has H/tp query heads, G/tp key-value
-heads (one at least: ranks share a head when there are fewer) and F/tp of the feed-forward dim. Under sequence
+heads (at least one: ranks share a head when there are fewer) and F/tp of the feed-forward dim. Under sequence
 parallelism the residual stream, (B, S, D) in what follows, is this rank's tokens (B * S / tp, D). Context parallelism
-is in attention alone; S is then what this rank holds of every sequence.
+is in attention alone; S is then the length of this rank's part of every sequence.
 """
 
 from collections.abc import Iterable, Iterator
@@ -139,8 +139,8 @@ class DecoderLayer(nn.Module):
 class TransformerPart(nn.Module):
     """The layers that one process holds, with the embedding, and the final norm and head, where it holds them.
 
-    Parameters are named as in the whole model (`layers.7...` is layer 7 whoever holds it), so that initial weights,
-    checkpoints and export do not depend on who holds what. Weights start empty; see `megacoder.model.init`.
+    Parameters are named as in the whole model (`layers.7...` is layer 7 on every rank), so that initial weights,
+    checkpoints and export do not depend on which rank holds what. Weights start empty; see `megacoder.model.init`.
     """
 
     embed_tokens: VocabParallelEmbedding
@@ -175,7 +175,7 @@ class TransformerPart(nn.Module):
         if head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = self.embed_tokens if tied else self._vocab_parallel("lm_head")
-        self._rope: RopeTables | None = None  # no buffer: `.to(dtype)` must not round it
+        self._rope: RopeTables | None = None  # not a buffer: `.to(dtype)` must not round it
 
     def decoder_layers(self) -> dict[int, DecoderLayer]:
         """The layers by their index in the whole model, first to last."""
@@ -205,19 +205,19 @@ class Transformer(TransformerPart):
         super().__init__(config, tp, cp=cp, layers=range(config.num_hidden_layers), embedding=True, head=True)
 
     def forward(self, tokens_BS: Tensor, *, starts_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Token ids of whole sequences, alike on all ranks -> final hidden states (B, S, D), normalised.
+        """Token ids of whole sequences, the same on every rank -> final hidden states (B, S, D), normalized.
 
-        With `starts_BS` (bool), True where a document begins, tokens see their own document alone. Under context
-        parallelism the result is of this rank's tokens, (B, S / cp, D), and under sequence parallelism its share of
-        those, (B * S / cp / tp, D). With a cache, for which sequences must be whole on every rank, `tokens_BS` continue
-        the tokens that it holds, and it knows their positions.
+        With `starts_BS` (bool), True where a document begins, tokens see only their own document. Under context
+        parallelism the result covers this rank's tokens, (B, S / cp, D), and under sequence parallelism its share of
+        those, (B * S / cp / tp, D). With a cache, `tokens_BS` continue the cached tokens, and the cache gives their
+        positions; neither cp nor sequence parallelism may then cut the sequences.
         """
         layer_caches: Iterable[LayerCache | None] = repeat(None)
         if cache is not None:
             if self.cp.size > 1:
-                raise ConfigError(f"a cache for a model that cp = {self.cp.size} ranks share; generate with cp = 1")
+                raise ConfigError(f"cp = {self.cp.size}: a cache needs whole sequences; generate with cp = 1")
             if self.tp.shares_tokens:
-                raise ConfigError("a cache under sequence parallelism; generate with sequence_parallel = false")
+                raise ConfigError("a cache needs whole sequences; generate with sequence_parallel = false")
             places, layer_caches = Places(positions_BL=cache.advance(tokens_BS.shape[1])), cache.layers
         else:
             places = Places.of(tokens_BS.shape, self.cp, device=tokens_BS.device, starts_BS=starts_BS)
@@ -230,14 +230,14 @@ class Transformer(TransformerPart):
         return self.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """(..., vocab_size) of (..., D), without the padding, whole on every rank; not differentiable over several."""
+        """(..., D) -> (..., vocab_size) without padding, complete on every rank; not differentiable with tp > 1."""
         if self.tp.size == 1:
             weight_VD = self.lm_head.weight[: self.config.vocab_size]
             if hidden_BSD.ndim == 2 and not torch.is_grad_enabled():
                 return few_rows_linear(hidden_BSD, weight_VD)
             return F.linear(hidden_BSD, weight_VD)
         if self.tp.shares_tokens:
-            raise ConfigError("logits under sequence parallelism; generate with sequence_parallel = false")
+            raise ConfigError("logits need all tokens on every rank; generate with sequence_parallel = false")
         local = F.linear(hidden_BSD, self.lm_head.weight)  # (..., W/tp)
         gathered = local.new_empty(self.tp.size * local.shape[0], *local.shape[1:])
         all_gather_into(gathered, local.contiguous(), self.tp.group)
@@ -260,7 +260,7 @@ class WeightPiece:
     shard: Shard
     """which part of the named weight this is: all of it, unless tensor-parallel ranks share the model"""
     is_copy: bool
-    """whether another rank of the replica holds the same part and speaks for it where each may count once"""
+    """whether another rank of the replica holds the same part, and counts it where each part must count once"""
 
     @property
     def rows(self) -> int:
@@ -276,7 +276,7 @@ class WeightPiece:
 def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
     """Every weight of `model` once, under its Hugging Face name, in a fixed order; a tied head is the embedding.
 
-    Embedding and head pieces leave out the rows that pad the vocabulary: those have no Hugging Face name.
+    Embedding and head pieces exclude the rows that pad the vocabulary: those have no Hugging Face name.
     """
     modules = dict(model.named_modules())
     for param_name, param in model.named_parameters():

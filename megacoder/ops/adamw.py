@@ -1,13 +1,12 @@
 """AdamW (arXiv:1711.05101) on flat fp32 buffers, and the gradient norm that precedes it.
 
 State is three fp32 vectors (master weights, both moments); the model's own weights, in bf16 or fp32, are written in the
-same pass. On a CPU the master weights of bf16 weights are held as the 16 bits that those lack
-(`megacoder.ops.split_master`). `grad_scale` folds the division by the global number of tokens and the clipping into
-that pass too.
+same pass. On a CPU the master weights of bf16 weights take only 16 more bits each (`megacoder.ops.split_master`).
+`grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
 
-On a GPU with the compiled kernels, what changes from step to step (`update_scalars`) is formed on the device and stays
-there, the decision to leave an update out included: between the last backward and the new weights nothing waits for the
-host.
+On a GPU with the compiled kernels, the scalars that change from step to step (`update_scalars`) are computed on the
+device and stay there, including the decision to skip an update: nothing waits for the host between the last backward
+and the new weights.
 """
 
 import math
@@ -107,23 +106,23 @@ def update_scalars(
     max_grad_norm: float,
     skip_above: float,
 ) -> tuple[Tensor, Tensor]:
-    """(what `adamw_with_scalars_` reads, fp64 norm of the mean gradient), on the device of `squares`, not waited for.
+    """(what `adamw_with_scalars_` reads, fp64 norm of the mean gradient), on the device of `squares`, without a wait.
 
-    `squares` is the sum of squared gradient sums. Where it is not finite the norm is infinite and the update left out;
-    it is also left out where the norm is above `skip_above`.
+    `squares` is the sum of squared gradient sums. Where it is not finite, the norm is infinite and the update skipped;
+    the update is also skipped where the norm is above `skip_above`.
     """
     device = squares.device
     norm = squares.sqrt() / num_tokens
     norm = torch.where(norm.isfinite(), norm, math.inf)
-    allowed = torch.where(norm > skip_above, math.inf, squares)  # the kernel leaves out what is not finite
+    allowed = torch.where(norm > skip_above, math.inf, squares)  # the kernel skips what is not finite
     scalars = torch.empty(cuda.ADAMW_SCALARS, device=device)
     cuda.adamw_scalars(
-        # Filled in by kernels: a copy from the host would wait for the gradients' norm.
+        # Filled by kernels: a copy from the host would wait for the gradients' norm.
         allowed, torch.full((), num_tokens, dtype=torch.float64, device=device),
         torch.full((), lr, dtype=torch.float32, device=device),
         torch.full((), num_updates, dtype=torch.int64, device=device),
         max_grad_norm=max_grad_norm, beta1=config.beta1, beta2=config.beta2, scalars=scalars,
-        norm=torch.empty_like(norm),  # infinite where the update is left out; `norm` says more
+        norm=torch.empty_like(norm),  # infinite where the update is skipped; `norm` says more
     )  # fmt: skip
     return scalars, norm
 

@@ -7,10 +7,10 @@ to its own token. Queries may be those of a part of the sequence: the same primi
 
 Why a blocked path: torch's CPU flash kernel reaches 80 GFLOP/s in bf16 on two cores where batched GEMMs reach 700.
 Scores of one block of queries against the keys before it go through batched GEMMs, with softmax in one fused pass
-between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward forms the scores again. Keys that no
+between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward recomputes the scores. Keys that no
 query of a block sees are skipped, so that packing short documents into long sequences costs less, not more. Masks and
-dtypes that no fused kernel honours (`megacoder.ops.fused_attention`) take the blocked path too, with torch in the place
-of our fused pass.
+dtypes that no fused kernel supports (`megacoder.ops.fused_attention`) take the blocked path too, with torch instead of
+our fused pass.
 """
 
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 BLOCK_QUERIES = {torch.bfloat16: 256, torch.float32: 64}
-"""Queries per block, the fastest of 64, 128 and 256 at S=512: smaller blocks skip more of the future, larger ones feed
-bf16's faster GEMM."""
+"""Queries per block, the fastest of 64, 128 and 256 at S=512: smaller blocks skip more future keys, larger ones keep
+bf16's faster GEMM busy."""
 BLOCK_ELEMENTS = 1 << 21
 """Scores held at a time, 4 MB in bf16: they stay in a server's last-level cache between the passes."""
 
@@ -63,12 +63,12 @@ def attention_reference(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask:
 def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Differentiable by torch; causal, or under a boolean `mask` (True is seen) of (B, 1, S, P) or (S, P).
 
-    P keys are S of them, or more when decoding with a cache and where ranks share the queries.
+    P equals S, or is larger when decoding with a cache and where ranks share the queries.
     """
     grouped = q_BHSK.shape[1] != k_BGPK.shape[1]
     if grouped and mask is not None and q_BHSK.shape[2] == 1:
-        # One query a head: the heads of a group take the place of queries, so that no key is read twice. On a CPU
-        # this is 2 times (fp32) to 9 times (bf16) as fast as enable_gqa.
+        # One query per head: the heads of a group go into the query dim, so that no key is read twice. On a CPU this is
+        # 2 times (fp32) to 9 times (bf16) as fast as enable_gqa.
         q_BGRK = q_BHSK.reshape(q_BHSK.shape[0], k_BGPK.shape[1], -1, q_BHSK.shape[-1])
         return F.scaled_dot_product_attention(q_BGRK, k_BGPK, v_BGPK, attn_mask=mask).reshape(q_BHSK.shape)
     return F.scaled_dot_product_attention(
@@ -81,9 +81,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, S, H, K) contiguous, lse (B, H, S) fp32), causal.
 
-    Queries are tokens `query_start`, `query_start` + 1, ... of their sequences, keys tokens 0, 1, ...; those behind the
-    last query are not read. `documents`, for the same queries, keeps each to its own document where sequences are
-    packed.
+    Queries are tokens `query_start`, `query_start` + 1, ... of their sequences, keys are tokens 0, 1, ...; keys after
+    the last query are not read. `documents`, for the same queries, restricts each query to its own document where
+    sequences are packed.
     """
     batch, heads, length, dim = q_BHSK.shape
     k_BGPK, v_BGPK = _reached(query_start + length, k_BGPK, v_BGPK)
@@ -150,25 +150,25 @@ def attention_backward(
 
 
 def _backend(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> str:
-    """ValueError for documents of other queries than these."""
+    """The backend for these queries; ValueError where `documents` is for different ones."""
     if documents is not None and documents.query_start != query_start:
-        raise ValueError(f"documents of queries from {documents.query_start} on for queries from {query_start} on")
+        raise ValueError(f"documents are for queries from {documents.query_start} on, not from {query_start} on")
     return backend(
         "attention", q_BHSK, able=partial(fused.serves, q_BHSK=q_BHSK, query_start=query_start, documents=documents)
     )
 
 
 class _Block(NamedTuple):
-    """Queries that are worked on together, and the keys that any of them sees."""
+    """Queries that are processed together, and the keys that any of them sees."""
 
     rows: slice
     """heads of the sequences, end to end"""
     queries: slice
     keys: slice
     visible: int
-    """keys of the block up to the first query's own token, which is one of them; each later query sees one more"""
+    """keys of the block up to and including the first query's own token; each later query sees one more"""
     first_keys_Q: Tensor | None
-    """first key of the block that each query sees, where that is not the first of all"""
+    """first key of the block that each query sees; None: every query sees the block's first key"""
 
     def hidden(self, device: torch.device) -> Tensor:
         """True is not seen (Q, P)."""
@@ -178,7 +178,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Iterator[_Block]:
-    """The blocks, each with BLOCK_ELEMENTS scores at most if that is one head's; of one sequence where masks differ."""
+    """The blocks, each of at most BLOCK_ELEMENTS scores or one head; of a single sequence where there are documents."""
     batch, num_heads, length, _ = q_BHSK.shape
     first_keys_BS = None if documents is None else documents.first_keys_BS
     if first_keys_BS is not None:
@@ -205,7 +205,7 @@ def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) ->
 def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
     """ValueError for what would send a kernel outside its buffers."""
     if first_keys_BS.shape != (batch, len(places)):
-        raise ValueError(f"first keys of {batch} x {len(places)} queries have the shape {list(first_keys_BS.shape)}")
+        raise ValueError(f"first keys of {batch} x {len(places)} queries have shape {list(first_keys_BS.shape)}")
     own_S = torch.arange(places.start, places.stop, device=first_keys_BS.device)
     outside = (first_keys_BS < 0) | (first_keys_BS > own_S)
     if outside.any():
@@ -215,7 +215,7 @@ def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
 
 
 def _softmax_(scores_NQP: Tensor, block: _Block, scale: float, backend_name: str) -> Tensor:
-    """Raw scores become probabilities, in place; returns lse (N, Q) fp32."""
+    """Turns raw scores into probabilities, in place; returns lse (N, Q) fp32."""
     if backend_name == "torch":
         hidden = block.hidden(scores_NQP.device)
         scaled = (scores_NQP.to(_wide(scores_NQP)) * scale).masked_fill_(hidden, float("-inf"))
@@ -240,7 +240,7 @@ def _softmax_backward_(
     scale: float,
     backend_name: str,
 ) -> None:
-    """Raw scores become probabilities, and the probabilities' gradients the raw scores', in place."""
+    """Turns raw scores into probabilities, and the probabilities' gradients into those of the raw scores, in place."""
     if backend_name == "torch":
         wide, hidden = _wide(scores_NQP), block.hidden(scores_NQP.device)
         probability = (scores_NQP.to(wide) * scale - lse_NQ[..., None]).exp_().masked_fill_(hidden, 0.0)
@@ -272,7 +272,7 @@ def _reached(num_keys: int, *tensors_BGPK: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors_BGPK:
         if tensor.shape[2] < num_keys:
             raise ValueError(
-                f"{tensor.shape[2]} keys for queries up to token {num_keys - 1}, which is the last of them"
+                f"{tensor.shape[2]} keys for queries up to token {num_keys - 1}; at least {num_keys} are needed"
             )
     return tuple(t[:, :, :num_keys] for t in tensors_BGPK)
 
@@ -282,7 +282,7 @@ def _expand(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _for_flash(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """FlashAttention reads shared heads where they are; torch's kernel for CPUs wants a copy for each query head."""
+    """FlashAttention reads shared heads in place; torch's CPU kernel needs a copy for each query head."""
     return _expand(heads, *tensors) if tensors[0].device.type == "cpu" else tensors
 
 

@@ -1,11 +1,11 @@
-"""Which implementation of an op runs: probed once, chosen by the tensor at hand, overruled by `MEGACODER_OPS`.
+"""Which implementation of an op runs: probed once, chosen by the tensor at hand, overridden by `MEGACODER_OPS`.
 
-An op has several backends and tries them in the order of `OPS`: the first that is there and takes the tensor's device
-and dtype runs. `torch` takes every tensor. The ops ask (`backend`), and nothing else in the library does.
+An op has several backends, in the order of `OPS`: the first that is available and supports the tensor's device and
+dtype runs. `torch` supports every tensor. Only the ops ask (`backend`), nothing else in the library does.
 
     MEGACODER_OPS=attention=flash,rms_norm=torch     for one process and those it starts
 
-A backend asked for by name must take what it is given: then there is an error instead of a silent second choice.
+A backend requested by name must support its input: otherwise there is an error, not a silent second choice.
 """
 
 import importlib
@@ -54,7 +54,7 @@ class _Backend:
     missing: Callable[[], str | None]
     """why it cannot run in this process at all, or None"""
     takes: Callable[[str, torch.dtype], bool]
-    """whether it takes tensors of this type of device and this dtype"""
+    """whether it supports tensors of this device type and dtype"""
     what: str
     """for people"""
 
@@ -68,7 +68,7 @@ def _no_triton() -> str | None:
 
 
 def _cannot_import(module: str) -> str | None:
-    """Tries: what is there may be built for another torch, and must not end a run that does not need it."""
+    """Tries to: an installed module may not fit this torch, and must not stop a run that does not need it."""
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -84,17 +84,17 @@ def _no_cudnn() -> str | None:
     if reason := _no_gpu():
         return reason
     version = torch.backends.cudnn.version() or 0
-    if version < 91500:  # older ones are slower than flash on Hopper, and have wrong gradients at some lengths
+    if version < 91500:  # older versions are slower than flash on Hopper, and give wrong gradients at some lengths
         return f"cuDNN {version} is older than 9.15"
-    return None if torch.cuda.get_device_capability()[0] >= 9 else "for GPUs from Hopper (sm_90) on"
+    return None if torch.cuda.get_device_capability()[0] >= 9 else "needs Hopper (sm_90) or newer"
 
 
 def _no_flash(package: str, generations: tuple[int, ...]) -> str | None:
-    """`package` is what torch imports when it is told to run FlashAttention's newer kernels."""
+    """`package` is the module that torch imports to run FlashAttention's newer kernels."""
     if reason := _no_gpu():
         return reason
     if torch.cuda.get_device_capability()[0] not in generations:
-        return "not for this generation of GPU"
+        return "does not support this GPU generation"
     return _cannot_import(package)
 
 
@@ -109,11 +109,11 @@ def _no_cuda() -> str | None:
 def _no_fp8() -> str | None:
     if reason := _no_gpu():
         return reason
-    return None if torch.cuda.get_device_capability() >= (8, 9) else "for GPUs from Ada and Hopper (sm_89) on"
+    return None if torch.cuda.get_device_capability() >= (8, 9) else "needs Ada (sm_89), Hopper or newer"
 
 
 def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:
-    # Interpreted on a CPU, for tests: a hundred thousand times slower, so never unless asked for.
+    # Interpreted on a CPU, for tests: a hundred thousand times slower, so only on request.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in _asked().values()
     return (device_type == "cuda" or interpreted) and dtype in STORED
 
@@ -129,12 +129,12 @@ _BACKENDS = {
     ),
     "flash": _Backend(
         lambda: None, lambda device, dtype: device == "cpu" or (device == "cuda" and dtype in HALVES),
-        "FlashAttention-2, as torch has it",
+        "FlashAttention-2, part of torch",
     ),
     "flash3": _Backend(
         partial(_no_flash, "flash_attn_interface", (9,)),
         lambda device, dtype: device == "cuda" and dtype in HALVES,
-        "FlashAttention-3, a package of its own",
+        "FlashAttention-3, a separate package",
     ),
     "flash4": _Backend(
         partial(_no_flash, "flash_attn.cute.interface", (9, 10)),
@@ -142,10 +142,10 @@ _BACKENDS = {
         "FlashAttention-4, the package flash-attn-4",
     ),
     "cublas": _Backend(
-        _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "a GEMM whose epilogue adds in fp32"
+        _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuBLAS GEMM that accumulates in fp32"
     ),
     "apex": _Backend(
-        _no_apex, lambda device, dtype: device == "cuda" and dtype in HALVES, "apex's GEMM that adds in fp32"
+        _no_apex, lambda device, dtype: device == "cuda" and dtype in HALVES, "apex's GEMM that accumulates in fp32"
     ),
     "scaled_mm": _Backend(
         _no_fp8, lambda device, dtype: device == "cuda" and dtype == torch.bfloat16, "cuBLASLt's fp8 GEMMs"
@@ -155,15 +155,15 @@ _BACKENDS = {
 
 
 def backend(op: str, tensor: Tensor, *, able: Callable[[str], bool] | None = None) -> str:
-    """The backend of `op` that runs on `tensor`; `able` says of a name whether it can do the rest of what is asked.
+    """The backend of `op` that runs on `tensor`; `able` says whether a backend supports everything else it is given.
 
-    ConfigError where `MEGACODER_OPS` names one that cannot.
+    ConfigError where `MEGACODER_OPS` names one that cannot run.
     """
     names = candidates(op, tensor.device.type, tensor.dtype)
     for name in names:
         if able is None or able(name):
             return name
-    raise ConfigError(f"{ENVIRONMENT}: {op}={names[0]} does not serve all of this run; leave it out")
+    raise ConfigError(f"{ENVIRONMENT}: {op}={names[0]} does not support all of this run; remove it")
 
 
 def asked_for(op: str) -> str | None:
@@ -173,7 +173,7 @@ def asked_for(op: str) -> str | None:
 
 @cache
 def candidates(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends of `op` that serve such tensors in this process, best first; ConfigError as for `backend`."""
+    """The backends of `op` that support such tensors in this process, best first; ConfigError as for `backend`."""
     asked = _asked().get(op)
     names = OPS[op] if asked is None else (asked,)
     serving = tuple(name for name in names if _serves(name, device_type, dtype) is None)
@@ -184,22 +184,22 @@ def candidates(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]
 
 
 def _serves(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why not, or None."""
+    """Why backend `name` cannot run on such tensors, or None."""
     if reason := _BACKENDS[name].missing():
         return reason
     if _BACKENDS[name].takes(device_type, dtype):
         return None
-    return f"not for {str(dtype).removeprefix('torch.')} on {device_type}"
+    return f"does not support {str(dtype).removeprefix('torch.')} on {device_type}"
 
 
 def parse_choices(text: str) -> dict[str, str]:
-    """`OP=BACKEND,...` as a table; ConfigError that names the nearest known word."""
+    """`OP=BACKEND,...` as a table; ConfigError that suggests the nearest known name."""
     choices: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, equals, name = entry.partition("=")
         if not equals or op not in OPS:
             match = nearest(op, OPS)
-            hint = f"did you mean {match!r}?" if match and equals else "it is a list of OP=BACKEND"
+            hint = f"did you mean {match!r}?" if match and equals else "expected a list of OP=BACKEND"
             raise ConfigError(f"{ENVIRONMENT}: {entry!r}: {hint}; ops: {', '.join(OPS)}")
         if name not in OPS[op]:
             raise ConfigError(f"{ENVIRONMENT}: {op} has no backend {name!r}; it has {', '.join(OPS[op])}")
@@ -228,15 +228,15 @@ def op_states(device_type: str, dtype: torch.dtype) -> list[OpState]:
         for name in names:
             reason = _serves(name, device_type, dtype)
             if name == chosen:
-                reason = f"asked for by {ENVIRONMENT}" if op in _asked() else "the first that serves"
+                reason = f"requested by {ENVIRONMENT}" if op in _asked() else "the first available"
             elif reason is None:
-                reason = f"serves what {chosen} cannot" if name in others else "left out by " + ENVIRONMENT
+                reason = f"runs what {chosen} cannot" if name in others else "excluded by " + ENVIRONMENT
             states.append(OpState(op, name, _BACKENDS[name].what, name == chosen, reason))
     return states
 
 
 def triton_module(name: str) -> ModuleType:
-    """`megacoder.ops.triton_kernels.NAME`, imported when it is first needed: triton takes a second to load."""
+    """`megacoder.ops.triton_kernels.NAME`, imported on first use: triton takes a second to load."""
     return importlib.import_module(f"megacoder.ops.triton_kernels.{name}")
 
 

@@ -1,6 +1,6 @@
-"""The door to the compiled CPU kernels (csrc/cpp): the module, and how any kernel is given a tensor's address.
+"""Access to the compiled CPU kernels (csrc/cpp): the module, and how a tensor's address is passed to any kernel.
 
-The extension is optional; `megacoder.ops.backends` asks whether it is there, and callers then have their torch path.
+The extension is optional; `megacoder.ops.backends` checks whether it is built, and without it ops take the torch path.
 """
 
 from types import ModuleType
@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 def is_built() -> bool:
-    """Whether `kernels` has something to return."""
+    """Whether the kernels are built, so that `kernels` may be called."""
     return _cpp is not None
 
 
@@ -28,7 +28,7 @@ def kernels() -> ModuleType:
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int, device: torch.device = _CPU) -> int:
-    """A tensor's address, 0 for None. The kernels see nothing else of it: what they take for granted is checked here.
+    """A tensor's address, 0 for None. The kernels see nothing else of it: what they assume is checked here.
 
     Raises ValueError unless the tensor is contiguous, on `device`, of `dtype`, and of `shape` where that is given.
     """
@@ -41,7 +41,7 @@ def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int, device: torc
         or (shape and tensor.shape != shape)
     ):
         raise ValueError(
-            f"a kernel takes contiguous {dtype} {list(shape) or ''} on {device}; got {tensor.dtype} "
+            f"a kernel needs contiguous {dtype} {list(shape) or ''} on {device}; got {tensor.dtype} "
             f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
         )
     return tensor.data_ptr()

@@ -5,7 +5,7 @@ Full logits in fp32 would be the largest tensor of a step (4.2 GB at W=32,256, 8
 live once, in the storage dtype, and are overwritten by their own gradient, from which both matrix gradients follow at
 once. Nothing is kept for a backward.
 
-The loss is a sum over tokens: means are formed once, over the global batch, where the update is made.
+The loss is a sum over tokens: the one division, by the tokens of the global batch, is made in the update.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits per chunk by type of device: 512 and 8,320 tokens at W=32,256. Enough for full GEMM speed, too few to make
-the peak of memory; a GPU wants more, since each chunk reads and writes the head's whole fp32 gradient."""
+"""Logits per chunk by device type: 512 and 8,320 tokens at W=32,256. Enough for full GEMM speed, too few to set the
+peak of memory; a GPU needs more, since each chunk reads and writes the head's whole fp32 gradient."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_WD: Tensor, labels_T: Tensor, *, v
 
 
 def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor:
-    """Token losses (C,) fp32; overwrites the logits by softmax - onehot.
+    """Token losses (C,) fp32; overwrites the logits with softmax - onehot.
 
     The gradient is zero in the W - vocab columns of padding and where the label is IGNORE_INDEX.
     """
@@ -89,7 +89,7 @@ def cross_entropy_(logits_CW: Tensor, labels_C: Tensor, *, vocab: int) -> Tensor
 
 
 def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
-    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf of none; overwrites the logits by their softmax.
+    """Log-sum-exp (C,) fp32 of the first `vocab` columns, -inf if there are none; overwrites the logits with softmax.
 
     The softmax is zero in the W - vocab columns of padding.
     """
@@ -102,7 +102,7 @@ def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
         logits_CW.zero_()[:, :vocab] = torch.exp(wide - lse_C[:, None])
         return lse_C
     lse_C = torch.empty(len(logits_CW), dtype=torch.float32)
-    kernels().attention_softmax(  # one query a row, which sees `vocab` of W keys
+    kernels().attention_softmax(  # one query per row, which sees `vocab` of W keys
         logits_CW.dtype == torch.bfloat16, address(logits_CW, logits_CW.dtype), address(lse_C, torch.float32),
         0, len(lse_C), 1, logits_CW.shape[1], vocab, 1.0,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def softmax_(logits_CW: Tensor, *, vocab: int) -> Tensor:
 def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C: Tensor) -> None:
     """Multiplies each token's probabilities by its fp32 scale and, where `owned_C`, subtracts 1 in column `rows_C`.
 
-    This is what a rank with part of the vocabulary does once it knows the other ranks' log-sum-exps.
+    A rank that holds part of the vocabulary calls it once it knows the other ranks' log-sum-exps.
     """
     if backend("cross_entropy", probs_CW) == "triton":
         triton_module("cross_entropy").rescale_subtract_(probs_CW, scale_C, rows_C, owned_C)
@@ -122,13 +122,13 @@ def rescale_subtract_(probs_CW: Tensor, scale_C: Tensor, rows_C: Tensor, owned_C
 
 
 def chunk_tokens(num_ids: int, device_type: str) -> int:
-    """Tokens of a chunk of logits of so many ids; whole tiles of a GEMM where there are many."""
+    """Tokens per chunk of logits over `num_ids` ids; above 256 tokens, full 128-row GEMM tiles."""
     tokens = CHUNK_ELEMENTS[device_type] // num_ids
     return max(1, tokens // 128 * 128 if tokens > 256 else tokens)
 
 
 def count_labels(labels_T: Tensor, vocab: int) -> int:
-    """How many labels are trained on; IndexError for one outside [0, vocab). The host waits for labels on a GPU."""
+    """How many labels are trained on; IndexError for one outside [0, vocab). On a GPU the host waits for the labels."""
     counted = labels_T != IGNORE_INDEX
     outside = counted & ((labels_T < 0) | (labels_T >= vocab))
     if bool(outside.any()):
@@ -147,8 +147,8 @@ def linear_cross_entropy_with_grads(
 ) -> tuple[LossSum, Tensor]:
     """The loss sum and d(sum)/dx (T, D); adds d(sum)/dweight into fp32 `grad_weight_WD`.
 
-    IndexError for a label outside [0, vocab): one line here instead of a wild read in a kernel. Whoever has
-    `count_labels` behind him, best of labels not yet on the device, gives its answer as `num_tokens`.
+    IndexError for a label outside [0, vocab), instead of an out-of-bounds read in a kernel. `num_tokens` is the result
+    of `count_labels` where the caller has called it already, ideally before the labels went to the device.
     """
     num_tokens = count_labels(labels_T, vocab) if num_tokens is None else num_tokens
     grad_x_TD = torch.empty_like(x_TD)
@@ -159,7 +159,7 @@ def linear_cross_entropy_with_grads(
         total += cross_entropy_(logits_CW, labels_C, vocab=vocab).sum(dtype=torch.float64)
         torch.mm(logits_CW, weight_WD, out=grad_x_CD)
         accumulate_weight_grad(grad_weight_WD, logits_CW, x_CD)
-        del logits_CW  # before the next chunk's are there
+        del logits_CW  # before the next chunk's are allocated
     return LossSum(total, num_tokens), grad_x_TD
 
 

@@ -1,9 +1,9 @@
-"""The door to the compiled CUDA kernels (csrc/cuda): which tensors they take, and how they are launched.
+"""Access to the compiled CUDA kernels (csrc/cuda): which tensors they take, and how they are launched.
 
-The library is a plain shared object without a symbol of torch's or Python's, loaded through ctypes: one build serves
+The library is a plain shared object that uses no symbol of torch or Python, loaded through ctypes: one build works with
 every torch. A launch is checked here (dtype, shape, contiguity, device), goes to torch's current stream, allocates
-nothing that a CUDA graph could not replay, and raises what CUDA answers. Where the library is missing,
-`megacoder.ops.backends` chooses others.
+nothing that a CUDA graph could not replay, and raises the error that CUDA returns. Where the library is missing,
+`megacoder.ops.backends` chooses other backends.
 
 Legend: N elements of a flat buffer, R rows, C columns.
 """
@@ -32,7 +32,7 @@ ADAMW_SCALARS = 5
 """Elements of the fp32 buffer from `adamw_scalars` to `adamw_cuda_`: lr, gradient scale, both corrections, skip."""
 
 PARTIAL_SUMS = 512
-"""Blocks of `sum_of_squares_cuda`; fixed, so that the sum is the same on every GPU. Four to an SM fill an H100."""
+"""Blocks of `sum_of_squares_cuda`; fixed, so that the sum is the same on every GPU. Four per SM fill an H100."""
 
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -76,9 +76,9 @@ def adamw_cuda_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`ops.adamw.adamw_` with what changes from step to step in `scalars`, on the device (see `adamw_scalars`).
+    """`ops.adamw.adamw_` with the step's scalars in device memory (see `adamw_scalars`).
 
-    A skipped update leaves weights and state as they are.
+    A skipped update leaves weights and state unchanged.
     """
     count, at = weight_N.numel(), partial(address, device=weight_N.device)
     _launch(
@@ -116,7 +116,7 @@ def adamw_scalars(
 
 
 def sum_of_squares_cuda(values: Tensor, out: Tensor) -> None:
-    """Writes the sum of squares of fp32 or bf16 `values` into the fp64 scalar `out`; bits repeat."""
+    """Writes the sum of squares of fp32 or bf16 `values` into the fp64 scalar `out`; bitwise reproducible."""
     at = partial(address, device=values.device)
     workspace = torch.empty(PARTIAL_SUMS, dtype=torch.float64, device=values.device)
     _launch(
@@ -129,8 +129,8 @@ def sum_of_squares_cuda(values: Tensor, out: Tensor) -> None:
 def cast_transpose(x_RC: Tensor, amax: Tensor, out_RC: Tensor, transposed_CR: Tensor, inverse_scale: Tensor) -> None:
     """Writes bf16 `x` times a scale, saturated, into both outputs, in their dtype: fp8 e4m3 or e5m2.
 
-    The scale makes the fp32 scalar `amax`, the largest magnitude of `x`, the format's largest number; `inverse_scale`
-    receives what undoes it, NaN where `amax` is not finite.
+    The scale maps the fp32 scalar `amax`, the largest magnitude of `x`, to the format's largest number; `inverse_scale`
+    receives its inverse, NaN where `amax` is not finite.
     """
     dtype, at = out_RC.dtype, partial(address, device=x_RC.device)
     if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -145,7 +145,7 @@ def cast_transpose(x_RC: Tensor, amax: Tensor, out_RC: Tensor, transposed_CR: Te
 
 
 def amax(values: Tensor, out: Tensor) -> None:
-    """Writes the largest magnitude of bf16 `values` into the fp32 scalar `out`: 0 of none, NaN where there is one."""
+    """Writes the largest magnitude of bf16 `values` into the fp32 scalar `out`: 0 if empty, NaN if any value is NaN."""
     at = partial(address, device=values.device)
     _launch("amax", values.device, at(values, torch.bfloat16), values.numel(), at(out.view(1), torch.float32))
 
@@ -159,7 +159,7 @@ def _launch(name: str, device: torch.device, *arguments: float) -> None:
 
 
 def _float_dtype(tensor: Tensor) -> torch.dtype:
-    """What a kernel for fp32 and bf16 takes a tensor for."""
+    """The dtype that a kernel for fp32 and bf16 must be given: bf16 as it is, anything else must be fp32."""
     return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
 
 

@@ -1,9 +1,9 @@
 """One decoder layer for one new token of each sequence, in two halves, each a single call of the CPU kernel.
 
-A step that makes one token a sequence is so short that calling its dozen operations one by one takes as long as their
+A step of one token per sequence is so short that calling its dozen operations one by one takes as long as their
 arithmetic. `FusedLayer` checks the addresses of a layer's weights and cache once; from then on a half is one call
-(csrc/cpp/decode.inc). Activations stay fp32 within a half. What both must compute is the plain form of `Decoder`
-in `megacoder.model.decode`. Not differentiable.
+(csrc/cpp/decode.inc). Activations stay fp32 within a half. The reference is the plain path of `Decoder` in
+`megacoder.model.decode`. Not differentiable.
 
 Legend: B sequences, D model dim, H query heads, G key-value heads, K head dim, F feed-forward dim, P cache columns.
 """
@@ -22,7 +22,7 @@ __all__ = ["FusedLayer", "LayerCacheView", "LayerWeights", "can_fuse"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """Of one decoder layer, or of a rank's part of it."""
+    """The weights of one decoder layer, or of a rank's part of it."""
 
     input_norm_D: Tensor
     qkv_CD: Tensor
@@ -38,7 +38,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCacheView:
-    """Where a layer's keys and values are, and which position each column is for each sequence."""
+    """A layer's keys and values, and what gives each column its position in each sequence."""
 
     keys_BGPK: Tensor
     values_BGPK: Tensor
@@ -50,7 +50,7 @@ class LayerCacheView:
 
 
 def can_fuse(weight: Tensor, rows: int) -> bool:
-    """Whether `FusedLayer` serves `rows` sequences of a model with such weights."""
+    """Whether `FusedLayer` can run `rows` sequences of a model with such weights."""
     return rows <= FEW and backend("decode", weight) == "cpp"
 
 
@@ -58,8 +58,8 @@ class FusedLayer:
     """The halves of one layer on one cache."""
 
     def __init__(self, weights: LayerWeights, cache: LayerCacheView) -> None:
-        """ValueError where a tensor is not as the kernel takes it; none may be moved or resized afterwards."""
-        self._held = weights, cache  # the kernel knows addresses alone
+        """ValueError where a tensor is not what the kernel needs; none may be moved or resized afterwards."""
+        self._held = weights, cache  # keeps the memory alive: the kernel knows only addresses
         dtype = self._dtype = weights.qkv_CD.dtype
         rows, groups, columns, head_dim = cache.keys_BGPK.shape
         (dim, mixed_dim), inner_dim = weights.out_DI.shape, weights.down_DF.shape[1]
@@ -88,7 +88,7 @@ class FusedLayer:
         `out_BD` may be `x_BD`. Raises ValueError for a column that the cache or the rotary table does not have.
         """
         if not 0 <= column <= self._last_column:
-            raise ValueError(f"column {column}: from 0 to {self._last_column}")
+            raise ValueError(f"column {column}: must be from 0 to {self._last_column}")
         x = address(x_BD, self._dtype, self._rows, self._dim)
         kernels().decode_attention(
             self._is_bf16, x, x if adds else 0, *self._attention, address(out_BD, self._dtype, self._rows, self._dim),

@@ -1,7 +1,7 @@
-"""y = x W^T for a handful of rows, the product of a decoding step: the weights are read once, and that is its cost.
+"""y = x W^T for a handful of rows, the product of a decoding step; its whole cost is reading the weights once.
 
-Legend: B rows, I input dim, O output dim. BLAS libraries block for many rows; with eight they read the weights several
-times over. Not differentiable.
+Legend: B rows, I input dim, O output dim. BLAS libraries block for many rows; with eight rows they read the weights
+several times. Not differentiable.
 """
 
 import torch
@@ -14,7 +14,7 @@ from megacoder.ops.cpp import address, kernels
 __all__ = ["FEW", "few_rows_linear"]
 
 FEW = 16
-"""Rows up to which the kernel is the faster one, also where weights come from memory, which it fetches ahead."""
+"""Rows up to which the kernel is faster than BLAS, even where weights come from memory, which it prefetches."""
 
 
 def few_rows_linear(x_BI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Attention kernels behind torch's ops, forward and backward called by hand: cuDNN's, and FlashAttention's.
+"""The attention kernels behind torch's ops, cuDNN's and FlashAttention's, with forward and backward called by hand.
 
-torch carries version 2 of FlashAttention; 3 and 4 are packages whose kernels it puts behind the same ops.
+torch includes version 2 of FlashAttention; 3 and 4 are packages whose kernels it can put behind the same ops.
 
-What autograd would keep between the two is (out, lse), so that is all that these take and return; dropout does not
-exist here, and neither do its random states. Layouts are those of `megacoder.ops.attention`: B sequences, S queries,
-P keys, H query heads, G key-value heads, K head dim.
+Autograd would keep (out, lse) between forward and backward, so these are all that is taken and returned; there is no
+dropout here, so there are no random states either. Layouts are those of `megacoder.ops.attention`: B sequences, S
+queries, P keys, H query heads, G key-value heads, K head dim.
 
-Packed documents go to FlashAttention as one ragged batch: every piece of a document that the queries at hand belong to
-is a sequence of its own, with its end aligned to its last key. No key outside a document is read, let alone masked.
+Packed documents go to FlashAttention as one ragged (varlen) batch: every piece of a document that has queries here is a
+sequence of its own, whose last query is aligned to its last key. No key outside a document is read, let alone masked.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 FLASH = {"flash": None, "flash3": "FA3", "flash4": "FA4"}
-"""Backends that run through torch's FlashAttention ops, and what torch calls the kernels that it does not carry."""
+"""Backends that run through torch's FlashAttention ops, and torch's names for the kernels that it does not include."""
 LARGEST_HEAD = {"cudnn": 128, "flash": 256, "flash3": 256, "flash4": 128}
-"""Head dim up to which a backend goes on a GPU."""
+"""Largest head dim that a backend supports on a GPU."""
 
 _cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -55,20 +55,20 @@ class DocumentMask:
     query_start: int = 0
     """place in its sequence of the first query; the others follow"""
     known_pieces: "Pieces | None" = None
-    """what the first keys come to, where that was found out from those that the host has"""
+    """the pieces, where they were computed already from first keys on the host"""
 
     @cached_property
     def pieces(self) -> "Pieces":
-        """What a ragged kernel is told. Unless known it costs a wait for the device, so layers share the mask.
+        """What a ragged kernel needs. Unless known, it costs one wait for the device, so all layers share the mask.
 
-        ValueError where first keys are not those of documents, one after the other.
+        ValueError where the first keys are not those of consecutive documents.
         """
         return self.known_pieces or Pieces.of(self.first_keys_BS.cpu(), self.query_start, self.first_keys_BS.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Documents, cut where the queries at hand begin, all sequences end to end."""
+    """Documents, cut where these queries begin, all sequences end to end."""
 
     query_ends: Tensor
     """int32 (pieces + 1,): cu_seqlens of the queries"""
@@ -93,8 +93,8 @@ class Pieces:
             sequence, query = wrong.nonzero()[0].tolist()
             raise ValueError(
                 f"the first key of token {query_start + query} of sequence {sequence} is "
-                f"{int(first_keys[sequence, query])}: documents lie one after the other, so it is the token itself, or "
-                "the first key of the token before it"
+                f"{int(first_keys[sequence, query])}: documents are consecutive, so it must be the token itself or the "
+                "first key of the token before it"
             )
         starts = begins.flatten().nonzero()[:, 0]
         stops = torch.cat([starts[1:], starts.new_tensor([batch * length])])
@@ -107,7 +107,7 @@ class Pieces:
         )  # fmt: skip
 
     def seen(self, keys_BGPK: Tensor, num_keys: int) -> Tensor:
-        """The keys that any query sees, (tokens, G, K); `num_keys` of each sequence are behind no query."""
+        """The keys that any query sees, (tokens, G, K), among the first `num_keys` of each sequence."""
         by_token = keys_BGPK.transpose(1, 2)
         if not any(self.key_starts):
             return by_token[:, :num_keys].flatten(0, 1)
@@ -123,9 +123,9 @@ class Pieces:
 
 
 def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMask | None) -> bool:
-    """Whether backend `name` knows the mask and the head dim.
+    """Whether backend `name` supports the mask and the head dim.
 
-    cuDNN and the CPU's kernel align a causal mask to the first key, FlashAttention to the last one.
+    cuDNN and the CPU kernel align a causal mask to the first key, FlashAttention to the last one.
     """
     if name not in LARGEST_HEAD:
         return True
@@ -133,12 +133,12 @@ def serves(name: str, q_BHSK: Tensor, *, query_start: int, documents: DocumentMa
         return query_start == 0 and documents is None
     if q_BHSK.shape[-1] % 8 or q_BHSK.shape[-1] > LARGEST_HEAD[name] or not q_BHSK.numel():
         return False
-    # Of one query and key cuDNN says that it does not support them.
+    # cuDNN does not support a single query and key.
     return name != "cudnn" or (query_start == 0 and documents is None and q_BHSK.shape[2] > 1)
 
 
 def choose_flash(name: str) -> None:
-    """Puts the kernels of `name` behind torch's FlashAttention ops, for the whole process; at first 2's are there."""
+    """Puts the kernels of `name` behind torch's FlashAttention ops, for the whole process; the default is version 2."""
     kernels = FLASH[name]
     if current_flash_attention_impl() == kernels:
         return

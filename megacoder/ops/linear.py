@@ -1,11 +1,11 @@
 """The three products of a linear layer, y = x W^T, dx = g W and dW += g^T x, on factors in either of two precisions.
 
 Legend: T tokens, O output dim, I input dim. `grad_weight` is a view of the flat fp32 gradient buffer, so nothing is
-copied between the backward and the reduce-scatter: it is added to in fp32 across microbatches, whatever the product
+copied between the backward and the reduce-scatter: it accumulates in fp32 across microbatches, whatever the product
 runs in.
 
 A factor is what a product takes: the tensor itself, or in fp8 its casts (see `megacoder.ops.fp8`). `Precision` makes
-them, and whoever runs a layer says only which of the three kinds a tensor is.
+factors; the code that runs a layer only says whether a tensor is an input, a weight or a gradient.
 """
 
 import importlib
@@ -30,38 +30,38 @@ __all__ = [
 ]
 
 Factor = Tensor | Fp8Factor
-"""Both factors of a product are of one kind."""
+"""Both factors of a product are of the same kind."""
 
 FAST_FORWARD_SUMS, FAST_GRADIENT_SUMS = True, False
-"""See `fp8_product`. Gradients are what small terms add up to, over as many as 32,768 tokens: there fast sums err by
-0.004 of a weight gradient, slow ones by 0.0001, where casting has cost 0.06. Fast ones would make a step 2% shorter."""
+"""See `fp8_product`. A weight gradient sums small terms over as many as 32,768 tokens: there the relative error is
+0.004 with fast sums and 0.0001 with slow ones, where casting alone costs 0.06. Fast ones would shorten a step by 2%."""
 
 PARTIAL_ELEMENTS = 1 << 22
-"""Of a weight gradient that a CPU forms in bf16 before it joins the sum: 8 MB. Most layers have fewer; a whole output
-head's would be the largest tensor of a step but for its logits."""
+"""Elements of a weight gradient that a CPU computes in bf16 before adding them to the sum: 8 MB. Most layers have
+fewer; all of an output head's would be the largest tensor of a step after its logits."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What tensors become before they are multiplied."""
+    """What tensors are cast to before they are multiplied."""
 
     fp8: bool = False
-    """else they are multiplied as they are"""
+    """False: they are multiplied as they are"""
 
     def new_amax(self, like: Tensor) -> Tensor | None:
-        """What an op puts the largest magnitude of its result into, on the device of `like`; None: nobody wants it."""
+        """Where an op writes the largest magnitude of its result, on the device of `like`; None: it is not needed."""
         return like.new_zeros((), dtype=torch.float32) if self.fp8 else None
 
     def input(self, x_TI: Tensor, amax: Tensor | None = None) -> Factor:
-        """Of a layer's input; `amax` is its largest magnitude where that is known."""
+        """The factor of a layer's input; `amax` is its largest magnitude where that is known."""
         return fp8_cast(x_TI, E4M3, amax) if self.fp8 else x_TI
 
     def weight(self, weight_OI: Tensor) -> Factor:
-        """Of its weight."""
+        """The factor of a layer's weight."""
         return fp8_cast(weight_OI, E4M3) if self.fp8 else weight_OI
 
     def grad(self, grad_TO: Tensor, amax: Tensor | None = None) -> Factor:
-        """Of its output's gradient; `amax` as for `input`."""
+        """The factor of a layer's output gradient; `amax` as for `input`."""
         return fp8_cast(grad_TO, E5M2, amax) if self.fp8 else grad_TO
 
 
@@ -70,15 +70,15 @@ FP8 = Precision(fp8=True)
 
 
 def for_later(factor: Factor) -> Factor:
-    """As much of a factor as the backward still reads once the first product with it is done.
+    """The part of a factor that the backward still reads after the first product with it.
 
-    Of inputs and gradients the weight gradient reads it, of weights the input gradient.
+    For inputs and gradients the weight gradient reads it, for weights the input gradient.
     """
     return factor.transpose_alone() if isinstance(factor, Fp8Factor) else factor
 
 
 def linear_forward(x_TI: Factor, weight_OI: Factor) -> Tensor:
-    """(T, O) = x W^T, in bf16 of fp8 factors."""
+    """(T, O) = x W^T, in bf16 for fp8 factors."""
     if isinstance(x_TI, Fp8Factor):
         assert isinstance(weight_OI, Fp8Factor)
         scales = x_TI.inverse_scale, weight_OI.inverse_scale
@@ -88,7 +88,7 @@ def linear_forward(x_TI: Factor, weight_OI: Factor) -> Tensor:
 
 
 def linear_input_grad(grad_out_TO: Factor, weight_OI: Factor) -> Tensor:
-    """(T, I) = g W, in bf16 of fp8 factors."""
+    """(T, I) = g W, in bf16 for fp8 factors."""
     if isinstance(grad_out_TO, Fp8Factor):
         assert isinstance(weight_OI, Fp8Factor)
         scales = grad_out_TO.inverse_scale, weight_OI.inverse_scale
@@ -101,8 +101,8 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
     """grad_weight += grad_out^T x, the sum in fp32."""
     if isinstance(grad_out_TO, Fp8Factor):
         assert isinstance(x_TI, Fp8Factor)
-        # In fp32 and added by a kernel of its own: torch's fp8 product cannot add to what is there. 16 bytes move for
-        # each weight; through bf16 it would be 12, and a rounding.
+        # Computed in fp32 and added by a second kernel: torch's fp8 product cannot accumulate. This moves 16 bytes per
+        # weight; through bf16 it would be 12, and a rounding.
         grad_weight_OI += fp8_product(
             grad_out_TO.columns_CR, x_TI.columns_CR, (grad_out_TO.inverse_scale, x_TI.inverse_scale),
             dtype=torch.float32, fast_sums=FAST_GRADIENT_SUMS,
@@ -118,7 +118,7 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
         return
     if name == "apex":
         apex = importlib.import_module("fused_weight_gradient_mlp_cuda")
-        # It takes addresses and looks at no strides.
+        # apex reads addresses and ignores strides.
         apex.wgrad_gemm_accum_fp32(x_TI.contiguous(), grad_out_TO.contiguous(), grad_weight_OI)
         return
     if name == "torch":
@@ -131,4 +131,4 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
             True, address(grad_RI, torch.float32, *partial_RI.shape), address(partial_RI, torch.bfloat16),
             partial_RI.numel(),
         )  # fmt: skip
-        del partial_RI  # before the next is there
+        del partial_RI  # before the next is allocated

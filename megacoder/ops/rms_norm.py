@@ -1,9 +1,9 @@
 """RMSNorm (arXiv:1910.07467), y = x / sqrt(mean(x^2) + eps) * w, with the residual add folded in.
 
 Legend: T tokens, D model dim. Statistics are fp32 whatever the storage; `rstd_T` is all that the backward needs
-besides the input. The residual gradient joins in the same pass, so that a block's backward reads it once.
+besides the input. The residual gradient is added in the same pass, so that a block's backward reads it once.
 
-An `amax` is an fp32 scalar that holds zero and receives the largest magnitude of what is returned, for a cast to fp8.
+`amax` is an fp32 scalar, zero on entry, that receives the largest magnitude of the result, for a cast to fp8.
 """
 
 import torch
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rms_norm_forward(
     x_TD: Tensor, weight_D: Tensor, eps: float, *, residual_TD: Tensor | None = None, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y_TD, h_TD, rstd_T), where h = x + residual is what was normalised (x itself without a residual)."""
+    """Returns (y_TD, h_TD, rstd_T), where h = x + residual is what was normalized (x itself without a residual)."""
     name, (rows, dim), dtype = backend("rms_norm", x_TD), x_TD.shape, x_TD.dtype
     if name == "triton":
         return triton_module("rms_norm").rms_norm_forward(x_TD, weight_D, eps, residual_TD, amax=amax)

@@ -1,8 +1,8 @@
 """Rotary position embedding (arXiv:2104.09864) in Hugging Face's rotate-half convention.
 
 Legend: T tokens, H heads, K head dim, P positions in the table. Angle = (position / factor) * theta^(-2i/K); `factor`
-is linear position interpolation (arXiv:2306.15595), with which DeepSeek-Coder reached 16K. The tables are fp32 and the
-rotation happens in fp32. Rotation is orthogonal, so its backward is the rotation by the opposite angle.
+is linear position interpolation (arXiv:2306.15595), with which DeepSeek-Coder reached 16K. Tables and rotation are
+fp32. Rotation is orthogonal, so its backward is the rotation by the opposite angle.
 """
 
 import torch
@@ -16,7 +16,7 @@ __all__ = ["apply_rope", "apply_rope_", "gather_unrotate", "rope_tables"]
 
 
 def rope_tables(num_positions: int, head_dim: int, *, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (P, K/2) fp32; angles are formed in fp64 so that large positions keep their phase."""
+    """(cos, sin), each (P, K/2) fp32; angles are computed in fp64 so that large positions keep their phase."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float64) / factor, frequencies)
     return angles.cos().float(), angles.sin().float()
@@ -41,7 +41,7 @@ def apply_rope_(
 ) -> None:
     """Rotates in place the first `num_heads` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward.
 
-    Every position must lie in the table: the kernel does not look.
+    Every position must lie in the table: the kernel does not check.
     """
     name = backend("rope", qkv_TC)
     if name == "triton":
@@ -74,7 +74,7 @@ def gather_unrotate(
     """The backward of `apply_rope_` on fused rows, from what attention returns: (B S, (H + 2 G) K) rows [q | k | v].
 
     A Triton kernel reads each gradient once and writes it rotated where it belongs, in one pass instead of five.
-    `amax`, an fp32 scalar that holds zero, receives the largest magnitude of the result, for a cast to fp8.
+    `amax`, an fp32 scalar, zero on entry, receives the largest magnitude of the result, for a cast to fp8.
     """
     if backend("rope", grad_q_BHSK) == "triton":
         return triton_module("rope").gather_unrotate(

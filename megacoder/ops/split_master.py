@@ -1,12 +1,12 @@
-"""Master weights in two bytes each: the bf16 weights are their upper half, and 16 more bits what rounding has left.
+"""fp32 master weights in two extra bytes each: the bf16 weights are their upper half, 16 more bits the rounding error.
 
-A bf16 number is the first 16 bits of an fp32 one. So the model's own weights, which lie beside the master weights
-anyway, say most of them; what is missing is the difference of the bit patterns, from -2^15 to 2^15. That range has one
-value too many for 16 bits: where the master weight lies half-way between two bf16 numbers and was rounded towards zero,
-its last bit is given up, 2^-23 of it at the most. Whatever the pair joins to rounds to the weight again.
+A bf16 number is the upper 16 bits of an fp32 one. So the model's own weights, stored anyway, hold most of a master
+weight; what is missing is the difference of the bit patterns, from -2^15 to 2^15. That range has one value too many for
+16 bits: where the master weight lies half-way between two bf16 numbers and was rounded toward zero, its last bit is
+given up, at most 2^-23 of its value. The joined master weight always rounds to the same bf16 weight again.
 
-Against fp32 master weights beside the bf16 ones this saves two bytes for every weight, in memory and of what an update
-reads and writes. IPEX splits master weights likewise, but truncates: there the model's weights err by twice as much.
+Compared with fp32 master weights beside the bf16 ones this saves two bytes per weight, both in memory and in what an
+update reads and writes. IPEX also splits master weights, but truncates: there the model's weights err by twice as much.
 """
 
 import torch
@@ -21,7 +21,7 @@ def join_master(weight: Tensor, low: Tensor) -> Tensor:
 
 
 def split_master_(master: Tensor, weight: Tensor, low: Tensor) -> None:
-    """Overwrites bf16 `weight` by fp32 `master`, rounded to nearest even, and int16 `low` by what that leaves."""
+    """Overwrites bf16 `weight` with fp32 `master`, rounded to nearest even, and int16 `low` with the remainder."""
     weight.copy_(master)
     low.copy_((master.view(torch.int32) - _upper(weight)).clamp_(max=torch.iinfo(torch.int16).max))
 

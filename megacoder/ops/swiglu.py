@@ -1,10 +1,10 @@
 """SwiGLU (arXiv:2002.05202): silu(gate) * up, on the one tensor [gate | up] that a fused projection produces.
 
 Legend: T tokens, F feed-forward dim. The activation is not kept for the backward: the backward reads gate and up
-anyway, overwrites them with their gradients, and gives the activation back for the down projection's weight gradient,
-if asked to: in fp8 the activation's cast, half as large, is kept instead.
+anyway, overwrites them with their gradients, and on request returns the activation for the down projection's weight
+gradient (in fp8 the activation's cast, half as large, is kept instead).
 
-An `amax` is an fp32 scalar that holds zero and receives the largest magnitude of the result, for a cast to fp8.
+`amax` is an fp32 scalar, zero on entry, that receives the largest magnitude of the result, for a cast to fp8.
 """
 
 import torch
@@ -46,7 +46,10 @@ def swiglu_forward(gate_up_T2F: Tensor, *, amax: Tensor | None = None) -> Tensor
 def swiglu_backward_(
     grad_TF: Tensor, gate_up_T2F: Tensor, *, forms_activation: bool = True, amax: Tensor | None = None
 ) -> Tensor | None:
-    """Overwrites `gate_up_T2F` by its gradient, whose is `amax`; returns the recomputed activation (T, F), or None."""
+    """Overwrites `gate_up_T2F` with its gradient; returns the recomputed activation (T, F), or None.
+
+    `amax` receives the gradient's largest magnitude.
+    """
     name, (rows, width) = backend("swiglu", gate_up_T2F), gate_up_T2F.shape
     if name == "triton":
         return triton_module("swiglu").swiglu_backward_(

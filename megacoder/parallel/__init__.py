@@ -1,1 +1,1 @@
-"""Ranks and what they say to each other: collectives, tensor-parallel layers, data parallelism with sharded state."""
+"""Ranks and their communication: collectives, tensor-parallel layers, data parallelism with sharded optimizer state."""

@@ -1,12 +1,12 @@
 """A name that all ranks of one start of a run agree on, and no other start has.
 
-torchrun restarts ranks that have failed, and lets them meet at the same store: what the last ranks left there, such as
-the addresses of processes that are dead by now, is taken for the new ranks' word. Behind a prefix of its own each start
-sees only itself. torchrun's own count of restarts is no such name: hosts count the failures of their own ranks.
+torchrun restarts failed ranks and lets them meet at the same store: what the old ranks left there, such as the
+addresses of dead processes, would be mistaken for the new ranks' data. With its own key prefix each start sees only
+itself. torchrun's restart count cannot serve as the name: each host counts only the failures of its own ranks.
 
-The first rank draws the name. Every other rank leaves a token, drawn anew, under a key of its own, and waits for an
-answer to that very token; the first rank answers each token that it finds, until all have said that they got the name.
-A token from before gets an answer that nobody reads.
+The first rank draws the name. Every other rank leaves a fresh random token under its own key and waits for an answer to
+exactly that token; the first rank answers each token that it finds, until all have confirmed that they got the name.
+A token from an earlier start gets an answer that nobody reads.
 """
 
 import datetime
@@ -21,7 +21,7 @@ _PAUSE_SECONDS = 0.01
 
 
 def agree_on_attempt(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
-    """The name of this start; all `size` ranks call it. Raises RuntimeError (DistError) where one does not in time."""
+    """The name of this start; all `size` ranks call it. Raises RuntimeError (DistError) if one is not there in time."""
     if rank != 0:
         token = secrets.token_hex(8)
         store.set(f"token/{rank}", token)
@@ -39,6 +39,6 @@ def agree_on_attempt(store: dist.Store, rank: int, size: int, *, timeout_seconds
                 answered[other] = token_found
         if time.monotonic() > deadline:
             met = store.add(f"met/{name}", 0)
-            raise dist.DistStoreError(f"{met} of {size - 1} other ranks have come in {timeout_seconds:g} s")
+            raise dist.DistStoreError(f"only {met} of {size - 1} other ranks have joined in {timeout_seconds:g} s")
         time.sleep(_PAUSE_SECONDS)
     return name

@@ -1,9 +1,10 @@
-"""Which rank a run died of, from what all ranks last said of themselves: a pure function.
+"""Which rank stopped a run, from what all ranks last reported about themselves: a pure function.
 
-Every rank leaves a Record in the store again and again (see `megacoder.parallel.watch`). One that waited in vain reads
-all of them twice. A rank whose record did not change in between is dead, stopped or out of reach: nothing is surer.
-If all still answer, the others wait for one that is not waiting itself, and the one that stood still longest is it.
-If all wait, they wait for each other, and the one that is furthest behind is named.
+Every rank writes a Record to the store at regular intervals (see `megacoder.parallel.watch`). A rank whose collective
+failed or timed out reads all records twice. A rank whose record did not change in between is dead, stopped or
+unreachable: that is the strongest evidence. If all still answer, the culprit is a rank that is not waiting itself; of
+those, the one that has been still longest is named. If all wait, they wait for each other, and the rank furthest behind
+is named.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 __all__ = ["Loss", "Record", "find_loss"]
 
 STUCK_SECONDS = 1.0
-"""A rank that moved more recently is not what others waited for."""
+"""A rank that moved more recently than this is not the one that the others waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +32,23 @@ class Record:
     moves: int
     """grows with everything that the main thread does"""
     place: str
-    """as 'step 5, microbatch 2, forward'"""
+    """such as 'step 5, microbatch 2, forward'"""
     operation: str | None
     """the last collective, send or receive"""
     waiting: bool
-    """in that operation"""
+    """whether it is waiting in that operation"""
     still_seconds: float
     """since the main thread last moved"""
     where: str
-    """the line of Python that the main thread was at, as 'reader.py:44 in next_batch'; may be empty"""
+    """the line of Python that the main thread was at, such as 'reader.py:44 in next_batch'; may be empty"""
     finished: bool = False
-    """has left the run, all well"""
+    """whether it has left the run successfully"""
 
     def name(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
     def doing(self) -> str:
-        """Where it was, with the operation that it waited in or had begun last."""
+        """Where the rank was, with the operation that it waited in or had begun last."""
         if self.waiting:
             return f"{self.place}, waiting in {self.operation}"
         line = f" ({self.where})" if self.where else ""
@@ -56,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Loss:
-    """What `find_loss` finds."""
+    """The result of `find_loss`."""
 
     line: str
     """for people"""
@@ -67,9 +68,9 @@ class Loss:
 def find_loss(
     own: Record, failure: str, before: Mapping[int, Record], after: Mapping[int, Record], *, size: int, now: float
 ) -> Loss:
-    """What rank `own` says after `failure`, from two looks at the records of the run's `size` ranks.
+    """What rank `own` reports after `failure`, from two readings of the records of the run's `size` ranks.
 
-    `now` is on this rank's clock; how long a rank on another host has not answered is right if their clocks agree.
+    `now` is on this rank's clock; the time since a rank on another host last answered is right if the clocks agree.
     """
     own_part = f"rank {own.rank} at {own.place}: {failure}"
     others = [after[rank] for rank in sorted(after) if rank != own.rank and not after[rank].finished]
@@ -91,11 +92,11 @@ def find_loss(
     if working:
         stuck = max(working, key=lambda record: record.still_seconds)
         if stuck.still_seconds < STUCK_SECONDS:
-            return Loss(f"{own_part}; all other ranks answer and go on")
+            return Loss(f"{own_part}; all other ranks answer and are running")
         return Loss(f"{stuck.name()} has been stuck for {stuck.still_seconds:.0f} s in {stuck.doing()}; {own_part}")
     if others:
         last = min(others, key=_progress)
-        return Loss(f"all ranks wait for others; the furthest behind is {last.name()} in {last.doing()}; {own_part}")
+        return Loss(f"all ranks wait for each other; furthest behind is {last.name()} in {last.doing()}; {own_part}")
     return Loss(own_part)
 
 

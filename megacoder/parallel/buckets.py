@@ -1,10 +1,10 @@
-"""Buckets on their way: gradients reduced while backwards still run, weights gathered while the next forward does.
+"""Overlap of bucket traffic: gradients are reduced while backwards run, weights gathered during the next forward.
 
-A stage tells what it does with its units (any modules: the embedding, a layer, the head) by two plain calls, and that
-is all there is: no autograd hooks, which fire too often where weight gradients come in parts and not at all where a
-schedule postpones them. `finished` is counted. When every parameter of a bucket has been finished by every microbatch
-of the step, the bucket's reduce-scatter starts, whichever order the pipeline schedule chose and however many stages of
-it share the model. `entering` waits until the unit's weights have arrived.
+A stage reports what it does with its units (any modules: the embedding, a layer, the head) by two plain calls. There
+are no autograd hooks, which fire too often where weight gradients come in parts and not at all where a schedule
+postpones them. Calls of `finished` are counted. When every parameter of a bucket has been finished by every microbatch
+of the step, the bucket's reduce-scatter starts, whatever the order of the pipeline schedule and however many of its
+stages share the model. `entering` waits until the unit's weights have arrived.
 
 All ranks of the group run the same schedule over the same units, so their collectives start in the same order.
 """
@@ -29,13 +29,13 @@ __all__ = ["NO_EVENTS", "BucketTraffic", "UnitEvents"]
 
 
 class UnitEvents(Protocol):
-    """What a stage tells about the modules that it runs as units."""
+    """What a stage reports about the modules that it runs as units."""
 
     def entering(self, unit: nn.Module) -> None:
-        """A forward is about to read the unit's weights; returns when they may be read."""
+        """Called before a forward reads the unit's weights; returns when they may be read."""
 
     def finished(self, unit: nn.Module) -> None:
-        """All gradients of the unit from one microbatch have been added up; called once for each microbatch."""
+        """Called once for each microbatch, when all gradients of the unit have been accumulated."""
 
 
 class _NoEvents:
@@ -47,7 +47,7 @@ class _NoEvents:
 
 
 NO_EVENTS: UnitEvents = _NoEvents()
-"""For one data-parallel rank, and wherever weights are there and gradients stay."""
+"""For a single data-parallel rank, and wherever weights are never gathered and gradients never reduced."""
 
 
 class BucketTraffic:
@@ -56,7 +56,9 @@ class BucketTraffic:
     def __init__(self, flat: FlatParameters, group: dist.ProcessGroup | None) -> None:
         """ValueError unless the buckets are cut for as many ranks as the group has."""
         if flat.num_shards != group_size(group):
-            raise ValueError(f"parameters cut for {flat.num_shards} data-parallel ranks; there are {group_size(group)}")
+            raise ValueError(
+                f"parameters are cut for {flat.num_shards} data-parallel ranks; there are {group_size(group)}"
+            )
         self.flat, self.group = flat, group
         self.shards = [flat.shard(bucket, group_rank(group)) for bucket in flat.buckets]
         self._bucket_of = {id(slot.param): index for index, bucket in enumerate(flat.buckets) for slot in bucket.slots}
@@ -67,10 +69,10 @@ class BucketTraffic:
         self._arriving: dict[int, Pending] = {}
 
     def begin_step(self, num_microbatches: int) -> None:
-        """Asks for overlap in the step that begins, in which each unit will be finished that many times.
+        """Enables overlap in the step that begins, in which each unit will be finished `num_microbatches` times.
 
-        A step without this call, or whose stages report nothing, reduces all at its end, and ends with all weights
-        there.
+        A step without this call, or whose stages report nothing, reduces everything at its end, and ends only when all
+        weights have arrived.
         """
         if self.group is not None:
             self._unfinished = [len(bucket.slots) * num_microbatches for bucket in self.flat.buckets]
@@ -83,21 +85,21 @@ class BucketTraffic:
                 self._wait_for_weights(index)
 
     def finished(self, unit: nn.Module) -> None:
-        """See `UnitEvents`; RuntimeError where a unit is finished more often than `begin_step` was told."""
+        """See `UnitEvents`; RuntimeError where a unit is finished more often than `begin_step` announced."""
         if self._unfinished is None:
             return
         self._heard = True
         for index, num_parameters in self._buckets(unit).items():
             self._unfinished[index] -= num_parameters
             if self._unfinished[index] < 0:
-                raise RuntimeError(f"{type(unit).__name__}: more microbatches than begin_step was told")
+                raise RuntimeError(f"{type(unit).__name__}: finished by more microbatches than begin_step announced")
             if self._unfinished[index] == 0 and not self.flat.buckets[index].late:
                 self._start_reduce(index)
 
     def reduced(self) -> Iterator[int]:
-        """Each bucket's number, once this rank's slice of its gradients is the sum; starts what has not started.
+        """Each bucket's number, once this rank's slice of its gradients is the sum; starts the sums not yet started.
 
-        A step may ask again: a sum is formed once, until `end_step`.
+        May be called again in a step: each sum is computed once, until `end_step`.
         """
         self._unfinished = None
         for index in range(len(self.flat.buckets)):
@@ -112,7 +114,7 @@ class BucketTraffic:
         return sorted(range(len(self.flat.buckets)), key=lambda index: self.flat.buckets[index].first_use)
 
     def start_gather(self, index: int) -> None:
-        """Sends this rank's slice of a bucket's weights, and receives the others'."""
+        """Starts to send this rank's slice of a bucket's weights and to receive the other ranks'."""
         if self.group is not None:
             bucket, weight = self.flat.buckets[index], self.flat.weight
             self._arriving[index] = start_all_gather(
@@ -120,19 +122,19 @@ class BucketTraffic:
             )
 
     def end_step(self) -> None:
-        """Gradients start anew. Returns when the weights have arrived, unless the stages tell what they enter."""
+        """Ends the step's reductions. Waits for the weights to arrive, unless the stages report what they enter."""
         self._reducing.clear()
         if not self._heard:
             self.wait_all()
         self._heard = False
 
     def wait_all(self) -> None:
-        """Returns when all weights have arrived; for readers that are no stages."""
+        """Returns when all weights have arrived; for readers other than stages."""
         for index in list(self._arriving):
             self._wait_for_weights(index)
 
     def _buckets(self, unit: nn.Module) -> Counter[int]:
-        """How many of the unit's parameters are in which bucket."""
+        """How many of the unit's parameters are in each bucket."""
         if unit not in self._buckets_of:
             self._buckets_of[unit] = Counter(self._bucket_of[id(param)] for param in unit.parameters())
         return self._buckets_of[unit]

@@ -1,7 +1,7 @@
-"""What ranks leave for each other in the store at which they met: a record each, and why the run ended.
+"""What ranks leave for each other in their rendezvous store: a record each, and why the run ended.
 
-Nothing here hangs. torch's store waits for ever for an answer that a cut network swallowed, so every use of it has a
-thread and a time after which the caller goes on without.
+Nothing here hangs. torch's store waits forever for an answer lost in a cut network, so every use of it runs in a
+thread, with a time-out after which the caller continues without the answer.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ class End:
 
     line: str
     host: str
-    """of the rank that announced it, which prints the line"""
+    """host of the rank that announced it, which prints the line"""
     silent: list[tuple[str, int]]
     """(host, pid) of ranks that did not answer"""
 
 
 class Bulletin:
-    """One rank's access; `connect` comes first, and takes as long as the network takes."""
+    """One rank's access to the store; call `connect` first, which may take as long as the network does."""
 
     def __init__(self, num_ranks: int, attempt: str) -> None:
         self._attempt = attempt
@@ -52,7 +52,7 @@ class Bulletin:
         self._connection().set(self._keys[record.rank], json.dumps(asdict(record)))
 
     def records(self) -> dict[int, Record]:
-        """The newest of each rank that has published any."""
+        """The newest record of each rank that has published one."""
         store, keys = self._connection(), list(self._keys.values())
         if not store.check(keys):
             keys = [key for key in keys if store.check([key])]
@@ -64,7 +64,7 @@ class Bulletin:
         return _decode(store.get("end")) if store.check(["end"]) else None
 
     def announce(self, end: End) -> End:
-        """The announcement that stands: this one, unless another came first."""
+        """The announcement that counts: this one, unless another came first."""
         return _decode(self._connection().compare_set("end", "", json.dumps(asdict(end))))
 
     def claim(self, host: str) -> bool:
@@ -72,7 +72,7 @@ class Bulletin:
         return self._connection().add(f"claimed/{host}", 1) == 1
 
     def two_looks(self, seconds: float) -> tuple[dict[int, Record], dict[int, Record]]:
-        """All records now, and again so much later, or sooner if the end is announced meanwhile."""
+        """All records now, and again `seconds` later, or sooner if the end is announced meanwhile."""
         before, deadline = self.records(), time.monotonic() + seconds
         while time.monotonic() < deadline and self.announced() is None:
             time.sleep(0.1)

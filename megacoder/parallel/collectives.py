@@ -1,12 +1,12 @@
 """The one module that talks to torch.distributed: NCCL on GPUs, gloo on CPUs, nothing at all in a world of one.
 
-CPU ranks of one host have memory in common, and what they do most goes through that (`megacoder.parallel.
+CPU ranks of one host share memory, and their most frequent operations go through it (`megacoder.parallel.
 shared_memory`): all-reduce, all-gather, reduce-scatter, send and receive.
 
 Every collective takes its group as an argument. `group=None` means a world of one: each function is then the identity,
 so that callers have a single code path.
 
-Each notes what it begins in the rank's journal (`megacoder.parallel.journal`), and a failure of the network leaves as
+Each collective notes its start in the rank's journal (`megacoder.parallel.journal`); a network failure is raised as
 RankLost.
 """
 
@@ -57,15 +57,15 @@ __all__ = [
 ]
 
 
-# torch 2.13 deprecated the names that are all that 2.11 has.
+# torch 2.13 deprecates the `_tensor` names, the only ones that 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _notes: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupNote] = weakref.WeakKeyDictionary()
-"""What would be an attribute of each group, if torch's class took attributes."""
+"""Would be an attribute of each group, if torch's class allowed attributes."""
 
 NCCL_MARGIN_SECONDS = 60.0
-"""NCCL's own watchdog, which aborts the process without a word of ours, gets this much longer than the time-out."""
+"""NCCL's own watchdog, which aborts the process without our error line, gets this much longer than the time-out."""
 
 
 class World:
@@ -85,30 +85,30 @@ class World:
     ) -> None:
         """All ranks of `group` call it at once.
 
-        `timeout` is what `group` was made with and what groups of its ranks get, too; None for torch's own. Without
-        `shared_memory` CPU ranks talk through sockets although they are on one host. `attempt` names this start of the
-        run (see `megacoder.parallel.attempt`).
+        `timeout` is that of `group`, and of the groups made from its ranks; None is torch's default. Without
+        `shared_memory` CPU ranks communicate through sockets even on one host. `attempt` names this start of the run
+        (see `megacoder.parallel.attempt`).
         """
         self.rank, self.size, self.local_rank, self.device, self.group = rank, size, local_rank, device, group
         self.timeout, self.shared_memory, self.attempt = timeout, shared_memory, attempt
         self.journal = journal_of(group)
-        """where this rank is; the same one for every World and group of the process"""
+        """what this rank is doing; one journal for every World and group of the process"""
         if group is not None:
             _share_memory(group, self)
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for the run: prints, logs, writes."""
+        """Whether this rank acts for the run: prints, logs, writes."""
         return self.rank == 0
 
     def close(self) -> None:
-        """Leaves the process group; call on the way out of a successful run."""
+        """Leaves the process group; call at the end of a successful run."""
         if self.group is not None:
             dist.destroy_process_group()
 
 
 class Pending:
-    """A tensor that a collective, send or receive under way still uses; compute meanwhile, then `wait` for it."""
+    """A tensor still in use by a collective, send or receive in flight; compute meanwhile, then `wait` for it."""
 
     __slots__ = ("_finish", "_operation", "_result", "_work")
 
@@ -119,7 +119,7 @@ class Pending:
         operation: Operation | None = None,
         finish: Callable[[], None] | None = None,
     ) -> None:
-        """`operation` is what `work` does; `finish` is what is left to compute once it is over."""
+        """`operation` is what `work` does; `finish` is what remains to be computed once it is done."""
         self._result, self._work, self._operation, self._finish = result, work, operation, finish
 
     def wait(self) -> Tensor:
@@ -136,9 +136,9 @@ class Pending:
 
 
 def launched_ranks() -> int | None:
-    """How many ranks torchrun has started, this one of them; None for a process that nobody started as a rank.
+    """How many ranks torchrun has started, including this one; None for a process that is not a torchrun rank.
 
-    ConfigError where its environment variables are not whole, as when a job script sets some of them by hand.
+    ConfigError where torchrun's environment variables are incomplete, as when a job script sets some of them by hand.
     """
     env = os.environ
     if "WORLD_SIZE" not in env:
@@ -147,8 +147,8 @@ def launched_ranks() -> int | None:
     missing = [name for name in (*numbers, "MASTER_ADDR") if not env.get(name)]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE = {env['WORLD_SIZE']!r} is set, {', '.join(missing)} not: start ranks with torchrun, which "
-            "sets them all, or unset WORLD_SIZE"
+            f"WORLD_SIZE = {env['WORLD_SIZE']!r} is set, but not {', '.join(missing)}: start ranks with torchrun, "
+            "which sets them all, or unset WORLD_SIZE"
         )
     for name in numbers:
         if not env[name].isdecimal():
@@ -164,8 +164,8 @@ def start_world(
 ) -> World:
     """Joins the ranks that torchrun started (its environment variables), or makes a world of one without them.
 
-    Others may start later than this one by `join_seconds` even where `timeout_seconds`, that of collectives, is less.
-    ConfigError as `launched_ranks`.
+    Other ranks may start up to `join_seconds` later, even if that is more than `timeout_seconds`, the collectives'
+    time-out. ConfigError as `launched_ranks`.
     """
     num_launched = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -178,7 +178,7 @@ def start_world(
         torch.cuda.set_device(device)
     if num_launched is None:
         return World(0, 1, 0, device, None)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # not every torch records a flight unasked
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder is off by default in some versions
     margin = NCCL_MARGIN_SECONDS if device_type == "cuda" else 0.0
     timeout = datetime.timedelta(seconds=timeout_seconds + margin)
     try:
@@ -205,10 +205,10 @@ def start_world(
 
 
 def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) -> dist.ProcessGroup | None:
-    """This rank's group when all ranks are divided as `partition` says; every rank calls it, with the same one.
+    """This rank's group when all ranks are divided as `partition` says; every rank calls it with the same partition.
 
-    None where it would be alone. Groups of all ranks get communicators of their own, too, so that what runs on one
-    axis never waits for what runs on another.
+    None for a group of one. Even a group of all ranks gets its own communicator, so that operations of one axis never
+    wait for those of another.
     """
     ours = next(list(members) for members in partition if world.rank in members)
     if len(ours) == 1:
@@ -225,7 +225,7 @@ def new_group(partition: Sequence[Sequence[int]], world: World, *, name: str) ->
 
 
 def connect_store(attempt: str, timeout_seconds: float) -> dist.Store:
-    """A connection of its own to the store that the ranks met at, for keys of this start of the run alone.
+    """A separate connection to the ranks' rendezvous store, limited to keys of this start of the run.
 
     Raises torch's DistError where the store does not answer.
     """
@@ -237,7 +237,7 @@ def connect_store(attempt: str, timeout_seconds: float) -> dist.Store:
 
 
 def flight_record() -> bytes | None:
-    """What torch's flight recorder holds of the last collectives, as JSON; None where it holds nothing."""
+    """What torch's flight recorder knows of the last collectives, as JSON; None where it has recorded nothing."""
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         dump = getattr(torch._C._distributed_c10d, name, None)
         if dump is not None and b'"entries":[{' in (record := dump()):
@@ -246,7 +246,7 @@ def flight_record() -> bytes | None:
 
 
 def journal_of(group: dist.ProcessGroup | None) -> Journal:
-    """This rank's journal, which is one for all groups of a process; None stands for a group of this rank alone."""
+    """This rank's journal, one for all groups of the process; `group=None` is a group of this rank alone."""
     if group is not None:
         return _note_of(group).journal
     return _note_of(dist.group.WORLD).journal if dist.group.WORLD is not None else Journal()
@@ -262,7 +262,7 @@ def _note_of(group: dist.ProcessGroup) -> GroupNote:
 
 
 def _share_memory(group: dist.ProcessGroup, world: World) -> None:
-    """Finds out whether the ranks of `group`, who all call it at once, are on one host; notes what they then share."""
+    """Sets up shared memory if the ranks of `group`, which all call it at once, are on one host."""
     note = _note_of(group)
     if not world.shared_memory or note.memory is not None or len(note.ranks) == 1 or note.backend != "gloo":
         return
@@ -281,12 +281,12 @@ def _exchange(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
 
 
 def _cannot_join(error: RuntimeError) -> str:
-    """The line for a rank that never met the others."""
+    """The error line for a rank that could not join the others."""
     env, reason = os.environ, str(error).partition("\n")[0]
     return (
         f"rank {env.get('RANK')} of {env['WORLD_SIZE']} could not join the others at {env.get('MASTER_ADDR')}:"
-        f"{env.get('MASTER_PORT')}: {reason}; every host must reach that address and those of the other hosts (set "
-        "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME to the network that joins them)"
+        f"{env.get('MASTER_PORT')}: {reason}; every host must reach that address and the other hosts (set "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network that connects them)"
     )
 
 
@@ -317,7 +317,7 @@ def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None
 
 
 def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pending:
-    """`all_reduce_sum`, not waited for: `tensor` is the result's, and in use until then."""
+    """`all_reduce_sum` without waiting; `tensor` receives the result and is in use until `wait`."""
     if group is None:
         return Pending(tensor)
     note = _note_of(group)
@@ -328,10 +328,10 @@ def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pen
 
 
 def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup) -> Pending:
-    """`reduce_scatter_sum`, not waited for.
+    """`reduce_scatter_sum` without waiting.
 
-    Over gloo ranks exchange slices and each adds up its own, in rank order: gloo's own reduce-scatter sums everything
-    on every rank, and takes up to three times as long. bf16 is thereby summed in fp32 and rounded once.
+    Over gloo, ranks exchange slices and each adds up its own, in rank order: gloo's reduce-scatter sums everything on
+    every rank and takes up to three times as long. As a result bf16 is summed in fp32 and rounded once.
     """
     note = _note_of(group)
     with (operation := Operation("reduce-scatter", full, note)):
@@ -346,7 +346,7 @@ def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGro
 
 
 def start_all_gather(full: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Pending:
-    """`all_gather_into`, not waited for."""
+    """`all_gather_into` without waiting."""
     note = _note_of(group)
     with (operation := Operation("all-gather", full, note)):
         if note.memory is not None and note.memory.takes_slices(full, shard):
@@ -355,7 +355,7 @@ def start_all_gather(full: Tensor, shard: Tensor, group: dist.ProcessGroup) -> P
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """Every rank's `value` in rank order, on every rank; as JSON, since pickled objects would be code."""
+    """Every rank's `value` in rank order, on every rank; as JSON, since unpickling could run code."""
     if world.group is None:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
@@ -371,7 +371,7 @@ def gather_json(value: Any, world: World) -> list[Any]:
 
 @contextmanager
 def failing_together(world: World) -> Iterator[None]:
-    """Every rank runs what is in here; what fails on one fails on all: AlikeOnAllRanks, in the first one's words."""
+    """A block that every rank runs: if one fails, all raise AlikeOnAllRanks with the first failing rank's message."""
     if world.group is None:
         yield
         return
@@ -383,7 +383,7 @@ def failing_together(world: World) -> Iterator[None]:
     except MegacoderError as error:
         failure = str(error), error.exit_code
     except OSError as error:
-        if error.errno is None:  # none of the operating system's
+        if error.errno is None:  # not from the operating system
             raise
         failure = f"{error.filename}: {error.strerror}" if error.filename else str(error), MegacoderError.exit_code
     for failed in filter(None, gather_json(failure, world)):
@@ -400,7 +400,7 @@ def barrier(group: dist.ProcessGroup | None) -> None:
 
 
 def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Overwrites `tensor` by the first rank's."""
+    """Overwrites `tensor` with the first rank's."""
     if group is not None:
         with Operation("broadcast", tensor, _note_of(group)):
             dist.broadcast(tensor, group=group, group_src=0)
@@ -417,8 +417,8 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 
 def start_send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
-    """Begins to send to rank `peer` of the group; two ranks must start their transfers in the same order."""
-    tensor = tensor.contiguous()  # as what receives it is
+    """Begins to send to rank `peer` of the group; two ranks must start their common transfers in the same order."""
+    tensor = tensor.contiguous()  # as the receiver's buffer is
     note = _note_of(group)
     with (operation := Operation("send", tensor, note, peer)):
         if note.memory is not None and note.memory.takes(tensor):

@@ -1,23 +1,23 @@
 """Context parallelism: a rank holds a part of every sequence, and sees the rest through all ranks' keys and values.
 
-Zig-zag. Under a causal mask the last token of a sequence has as many times the work of the first as there are tokens;
-ranks with one run of neighbouring tokens each would wait for the last. So a sequence is cut into 2 * cp chunks, of
-which rank r holds chunks r and 2 * cp - 1 - r, an early one and a late one. For cp = 2, keys that a chunk sees:
+Zig-zag layout. Under a causal mask the work of a token grows with its place in the sequence: if each rank held one
+contiguous run of tokens, all would wait for the last. So a sequence is cut into 2 * cp chunks, of which rank r holds
+chunks r and 2 * cp - 1 - r, an early one and a late one. For cp = 2, the keys that each chunk sees:
 
     rank 0    chunk 0 |#...|    chunk 3 |####|      5 of 8
     rank 1    chunk 1 |##..|    chunk 2 |###.|      5 of 8
 
-Under the masks of packed documents the work depends on where those begin, and is equal only on average.
+With packed documents the work depends on where they begin, and is equal only on average.
 
-Each layer all-gathers keys and values in front of its attention, and again in its backward (Llama 3, arXiv:2407.21783,
-3.3.2). Why not pass them round a ring: with grouped queries they are a small part of what a layer computes; every rank
-then has all keys, so that any mask holds and the attention is the one of a single process, run once for each chunk,
-with no partial softmaxes to merge. What it costs: one layer's keys and values of whole sequences at a time, and the
-exchange runs before attention, not beside it. Gradients of keys and values are sums over all ranks' queries; they are
-formed and added up in fp32, so that more ranks do not mean more rounding.
+Each layer all-gathers keys and values before its attention, and again in its backward (Llama 3, arXiv:2407.21783,
+3.3.2). Why not ring attention: with grouped queries keys and values are a small part of what a layer computes, and with
+all keys on every rank any mask works and the attention is that of a single process, run once for each chunk, with no
+partial softmaxes to merge. The cost: memory for one layer's keys and values of whole sequences, and an exchange that
+runs before attention, not overlapped with it. Gradients of keys and values are sums over all ranks' queries; they are
+computed and added up in fp32, so that more ranks do not mean more rounding.
 
-Legend: B sequences, S tokens of a whole one, L = S / cp of them on this rank, H query heads, G key-value heads, K head
-dim. With one rank everything is the identity and copies nothing.
+Legend: B sequences of S tokens, L = S / cp of these on this rank, H query heads, G key-value heads, K head dim. With
+one rank everything is the identity and copies nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +52,7 @@ class ContextParallel:
     size: int = 1
     """ranks that share every sequence"""
     group: dist.ProcessGroup | None = None
-    """None for one rank, and where no process computes"""
+    """None for one rank, and where only the layout is needed"""
 
     def check_length(self, length: int) -> None:
         """ConfigError, with the nearest lengths that work, unless the ranks can share sequences of `length` tokens."""
@@ -62,7 +62,7 @@ class ContextParallel:
             nearest = f"{down} or {down + multiple}" if down else f"{multiple}"
             raise ConfigError(
                 f"cp = {self.size}: sequences of {length} tokens cannot be cut into {multiple} equal chunks; nearest "
-                f"length that can: {nearest}"
+                f"lengths that can: {nearest}"
             )
 
     def chunks(self, length: int) -> list[range]:
@@ -79,7 +79,8 @@ class ContextParallel:
     def documents(self, first_keys_BL: Tensor, *, device: torch.device) -> "Sequence[DocumentMask]":
         """One mask for each of `chunks`, from the first keys of this rank's tokens.
 
-        From those of the host all is found out now that GPU kernels are told; else they ask, and wait for the device.
+        From first keys on the host, all that GPU kernels need is computed now; otherwise on first use, which then waits
+        for the device.
         """
         chunks = self.chunks(first_keys_BL.shape[1] * self.size)
         parts = first_keys_BL.split([len(chunk) for chunk in chunks], dim=1)
@@ -90,7 +91,7 @@ class ContextParallel:
         ]
 
     def part(self, whole_BS: Tensor) -> Tensor:
-        """This rank's tokens (B, L, ...) of whole sequences (B, S, ...); ConfigError for a length that cannot be."""
+        """This rank's tokens (B, L, ...) of whole sequences (B, S, ...); ConfigError as `check_length`."""
         if self.size == 1:
             return whole_BS
         length = whole_BS.shape[1]
@@ -107,9 +108,9 @@ Documents = Sequence[DocumentMask] | None
 
 
 def start_gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> Callable[[], KeysAndValues]:
-    """Begins to collect whole sequences' keys and values, in one exchange.
+    """Begins to gather whole sequences' keys and values, in one exchange.
 
-    What is returned waits for them: (B, G, S, K) each.
+    The returned function waits for them: (B, G, S, K) each.
     """
     if cp.size == 1:
         return lambda: (k_BGLK, v_BGLK)
@@ -127,7 +128,7 @@ def start_gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> Ca
 
 
 def gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> KeysAndValues:
-    """Differentiable `start_gather_keys`, waited for; its backward sums every rank's gradients into the owner's."""
+    """Differentiable `start_gather_keys`, with the wait; its backward sums all ranks' gradients on the owner."""
     return (k_BGLK, v_BGLK) if cp.size == 1 else _GatherKeys.apply(k_BGLK, v_BGLK, cp)
 
 
@@ -159,9 +160,9 @@ def context_attention_backward(
     *,
     documents: Documents = None,
 ) -> tuple[Tensor, Callable[[], KeysAndValues]]:
-    """Gradient of q (B, H, L, K), and what waits for those of this rank's keys and values, (B, G, L, K) each.
+    """Gradient of q (B, H, L, K), and a function that waits for those of this rank's k and v, (B, G, L, K) each.
 
-    The keys' travel meanwhile.
+    The gradients of k and v are reduced in the background until then.
     """
     if cp.size == 1:
         grad_q, *grad_kv = attention_backward(
@@ -182,7 +183,7 @@ def context_attention_backward(
 
 
 def _start_sum(grad_kv_2BGSK: Tensor, dtype: torch.dtype, cp: ContextParallel) -> Callable[[], KeysAndValues]:
-    """Begins to add up all ranks' gradients; what is returned waits for those of this rank's tokens, in `dtype`."""
+    """Begins to sum all ranks' gradients; the returned function waits for those of this rank's tokens, in `dtype`."""
     assert cp.group is not None
     chunks = grad_kv_2BGSK.chunk(2 * cp.size, dim=-2)
     by_rank = torch.cat([torch.cat((chunks[n], chunks[2 * cp.size - 1 - n]), dim=-2) for n in range(cp.size)])
@@ -198,7 +199,7 @@ def _start_sum(grad_kv_2BGSK: Tensor, dtype: torch.dtype, cp: ContextParallel) -
 def _halves(
     cp: ContextParallel, length: int, documents: Documents
 ) -> Iterator[tuple[slice, range, DocumentMask | None]]:
-    """(where this rank has them, which places of the whole sequence they are, their mask) of both chunks."""
+    """For each of this rank's two chunks: (its slice of the local tokens, its places in the sequence, its mask)."""
     own = length // cp.size // 2
     slices = (slice(0, own), slice(own, 2 * own))
     return zip(slices, cp.chunks(length), documents or (None, None), strict=True)

@@ -1,9 +1,9 @@
-"""Linear cross-entropy whose vocabulary is shared out over the tensor axis.
+"""Linear cross-entropy whose vocabulary is sharded over the tensor axis.
 
-Each rank forms the logits of its own ids, in chunks of tokens, and keeps none. What the ranks tell each other is two
-floats per token: the log-sum-exp over its own ids, and the logit of the label where it owns it. From all ranks' pairs
-each knows the loss, and by what factor its own softmax shrinks in the whole one; so the gradient needs no second
-exchange. One all-gather of pairs does what three all-reduces (maximum, sum, target) would, in a third of the latency.
+Each rank computes the logits of its own ids, in chunks of tokens, and keeps none. The ranks exchange two floats per
+token: the log-sum-exp over the rank's own ids, and the label's logit if the rank owns it. From all pairs each rank
+computes the loss, and the factor that scales its local softmax to the full one; so the gradient needs no second
+exchange. One all-gather of pairs replaces three all-reduces (maximum, sum, target), in a third of the latency.
 
 With one rank the functions are those of `megacoder.ops.cross_entropy`.
 Legend: T tokens, D model dim, W output rows of this rank, C tokens of one chunk.
@@ -37,7 +37,7 @@ __all__ = ["head_loss", "head_loss_sum", "head_loss_with_grads"]
 def head_loss(stream: Tensor, head: VocabParallelEmbedding, labels_T: Tensor) -> Tensor:
     """Reference, differentiable by torch: the sum of token losses, the same on every rank.
 
-    `stream` is the normalised residual stream (..., D), the labels those of all its tokens on all ranks.
+    `stream` is the normalized residual stream (..., D), the labels those of all its tokens on all ranks.
     """
     stream_ND, tp, vocab = stream.flatten(0, -2), head.tp, head.vocab
     if tp.size == 1:
@@ -64,7 +64,7 @@ def head_loss_with_grads(
 ) -> tuple[LossSum, Tensor]:
     """The loss sum of all ranks' tokens and d(sum)/dstream (N, D); adds d(sum)/dweight into fp32 `grad_weight_WD`.
 
-    `num_tokens` is the answer of `count_labels`, where that has been asked.
+    `num_tokens` is the result of `count_labels`, where the caller has called it already.
     """
     tp, weight_WD = head.tp, head.weight.detach()
     if tp.size == 1:
@@ -82,10 +82,10 @@ def head_loss_with_grads(
         logits_CW = x_TD[part] @ weight_WD.t()
         total += _loss_(logits_CW, labels_T[part], head).sum(dtype=torch.float64)
         torch.mm(logits_CW, weight_WD, out=grad_x_TD[part])
-        if part.stop >= len(x_TD):  # the ranks' sum travels while the last weight gradient is computed
+        if part.stop >= len(x_TD):  # reduced over the ranks while the last weight gradient is computed
             grad_stream = start_reduce(grad_x_TD, tp)
         accumulate_weight_grad(grad_weight_WD, logits_CW, x_TD[part])
-        del logits_CW  # before the next chunk's are there
+        del logits_CW  # before the next chunk's are allocated
     assert grad_stream is not None, "a microbatch has tokens"
     return LossSum(total, num_tokens), grad_stream.wait()
 
@@ -107,7 +107,7 @@ def head_loss_sum(
 
 
 def _loss_(logits_CW: Tensor, labels_C: Tensor, head: VocabParallelEmbedding) -> Tensor:
-    """Token losses (C,) fp32 over all ranks' ids; overwrites this rank's logits by its part of softmax - onehot."""
+    """Token losses (C,) fp32 over all ranks' ids; overwrites this rank's logits with its part of softmax - onehot."""
     rows, elsewhere = head.local_rows(labels_C)
     target_C = logits_CW.gather(1, rows[:, None])[:, 0].float().masked_fill(elsewhere, 0.0)
     local_lse_C = softmax_(logits_CW, vocab=head.num_ids)

@@ -1,17 +1,17 @@
-"""Where each rank stands: pure arithmetic for data x pipeline x context x tensor parallelism.
+"""Each rank's coordinates: pure arithmetic for data x pipeline x context x tensor parallelism.
 
     rank = ((dp_rank * pp + pp_rank) * cp + cp_rank) * tp + tp_rank
 
 The axes are ordered by how much their traffic hurts, the worst innermost, where ranks share a node and its NVLink:
 
-- tp: several collectives per layer and microbatch, each in the way of the next matrix product.
-- cp: one exchange of K and V per layer and microbatch; attention can begin on the local part meanwhile.
+- tp: several collectives per layer and microbatch, each on the critical path before the next matrix product.
+- cp: one exchange of K and V per layer and microbatch, before attention.
 - pp: one activation and one gradient per stage and microbatch, point to point; late ones leave a stage idle.
 - dp: one reduce-scatter and one all-gather per step, in large buckets, hidden behind a backward and a forward.
 
-With dp outermost a replica is one block of neighbouring ranks: a node that dies costs one replica, and a run on more
-replicas leaves the place of every old rank as it was. Nothing here imports torch or knows of processes; the mesh
-builds its groups from these lists.
+With dp outermost a replica is one block of consecutive ranks: a node that dies costs one replica, and a run with more
+replicas keeps the coordinates of every old rank. Nothing here imports torch or knows about processes; the mesh builds
+its groups from these lists.
 """
 
 import math
@@ -65,11 +65,11 @@ class ParallelDims:
         return getattr(self, axis)
 
     def stride(self, axis: Axis) -> int:
-        """Distance in ranks between neighbours along `axis`."""
+        """Distance in ranks between neighbors along `axis`."""
         return math.prod(self.size(inner) for inner in AXES[AXES.index(axis) + 1 :])
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands."""
+        """The coordinates of `rank`."""
         if not 0 <= rank < self.world_size:
             raise ConfigError(f"rank {rank}: {self} has ranks 0 to {self.world_size - 1}")
         return Coordinates(*(rank // self.stride(axis) % self.size(axis) for axis in AXES))
@@ -102,7 +102,7 @@ class ParallelDims:
         return [self.group(origin, *axes) for origin in self.group(0, *others)]
 
     def check_world_size(self, world_size: int) -> None:
-        """ConfigError with the nearest layouts that work, unless there are exactly as many ranks as are needed."""
+        """ConfigError with the nearest layouts that work, unless the layout needs exactly `world_size` ranks."""
         if self.world_size != world_size:
             nearest = "; ".join(map(str, self.nearest(world_size)))
             raise ConfigError(f"{self} needs {self.world_size} ranks, there are {world_size}; nearest: {nearest}")
@@ -110,10 +110,10 @@ class ParallelDims:
     def nearest(
         self, world_size: int, *, count: int = 3, works: "Callable[[ParallelDims], bool]" = lambda _: True
     ) -> "list[ParallelDims]":
-        """Up to `count` layouts of `world_size` ranks, of those for which it `works`, that change the axes least.
+        """Up to `count` layouts of `world_size` ranks, among those that satisfy `works`, that change the axes least.
 
-        dp is the cheapest to change, as it leaves each rank's share of the model as it is; tp the dearest, as heads
-        and hidden sizes must divide by it.
+        dp is the cheapest axis to change, as each rank's share of the model stays the same; tp is the most expensive,
+        as head counts and hidden sizes must be divisible by it.
         """
         if world_size < 1:
             raise ConfigError(f"{world_size} ranks: needs at least 1")
@@ -132,7 +132,7 @@ class ParallelDims:
         return list(islice(filter(works, ordered), count))
 
     def __str__(self) -> str:
-        """As a layout is written on a command line, without the axes of size 1: `tp=2,pp=4`."""
+        """The layout as written on a command line, without the axes of size 1: `tp=2,pp=4`."""
         return (
             ",".join(f"{axis}={self.size(axis)}" for axis in ("tp", "cp", "pp", "dp") if self.size(axis) > 1) or "dp=1"
         )

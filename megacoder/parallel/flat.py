@@ -4,11 +4,12 @@ The gradient buffer is fp32 whatever the weights' dtype: microbatches accumulate
 reduced over data-parallel ranks with no copying. Autograd adds into the same views (`param.grad_dtype`), so the plain
 model and the hand-scheduled step share them.
 
-Layout: the buffers are cut into buckets, runs of whole parameters in the order given. A bucket is what travels as one:
-its gradients once they are complete, its weights once they are updated (see `megacoder.parallel.buckets`). Parameters
-whose gradients are complete only after a sum over other ranks come last, in `late` buckets of their own, so that they
-hold back no others. A parameter starts at a multiple of ALIGNMENT elements; a bucket's end is padded so that the bucket
-divides by the number of data-parallel ranks, each of which owns the same slice of every bucket. Padding stays zero.
+Layout: the buffers are cut into buckets, runs of whole parameters in the order given. A bucket is the unit of
+communication: its gradients are reduced together once they are complete, its weights gathered once they are updated
+(see `megacoder.parallel.buckets`). Parameters whose gradients are complete only after a sum over other ranks come last,
+in separate `late` buckets, so that they delay no others. A parameter starts at a multiple of ALIGNMENT elements; a
+bucket's end is padded to a multiple of the number of data-parallel ranks, each of which owns one equal slice of every
+bucket. Padding stays zero.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ class FlatSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Elements [start, stop) of the flat buffers, which travel as one."""
+    """Elements [start, stop) of the flat buffers, which are communicated together."""
 
     slots: tuple[FlatSlot, ...]
     start: int
@@ -50,7 +51,7 @@ class Bucket:
     late: bool
     """whether its gradients are complete only after sums over other ranks, at the end of the step"""
     first_use: int
-    """place of its earliest parameter in the order given"""
+    """index of its earliest parameter in the order given"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class OwnedRange:
     """first element of the flattened parameter"""
     stop: int
     offset: int
-    """where that element lies in the rank's slices of all buckets, end to end"""
+    """where that element is in the rank's slices of all buckets, end to end"""
 
 
 class FlatParameters:
@@ -120,7 +121,7 @@ class FlatParameters:
             offset += shard.stop - shard.start
 
     def _cut(self, numbered: list[tuple[int, tuple[str, nn.Parameter]]], *, late: bool, bucket_elements: int) -> None:
-        """Appends buckets for these parameters, each with its place in the order given."""
+        """Appends buckets for these parameters, each with its index in the order given."""
         slots: list[FlatSlot] = []
         start = end = self.numel
         first_use = 0

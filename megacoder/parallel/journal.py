@@ -1,15 +1,15 @@
-"""What a rank is doing, kept so cheaply that it always is: for the line that says why a run ended.
+"""What a rank is doing, recorded cheaply enough to be always on: for the line that says why a run ended.
 
 A `Journal` is one rank's: the step and microbatch that the loop or the pipeline runner is at, and the collective, send
 or receive that it began last. Only the rank's main thread writes it, by plain assignments; `megacoder.parallel.watch`
-reads it from a thread, which may see a microbatch with the activity of the one before, and does not mind.
+reads it from another thread, which may see a microbatch with the activity of the one before; that is harmless.
 
-How collectives find it: torch's process groups take no attributes, so `megacoder.parallel.collectives` keeps a
-`GroupNote` beside each group, in a dictionary that forgets a group when nobody else holds it. Every group of a process
-leads to the journal of the default group's World. So no signature carries a journal, and none can be forgotten.
+How collectives find it: torch's process groups allow no attributes, so `megacoder.parallel.collectives` keeps a
+`GroupNote` beside each group, in a dictionary with weak keys. Every group of a process leads to the journal of the
+default group's World. So no function has to pass a journal along, and no caller can forget it.
 
-Whoever wants to know how long a rank is at what, as a profile does, makes itself the journal's `Listener`. Without one
-a note costs the question whether there is one.
+To learn how long a rank spends on what, as a profile does, register as the journal's `Listener`. Without a listener,
+a note costs one check more.
 """
 
 from types import TracebackType
@@ -25,26 +25,26 @@ from megacoder.parallel.shared_memory import SharedMemory
 __all__ = ["CHECKPOINT", "DATA", "UPDATE", "GroupNote", "Journal", "Listener", "Operation"]
 
 CHECKPOINT = "checkpoint"
-"""An activity in which a rank may wait for other ranks' files, with a time-out of its own."""
+"""An activity in which a rank may wait for other ranks' files, with a separate time-out."""
 DATA, UPDATE = "reading data", "update"
 """Activities at the two ends of a step; those between are the schedule's (see `megacoder.parallel.pipeline`)."""
 
 
 class Listener(Protocol):
-    """Is told what is noted, when it is, by the thread that does it."""
+    """Is called at every note, by the thread that makes it."""
 
     def at(self, activity: str) -> None:
         """The rank turns to `activity`."""
 
     def entered(self, operation: str) -> None:
-        """It begins a collective, send or receive of that name, or waits for one; within an activity."""
+        """Within an activity, the rank begins a collective, send or receive of that name, or waits for one."""
 
     def left(self) -> None:
-        """It goes on with the activity."""
+        """The rank continues with the activity."""
 
 
 class Journal:
-    """Where one rank is."""
+    """What one rank is doing."""
 
     __slots__ = ("activity", "listener", "microbatch", "moves", "operation", "step", "stop_asked", "waiting")
 
@@ -52,15 +52,15 @@ class Journal:
         self.activity = "starting"
         self.step: int | None = None
         self.microbatch: int | None = None
-        """the last that was begun in this step, from 0"""
+        """the last one begun in this step, counted from 0"""
         self.operation: Operation | None = None
         """the last collective, send or receive that was begun"""
         self.waiting = False
-        """in that operation now; stays true if it failed"""
+        """whether the rank is in that operation now; stays true if it failed"""
         self.moves = 0
-        """grows with everything noted, so that a reader sees whether the rank moves"""
+        """grows with every note, so that a reader sees whether the rank moves"""
         self.stop_asked = False
-        """a signal has asked the run to stop"""
+        """whether a signal has asked the run to stop"""
         self.listener: Listener | None = None
 
     def begin_step(self, step: int) -> None:
@@ -69,7 +69,7 @@ class Journal:
         self.moves += 1
 
     def at(self, activity: str, microbatch: int | None = None) -> None:
-        """Notes what the rank turns to; without `microbatch` the last one stays."""
+        """Notes the activity that the rank begins; without `microbatch` the last one stays."""
         self.activity = activity
         if microbatch is not None:
             self.microbatch = microbatch
@@ -78,14 +78,14 @@ class Journal:
             self.listener.at(activity)
 
     def place(self) -> str:
-        """As 'step 5, microbatch 2, forward'."""
+        """Such as 'step 5, microbatch 2, forward'."""
         step = "" if self.step is None else f"step {self.step}, "
         microbatch = "" if self.microbatch is None else f"microbatch {self.microbatch}, "
         return f"{step}{microbatch}{self.activity}"
 
 
 class GroupNote:
-    """What is known beside a process group: whose journal its operations go to, its ranks, what carries their data."""
+    """What is kept for each process group: the journal of its operations, its ranks, its backend and shared memory."""
 
     __slots__ = ("backend", "journal", "memory", "ranks")
 
@@ -97,13 +97,13 @@ class GroupNote:
 class Operation:
     """One use of the network; a context manager around each call that may wait for other ranks.
 
-    Costs less than a microsecond, and keeps no tensor alive. A failure of the network leaves as RankLost.
+    Costs less than a microsecond, and keeps no tensor alive. A network failure is raised as RankLost.
     """
 
     __slots__ = ("_dtype", "_name", "_note", "_num_elements", "_peer")
 
     def __init__(self, name: str, tensor: Tensor | None, note: GroupNote, peer: int | None = None) -> None:
-        """`peer` is a rank of the group, of a send or receive."""
+        """`peer` is the other rank of a send or receive, by its index in the group."""
         self._name, self._note, self._peer = name, note, peer
         self._num_elements: int | None = None
         self._dtype: torch.dtype | None = None
@@ -130,7 +130,7 @@ class Operation:
             raise RankLost(f"{self} failed: {_first_line(error)}") from error
 
     def __str__(self) -> str:
-        """As 'reduce-scatter of 3,145,728 float32 over ranks 0, 4' or 'receive of 64 float32 from rank 2'."""
+        """Such as 'reduce-scatter of 3,145,728 float32 over ranks 0, 4' or 'receive of 64 float32 from rank 2'."""
         size = "" if self._num_elements is None else f" of {self._num_elements:,} {str(self._dtype).split('.')[-1]}"
         ranks = self._note.ranks
         if self._peer is not None:
@@ -141,14 +141,14 @@ class Operation:
 
 
 def _is_of_the_network(error: BaseException) -> bool:
-    """Whether it tells of a rank or a network lost, and not of a wrong call; gloo's are plain RuntimeErrors."""
+    """Whether the error means a lost rank or network rather than a wrong call; gloo raises plain RuntimeErrors."""
     if isinstance(error, dist.DistError | ConnectionError | TimeoutError):
         return True
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def _first_line(error: BaseException) -> str:
-    """What torch says, without the source file that it names in front and the advice behind."""
+    """torch's message, without the source file before it and the advice after it."""
     text = str(error).partition("\n")[0].strip()
     if text.startswith("["):
         text = text.partition("] ")[2] or text

@@ -1,8 +1,8 @@
 """Linear layers and the embedding, each rank of the tensor axis holding its share of every weight.
 
-Each weight says by a `Shard` which part of the whole a rank holds. That one declaration is all that initial weights,
-gradient norm and checkpoints read, and it depends on nothing but (rank, size): a weight's values are a function of its
-name, whatever the layout. With one rank the layers are plain torch.
+For each weight a `Shard` declares which part of it a rank holds. Initial weights, gradient norm and checkpoints read
+only this declaration, and it depends on nothing but (rank, size): a weight's values are a function of its name,
+whatever the layout. With one rank the layers are plain torch.
 
 Legend: O output dim, I input dim, D model dim, V ids of the vocabulary, W = V and its padding; tp size of the axis.
 """
@@ -32,13 +32,13 @@ class Shard:
     start: int
     """first index held"""
     size: int
-    """indices held; none where all of a rank's rows are padding"""
+    """indices held; 0 where all of a rank's rows are padding"""
     copy: int = 0
-    """this rank's number among those that hold the same part; number 0 speaks for all where each may count once"""
+    """this rank's number among those that hold the same part; number 0 counts where each part must count once"""
     num_copies: int = 1
     """ranks of the tensor axis that hold the same part"""
     sum_copies: bool = False
-    """whether the copies' gradients are terms of a sum, rather than equal"""
+    """whether the copies' gradients must be summed, rather than being equal"""
 
     @staticmethod
     def of(
@@ -52,7 +52,8 @@ class Shard:
     ) -> "Shard":
         """The share of rank `tp.rank` when `dim`, which is `num_blocks` equal blocks (heads), is dealt out in order.
 
-        With fewer blocks than ranks, neighbours hold copies of one block. One of the two numbers divides the other.
+        With fewer blocks than ranks, neighboring ranks hold copies of one block. One of the two numbers must divide the
+        other.
         """
         num_blocks = shape[dim] if num_blocks is None else num_blocks
         block = shape[dim] // num_blocks
@@ -65,12 +66,12 @@ class Shard:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Of the part's first element in the whole."""
+        """Offsets of the part's first element in the whole weight."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.shape)))
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of the part."""
+        """Shape of the part."""
         return (*self.shape[: self.dim], self.size, *self.shape[self.dim + 1 :])
 
     def part(self, whole: Tensor) -> Tensor:
@@ -89,23 +90,23 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """Output features are shared out: all tokens (T, I) of the residual stream -> (T, O/tp)."""
+    """Output features are sharded: all tokens (T, I) of the residual stream -> (T, O/tp)."""
 
     def forward(self, stream: Tensor) -> Tensor:
         return F.linear(gather(stream, self.tp), self.weight)
 
 
 class RowParallelLinear(Linear):
-    """Input features are shared out: (T, I/tp) -> the residual stream (T, O), summed over the ranks."""
+    """Input features are sharded: (T, I/tp) -> the residual stream (T, O), summed over the ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce(F.linear(x, self.weight), self.tp)
 
 
 class VocabParallelEmbedding(Linear):
-    """One row per id, shared out: (W/tp, D). An output head is one too, its rows then what hidden states meet.
+    """One row per id, sharded: (W/tp, D). The output head is one too; its rows multiply the hidden states.
 
-    The padding, W - V rows, lies at the end of the last ranks; it belongs to no shard.
+    The padding, W - V rows, is at the end of the last ranks; it belongs to no shard.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], padded_vocab: int, tp: TensorParallel) -> None:
@@ -128,7 +129,7 @@ class VocabParallelEmbedding(Linear):
         return reduce(F.embedding(rows, self.weight).masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def local_rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of `weight` for each id, 0 for those of other ranks; which are those)."""
+        """(row of `weight` for each id, 0 for ids of other ranks; True for ids of other ranks)."""
         rows = ids - self.shards[0].start
         elsewhere = (rows < 0) | (rows >= self.num_ids)
         return rows.masked_fill(elsewhere, 0), elsewhere
@@ -139,7 +140,7 @@ class VocabParallelEmbedding(Linear):
         if self.tp.size > 1:
             tokens_T, elsewhere = self.local_rows(tokens_T)
             grad_TD = grad_TD.masked_fill(elsewhere[:, None], 0.0)
-        if grad_TD.is_cuda:  # sorts the ids and adds in order; index_add_ adds as threads come, never the same bits
+        if grad_TD.is_cuda:  # sorts the ids and adds in a fixed order; index_add_ is not reproducible on a GPU
             grad_weight_WD.index_put_((tokens_T,), grad_TD, accumulate=True)
         else:
             grad_weight_WD.index_add_(0, tokens_T, grad_TD)

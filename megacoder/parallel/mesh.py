@@ -1,4 +1,4 @@
-"""This rank's place in a layout and the groups it talks to; made once, handed to whoever needs it, no global state."""
+"""This rank's place in a layout and its process groups; made once and passed to whoever needs it, no global state."""
 
 import torch.distributed as dist
 
@@ -10,14 +10,15 @@ from megacoder.parallel.tensor import TensorParallel
 __all__ = ["Mesh"]
 
 GROUPS: tuple[tuple[Axis, ...], ...] = (("tp",), ("cp",), ("pp",), ("dp", "cp"))
-"""Axes along which ranks talk: layers; attention; stages; gradients (parts of a sequence are as microbatches are)."""
+"""Axes along which ranks communicate: layers; attention; stages; gradients (parts of a sequence add up as microbatches
+do)."""
 
 
 class Mesh:
-    """All ranks call it with the same `dims`; a group of one rank is None."""
+    """One rank's place and groups; all ranks make it with the same `dims`. A group of one rank is None."""
 
     def __init__(self, world: World, dims: ParallelDims, *, sequence_parallel: bool = False) -> None:
-        """ConfigError unless the layout needs exactly the ranks there are."""
+        """ConfigError unless the layout needs exactly `world.size` ranks."""
         dims.check_world_size(world.size)
         self.world, self.dims = world, dims
         self.place = dims.coordinates(world.rank)

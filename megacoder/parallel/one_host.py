@@ -1,9 +1,10 @@
 """How the ranks of a group find out that they share a host, and map each other's memory (see `shared_memory`).
 
-Nobody is asked where it is. Each rank listens on a socket of Linux's abstract namespace, under a name that it draws and
-tells the others through the group that they have; ranks of other hosts, containers or network namespaces cannot reach
-it. Over the connection each hands the other its memory and the end of a pipe, and looks whether the memory holds what
-it was told. After each step all ranks say how it went: if one cannot, for whatever reason, none does.
+No host names are compared. Each rank listens on a socket in Linux's abstract namespace, under a random name that it
+sends to the others through their existing group; ranks on other hosts, or in other containers or network namespaces,
+cannot reach it. Over the connection each rank hands the other its memory and one end of a pipe, and checks that the
+memory it receives holds the peer's secret. After each step all ranks exchange the outcome: if one failed, for whatever
+reason, none shares memory.
 """
 
 import mmap
@@ -19,16 +20,16 @@ __all__ = ["share_memory"]
 TOKEN_BYTES = 16
 YES, NO = b"\1" * 2 * TOKEN_BYTES, b"\0" * 2 * TOKEN_BYTES
 STEP_SECONDS = 10.0
-"""For a message that the peer has sent already, or is about to."""
+"""Time-out for a message that the peer has sent already, or is about to send."""
 
 
 def share_memory(
     rank: int, ranks: Sequence[int], exchange: Callable[[bytes], list[bytes]], *, timeout_seconds: float
 ) -> SharedMemory | None:
-    """For rank `rank` of a group, whose numbers in the run are `ranks`; None, on all of them, where one cannot.
+    """For rank `rank` of a group whose global ranks are `ranks`; None, on all of them, if one cannot share memory.
 
-    All call it at once. `exchange` returns what every rank gave it, in rank order; all give the same number of bytes.
-    `timeout_seconds` is for the collectives.
+    All call it at once. `exchange` returns what every rank passed to it, in rank order; all pass the same number of
+    bytes. `timeout_seconds` is for the collectives.
     """
     with ExitStack() as stack:
         meeting = _Meeting(rank, ranks, stack)
@@ -46,9 +47,9 @@ def share_memory(
 
 
 class _Meeting:
-    """One rank's sockets, pipes and memory until it is connected with all others; `stack` closes what it opens.
+    """One rank's sockets, pipes and memory until it is connected to all others; `stack` closes what it opens.
 
-    A card is a name and a secret. Higher ranks call, lower ones answer.
+    A card is a socket's name and a secret. Higher ranks call, lower ranks answer.
     """
 
     arena: mmap.mmap
@@ -59,18 +60,18 @@ class _Meeting:
         self._lines: dict[int, socket.socket] = {}
         self._writers: dict[int, int] = {}
         self._met: dict[int, tuple[mmap.mmap, int]] = {}
-        """memory of, and pipe from, each peer"""
+        """memory of each peer, and the pipe from it"""
 
     def open(self) -> bytes:
-        """This rank's card, with a socket behind its name, and its memory, which holds its secret."""
+        """Opens this rank's socket, and its memory with the secret in it; returns the rank's card."""
         if not hasattr(os, "memfd_create"):
-            raise OSError("only Linux has memory without a name")
+            raise OSError("anonymous shared memory (memfd_create) needs Linux")
         name, secret = os.urandom(TOKEN_BYTES), os.urandom(TOKEN_BYTES)
         self._listener = self._socket()
         self._listener.bind(_address(name))
         self._listener.listen(len(self._ranks))
         self._memory = self._owned(os.memfd_create("megacoder"))
-        # As much as could ever be used; only what is touched exists.
+        # As much as could ever be used; pages exist only once touched.
         size = os.sysconf("SC_PHYS_PAGES") // len(self._ranks) * os.sysconf("SC_PAGE_SIZE")
         os.ftruncate(self._memory, size)
         self.arena = mmap.mmap(self._memory, size)
@@ -78,7 +79,7 @@ class _Meeting:
         return name + secret
 
     def call(self) -> bytes:
-        """Connects with all lower ranks, whose sockets are there."""
+        """Connects to all lower ranks, whose sockets are open by now."""
         for rank in range(self._rank):
             line = self._socket()
             line.connect(_address(self.cards[rank][:TOKEN_BYTES]))
@@ -86,7 +87,7 @@ class _Meeting:
         return YES
 
     def answer(self) -> bytes:
-        """Accepts all higher ranks, who have called; whoever else calls is not heard."""
+        """Accepts all higher ranks, which have called by now; any other caller is ignored."""
         while len(self._met) < len(self._ranks) - 1 - self._rank:
             line, _ = self._listener.accept()
             self._stack.enter_context(line)
@@ -97,14 +98,14 @@ class _Meeting:
         return YES
 
     def listen(self) -> bytes:
-        """Hears what lower ranks have answered."""
+        """Receives what lower ranks have answered."""
         for rank, line in self._lines.items():
             if rank < self._rank and self._meet(line) != rank:
-                raise ConnectionError(f"rank {rank} is not what answers")
+                raise ConnectionError(f"the answer is not from rank {rank}")
         return YES
 
     def links(self) -> list[Link]:
-        """To all others in rank order, with descriptors of their own."""
+        """Links to all others in rank order, with duplicated descriptors."""
         return [
             Link(
                 rank=self._ranks[rank], arena=arena,
@@ -114,14 +115,14 @@ class _Meeting:
         ]  # fmt: skip
 
     def _introduce(self, rank: int, line: socket.socket) -> None:
-        """Hands over this rank's secret, its memory, and the pipe through which it will speak."""
+        """Hands over this rank's secret, its memory, and the reading end of the pipe to the peer."""
         reader, writer = map(self._owned, os.pipe())
         os.set_blocking(writer, False)
         self._lines[rank], self._writers[rank] = line, writer
         socket.send_fds(line, [self.cards[self._rank][TOKEN_BYTES:]], [self._memory, reader])
 
     def _meet(self, line: socket.socket) -> int | None:
-        """Receives the same from a peer, and returns its rank; None if it is none."""
+        """Receives the same from a peer, and returns its rank; None if it is not a rank of the group."""
         secret, descriptors, *_ = socket.recv_fds(line, TOKEN_BYTES, 2)
         for descriptor in descriptors:
             self._owned(descriptor)

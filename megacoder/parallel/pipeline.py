@@ -1,13 +1,13 @@
-"""Runs a pipeline program on one rank: the list decides everything, this file only does what it says.
+"""Runs a pipeline program on one rank: the list decides everything, this file only executes it.
 
 The program (see `megacoder.parallel.schedules.program`) is the rank's actions with the sends and receives between
 them, in an order proved free of deadlock. The runner starts each transfer where the list has it, waits for a receive
-only when the action that reads it is next, and never waits for a send before the step ends. It knows nothing of the
+only when the action that reads it is next, and never blocks on a send before the step ends. It knows nothing about the
 model: a stage is any object with the four methods of `PipelineStage`.
 
-Memory is given back as early as it can be. What a forward kept goes to its backward and nowhere else. A tensor that was
-sent is let go when something comes back that its receiver made after reading it: such a send is over, so that waiting
-for it takes no time, on gloo (which cannot be asked whether a send is over) as on NCCL.
+Memory is freed as early as possible. What a forward kept goes to its backward and nowhere else. A sent tensor is freed
+when something arrives that its receiver made after reading it: that send is complete, so waiting for it takes no time,
+both on NCCL and on gloo (which cannot be asked whether a send is complete).
 """
 
 from collections import defaultdict
@@ -30,19 +30,19 @@ ACTIVITIES = {"F": "forward", "B": "backward", "I": "backward of the input", "W"
 
 
 class PipelineStage(Protocol):
-    """What is run; tensors are those that cross stages, None at the ends of the model."""
+    """What the runner runs; its tensors are those that cross stages, None at the ends of the model."""
 
     def new_boundary(self, microbatch: Any) -> torch.Tensor:
-        """Uninitialised memory for what enters the stage in `microbatch`, or for the gradient of what leaves it."""
+        """Uninitialized memory for what enters the stage in `microbatch`, or for the gradient of what leaves it."""
 
     def forward(self, x: torch.Tensor | None, microbatch: Any) -> tuple[Any, Any]:
-        """F: (what leaves, what the backward needs); in the last stage what leaves is the microbatch's result."""
+        """F: (output, what the backward needs); in the last stage the output is the microbatch's result."""
 
     def backward(self, grad: torch.Tensor | None, saved: Any) -> torch.Tensor | None:
-        """B: gradient of what left -> gradient of what entered; weight gradients are accumulated."""
+        """B: gradient of the output -> gradient of the input; weight gradients are accumulated."""
 
     def backward_input(self, grad: torch.Tensor | None, saved: Any) -> tuple[torch.Tensor | None, Callable[[], None]]:
-        """I: as B, but weight gradients wait for the call of the function returned, which is W."""
+        """I: as B, but weight gradients are left to the returned function, which is W."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,13 @@ class PipelineResult:
     """What a rank has at the end of a step."""
 
     outputs: tuple[Any, ...]
-    """what the last stage made of each microbatch; empty on ranks that do not hold it"""
+    """the last stage's result for each microbatch; empty on ranks that do not hold it"""
     peak_live: int
     """most activations held at a time, in chunks of one microbatch, as `schedules.peak_live` predicts"""
 
 
 class PipelineRunner:
-    """One rank's part of `program`, to be run step after step; every rank of `group` has one of the same program."""
+    """Runs one rank's part of `program`, step after step; every rank of `group` has a runner of the same program."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class PipelineRunner:
         *,
         journal: Journal | None = None,
     ) -> None:
-        """`stages` are the rank's chunks in order; ScheduleError if there are too few or many of them, or of ranks.
+        """`stages` are the rank's chunks in order; ScheduleError if their number or that of ranks does not match.
 
-        `journal` is the rank's; left out, the group's.
+        `journal` is the rank's; by default the group's.
         """
         self.schedule, self.stages, self.group = program.schedule, stages, group
         self._expect(self.schedule.num_ranks, group_size(group), "pipeline ranks")
@@ -92,7 +92,7 @@ class PipelineRunner:
 
     def _expect(self, needed: int, given: int, what: str) -> None:
         if needed != given:
-            raise ScheduleError(f"{self.schedule.name}: the program is for {needed} {what}, there are {given}")
+            raise ScheduleError(f"{self.schedule.name}: the program is for {needed} {what}; there are {given}")
 
 
 class _Step:
@@ -129,7 +129,7 @@ class _Step:
         entering = self._take(self.schedule.consumes(self.runner.rank, action))
         if op == "F":
             result, self.saved[key] = stage.forward(entering, self.microbatches[microbatch])
-            # forwards alone add to what is held, so that the peak is behind one of them
+            # only forwards add to what is held, so the peak is after one of them
             self.peak_live = max(self.peak_live, len(self.saved) + len(self.weight_gradients))
         elif op == "B":
             result = stage.backward(entering, self.saved.pop(key))
@@ -148,7 +148,7 @@ class _Step:
         return PipelineResult(outputs=outputs, peak_live=self.peak_live)
 
     def _take(self, tensor: Tensor | None) -> torch.Tensor | None:
-        """What an action reads; it lives on this rank no longer than the action needs it."""
+        """The tensor that an action reads; this rank holds it no longer than the action needs it."""
         if tensor is None:
             return None
         if tensor in self.made:
@@ -160,11 +160,14 @@ class _Step:
 
 
 def confirmations(schedule: Schedule) -> list[dict[Tensor, list[Tensor]]]:
-    """By rank: for what it receives, what it had sent that the sender had read before making it, each listed once."""
+    """For each rank: received tensor -> the rank's sent tensors that the sender had read before making it.
+
+    Each sent tensor is listed once, at the first such receive.
+    """
     home = schedule.stage_map.home
     confirmed_by: list[dict[Tensor, list[Tensor]]] = [{} for _ in schedule.ranks]
     for peer, actions in enumerate(schedule.ranks):
-        read = defaultdict[int, list[Tensor]](list)  # by the rank that has sent it, since this one last wrote there
+        read = defaultdict[int, list[Tensor]](list)  # by sender: what `peer` has read since it last sent to that rank
         for action in actions:
             consumed, produced = schedule.consumes(peer, action), schedule.produces(peer, action)
             if consumed is not None and (sender := home[_maker(consumed)][0]) != peer:

@@ -1,17 +1,19 @@
 """Collectives of ranks that share a host, through memory: what gloo sends through a socket is copied here, once.
 
 Each rank of a group owns an arena, a memfd that all its peers map. To take part in a collective it copies its tensor
-there and tells each peer, through a pipe, where it lies. Whoever waits for the result reads its peers' arenas in rank
-order, so that all ranks and all runs get the same bits. A wait sleeps in the kernel; the pipe orders the memory on any
-processor; the end of a peer is the end of its pipe. Nothing has a name in any file system, so nothing stays behind.
+there and tells each peer, through a pipe, where the tensor is. A rank that waits for the result reads its peers' arenas
+in rank order, so that all ranks and all runs get the same bits. A wait sleeps in the kernel; the pipe acts as the
+memory barrier on any processor; when a peer dies, its pipe closes. Nothing has a name in any file system, so nothing
+stays behind.
 
-The invariant: what `start_*` has begun needs nothing more of this rank, wherever it goes and waits. So collectives may
-be started and waited for in any order that gloo allows, whose threads finish what was begun; there is no thread here.
+The invariant: what `start_*` has begun needs nothing more from this rank, even while it waits for something else. So
+collectives may be started and waited for in any order that gloo allows (whose threads finish what was begun), without a
+thread here.
 
-What it costs: an arena holds all that is under way, and what peers have not yet told to be read, which they do with
-their next message. Large tensors piece by piece through a small arena would take less, but a piece could wait for a
-rank that waits elsewhere; and they were no faster (64 MB: 12 to 25 ms of a processor either way). An arena is a
-rank's share of the machine's memory, so the machine is full when arenas are. Pages are taken when they are touched,
+The cost: an arena holds everything in flight, and what peers have not yet reported as read, which they do with their
+next message. Sending large tensors piece by piece through a small arena would take less memory, but a piece could wait
+for a rank that waits elsewhere; and it was no faster (64 MB: 12 to 25 ms of CPU time either way). An arena is a rank's
+share of the machine's memory, so the machine is full when the arenas are. Pages are allocated when they are touched,
 lowest first, and kept.
 """
 
@@ -36,11 +38,11 @@ __all__ = ["Link", "SharedMemory", "Transfer", "add_up"]
 ALIGNMENT = 128
 """Bytes; two cache lines, since processors fetch them in pairs."""
 MESSAGE = struct.Struct("<4Q")
-"""kind, offset in the sender's arena, bytes there, posts to all that the sender has read."""
+"""kind, offset in the sender's arena, bytes there, number of collectives whose posts the sender has read."""
 POST, SEND, READ = range(3)
 """Kinds of messages: a part of a collective; a tensor for the receiver alone; such a tensor has been read."""
 Finish = Callable[[list[Tensor]], None]
-"""Is given what the peers have posted, in rank order."""
+"""Receives what the peers have posted, in rank order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Link:
     """What connects this rank with one peer."""
 
     rank: int
-    """of the whole run, for errors"""
+    """global rank of the peer, for errors"""
     arena: mmap.mmap
     """the peer's"""
     reader: int
@@ -58,16 +60,16 @@ class Link:
 
 
 class Transfer:
-    """Something under way; `wait` as that of torch's Work."""
+    """An operation in flight; `wait` is like that of torch's Work."""
 
     __slots__ = ("_last", "_memory", "_peer")
 
     def __init__(self, memory: "SharedMemory", last: int, peer: "_Peer | None" = None) -> None:
-        """Over when `last` collectives are, or, of a `peer`, `last` receives from it."""
+        """Done when `last` collectives are, or, with a `peer`, `last` receives from it."""
         self._memory, self._last, self._peer = memory, last, peer
 
     def wait(self) -> None:
-        """ConnectionError where a peer is gone, TimeoutError where one does not come."""
+        """ConnectionError where a peer has died, TimeoutError where one does not answer in time."""
         if self._peer is None:
             self._memory._finish(self._last)
         else:
@@ -75,7 +77,7 @@ class Transfer:
 
 
 class _Peer:
-    """One peer, and what it has said that is not dealt with yet."""
+    """One peer, and its messages that are not yet processed."""
 
     def __init__(self, link: Link) -> None:
         self.rank, self.arena, self.reader, self.writer = link.rank, link.arena, link.reader, link.writer
@@ -86,28 +88,28 @@ class _Peer:
         self.sends: deque[tuple[int, int]] = deque()
         """likewise, of tensors for this rank alone"""
         self.num_read = 0
-        """how many of this rank's posts it has read"""
+        """how many of this rank's posts the peer has read"""
         self.sent: deque[int] = deque()
-        """offsets of tensors that it has not read"""
+        """offsets of tensors that the peer has not read yet"""
         self.buffers: deque[Tensor] = deque()
-        """what is to be received, in order"""
+        """buffers to be filled from the peer, in order"""
         self.num_received = 0
         self.num_receives = 0
-        """started"""
+        """receives started"""
 
     def view(self, place: tuple[int, int], like: Tensor) -> Tensor:
-        """What the peer has put at `place`, which is as large as `like`; RuntimeError if it is not."""
+        """What the peer has put at `place`; RuntimeError unless it is as large as `like`."""
         offset, num_bytes = place
         if num_bytes != like.nbytes:
             raise RuntimeError(
-                f"rank {self.rank} takes part with {num_bytes} bytes where this one has {like.nbytes}: their calls "
+                f"rank {self.rank} takes part with {num_bytes} bytes where this rank has {like.nbytes}: their calls "
                 "differ in size or order"
             )
         return torch.frombuffer(self.arena, dtype=like.dtype, count=like.numel(), offset=offset)
 
 
 class _Arena:
-    """This rank's memory; what is handed out lies as low as it can, so that the same pages serve again and again."""
+    """This rank's memory; allocates at the lowest free address, so that the same pages are reused."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
@@ -116,7 +118,7 @@ class _Arena:
         self._extents: list[tuple[int, int]] = []
 
     def put(self, flats: Sequence[Tensor]) -> list[int]:
-        """Copies tensors of one dim and one size in, one behind the other; where they begin."""
+        """Copies in 1-d tensors of equal size, one after the other; returns where each begins."""
         stride = -(-flats[0].nbytes // ALIGNMENT) * ALIGNMENT
         begin = self._take(stride * len(flats))
         offsets = [begin + stride * index for index in range(len(flats))]
@@ -125,7 +127,7 @@ class _Arena:
         return offsets
 
     def free(self, begin: int) -> None:
-        """Forgets what `put` has put there."""
+        """Frees what `put` has stored from `begin` on."""
         index = next(index for index, extent in enumerate(self._extents) if extent[0] == begin)
         begin, end = self._extents.pop(index)
         self.num_bytes -= end - begin
@@ -137,26 +139,28 @@ class _Arena:
                 break
             begin = end
         if begin + num_bytes > len(self.memory):
-            raise RuntimeError(f"collectives of {self.num_bytes} bytes are under way, more than this rank may keep")
+            raise RuntimeError(
+                f"{num_bytes} more bytes do not fit beside collectives of {self.num_bytes} bytes in flight"
+            )
         insort(self._extents, (begin, begin + num_bytes))
         self.num_bytes += num_bytes
         return begin
 
 
 class SharedMemory:
-    """The collectives of one group on one rank; all ranks start those of a group in the same order."""
+    """The collectives of one group on one rank; all ranks start a group's collectives in the same order."""
 
     def __init__(self, rank: int, arena: mmap.mmap, links: Sequence[Link], *, timeout_seconds: float) -> None:
-        """`rank` is that in the group, `links` lead to all others in their order; their pipes' ends belong to this."""
+        """`rank` is the group's; `links` lead to all others in order, and this object owns their pipe descriptors."""
         self._rank, self._timeout = rank, timeout_seconds
         self._arena = _Arena(arena)
         self._others = [_Peer(link) for link in links]
         self._unfinished: deque[tuple[Tensor, Finish]] = deque()
-        """collectives under way: a tensor like what each peer posts, and what to do with those"""
+        """collectives in flight: a tensor shaped like each peer's post, and what to do with the posts"""
         self._num_started = 0
         self._num_finished = 0
         self._unread: deque[int] = deque()
-        """where posts begin that not all peers have read"""
+        """offsets of posts that not all peers have read"""
         self._num_freed = 0
         weakref.finalize(self, _close, [end for link in links for end in (link.reader, link.writer)])
 
@@ -166,11 +170,11 @@ class SharedMemory:
         return len(self._others) + 1
 
     def takes(self, *tensors: Tensor) -> bool:
-        """Whether this can work with them; alike on all ranks whose tensors are alike."""
+        """Whether these tensors can go through shared memory; the answer is the same on ranks with equal tensors."""
         return all(tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
 
     def takes_slices(self, full: Tensor, shard: Tensor) -> bool:
-        """Likewise, where `full` has to have a slice like `shard` for every rank."""
+        """Likewise, where `full` must have a slice like `shard` for every rank."""
         fits = full.numel() == self.size * shard.numel() and full.dtype == shard.dtype
         return fits and self.takes(full, shard)
 
@@ -180,7 +184,7 @@ class SharedMemory:
         return self._start([flat], partial(self._sum, flat, flat))
 
     def start_all_gather(self, full: Tensor, shard: Tensor) -> Transfer:
-        """full = every rank's `shard` in rank order; `shard` may be this rank's slice of it."""
+        """full = every rank's `shard` in rank order; `shard` may be this rank's slice of `full`."""
         slices, shard = list(full.detach().view(self.size, -1).unbind()), shard.detach().view(-1)
         own = slices.pop(self._rank)
         if own.data_ptr() != shard.data_ptr():
@@ -188,13 +192,13 @@ class SharedMemory:
         return self._start([shard], partial(_copy, slices))
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor) -> Transfer:
-        """shard = this rank's slice of the sum of every rank's `full`, and may lie there."""
+        """shard = this rank's slice of the sum of every rank's `full`; `shard` may be that slice of `full`."""
         slices = list(full.detach().view(self.size, -1).unbind())
         own = slices.pop(self._rank)
         return self._start(slices, partial(self._sum, shard.detach().view(-1), own))
 
     def start_send(self, tensor: Tensor, rank: int) -> Transfer:
-        """Sends to that rank of the group; it is over at once."""
+        """Sends to that rank of the group; complete at once."""
         peer = self._peer(rank)
         self._hear_all()
         (offset,) = self._arena.put([tensor.detach().view(-1)])
@@ -213,7 +217,7 @@ class SharedMemory:
         return self._others[rank - (rank > self._rank)]
 
     def _start(self, outgoing: Sequence[Tensor], finish: Finish) -> Transfer:
-        """Posts `outgoing`, flat tensors alike: one for each peer, or one for all."""
+        """Posts `outgoing`, flat tensors of equal size: one for each peer, or one for all."""
         self._hear_all()
         offsets = self._arena.put(outgoing)
         self._unread.append(offsets[0])
@@ -224,7 +228,7 @@ class SharedMemory:
         return Transfer(self, self._num_started)
 
     def _finish(self, last: int) -> None:
-        """Returns when so many collectives are over, and with them all that were started before."""
+        """Returns when the first `last` collectives are done."""
         deadline = time.monotonic() + self._timeout
         while self._num_finished < last:
             like, finish = self._unfinished[0]
@@ -245,7 +249,7 @@ class SharedMemory:
             buffer = peer.buffers.popleft()
             buffer.copy_(peer.view(peer.sends.popleft(), buffer))
             peer.num_received += 1
-            with contextlib.suppress(BrokenPipeError):  # it may be through with everything, and gone
+            with contextlib.suppress(BrokenPipeError):  # the peer may have finished and left
                 self._tell(peer, READ)
 
     def _sum(self, total: Tensor, own: Tensor, rows: list[Tensor]) -> None:
@@ -263,7 +267,7 @@ class SharedMemory:
                 raise BrokenPipeError(f"rank {peer.rank} has closed the connection") from None
 
     def _wait_for_space(self, peer: _Peer) -> None:
-        """In a pipe that holds two thousand messages; meanwhile the peer may have to write as many to this rank."""
+        """Waits for space in the pipe, which holds two thousand messages; the peer may be blocked the same way."""
         poll = select.poll()
         poll.register(peer.writer, select.POLLOUT)
         for other in self._others:
@@ -273,20 +277,20 @@ class SharedMemory:
         self._hear_all()
 
     def _hear_all(self) -> None:
-        """Takes in what peers have said, and frees what they have read."""
+        """Reads the peers' pending messages, and frees what they have read."""
         for peer in self._others:
             if peer.poll.poll(0):
                 self._take_in(peer)
 
     def _hear(self, peer: _Peer, deadline: float) -> None:
-        """Waits until `peer` says something."""
+        """Waits for a message from `peer`."""
         if not peer.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError(_timed_out(self._timeout, peer))
         if not self._take_in(peer):
             raise ConnectionError(f"rank {peer.rank} has closed the connection")
 
     def _take_in(self, peer: _Peer) -> bool:
-        """Reads messages that are there; False at their end."""
+        """Reads pending messages; False where the peer has closed its pipe."""
         data = os.read(peer.reader, 1 << 16)
         for kind, offset, num_bytes, num_read in MESSAGE.iter_unpack(data):
             peer.num_read = num_read
@@ -304,7 +308,7 @@ class SharedMemory:
 
 
 def add_up(total: Tensor, rows: Sequence[Tensor]) -> None:
-    """total = the sum of `rows`, first to last, of which it may be one. Narrow floats are summed in fp32."""
+    """total = the sum of `rows`, first to last; `total` may be one of them. Narrow floats are summed in fp32."""
     if len(rows) == 2:  # the sum of two is rounded once in any dtype
         torch.add(*rows, out=total)
         return

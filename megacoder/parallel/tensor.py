@@ -1,15 +1,15 @@
 """Tensor parallelism's two collectives, and their autograd form, in which each is the other's backward.
 
-Inside a layer every rank of the tensor axis holds its own columns or heads of all tokens; between layers stands the
+Inside a layer every rank of the tensor axis holds its own columns or heads of all tokens; between layers is the
 residual stream. `gather` leads from the stream into a layer, `reduce` back:
 
                                gather                      reduce
     without sequence parallel  identity (Megatron's f)     all-reduce (Megatron's g)            arXiv:1909.08053, 3
     with sequence parallel     all-gather of tokens        reduce-scatter to each its tokens    arXiv:2205.05198, 4.2.2
 
-The pair is conjugate: the backward of `gather` is `reduce`, and the other way round. Without sequence parallelism the
-stream is the same on all ranks; with it each rank holds T / size of its T tokens (all sequences end to end, cut where
-that may be), and the norms run on them alone. It costs the same traffic and divides that part of activation memory.
+The pair is conjugate: the backward of `gather` is `reduce`, and vice versa. Without sequence parallelism the stream is
+the same on all ranks; with it each rank holds T / size of the T tokens (all sequences end to end, cut anywhere), and
+runs the norms on these alone. The traffic is the same, and that part of activation memory is divided by size.
 
 With one rank both are the identity and copy nothing.
 Legend: T tokens, N = T / size of them under sequence parallelism and else T, D model dim.
@@ -37,13 +37,13 @@ class TensorParallel:
     size: int = 1
     """ranks that share every layer"""
     group: dist.ProcessGroup | None = None
-    """None for one rank, and where weights are only laid out"""
+    """None for one rank, and where only the layout of weights is needed"""
     sequence_parallel: bool = False
     """whether the ranks share the tokens of the residual stream too; nothing changes with one rank"""
 
     @property
     def shares_tokens(self) -> bool:
-        """Whether a rank holds but its part of the residual stream's tokens."""
+        """Whether a rank holds only its part of the residual stream's tokens."""
         return self.sequence_parallel and self.size > 1
 
     def check_tokens(self, batch: int, length: int) -> None:
@@ -52,8 +52,8 @@ class TensorParallel:
             down = length // self.size * self.size
             nearest = f"{down} or {down + self.size}" if down else f"{self.size}"
             raise ConfigError(
-                f"sequence parallelism over tp = {self.size}: {batch} x {length} tokens of a microbatch do not divide "
-                f"by it; nearest sequence length that does: {nearest}"
+                f"sequence parallelism over tp = {self.size}: {batch} x {length} tokens of a microbatch are not "
+                f"divisible by {self.size}; nearest sequence lengths that work: {nearest}"
             )
 
 
@@ -70,7 +70,7 @@ def start_gather(stream_ND: Tensor, tp: TensorParallel) -> Pending:
 
 
 def start_reduce(partial_TD: Tensor, tp: TensorParallel) -> Pending:
-    """Pending (N, D): the ranks' contiguous partial sums added up; overwrites `partial_TD`."""
+    """Pending (N, D): the sum of the ranks' partial sums, which must be contiguous; overwrites `partial_TD`."""
     if tp.group is None or not tp.sequence_parallel:
         return start_all_reduce_sum(partial_TD, tp.group)
     shard_ND = partial_TD.new_empty(partial_TD.shape[0] // tp.size, *partial_TD.shape[1:])
@@ -78,12 +78,12 @@ def start_reduce(partial_TD: Tensor, tp: TensorParallel) -> Pending:
 
 
 def gather(stream: Tensor, tp: TensorParallel) -> Tensor:
-    """Differentiable `start_gather`, waited for; its backward is `reduce`. Opens a column-parallel linear."""
+    """Differentiable `start_gather`, with the wait; its backward is `reduce`. Opens a column-parallel linear."""
     return stream if tp.group is None else _Gather.apply(stream, tp)
 
 
 def reduce(partial: Tensor, tp: TensorParallel) -> Tensor:
-    """Differentiable `start_reduce`, waited for; its backward is `gather`. Closes a row-parallel linear.
+    """Differentiable `start_reduce`, with the wait; its backward is `gather`. Closes a row-parallel linear.
 
     Under sequence parallelism all dims but the last are tokens: (B, S, D) comes back as (N, D).
     """
@@ -119,5 +119,5 @@ class _Reduce(torch.autograd.Function):
 
 
 def _summed(partial: Tensor, tp: TensorParallel) -> Tensor:
-    """The sum in memory of its own: autograd may hand the same tensor to others."""
+    """The sum, in new memory: autograd may pass the same tensor to others."""
     return start_reduce(partial.clone(memory_format=torch.contiguous_format), tp).wait()

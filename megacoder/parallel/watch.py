@@ -1,20 +1,20 @@
-"""Ends a run that has lost a rank, on every host, within the time-out, with a line that names the rank.
+"""Stops a run that has lost a rank, on every host, within the time-out, with a line that names the rank.
 
 A rank that waits for a dead one learns little by itself: gloo says that a connection was closed, NCCL says nothing at
-all. So while a run lasts each rank has two threads. One leaves a Record on the run's bulletin every beat, and looks
-whether the end has been announced there. The other touches no network, and so cannot hang: it ends the process when
-the main thread does not.
+all. So each rank of a run has two threads. One writes a Record to the run's bulletin every beat, and checks whether the
+end has been announced there. The other never touches the network, and so cannot hang: it exits the process if the main
+thread does not.
 
-When a collective fails, or does not end in time, the rank compares the records of all ranks (`megacoder.parallel.
-blame`) and announces what it found; the first announcement stands, and each host prints it once. A rank that cannot
-reach the bulletin says that, and what it waited for. The cost is three small messages per rank and beat.
+When a collective fails or times out, the rank compares the records of all ranks (`megacoder.parallel.blame`) and
+announces what it found; the first announcement counts, and each host prints it once. A rank that cannot reach the
+bulletin reports that, and what it waited for. The cost is three small messages per rank and beat.
 
-A rank whose launcher has been killed asks itself to stop, as a signal would: with a checkpoint, on all ranks alike.
+A rank whose launcher has been killed sends itself a stop signal: all ranks then stop together, with a checkpoint.
 
-Ends by force, once the line is out: a rank of this host that is stopped (torchrun would wait half a minute for it), and
-torchrun itself on a host that is cut off (with a c10d rendezvous it, too, asks the lost store, for ever).
+Killed by force, once the line is printed: a suspended rank on this host (torchrun would wait half a minute for it), and
+torchrun itself on a host that is cut off (with a c10d rendezvous it, too, would query the lost store forever).
 
-What this cannot see: a main thread that holds Python's lock for ever stops its threads as well; to the others it is a
+What this cannot see: a main thread that holds the GIL forever blocks its own watch threads; to the other ranks it is a
 rank that does not answer.
 """
 
@@ -41,30 +41,30 @@ from megacoder.parallel.journal import CHECKPOINT
 __all__ = ["Watch"]
 
 GRACE_SECONDS = 3.0
-"""How long after the announcement a rank may take to end by itself."""
+"""How long a rank may take after the announcement to exit by itself."""
 ANSWER_SECONDS = 5.0
-"""A store that takes longer than this to answer does not answer."""
+"""A store that takes longer than this is taken not to answer."""
 OUT_OF_TOUCH_SECONDS = 60.0
-"""A store that does not answer for so long, and for longer than the time-out, ends a rank that waits for nobody."""
+"""A rank that waits for nobody exits when the store has not answered for this long, or for the time-out if longer."""
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class Watch:
-    """A context manager around the run of one rank; raises RankLost in place of the failure that it explains."""
+    """A context manager around the run of one rank; raises RankLost instead of the failure that it explains."""
 
     def __init__(self, world: World, *, timeout_seconds: float, folder: Path) -> None:
-        """`folder` gets the flight record of each rank that was there at the end, if torch has one."""
+        """`folder` receives the flight record of each rank alive at the end, if torch has one."""
         self._world, self._journal, self._folder = world, world.journal, folder
         self._timeout = timeout_seconds
         self._interval = min(2.0, max(0.2, timeout_seconds / 10))
         self._margin = min(10.0, max(2.0, timeout_seconds / 4))
-        self._patience = max(3.0, 3 * self._interval)  # within it every rank that lives has published
+        self._patience = max(3.0, 3 * self._interval)  # long enough for every living rank to publish
         self._host = socket.gethostname()
         self._num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if self._num_hosts > 1:  # containers often share a name
             self._host += f", node {os.environ['GROUP_RANK']}"
         self._main, self._agent = threading.get_ident(), os.getppid()
-        self._active = world.size > 1 and "MASTER_ADDR" in os.environ  # else there is nobody, or nowhere, to ask
+        self._active = world.size > 1 and "MASTER_ADDR" in os.environ  # else there are no peers, or no store
         self._bulletin = Bulletin(world.size, world.attempt)
         self._heard = time.monotonic()
         self._end: End | None = None
@@ -89,7 +89,7 @@ class Watch:
             if isinstance(error, RankLost):
                 self._failed = True
                 if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which must not come before the line
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not stop us before the line is out
                 raise self._conclude(str(error)) from error
             if isinstance(error, Exception) and not isinstance(error, AlikeOnAllRanks):
                 said = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -98,13 +98,13 @@ class Watch:
                 self._bulletin.ask(lambda: self._publish(finished=True), seconds=ANSWER_SECONDS)
         finally:
             self._over.set()
-            for thread in self._threads:  # one that came back from the network while Python ends would abort it
+            for thread in self._threads:  # a thread that returns from the network during shutdown would abort Python
                 thread.join(ANSWER_SECONDS)
 
     # ---- the two threads
 
     def _keep_beating(self) -> None:
-        """Blocks where the network does, which `_heard` shows to the other thread."""
+        """Blocks when the network does; the other thread sees that from `_heard`."""
         while not self._over.is_set():
             with contextlib.suppress(RuntimeError):
                 self._bulletin.connect(self._timeout)
@@ -114,13 +114,13 @@ class Watch:
             self._over.wait(self._interval)
 
     def _guard(self) -> None:
-        """Ends the process when the main thread hangs in the network, or the run is over and it goes on."""
+        """Exits the process when the main thread hangs in the network, or keeps running after the end of the run."""
         ended: float | None = None
-        has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # else a shell, which may go
+        has_agent = "TORCHELASTIC_RUN_ID" in os.environ  # else the parent is a shell, which may exit
         while not self._over.wait(self._interval):
-            if has_agent and os.getppid() != self._agent:  # killed: nobody is left who could end this rank
+            if has_agent and os.getppid() != self._agent:  # killed: nobody is left to stop this rank
                 has_agent = False
-                say(f"rank {self._world.rank}: torchrun has ended; the rank stops as if asked to")
+                say(f"rank {self._world.rank}: torchrun has exited; the rank stops as on a signal")
                 os.kill(os.getpid(), signal.SIGTERM)
             now, still = time.monotonic(), self._still_seconds()
             if self._end is not None:
@@ -132,19 +132,19 @@ class Watch:
             elif (self._may_hang() and still > self._timeout + self._margin) or (
                 self._journal.stop_asked and still > self._patience and self._someone_is_silent()
             ):
-                self._leave(self._conclude(f"{self._journal.operation} did not end in {still:.0f} s"))
+                self._leave(self._conclude(f"{self._journal.operation} did not finish in {still:.0f} s"))
             elif now - self._heard > max(OUT_OF_TOUCH_SECONDS, self._timeout + self._margin):
                 self._leave(self._cut_off("out of touch"))
 
     def _may_hang(self) -> bool:
-        """Whether the main thread may be waiting for other ranks: on a GPU that is any place that waits for the GPU."""
+        """Whether the main thread may be waiting for other ranks: on a GPU, wherever it may be waiting for the GPU."""
         journal = self._journal
         on_gpu = self._world.device.type == "cuda" and journal.step is not None and journal.activity != CHECKPOINT
         return journal.waiting or on_gpu
 
     def _someone_is_silent(self) -> bool:
-        """Torchrun asks the ranks to stop when one has died, which some do not notice: those that wait for it with
-        NCCL, or for its file of a checkpoint."""
+        """Whether some rank does not answer. torchrun asks all ranks to stop when one has died; those that wait for it
+        in NCCL, or for its checkpoint file, do not notice."""
         looks = self._bulletin.ask(
             lambda: self._bulletin.two_looks(self._patience), seconds=self._patience + ANSWER_SECONDS
         )
@@ -160,7 +160,7 @@ class Watch:
     # ---- finding out and telling
 
     def _conclude(self, failure: str) -> RankLost:
-        """What to raise or print after `failure`: the announcement that stands, made by this rank if there is none."""
+        """The error to raise or print after `failure`: the first announcement, made by this rank if there is none."""
         looks = self._bulletin.ask(
             lambda: self._bulletin.two_looks(self._patience), seconds=self._patience + ANSWER_SECONDS
         )
@@ -182,7 +182,7 @@ class Watch:
         return self._bulletin.ask(lambda: self._bulletin.announce(end), seconds=ANSWER_SECONDS)
 
     def _tell(self, end: End) -> RankLost:
-        """The announcement as this rank's error; on a host where nobody has printed it yet, this rank does."""
+        """The announcement as this rank's error; if no rank of this host has printed it yet, this rank will."""
         self._end_silent(end)
         told = end.host == self._host
         if not told:
@@ -190,7 +190,7 @@ class Watch:
         return RankLost(end.line, told=told)
 
     def _cut_off(self, failure: str) -> RankLost:
-        """For a rank that reaches nobody."""
+        """The error of a rank that cannot reach the store."""
         record, address = self._record(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         error = RankLost(
             f"{record.name()} at {record.place}: {failure}; the store at {address} does not answer either: its host is "
@@ -214,9 +214,9 @@ class Watch:
                 kill_sibling(pid)
 
     def _end_agent(self) -> None:
-        """Asks torchrun to end, and makes it where it does not hear."""
+        """Asks torchrun to exit, and kills it if it does not."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which a torchrun that hears sends to its ranks
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a torchrun that reacts sends it to its ranks
         for number in (signal.SIGTERM, signal.SIGKILL):
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == self._agent:
                 with contextlib.suppress(OSError):
@@ -239,13 +239,13 @@ class Watch:
         )  # fmt: skip
 
     def _still_seconds(self) -> float:
-        """Since the main thread was last seen to move."""
+        """Seconds since the main thread was last seen to move."""
         if self._journal.moves != self._moves:
             self._moves, self._moved = self._journal.moves, time.monotonic()
         return time.monotonic() - self._moved
 
     def _save_flight_record(self) -> str:
-        """Writes it into the run's folder; the words that say so, if there is one."""
+        """Writes it into the run's folder, if there is one; returns the words that say so, or none."""
         record, path = flight_record(), self._folder / "flight" / f"rank-{self._world.rank:05d}.json"
         if record is not None and self._folder.is_dir():
             with contextlib.suppress(OSError):
@@ -255,7 +255,7 @@ class Watch:
 
 
 def _where(thread: int) -> str:
-    """The innermost line of this package at which a thread is, as 'stage.py:44 in forward_backward'."""
+    """The innermost line of this package that a thread is at, such as 'stage.py:44 in forward_backward'."""
     frame: FrameType | None = sys._current_frames().get(thread)
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back

@@ -1,12 +1,12 @@
 """ZeRO stage 1 (arXiv:1910.02054): every data-parallel rank updates its slices of the flat weights and holds only those
 slices' fp32 master weights and moments.
 
-One update: reduce-scatter the gradient sums, bucket by bucket; the global norm from the slices; AdamW on the slices,
+One update: reduce-scatter of the gradient sums, bucket by bucket; the global norm from the slices; AdamW on the slices,
 which divides by the number of tokens of the global batch and clips in the same pass; all-gather of the new weights.
 The loss is a sum over tokens until that one division, so gradients are right for any split of tokens over ranks and
-microbatches. `Zero1AdamW.traffic` moves the buckets, and does so behind forwards and backwards where stages report.
+microbatches. `Zero1AdamW.traffic` moves the buckets, overlapped with forwards and backwards where stages report.
 
-On a CPU bf16 weights are the upper half of their fp32 master weights, of which a rank then holds the lower half alone
+On a CPU bf16 weights are the upper half of their fp32 master weights, so a rank stores only the lower half
 (`megacoder.ops.split_master`).
 """
 
@@ -39,7 +39,7 @@ class _Part:
     local: slice
     """in the rank's own state"""
     segments: list[tuple[slice, bool]]
-    """parts of `flat` to be updated, and whether they are decayed"""
+    """parts of `flat` to be updated, and whether weight decay applies to them"""
     counted: list[slice]
     """parts of `flat` whose gradients this rank counts in the norm"""
 
@@ -50,10 +50,10 @@ class _Part:
 
 
 class Zero1AdamW:
-    """AdamW over flat parameters, its state shared out over a data-parallel group."""
+    """AdamW over flat parameters, its state sharded over a data-parallel group."""
 
     traffic: BucketTraffic
-    """what stages report to, and `begin_step` is called on, for overlap"""
+    """for overlap: stages report to it, and its `begin_step` is called"""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class Zero1AdamW:
         """`group` is the data-parallel one, None for one rank; `flat` must be cut for its size.
 
         Where several ranks share one replica of the model, the norm is over all ranks of all replicas, `norm_group`:
-        one sum, so that it has the same bits everywhere and all decide alike. It then leaves out `counted_elsewhere`,
-        parts of the flat buffers that are copies of what another rank of the replica counts.
+        one sum, so that it has the same bits everywhere and all ranks make the same decision. It excludes
+        `counted_elsewhere`, parts of the flat buffers that are copies of what another rank of the replica counts.
         """
         self.flat, self.group, self.config = flat, group, config
         self.norm_group = group if norm_group is None else norm_group
         self.traffic = BucketTraffic(flat, group)
         self.num_updates = 0
-        # In fp32 one rank's weights are its master copy. The slices of several ranks are not end to end in the weights.
+        # In fp32 a single rank's weights are its master copy. With several ranks a rank's slices are not contiguous.
         self._is_own_master = flat.weight.dtype == torch.float32 and flat.num_shards == 1
         self._parts = list(self._cut(sorted(counted_elsewhere, key=lambda part: part.start)))
         self._is_split = flat.weight.dtype == torch.bfloat16 and flat.weight.device.type == "cpu"
@@ -88,9 +88,9 @@ class Zero1AdamW:
     ) -> float:
         """Updates the weights from the gradient sums of `num_tokens` tokens (of all ranks) and zeroes the gradients.
 
-        Returns the norm of the mean gradient before clipping, inf where it is not finite. One that is not finite, or
-        is above `skip_above`, changes no weight and no state, and leaves `num_updates` as it is; on all ranks alike.
-        After a step with overlap weights are still on their way: whoever is no stage calls `traffic.wait_all` first.
+        Returns the norm of the mean gradient before clipping, inf where it is not finite. If it is not finite or above
+        `skip_above`, the update is skipped on every rank: weights, state and `num_updates` stay unchanged. After a step
+        with overlap weights are still in flight: readers other than stages must call `traffic.wait_all` first.
         """
         squares = self._squares()
         update = self._update_on_device if backend("adamw", self.flat.weight) == "cuda" else self._update_on_host
@@ -101,7 +101,7 @@ class Zero1AdamW:
     def state(self) -> dict[str, Tensor]:
         """This rank's slices by kind, fp32: what a checkpoint stores.
 
-        The moments are live; so are master weights that are held whole. Whoever writes them calls `publish_master`.
+        The moments are live; so are master weights that are not split. After writing into them call `publish_master`.
         """
         return {"weight": self._whole_master(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
@@ -116,7 +116,7 @@ class Zero1AdamW:
         return torch.cat([self.flat.grad[part.flat] for part in self._parts])
 
     def publish_master(self, master: Tensor) -> None:
-        """Takes master weights: `state()["weight"]`, into which a checkpoint was read; into every rank's model too."""
+        """Takes over `master`, `state()["weight"]` with a checkpoint read into it, and updates every rank's model."""
         self.traffic.wait_all()
         for index, part in enumerate(self._parts):
             weight, ours = self.flat.weight[part.flat], self._master[part.local]
@@ -129,7 +129,7 @@ class Zero1AdamW:
         self.traffic.wait_all()
 
     def _first_master(self) -> Tensor:
-        """What `_master` is where the weights are as they were drawn."""
+        """The initial `_master`, when the weights are as they were drawn."""
         if self._is_own_master:
             return self.flat.weight
         dtype = torch.int16 if self._is_split else torch.float32
@@ -150,9 +150,9 @@ class Zero1AdamW:
         return master
 
     def _squares(self) -> Tensor:
-        """Sum of squares of the whole model's gradient sums, which this completes; fp64, the same on all ranks."""
+        """Completes the gradient sums; returns the whole model's sum of squares, fp64, the same on all ranks."""
         grad = self.flat.grad
-        squares = grad.new_zeros(len(self._parts), dtype=torch.float64)  # by bucket: added in the same order always
+        squares = grad.new_zeros(len(self._parts), dtype=torch.float64)  # by bucket: always added in the same order
         for index in self.traffic.reduced():
             for counted in self._parts[index].counted:
                 squares[index] += sum_of_squares(grad[counted])
@@ -175,7 +175,7 @@ class Zero1AdamW:
     def _update_on_device(
         self, squares: Tensor, *, lr: float, num_tokens: int, max_grad_norm: float, skip_above: float
     ) -> float:
-        """The same; the host learns the norm when all is on its way."""
+        """The same; the host learns the norm when everything has been launched."""
         scalars, norm = update_scalars(
             squares, config=self.config, lr=lr, num_updates=self.num_updates, num_tokens=num_tokens,
             max_grad_norm=max_grad_norm, skip_above=skip_above,
@@ -187,7 +187,7 @@ class Zero1AdamW:
         return found
 
     def _update_parts(self, update: Callable[..., None]) -> None:
-        """Calls `update` for every run of parameters alike, and sends the new weights of each bucket on their way."""
+        """Calls `update` for every segment, and starts the all-gather of each bucket's new weights."""
         self.traffic.wait_all()
         for index in self.traffic.gather_order():
             part = self._parts[index]

@@ -8,8 +8,8 @@ Any number of microbatches works with every schedule. Tables that need a minimum
 next larger count and the surplus microbatches are struck out: microbatches depend on each other only through the
 order of the lists, so what is left of a valid schedule is valid, and holds no more activations than before.
 
-Costs in the docstrings: tF, tI, tW are the times of one chunk, tB = tI + tW, and *idle* is what every rank waits in
-a step whose end all ranks share. Memory is counted in chunks whose activations are live (1/v of a rank's layers).
+Costs in the docstrings: tF, tI, tW are the times of one chunk, tB = tI + tW, and *idle* is how long every rank waits in
+a step that all ranks end together. Memory is counted in chunks whose activations are live (1/v of a rank's layers).
 """
 
 from collections import deque
@@ -48,8 +48,8 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
     """Interleaved 1F1B: v chunks per rank, visited with p microbatches each (Narayanan et al., arXiv:2104.04473, 2.2).
 
     Idle (p-1)(tF+tB) with tF and tB of a chunk, the fraction (p-1)/(v m) of the work. Rank r holds 2(p-1-r) +
-    (v-1)p + 1 chunks, rank 0 thus 1 + (p-1)/(p v) times what 1F1B holds. Where the paper wants m to be a multiple of
-    p, the microbatches of a visit are here as equal as they can be, never fewer than p and the larger visits first:
+    (v-1)p + 1 chunks, rank 0 thus 1 + (p-1)/(p v) times what 1F1B holds. Where the paper requires m to be a multiple of
+    p, here the visits have as equal numbers of microbatches as possible, never fewer than p, the larger visits first:
     the idle time stays the published one for every m >= p, at v - 1 chunks of memory per microbatch beyond p.
     """
     p, v, n = num_ranks, num_chunks, max(num_microbatches, num_ranks)
@@ -109,7 +109,7 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     p, n = num_ranks, max(num_microbatches, 2 * num_ranks)
 
     def tokens(r: int) -> list[str]:
-        # the backwards of the tail, chunks in turn: the second half of them lets its weight gradients wait
+        # the backwards of the tail, chunks alternating; the second half of them postpones its weight gradients
         tail = [f"{'B' if k <= r else 'I'}{1 - k % 2}" for k in range(2 * r + 2)]
         return (
             _repeat(("F0", 2 * (p - 1 - r)), ("F0 F1", r + 1), ("I1 W F1", p - 1 - r))
@@ -137,7 +137,7 @@ _NUM_CHUNKS = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "zbv": 2, "dualpipev": 2}
 def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, num_chunks: int | None = None) -> Schedule:
     """The schedule called `name`; ConfigError says which argument cannot work.
 
-    `num_chunks` is a choice for `interleaved` only (2 unless given); for the others it may repeat what they fix.
+    `num_chunks` can be chosen for `interleaved` only (2 unless given); others accept only the number that they fix.
     """
     if name not in SCHEDULES:
         match = nearest(name, SCHEDULES)

@@ -1,7 +1,7 @@
 """Boxes and short texts as SVG or PNG, with the standard library and numpy alone.
 
 A figure of a schedule needs no more than this, and a plotting library would be the largest dependency of the package.
-SVG keeps text as text; PNG has a font of its own, drawn below, in capitals, digits and a little punctuation.
+SVG keeps text as text; PNG uses the font drawn below: capitals, digits and a little punctuation.
 """
 
 import struct
@@ -38,7 +38,7 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """One line of text whose capitals stand `TEXT_HEIGHT` high on top of `y + TEXT_HEIGHT`."""
+    """One line of text; its capitals reach from `y` down to the baseline at `y + TEXT_HEIGHT`."""
 
     x: float
     y: float
@@ -66,7 +66,7 @@ class Picture:
             temporary.write_bytes(encode())
 
     def svg(self) -> bytes:
-        """As a file of its own."""
+        """The picture as a standalone SVG file."""
         size = f'width="{self.width}" height="{self.height}"'
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, sans-serif" font-size="16">',
@@ -91,7 +91,7 @@ class Picture:
             left, top = round(text.x - shift * dots.shape[1]), round(text.y)
             canvas = image[top : top + dots.shape[0], left : left + dots.shape[1]]
             canvas[dots[: canvas.shape[0], : canvas.shape[1]]] = text.colour
-        rows = np.zeros((self.height, 1 + 3 * self.width), dtype=np.uint8)  # each row opens with its filter, 0: none
+        rows = np.zeros((self.height, 1 + 3 * self.width), dtype=np.uint8)  # each row begins with its filter, 0: none
         rows[:, 1:] = image.reshape(self.height, -1)
         header = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)  # 8 bits, RGB
         chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b""))

@@ -1,7 +1,7 @@
 """Which layers each stage gets. A model is a row of slots: embedding, layers, head; stages cut it into runs.
 
 The embedding opens the first stage and the head closes the last; no stage is empty, but the first may hold the
-embedding alone and the last the head alone. So S stages need S - 2 layers at least.
+embedding alone and the last the head alone. So S stages need at least S - 2 layers.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["LayerCosts", "Placement", "place_by_cost", "place_evenly", "place_ex
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
-    """Time of each kind of slot, in any unit (measured or computed FLOPs); with a large vocabulary the head leads."""
+    """Cost of each kind of slot, in any unit (measured time or FLOPs); with a large vocabulary the head costs most."""
 
     embedding: float
     """a lookup: usually close to 0"""
@@ -59,9 +59,9 @@ class Placement:
 
 
 def place_evenly(num_layers: int, num_stages: int) -> Placement:
-    """Equal numbers of layers; what does not divide goes to the middle, as the ends have embedding and head.
+    """Equal numbers of layers; the remainder goes to the middle, since the ends have embedding and head.
 
-    DeepSeek-Coder 33B in 16 stages: 62 layers are 3, 4 x 14, 3, the 64 slots of the model in fours.
+    DeepSeek-Coder 33B in 16 stages: 62 layers as 3, fourteen times 4, 3, so that each stage has 4 of the 64 slots.
     """
     _check_fit(num_layers, num_stages)
     base, extra = divmod(num_layers, num_stages)
@@ -86,21 +86,21 @@ def place_explicitly(num_layers: int, layers_per_stage: Sequence[int], *, num_st
 
 
 def place_by_cost(num_layers: int, stage_map: StageMap, *, costs: LayerCosts) -> Placement:
-    """The placement whose slowest rank is fastest; the other ranks, and the stages of each, as even as can be.
+    """The placement that minimizes the slowest rank's time; other ranks, and each rank's stages, as even as possible.
 
-    The slowest rank sets the pace of a pipeline: every other one waits for it once per microbatch. As layers are all
-    alike, it is optimal to put one after the other where it makes least: O(num_layers * num_stages).
+    The slowest rank sets the pace of a pipeline: every other one waits for it once per microbatch. As all layers cost
+    the same, it is optimal to add each where the resulting cost is lowest: O(num_layers * num_stages).
     """
     num_stages = stage_map.num_stages
     _check_fit(num_layers, num_stages)
-    counts = [int(0 < stage < num_stages - 1) for stage in range(num_stages)]  # none but the ends can be without
+    counts = [int(0 < stage < num_stages - 1) for stage in range(num_stages)]  # only the ends can be without layers
     fixed = Placement((0,) * num_stages).stage_costs(costs)
 
     def cost(stage: int) -> float:
         return fixed[stage] + counts[stage] * costs.layer
 
     def makes(stage: int) -> tuple[float, float, int]:
-        """Of its rank, then of itself, with one layer more; later stages hold fewer live activations."""
+        """Costs of its rank, then of itself, with one more layer; then later stages, with fewer live activations."""
         rank, _ = stage_map.home[stage]
         return sum(map(cost, stage_map.stages[rank])), cost(stage), -stage
 

@@ -1,12 +1,12 @@
 """What each rank executes: its actions with the sends and receives between them, in an order that cannot deadlock.
 
-The order comes from one global sequence. The simulated timeline puts all actions of all ranks in one row by their
-start; every tensor that crosses ranks gets its place when its producer ends. Each rank's program is the part of that
-sequence it takes part in, so that any two ranks see their common transfers in the same order, and the first transfer
+The order comes from one global sequence. The simulated timeline puts all actions of all ranks in one sequence by their
+start; every tensor that crosses ranks is placed where its producer ends. Each rank's program is the part of that
+sequence that involves it, so that any two ranks see their common transfers in the same order, and the first transfer
 not yet done is always the next one of both its ranks. Hence the program runs to its end even if every send blocks
-until its receive is there, which is what NCCL does on one communicator, and all the more when receives are posted
-early, sends are buffered, or an `Exchange` is run as one batch (each only lets a transfer begin sooner). Costs that
-are wrong cost time, never a deadlock; but all ranks must use the same ones.
+until its receive is posted, which is what NCCL does on one communicator, and all the more if receives are posted
+early, sends are buffered, or an `Exchange` is run as one batch (each only lets a transfer begin sooner). Wrong costs
+cost time, never a deadlock; but all ranks must use the same costs.
 """
 
 from collections import deque
@@ -23,14 +23,14 @@ __all__ = ["Exchange", "Instruction", "Program", "Recv", "Send", "build_program"
 
 
 class Send(NamedTuple):
-    """Gives `tensor`, made here, to rank `peer`."""
+    """Sends `tensor`, made here, to rank `peer`."""
 
     tensor: Tensor
     peer: int
 
 
 class Recv(NamedTuple):
-    """Takes `tensor`, which an action further down consumes, from rank `peer`."""
+    """Receives `tensor`, which a later action consumes, from rank `peer`."""
 
     tensor: Tensor
     peer: int
@@ -106,7 +106,7 @@ def check_program(program: Program) -> None:
 
 
 def _global_sequence(timeline: Timeline) -> list[tuple[int, Action | Tensor]]:
-    """(rank, what): an action stands at its start, a tensor at its producer's end, before all actions of that time."""
+    """(rank, item): an action is at its start, a tensor at its producer's end, before all actions of that time."""
     schedule = timeline.schedule
     events: list[tuple[float, bool, int, Action | Tensor]] = []
     for rank, actions in enumerate(schedule.ranks):
@@ -128,7 +128,7 @@ def _batch(instructions: Iterable[Action | Send | Recv]) -> Iterable[Instruction
 
 
 class _Head:
-    """One rank in the proof: it runs actions until it stands at a transfer."""
+    """One rank in the proof: it runs actions until it reaches a transfer."""
 
     def __init__(self, schedule: Schedule, rank: int, instructions: Iterable[Instruction]) -> None:
         self.schedule, self.rank = schedule, rank
@@ -137,7 +137,7 @@ class _Head:
         self.transfer: Send | Recv | None = None
 
     def run_actions(self) -> Send | Recv | None:
-        """Goes on to the next transfer; None at the end."""
+        """Runs up to the next transfer, and returns it; None at the end."""
         if self.transfer is None:
             for item in self.rest:
                 if not isinstance(item, Action):

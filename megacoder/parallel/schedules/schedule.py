@@ -24,7 +24,7 @@ Op = Literal["F", "B", "I", "W"]
 
 
 class ScheduleError(MegacoderError):
-    """A list of actions that cannot train: wrong order, something missing or double, or a deadlock."""
+    """A list of actions that cannot train: wrong order, something missing or duplicate, or a deadlock."""
 
 
 def deadlock(what: str, blocked: list[str]) -> ScheduleError:
@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class StageMap:
-    """Which rank holds which stage; every rank holds equally many."""
+    """Which rank holds which stage; every rank holds the same number."""
 
     stages: tuple[tuple[int, ...], ...]
     """`stages[rank][chunk]`: a permutation of 0 .. p*v - 1"""
@@ -62,11 +62,11 @@ class StageMap:
     def __post_init__(self) -> None:
         held = sorted(stage for row in self.stages for stage in row)
         if not held or held != list(range(len(held))) or len({len(row) for row in self.stages}) != 1:
-            raise ScheduleError(f"stages {self.stages}: every rank must hold equally many, each of them exactly once")
+            raise ScheduleError(f"stages {self.stages}: ranks must hold equally many, and each stage exactly once")
 
     @classmethod
     def loop(cls, num_ranks: int, num_chunks: int = 1) -> "StageMap":
-        """Round and round: chunk c of rank r is stage c*p + r (Narayanan et al., arXiv:2104.04473)."""
+        """Round-robin: chunk c of rank r is stage c*p + r (Narayanan et al., arXiv:2104.04473)."""
         return cls(tuple(tuple(chunk * num_ranks + rank for chunk in range(num_chunks)) for rank in range(num_ranks)))
 
     @classmethod

@@ -88,7 +88,7 @@ class Timeline:
         return sum(end - start for start, end in zip(self.start[rank], self.end[rank], strict=True))
 
     def idle(self, rank: int) -> float:
-        """Time in which `rank` does not compute, of a step that ends for all ranks together."""
+        """Time in which `rank` does not compute, in a step that all ranks end together."""
         return self.makespan - self.busy(rank)
 
     def bubble(self, rank: int) -> float:
@@ -100,7 +100,7 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Runs `schedule` on paper; ScheduleError if it deadlocks."""
+    """The timeline of `schedule`; ScheduleError if it deadlocks."""
     stage_map = schedule.stage_map
     if len(costs.forward) != stage_map.num_stages:
         raise ConfigError(f"costs of {len(costs.forward)} stages for a schedule of {stage_map.num_stages}")
@@ -120,7 +120,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def makespan(schedule: Schedule, costs: Costs) -> float:
-    """`simulate(schedule, costs).makespan` alone, many times as fast: for those who look at many schedules."""
+    """`simulate(schedule, costs).makespan` alone, many times as fast: for callers that compare many schedules."""
     stage_map, m = schedule.stage_map, schedule.num_microbatches
     last, home = stage_map.num_stages - 1, stage_map.home
     both = tuple(map(sum, zip(costs.input_grad, costs.weight_grad, strict=True)))

@@ -1,10 +1,10 @@
-"""Proves that a schedule trains: right order, nothing missing or double, no deadlock, and how much memory it holds.
+"""Proves that a schedule trains: right order, nothing missing or duplicate, no deadlock. Counts the memory it holds.
 
-Two arguments make the proof. On one rank the list itself is the order, so that a walk with one small state per
-(microbatch, chunk) settles it. Across ranks the lists are run without time: a rank goes on until its next action needs
-a tensor that no neighbour has made yet. Nothing here depends on who goes first, so that if this run ends, every run
-with buffered sends ends; if it stops, the actions at which the ranks stand are the deadlock. Runs whose sends are not
-buffered are proved by `check_program`.
+The proof has two parts. On one rank the list itself is the order, so a walk with one small state per (microbatch,
+chunk) checks it. Across ranks the lists are run without time: a rank runs until its next action needs a tensor that no
+neighbor has made yet. The result does not depend on which rank goes first: if this run ends, every run with buffered
+sends ends; if it gets stuck, the actions at which the ranks wait are the deadlock. `check_program` proves it for sends
+that are not buffered.
 """
 
 from collections import deque
@@ -41,7 +41,7 @@ def check_schedule(schedule: Schedule) -> None:
     """Raises ScheduleError, one line that names rank and action, unless every rank can run its list to the end.
 
     Proved: every microbatch passes every stage forward once and backward once (B, or I and later W), in this order;
-    no rank waits for ever.
+    no rank waits forever.
     """
     if len(schedule.ranks) != schedule.num_ranks:
         raise ScheduleError(

@@ -342,6 +342,23 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert "made with seconds = 'None', now '3.0'; choose another --out" in err
 
 
+def test_scores_of_an_earlier_protocol_are_not_mixed_with_new_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(BENCHMARKS["infill"], "protocol", 1)
+    score(tmp_path, capsys, "infill", "right", "--out", tmp_path / "out")
+    monkeypatch.undo()
+    words = [
+        "--data",
+        tmp_path / "infill.jsonl",
+        "--completions",
+        tmp_path / "answers.jsonl",
+        "--out",
+        tmp_path / "out",
+    ]
+    code, _, err = run(capsys, "eval", "infill", *words)
+    assert code == 2
+    assert "settings.json: made with protocol = 1, now 2; choose another --out" in err
+
+
 def exported_model(tmp_path, *, seed: int = 0) -> Path:
     """A Hugging Face folder of 320 positions, not trained."""
     tokenizer = make_tokenizer()

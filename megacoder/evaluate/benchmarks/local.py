@@ -9,7 +9,6 @@ import torch
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from megacoder.evaluate.benchmarks.base import Task
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.chat import chat_tokens
@@ -62,16 +61,14 @@ class LocalSource:
                 f"{self.decoding.max_new_tokens} new tokens leave no room for a prompt in the model's "
                 f"{self.model.config.max_position_embeddings} positions; lower --max-new-tokens"
             )
-        if any(request.task.suffix is not None for request in requests):
-            return [self._infilling(request.task, room) for request in requests]
+        sides = [(request.task.prompt, request.task.suffix) for request in requests if request.task.suffix is not None]
+        if sides:
+            return [infill_prompt(tokenizer, before, after, max_tokens=room).tokens for before, after in sides]
         frame = len(chat_tokens(tokenizer, [("user", "")])) if chat else 1
         texts = limited_texts(requests, count=count_with(tokenizer), frame=frame, room=room)
         if chat:
             return [chat_tokens(tokenizer, [("user", text)]) for text in texts]
         return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-
-    def _infilling(self, task: Task, room: int) -> list[int]:
-        return infill_prompt(self.tokenizer, task.prompt, task.suffix or "", max_tokens=room).tokens
 
 
 class TransformersSource:

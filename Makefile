@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml tools/constraints.txt $(wildcard csrc/cpp/* c
 
 .PHONY: quickstart test lint clean
 
-quickstart: $(VENV)/.installed  ## everything from sources on this machine to an infilling model; ARGS="--minutes 3"
+quickstart: $(VENV)/.installed  ## run the full pipeline on this machine, from its sources to a model that fills in; ARGS="--minutes 3"
 	$(PY) -m megacoder quickstart $(ARGS)
 
 test: lint  ## lint, types and all tests; PYTEST="-k fim" narrows
@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "megacoder: Python 3.11 or newer is needed, $(PYTHON) is older, or does not run; try: make PYTHON=python3.12 quickstart"; exit 1; }
+	  { echo "megacoder: needs Python 3.11 or newer; $(PYTHON) is older or does not run; try: make PYTHON=python3.12 quickstart"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "megacoder: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 
@@ -34,5 +34,5 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-clean:  ## removes what was built, not what was trained
+clean:  ## remove the environment and build outputs; keeps runs
 	rm -rf $(VENV) build *.egg-info megacoder/*.so

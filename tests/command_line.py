@@ -1,4 +1,4 @@
-"""megacoder's command line in this process, as a user meets it."""
+"""Runs megacoder's command line in this process and returns what a user sees."""
 
 from megacoder.cli.main import main
 

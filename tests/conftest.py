@@ -1,4 +1,9 @@
-"""Shared by all tests: two threads at most, so that results and time do not depend on the machine's size."""
+"""Shared by all tests: two threads at most, so that results and time do not depend on the machine's size.
+
+`tests/` and `tools/` are no packages: their modules import each other by bare name. pytest puts this folder on the path
+because this file lies in it, and `tools/` because pyproject.toml says so (`pythonpath`); a script run by its path has
+its own folder there.
+"""
 
 import os
 import signal

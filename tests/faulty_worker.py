@@ -1,5 +1,5 @@
-"""A rank that goes wrong: `faulty_worker.py FAULT RANK STEP PLACE ARGUMENTS...` is `python -m megacoder ARGUMENTS...`,
-but on that rank, when its journal says that it is at that step and place ('forward 2', 'reading data'), FAULT happens.
+"""A rank that fails: `faulty_worker.py FAULT RANK STEP PLACE ARGUMENTS...` is `python -m megacoder ARGUMENTS...`, but
+FAULT happens on that rank when its journal is at that step and place ('forward 2', 'reading data').
 """
 
 import os

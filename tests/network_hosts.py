@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: network namespaces with their own addresses, names and links."""
+"""Several hosts on one machine: network namespaces with their own addresses, names and links."""
 
 import os
 import shutil

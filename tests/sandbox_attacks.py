@@ -1,7 +1,7 @@
-"""Programs that try to break out of the sandbox, take the machine down or pass without having earned it.
+"""Programs that try to break out of the sandbox, take the machine down or pass without solving anything.
 
 Each is a short Python program with the verdict that it must get. `BAIT` stands for facts of the host that a test fills
-in: a folder with a secret, ports and sockets that somebody listens at. An attack prints what it got hold of.
+in: a folder with a secret, ports and sockets with listeners. An attack prints what it got hold of.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and what MEGACODER_OPS may say."""
+"""Which implementation of an op runs, and which values MEGACODER_OPS accepts."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ def test_compiled_kernels_come_first_on_a_cpu():
         assert {candidates(op, "cpu", dtype)[0] for op, names in OPS.items() if "cpp" in names} == {"cpp"}
 
 
-def test_what_is_asked_for_runs_or_is_refused(asked):
+def test_the_requested_backend_runs_or_is_refused(asked):
     asked("rms_norm=torch")
     x, weight = torch.randn(3, 8), torch.randn(8)
     assert candidates("rms_norm", "cpu", torch.float32) == ("torch",)
@@ -89,7 +89,7 @@ FLASH3, FLASH4 = "flash_attn_interface", "flash_attn.cute.interface"
         ((8, 0), (FLASH3, FLASH4), ("flash", "torch")),
     ],
 )
-def test_optional_packages_serve_where_they_are_installed(capability, modules, attention, asked, monkeypatch):
+def test_optional_packages_are_used_if_installed(capability, modules, attention, asked, monkeypatch):
     asked("")
     pretend(monkeypatch, *modules, capability=capability)
     assert candidates("attention", "cuda", torch.bfloat16) == attention
@@ -98,7 +98,7 @@ def test_optional_packages_serve_where_they_are_installed(capability, modules, a
     assert candidates("weight_grad", "cuda", torch.bfloat16) == ("cublas", "apex", "torch")
 
 
-def test_a_package_that_was_asked_for_and_is_missing_is_named(asked, monkeypatch):
+def test_a_requested_but_missing_package_is_named(asked, monkeypatch):
     pretend(monkeypatch)
     asked("attention=flash4")
     with pytest.raises(ConfigError, match=r"attention=flash4: no module flash_attn\.cute\.interface"):
@@ -106,7 +106,7 @@ def test_a_package_that_was_asked_for_and_is_missing_is_named(asked, monkeypatch
 
 
 @pytest.mark.parametrize("error", ["ImportError('of another torch')", "AttributeError('broken')"])
-def test_a_broken_package_is_a_reason_and_no_error(error, tmp_path, monkeypatch):
+def test_a_broken_package_is_a_reason_not_an_error(error, tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text(f"raise {error}\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert backends._cannot_import("broken_package") == error.replace("('", ": ").replace("')", "")
@@ -114,7 +114,7 @@ def test_a_broken_package_is_a_reason_and_no_error(error, tmp_path, monkeypatch)
     assert backends._cannot_import("torch.nn.attention") is None
 
 
-def test_flash_kernels_are_put_behind_torch_s_ops_and_taken_away(monkeypatch):
+def test_flash_kernels_are_registered_behind_torchs_ops_and_removed(monkeypatch):
     calls = []
 
     class Handle:
@@ -150,7 +150,7 @@ def test_apex_adds_to_the_gradient(monkeypatch):
     assert not torch.equal(sums[0], before)
 
 
-def test_states_say_why():
+def test_op_states_give_their_reasons():
     states = op_states("cpu", torch.float32)
     assert {state.op for state in states} == OPS.keys()
     assert all(state.reason for state in states)

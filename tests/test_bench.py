@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: ranks that answer, fail and end; contenders that train; honest summaries."""
+"""The benchmarks' own machinery: ranks that answer, fail and exit; contenders that train; correct summaries."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def entry_of(row, name):
 
 
 @pytest.mark.parametrize("row", ["tp", "pp", "dp"])
-def test_ours_lowers_the_loss_and_the_limit_does_the_same_work_alone(row):
+def test_ours_lowers_the_loss_and_the_limit_does_the_same_work(row):
     ours = next(entry for entry in CONTENDERS if entry.row == row)
     with Ranks("contenders.megacoder", job_of(ours), size=2) as ranks:
         losses = [ranks.call().results for _ in range(3)]
@@ -73,7 +73,7 @@ def test_the_largest_batch_is_the_last_that_fits(fits, bend):
     assert len(tried) < 25
 
 
-def test_where_not_even_two_sequences_fit_is_an_error():
+def test_too_little_memory_for_two_sequences_is_an_error():
     with pytest.raises(ConfigError, match="two sequences do not fit"):
         largest_batch(lambda batch: 10 if batch == 1 else None, start=8, capacity=15)
 
@@ -101,7 +101,7 @@ def test_summary_compares_within_rounds():
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_published_idle_is_what_is_simulated_but_for_dualpipevs_blocks(name):
+def test_published_idle_equals_simulated_idle_except_for_dualpipev(name):
     schedule = build_schedule(name, num_ranks=4, num_microbatches=8)
     time = 1 / schedule.num_chunks
     stages = schedule.stage_map.num_stages

@@ -55,7 +55,7 @@ def test_a_range_is_its_boxes_end_to_end(case, data):
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 
-def test_a_range_of_a_matrix_is_head_rows_and_tail():
+def test_a_range_of_a_matrix_is_a_head_full_rows_and_a_tail():
     boxes = boxes_of_range(Box((10, 100), (6, 8)), 5, 35)
     assert [str(box) for box in boxes] == ["[10:11, 105:108]", "[11:14, 100:108]", "[14:15, 100:103]"]
 

@@ -1,4 +1,4 @@
-"""`megacoder checkpoint inspect` and `verify` as a person and a script meet them."""
+"""`megacoder checkpoint inspect` and `verify` as people and scripts use them."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
     assert code == 1
     assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
     assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
-    listed = "damaged, as listed above; put good copies of those files there, or move away what holds them"
+    listed = "damaged, as listed above; restore those files, or move the checkpoints that hold them away"
     assert err == f"megacoder: {root}: {listed}\n"
     assert run(capsys, "verify", root / "step-00000010")[0] == 1
 
@@ -88,21 +88,21 @@ def test_a_folder_without_checkpoints_exits_with_1(tmp_path, capsys, command):
     assert err.count("\n") == 1
 
 
-def test_what_is_no_checkpoint_is_not_called_damaged(tmp_path, capsys):
+def test_other_files_are_not_reported_as_damaged_checkpoints(tmp_path, capsys):
     (tmp_path / "corpus.json").touch()
     code, out, err = run(capsys, "verify", tmp_path)
     assert (code, out, err) == (1, "", f"megacoder: {tmp_path}: holds no complete checkpoint\n")
 
 
 @pytest.mark.parametrize("step", [15, -1])
-def test_a_step_that_is_not_there_names_those_that_are(root, capsys, step):
+def test_a_missing_step_names_the_existing_ones(root, capsys, step):
     code, _, err = run(capsys, "export", root, root / "hf", "--step", step)
     assert (code, err) == (1, f"megacoder: {root}: no checkpoint of step {step}; there are 10, 20\n")
     code, _, err = run(capsys, "export", root / "step-00000010", root / "hf", "--step", step)
     assert err.endswith(f"no checkpoint of step {step}; there are none\n")
 
 
-def test_of_many_steps_the_ends_are_named(tmp_path, capsys):
+def test_many_steps_are_named_by_their_range(tmp_path, capsys):
     for step in range(1, 12):
         (tmp_path / f"step-{step:08d}").mkdir()
     _, _, err = run(capsys, "export", tmp_path, tmp_path / "hf", "--step", 12)

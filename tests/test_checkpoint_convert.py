@@ -1,4 +1,4 @@
-"""`megacoder checkpoint reshard`, `export` and `import`: what comes out is what went in, and can be trained on."""
+"""`megacoder checkpoint reshard`, `export` and `import`: the output equals the input and can be trained on."""
 
 import dataclasses
 import json
@@ -19,8 +19,8 @@ from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
 
@@ -68,7 +68,7 @@ def save_as_is(world, config, source):
 @pytest.mark.parametrize(
     ("axes", "size"), [({"tp": 2, "pp": 2, "dp": 2}, 8), ({"tp": 4}, 4), ({"pp": 4}, 4), ({"cp": 2, "dp": 2}, 4)]
 )
-def test_resharded_files_are_those_that_a_run_in_that_layout_writes(ranks, case, capsys, axes, size):
+def test_resharded_files_equal_those_of_a_run_in_that_layout(ranks, case, capsys, axes, size):
     name = "-".join(f"{axis}{number}" for axis, number in axes.items())
     words = [word for axis, number in axes.items() for word in (f"--{axis}", number)]
     code, _, err = run(capsys, "reshard", case.folder / "run", case.folder / f"{name}-offline", *words)
@@ -232,7 +232,7 @@ def test_a_run_starts_from_another_in_any_layout_with_fresh_moments(ranks, case,
     assert CheckpointReader(config.output).state["num_updates"] == 0
 
 
-def test_rope_may_change_at_the_start_and_is_said(case, capsys):
+def test_a_change_of_rope_at_the_start_is_reported(case, capsys):
     config = config_of(case, "longer", init_from=case.folder / "run")
     model = dataclasses.replace(config.model, rope_factor=4.0, rope_theta=1e5, max_position_embeddings=128)
     Trainer(dataclasses.replace(config, model=model), ALONE).batches.close()
@@ -247,7 +247,7 @@ def test_rope_may_change_at_the_start_and_is_said(case, capsys):
         ({"num_hidden_layers": 4}, "was made with num_hidden_layers = 5, not 4"),
     ],
 )
-def test_another_model_is_no_start(case, changes, message):
+def test_another_model_is_not_a_valid_start(case, changes, message):
     config = config_of(case, "other", init_from=case.folder / "run")
     with pytest.raises(Exception, match=message) as caught:
         Trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)), ALONE)
@@ -263,7 +263,7 @@ def test_a_vocabulary_larger_than_the_tokenizer_needs_weights_to_start_from(case
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_conversions_write_over_nothing(case, folder, tmp_path, capsys, command):
+def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command):
     (tmp_path / "there").mkdir()
     source = folder if command == "import" else case.folder / "run"
     code, _, err = run(capsys, command, source, tmp_path / "there")
@@ -282,7 +282,7 @@ def test_an_architecture_of_another_kind_is_refused_by_name(folder, tmp_path, ca
     assert not (tmp_path / "start").exists()
 
 
-def test_weights_that_are_no_floats_are_refused(folder, tmp_path, capsys):
+def test_weights_that_are_not_floats_are_refused(folder, tmp_path, capsys):
     path = next(path for path in sorted(folder.glob("*.safetensors")) if "model.norm.weight" in load_file(path))
     save_file({**load_file(path), "model.norm.weight": torch.ones(32, dtype=torch.int8)}, path)
     code, _, err = run(capsys, "import", folder, tmp_path / "start")
@@ -310,7 +310,7 @@ def test_a_failure_does_not_remove_a_folder_that_was_there(case, capsys, tmp_pat
     assert os.listdir(tmp_path / "there") == []
 
 
-def test_an_imported_folder_is_no_runs_output(folder, case, tmp_path, capsys):
+def test_an_imported_folder_is_not_a_runs_output(folder, case, tmp_path, capsys):
     assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
     small, start = config_of(case, "unused"), load_toml(RunConfig, tmp_path / "start" / "train.toml")
     config = dataclasses.replace(small, output=tmp_path / "start", model=start.model)
@@ -330,7 +330,7 @@ def test_an_imported_folder_is_no_runs_output(folder, case, tmp_path, capsys):
         ({"model": {"tie_word_embeddings": True}}, r"made with tie_word_embeddings = False, not True"),
     ],
 )
-def test_without_run_toml_the_checkpoint_says_what_the_run_is(case, tmp_path, changes, message):
+def test_without_run_toml_the_checkpoint_describes_the_run(case, tmp_path, changes, message):
     config = dataclasses.replace(config_of(case, "x"), output=tmp_path / "run")
     shutil.copytree(case.folder / "run" / "checkpoints", config.output / "checkpoints")
     model = dataclasses.replace(config.model, **changes.get("model", {}))
@@ -342,7 +342,7 @@ def test_without_run_toml_the_checkpoint_says_what_the_run_is(case, tmp_path, ch
     trainer.batches.close()
 
 
-def test_tensors_that_a_run_would_leave_out_are_refused(case, tmp_path):
+def test_tensors_that_a_run_would_ignore_are_refused(case, tmp_path):
     """A head of its own, in the checkpoint of a model whose head is its embedding."""
     reader = CheckpointReader(case.folder / "run")
     state = json.loads(json.dumps(reader.state))
@@ -385,7 +385,7 @@ def test_tensors_of_another_model_are_refused(case, tmp_path, capsys, command, c
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_that_does_not_say_its_model_is_not_exported(tmp_path, capsys):
+def test_a_checkpoint_without_a_model_config_is_not_exported(tmp_path, capsys):
     reader_of = CheckpointReader(write_offline(
         tmp_path / "bare", 3, [[]], lambda fragments: iter(()), num_ranks=1, layout={}, state={}
     ))  # fmt: skip

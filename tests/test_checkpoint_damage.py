@@ -64,7 +64,7 @@ def assert_named(folder, tensors, path):
     assert str(caught.value).startswith(f"{path}: "), str(caught.value)
 
 
-def test_two_hundred_random_flips_are_named_by_verifying_and_by_loading(folder, tensors):
+def test_verifying_and_loading_name_two_hundred_random_flips(folder, tensors):
     rng = random.Random(0)
     paths = sorted(folder.iterdir())
     sizes = [path.stat().st_size for path in paths]

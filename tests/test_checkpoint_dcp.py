@@ -49,7 +49,7 @@ def sharded(ranks, tmp_path_factory):
     return folder, load_file(folder.with_suffix(".safetensors"))
 
 
-def test_what_ranks_of_torch_wrote_is_imported(sharded, tmp_path):
+def test_a_checkpoint_of_several_torch_ranks_is_imported(sharded, tmp_path):
     folder, tensors = sharded
     assert len(list(folder.glob("shard-*.safetensors"))) == 4
     import_folder(folder, tmp_path / "start")
@@ -105,7 +105,7 @@ def rewrite(path, *, metadata=None, change=lambda tensors: tensors):
         ({"DCP_SHARDING_INFO": json.dumps({"model.norm.weight": {"saved_offsets": ["x"]}})}, "does not say where"),
     ],
 )
-def test_metadata_that_says_nothing_is_refused(copy, metadata, message):
+def test_metadata_without_a_location_is_refused(copy, metadata, message):
     path = sorted(copy.glob("shard-*.safetensors"))[0]
     rewrite(path, metadata=metadata)
     with pytest.raises(FormatError, match=message) as caught:
@@ -113,7 +113,7 @@ def test_metadata_that_says_nothing_is_refused(copy, metadata, message):
     assert str(caught.value).startswith(str(path))
 
 
-def test_a_part_outside_its_tensor_and_no_safetensors_are_refused(copy):
+def test_a_part_outside_its_tensor_and_a_file_that_is_not_safetensors_are_refused(copy):
     path = sorted(copy.glob("shard-*.safetensors"))[0]
     offsets = {name: {"saved_offsets": [90] * tensor.dim()} for name, tensor in load_file(path).items()}
     rewrite(path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
@@ -134,7 +134,7 @@ def test_parts_of_several_dtypes_are_refused(copy):
         import_model(copy)
 
 
-def test_dcp_s_own_storage_is_refused_with_what_to_do(copy):
+def test_dcps_own_storage_is_refused_with_advice(copy):
     for path in copy.glob("shard-*.safetensors"):
         path.unlink()
     dcp.save({"w": torch.ones(2)}, checkpoint_id=str(copy))

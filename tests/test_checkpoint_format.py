@@ -75,13 +75,13 @@ def edit(folder, change):
     path.write_bytes(body + b'"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n')
 
 
-def test_the_example_in_the_format_is_what_is_written(folder):
+def test_the_formats_example_equals_what_is_written(folder):
     page = Path(manifest_module.__file__).with_name("FORMAT.md").read_text()
     example = page.split("```json\n")[1].split("```")[0]
     assert (folder / "manifest.json").read_text() == example
 
 
-def test_an_edit_that_changes_nothing_is_accepted(folder):
+def test_an_edit_without_effect_is_accepted(folder):
     before = (folder / "manifest.json").read_bytes()
     edit(folder, lambda table: None)
     assert (folder / "manifest.json").read_bytes() == before
@@ -152,7 +152,7 @@ def test_files_that_changed_places_are_named(folder):
     assert_refused(folder, folder / FIRST)
 
 
-def test_a_link_or_a_folder_in_a_files_place_is_refused(folder, tmp_path):
+def test_a_link_or_folder_instead_of_a_file_is_refused(folder, tmp_path):
     os.rename(folder / FIRST, tmp_path / "elsewhere")
     (folder / FIRST).symlink_to(tmp_path / "elsewhere")
     assert_refused(folder, folder / FIRST, "not a regular file")
@@ -165,7 +165,7 @@ def test_a_link_or_a_folder_in_a_files_place_is_refused(folder, tmp_path):
     assert_refused(folder, manifest, "not a regular file")
 
 
-def test_a_file_cut_off_after_its_size_was_seen_is_not_mapped(folder, monkeypatch):
+def test_a_file_truncated_after_stat_is_not_mapped(folder, monkeypatch):
     os.truncate(folder / FIRST, 100)
     monkeypatch.setattr(tensor_file_module, "size_fault", lambda path, size: None)
     monkeypatch.setattr("megacoder.checkpoint.folders.size_fault", lambda path, size: None)
@@ -264,7 +264,7 @@ def test_a_manifest_that_does_not_fit_its_files_names_the_file(folder, change):
         (b"abc", "its header would be"),
     ],
 )
-def test_a_file_that_is_no_safetensors_is_refused_even_with_the_right_checksum(folder, content, message):
+def test_a_file_that_is_not_safetensors_is_refused_even_with_the_right_checksum(folder, content, message):
     (folder / FIRST).write_bytes(content)
     sums = {"size": len(content), "crc32": [tensor_file_module.zlib.crc32(content)]}
     edit(folder, lambda table: table["files"].update({FIRST: sums}))
@@ -312,7 +312,7 @@ def test_only_blocks_that_are_read_are_checked_and_each_of_them_is(tmp_path, mon
     assert len(reader.verify()) == 1
 
 
-def test_data_is_cut_into_blocks_however_it_comes(tmp_path, monkeypatch):
+def test_data_is_cut_into_blocks_for_any_chunks_of_input(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file_module, "BLOCK_SIZE", 32)
     data = bytes(range(200))
     tensor = [StoredTensor("t", "U8", (200,))]

@@ -125,7 +125,7 @@ def fragment(name="matrix", kind="weight", shape=(9, 5), dtype=torch.float32):
         ({"dtype": torch.bfloat16}, "stored as F32; requested as BF16"),
     ],
 )
-def test_what_is_not_there_as_asked_is_named(tmp_path, asked, message):
+def test_a_missing_or_different_tensor_is_named(tmp_path, asked, message):
     save_as_ranks(tmp_path, 1, [whole_fragments(make_tensors())])
     with pytest.raises(CheckpointError, match=message):
         CheckpointReader(tmp_path).read(fragment(**asked))
@@ -159,7 +159,7 @@ def test_an_explicit_path_wins_over_latest(tmp_path):
 @pytest.mark.parametrize(
     "latest", ["step-00000001", "step-00000002", "step-00000003", "step-00000009", "../elsewhere", "/etc", "", None]
 )
-def test_the_newest_whole_one_is_taken_whatever_latest_says_and_that_is_said(tmp_path, latest, capsys):
+def test_the_newest_complete_checkpoint_is_used_and_reported_whatever_latest_says(tmp_path, latest, capsys):
     tensors = make_tensors()
     for step in (1, 2, 3):
         save_as_ranks(tmp_path, step, [whole_fragments(tensors)])
@@ -175,7 +175,7 @@ def test_the_newest_whole_one_is_taken_whatever_latest_says_and_that_is_said(tmp
     assert (named in said) == (latest not in (None, "step-00000002"))
 
 
-def test_no_checkpoint_is_said_so(tmp_path):
+def test_a_missing_checkpoint_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder of checkpoints"):
         CheckpointReader(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):

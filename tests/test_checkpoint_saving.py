@@ -1,4 +1,4 @@
-"""Saves that wait, fail, are killed or meet old ones: an earlier whole checkpoint is always there."""
+"""Saves that wait, fail, are killed or meet old ones: an earlier complete checkpoint always remains."""
 
 import ast
 import errno
@@ -30,7 +30,7 @@ from megacoder.checkpoint.rank_file import Fragment, Staging, live_bytes, plan_r
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.errors import CheckpointError, ConfigError
-from megacoder.parallel.collectives import start_world
+from megacoder.parallel.world import start_world
 
 SYNC, ASYNC = CheckpointConfig(asynchronous=False), CheckpointConfig()
 
@@ -73,7 +73,7 @@ def full_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [SYNC, ASYNC])
-def test_a_save_is_whole_and_alone_in_its_folder(tmp_path, config):
+def test_a_save_is_complete_and_alone_in_its_folder(tmp_path, config):
     tensors = make_tensors()
     writer = CheckpointWriter(tmp_path / "new" / "run", ALONE, config)
     assert save(writer, 1000, tensors, cursor=7) > 0
@@ -86,7 +86,7 @@ def test_a_save_is_whole_and_alone_in_its_folder(tmp_path, config):
     assert verify_checkpoint(root / "step-00001000") == []
 
 
-def test_what_changes_after_an_asynchronous_save_is_not_in_it(tmp_path, monkeypatch):
+def test_changes_after_an_asynchronous_save_are_not_in_it(tmp_path, monkeypatch):
     may_write = threading.Event()
     write = write_part
     monkeypatch.setattr(
@@ -274,7 +274,7 @@ def killed_at(operation, root, step, tensors):
 
 
 @pytest.mark.parametrize("step", [2, 1])
-def test_killed_anywhere_an_older_or_the_new_checkpoint_is_whole(tmp_path, step):
+def test_killed_anywhere_an_older_or_the_new_checkpoint_is_complete(tmp_path, step):
     """keep_last=1, so that there is nothing else to fall back to; step 1 again replaces the one that is there."""
     old, new = make_tensors(kinds=("weight",)), make_tensors(kinds=("weight",), seed=1)
     found = []
@@ -294,7 +294,7 @@ def test_killed_anywhere_an_older_or_the_new_checkpoint_is_whole(tmp_path, step)
     assert "old" not in found[found.index("new") + 1 :]
 
 
-def test_what_a_killed_run_left_is_removed_at_start_and_nothing_else(tmp_path):
+def test_only_leftovers_of_a_killed_run_are_removed_at_start(tmp_path):
     save_as_ranks(tmp_path, 1, [whole_fragments(make_tensors())])
     (tmp_path / "step-00000002.tmp-abc-0").mkdir()
     (tmp_path / "step-00000002.tmp-abc-0" / "rank-00000-of-00001.safetensors").write_bytes(b"half")
@@ -304,7 +304,7 @@ def test_what_a_killed_run_left_is_removed_at_start_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["config.toml", "latest", "step-00000001"]
 
 
-def test_latest_moves_back_from_nothing_whole(tmp_path):
+def test_latest_moves_back_only_from_a_broken_checkpoint(tmp_path):
     """A conversion or a writer that is late adds an earlier step; one that goes on from before a broken step must."""
     for step in (5, 3):
         save_as_ranks(tmp_path, step, [[]])
@@ -332,7 +332,7 @@ def refusing(function, name):
         ("rename", ".tmp-rotated", "older checkpoints were not removed: "),
     ],
 )
-def test_what_fails_once_a_checkpoint_is_there_is_no_failed_save(tmp_path, monkeypatch, capsys, operation, name, line):
+def test_an_error_after_a_complete_save_does_not_fail_it(tmp_path, monkeypatch, capsys, operation, name, line):
     tensors = make_tensors()
     writer = CheckpointWriter(tmp_path, ALONE, CheckpointConfig(keep_last=1))
     save(writer, 1, make_tensors(seed=1))
@@ -366,7 +366,7 @@ def test_rotation_keeps_the_last_and_every_so_many(tmp_path, keep_last, keep_eve
     assert names(tmp_path)[0] == "latest"
 
 
-def test_rotation_does_not_count_broken_ones_and_leaves_later_steps_alone(tmp_path):
+def test_rotation_ignores_broken_checkpoints_and_keeps_later_steps(tmp_path):
     for step in (10, 20, 30, 40, 90):
         save_as_ranks(tmp_path, step, [[]])
     (tmp_path / "step-00000030" / "manifest.json").unlink()

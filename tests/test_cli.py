@@ -1,4 +1,4 @@
-"""The command line: every command answers --help, mistakes are one line with the nearest right thing."""
+"""The command line: every command has --help; mistakes are one line that names the nearest valid word."""
 
 import contextlib
 import importlib
@@ -76,7 +76,7 @@ def test_an_unknown_command_names_the_nearest(word, hint, capsys):
     assert f"unknown command {word!r}; did you mean {hint!r}?" in err
 
 
-def test_what_all_ranks_meet_is_said_by_the_first_which_may_be_the_last_to_meet_it(monkeypatch, capsys):
+def test_an_error_of_all_ranks_is_reported_once_by_the_first(monkeypatch, capsys):
     class EndedByTorchrun(BaseException):
         pass
 
@@ -92,7 +92,7 @@ def test_what_all_ranks_meet_is_said_by_the_first_which_may_be_the_last_to_meet_
     assert "unknown command 'nonsense'" in run(["nonsense"], capsys)[2]
 
 
-def test_a_rank_speaks_for_itself_where_the_first_met_nothing(monkeypatch, capsys):
+def test_a_rank_reports_its_error_if_the_first_rank_has_none(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -122,7 +122,7 @@ def test_a_word_that_is_not_utf8_is_quoted(words, capsys):
 
 
 @pytest.mark.parametrize("told", [lambda: say("nonsense"), lambda: main(["nonsense"])], ids=["say", "an error"])
-def test_a_line_is_one_write_which_no_other_rank_can_part_from_its_end(told, monkeypatch):
+def test_a_line_is_written_at_once_with_its_line_break(told, monkeypatch):
     class Writes(io.StringIO):
         def write(self, text):
             written.append(text)
@@ -137,7 +137,7 @@ def test_a_line_is_one_write_which_no_other_rank_can_part_from_its_end(told, mon
     assert written[0].endswith("\n")
 
 
-def test_a_group_without_its_second_word_lists_them(capsys):
+def test_a_command_group_without_a_subcommand_lists_them(capsys):
     code, _, err = run(["eval"], capsys)
     assert code == 2
     assert "eval infill" in err

@@ -1,4 +1,4 @@
-"""Configuration: defaults, TOML, command line; every mistake is one line that names the nearest right thing."""
+"""Configuration: defaults, TOML, command line; every mistake is one line that names the nearest valid key or value."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +43,7 @@ class WithPositional:
     """target"""
 
 
-def test_what_must_be_given_is_named(tmp_path):
+def test_missing_required_options_are_named(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("steps = 3\n")
     with pytest.raises(ConfigError, match=r"run\.toml: name must be given$"):
@@ -108,7 +108,7 @@ def test_a_bad_command_line_is_one_line(argv, message):
         ("", "name"),
     ],
 )
-def test_a_bad_toml_file_is_one_line_that_names_the_file(tmp_path, text, message):
+def test_a_bad_toml_file_gives_one_line_that_names_it(tmp_path, text, message):
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -91,7 +91,7 @@ def test_paths_that_lead_out_are_recorded_and_lead_nowhere(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["t.tar", "z.zip"]
 
 
-def test_links_devices_and_names_taken_twice_are_recorded(tmp_path):
+def test_links_devices_and_duplicate_names_are_recorded(tmp_path):
     def change(info):
         kinds = {"link.py": tarfile.SYMTYPE, "hard.py": tarfile.LNKTYPE, "dev.py": tarfile.CHRTYPE}
         if info.name in kinds:
@@ -117,7 +117,7 @@ def test_names_that_are_not_utf8(tmp_path):
     assert read(tmp_path / "t.tar") == ({"a.py": "x"}, {"\\udcff.py": "name not printable"})
 
 
-def test_a_bomb_is_left_when_it_has_expanded_too_far(tmp_path, monkeypatch):
+def test_a_bomb_is_abandoned_at_the_expansion_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_EXPANSION_FLOOR", 1 << 20)
     files = {"a.py": b"x = 1\n", "zeros.bin": bytes(20 << 20), "z.py": b"z = 1\n"}
     (tmp_path / "t.tar.xz").write_bytes(lzma.compress(tar(files)))
@@ -156,7 +156,7 @@ def test_too_many_members(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tar.zst", "t.tar.xz", "t.tar.bz2", "z.zip"])
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
-def test_a_damaged_archive_is_recorded_and_what_came_before_is_kept(tmp_path, name, damage):
+def test_a_damaged_archive_is_recorded_and_its_earlier_files_are_kept(tmp_path, name, damage):
     files = {f"{index}.py": os.urandom(300).hex().encode() for index in range(30)}
     suffix = name[1:]
     whole = zipped(files) if suffix == ".zip" else COMPRESS[suffix](tar(files))

@@ -1,4 +1,4 @@
-"""The whole build: accounts that add up, the same output however it is made, and every way it can go wrong."""
+"""The whole build: counts that add up, the same output for any workers and order, and every failure."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def rows(out, part):
     return [row for path in sorted((out / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_what_comes_in_is_kept_or_dropped_by_count_and_by_bytes(repos, tmp_path):
+def test_documents_read_are_those_kept_plus_those_dropped(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path), quiet=True)
     accounts, out = report.accounts, tmp_path / "out"
     on_disk = [path.stat().st_size for path in repos.rglob("*") if path.is_file()]
@@ -108,7 +108,7 @@ def test_what_comes_in_is_kept_or_dropped_by_count_and_by_bytes(repos, tmp_path)
 
 
 @pytest.mark.parametrize("at_once", [1 << 20, 7])
-def test_a_copy_names_the_file_that_stays_however_the_digests_are_cut_up(repos, tmp_path, monkeypatch, at_once):
+def test_a_copy_names_the_kept_file_for_any_split_of_the_digests(repos, tmp_path, monkeypatch, at_once):
     monkeypatch.setattr("megacoder.corpus.dedup._RECORDS_AT_ONCE", at_once)
     near = NearDedupConfig(level="none")
     build_corpus(config(repos, tmp_path, near_dedup=near, shard_bytes=1, workers=1), quiet=True)
@@ -162,7 +162,7 @@ def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     assert not any(row["path"] == "copy.py" for row in kept)
 
 
-def test_held_out_repositories_are_whole(repos, tmp_path):
+def test_held_out_repositories_are_complete(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
     train, held = ({row["repo"] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout"))
     assert report.split_unit == "repository"
@@ -376,7 +376,7 @@ def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_pat
     assert tree(tmp_path / "out") == before
 
 
-def test_a_build_that_came_to_nothing_binds_nobody(repos, tmp_path):
+def test_a_build_that_wrote_nothing_allows_other_options(repos, tmp_path):
     write(tmp_path / "rows.jsonl", '{"content": "x = 1"}\n')
     with pytest.raises(ConfigError, match="known to hold the repo"):  # met before any task has ended
         build_corpus(config(repos, tmp_path, input=(tmp_path / "rows.jsonl",)), quiet=True)
@@ -387,7 +387,7 @@ def test_a_build_that_came_to_nothing_binds_nobody(repos, tmp_path):
         build_corpus(config(repos, tmp_path), quiet=True)
 
 
-def test_a_build_that_is_under_way_or_another_programs_settings_are_not_replaced(repos, tmp_path, monkeypatch):
+def test_a_running_build_and_another_programs_settings_are_not_replaced(repos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("megacoder.corpus.build.write_shard", _fail)
         with pytest.raises(RuntimeError):
@@ -427,7 +427,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(repos, tmp_path, monkey
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def test_where_everything_is_dropped_the_reasons_are_given_and_nothing_is_left(tmp_path):
+def test_a_build_that_drops_everything_gives_reasons_and_leaves_nothing(tmp_path):
     for index in range(3):
         write(tmp_path / f"repos/a/{index}.py", "1" * 50)
     write(tmp_path / "repos/a/notes.txt", "notes")
@@ -436,7 +436,7 @@ def test_where_everything_is_dropped_the_reasons_are_given_and_nothing_is_left(t
     assert not (tmp_path / "out").exists()
 
 
-def test_inputs_that_come_to_nothing_leave_a_finished_corpus_alone(repos, tmp_path):
+def test_empty_inputs_leave_a_finished_corpus_unchanged(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
     before = tree(tmp_path / "out")
     for path in repos.rglob("*"):

@@ -159,7 +159,7 @@ def test_bad_benchmarks_are_named(tmp_path, name, content, error, message):
             fingerprint(tmp_path / name)
 
 
-def test_the_stage_says_which_test_and_which_words(tmp_path):
+def test_the_stage_names_the_test_and_the_words(tmp_path):
     stage = Decontamination(benchmarks=(write_benchmark(tmp_path, "a.jsonl"),))
 
     def run(text):
@@ -202,7 +202,7 @@ def test_a_build_drops_contaminated_files_and_broken_ones(tmp_path):
     st.lists(st.lists(st.sampled_from(["a", "B", "c1", "\u00e9", "_"]), max_size=14), max_size=6),
     st.lists(st.sampled_from(["a", "B", "c1", "\u00e9", "_"]), max_size=400),
 )
-def test_the_kernel_finds_what_numpy_does(tests, words):
+def test_the_kernel_finds_the_same_as_numpy(tests, words):
     found, text = index(*map(" ".join, tests)), "-".join(words).encode()
     assert sorted(found.runs(text)) == sorted(found.reference_runs(text))
 

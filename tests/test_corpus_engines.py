@@ -76,7 +76,7 @@ def test_no_cluster_is_one_line(tmp_path, repos, capsys):
     assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
 
 
-def test_two_ray_hosts_of_which_one_dies(tmp_path, repos):
+def test_a_build_on_two_ray_hosts_survives_the_death_of_one(tmp_path, repos):
     pytest.importorskip("ray")
     need_namespaces()
     build(repos, tmp_path / "local", workers=1)

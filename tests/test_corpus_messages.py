@@ -1,4 +1,4 @@
-"""Tasks as JSON: what was written comes back, and nothing else is ever built."""
+"""Tasks as JSON: they round-trip, and no other type is ever instantiated."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from megacoder.corpus.messages import from_json, to_json
         range(2, 9, 3), Path("a/\udcff"), Counter(a=2), CorpusConfig(input=(Path("in"),), out=Path("out")),
     ],
 )  # fmt: skip
-def test_values_come_back_as_they_were(value):
+def test_values_round_trip(value):
     found = from_json(to_json(value))
     assert (type(found), found) == (type(value), value)
 
@@ -39,7 +39,7 @@ def test_errors_come_back_as_errors():
 
 
 @pytest.mark.parametrize("value", [print, object(), b"bytes", np.zeros(1, object)])
-def test_what_is_no_data_is_not_written(value):
+def test_values_that_are_not_data_are_not_written(value):
     with pytest.raises(TypeError, match="which is not plain data"):
         to_json(value)
 

@@ -1,4 +1,4 @@
-"""MinHash: the kernel equals its definition, that equals plain Python, and the estimate errs as theory says."""
+"""MinHash: the kernel equals its definition, that equals plain Python, and the estimate errs as theory predicts."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,7 +107,7 @@ def test_a_union_has_the_minimum_of_the_signatures():
 
 @pytest.mark.parametrize("size", [40, 1000])
 @pytest.mark.parametrize("jaccard", [0.3, 0.5, 0.7, 0.9])
-def test_the_estimate_errs_as_independent_hashes_would(size, jaccard):
+def test_the_estimate_errs_as_with_independent_hashes(size, jaccard):
     """Over 400 pairs of known similarity: no bias, the standard error of theory, and no heavy tail."""
     generator = np.random.default_rng(int(jaccard * 10) + size)
     common = round(2 * size * jaccard / (1 + jaccard))

@@ -1,4 +1,4 @@
-"""Near-dedup against exact similarity: planted copies go, nothing else does, whatever the shards and the engine."""
+"""Near-dedup against exact similarity: planted copies are removed and nothing else, for any shards and engine."""
 
 import itertools
 import random
@@ -77,7 +77,7 @@ def removed(out, level):
 
 
 @pytest.mark.parametrize("level", ["repository", "file"])
-def test_planted_copies_go_and_nothing_below_a_half_does(planted, tmp_path, level):
+def test_planted_copies_are_removed_and_nothing_below_one_half(planted, tmp_path, level):
     report = build(planted, tmp_path / "out", near_dedup=NearDedupConfig(level=level), shard_bytes=100_000)
     copies, sets = removed(tmp_path / "out", level), shingles_by_unit(planted, level)
     for copy, original in copies.items():
@@ -104,7 +104,7 @@ def test_the_result_depends_neither_on_shards_nor_on_workers_nor_on_ranges(plant
     assert {row["reason"] for row in one} == {"near copy of another repository", "near copy of another file"}
 
 
-def test_a_repository_is_dropped_whole_though_its_files_are_exact_copies(tmp_path):
+def test_a_repository_of_exact_copies_is_dropped_as_a_whole(tmp_path):
     generator = random.Random(1)
     for place in range(6):
         text = "\n".join(source(generator, 30)) + "\n"
@@ -116,7 +116,7 @@ def test_a_repository_is_dropped_whole_though_its_files_are_exact_copies(tmp_pat
     assert removed(tmp_path / "out", "repository") == {"original": "fork", "zfork": "fork"}
 
 
-def test_no_chain_removes_what_is_not_near_to_what_stays():
+def test_chains_remove_only_files_near_to_a_kept_one():
     def edges(*pairs):
         return np.array([(later, earlier, 0.8) for earlier, later in pairs], EDGE)
 

@@ -1,4 +1,4 @@
-"""The planted corpus: each of its files ends as it must, none vanishes, however the work is cut and shared out."""
+"""The planted corpus: every file has its expected outcome, for any shards and workers."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,7 +58,7 @@ def test_every_planted_file_ends_as_it_must_and_none_vanishes(planted, tmp_path)
     assert not list(root.parent.rglob("out.py"))
 
 
-def test_shards_change_neither_documents_nor_accounts(planted, tmp_path):
+def test_shards_change_neither_documents_nor_counts(planted, tmp_path):
     root, _ = planted
     found = []
     for shard_bytes in (16 << 20, 3000):

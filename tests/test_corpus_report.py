@@ -70,7 +70,7 @@ def as_json(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-def test_json_holds_the_accounts_and_what_was_found(corpus, capsys):
+def test_json_holds_the_counts_and_findings(corpus, capsys):
     plain, accounts = as_json(capsys, corpus), json.loads((corpus / "corpus.json").read_text())
     assert {name: plain[name] for name in accounts} == accounts
     assert sum(plain["language_shares"].values()) == pytest.approx(1)
@@ -87,7 +87,7 @@ def test_json_holds_the_accounts_and_what_was_found(corpus, capsys):
     ]  # fmt: skip
 
 
-def test_the_graph_is_that_of_the_imports_in_the_largest_repository(corpus, capsys):
+def test_the_graph_shows_the_imports_of_the_largest_repository(corpus, capsys):
     graph = as_json(capsys, corpus)["dependency_graph"]
     assert (graph["repository"], graph["alone"]) == ("app", 3)
     assert {tuple(edge) for edge in graph["depends_on"]} == EDGES
@@ -107,7 +107,7 @@ def page_of(corpus, tmp_path, *argv):
     return text, reader
 
 
-def test_the_page_says_it_all_and_fetches_nothing(corpus, tmp_path, capsys):
+def test_the_page_is_complete_and_fetches_nothing(corpus, tmp_path, capsys):
     main(["corpus", "report", str(corpus)])
     printed = capsys.readouterr().out
     text, reader = page_of(corpus, tmp_path)
@@ -126,7 +126,7 @@ def test_the_page_says_it_all_and_fetches_nothing(corpus, tmp_path, capsys):
     assert "No file depends on another." in page_of(corpus, tmp_path, "--repository", "scripts")[1].texts
 
 
-def test_what_was_not_looked_for_is_said(tmp_path):
+def test_searches_that_were_switched_off_are_reported(tmp_path):
     (tmp_path / "repos/r").mkdir(parents=True)
     (tmp_path / "repos/r/a.py").write_text(FILES["pkg/alone.py"])
     config = CorpusConfig(
@@ -221,7 +221,7 @@ def test_boxes_keep_apart_and_lines_run_to_the_right_between_their_ends(seed):
     assert drawing(names, list(reversed(edges)))[0] == boxes
 
 
-def test_the_lines_of_one_node_run_together_until_they_branch_off():
+def test_the_lines_of_a_node_share_a_path_until_they_branch():
     chain = [(index, index + 1) for index in range(5)]
     _, paths, _ = drawing("abcdef", [*chain, (0, 4), (0, 5), (5, 1), (5, 2)])
     bends = {path.find("title").text: re.findall(r"[\d.]+,[\d.]+ H", path.get("d")) for path in paths}

@@ -1,4 +1,4 @@
-"""Screening: broken files of every screened language are told from good ones; heuristics at their limits."""
+"""Screening: broken files of every screened language are distinguished from good ones; heuristics at their limits."""
 
 import random
 import re
@@ -135,7 +135,7 @@ def test_languages_can_be_switched_off_and_syntax_as_a_whole():
     assert reason("def f(:", "Python", syntax=False) is None
 
 
-def test_a_header_may_be_one_of_another_language_and_an_ending_chooses_the_grammar():
+def test_a_header_may_belong_to_another_language_and_its_extension_chooses_the_grammar():
     template = "template <class T> class A { T x; public: A(T y) : x(y) {} ~A() {} };\n"
     assert reason(template, "C", "a.h") is None
     assert parse(template, "C", "a.c").error_share > parse(template, "C", "a.h").error_share == 0
@@ -153,7 +153,7 @@ def test_python_is_judged_by_its_own_parser(text):
     assert found.detail.startswith("line 2: ")
 
 
-def test_the_error_share_counts_what_was_skipped_and_not_what_was_understood():
+def test_the_error_share_counts_only_skipped_text():
     good = "".join(f"int f{i}(int x) {{ return x + {i}; }}\n" for i in range(50))
     assert parse(good, "C", "a.c").error_share == 0
     one = parse(good.replace("return x + 7;", "return x @@@ 7;"), "C", "a.c")
@@ -163,7 +163,7 @@ def test_the_error_share_counts_what_was_skipped_and_not_what_was_understood():
 
 
 @pytest.mark.parametrize("broken", [1, 7, 40])
-def test_a_verdict_does_not_depend_on_where_the_parser_was_told_to_stop_looking(broken):
+def test_a_verdict_does_not_depend_on_the_parsers_early_stop(broken):
     lines = [f"int f{i}(int x) {{ return x {'@@@' if i < broken else '+'} {i}; }}\n" for i in range(50)]
     text = "".join(lines)
     exact = parse(text, "C", "a.c").error_share
@@ -206,7 +206,7 @@ def test_readability_at_its_limits():
     assert readability(names(generator, 199, 1), limits) is None  # too short to judge
 
 
-def test_one_endless_function_is_not_modular_but_one_that_holds_others_is():
+def test_one_long_function_is_not_modular_but_one_with_inner_functions_is():
     body = "".join(f"  value = value + {i};\n" for i in range(1200))
     assert reason(f"int f(int value) {{\n{body}  return value;\n}}\n", "C") == "one function over 90% of a long file"
     parts = "".join(f"  function f{i}(x) {{\n    x = x + {i};\n    return x;\n  }}\n" for i in range(400))
@@ -214,7 +214,7 @@ def test_one_endless_function_is_not_modular_but_one_that_holds_others_is():
     assert reason(f"int f(int value) {{\n{body[:20000]}}}\n", "C") is None  # under a thousand lines
 
 
-def test_a_compiler_decides_where_it_is_installed():
+def test_an_installed_compiler_decides():
     fine, broken = "echo ${a[@]}\n", "if then\n"
     assert accepts(fine, "Shell") is True
     assert accepts(broken, "Shell") is False
@@ -250,7 +250,7 @@ def own_lines(node, owner, found):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
-def test_modularity_sees_the_longest_function_wherever_it_hangs(share):
+def test_modularity_sees_the_longest_function_at_any_depth(share):
     generator = random.Random(share)
 
     def function(depth):

@@ -1,4 +1,4 @@
-"""Walking and reading: what is a repository, what is read, and the reason for everything that is not."""
+"""Walking and reading: what is a repository, what is read, and the reason for every skipped file."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ def test_every_file_is_a_document_or_has_a_reason(tmp_path):
     }  # fmt: skip
 
 
-def test_a_link_in_the_place_of_a_repository_is_not_followed(tmp_path):
+def test_a_link_instead_of_a_repository_is_not_followed(tmp_path):
     write(tmp_path / "elsewhere/a.py")
     (tmp_path / "repos").mkdir()
     (tmp_path / "repos/link").symlink_to(tmp_path / "elsewhere")
@@ -65,7 +65,7 @@ def test_a_link_in_the_place_of_a_repository_is_not_followed(tmp_path):
     assert read(repository) == ({}, {"link": "symbolic link"})
 
 
-def test_what_cannot_be_opened_or_listed_has_a_reason(tmp_path, monkeypatch):
+def test_unreadable_files_and_folders_have_a_reason(tmp_path, monkeypatch):
     write(tmp_path / "a.py")
     write(tmp_path / "secret.py")
     write(tmp_path / "closed/b.py")
@@ -89,7 +89,7 @@ def test_what_cannot_be_opened_or_listed_has_a_reason(tmp_path, monkeypatch):
     }
 
 
-def test_a_file_that_grows_past_the_limit_after_the_walk_is_not_read_whole(tmp_path, monkeypatch):
+def test_a_file_that_grows_past_the_limit_after_the_walk_is_not_read_fully(tmp_path, monkeypatch):
     write(tmp_path / "a.py", "x" * 2000)
     real = os.lstat
     shrunk = os.stat_result((*real(tmp_path / "a.py")[:6], 10, 0, 0, 0))
@@ -105,7 +105,7 @@ def test_only_selected_languages_are_read(tmp_path):
     assert drops == {"a.py": "language not selected"}
 
 
-def test_of_a_large_repository_whole_folders_are_drawn(tmp_path):
+def test_a_large_repository_is_sampled_by_whole_folders(tmp_path):
     for folder in "abcdefgh":
         for name in ("x.py", "y.py"):
             write(tmp_path / folder / name, "x" * 100)

@@ -12,7 +12,7 @@ from megacoder.corpus.split import SplitConfig, choose_heldout
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from("abcdef"), max_size=30), st.randoms())
-def test_dedup_finds_the_first_of_equal_texts_in_whatever_order_they_come(texts, generator):
+def test_dedup_keeps_the_first_of_equal_texts_in_any_order(texts, generator):
     expected = [(place, texts.index(text)) for place, text in enumerate(texts) if texts.index(text) < place]
     places = list(range(len(texts)))
     generator.shuffle(places)
@@ -22,7 +22,7 @@ def test_dedup_finds_the_first_of_equal_texts_in_whatever_order_they_come(texts,
     assert sorted(copies_among(records, np.array(places, np.int64)).tolist()) == expected
 
 
-def test_records_of_which_half_the_digest_is_equal_are_no_copies():
+def test_records_with_half_of_the_digest_equal_are_not_copies():
     records = np.array([(1, 1, 0), (1, 2, 1), (2, 1, 2), (1, 1, 3)], RECORD)
     assert copies_among(records, np.arange(4)).tolist() == [(3, 0)]
 
@@ -55,7 +55,7 @@ def test_the_target_is_met_and_no_large_repository_fills_it():
     assert len(choose_heldout(sizes, SplitConfig(fraction=0.05, max_bytes=2500))) == 2
 
 
-def test_where_all_are_larger_than_the_target_the_smallest_is_held_out():
+def test_the_smallest_is_held_out_if_all_exceed_the_target():
     assert choose_heldout({"a": 100, "b": 90, "c": 110}, SplitConfig(fraction=0.05)) == {"b"}
 
 

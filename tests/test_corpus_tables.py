@@ -1,4 +1,4 @@
-"""Tables as input: repositories gathered from anywhere in them, the same however they are split."""
+"""Tables as input: repositories gathered from rows anywhere in them, for any split."""
 
 import gzip
 import json
@@ -131,7 +131,7 @@ def test_columns_can_be_named_and_must_be_there(tmp_path):
     assert report.accounts.kept.files == 1
 
 
-def test_a_table_that_is_none_is_named(tmp_path):
+def test_a_file_that_is_not_a_table_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"not a table")
     with pytest.raises(CorpusError, match=r"t\.parquet: not readable"):
         build([tmp_path / "t.parquet"], tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Counts over texts: the compiled ones equal the definition, character by character as Python has them."""
+"""Counts over texts: the compiled ones equal Python's definitions, character by character."""
 
 import sys
 
@@ -21,7 +21,7 @@ needs_build = pytest.mark.skipif(not hasattr(native(), "count_words"), reason="t
 ODD = "ab1_ .\n\r\t\x0b\x1c\x85\xa0é²½߀ـ\u0301\u2028中Ⅷ\U0001d400\U0001d7ce"  # every kind and width
 
 
-def test_what_is_counted():
+def test_lines_and_words_are_counted():
     assert line_counts("ab\r\ncde\r\n\n1") == LineCounts(lines=4, longest=3, in_lines=6, letters=5)
     assert line_counts("") == LineCounts(lines=0, longest=0, in_lines=0, letters=0)
     found = word_counts("abc x_1 x_1 1.5e3 é \n  abc\nabc  \n\n")
@@ -37,7 +37,7 @@ def test_the_kernels_equal_the_definition(text):
 
 
 @needs_build
-def test_every_character_is_what_python_takes_it_for():
+def test_every_character_is_classified_as_python_does():
     for start in range(0, sys.maxunicode + 1, 1 << 12):
         surrogates = range(0xD800, 0xE000)  # no text holds one
         text = "\n".join(chr(code) for code in range(start, start + (1 << 12)) if code not in surrogates)

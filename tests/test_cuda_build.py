@@ -192,7 +192,7 @@ def test_a_build_without_nvcc_says_so_in_one_line(tmp_path):
     assert "no nvcc on PATH or in $CUDA_HOME/bin" in lines[0]
 
 
-def test_a_failing_nvcc_says_so_in_one_line_and_the_build_goes_on(tmp_path):
+def test_a_failing_nvcc_is_one_line_and_the_build_continues(tmp_path):
     pytest.importorskip("setuptools")
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()

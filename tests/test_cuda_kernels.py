@@ -1,7 +1,7 @@
 """Every CUDA launcher against a plain fp64 or torch reference: odd sizes, unaligned starts, nothing at all, poison.
 
-Buffers are views into larger ones, so that a write outside them is seen. Runs where there is a GPU and the kernels are
-built; that they compile, and into what, tests/test_cuda_build.py checks anywhere.
+Buffers are views into larger ones, so that a write outside them is noticed. Runs where there is a GPU and the kernels
+are built; tests/test_cuda_build.py checks on any machine that they compile, and to what.
 """
 
 import math
@@ -314,7 +314,7 @@ def test_cast_transpose(shape, dtype, offset, amax):
         buffer.assert_margins_untouched()
 
 
-def test_cast_transpose_refuses_what_is_not_fp8():
+def test_cast_transpose_refuses_other_dtypes():
     x = torch.zeros(16, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match=r"not torch\.bfloat16"):
         cast_transpose(x, scalar(1.0, torch.float32), x.clone(), x.clone(), scalar(1.0, torch.float32))

@@ -1,4 +1,4 @@
-"""What reaches the data path damaged: the same tokens, or one clear line; never a crash, never half a dataset."""
+"""Damaged inputs of the data path give the same tokens or one clear line; never a crash or half a dataset."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def config_of(folder, *inputs, output="set", **options):
     )  # fmt: skip
 
 
-def test_a_thousand_flipped_bytes_change_nothing_unnoticed(made, tmp_path):
+def test_a_thousand_flipped_bytes_are_all_noticed(made, tmp_path):
     """Opening, every access and the report either give what was written or end with an error of ours."""
     prefix, generator = tmp_path / "set", random.Random(0)
     whole = {path: path(made / "set").read_bytes() for path in (bin_path, idx_path)}
@@ -82,7 +82,7 @@ def decoded_or_refused(config):
     return len(report["beginnings"]) == 12 or pytest.fail(str(report))
 
 
-def test_the_whole_pair_is_verified_and_one_without_checksum_is_said(made, tmp_path):
+def test_bin_and_idx_are_verified_and_a_missing_checksum_is_reported(made, tmp_path):
     assert inspect(InspectConfig(prefix=made / "set", verify=True))["checksum"] == "as it was written"
     with IndexedDatasetWriter(tmp_path / "plain", dtype=np.uint16) as writer:
         writer.add_document([np.arange(3)])
@@ -90,7 +90,7 @@ def test_the_whole_pair_is_verified_and_one_without_checksum_is_said(made, tmp_p
         inspect(InspectConfig(prefix=tmp_path / "plain", verify=True))
 
 
-def test_a_merge_of_parts_is_the_whole(made, tmp_path, capsys):
+def test_merged_parts_equal_the_undivided_dataset(made, tmp_path, capsys):
     rows = (made / "in.jsonl").read_text().splitlines(keepends=True)
     for name, some in (("a", rows[:10]), ("b", rows[10:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
@@ -124,7 +124,7 @@ def test_parts_that_do_not_belong_together_are_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_one_line_of_megabytes_and_nul_bytes_are_encoded_whole(made, tmp_path, suffix):
+def test_one_line_of_megabytes_and_nul_bytes_are_encoded_completely(made, tmp_path, suffix):
     texts = ["f(x)=1;\x00" * 300_000, "\x00" * 1000, "a\x00b"]
     path = tmp_path / f"in{suffix}"
     if suffix == ".parquet":
@@ -137,7 +137,7 @@ def test_one_line_of_megabytes_and_nul_bytes_are_encoded_whole(made, tmp_path, s
     assert decoded == texts
 
 
-def test_a_minified_file_costs_fill_in_the_middle_its_cuts_alone(made, tmp_path, monkeypatch):
+def test_fill_in_the_middle_encodes_only_around_the_cuts_of_a_minified_file(made, tmp_path, monkeypatch):
     text = " ".join("".join(source_texts()).split())[:1_100_000]  # one line, more than is encoded at once
     write_jsonl(tmp_path / "in.jsonl", [{"content": text}])
     preprocess(config_of(made, tmp_path / "in.jsonl", output=tmp_path / "set", encoder="auto"))
@@ -201,7 +201,7 @@ def test_a_shard_that_vanished_is_named(made, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ids_of_another_vocabulary_are_said_not_decoded(made, tmp_path, capsys):
+def test_ids_of_another_vocabulary_are_reported_not_decoded(made, tmp_path, capsys):
     with IndexedDatasetWriter(tmp_path / "set", dtype=np.uint16) as writer:
         writer.add_document([np.array([1, 60_000])])
     with pytest.raises(SystemExit):

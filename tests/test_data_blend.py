@@ -1,4 +1,4 @@
-"""Blending: exact shares in the long run, and close to them all the way; what a stream takes from which dataset."""
+"""Blending: shares are exact in the long run and close at every step; which dataset a stream draws from."""
 
 from collections import Counter
 from fractions import Fraction
@@ -58,6 +58,6 @@ def test_streams_together_keep_the_shares_in_every_prefix_and_batch(weights):
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.0], [1, -1], [float("nan")], [float("inf"), 1], []])
-def test_weights_that_are_none_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(ConfigError, match=r"positive number|0 weights"):
         blend_table(weights)

@@ -1,4 +1,4 @@
-"""What a run sees, as digests: the same on any ranks, after resuming, and of a run that is made longer."""
+"""Digests of the data that a run reads: the same for any number of ranks, after resuming, and for an extended run."""
 
 import json
 
@@ -72,7 +72,7 @@ def longer(case):
     return "longer"
 
 
-def test_megatrons_order_is_dealt_anew_by_a_longer_run(case, capsys):
+def test_a_longer_run_reshuffles_megatrons_order(case, capsys):
     """Which is what the keyed order ends; with the samples of the old run it stays."""
     words = words_of(case, "megatron")
     short = digests(case, capsys, *words)
@@ -96,7 +96,7 @@ def test_a_blend_of_different_tokenizers_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("steps", ["0:3", "3:2", "1-2", "", ":4", "-1:2"])
-def test_steps_that_are_none_are_refused(case, steps):
+def test_invalid_steps_are_refused(case, steps):
     with pytest.raises(ConfigError, match="expected A:B"):
         main([str(case.toml("steps")), f"--steps={steps}"])
 
@@ -104,9 +104,9 @@ def test_steps_that_are_none_are_refused(case, steps):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.weights", "1", "1"], r"data.weights = \[1.0, 1.0\]: one for each of the 1"),
+        (["--data.weights", "1", "1"], r"data.weights = \[1.0, 1.0\]: give one for each of the 1"),
         (["--data.weights", "0"], r"0.0 is not a positive number"),
-        (["--data.fim-rates", "1.5"], r"1.5 is no share"),
+        (["--data.fim-rates", "1.5"], r"1.5 is not between 0 and 1"),
         (["--dp", "3"], "global_batch_size 8: a multiple of the 3"),
         (["--dp", "0"], "dp = 0"),
         (["--data-workers", "-1"], "data_workers = -1"),
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(case, words, message):
         main([str(case.toml("mistakes")), "--steps", "1:2", *words])
 
 
-def test_a_runs_stream_is_the_one_that_is_digested(case, capsys):
+def test_the_digested_stream_is_the_runs_stream(case, capsys):
     """The command opens the data as training does."""
     config = case.config("same")
     stream = open_stream(config, load_tokenizer(config), dp_rank=0, dp_size=1)

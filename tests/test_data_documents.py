@@ -135,7 +135,7 @@ def test_missing_and_unknown_inputs_are_named(tmp_path):
         find_inputs([])
 
 
-def test_a_sample_keeps_to_its_budget_whatever_the_order(tmp_path):
+def test_a_sample_stays_within_its_budget_in_any_order(tmp_path):
     texts = [f"text number {index}" * (1 + index % 5) for index in range(300)]
     first = write_jsonl(tmp_path / "1.jsonl", [{"content": text} for text in [*texts, *texts[:50]]])
     second = write_jsonl(tmp_path / "2.jsonl", [{"content": text} for text in texts[:150]])
@@ -204,7 +204,7 @@ def test_checksums_of_parquet_pages_are_compared(tmp_path):
     "error",
     [pa.ArrowNotImplementedError("not\nimplemented"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")],
 )
-def test_what_arrow_raises_as_it_opens_a_file_is_one_line(tmp_path, monkeypatch, error):
+def test_errors_of_arrow_on_opening_a_file_are_one_line(tmp_path, monkeypatch, error):
     def refuse(*args, **options):
         raise error
 

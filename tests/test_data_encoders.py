@@ -1,4 +1,4 @@
-"""Encoders of many texts: fastokens only where it equals the reference, which serves where that gives up."""
+"""Encoders of many texts: fastokens only where it equals the reference, with the reference as fallback."""
 
 import importlib.util
 
@@ -25,7 +25,7 @@ def texts_apart(ids, counts):
     return [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])]
 
 
-def test_the_reference_gives_what_the_tokenizer_gives():
+def test_the_reference_encoder_equals_the_tokenizer():
     texts = [*NASTY_TEXTS, *source_texts(3)]
     ids, counts = reference_encoder(small_tokenizer())(texts)
     assert texts_apart(ids, counts) == [small_tokenizer().encode(text) for text in texts]
@@ -56,7 +56,7 @@ def wrong_encoder(replaced):
     return lambda tokenizer: lambda texts: encode([text.replace(replaced, "?") for text in texts])
 
 
-def test_the_check_meets_every_token_and_every_block():
+def test_the_encoder_check_covers_every_token_and_unicode_block():
     met = "\0".join(encoders._check_texts(small_tokenizer()))
     for text in [
         *SPECIAL_TOKENS.values(),
@@ -74,7 +74,7 @@ def test_the_check_meets_every_token_and_every_block():
 
 
 @has_fastokens
-def test_an_encoder_with_one_fault_does_not_serve(monkeypatch, capsys):
+def test_an_encoder_with_one_fault_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(encoders, "_fastokens", wrong_encoder("<｜fim▁hole｜>"))
     assert fast_encoder("auto", small_tokenizer(), threads=1) is None
     assert "encoding with tokenizers: fastokens gives different ids for " in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_an_encoder_with_one_fault_does_not_serve(monkeypatch, capsys):
         fast_encoder("fastokens", small_tokenizer(), threads=1)
 
 
-def test_an_encoder_that_is_not_there_is_said(monkeypatch, capsys):
+def test_a_missing_encoder_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
     assert fast_encoder("auto", small_tokenizer(), threads=1) is None
     assert r"not installed (pip install 'megacoder[fast]')" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def giving_up(monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [Panic("at a text"), ValueError("match limit exceeded")])
-def test_texts_at_which_it_gives_up_are_the_references(monkeypatch, error):
+def test_texts_that_fastokens_rejects_go_to_the_reference(monkeypatch, error):
     encode, handed = giving_up(monkeypatch, error)
     texts = ["abc", "bad", "", "x = 1\n"]
     assert texts_apart(*encode(texts)) == [small_tokenizer().encode(text) for text in texts]
@@ -130,7 +130,7 @@ OTHER_ERRORS = [KeyboardInterrupt(), SystemExit(), GeneratorExit(), MemoryError(
 
 
 @pytest.mark.parametrize("error", OTHER_ERRORS)
-def test_other_errors_are_nobodys_leave_to_go_on(monkeypatch, error):
+def test_other_errors_are_raised_without_fallback(monkeypatch, error):
     encode, handed = giving_up(monkeypatch, error)
     with pytest.raises(type(error)):
         encode(["abc", "bad"])
@@ -138,7 +138,7 @@ def test_other_errors_are_nobodys_leave_to_go_on(monkeypatch, error):
 
 
 @has_fastokens
-def test_a_panic_in_its_check_is_said(monkeypatch, capsys):
+def test_a_panic_in_the_check_is_reported(monkeypatch, capsys):
     def panics(tokenizer):
         raise Panic("index out of bounds")
 

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: equal to cutting and encoding the text in full, a function of its arguments, fair."""
+"""Fill-in-the-middle: equal to cutting and encoding the text in full, deterministic, unbiased."""
 
 import itertools
 
@@ -87,7 +87,7 @@ def test_spm_puts_prefix_and_middle_after_the_suffix():
     assert spm.tolist() == [begin, hole, *suffix, end, *prefix, *middle, tokenizer.eos_id]
 
 
-def test_result_depends_on_arguments_alone():
+def test_the_result_depends_only_on_the_arguments():
     ids, transform = ids_of(source_texts()[0]), fim()
     keys = [(epoch, file) for epoch in (0, 1) for file in (0, 1, 2**33)]
     forward = [transform(ids, epoch=epoch, file=file).tolist() for epoch, file in keys]
@@ -117,7 +117,7 @@ def test_an_empty_file_stays():
         assert fim()(ids, epoch=0, file=0) is ids
 
 
-def test_rates_are_kept():
+def test_fim_and_spm_rates_are_kept():
     """Binomial counts over 4,000 files, five standard deviations; a PSM example starts as SPM does 1 time in 150."""
     ids, transform = ids_of(source_texts()[0][:300]), fim(FimConfig(rate=0.3, spm_rate=0.2))
     begin, hole = small_tokenizer().fim_begin_id, small_tokenizer().fim_hole_id
@@ -233,7 +233,7 @@ def test_masked_spans_hide_their_share_and_do_not_touch(characters, density, spa
     assert len(spans) == min(max(round(hidden / span), 1), hidden, characters - hidden + 1)
 
 
-def test_a_masked_span_begins_everywhere_alike():
+def test_masked_span_starts_are_uniform():
     """Chi-square over the 7 places of a span of 2 characters in 8."""
     draws = 2000
     places = [int(masked_spans(8, density=0.25, span=2.0, key=key_of(key))[0, 0]) for key in range(draws)]
@@ -262,7 +262,7 @@ def test_kinds_share_the_transformed_files():
         (";; e.el", "e.el"), ("import os.path", ""), ("", ""), ("# " + "x" * 900, ""),
     ],
 )  # fmt: skip
-def test_a_files_name_is_read_off_its_path_comment(header, name):
+def test_a_file_name_is_read_from_its_path_comment(header, name):
     assert fim()._name(ids_of(f"{header}\nx = 1\n")) == name
 
 
@@ -313,6 +313,6 @@ def test_a_part_of_no_tokens_is_refused():
         ({"msp_span": float("nan")}, "fim.msp_span = nan"),
     ],
 )
-def test_masks_that_cannot_be_are_refused(options, message):
+def test_impossible_masks_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         FimConfig(**options)

@@ -29,7 +29,7 @@ def golden(tmp_path):
     return write(tmp_path / "golden", [[document] for document in GOLDEN])
 
 
-def test_bytes_are_megatrons(golden):
+def test_bytes_equal_megatrons(golden):
     index = idx_path(golden).read_bytes()
     assert len(index) == 142
     assert index[:34].hex() == "4d4d4944494458000001000000000000000805000000000000000600000000000000"
@@ -37,7 +37,7 @@ def test_bytes_are_megatrons(golden):
     assert hashlib.md5(bin_path(golden).read_bytes()).hexdigest() == "4ceb0b8bc81e9ae61de7d066845e8f30"
 
 
-def test_only_the_pair_remains(golden, tmp_path):
+def test_only_the_bin_and_idx_files_remain(golden, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"golden.bin", "golden.idx"}
 
 
@@ -50,7 +50,7 @@ documents_of_sequences = st.lists(st.lists(st.lists(st.integers(0, 127), max_siz
 
 @settings(max_examples=60, deadline=None)
 @given(documents_of_sequences, st.sampled_from([np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64]))
-def test_what_was_written_is_read(tmp_path_factory, documents, dtype):
+def test_data_reads_back_as_written(tmp_path_factory, documents, dtype):
     dataset = IndexedDataset(write(tmp_path_factory.mktemp("any") / "set", documents, dtype))
     assert dataset.dtype == dtype
     assert dataset.num_documents == len(documents)
@@ -188,7 +188,7 @@ def test_a_missing_file_is_named(golden, missing):
 
 
 @pytest.mark.skipif(native() is None, reason="the kernels are not built")
-def test_the_compiled_checks_say_what_the_reference_says(tmp_path, monkeypatch):
+def test_the_compiled_checks_agree_with_the_reference(tmp_path, monkeypatch):
     prefix, count = tmp_path / "many", 3 * (1 << 15) + 17
     with IndexedDatasetWriter(prefix, dtype=np.dtype(np.uint16)) as writer:
         writer.add_documents(np.full(count, 7, np.uint16), np.ones(count, np.int64), np.ones(count, np.int64))

@@ -1,4 +1,4 @@
-"""Our files read by megatron-core's IndexedDataset, its builder's by ours: equal bytes, equal documents."""
+"""megatron-core's IndexedDataset reads our files and we read its builder's: equal bytes, equal documents."""
 
 import importlib.util
 import itertools
@@ -87,12 +87,12 @@ small = st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=4), max_size=
 @example([[[]]], np.int32)
 @example([[[7]]], np.uint16)
 @example([[], [[1]], []], np.int32)
-def test_any_shape_both_ways(megatron, tmp_path_factory, documents, dtype):
+def test_any_shape_reads_back_in_both_libraries(megatron, tmp_path_factory, documents, dtype):
     arrays = [[np.array(sequence, dtype) for sequence in sequences] for sequences in documents]
     check_both_ways(megatron, tmp_path_factory.mktemp("pair"), arrays, dtype)
 
 
-def test_merged_parts_are_what_their_builder_merges(megatron, tmp_path):
+def test_merged_parts_equal_those_of_megatrons_builder(megatron, tmp_path):
     parts = [tmp_path / f"part{index}" for index in range(3)]
     for seed, part in enumerate(parts):
         write_ours(part, random_documents(seed, np.uint16), np.uint16)

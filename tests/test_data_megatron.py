@@ -1,4 +1,4 @@
-"""Megatron's order: golden values made with its own code, and megatron-core's functions themselves beside ours."""
+"""Megatron's order: golden values made with its own code, and ours compared with megatron-core's functions."""
 
 import ast
 import importlib.util
@@ -89,7 +89,7 @@ def test_golden_blend():
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_order_is_megatrons(theirs, data):
+def test_any_order_equals_megatrons(theirs, data):
     """Empty sequences, several epochs, a last one apart or not, parts of the sequences."""
     lengths = np.array(data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=30)), dtype=np.int32)
     sequences = np.arange(data.draw(st.integers(1, len(lengths))), dtype=np.int32)
@@ -123,7 +123,7 @@ def test_a_last_epoch_is_kept_apart_below_four_fifths(theirs):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=7), st.integers(0, 400))
-def test_any_blend_is_megatrons(theirs, weights, size):
+def test_any_blend_equals_megatrons(theirs, weights, size):
     weights = normalized(normalized(weights))
     datasets, numbers = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
     theirs.helpers.build_blending_indices(datasets, numbers, weights, len(weights), size, False)
@@ -190,7 +190,7 @@ def test_datasets_without_weights_are_blended_by_their_samples(datasets):
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_ranks_share_megatrons_batches_and_go_on_anywhere(datasets, dp_size):
+def test_ranks_share_megatrons_batches_and_resume_anywhere(datasets, dp_size):
     alone = stream(datasets, num_samples=24, batch=4, weights=[1, 1])
     whole = [alone.next_batch().tokens for _ in range(5)]
     ranks = [
@@ -204,7 +204,7 @@ def test_ranks_share_megatrons_batches_and_go_on_anywhere(datasets, dp_size):
     assert torch.equal(torch.cat([*first, *(resumed.next_batch().tokens for _ in range(3))]), torch.cat(whole))
 
 
-def test_a_run_goes_on_where_megatrons_stopped(datasets):
+def test_a_run_resumes_from_megatrons_position(datasets):
     moved = MegatronConfig(num_samples=24, consumed_samples=8)
     tail = stream(datasets, num_samples=1, batch=4, weights=[1, 1], megatron=moved)
     whole = stream(datasets, num_samples=24, batch=4, weights=[1, 1])
@@ -242,7 +242,7 @@ def test_samples_that_are_used_up_are_an_error(datasets):
         ({"dp_size": 2, "batch": 3}, "global_batch_size 3"),
     ],
 )
-def test_what_cannot_work_is_refused(datasets, options, message):
+def test_streams_that_cannot_work_are_refused(datasets, options, message):
     with pytest.raises((ConfigError, DataError), match=message):
         stream(datasets, **options)
 
@@ -250,7 +250,7 @@ def test_what_cannot_work_is_refused(datasets, options, message):
 @pytest.mark.parametrize(
     "options", [{"num_samples": 0}, {"consumed_samples": -1}, {"split": ()}, {"split": (0.0, 1.0)}, {"split": (-1.0,)}]
 )
-def test_settings_that_cannot_be_are_refused(options):
+def test_impossible_settings_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         MegatronConfig(**options)
 

@@ -122,7 +122,7 @@ def test_best_fit_resumes_inside_a_group(dataset):
             assert torch.equal(found.starts, batch.starts)
 
 
-def test_labels_cross_documents_where_asked(dataset):
+def test_labels_cross_documents_on_request(dataset):
     within, across = stream(dataset), stream(dataset, train_across_documents=True)
     eos = small_tokenizer().eos_id
     for _ in range(4):
@@ -134,7 +134,7 @@ def test_labels_cross_documents_where_asked(dataset):
         assert torch.equal(first.labels[~ends], second.labels[~ends])
 
 
-def test_edges_are_the_documents_where_nothing_marks_them(tmp_path):
+def test_documents_begin_correctly_without_bos_and_eos(tmp_path):
     """Neither BOS nor EOS, first files that are empty: documents still begin where they begin."""
     with IndexedDatasetWriter(tmp_path / "set", dtype=np.uint16) as writer:
         for number in range(8):

@@ -1,4 +1,4 @@
-"""A relative name with a colon is the name of a file, wherever Parquet is read or written, and no address."""
+"""A relative name with a colon is a file name, not a URL, wherever Parquet is read or written."""
 
 import re
 from pathlib import Path

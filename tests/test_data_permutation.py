@@ -1,4 +1,4 @@
-"""The keyed order: a bijection for every size, another one for every key, uniform."""
+"""The keyed order: a bijection for every size, different for every key, uniform."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from megacoder.data.permutation import permute
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1023, 4096, 4097, 100_003])
-def test_every_item_comes_once(n):
+def test_every_item_appears_once(n):
     order = permute(np.arange(n), n, seed=1, epoch=0)
     assert np.array_equal(np.sort(order), np.arange(n))
 

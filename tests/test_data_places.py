@@ -1,4 +1,4 @@
-"""Places where text can be cut: found in text and between ids, and no id notices."""
+"""Places where text can be cut, found in text and between ids, without a change of any id."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def test_sources_may_be_cut_at_their_borders(text):
     assert_cut(text, PLACES.borders(np.array(small_tokenizer().encode(text), np.uint16)).tolist())
 
 
-def test_places_are_as_near_as_words():
+def test_places_are_as_dense_as_words():
     text = "for(var i=0;i<n;i++){total+=values[i]*weight_of(i)}"
     assert [match.end() for match in PLACES.pattern.finditer(text)] == [
         place for place in range(1, len(text))
@@ -69,7 +69,7 @@ def test_places_are_as_near_as_words():
         assert len(PLACES.borders(ids)) > len(ids) / 4
 
 
-def test_line_breaks_stand_alone():
+def test_line_breaks_are_tokens_of_their_own():
     ids = np.array(small_tokenizer().encode("é\n\r\n=\n"))
     borders = PLACES.borders(ids)
     for place in np.flatnonzero(np.isin(ids, [small_tokenizer().encode(character)[0] for character in "\r\n"])):
@@ -77,7 +77,7 @@ def test_line_breaks_stand_alone():
     assert PLACES.borders(np.empty(0, np.uint16)).tolist() == [0]
 
 
-def test_other_splits_are_cut_at_line_breaks_alone():
+def test_other_pre_tokenizers_are_cut_only_at_line_breaks():
     definition = json.loads(small_tokenizer().definition)
     del definition["pre_tokenizer"]["pretokenizers"][1:5]  # what keeps words and digits apart
     tokenizer = Tokenizer(json.dumps(definition))

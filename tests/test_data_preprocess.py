@@ -1,4 +1,4 @@
-"""Preprocessing: exact content, identical for any number of workers, resumed after a kill, refused where unfit."""
+"""Preprocessing: exact content, identical for any number of workers, resumed after a kill, unfit inputs rejected."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_damaged_part_is_made_again(corpus):
 
 
 @pytest.mark.parametrize(("workers", "encoder"), [(1, "tokenizers"), (2, "tokenizers"), (2, "auto")])
-def test_a_killed_run_goes_on(corpus, monkeypatch, workers, encoder):
+def test_a_killed_run_resumes(corpus, monkeypatch, workers, encoder):
     rows = [{"content": f"{index}\n{text}", "sample": index} for index, text in enumerate(source_texts(30))]
     write_jsonl(corpus / "in" / "z.jsonl", rows)
     command = [
@@ -268,7 +268,7 @@ def test_the_commands_from_files_to_a_report(corpus, capsys):
     assert "--- document 10\n" in capsys.readouterr().out
 
 
-def test_a_sample_too_small_for_the_vocabulary_is_said(corpus, capsys):
+def test_a_sample_too_small_for_the_vocabulary_is_reported(corpus, capsys):
     paths = ["--input", str(corpus / "in" / "a.jsonl"), "--output", str(corpus / "tok")]
     main(["tokenizer", "train", *paths, "--vocab-size", "30000"])
     assert "the sample yields only" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(sources, dp_size, num_strea
 
 
 @pytest.mark.parametrize("dp_size", [3, 6, 12])
-def test_any_number_of_ranks_that_divides_the_batch_will_do(sources, dp_size):
+def test_any_number_of_ranks_that_divides_the_batch_works(sources, dp_size):
     assert digests(ranks(sources, dp_size, batch=12), 8) == digests(ranks(sources, 1, batch=12), 8)
 
 
@@ -152,7 +152,7 @@ def test_no_token_is_lost_or_repeated_within_an_epoch(numbered, num_streams):
     assert len(places) >= min(num_streams, 8)
 
 
-def test_streams_of_few_documents_serve_each_once_in_an_epoch(tmp_path):
+def test_streams_of_few_documents_serve_each_once_per_epoch(tmp_path):
     """What is turned is of the first epoch: else documents of later ones would come before the last of this."""
     few = write(tmp_path / "few", [[[number] * 7] for number in range(100)])
     one = stream(few, num_streams=64, seq_length=9, batch=10, fim=NO_FIM)
@@ -170,7 +170,7 @@ def test_the_first_batches_are_like_the_others(numbered):
 
 
 @pytest.mark.parametrize("across", [False, True])
-def test_a_run_resumes_at_any_window_also_about_the_cut(numbered, across):
+def test_a_run_resumes_at_any_window_around_the_cut(numbered, across):
     options = {"num_streams": 4, "batch": 4, "seq_length": 11, "train_across_documents": across}
     whole = stream(numbered, **options)
     states, batches = [], []
@@ -228,7 +228,7 @@ def test_documents_hold_their_files_and_one_eos_at_the_end(sources):
     assert (tokenizer.eos_id, tokenizer.fim_begin_id) in pairs  # a further file of the same document
 
 
-def test_bos_can_be_left_out(numbered):
+def test_bos_can_be_omitted(numbered):
     tokenizer = small_tokenizer()
     batch = stream(numbered, add_bos=False, fim=NO_FIM).next_batch()
     assert (batch.tokens != tokenizer.bos_id).all()
@@ -250,7 +250,7 @@ def test_document_masks_say_where_documents_start_and_change_no_token(numbered):
         assert torch.equal(batch.starts, starts)
 
 
-def test_one_document_and_long_windows_will_do(tmp_path):
+def test_one_document_and_long_windows_work(tmp_path):
     one = write(tmp_path / "one", [[[1, 2, 3]]])
     tokenizer = small_tokenizer()
     batch = stream(one, batch=1, seq_length=12, fim=NO_FIM).next_batch()
@@ -417,14 +417,14 @@ def test_a_state_of_another_blend_is_refused(sources, numbered, change, message)
         stream([sources, numbered], **change).load_state_dict(state)
 
 
-def test_a_blend_that_lacks_numbers_is_refused(sources, numbered):
+def test_a_blend_with_missing_numbers_is_refused(sources, numbered):
     with pytest.raises(ConfigError, match=r"weights = \[1\]: one for each of the 2"):
         stream([sources, numbered], weights=[1])
     with pytest.raises(ConfigError, match=r"fim_rates = \[0.1\]: one for each of the 2"):
         stream([sources, numbered], fim_rates=[0.1])
 
 
-def test_datasets_of_a_blend_are_dealt_and_cut_each_in_its_own_way(numbered):
+def test_datasets_of_a_blend_are_dealt_and_cut_independently(numbered):
     """Else datasets of equal size would go through their documents in step, and cut them alike."""
     one = stream([numbered, numbered], weights=[1, 1], num_streams=1, batch=40, fim=NO_FIM)
     tokens = one.next_batch().tokens

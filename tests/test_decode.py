@@ -67,7 +67,7 @@ def test_steps_after_a_prompt_give_the_hidden_states_of_one_pass(changes, length
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_sequence_does_not_depend_on_its_company(backend, dtype):
+def test_a_sequence_does_not_depend_on_the_rest_of_the_batch(backend, dtype):
     if backend == "torch":
         pytest.skip("BLAS sums in another order for another number of rows")
     model, lengths = make_model(num_key_value_heads=2).to(dtype), [5, 11, 2, 11, 8, 1, 3]

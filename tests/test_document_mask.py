@@ -1,4 +1,4 @@
-"""The masks of packed documents as a ragged kernel is told them: pure arithmetic, held against the mask itself."""
+"""The masks of packed documents as a varlen kernel receives them: pure arithmetic, compared with the mask itself."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def first_keys_of(begins, query_start, length):
     query_start=st.integers(0, 20),
     length=st.integers(1, 12),
 )
-def test_the_pieces_see_what_the_mask_lets_be_seen(begins, query_start, length):
+def test_the_pieces_attend_as_the_mask_allows(begins, query_start, length):
     mask = DocumentMask(torch.stack([first_keys_of(own, query_start, length) for own in begins]), query_start)
     num_keys = query_start + length
     pieces = mask.pieces
@@ -56,11 +56,11 @@ def test_gradients_go_back_to_the_keys_they_are_of():
 
 
 @pytest.mark.parametrize(("first_keys", "token"), [([[0, 0, 1, 2]], 2), ([[2, 2, 2, 2]], 0), ([[0, 1, 0, 0]], 2)])
-def test_first_keys_that_are_no_documents_are_refused(first_keys, token):
+def test_first_keys_that_are_not_documents_are_refused(first_keys, token):
     with pytest.raises(ValueError, match=f"the first key of token {token} of sequence 0 is"):
         _ = DocumentMask(torch.tensor(first_keys)).pieces
 
 
-def test_a_mask_finds_its_pieces_once():
+def test_a_mask_computes_its_pieces_once():
     mask = DocumentMask(torch.zeros(1, 4, dtype=torch.int64))
     assert mask.pieces is mask.pieces

@@ -1,4 +1,4 @@
-"""Bits per byte: every text token is counted once, with context, beside xz and a unigram model of the same bytes."""
+"""Bits per byte: every text token is counted once, with context; xz and a unigram model on the same bytes."""
 
 import lzma
 import math
@@ -111,7 +111,7 @@ def score_on_rank(world, folder: str) -> float:
     return measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, window=64, quiet=True).model
 
 
-def test_two_ranks_that_share_a_model_measure_what_one_does(ranks, tmp_path):
+def test_two_ranks_that_share_a_model_measure_the_same_as_one(ranks, tmp_path):
     model = make_model(TOKENIZER)
     export_model(model, tmp_path / "hf")
     alone = measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, window=64, quiet=True).model

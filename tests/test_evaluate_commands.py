@@ -1,4 +1,4 @@
-"""The commands that run a model, from an exported folder to what they print, and one line for what cannot work."""
+"""The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_generate(home, capsys):
     assert (code, out) == (0, COMPLETION[1] + "\n")
 
 
-def test_generate_leaves_out_what_does_not_fit_and_says_so(home, capsys):
+def test_generate_skips_what_does_not_fit_and_says_so(home, capsys):
     prompt = "x = 1\n" * 100 + COMPLETION[0]
     code, _, err = run(capsys, "generate", "--model", home / "model", "--prompt", prompt, "--max-new-tokens", "8")
     assert code == 0
@@ -56,13 +56,13 @@ def test_a_short_model_answers_with_half_of_its_positions(home, capsys):
     for words, most in ((["generate", "--prompt", "x"], 62), (["infill", home / "gap.py"], 60)):
         code, _, err = run(capsys, *words, "--model", home / "short", "--max-new-tokens", most + 1)
         assert code == 2
-        assert f"--max-new-tokens {most + 1}: from 1 to {most}; the model has 64 positions" in err
+        assert f"--max-new-tokens {most + 1}: must be from 1 to {most}; the model has 64 positions" in err
     code, _, err = run(capsys, "generate", "--model", home / "short", "--max-new-tokens", 62, "--prompt", "x\nx")
     assert code == 0
-    assert "its first 1 line is left out" in err
+    assert "its first 1 line is dropped" in err
 
 
-def test_infill_a_mark_or_a_line(home, capsys):
+def test_infill_at_a_mark_or_at_a_line(home, capsys):
     marked, whole = home / "marked.py", home / "whole.py"
     marked.write_text(TASK.prefix + "<FILL>" + TASK.suffix)
     whole.write_text(TASK.prefix + "to be replaced" + TASK.suffix)
@@ -89,7 +89,7 @@ def test_eval_infill(home, capsys):
     assert "most frequent line" not in out
 
 
-def test_eval_infill_takes_a_published_set_by_the_value_of_data_alone(home, capsys):
+def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys):
     words = ["eval", "infill", "--model", home / "model", "--num-tasks", "1", "--json"]
     (home / "data").mkdir()
     code, out, err = run(capsys, *words, "--data", home / "heldout", "--out", home / "data" / "rows.jsonl")
@@ -141,10 +141,13 @@ def test_eval_perplexity(home, capsys):
         ("infill none.py --line 3 --model model", "--line 3: none.py has lines 1 to 2"),
         ("infill none.py --line 1 --model gone", "gone: no such folder"),
         ("infill none.py --line 1 --model heldout", "config.json: no such file"),
-        ("generate --model bare --prompt x", "bare: no tokenizer.json in it; name the folder of one with --tokenizer"),
+        (
+            "generate --model bare --prompt x",
+            "bare: no tokenizer.json in it; name a folder that has one with --tokenizer",
+        ),
         ("generate --model heldout --prompt x", "config.json: no such file; is heldout a model folder?"),
-        ("generate --model mixed --prompt x", "they do not belong together"),
-        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: from 1 to 318"),
+        ("generate --model mixed --prompt x", "use the tokenizer that the model was trained with"),
+        ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: must be from 1 to 318"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
         ("generate --model model", "--prompt"),

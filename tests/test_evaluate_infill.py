@@ -1,4 +1,4 @@
-"""Infilling: which lines are asked for, what the model sees, and how answers are scored."""
+"""Infilling: which lines are masked, what the model sees, and how answers are scored."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_an_overfitted_model_fills_in_the_lines_it_was_shown():
     assert summary.line_above.exact_match < 1.0
 
 
-def test_tasks_are_whole_code_lines_spread_over_the_files():
+def test_tasks_are_full_code_lines_spread_over_the_files():
     files = source_files()
     tasks = choose_tasks(files, num_tasks=5)
     assert len({(task.repo, task.path) for task in tasks}) == 3
@@ -143,7 +143,7 @@ SUFFIX = "\n" + FUNCTION.format(name="price") * 3
 ids = TOKENIZER
 
 
-def test_a_prompt_that_fits_is_whole():
+def test_a_prompt_that_fits_is_unchanged():
     prompt = infill_prompt(TOKENIZER, PREFIX, SUFFIX, max_tokens=10_000)
     assert prompt.num_dropped_lines == 0
     assert prompt.tokens == [

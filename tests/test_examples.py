@@ -1,4 +1,4 @@
-"""Every example would start: it parses, its numbers fit together, its shape and its figures are the published ones."""
+"""Every example could start: it parses, its numbers are consistent, its shape and figures are the published ones."""
 
 from pathlib import Path
 
@@ -74,7 +74,3 @@ def test_launch_scripts_name_recipes_that_are_there():
     named = {word for script in scripts for word in script.read_text().split() if word.endswith(".toml")}
     assert {word for word in named if word.startswith("examples/")} >= {"examples/pretrain_33b.toml"}
     assert all((FOLDER.parent / word).exists() for word in named if word.startswith("examples/"))
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) == 12

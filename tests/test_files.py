@@ -1,4 +1,4 @@
-"""Nothing half-written is ever left in place: full disks, crashes and interruptions keep the old content."""
+"""Atomic writes: full disks, crashes and interruptions keep the old content."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ def names(folder):
     return sorted(child.name for child in folder.iterdir())
 
 
-def test_write_replaces_whole_files(tmp_path):
+def test_a_write_replaces_the_entire_file(tmp_path):
     target = tmp_path / "deep" / "a.json"
     write_json(target, {"ü": 1})
     write_json(target, {"ü": 2})
@@ -52,7 +52,7 @@ def test_a_failed_fsync_keeps_the_old_file(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
+def test_folders_are_replaced_completely_or_not_at_all(tmp_path):
     target = tmp_path / "model"
     with replacing_dir(target) as temporary:
         (temporary / "one").write_text("1")
@@ -71,7 +71,7 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "a.json.tmp-123").write_text("half")
     (tmp_path / "model.tmp-9").mkdir()
     (tmp_path / "kept.json").write_text("{}")
@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert len(removed) == 2
 
 
-def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
     with exclusive(tmp_path, what="run"):
         holder = exclusive(tmp_path, what="run")
         with pytest.raises(MegacoderError, match="another run is working here"):

@@ -25,7 +25,7 @@ def ablation():
     return module
 
 
-def test_variants_differ_in_fill_in_the_middle_alone(ablation, tmp_path):
+def test_variants_differ_only_in_fill_in_the_middle(ablation, tmp_path):
     base = make_case(tmp_path).config("base")
     options = ablation.Options(out=tmp_path / "out", steps=8)
     configs = {name: to_dict(ablation.variant_config(base, name, options)) for name in ablation.VARIANTS}

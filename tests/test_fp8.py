@@ -1,7 +1,7 @@
-"""fp8 linears: casts, the three products, whole steps against fp64 and against autograd that rounds as they do.
+"""fp8 linears: casts, the three GEMMs, and full steps against fp64 and against autograd that rounds as they do.
 
 On a GPU that multiplies fp8 these run through its kernels, elsewhere through the emulation in torch, which is the
-reference. A step in fp8 is far from one in bf16, since each matrix is rounded to 3 or 4 digits; what can be asked is
+reference. A step in fp8 is far from one in bf16, since each matrix is rounded to 3 or 4 digits; the test is
 that it is no farther than any other step that rounds the same matrices.
 """
 
@@ -78,7 +78,7 @@ def test_a_cast_is_the_nearest_and_its_transpose(shape, dtype):
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 2.0**-101, 1e30])
-def test_nothing_is_too_small_or_too_large_for_a_scale(magnitude, dtype):
+def test_scales_cover_the_smallest_and_largest_values(magnitude, dtype):
     x = torch.zeros(16, 32, device=DEVICE, dtype=torch.bfloat16)
     x[3, 5] = -magnitude
     factor = fp8_cast(x, dtype)
@@ -90,7 +90,7 @@ def test_nothing_is_too_small_or_too_large_for_a_scale(magnitude, dtype):
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_what_is_not_finite_makes_all_products_nan(bad, dtype):
+def test_non_finite_inputs_make_all_gemms_nan(bad, dtype):
     x = randn(32, 48)
     x[7, 9] = bad
     factor, other = fp8_cast(x, dtype), fp8_cast(randn(16, 48, seed=1), E4M3)
@@ -108,7 +108,7 @@ def test_odd_sizes_are_refused_by_name(shape):
 
 
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(16, 16, 16), (48, 272, 144), (272, 80, 1040)])
-def test_the_three_products(tokens, inputs, outputs):
+def test_the_three_gemms(tokens, inputs, outputs):
     """Of the rounded matrices in fp64; sums in the tensor cores have 13 bits at the least, results in bf16 have 8."""
     x, weight = FP8.input(randn(tokens, inputs)), FP8.weight(randn(outputs, inputs, seed=1))
     grad = FP8.grad(randn(tokens, outputs, seed=2))
@@ -248,7 +248,7 @@ def unrounded_product(a, b, scales, *, dtype=torch.bfloat16, fast_sums):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.usefixtures("unrounded")
-def test_every_factor_is_where_it_belongs(recompute):
+def test_fp8_gradients_are_near_those_of_bf16(recompute):
     loss, model, _ = step(FP8, recompute=recompute)
     expected_loss, expected, _ = step(STORED)
     assert loss == pytest.approx(expected_loss, rel=2e-4)
@@ -256,7 +256,7 @@ def test_every_factor_is_where_it_belongs(recompute):
         assert (param.grad - other.grad).norm() <= 0.02 * other.grad.norm(), name
 
 
-def test_recomputing_and_postponing_change_no_bit(backend):
+def test_recomputing_and_postponed_weight_gradients_change_no_bit(backend):
     """Where swiglu's backward gives the forward's activation to the bit, which torch's path in bf16 does not; nor does
     cuDNN's backward add in the same order twice."""
     repeats = backend == "compiled" and DEVICE.type == "cpu"
@@ -305,7 +305,7 @@ def test_training_reaches_the_loss_of_bf16():
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("place", ["input_layernorm", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"])
-def test_an_update_from_what_is_not_finite_is_left_out(place, bad):
+def test_an_update_from_non_finite_gradients_is_skipped(place, bad):
     model = build(tiny())
     flat = FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=DEVICE)
     optimizer = Zero1AdamW(flat, None, AdamWConfig())
@@ -364,7 +364,7 @@ def test_two_ranks_equal_one(ranks, sequence_parallel, recompute, rounds):
 # Runs, and refusals
 
 
-def test_what_has_no_fp8_is_refused(asked):
+def test_settings_and_devices_without_fp8_are_refused(asked):
     fp8 = ExecutionConfig(fp8=True)
     with pytest.raises(ConfigError, match=r'execution\.fp8 = true needs execution.block = "scheduled"'):
         ExecutionConfig(fp8=True, block="plain")

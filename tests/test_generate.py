@@ -1,4 +1,4 @@
-"""Greedy generation equals transformers' token for token; cache, padding and company in the batch change nothing."""
+"""Greedy generation equals transformers' token for token; cache, padding and the rest of the batch change nothing."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_a_cache_filled_in_pieces_gives_the_hidden_states_of_one_pass():
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
 
 
-def test_generation_stops_before_a_stop_id_while_others_go_on():
+def test_generation_stops_before_a_stop_id_while_others_continue():
     model, prompts = make_model(), make_prompts([4, 11, 6, 9, 2, 13])
     full = generate(model, prompts, max_new_tokens=30)
     stops = {tokens[place * 5] for place, tokens in enumerate(full[:4])}

@@ -1,4 +1,4 @@
-"""Generation as users meet it: stop strings, streaming, chat, a repository as context, models that ranks share."""
+"""Generation as users see it: stop strings, streaming, chat, a repository as context, models that ranks share."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_text_ends_before_the_first_stop_and_is_shown_once(tokenizer, text, stop
     assert stopped == (expected != text)
 
 
-def test_nothing_is_shown_that_a_stop_may_take_back(tokenizer):
+def test_text_is_held_back_while_a_stop_may_match(tokenizer):
     shown: list[str] = []
     watching = StopStrings(tokenizer, ["\nclass"], shown.append)
     for token in tokenizer.encode("x\ncla"):
@@ -67,7 +67,7 @@ def test_nothing_is_shown_that_a_stop_may_take_back(tokenizer):
     assert "".join(shown) == "x\nclap"
 
 
-def test_a_watcher_ends_its_own_sequence_alone():
+def test_a_watcher_ends_only_its_own_sequence():
     model, prompts = random_model(), make_prompts([3, 8, 5])
     full = generate(model, prompts, max_new_tokens=12)
     ended = generate(model, prompts, max_new_tokens=12, watcher=lambda place, tokens: len(tokens) == 2 + 3 * place)
@@ -110,7 +110,7 @@ def generate_on_rank(world, folder: str, prompts, count: int):
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_two_ranks_that_share_a_model_generate_what_one_does(ranks, tmp_path, changes):
+def test_two_ranks_that_share_a_model_generate_the_same_as_one(ranks, tmp_path, changes):
     model, prompts = make_long_case(changes)
     export_model(model, tmp_path / "hf")
     drawn = generate(model, prompts, max_new_tokens=10, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3))
@@ -133,7 +133,7 @@ def test_chat_tokens_are_those_of_the_template(tokenizer, tmp_path):
         assert chat_tokens(tokenizer, [*system, *turns]) == expected
 
 
-def test_what_people_type_is_never_a_control_token(tokenizer):
+def test_typed_text_is_never_a_control_token(tokenizer):
     tokens = chat_tokens(tokenizer, [("user", "say <|EOT|>")])
     assert tokenizer.eot_id not in tokens
     with pytest.raises(ConfigError, match="role 'robot'"):
@@ -155,7 +155,7 @@ def repository(root: Path) -> Path:
     return root / "app.py"
 
 
-def test_context_is_what_a_file_depends_on_dependencies_first(tmp_path):
+def test_context_is_the_files_dependencies_in_order(tmp_path):
     context, comment = dependency_context(tmp_path, repository(tmp_path))
     assert context == (
         "# store.py\nitems = 3\n# shop.py\nfrom store import items\n\ndef sell():\n    pass\n"
@@ -208,14 +208,14 @@ def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenize
     assert tokenizer.eot_id in model_tokens[1]
 
 
-def test_chat_leaves_out_a_turn_that_is_not_utf8_and_answers_the_next(capsys, monkeypatch):
+def test_chat_skips_a_turn_that_is_not_utf8_and_answers_the_next(capsys, monkeypatch):
     import io
 
     typed = b"gr\xc3\xb6\xc3\x9fer\ncaf\xe9\nfirst\\\ncaf\xe9\nlast\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert list(_turns()) == ["größer", "last"]
     told = capsys.readouterr().err.splitlines()
-    assert [line.partition(" is not UTF-8 and is left out")[0] for line in told] == [
+    assert [line.partition(" is not UTF-8 and is skipped")[0] for line in told] == [
         r"'caf\udce9'", r"'first\ncaf\udce9'",
     ]  # fmt: skip
 
@@ -248,14 +248,14 @@ def test_tp_2_on_the_command_line_prints_once(folder, capsys):
     assert two.stdout == capsys.readouterr().out
 
 
-def test_a_model_that_is_not_there_is_said_once_by_two_ranks(tmp_path):
+def test_a_missing_model_is_reported_once_by_two_ranks(tmp_path):
     words = ["generate", "--model", str(tmp_path / "gone"), "--prompt", "def ", "--tp", "2"]
     done = subprocess.run([sys.executable, "-m", "megacoder", *words], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert done.stderr.count(str(tmp_path / "gone")) == 1, done.stderr
 
 
-def test_two_ranks_chat_as_one(folder):
+def test_two_ranks_chat_like_one(folder):
     words = [sys.executable, "-m", "megacoder", "chat", "--model", str(folder), "--max-new-tokens", "5"]
     told = {"input": "first \\\nline\n\nsecond größer\n", "capture_output": True, "text": True, "timeout": 240}
     one, two = (subprocess.run([*words, "--dtype", "float32", "--tp", tp], check=False, **told) for tp in ("1", "2"))
@@ -264,7 +264,7 @@ def test_two_ranks_chat_as_one(folder):
     assert one.stdout.count("\n") >= 2
 
 
-def test_a_folder_without_a_tokenizer_takes_anothers(folder, tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_uses_the_given_one(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     words = ["generate", "--prompt", "def ", "--max-new-tokens", "4", "--model"]
     main([*words, str(tmp_path / "model"), "--tokenizer", str(folder)])
@@ -273,7 +273,7 @@ def test_a_folder_without_a_tokenizer_takes_anothers(folder, tmp_path, capsys):
     assert capsys.readouterr().out == given
 
 
-def test_tp_2_goes_on_with_an_evaluation(folder, tmp_path, capsys):
+def test_tp_2_resumes_an_evaluation(folder, tmp_path, capsys):
     prompts = [f"def f(x):\n    {line}\n" for line in ("y = x", "y = x + 1", "y = 2")]
     rows = [{"prompt": prompt, "suffix": "\n    return y\n", "canonical_solution": "y = x"} for prompt in prompts]
     data, alone, shared = (tmp_path / name for name in ("lines.jsonl", "alone", "shared"))

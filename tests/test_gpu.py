@@ -28,10 +28,10 @@ from megacoder.ops.attention import (
 from megacoder.ops.backends import OPS, backend, candidates
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fused_attention import FLASH
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -128,7 +128,7 @@ def test_recomputation_changes_little_on_a_gpu(recompute):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_the_host_waits_for_nothing_within_a_step(packed):
+def test_the_host_does_not_synchronize_within_a_step(packed):
     config = shape_of()
     tokens, labels, starts = (tensor.cpu() for tensor in batch_of(config))
     request = LayoutRequest(
@@ -231,7 +231,7 @@ def test_a_run_from_a_graph_is_the_run_without(case, dtype):
     assert graphed == pytest.approx(without, rel=1e-3)
 
 
-def test_a_run_on_a_gpu_goes_on_where_it_stopped(case):
+def test_a_run_on_a_gpu_resumes(case):
     settings = {"device": "cuda", "dtype": "bfloat16"}
     whole = losses_of(case, "uninterrupted", **settings)
     trainer = Trainer(case.config("stopped", **settings), World(0, 1, 0, torch.device("cuda", 0), None))

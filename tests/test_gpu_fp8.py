@@ -1,4 +1,4 @@
-"""The fp8 kernels and products of a GPU against the emulation in torch, which tests/test_fp8.py holds against fp64."""
+"""The fp8 kernels and products of a GPU against the emulation in torch, which tests/test_fp8.py compares with fp64."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def test_these_are_what_runs():
+def test_the_gpu_kernels_are_the_first_choice():
     assert candidates("fp8_cast", "cuda", torch.bfloat16)[0] == "cuda"
     assert candidates("fp8_product", "cuda", torch.bfloat16)[0] == "scaled_mm"
 
@@ -58,7 +58,7 @@ def test_these_are_what_runs():
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("shape", [(16, 16), (48, 272), (1040, 144), (4096, 5504)], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-3, 1.0, 1e30])
-def test_casts_are_those_of_the_emulation_to_the_bit(shape, dtype, scale, emulated):
+def test_casts_equal_the_emulation_to_the_bit(shape, dtype, scale, emulated):
     x = randn(*shape) * scale
     found, expected = fp8_cast(x, dtype), emulated(lambda: fp8_cast(x, dtype))
     assert torch.equal(largest_magnitude(x), emulated(lambda: largest_magnitude(x)))
@@ -68,7 +68,7 @@ def test_casts_are_those_of_the_emulation_to_the_bit(shape, dtype, scale, emulat
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_what_is_not_finite_is_not_lost(bad):
+def test_non_finite_values_survive(bad):
     x = randn(256, 512)
     x[200, 3] = bad
     factor, other = fp8_cast(x, E4M3), fp8_cast(randn(128, 512, seed=1), E4M3)
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_not_lost(bad):
 
 
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), SIZES)
-def test_the_three_products(tokens, inputs, outputs, emulated):
+def test_the_three_gemms(tokens, inputs, outputs, emulated):
     """Both round to bf16, which leaves 2e-3 between them; sums in the tensor cores are allowed as much again."""
     x, weight = FP8.input(randn(tokens, inputs)), FP8.weight(randn(outputs, inputs, seed=1))
     grad = FP8.grad(randn(tokens, outputs, seed=2))
@@ -140,7 +140,7 @@ def step(precision, *, recompute="none", postponed=False, config=None, length=25
 
 
 @pytest.mark.parametrize(("recompute", "postponed"), [*itertools.product(("none", "selective", "full"), (False, True))])
-def test_a_step_is_the_emulation_s_within_its_rounding(recompute, postponed, emulated):
+def test_a_step_equals_the_emulation_within_rounding(recompute, postponed, emulated):
     """The distance of either from the bf16 step is the measure: two steps that differ in a bit soon round apart."""
     plain_loss, plain, _ = step(STORED)
     loss, grads, _ = step(FP8, recompute=recompute, postponed=postponed)
@@ -153,7 +153,7 @@ def test_a_step_is_the_emulation_s_within_its_rounding(recompute, postponed, emu
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_is_kept(recompute):
+def test_fp8_keeps_at_most_the_memory_of_bf16(recompute):
     """For a weight gradient alone one byte instead of two, but what bf16 forms again or has anyway is cast and kept."""
     kept = [step(precision, recompute=recompute, length=512)[2] for precision in (STORED, FP8)]
     assert kept[1] <= (1.15 if recompute == "none" else 1.01) * kept[0]

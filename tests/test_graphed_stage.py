@@ -1,8 +1,8 @@
-"""The graphed stage, with a CUDA graph's part played on a CPU, and what it takes for granted of a microbatch.
+"""The graphed stage with a CPU stand-in for the CUDA graph, and what it requires of a microbatch.
 
-What plays it records every torch op with its tensors and later repeats the ops on the same tensors, with no Python of
-ours in between: a number of the host or another tensor that a step depends on would be the recorded one. It does not
-see kernels of our own, so all ops run on their references.
+The stand-in records every torch op with its tensors and later repeats the ops on the same tensors, without running our
+Python code: a host number or another tensor that a step depends on would keep its recorded value. It does not see our
+own kernels, so all ops run on their references.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from megacoder.model.stage import Microbatch, Stage
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 
@@ -97,7 +97,7 @@ def play(monkeypatch, grad):
 
 @pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_replays_are_the_stage_s_own_steps(recompute, tied, torch_alone, monkeypatch):
+def test_replays_equal_the_stages_own_steps(recompute, tied, torch_alone, monkeypatch):
     results = []
     for graphed in (False, True):
         model, flat = built(tiny(tie_word_embeddings=tied))
@@ -124,7 +124,7 @@ def test_replays_are_the_stage_s_own_steps(recompute, tied, torch_alone, monkeyp
     assert torch.equal(grad, expected_grad)
 
 
-def test_zero_bubble_s_halves_are_done_at_once(torch_alone, monkeypatch):
+def test_zero_bubble_backward_halves_run_together(torch_alone, monkeypatch):
     model, flat = built(tiny())
     play(monkeypatch, flat.grad)
     stage = GraphedStage(stage=Stage.whole(model))
@@ -144,7 +144,7 @@ def packed(tokens):
 
 
 @pytest.mark.parametrize("num_before", [0, WARM_UP, WARM_UP + 1])
-def test_what_a_graph_cannot_hold_is_refused_before_anything_runs(num_before, torch_alone, monkeypatch):
+def test_unsupported_settings_of_a_graph_are_refused_before_anything_runs(num_before, torch_alone, monkeypatch):
     model, flat = built(tiny())
     recorders = play(monkeypatch, flat.grad)
     stage = GraphedStage(stage=Stage.whole(model))
@@ -190,7 +190,7 @@ def batch(seed):
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
-def test_the_engine_s_updates_are_the_same(schedule, torch_alone, monkeypatch):
+def test_engine_updates_match_with_and_without_graph(schedule, torch_alone, monkeypatch):
     monkeypatch.setattr(ExecutionConfig, "check_machine", lambda *_: None)
     curves = []
     for graphed in (False, True):
@@ -207,7 +207,7 @@ def test_the_engine_s_updates_are_the_same(schedule, torch_alone, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
-def test_a_microbatch_of_the_engine_asks_nothing_of_its_device(recompute, torch_alone):
+def test_a_microbatch_of_the_engine_does_not_wait_for_its_device(recompute, torch_alone):
     engine = engine_of(recompute=recompute)
     microbatches = engine.microbatches(batch(0), 2)
     with Recorder() as recorder:

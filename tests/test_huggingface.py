@@ -132,7 +132,7 @@ def no_space():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_tokenizer_comes_along(tmp_path):
+def test_the_tokenizer_is_exported_with_the_model(tmp_path):
     tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, vocab_size=260)
     tokenizer.save(tmp_path / "tokenizer")
     export_model(make_model(vocab_size=300), tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
@@ -240,7 +240,7 @@ def test_faulty_shards_are_named(tmp_path):
         TensorFolder(tmp_path / "hf").check(shapes)
 
 
-def test_exports_that_transformers_would_refuse(tmp_path):
+def test_exports_that_transformers_would_refuse_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
         export_model(make_model(num_attention_heads=3, num_key_value_heads=1), tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"dtype torch\.float16"):

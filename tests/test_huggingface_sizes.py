@@ -195,7 +195,7 @@ def test_a_template_of_its_own_is_kept(tmp_path):
         ({"architectures": ["DeepseekV2ForCausalLM"]}, "architecture 'DeepseekV2ForCausalLM'"),
     ],
 )
-def test_what_is_not_understood_is_refused(tmp_path, capsys, changes, message):
+def test_unsupported_settings_of_a_published_config_are_refused(tmp_path, capsys, changes, message):
     publish(tmp_path / "published", SIZES["1.3B"])
     path = tmp_path / "published" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

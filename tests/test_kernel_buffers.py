@@ -1,4 +1,4 @@
-"""What the compiled kernels take for granted is checked before they see an address."""
+"""The compiled kernels' assumptions about buffers are checked before they receive an address."""
 
 import pytest
 import torch

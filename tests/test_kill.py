@@ -1,4 +1,4 @@
-"""The kill test in short; and that it would notice what it looks for."""
+"""The kill test in short, and proof that it notices the faults it looks for."""
 
 import json
 import random
@@ -79,7 +79,7 @@ def flip(path):
         (lambda run: [path.unlink() for path in run.glob("checkpoints/*/manifest.json")], "no whole checkpoint"),
     ],
 )
-def test_what_is_wrong_is_noticed(story, damage, message):
+def test_damage_to_a_run_is_noticed(story, damage, message):
     story, expected = story
     story.whole_step = 4
     damage(story.folder)

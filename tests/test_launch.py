@@ -137,7 +137,7 @@ def test_slurm_signals_ahead_of_time_and_the_job_queues_itself_again(case, envir
     assert log.read_text() == "requeue 7\n"
 
 
-def test_slurm_does_not_queue_again_what_is_done_nor_a_mistake(case, environment):
+def test_slurm_does_not_requeue_finished_or_invalid_jobs(case, environment):
     toml, log = case.toml("done"), case.folder / "done.log"
     more = {"GPUS_PER_NODE": "1", "SLURM_STUB_LOG": str(log)}
     code, said = finish(start("slurm.sh", environment, "train", toml, "--model.vocab-size", "999", **more))
@@ -169,7 +169,7 @@ def children(pid):
     return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_both_slurm_scripts_of_33b_differ_in_nodes_alone():
+def test_both_slurm_scripts_of_33b_differ_only_in_nodes():
     small, large = ((SCRIPTS / f"slurm_33b_{gpus}.sh").read_text() for gpus in (512, 1024))
     nodes = [int(re.search(r"^#SBATCH --nodes=(\d+)$", text, re.MULTILINE)[1]) for text in (small, large)]
     assert nodes == [64, 128]

@@ -1,4 +1,4 @@
-"""The house holds: packages import only from rows below their own, and siblings never import each other."""
+"""Layering: packages import only from rows below their own, and siblings never import each other."""
 
 import ast
 from pathlib import Path

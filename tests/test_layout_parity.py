@@ -55,7 +55,7 @@ def write_nan(run, what):
 
 
 @pytest.mark.parametrize("what", ["losses", "norms", "gradients", "weights"])
-def test_what_is_no_number_is_no_small_difference(run_and_limit, what):
+def test_nan_is_not_a_small_difference(run_and_limit, what):
     run, limit = run_and_limit
     exact = copy.deepcopy(one_process(SMALL, 2, 0, "float32"))
     for found, allowed in ((run, limit), (exact, None)):
@@ -72,7 +72,7 @@ def test_a_wrong_loss_or_norm_is_seen_in_bf16(run_and_limit, what):
     assert not compare([run], one_process(SMALL, 2, 0, "float32")).within(limit)
 
 
-def test_nothing_differs_from_nothing():
+def test_a_run_with_zero_loss_equals_itself():
     """With one id there is nothing to learn: loss and gradients are zero."""
     run = one_process(Case(layers=1, sequences=2, vocab=1), 1, 0, "float32")
     assert run.losses == [0.0]
@@ -93,7 +93,7 @@ def test_every_two_choices_meet():
     assert missing == {frozenset((("block", "plain"), ("recompute", "norms")))}  # which is refused
 
 
-def test_random_layouts_are_the_seed_s():
+def test_random_layouts_follow_the_seed():
     cases = random_cases(5, seed=3, world=8)
     assert cases == random_cases(5, seed=3, world=8) != random_cases(5, seed=4, world=8)
     assert {case.world_size for case in cases} == {8}
@@ -144,7 +144,7 @@ def test_the_command_fails_past_the_tolerance(monkeypatch, capsys):
         (["--layouts", "block=fast"], "block = 'fast': expected one of 'scheduled', 'plain'"),
     ],
 )
-def test_what_the_command_refuses(arguments, message):
+def test_invalid_layouts_are_refused_in_one_line(arguments, message):
     done = run_tool(*arguments)
     assert done.returncode == 1
     assert message in done.stderr

@@ -1,6 +1,6 @@
-"""Hosts of their own, as far as training can tell: network namespaces with their own addresses, names and links.
+"""Several hosts, as far as training can tell: network namespaces with their own addresses, names and links.
 
-torchrun meets over those addresses. The same run gives the same losses, and a link that is cut ends it on both sides.
+torchrun's rendezvous uses those addresses. A run gives the losses of one host; cutting a link ends it on both sides.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def losses(folder):
     ("size", "rendezvous", "parallel"),
     [(2, C10D, ParallelConfig()), (2, STATIC, ParallelConfig(tp=2)), (3, C10D, ParallelConfig(pp=3))],
 )
-def test_hosts_compute_what_one_process_does(case, tmp_path, size, rendezvous, parallel):
+def test_hosts_compute_the_same_as_one_process(case, tmp_path, size, rendezvous, parallel):
     alone = case.config(f"alone-{size}-{rendezvous}", steps=4)
     train(alone)
     toml = case.toml(f"hosts-{size}-{rendezvous}", steps=4, parallel=parallel, timeout_seconds=30.0)

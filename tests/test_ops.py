@@ -184,7 +184,7 @@ def test_attention_of_part_of_a_sequence_and_within_documents(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_documents_are_as_if_each_were_alone(dtype):
+def test_documents_equal_each_alone(dtype):
     """The masked half of a packed sequence equals the unmasked one of every document."""
     q, k, v = (randn(1, 2, 400, 16, dtype=dtype, seed=seed) for seed in range(3))
     starts = [0, 1, 130, 256, 400]
@@ -287,6 +287,22 @@ def test_adamw_follows_torch_for_100_steps(dtype):
         )  # fmt: skip
     assert_near(master, reference.detach(), torch.float32)
     assert torch.equal(weight, master.to(dtype))
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(beta1=0.9999, beta2=0.99999), AdamWConfig(weight_decay=1e-3)])
+def test_adamw_rounds_no_factor_before_it_is_subtracted_from_one(config):
+    """1 - beta2 of a rounded beta2 = 0.99999 is 1.4e-3 off; a rounded 1 - lr * decay is off alike in every step."""
+    state = [torch.ones(64), torch.ones(64), torch.zeros(64), torch.zeros(64)]
+    master, exp_avg, exp_avg_sq = 1.0, 0.0, 0.0
+    for step in range(1, 101):
+        adamw_(*state, torch.full((64,), 0.5), config=config, lr=1e-3, step=step, grad_scale=1.0, decayed=True)
+        exp_avg += (1 - config.beta1) * (0.5 - exp_avg)
+        exp_avg_sq += (1 - config.beta2) * (0.25 - exp_avg_sq)
+        corrected = (exp_avg_sq / (1 - config.beta2**step)) ** 0.5 + config.eps
+        master -= 1e-3 * (config.weight_decay * master + exp_avg / (1 - config.beta1**step) / corrected)
+    assert state[2].double().numpy() == pytest.approx(exp_avg, rel=1e-5)
+    assert state[3].double().numpy() == pytest.approx(exp_avg_sq, rel=1e-5)
+    assert 1 - state[1].double().numpy() == pytest.approx(1 - master, rel=3e-5)
 
 
 def test_split_master_weights_round_to_the_weights_and_lose_one_bit_at_most():

@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started again agree on a name although the store still holds what the last ranks left."""
+"""Ranks restarted by torchrun agree on a name although the store still holds the keys of the previous start."""
 
 import threading
 
@@ -38,7 +38,7 @@ def test_all_ranks_of_a_start_get_one_name_and_each_start_another(size):
 
 
 @pytest.mark.parametrize("killed", [[0], [1], [2], [1, 2]])
-def test_a_start_in_which_ranks_died_before_they_came_does_not_confuse_the_next(killed):
+def test_a_start_whose_ranks_died_early_does_not_confuse_the_next(killed):
     store = dist.HashStore()
     first = start(store, [rank for rank in range(3) if rank not in killed], 3, timeout_seconds=0.3)
     assert 0 in killed or isinstance(first[0], RuntimeError)
@@ -47,6 +47,6 @@ def test_a_start_in_which_ranks_died_before_they_came_does_not_confuse_the_next(
     assert set(names.values()).isdisjoint(first.values())
 
 
-def test_who_does_not_come_is_counted():
+def test_missing_ranks_are_counted():
     names = start(dist.HashStore(), [0, 2], 3, timeout_seconds=0.3)
     assert "1 of 2 other ranks have joined in 0.3 s" in str(names[0])

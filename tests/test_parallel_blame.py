@@ -1,4 +1,4 @@
-"""The rank at fault, from tables of records."""
+"""Which rank is at fault, from tables of journal records."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_the_line_begins_with_the_fault(case):
     )
 
 
-def test_only_silent_ranks_are_to_be_ended():
+def test_only_silent_ranks_are_killed():
     assert [record.rank for record in loss({1: record(1, **WORKING), 2: record(2)}).silent] == [2]
     assert loss({1: record(1, **WORKING)}).silent == ()
 
@@ -74,10 +74,10 @@ def test_a_rank_never_blames_itself():
     assert "furthest behind is rank 0 " in loss({1: own, 0: record(0, beat=8, step=4)}, own=1).line
 
 
-def test_a_rank_that_published_between_the_looks_answers():
+def test_a_rank_that_published_between_two_checks_is_not_silent():
     before = {rank: record(rank) for rank in (0, 1, 3)}
     assert loss({2: record(2, beat=1)}, before=before).silent == ()
 
 
-def test_alone_it_says_what_it_met():
+def test_a_single_rank_reports_its_own_failure():
     assert loss({}, size=1).line == "rank 0 at step 5, microbatch 2, forward: all-reduce failed"

@@ -1,4 +1,4 @@
-"""Buckets that travel behind backwards and forwards give the bits of those that travel when all is done."""
+"""Buckets communicated during backward and forward give the same bits as buckets communicated afterwards."""
 
 import contextlib
 import itertools
@@ -285,7 +285,7 @@ def test_plain_stages_report_too(ranks, name):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
-def test_what_needs_a_sum_over_copies_waits_and_nothing_else(ranks, sequence_parallel):
+def test_only_gradients_summed_over_copies_wait(ranks, sequence_parallel):
     dims = ParallelDims(tp=2, dp=2)
     arguments = (dims, "1f1b", False, sequence_parallel)
     expected = ranks.run(4, layout_run, *arguments, False, WHOLE)
@@ -341,7 +341,7 @@ def silent_stage(world):
     return all(map(torch.equal, weights, replica.weights())), weights
 
 
-def test_where_no_stage_reports_all_weights_are_there_after_the_step(ranks):
+def test_all_weights_are_gathered_after_a_step_without_stage_reports(ranks):
     (arrived, weights), (other_arrived, others) = ranks.run(2, silent_stage)
     assert arrived
     assert other_arrived

@@ -8,16 +8,13 @@ import torch
 
 from megacoder.core.errors import ConfigError, MegacoderError, RankLost
 from megacoder.parallel.collectives import (
-    World,
     all_gather_into,
     all_reduce_sum,
     barrier,
     broadcast_from_first,
-    gather_json,
-    launched_ranks,
     reduce_scatter_sum,
-    start_world,
 )
+from megacoder.parallel.world import World, gather_json, launched_ranks, start_world
 
 SIZES = [1, 2, 3, 4]
 WORLD_OF_ONE = World(0, 1, 0, torch.device("cpu"), None)
@@ -141,7 +138,7 @@ def test_start_world_joins_the_ranks_that_torchrun_started(ranks):
         assert outcome.result == ([[0, 2, 0, True], [1, 2, 1, False]], "cpu", False)
 
 
-def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
+def test_a_rank_left_waiting_says_where_it_waits(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -170,7 +167,7 @@ TORCHRUN_SETS = {
         ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK = 0, but WORLD_SIZE = 0"),
     ],
 )
-def test_ranks_that_were_started_by_halves_are_refused(monkeypatch, changes, message):
+def test_incomplete_torchrun_variables_are_refused(monkeypatch, changes, message):
     for name, value in (TORCHRUN_SETS | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -181,7 +178,7 @@ def test_ranks_that_were_started_by_halves_are_refused(monkeypatch, changes, mes
             call()
 
 
-def test_torchrun_s_own_words_are_believed(monkeypatch):
+def test_torchruns_variables_make_a_launched_rank(monkeypatch):
     for name, value in TORCHRUN_SETS.items():
         monkeypatch.setenv(name, value)
     assert launched_ranks() == 4

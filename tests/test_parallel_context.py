@@ -1,6 +1,6 @@
 """Context parallelism and packed documents on 1 to 4 ranks equal one process: loss and every gradient.
 
-The oracle is the plain model in fp64 with an explicit mask, itself held to each document run alone and to transformers.
+The oracle is the plain model in fp64 with an explicit mask, checked against single documents and transformers.
 """
 
 import functools
@@ -283,7 +283,7 @@ def test_a_length_that_ranks_cannot_share_is_refused(length, nearest):
         Transformer(tiny(), cp=cp)(tokens)
 
 
-def test_whole_sequences_that_ranks_share_must_be_cut():
+def test_uncut_sequences_are_refused_under_context_parallelism():
     stage, tokens = Stage.whole(Transformer(tiny(), cp=ContextParallel(size=2))), torch.zeros(1, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match="which cp = 2 ranks share: use Microbatch"):
         stage.forward(None, Microbatch(tokens, tokens))

@@ -1,4 +1,4 @@
-"""Flat buffers: every parameter is a view of them, its gradient too, however the gradient is computed."""
+"""Flat buffers: every parameter and its gradient are views of them, however the gradient is computed."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_shards_are_equal_and_own_every_element_once(shapes, num_shards, bucket_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_autograd_and_the_scheduled_step_add_into_the_same_fp32_memory(dtype):
+def test_autograd_and_the_scheduled_step_accumulate_into_the_same_fp32_memory(dtype):
     config = tiny()
     tokens, labels = batch_of(config)
     model = build(config)

@@ -1,4 +1,4 @@
-"""Every use of the network is noted where it belongs, and its failures are those of a lost rank."""
+"""Every use of the network is noted in the journal, and its failures are reported as a lost rank."""
 
 import datetime
 import gc
@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from megacoder.core.errors import RankLost
 from megacoder.parallel import collectives
-from megacoder.parallel.collectives import World, journal_of, new_group
+from megacoder.parallel.collectives import journal_of
 from megacoder.parallel.journal import Journal
+from megacoder.parallel.world import World, new_group
 
 
 def every_operation(world):
@@ -65,7 +66,7 @@ def journals(world):
     return len({id(journal) for journal in same}), noted() is None
 
 
-def test_one_journal_for_all_groups_which_keeps_none_alive(ranks):
+def test_all_groups_share_one_journal_that_keeps_none_alive(ranks):
     assert ranks.run(2, journals) == [(1, True)] * 2
 
 
@@ -95,7 +96,7 @@ def gather_in_wrong_shape(world):
         collectives.all_gather_into(torch.zeros(5), torch.zeros(3), world.group)
 
 
-def test_a_wrong_call_is_no_lost_rank(ranks):
+def test_a_wrong_call_is_not_a_lost_rank(ranks):
     ranks.run(2, gather_in_wrong_shape)
 
 

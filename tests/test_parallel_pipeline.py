@@ -326,7 +326,7 @@ def sum_of_pair(world, values):
     return tensor.tolist()
 
 
-def test_sum_with_peer_leaves_others_alone(ranks):
+def test_sum_with_peer_leaves_other_ranks_unchanged(ranks):
     assert ranks.run(3, sum_of_pair, [[1.0, 2.0], [5.0, 5.0], [0.1, 4.0]]) == [
         pytest.approx([1.1, 6.0]), [5.0, 5.0], pytest.approx([1.1, 6.0])
     ]  # fmt: skip
@@ -340,7 +340,7 @@ def test_sum_with_peer_leaves_others_alone(ranks):
         (1, 1, 4, "1f1b: the program is for 3 microbatches; there are 4"),
     ],
 )
-def test_what_does_not_fit_the_program_is_refused(num_ranks, num_stages, num_microbatches, message):
+def test_ranks_stages_and_microbatches_must_fit_the_program(num_ranks, num_stages, num_microbatches, message):
     program = build_program(build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=3))
     stages = [TracedStage(0, True, True, [], Tracked(), Tracked())] * num_stages
     with pytest.raises(ScheduleError, match=message):

@@ -1,4 +1,4 @@
-"""The pool of ranks that multi-rank tests rely on: what it reports, and that it outlives every failure."""
+"""The pool of ranks that multi-rank tests rely on: what it reports, and that it survives every failure."""
 
 import contextlib
 import os
@@ -79,7 +79,7 @@ def test_a_hang_names_the_ranks_and_where_they_wait(ranks):
         assert " < wait_without (test_parallel_ranks.py:" in line
 
 
-def test_a_death_is_the_failure_that_is_named(ranks):
+def test_a_death_is_named_before_other_failures(ranks):
     with pytest.raises(RankFailed, match=r"^rank 2 of 3 failed in die_on\n(.*\n)*rank 2 ended with SIGKILL"):
         ranks.run(3, die_on, 2)
 

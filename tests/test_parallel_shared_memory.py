@@ -1,6 +1,6 @@
-"""Ranks of one host exchange tensors through memory: sums to the bit, waits in any order, no rank lost in silence.
+"""Ranks of one host exchange tensors through memory: bit-exact sums, waits in any order, no silent loss of a rank.
 
-What the collectives promise is tested in `test_parallel_collectives`, which goes through memory, too.
+`test_parallel_collectives` tests what the collectives promise, through shared memory too.
 """
 
 import datetime
@@ -15,12 +15,9 @@ import torch
 from megacoder.core.errors import RankLost
 from megacoder.parallel import collectives, one_host
 from megacoder.parallel.collectives import (
-    World,
     all_gather_into,
     all_reduce_sum,
     barrier,
-    gather_json,
-    new_group,
     start_all_gather,
     start_all_reduce_sum,
     start_receive,
@@ -28,6 +25,7 @@ from megacoder.parallel.collectives import (
     start_send,
     sum_with_peer,
 )
+from megacoder.parallel.world import World, gather_json, new_group
 
 SIZES = [2, 3, 4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32]
@@ -52,7 +50,7 @@ def reference(rows):
 
 def in_memory(group):
     """What ranks share; that they do is what the tests rely on."""
-    memory = collectives._note_of(group).memory
+    memory = collectives.note_of(group).memory
     assert memory is not None
     return memory
 
@@ -126,7 +124,7 @@ def many_under_way(world, order):
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "by rank"])
-def test_many_under_way_are_waited_for_in_any_order(ranks, order):
+def test_many_concurrent_operations_can_be_waited_for_in_any_order(ranks, order):
     assert ranks.run(3, many_under_way, order) == [[True] * 30] * 3
 
 
@@ -150,7 +148,7 @@ def wait_elsewhere(world, elsewhere):
 
 
 @pytest.mark.parametrize("elsewhere", ["all-reduce", "barrier", "group", "transfer"])
-def test_what_is_started_needs_nothing_more_of_a_rank_that_waits_elsewhere(ranks, elsewhere):
+def test_a_started_collective_completes_while_its_rank_waits_elsewhere(ranks, elsewhere):
     assert ranks.run(2, wait_elsewhere, elsewhere, timeout_seconds=20.0) == [3.0, 3.0]
 
 
@@ -201,7 +199,7 @@ def pass_on(world, length):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("length", [1, 100_000])
-def test_sends_arrive_in_order_beside_collectives(ranks, size, length):
+def test_sends_arrive_in_order_during_collectives(ranks, size, length):
     assert ranks.run(size, pass_on, length) == [1] * size, "all that was sent has been read; one collective is unread"
 
 
@@ -232,7 +230,7 @@ def awkward_tensors(world, shared):
     """What becomes of tensors that are not contiguous, require gradients or are empty."""
     world = World(world.rank, world.size, 0, world.device, world.group)
     if not shared:
-        collectives._note_of(world.group).memory = None
+        collectives.note_of(world.group).memory = None
     outcomes = []
     strided = torch.arange(12.0).view(3, 4).t()
     for call in (
@@ -250,7 +248,7 @@ def awkward_tensors(world, shared):
     return outcomes, strided
 
 
-def test_tensors_that_memory_does_not_take_are_as_with_gloo(ranks):
+def test_tensors_outside_shared_memory_go_through_gloo(ranks):
     for (ours, our_tensor), (theirs, their_tensor) in zip(
         ranks.run(2, awkward_tensors, True), ranks.run(2, awkward_tensors, False), strict=True
     ):
@@ -265,7 +263,7 @@ def sum_with_gradient(world):
     return doubled.detach()
 
 
-def test_a_tensor_of_a_graph_is_summed(ranks):
+def test_a_tensor_with_a_graph_is_summed(ranks):
     assert all((result == 4).all() for result in ranks.run(2, sum_with_gradient))
 
 
@@ -295,7 +293,7 @@ def die_after_a_start(world):
     return None
 
 
-def test_a_rank_that_is_killed_is_noticed_at_once(ranks):
+def test_a_killed_rank_is_noticed_at_once(ranks):
     first, second, third = ranks.run_apart(3, die_after_a_start)
     assert second.exit_code == -signal.SIGKILL
     for outcome in (first, third):
@@ -348,12 +346,12 @@ def refuse(world, step, refusing):
     group = new_group([list(range(world.size))], world, name="dp")
     tensor = torch.ones(3)
     all_reduce_sum(tensor, group)
-    return collectives._note_of(group).memory is None, tensor.tolist()
+    return collectives.note_of(group).memory is None, tensor.tolist()
 
 
 @pytest.mark.parametrize("step", ["open", "call", "answer", "listen"])
 @pytest.mark.parametrize("refusing", [0, 2])
-def test_where_one_rank_cannot_none_does(step, refusing, ranks):
+def test_no_rank_uses_shared_memory_if_one_cannot(step, refusing, ranks):
     for outcome in ranks.run_apart(3, refuse, step, refusing):
         assert outcome.failure is None
         assert outcome.result == (True, [3.0] * 3)
@@ -374,10 +372,10 @@ def meet_a_stranger(world):
     group = new_group([[0, 1]], world, name="dp")
     tensor = torch.ones(3)
     all_reduce_sum(tensor, group)
-    return collectives._note_of(group).memory is not None, tensor.tolist()
+    return collectives.note_of(group).memory is not None, tensor.tolist()
 
 
-def test_a_stranger_is_not_heard(ranks):
+def test_a_process_outside_the_group_is_ignored(ranks):
     for outcome in ranks.run_apart(2, meet_a_stranger):
         assert outcome.failure is None
         assert outcome.result == (True, [2.0] * 3)
@@ -387,10 +385,10 @@ def switch_off(world):
     world = World(world.rank, world.size, 0, world.device, world.group, shared_memory=False)
     group = new_group([list(range(world.size))], world, name="dp")
     values = gather_json(world.rank, world)
-    return collectives._note_of(group).memory is None, values
+    return collectives.note_of(group).memory is None, values
 
 
-def test_it_can_be_switched_off(ranks):
+def test_shared_memory_can_be_switched_off(ranks):
     assert ranks.run(2, switch_off) == [(True, [0, 1])] * 2
 
 
@@ -405,5 +403,5 @@ def descriptors_after(world, times):
     return counts[0] == counts[-1]
 
 
-def test_a_group_that_is_gone_leaves_no_descriptors(ranks):
+def test_a_destroyed_group_leaves_no_descriptors(ranks):
     assert ranks.run(2, descriptors_after, 4) == [True, True]

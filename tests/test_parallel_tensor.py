@@ -18,10 +18,10 @@ from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_l
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE_INDEX
-from megacoder.parallel.collectives import World
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters, OwnedRange
 from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.world import World
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.run_folder import state_fragments
 
@@ -180,7 +180,7 @@ def two_microbatches(world, config, chunk_elements):
     return scored, counts, grads_of(model)
 
 
-def test_microbatches_add_up_and_chunks_of_tokens_do_not_show(ranks):
+def test_microbatches_add_up_and_chunks_of_tokens_change_nothing(ranks):
     config = tiny(num_key_value_heads=1)
     expected_loss, expected = one_process(config)
     results = ranks.run(2, two_microbatches, config, 64 * 7)  # seven tokens a chunk, the last one ragged
@@ -236,7 +236,7 @@ def test_norm_and_weights_after_updates_equal_one_process(ranks, dims, sequence_
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_first_copies_cover_every_weight_once_and_start_alike(size, kv_heads):
+def test_first_copies_cover_every_weight_once_and_start_equal(size, kv_heads):
     config = tiny(num_key_value_heads=kv_heads)
     whole = {piece.hf_name: piece.view for piece in weight_pieces(build(config)[0])}
     boxes = {name: [] for name in whole}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from megacoder.model.stage import forward_backward
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
-from megacoder.parallel.collectives import World, all_reduce_sum
+from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.flat import ALIGNMENT, FlatParameters
+from megacoder.parallel.world import World
 from megacoder.parallel.zero import Zero1AdamW
 
 CPU = torch.device("cpu")
@@ -261,7 +262,7 @@ def train_on_from_a_copied_state(world, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_published_state_trains_on_to_the_same_bits(ranks, size, dtype):
+def test_a_published_state_continues_training_to_the_same_bits(ranks, size, dtype):
     for pairs in ranks.run(size, train_on_from_a_copied_state, dtype):
         for source, copy in pairs:
             for expected, actual in zip(source, copy, strict=True):

@@ -52,7 +52,7 @@ def test_the_quick_makespan_is_the_simulated_one(name):
 
 @pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-h1", 1), ("zbv", 2)])
 @pytest.mark.parametrize("microbatches", [24, 40])
-def test_a_pipeline_carried_on_takes_and_holds_what_the_whole_list_does(name, chunks, microbatches):
+def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name, chunks, microbatches):
     variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks)
     job = replace(JOB_33B, global_batch_size=microbatches)
     pipe = variant_pipeline(job, variant)
@@ -89,7 +89,7 @@ def test_predicted_memory_is_what_ranks_allocate(ranks, index):
             assert getattr(said, kind) == pytest.approx(counted[kind], rel=ALLOWED), (rank, kind)
 
 
-def test_fewer_kept_activations_cost_time():
+def test_keeping_fewer_activations_costs_time():
     variants = [Variant(dims=ParallelDims(tp=8, dp=8), recompute=r) for r in ("none", "selective", "full")]
     pipes = [variant_pipeline(JOB_33B, variant) for variant in variants]
     kept = [rank_memory(JOB_33B, v, p, 0).activations for v, p in zip(variants, pipes, strict=True)]
@@ -138,7 +138,7 @@ def test_throughput_counts_both_conventions():
     assert reached.mfu_causal < reached.mfu_full
 
 
-def test_a_search_finds_what_fits_and_says_why_others_do_not():
+def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
     found = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=Limits())
     assert found.fits == sorted(found.fits, key=lambda fit: fit.step.total)
     assert all(fit.largest.total < 82e9 and fit.variant.dims.world_size == 64 for fit in found.fits)
@@ -154,7 +154,7 @@ def test_sixteen_thousand_ranks():
     assert found.fits[0].variant.dims.world_size == 16_384
 
 
-def test_what_fits_nowhere_is_refused_with_the_nearest_miss():
+def test_models_that_fit_nowhere_are_refused_with_the_nearest_miss():
     with pytest.raises(
         ConfigError, match=r"no layout of 1 x h800 works; the nearest: .* needs at least .* GB of 81\.9"
     ):
@@ -204,8 +204,8 @@ def test_advice_needs_no_model(capsys):
         (["--model", "6.7c"], "unknown model '6.7c'; did you mean '6.7b'"),
         (["--model", "6.7b", "--device", "h900"], "unknown device 'h900'; did you mean"),
         (["--model", "6.7b", "--tokens", "2Q"], "tokens '2Q': expected a number"),
-        (["--model", "5.7b"], "the batch of 5.7b is published nowhere; give --batch"),
-        (["--model", "6.7b", "--tp", "3"], "--tp 3: 8 devices are no multiple"),
+        (["--model", "5.7b"], "the batch of 5.7b is unpublished; give --batch"),
+        (["--model", "6.7b", "--tp", "3"], "--tp 3: 8 devices are not a multiple"),
         (["--model", "6.7b", "--seq", "32768"], "exceeds the model's 16384 positions"),
         (["--model", "6.7b", "--schedule", "zbw"], "--schedule 'zbw': expected one of"),
         (["--model", "6.7b", "--device", "a100", "--fp8"], "--fp8: device a100 has no fp8_tflops"),
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line(words, message):
         plan_cluster.main(words)
 
 
-def test_a_device_of_ones_own(tmp_path):
+def test_a_device_can_be_given_as_a_toml_file(tmp_path):
     path = tmp_path / "board.toml"
     path.write_text("matrix_tflops = 100.0\nmemory_gb = 40.0\nmemory_gb_per_s = 900.0\nnode_gb_per_s = 50.0\n"
                     "network_gb_per_s = 12.5\ndevices_per_node = 4\n")  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_device_of_ones_own(tmp_path):
         find_device(str(path))
 
 
-def test_shares_are_found_again_where_they_are_known():
+def test_fitting_recovers_known_shares():
     """Rows whose published figure is a prediction by other shares: the fit returns to those."""
     truth = replace(START, products=0.5, links=0.6)
     made = []
@@ -266,7 +266,7 @@ def test_master_weights_are_counted_where_they_are_held(itemsize, dp, device_typ
     assert least_memory(job, variant, device_type=device_type) <= memory.total
 
 
-def test_a_search_counts_what_its_kind_of_device_holds():
+def test_a_search_counts_the_memory_of_its_kind_of_device():
     model = ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=4, head_dim=16)  # fmt: skip
     job = Job(model=model, seq_length=64, global_batch_size=4)

@@ -1,4 +1,4 @@
-"""`tools/check_benchmarks.py`: faults go where they are meant to, and the check notices what should not be."""
+"""`tools/check_benchmarks.py`: faults are planted where intended, and the check notices what is wrong."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def f(x):
 """
 
 
-def test_faults_are_in_what_the_tests_name_alone():
+def test_faults_are_only_in_functions_that_the_tests_name():
     programs = faulty_programs(SOURCE, "assert f(3) == 3")
     found = {}
     for fault, program in programs.items():
@@ -44,7 +44,7 @@ def test_faults_are_in_what_the_tests_name_alone():
     assert "#" not in rewritten(SOURCE)
 
 
-def test_no_place_no_fault():
+def test_no_fault_without_a_place_for_it():
     assert set(faulty_programs("def f(x):\n    x.sort()", "f(y)")) == {EMPTY}
     assert faulty_programs("def f(x):\n    return 1", "g()") == {}
 

@@ -1,4 +1,4 @@
-"""Signals: an interrupt while workers start is held back, and not lost; SIGTERM takes the same way."""
+"""Signals: an interrupt while workers start is deferred, not lost; SIGTERM likewise."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def test_an_interrupt_waits_for_the_end_of_the_block():
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
-def test_a_sigterm_that_is_answered_waits_likewise():
+def test_a_handled_sigterm_is_deferred_too():
     reached = []
 
     def start():
@@ -53,7 +53,7 @@ def test_the_first_sigterm_interrupts_and_a_second_does_not_disturb_the_end():
 
 
 @pytest.mark.parametrize("answer", [signal.SIG_IGN, lambda *_: None])
-def test_a_sigterm_that_is_ignored_or_answered_stays_so(answer):
+def test_ignored_and_handled_sigterm_stay_so(answer):
     before = signal.signal(signal.SIGTERM, answer)
     try:
         with sigterm_as_interrupt():
@@ -63,7 +63,7 @@ def test_a_sigterm_that_is_ignored_or_answered_stays_so(answer):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_fork_ends_by_sigterm_as_any_process():
+def test_a_forked_process_ends_on_sigterm():
     with sigterm_as_interrupt():
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""The profile of a run: phases that add up, figures that follow by hand arithmetic, any ranks, nothing left behind."""
+"""The profile of a run: phases that add up, figures checked by hand, any number of ranks, nothing left behind."""
 
 import json
 import subprocess
@@ -17,11 +17,11 @@ from megacoder.core.rates import known_peak
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World
 from megacoder.train.op_table import op_table
 from megacoder.train.phases import PhaseClock
 from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilisation
@@ -98,7 +98,7 @@ def check_sums(measured, config):
     assert sum(measured.operations.values()) == pytest.approx(sum(communication))
 
 
-def test_one_process_on_the_run_s_own_data(case):
+def test_one_process_on_the_runs_own_data(case):
     config = case.config("measured")
     measured = profile_on(config, QUICK, ALONE)
     check_sums(measured, config)
@@ -192,7 +192,7 @@ def rows_of(dtype=torch.bfloat16, **places):
 
 
 @pytest.mark.usefixtures("backend")
-def test_what_ops_move_and_compute_by_hand():
+def test_bytes_and_flops_of_ops_by_hand():
     rows, tokens = rows_of(), 3 * 16
     moved = {name: row.moved_bytes for name, row in rows.items() if row.moved_bytes is not None}
     assert moved == {
@@ -229,7 +229,7 @@ def test_ranks_share_the_ops_of_a_layer():
     assert sum(part["attention forward"].flops for part in parts) == whole["attention forward"].flops
 
 
-def test_random_tokens_differ_by_replica_alone():
+def test_random_tokens_differ_only_by_replica():
     def stream(rank, **settings):
         return SyntheticStream(vocab_size=50, seq_length=8, global_batch_size=6, dp_rank=rank, dp_size=2, **settings)
 
@@ -314,15 +314,15 @@ def test_two_processes_print_one_json(case):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "--steps 0: at least 1"),
-        (["--warmup", "-1"], "--warmup -1: at least 0"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--warmup", "-1"], "--warmup -1: must be at least 0"),
         (["--stepz", "3"], "unknown option '--stepz' (did you mean '--steps'?)"),
         (["--warmpu", "3"], "unknown option '--warmpu' (did you mean '--warmup'?)"),
         (["--model.hidden-sise", "8"], "did you mean '--model.hidden-size'?"),
         (["--trace", "run.toml/t.json"], "--trace run.toml/t.json: cannot be written (/"),
         (["--out", "folder"], "--out folder: cannot be written (it is a folder)"),
         (["--nproc", "two"], "--nproc 'two'"),
-        (["--parallel.tp", "2"], "needs 2 ranks, this is one alone"),
+        (["--parallel.tp", "2"], "needs 2 ranks, only one was started"),
         (["--nproc", "2", "--parallel.tp", "4"], "needs 4 ranks, there are 2"),
         (["--data.tokenizer", "nowhere"], "data.tokenizer = 'nowhere': not there; add --synthetic"),
         (["--data.train", "none/there"], "data.train = 'none/there': not there; add --synthetic"),
@@ -341,7 +341,7 @@ def test_mistakes_are_one_line(case, tmp_path, capsys, monkeypatch, words, messa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run.toml"]
 
 
-def test_the_run_file_comes_first(capsys):
+def test_the_run_file_is_the_first_argument(capsys):
     with pytest.raises(ConfigError, match="the first argument is the run's TOML file"):
         command.main(["--steps", "3"])
     with pytest.raises(SystemExit):

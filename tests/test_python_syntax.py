@@ -1,4 +1,4 @@
-"""The recogniser of Python: whatever it takes, CPython's parser takes; and it takes nearly everything that one does."""
+"""The recogniser of Python: CPython's parser accepts all that it accepts, and it accepts nearly all of Python."""
 
 import ast
 import random
@@ -206,7 +206,7 @@ def stdlib_sources():
 
 
 @pytest.mark.parametrize("text", [*statements(VALID), "if a:\n\tb\n\tif c:\n\t    d\n\n\x0cif e: f"])
-def test_what_is_python_is_taken(text):
+def test_python_is_accepted(text):
     within = "class A:\n" + "".join(f"  {line}\n" for line in text.split("\n"))
     for written in (text, f"\n# a\n{text}\n", text.replace("\n", "\r\n") + "\r\n", f"{text} # é", within):
         with without_the_kernel():
@@ -217,7 +217,7 @@ def test_what_is_python_is_taken(text):
 @pytest.mark.parametrize(
     "text", [*(line for row in INVALID.split("\n") if row for line in row.split(" | ")), *INVALID_LINES]
 )
-def test_what_is_not_python_is_declined(text):
+def test_text_that_is_not_python_is_declined(text):
     for written in (text, f"{text}\n", f"x = 1\n{text}\ny = 2\n"):
         with without_the_kernel():
             assert not is_python(written)
@@ -225,12 +225,12 @@ def test_what_is_not_python_is_declined(text):
 
 
 @pytest.mark.parametrize("text", UNSURE)
-def test_what_is_unsure_is_declined(text):
+def test_uncertain_texts_are_declined(text):
     assert not surely_python(text)
     assert not surely_python(f"x = 1\n{text}\n")
 
 
-def test_a_file_does_not_end_in_a_backslash():
+def test_a_file_ending_in_a_backslash_is_not_python():
     for text in ("x = 1 \\", "x = 1 \\\n", "x = (1, \\\n"):
         with without_the_kernel():
             assert not is_python(text)
@@ -245,7 +245,7 @@ def test_a_file_does_not_end_in_a_backslash():
         ("a if b else ", ""), ("lambda: ", ""), ("lambda a=", ": b"), ("[a for b in ", "]"), ("x and (not -", ")"),
     ],
 )  # fmt: skip
-def test_nesting_is_taken_as_far_as_every_parser_bears_it(before, after):
+def test_nesting_is_accepted_as_deep_as_every_parser_allows(before, after):
     taken = [surely_python(before * depth + "x" + after * depth) for depth in (1, 10, 20, 2000, 100_000)]
     assert taken == [True, True, True, False, False]
     depths = [depth for depth in range(1, 700) if surely_python(before * depth + "x" + after * depth)]
@@ -292,7 +292,7 @@ def mutants(generator, pieces, count):
 
 
 @pytest.mark.parametrize("source", ["table", "megacoder", "stdlib"])
-def test_of_mutants_only_python_is_taken(source):
+def test_only_python_is_accepted_of_mutants(source):
     generator = random.Random(source)
     if source == "table":
         pieces = statements(VALID)
@@ -310,13 +310,13 @@ FRAGMENTS = [*"()[]{}:,=*", *re.findall(r"\w+|\n *|[^\w\s]", VALID), " ", "\n", 
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(" ".join) | st.text("ab1_.x({[}])'\"\\\n\r\t\f #:=!,f"))
-def test_of_any_text_only_python_is_taken(text):
+def test_only_python_is_accepted_of_any_text(text):
     with without_the_kernel():
         assert is_python(text) or not surely_python(text)
 
 
 @pytest.mark.parametrize(("sources", "share"), [(own_sources, 0.99), (stdlib_sources, 0.8)])
-def test_nearly_all_of_what_is_written_is_taken(sources, share):
+def test_nearly_all_real_code_is_accepted(sources, share):
     texts = [path.read_text(encoding="utf-8") for path in sources()]
     assert len(texts) > 100
     taken = sum(len(text) for text in texts if surely_python(text))

@@ -1,4 +1,4 @@
-"""The whole job in small: every stage, resumed after an interruption, refused where it cannot work."""
+"""The full pipeline in small: every stage, resumed after an interruption, refused where it cannot work."""
 
 import math
 import os
@@ -69,7 +69,7 @@ def test_every_stage_leaves_its_output(finished):
     assert difference < 1e-4
 
 
-def test_the_report_is_one_whole_file(finished):
+def test_the_report_is_one_self_contained_file(finished):
     class Checker(HTMLParser):
         def __init__(self):
             super().__init__()
@@ -101,7 +101,7 @@ def test_a_second_run_does_nothing_again(sources, finished):
     assert before.keys() == after.keys()
 
 
-def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_run(sources, finished, tmp_path):
+def test_interrupted_anywhere_the_same_command_completes_the_same_run(sources, finished, tmp_path):
     out = tmp_path / "q"
     for landmark in ("corpus/corpus.json", "data/train.idx", "run/checkpoints/latest"):
         process = subprocess.Popen(command(*arguments(sources, out)), stderr=subprocess.PIPE, text=True)
@@ -120,7 +120,7 @@ def test_interrupted_anywhere_the_same_command_goes_on_to_the_same_run(sources, 
     assert not list(out.rglob("*.tmp-*"))
 
 
-def test_packages_that_come_and_go_do_not_disturb_a_finished_folder(finished, sources):
+def test_installed_or_removed_packages_do_not_affect_a_finished_folder(finished, sources):
     added = sources / "newcomer"
     added.mkdir()
     (added / "module.py").write_text("def newcomer():\n    return 'came later'\n" * 20)
@@ -202,7 +202,7 @@ def test_the_recipe_follows_machine_and_time():
 
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
-def test_the_dtype_that_multiplies_faster_is_taken(slow, monkeypatch):
+def test_the_faster_dtype_is_chosen(slow, monkeypatch):
     multiply = torch.mm
 
     def mm(a, b):

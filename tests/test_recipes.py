@@ -87,7 +87,7 @@ def losses(folder):
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_losses_fall_and_each_goes_on_from_the_one_before(recipes):
+def test_losses_fall_and_each_recipe_continues_the_one_before(recipes):
     names = ("pretrain", "long", "instruct", "continue")
     pretrain, longer, instruct, further = (losses(recipes / name) for name in names)
     assert pretrain[-1] < 0.8 * pretrain[0]
@@ -115,7 +115,7 @@ def test_the_instructed_model_ends_its_answers(recipes):
     assert [tokenizer.decode(answer) for answer in answers] == [f"{word} {word}\n" for word in WORDS]
 
 
-def test_long_context_is_looked_at_before_and_after(recipes):
+def test_later_positions_have_lower_loss_and_retrieval_is_measured(recipes):
     checkpoint_convert.export_main([str(recipes / "long"), str(recipes / "long-model"), "--dtype", "fp32"])
     model, tokenizer = import_with_tokenizer(recipes / "long-model", dtype=torch.float32)
     documents = [np.array(tokenizer.encode(text)) for text in functions(4, first=200)]

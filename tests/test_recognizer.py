@@ -1,4 +1,4 @@
-"""The recogniser of grammars beside tree-sitter: it takes what that one parses, and leaves out what is wrong."""
+"""The recogniser of grammars compared with tree-sitter: it accepts what tree-sitter parses, and leaves out errors."""
 
 import functools
 import math
@@ -57,7 +57,7 @@ def mutants(generator, text, count):
 
 
 @pytest.mark.parametrize(("grammar", "texts"), grammars())
-def test_it_takes_what_tree_sitter_parses_and_nothing_else(grammar, texts):
+def test_what_tree_sitter_parses_is_accepted_and_nothing_else(grammar, texts):
     generator = random.Random(grammar)
     outcomes = {True: 0, False: 0}
     for text in texts:
@@ -70,7 +70,7 @@ def test_it_takes_what_tree_sitter_parses_and_nothing_else(grammar, texts):
     assert all(outcomes.values())
 
 
-def test_it_takes_real_files_and_their_mutants_as_tree_sitter_does():
+def test_real_files_and_their_mutants_are_judged_as_by_tree_sitter():
     generator = random.Random(0)
     outcomes = {True: 0, False: 0}
     for path in sorted(CSRC.glob("cpp/*.h")):
@@ -84,7 +84,7 @@ def test_it_takes_real_files_and_their_mutants_as_tree_sitter_does():
     assert min(outcomes.values()) > 10
 
 
-def test_lines_around_an_error_are_left_out_and_no_more():
+def test_only_lines_around_an_error_are_skipped():
     lines = [f"int f{i}(int x) {{\n  return x + {i};\n}}\n" for i in range(40)]
     wrong = "int g(int x)) ++ {\n"
     for at in (0, 1, 20, 39):
@@ -96,7 +96,7 @@ def test_lines_around_an_error_are_left_out_and_no_more():
     assert left_out(text, "c", share=(5 * len(wrong) - 1) / len(text)) == -1
 
 
-def test_what_is_left_out_is_wrong_where_it_stands_and_the_rest_is_good():
+def test_only_the_wrong_lines_are_skipped_and_the_rest_parses():
     inner = "int f(int x) {\n  if (x) {\n    x = 1;\n    @@ ) (;\n    x = 2;\n  }\n  return x;\n}\n"
     assert left_out(inner, "c", share=0.5) == len("    @@ ) (;\n")
     assert not has_error(inner.replace("    @@ ) (;\n", ""), "c")
@@ -105,7 +105,7 @@ def test_what_is_left_out_is_wrong_where_it_stands_and_the_rest_is_good():
     assert not has_error(between.replace("#ifdef A\n", "").replace("#endif\n", ""), "c")
 
 
-def test_what_lines_that_were_left_out_would_have_closed_may_stay_open():
+def test_blocks_that_skipped_lines_would_close_may_stay_open():
     functions = "int g(int x) {\n  return x;\n}\n" * 10
     text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n{functions}'
     assert left_out(text, "c", share=0.2) == left_out(text, "c", open_end=True) == -1
@@ -128,13 +128,13 @@ _SWALLOWED = {
 
 
 @pytest.mark.parametrize("language", sorted(_SWALLOWED))
-def test_what_an_open_string_swallows_is_not_code(language):
+def test_text_inside_an_unclosed_string_is_not_code(language):
     path = f"a.{LANGUAGES[language].extensions[0]}"
     found = parse(_SWALLOWED[language] + _LETTER, language, path, enough=0.25)
     assert found.error_share > 0.25
 
 
-def test_a_line_that_turns_code_into_a_text_or_a_string_is_not_left_out():
+def test_a_line_that_turns_code_into_text_or_a_string_is_not_skipped():
     page = "<?php @ php\n" + "for (($x) += 1 {\n" * 20
     assert parse(page, "PHP", "a.php", enough=0.25).error_share > 0.25
     docstring = '"""\nWords.\n"""\n' + "from a import b, c\nd = [b, c]\n" * 40
@@ -142,7 +142,7 @@ def test_a_line_that_turns_code_into_a_text_or_a_string_is_not_left_out():
 
 
 @pytest.mark.parametrize("language", ["C#", "Go", "Java", "JavaScript", "PHP", "Ruby", "Rust", "Scala", "TypeScript"])
-def test_verdicts_on_files_that_are_cut_or_of_another_language_are_those_of_tree_sitter_alone(language):
+def test_verdicts_on_cut_or_foreign_files_equal_tree_sitters(language):
     path, enough = f"a.{LANGUAGES[language].extensions[0]}", ScreeningConfig().max_share(language)
     long = GOOD[language] * (1 if language in ("Go", "PHP") else 10)
     texts = [long[: len(long) * tenth // 10] for tenth in range(1, 10)]
@@ -155,7 +155,7 @@ def test_verdicts_on_files_that_are_cut_or_of_another_language_are_those_of_tree
 
 
 @pytest.mark.parametrize("language", sorted(syntax._GRAMMARS))
-def test_verdicts_on_clear_cases_are_those_of_tree_sitter_alone(language):
+def test_verdicts_on_clear_cases_equal_tree_sitters(language):
     path = f"a.{(LANGUAGES[language].extensions or ('x',))[0]}"
     enough = ScreeningConfig().max_share(language)
     for text in (GOOD[language], GOOD[language] * 4, BROKEN.get(language, PROSE)):
@@ -178,14 +178,14 @@ def test_verdicts_on_clear_cases_are_those_of_tree_sitter_alone(language):
         ("rust", "fn f() {{\n{}}}\n", 2),
     ],
 )
-def test_a_function_of_more_lines_than_asked_for_needs_a_tree(grammar, text, lines):
+def test_a_function_over_the_line_limit_needs_a_tree(grammar, text, lines):
     text = text.format("x = 1;\n" * 30 if grammar != "ruby" else "x = 1\n" * 30)
     assert left_out(text, grammar) == 0
     assert left_out(text, grammar, function_lines=31 + lines) == 0  # counted from the end of what stands before
     assert left_out(text, grammar, function_lines=29 + lines) == -1
 
 
-def test_texts_that_no_parser_likes_are_declined_and_not_more():
+def test_pathological_texts_are_declined_without_crashing():
     assert left_out("", "c") == 0
     assert left_out("\ufeffint x;\n", "c") == 0
     assert left_out("int x; /* \0 */\n", "c") == (-1 if has_error("int x; /* \0 */\n", "c") else 0)
@@ -205,16 +205,16 @@ def test_texts_that_no_parser_likes_are_declined_and_not_more():
         ("typescript", "x = <T>(%sa: B, {b, c}, [d]) => e;\n"),
     ],
 )
-def test_comments_without_end_where_a_text_may_be_read_in_two_ways(grammar, text):
+def test_unclosed_comments_in_ambiguous_texts(grammar, text):
     assert left_out(text % ("/**/" * 200_000), grammar) == 0  # none costs a call within another
 
 
-def test_what_is_no_grammar_is_refused():
+def test_invalid_grammars_are_refused():
     with pytest.raises(TypeError):
         native().Recognizer("c")
 
 
-def test_a_build_without_the_recogniser_is_another_one(tmp_path):
+def test_a_build_without_the_recogniser_has_another_identity(tmp_path):
     config = CorpusConfig(input=(tmp_path,), out=tmp_path / "out")
     with_it = config.identity()
     with mock.patch("megacoder.corpus.config.native", return_value=None):
@@ -223,6 +223,6 @@ def test_a_build_without_the_recogniser_is_another_one(tmp_path):
 
 
 @pytest.mark.parametrize("share", [-0.5, 1.5, math.nan])
-def test_a_share_that_is_none_is_refused(share):
+def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(ValueError, match=r"share = .*: must be from 0 to 1"):
         left_out("int x;\n", "c", share=share)

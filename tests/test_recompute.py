@@ -1,4 +1,4 @@
-"""What a stage keeps between forward and backward, and that forming the rest again changes no bit."""
+"""What a stage keeps between forward and backward, and that recomputing the rest changes no bit."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def gradients(kind, recompute, dtype, *, postponed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [Stage, PlainStage])
 @pytest.mark.usefixtures("backend")
-def test_recomputing_and_postponing_change_no_bit(kind, dtype):
+def test_recomputing_and_postponed_weight_gradients_change_no_bit(kind, dtype):
     loss, grad = gradients(kind, "none", dtype, postponed=False)
     assert grad.abs().sum() > 0
     for recompute in MODES[kind]:
@@ -117,7 +117,7 @@ def test_recomputing_and_postponing_change_no_bit(kind, dtype):
 
 
 @pytest.mark.parametrize(("kind", "recompute"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
-def test_stages_in_a_row_equal_the_whole(kind, recompute):
+def test_chained_stages_equal_the_full_model(kind, recompute):
     """What crosses stages is (T, D) in the weights' dtype both ways, gradients as memory that can be sent."""
     loss, grad = gradients(kind, "none", torch.bfloat16, postponed=False)
     model, flat = build(torch.bfloat16)
@@ -147,6 +147,6 @@ def test_stages_in_a_row_equal_the_whole(kind, recompute):
     assert torch.equal(flat.grad, grad)
 
 
-def test_norms_alone_are_recomputed_by_the_scheduled_block_only():
+def test_recomputing_only_norms_needs_the_scheduled_block():
     with pytest.raises(ConfigError, match=r'execution\.recompute = "norms" needs execution\.block = "scheduled"'):
         ExecutionConfig(block="plain", recompute="norms")

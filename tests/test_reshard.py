@@ -1,6 +1,6 @@
-"""Thirty random pairs of layouts, both ways: what every rank asks for is, bit for bit, what the others have written.
+"""Thirty random pairs of layouts, both ways: every rank loads, bit for bit, what the ranks of the other layout saved.
 
-All thirty go through the planner, real files and the code that says what a rank of a layout holds, with the ranks
+All thirty go through the planner, real files and the code that decides what a rank of a layout holds, with ranks
 simulated one after the other; a few are real runs that change their layout halfway and train on. `reshard_parity.py`
 does the latter with any number of pairs.
 """
@@ -46,14 +46,14 @@ def filled(fragment, tensors):
     return dataclasses.replace(fragment, data=expected(fragment, tensors).clone())
 
 
-def test_pairs_are_the_seed_s_and_of_many_sizes():
+def test_pairs_follow_the_seed_and_have_many_sizes():
     assert random_pairs(30, seed=5) == PAIRS != random_pairs(30, seed=6)
     assert {case.world_size for pair in PAIRS for case in (pair.first, pair.second)} == set(range(1, 9))
     assert all(Pair.parse(str(pair)) == pair for pair in PAIRS)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_what_one_layout_writes_another_reads_bit_for_bit(tmp_path, pair):
+def test_one_layout_reads_another_ones_checkpoint_bit_for_bit(tmp_path, pair):
     generator = torch.Generator().manual_seed(0)
     shapes = weight_shapes(pair.first.request().model)
     tensors = {
@@ -81,7 +81,7 @@ def test_what_one_layout_writes_another_reads_bit_for_bit(tmp_path, pair):
         "tp=4,tied=on,vocab=40,sequences=24 > dp=3,pp=2,schedule=interleaved",
     ],
 )
-def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_changed(ranks, text):
+def test_a_run_that_changes_its_layout_continues_unchanged(ranks, text):
     pair = Pair.parse(text)
     for way in (pair, pair.reversed):
         report = measure(ranks, way, seed=3)
@@ -98,7 +98,7 @@ def test_the_tool_prints_json(ranks, monkeypatch, capsys):
     assert all(report["ok"] and report["elements"] > 100_000 for report in reports)
 
 
-def test_the_tool_refuses_what_is_no_pair():
+def test_the_tool_refuses_invalid_pairs():
     with pytest.raises(ConfigError, match="expected two layouts with > between them"):
         Pair.parse("tp=2")
     assert (

@@ -1,4 +1,4 @@
-"""Every schedule is valid for any number of ranks and microbatches and holds what its paper says."""
+"""Every schedule is valid for any number of ranks and microbatches and holds as many activations as its paper says."""
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_zb_h1_delays_weight_gradients_by_the_rank():
         ({"name": "interleaved", "num_chunks": 1}, "with 1 chunks: needs at least 2; with 1 it is '1f1b'"),
     ],
 )
-def test_arguments_that_cannot_work_are_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError) as error:
         build_schedule(**{"name": "1f1b", "num_ranks": 2, "num_microbatches": 4, **arguments})
     assert message in str(error.value)

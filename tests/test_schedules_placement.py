@@ -1,4 +1,4 @@
-"""Layers to stages: even, by hand and by cost; what cannot work names what can."""
+"""Layers to stages: even, by hand and by cost; an error names a split that works."""
 
 from itertools import combinations, pairwise
 
@@ -31,7 +31,7 @@ from megacoder.parallel.schedules import (
         (3, 2, [2, 1]),
     ],
 )
-def test_evenly(num_layers, num_stages, expected):
+def test_layers_are_placed_evenly(num_layers, num_stages, expected):
     assert list(place_evenly(num_layers, num_stages).layers_per_stage) == expected
 
 
@@ -98,7 +98,7 @@ def test_by_cost_scales_to_deep_models():
     assert max(placement.stage_costs(costs)) == pytest.approx(2.1)
 
 
-def test_explicitly():
+def test_layers_are_placed_explicitly():
     assert place_explicitly(5, [0, 3, 2, 0], num_stages=4) == Placement((0, 3, 2, 0))
 
 

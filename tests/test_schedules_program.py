@@ -1,4 +1,4 @@
-"""Programs: every send meets its receive in order, whatever the costs, and the proof notices when one does not."""
+"""Programs: sends match receives in order, whatever the costs, and the proof notices when they do not."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +15,7 @@ from megacoder.parallel.schedules import (
     Recv,
     ScheduleError,
     Send,
-    Tensor,
+    StageTensor,
     build_program,
     build_schedule,
     check_program,
@@ -37,7 +37,7 @@ def edited(program, rank, instructions):
 
 
 def test_two_ranks_by_hand():
-    activation, gradient = Tensor("activation", 0, 1), Tensor("gradient", 0, 0)
+    activation, gradient = StageTensor("activation", 0, 1), StageTensor("gradient", 0, 0)
     program = build_program(build("1f1b", 2, 1))
     assert program.ranks == (
         (Action("F", 0), Exchange((Send(activation, 1), Recv(gradient, 1))), Action("B", 0)),
@@ -87,7 +87,7 @@ def test_64_ranks_with_1024_microbatches():
         check_program(edited(program, 40, late))
 
 
-def test_transfers_with_no_action_between_them_are_one_exchange():
+def test_adjacent_transfers_are_one_exchange():
     for instructions in build_program(build("zbv", 4, 8)).ranks:
         assert not any(isinstance(a, Exchange) and isinstance(b, Exchange) for a, b in pairwise(instructions))
 

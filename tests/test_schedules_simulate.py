@@ -105,7 +105,7 @@ def naive_makespan(schedule, times, blocks=None):
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 10), (4, 16), (8, 20)])
-def test_dualpipev_idles_as_published_if_a_pair_delivers_at_its_end_and_less_if_not(p, m):
+def test_dualpipev_idles_as_published_when_pairs_deliver_at_their_end(p, m):
     schedule = build_schedule("dualpipev", num_ranks=p, num_microbatches=m)
     makespan = naive_makespan(schedule, {"F": 1, "I": 1, "W": 1}, overlapped_blocks(schedule))
     both, backward, weights = 3, 2, 1

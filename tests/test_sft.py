@@ -18,6 +18,7 @@ from megacoder.cli import checkpoint_convert
 from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, MegacoderError
+from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
@@ -117,7 +118,7 @@ def labels_by_template(theirs, rendered, ids):
 
 
 @pytest.mark.parametrize("kind", ["chat", "script", "custom"])
-def test_ids_and_labels_are_those_of_apply_chat_template(kind, exported_tokenizer):
+def test_ids_and_labels_equal_those_of_apply_chat_template(kind, exported_tokenizer):
     theirs, ours = exported_tokenizer(kind), ChatFormat(FormatConfig(kind=kind), small_tokenizer())
     samples = conversations(100)
     assert sum(len(messages) > 3 for messages in samples) > 50, "most have several turns"
@@ -134,7 +135,7 @@ def test_ids_and_labels_are_those_of_apply_chat_template(kind, exported_tokenize
         assert joined(ours.segments(messages)[:-2]) == prompt
 
 
-def test_ids_and_labels_are_those_of_the_published_script(exported_tokenizer):
+def test_ids_and_labels_equal_those_of_the_published_script(exported_tokenizer):
     """Prompt and whole are tokenised, and the prompt's length is masked, as in its `preprocess`."""
     theirs, ours = exported_tokenizer("script"), ChatFormat(FormatConfig(kind="script"), small_tokenizer())
     for messages in conversations(100):
@@ -147,7 +148,7 @@ def test_ids_and_labels_are_those_of_the_published_script(exported_tokenizer):
         assert labels_of(segments) == labels
 
 
-def test_the_traps_of_the_two_formats():
+def test_the_two_chat_formats_differ_as_published():
     chat, script = FormatConfig(), FormatConfig(kind="script")
     turn = [("user", " hi \n"), ("assistant", "ho")]
     assert "Deepseek Coder model, developed by Deepseek Company" in render(turn, chat)
@@ -168,7 +169,7 @@ def test_every_answer_and_its_end_marker_is_trained_and_nothing_else():
     assert segments[1].ids[-1] == tokenizer.eot_id
 
 
-def test_a_message_that_quotes_a_control_token_ends_nothing():
+def test_a_control_token_quoted_in_a_message_stays_text():
     tokenizer = small_tokenizer()
     segments = ChatFormat(FormatConfig(), tokenizer).segments([("user", "say <|EOT|>"), ("assistant", "<|EOT|> it is")])
     assert joined(segments).count(tokenizer.eot_id) == 1
@@ -182,7 +183,7 @@ def test_a_message_that_quotes_a_control_token_ends_nothing():
         ({"response": "A: "}, "must end with a line break or a control token"),
     ],
 )
-def test_a_format_that_cannot_teach_is_refused(changes, message):
+def test_a_format_that_cannot_be_trained_on_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         FormatConfig(kind="custom", **changes)
 
@@ -218,7 +219,7 @@ def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("content", ["", "{\n"], ids=["empty", "malformed"])
-def test_conversations_that_are_none_leave_no_folder(tmp_path, content):
+def test_invalid_conversations_leave_no_folder(tmp_path, content):
     data = tmp_path / "data.jsonl"
     data.write_text(content)
     small_tokenizer().save(tmp_path / "tokenizer")
@@ -243,7 +244,7 @@ def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
     assert made[0] == made[1]
 
 
-def test_what_is_prepared_stays_until_its_inputs_change(tmp_path):
+def test_prepared_data_stays_until_its_inputs_change(tmp_path):
     path, prefix = write_jsonl(tmp_path / "data.jsonl", [json.loads(GOOD)]), tmp_path / "out"
     first = prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig())
     stamp = (tmp_path / "out.bin").stat().st_mtime_ns
@@ -271,7 +272,7 @@ def stream_of(tmp_path):
     return make, dataset
 
 
-def test_windows_hold_whole_conversations_masked_from_each_other(stream_of):
+def test_windows_hold_complete_conversations_masked_from_each_other(stream_of):
     make, dataset = stream_of
     tokenizer, stream, seen = small_tokenizer(), make(seq_length=4096), []
     whole = {tuple(dataset.document(number).tolist()) for number in range(dataset.num_documents)}
@@ -303,7 +304,7 @@ def test_a_conversation_that_is_too_long_is_cut_at_the_right(stream_of):
         make(seq_length=2)
 
 
-def test_ranks_serve_what_one_does_and_a_state_is_taken_up(stream_of):
+def test_ranks_serve_the_same_as_one_and_resume_from_a_state(stream_of):
     make, _ = stream_of
     alone, ranks = make(), [make(rank, 2) for rank in range(2)]
     for _ in range(9):
@@ -373,7 +374,7 @@ def steps_on(world, config):
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2, "schedule": "zbv"}, {"cp": 2}, {}], ids=str)
-def test_every_layout_trains_alike(ranks, toy, layout):
+def test_every_layout_gives_the_same_training(ranks, toy, layout):
     _, _, config = toy
     alone = ranks.run(1, steps_on, prepare(config(f"alone-{sorted(layout)}")))[0]
     shared = prepare(config(f"ranks-{sorted(layout)}", parallel=ParallelConfig(**layout)))
@@ -385,8 +386,8 @@ def test_settings_that_contradict_are_refused(toy):
     _, _, config = toy
     run = config("contradictory")
     for changes, message in (
-        ({"rate": 0.5}, "conversations are not filled in"),
-        ({"masks": False}, "conversations of a window never see each other"),
+        ({"rate": 0.5}, "conversations take no fill-in-the-middle"),
+        ({"masks": False}, "conversations of a window are always masked"),
     ):
         stream = run.data.stream.__dict__ | (
             {"fim": run.data.stream.fim.__class__(rate=0.5)} if "rate" in changes else {"document_masks": False}
@@ -394,6 +395,19 @@ def test_settings_that_contradict_are_refused(toy):
         data = DataConfig(**{**run.data.__dict__, "stream": run.data.stream.__class__(**stream)})
         with pytest.raises(ConfigError, match=message):
             prepared_run(RunConfig(**{**run.__dict__, "data": data}))
+
+
+def test_a_run_of_other_settings_leaves_a_begun_run_as_it_was(toy):
+    _, _, config = toy
+    first = config("begun", steps=1, checkpoint_every=1)
+    sft(first)
+    others = [path for path in first.output.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in others}
+    with pytest.raises(ConfigError, match="choose another output"):
+        prepare(config("begun", chat=FormatConfig(kind="script")))
+    with exclusive(first.output, what="run"), pytest.raises(MegacoderError, match="another run is working here"):
+        prepare(first)
+    assert {path: path.read_bytes() for path in first.output.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -416,7 +430,7 @@ def test_under_torchrun_bad_input_is_met_before_ranks_meet(toy, tmp_path, monkey
         conversations = dataclasses.replace(run.data.conversations, train=(broken,))
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, conversations=conversations))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda _: pytest.fail("ranks meet"))
+    monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda *_, **__: pytest.fail("ranks meet"))
     for rank in ranks:
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(MegacoderError, match=message) as raised:

@@ -1,4 +1,4 @@
-"""The tokenizer: DeepSeek's splits, every byte, control ids out of the text's reach, Hugging Face's reading of it."""
+"""The tokenizer: DeepSeek's splits, every byte, control ids that no text can produce, and Hugging Face reading it."""
 
 import json
 import pickle

@@ -21,7 +21,7 @@ from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -95,7 +95,7 @@ def wait_until(holds, seconds=60):
         time.sleep(0.05)
 
 
-def test_of_a_run_that_has_done_nothing_anything_may_change(case):
+def test_all_options_may_change_before_the_first_step(case):
     config = case.config("nothing-done")
     Trainer(config, World(0, 1, 0, torch.device("cpu"), None)).folder.finish()
     other = case.config("nothing-done", seed=7)
@@ -107,7 +107,7 @@ def test_of_a_run_that_has_done_nothing_anything_may_change(case):
         train(case.config("nothing-done", seed=8))
 
 
-def test_a_second_run_in_a_folder_is_refused_alike_on_all_ranks(case):
+def test_a_second_run_in_a_folder_is_refused_on_every_rank(case):
     trainer = Trainer(case.config("taken"), World(0, 1, 0, torch.device("cpu"), None))
     done = launch(case.toml("taken"))
     trainer.folder.finish()
@@ -130,7 +130,7 @@ def test_a_second_run_in_a_folder_is_refused_alike_on_all_ranks(case):
     ],
     ids=["host", "gpu", "python"],
 )
-def test_a_lack_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
     def fail(config):
         raise error
 
@@ -153,7 +153,7 @@ def test_a_run_learns_and_logs(alone):
     assert CheckpointReader(alone / "checkpoints").step == 8
 
 
-def test_tensorboard_reads_what_was_logged(alone):
+def test_tensorboard_reads_the_log(alone):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(alone / "tensorboard"))
@@ -198,7 +198,7 @@ def test_microbatches_do_not_change_the_run(case, alone):
         assert ours == {key: pytest.approx(value, rel=2e-5) for key, value in reference.items()}
 
 
-@pytest.mark.parametrize("stop_at", [2, 5])
+@pytest.mark.parametrize("stop_at", [2, 4, 5])  # a held-out loss is due in step 4, and measured on resuming
 def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     config = case.config(f"stopped-{stop_at}")
     trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
@@ -222,6 +222,21 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
 
 
+def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch):
+    trainer = Trainer(case.config("signal-in-step"), World(0, 1, 0, torch.device("cpu"), None))
+    forward_backward = trainer.engine.forward_backward
+
+    def interrupted(microbatches):
+        part = forward_backward(microbatches)
+        if trainer.step + 1 == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return part
+
+    monkeypatch.setattr(trainer.engine, "forward_backward", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 2 "):
+        trainer.run()
+
+
 def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
     config = case.config("last-step")
     trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
@@ -241,11 +256,11 @@ def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
     ("code", "how"),
     [
         (1, "exit code 1; its own message is above"),
-        (-signal.SIGKILL, "SIGKILL; if nobody sent it, look for a lack of memory"),
-        (-signal.SIGBUS, "SIGBUS; a file was cut off while it was read, or its disk has failed"),
+        (-signal.SIGKILL, "SIGKILL; if nobody sent it, the machine may have run out of memory"),
+        (-signal.SIGBUS, "SIGBUS; a file was truncated while it was read, or its disk has failed"),
     ],
 )
-def test_how_a_rank_ended_is_said(code, how):
+def test_how_a_rank_ended_is_described(code, how):
     assert how_it_ended(code) == how
 
 
@@ -269,7 +284,7 @@ def test_auto_dtype_is_recorded_and_kept(case):
     train(config)
 
 
-def test_a_crash_between_checkpoints_repeats_its_steps_only(case, alone):
+def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):
     config = case.config("crashed")
     trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
     update = trainer.update
@@ -311,7 +326,7 @@ def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, 
     assert math.isfinite(resumed.update().loss)
 
 
-def test_a_schedulers_signal_reaches_ranks_alone_and_torchrun_ends_well(case):
+def test_a_schedulers_signal_reaches_only_ranks_and_torchrun_exits_cleanly(case):
     """As Slurm's --signal does where the job's script has told torchrun to ignore it."""
     settings = {"steps": 2000, "schedule": ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)}
     toml = case.toml("told", **settings, stop_signals=("SIGUSR2",))
@@ -361,13 +376,13 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
         ({"schedule": ScheduleConfig(peak_lr=0.02, warmup_steps=2)}, "schedule: .* of step 1 was 0.005, not 0.01;"),
     ],
 )
-def test_a_run_whose_past_would_have_been_another_is_not_extended(case, alone, changes, message):
+def test_a_run_whose_past_data_would_change_is_not_extended(case, alone, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(case.config("alone", **changes))
     assert load_toml(RunConfig, alone / "run.toml").steps == 8
 
 
-def test_a_worker_error_is_said_once_and_ends_the_launcher(case):
+def test_a_worker_error_is_reported_once_and_stops_the_launcher(case):
     done = launch(case.toml("refused"), "--model.vocab-size", "999")
     assert done.returncode == 2
     assert done.stderr.count("model.vocab_size = 999") == 1
@@ -383,7 +398,7 @@ def flip_a_byte(folder):
 
 
 @pytest.mark.parametrize("wrong", ["data", "output", "checkpoint"])
-def test_what_any_rank_finds_wrong_is_said_once(case, alone, tmp_path, wrong):
+def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
     output = tmp_path / "run"
     if wrong == "output":
         output.touch()
@@ -415,11 +430,14 @@ def test_conversations_go_to_sft(case, capsys):
     toml.write_text(to_toml(dataclasses.replace(config, data=talks)))
     with pytest.raises(SystemExit):
         main(["train", str(toml)])
-    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; that is: megacoder sft {toml}\n"
+    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; use megacoder sft {toml}\n"
     for words in (["profile", str(toml)], ["data", "digest", str(toml), "--steps", "1:2"]):
         with pytest.raises(SystemExit):
             main(words)
-        assert f"has prepared them; name the run.toml in its output folder, {config.output}" in capsys.readouterr().err
+        assert (
+            f"been prepared by megacoder sft; name the run.toml in its output folder, {config.output}"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(
@@ -435,7 +453,7 @@ def test_a_users_number_of_threads_counts_and_torchruns_does_not(monkeypatch, ra
 
 def test_a_run_within_its_warmup_says_so(case, capfd):
     train(case.config("cold", steps=2, schedule=ScheduleConfig(peak_lr=1e-2, warmup_steps=9)))
-    assert "steps = 2 end within the warm-up of 9 (" in capfd.readouterr().err
+    assert "steps = 2: the run ends within the warm-up of 9 steps (" in capfd.readouterr().err
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
@@ -451,7 +469,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps = 0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm = -1.0"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm = inf: must be positive, or 0 for no clipping"),
+        ({"timeout_seconds": math.inf}, "timeout_seconds = inf"),
+        ({"checkpoint": {"timeout_seconds": math.inf}}, "checkpoint.timeout_seconds = inf"),
         ({"schedule": {"peak_lr": -1.0}}, "peak_lr = -1.0"),
         ({"data": {"stream": {"seq_length": 128}}}, "seq_length = 128 exceeds model.max_position_embeddings = 64"),
     ],
@@ -470,6 +491,31 @@ def test_settings_out_of_range_are_refused(case, changes, message):
             table[key] = value
     with pytest.raises(ConfigError, match=message):
         from_dict(RunConfig, table, where="run.toml")
+
+
+def test_without_clipping_large_gradients_count_in_full(case):
+    norms = {}
+    for limit in (0.0, 1e9, 1e-3):
+        config = case.config(f"clip-{limit}", max_grad_norm=limit, steps=2, checkpoint_every=2)
+        train(config)
+        norms[limit] = [row["grad_norm"] for row in curve(config.output)]
+    assert norms[0.0] == norms[1e9] != norms[1e-3]
+
+
+def test_an_update_without_a_trained_token_is_skipped(case):
+    trainer = Trainer(case.config("nothing-trained"), World(0, 1, 0, torch.device("cpu"), None))
+    before = [param.clone() for param in trainer.engine.model.parameters()]
+    next_batch = trainer.batches.next_batch
+
+    def without_labels():
+        batch = next_batch()
+        batch.labels.fill_(-100)
+        return batch
+
+    trainer.batches.next_batch = without_labels
+    result = trainer.update()
+    assert (result.skipped, result.num_tokens, trainer.guard.num_skipped) == (True, 0, 1)
+    assert all(map(torch.equal, before, trainer.engine.model.parameters()))
 
 
 def test_damaged_data_is_refused_with_the_file_named(case, tmp_path):
@@ -492,7 +538,7 @@ def test_three_stage_schedule():
     assert learning_rate(1, 100, ScheduleConfig(kind="constant", peak_lr=0.5, warmup_steps=0)) == 0.5
 
 
-def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
     log = MetricsLog(tmp_path, resume_step=0)
     for step in (1, 2, 3):
         log.write(step, {"loss": float(step)})
@@ -512,7 +558,16 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": math.nan}, {"weight_decay": -1.0}]
+    "setting",
+    [
+        {"beta1": 1.0},
+        {"beta1": 1 - 1e-8},
+        {"beta2": -0.1},
+        {"eps": 0.0},
+        {"eps": 1e-46},
+        {"weight_decay": math.nan},
+        {"weight_decay": -1.0},
+    ],
 )
 def test_optimizer_settings_out_of_range_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):

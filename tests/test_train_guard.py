@@ -1,5 +1,4 @@
-"""Updates that are left out, replicas that drift, saves that fail: the run notices, on all ranks alike, and goes on or
-ends as its configuration says."""
+"""Skipped updates, drifting replicas, failing saves: noticed on every rank, then handled as configured."""
 
 import dataclasses
 import errno
@@ -25,10 +24,10 @@ from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
 from megacoder.model.transformer import Transformer
 from megacoder.ops import adamw
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, GuardConfig, RunStopped
 from megacoder.train.loop import Trainer
@@ -64,7 +63,7 @@ def test_limits_are_multiples_of_medians_once_there_is_a_history():
     assert (off.limits().loss, off.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
 
 
-def test_nothing_that_clipping_leaves_alone_is_a_spike_nor_a_loss_that_shows_no_divergence():
+def test_unclipped_norms_and_small_losses_are_no_spikes():
     """As where a few answers are learnt by heart, and medians vanish."""
     guard = Guard(GuardConfig(loss_spike=3.0, grad_norm_spike=10.0, window=8), max_grad_norm=1.0)
     noted(guard, 8, loss=0.002, grad_norm=0.01)
@@ -83,7 +82,7 @@ def test_nothing_that_clipping_leaves_alone_is_a_spike_nor_a_loss_that_shows_no_
         (math.inf, 0.5, "the loss is inf"),
         (2.0, math.inf, "the gradient is not finite"),
         (7.0, 0.5, r"the loss 7 is above guard.loss_spike = 3 x its median 2"),
-        (2.0, 5.5, r"the gradient's norm 5.5 is above guard.grad_norm_spike = 10 x its median 0.5"),
+        (2.0, 5.5, r"the gradient norm 5.5 is above guard.grad_norm_spike = 10 x its median 0.5"),
     ],
 )
 def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, reason):
@@ -94,12 +93,12 @@ def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, 
     noted(guard, 1)  # which ends the row
     for _ in range(2):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
-    with pytest.raises(RunStopped, match=f"3 updates in a row were left out, the last because {reason}"):
+    with pytest.raises(RunStopped, match=f"3 updates in a row were skipped, the last because {reason}"):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
     assert guard.num_skipped == 5
 
 
-def test_a_guard_goes_on_where_it_was():
+def test_a_guard_resumes_from_its_state():
     guard = Guard(GuardConfig(window=4))
     noted(guard, 3)
     guard.note(loss=9.0, grad_norm=1.0, skipped=True)
@@ -117,14 +116,14 @@ def test_settings_out_of_range_are_refused(wrong):
         GuardConfig(**wrong)
 
 
-def test_a_guard_that_is_off_is_off_in_what_a_run_writes_down(case):
+def test_a_disabled_guard_is_disabled_in_the_written_config(case):
     config = case.config("off", guard=GuardConfig(loss_spike=0, grad_norm_spike=0, compare_replicas_every=0))
     assert from_dict(RunConfig, tomllib.loads(to_toml(config)), where="run.toml") == config
 
 
 @pytest.mark.parametrize("name", ["USR1", "SIGNAL", "SIGKILL", "SIGUSR9"])
-def test_what_is_no_signal_to_answer_is_refused(case, name):
-    with pytest.raises(ConfigError, match=f"stop_signals: '{name}' is no signal"):
+def test_signals_that_cannot_be_handled_are_refused(case, name):
+    with pytest.raises(ConfigError, match=f"stop_signals: '{name}' is not a signal"):
         case.config("x", stop_signals=(name,))
 
 
@@ -172,7 +171,7 @@ def run_spoilt(world, config, step, kind):
 
 
 @pytest.mark.parametrize("kind", ["loss", "nan", "norm", "nan gradient"])
-def test_an_update_is_left_out_on_all_ranks_alike(ranks, case, kind):
+def test_an_update_is_skipped_on_every_rank(ranks, case, kind):
     config = case.config(kind, guard=GuardConfig(window=4), checkpoint_every=8, eval_every=8)
     for seen, num_updates in ranks.run(2, run_spoilt, config, 5, kind):
         assert seen == [(step == 5, step == 5) for step in range(1, 9)], "(left out, weights as they were) by step"
@@ -183,7 +182,7 @@ def test_an_update_is_left_out_on_all_ranks_alike(ranks, case, kind):
     assert (rows[4]["grad_norm"] is None) == (kind == "nan gradient")
 
 
-def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(case):
+def test_a_resumed_run_skips_the_updates_of_the_uninterrupted_one(case):
     """The spike comes right after the resume, when only the checkpoint knows what is usual."""
     config = case.config("spike", guard=GuardConfig(window=12), steps=5, checkpoint_every=3, eval_every=8)
     whole = Trainer(config, ALONE)
@@ -207,23 +206,35 @@ def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(case):
         assert torch.equal(tensor, expected[key]), key
 
 
-def test_on_a_device_the_norm_is_judged_without_the_host(monkeypatch):
-    """`update_scalars` on a CPU, with the kernel replaced by what its source says."""
-    seen = []
-
-    def kernel(squares, num_tokens, lr, step, *, max_grad_norm, beta1, beta2, scalars, norm):
-        mean = squares.sqrt() / num_tokens
-        seen.append(bool(mean.isfinite()))
-        norm.copy_(mean if mean.isfinite() else torch.tensor(math.inf))
-
-    monkeypatch.setattr(adamw.cuda, "adamw_scalars", kernel)
-    settings = {"config": AdamWConfig(), "lr": 1e-3, "num_updates": 3, "num_tokens": 2, "max_grad_norm": 1.0}
-    for squares, limit, norm, made in [
-        (16.0, 2.0, 2.0, True), (16.0, 1.9, 2.0, False), (16.0, -1.0, 2.0, False),
-        (math.inf, 1e300, math.inf, False), (math.nan, 1e300, math.inf, False), (16.0, sys.float_info.max, 2.0, True),
-    ]:  # fmt: skip
-        _, found = adamw.update_scalars(torch.tensor(squares, dtype=torch.float64), skip_above=limit, **settings)
-        assert (found.item(), seen[-1]) == (norm, made), (squares, limit)
+@pytest.mark.parametrize(
+    ("squares", "limit", "norm", "made"),
+    [
+        (16.0, 2.0, 2.0, True),
+        (16.0, 1.9, 2.0, False),
+        (16.0, -1.0, 2.0, False),
+        (16.0, sys.float_info.max, 2.0, True),
+        (math.inf, 1e300, math.inf, False),
+        (math.nan, 1e300, math.inf, False),
+    ],
+)
+def test_update_scalars_passes_infinite_squares_to_the_kernel_to_skip_an_update(
+    monkeypatch, squares, limit, norm, made
+):
+    """Only what the kernel receives is checked here; what it does with that, in test_cuda_kernels.py."""
+    received = []
+    monkeypatch.setattr(adamw.cuda, "adamw_scalars", lambda *tensors, **settings: received.append((tensors, settings)))
+    config = AdamWConfig(beta1=0.8, beta2=0.9)
+    scalars, found = adamw.update_scalars(
+        torch.tensor(squares, dtype=torch.float64), config=config, lr=0.25, num_updates=3, num_tokens=2,
+        max_grad_norm=1.0, skip_above=limit,
+    )  # fmt: skip
+    [(tensors, settings)] = received
+    assert [tensor.item() for tensor in tensors] == [squares if made else math.inf, 2.0, 0.25, 3]
+    assert [tensor.dtype for tensor in tensors] == [torch.float64, torch.float64, torch.float32, torch.int64]
+    assert (settings["max_grad_norm"], settings["beta1"], settings["beta2"]) == (1.0, 0.8, 0.9)
+    assert settings["scalars"] is scalars
+    assert settings["norm"] is not found, "the kernel's own norm is infinite where the update is skipped"
+    assert found.item() == norm
 
 
 def lose_from(trainer, step):
@@ -242,12 +253,14 @@ def test_a_run_that_the_guard_ended_is_not_started_again(ranks, case, capfd):
     config = case.config("ended", guard=GuardConfig(max_skipped=4), checkpoint_every=4, eval_every=8)
     said = ranks.run(2, run_into_the_guard, config)
     assert [line.partition(";")[0] for line in said] == [
-        "4 updates in a row were left out, the last because the loss is nan"
+        "4 updates in a row were skipped, the last because the loss is nan"
     ] * 2
     assert CheckpointReader(config.output).step == 4, "which was whole before the end"
     mark = config.output / "stopped"
     assert mark.read_text() == f"step 6: {said[0]}\n"
-    with pytest.raises(AlikeOnAllRanks, match=r"stopped: the run was ended at step 6: 4 updates .* remove that file$"):
+    with pytest.raises(
+        AlikeOnAllRanks, match=r"stopped: the run was stopped at step 6: 4 updates .* remove that file$"
+    ):
         Trainer(config, ALONE)
     mark.unlink()
     trainer = Trainer(dataclasses.replace(config, guard=GuardConfig(max_skipped=20)), ALONE)
@@ -323,7 +336,7 @@ def test_a_digest_sees_any_one_element():
         ("cuda", ParallelDims(tp=2, dp=2, cp=2), False),
     ],
 )
-def test_copies_are_compared_where_their_sums_are_added_in_one_order(case, device, dims, alike):
+def test_replicas_are_compared_where_they_sum_in_one_order(case, device, dims, alike):
     names = []
     for rank in (0, 1, dims.world_size - 2):
         place, world = dims.coordinates(rank), World(rank, dims.world_size, 0, torch.device(device), None)
@@ -381,7 +394,7 @@ def test_a_weight_that_drifts_is_named_with_its_rank(ranks, case, size, parallel
     for said, step in ranks.run(size, run_drifting, config, rank, name):
         assert said is not None
         assert said.startswith(f"step 4: {line}"), said
-        assert "goes back to the newest checkpoint, taken when replicas were equal (last in step 3)" in said
+        assert "resumes from the newest checkpoint, taken while replicas were equal (last in step 3)" in said
         assert step == 3, "the update is not made"
 
 
@@ -395,7 +408,7 @@ def test_equal_replicas_are_let_pass(ranks, case):
 
 
 @pytest.mark.parametrize(("at", "asks_to_stop"), [(6, False), (5, True), (8, False)])
-def test_what_has_drifted_is_not_saved(ranks, case, at, asks_to_stop):
+def test_drifted_replicas_are_not_saved(ranks, case, at, asks_to_stop):
     """Neither at a checkpoint's time nor after a signal nor at the end, however seldom replicas are compared."""
     config = case.config(
         f"unsaved-{at}", guard=GuardConfig(compare_replicas_every=1000), eval_every=8, checkpoint_every=3,
@@ -501,7 +514,7 @@ def test_metrics_wait_for_room(tmp_path, capsys):
     log.write(2, {"loss": 2.0})
     log.write(3, {"loss": 3.0})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    assert capsys.readouterr().err.count("metrics.jsonl: No space left on device; held back") == 1
+    assert capsys.readouterr().err.count("metrics.jsonl: No space left on device; entries are held back") == 1
     for appender, file in files:
         appender._file = file
     log.write(4, {"loss": math.inf})

@@ -15,8 +15,8 @@ from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.world import World
 from megacoder.train import run_folder
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer
@@ -107,7 +107,7 @@ def test_a_run_in_any_layout_equals_one_process(ranks, case, alone, name, tied):
     check_same(config.output, alone[tied])
 
 
-def test_document_masks_change_what_is_learnt(case, alone):
+def test_document_masks_change_training(case, alone):
     config = config_of(case, "together", tied=True, document_masks=False)
     Trainer(config, ALONE).run()
     together, apart = (read_metrics(folder / "metrics.jsonl") for folder in (config.output, alone[True]))
@@ -125,7 +125,7 @@ def run_to(world, config, step):
     trainer.batches.close()
 
 
-def test_a_run_goes_on_in_another_layout(ranks, case, alone):
+def test_a_run_resumes_in_another_layout(ranks, case, alone):
     """Four steps, each by other ranks; only the last writes metrics."""
     layouts = [LAYOUTS[name] for name in ("tp=2 pp=2", "pp=2 dp=2", "tp=4", "pp=2 zbv")]
     for step, (size, parallel) in enumerate(layouts, start=1):
@@ -163,7 +163,9 @@ def start_blind(world, config):
 def test_ranks_that_see_different_checkpoints_do_not_start(ranks, case, alone):
     config = config_of(case, "blind", tied=False)
     shutil.copytree(alone[False], config.output)
-    message = r"rank 0 would go on from step 4 and rank 1 sees no checkpoint; all hosts must see the same output folder"
+    message = (
+        r"rank 0 would resume from step 4 and rank 1 sees no checkpoint; all hosts must see the same output folder"
+    )
     with pytest.raises(RankFailed, match=message):
         ranks.run(2, start_blind, config)
 
@@ -189,7 +191,7 @@ def request(**changes):
         (2, {"parallel": ParallelConfig(pp=2, chunks=3)}, "schedule '1f1b' with 3 chunks.*takes any number$"),
         (4, {"parallel": ParallelConfig(pp=2, dp=1, layers_per_stage=(1, 1))}, ": pp=2,dp=2; cp=2,pp=2; tp=2,pp=2$"),
         (2, {"micro_batch_size": 3}, "global_batch_size = 8 is not a multiple of micro_batch_size = 3$"),
-        (1, {"parallel": ParallelConfig(pp=2)}, "^pp=2 needs 2 ranks, this is one alone; start them with --nproc 2"),
+        (1, {"parallel": ParallelConfig(pp=2)}, "^pp=2 needs 2 ranks, only one was started; start them with --nproc 2"),
         (7, {}, "global_batch_size = 8 is not a multiple of dp = 7 .*; no layout of 7 ranks works"),
         (8, {"parallel": ParallelConfig(cp=3)}, "cp=3,dp=2 needs 6 ranks, there are 8; .*: cp=4,dp=2; cp=2,dp=4"),
         (4, {"seq_length": 36, "parallel": ParallelConfig(cp=4)}, "36 tokens cannot be cut .*; nearest .*: cp=2,dp=2"),
@@ -198,7 +200,7 @@ def request(**changes):
         (2, {"execution": FP8, "seq_length": 20, "micro_batch_size": 1}, "microbatch = 20 .*; no number of ranks chan"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_what_does(world_size, changes, message):
+def test_impossible_settings_are_refused_with_an_alternative(world_size, changes, message):
     with pytest.raises(ConfigError, match=message):
         request(**changes).layout(world_size)
 

@@ -1,4 +1,4 @@
-"""The report of a run says what the run's own files say, and is one file that fetches nothing."""
+"""The report of a run agrees with the run's files, and is one file that fetches nothing."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from megacoder.train.metrics_log import read_metrics
 
 @pytest.mark.parametrize(("weights", "num_streams"), [([1.0], 1), ([0.7, 0.1, 0.2], 8), ([1, 2, 3, 1.5], 16)])
 @pytest.mark.parametrize("num_windows", [0, 5, 64, 1003])
-def test_blended_windows_are_counted_as_they_are_drawn(weights, num_streams, num_windows):
+def test_counts_of_blended_windows_are_those_drawn(weights, num_streams, num_windows):
     table = blend_table(weights)
     counted = [0] * len(weights)
     for window in range(num_windows):
@@ -59,24 +59,24 @@ def report_of(folder, *arguments):
     return reader, text
 
 
-def test_the_report_says_what_the_run_has_logged(finished, capsys):
+def test_the_report_shows_the_logged_metrics(finished, capsys):
     reader, text = report_of(finished.output)
     assert f"{finished.output}/report.html: as of step 6" in capsys.readouterr().err
     rows = read_metrics(finished.output / "metrics.jsonl")
     shown = " ".join(reader.texts)
     assert f"{rows[-1]['loss']:.3f}" in reader.texts
     assert f"{rows[-1]['held_out_loss']:.3f}" in reader.texts
-    assert "The newest whole one is of step 6." in shown
-    assert "No update was left out." in shown
+    assert "The newest complete one is of step 6." in shown
+    assert "No update was skipped." in shown
     assert "tp 1" in shown
     assert "pp 2" in shown
-    assert re.search(r"dataset share asked for .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
+    assert re.search(r"dataset target share .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
     assert "<b> & such" in shown, "names are text"
     assert text.count("<polyline") == 7, "loss twice, rate, norm, speed, memory, checkpoints"
     assert "<script" not in text
 
 
-def test_it_fetches_nothing_and_its_picture_is_one(finished):
+def test_the_report_fetches_nothing_and_embeds_a_valid_picture(finished):
     reader, _ = report_of(finished.output)
     assert len(reader.sources) == 1
     kind, _, data = reader.sources[0].partition(";base64,")
@@ -102,11 +102,11 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     reader, _ = report_of(tmp_path, "--out", str(tmp_path / "other.html"))
     shown = " ".join(reader.texts)
     assert "2 1 not finite not finite" in shown
-    assert shown.count("The first checkpoint will say.") == 2
+    assert shown.count("Known from the first checkpoint on.") == 2
     assert "2.000" in reader.texts
 
 
-def test_a_chart_of_nothing_but_zeros_begins_at_zero_and_its_names_have_room():
+def test_a_chart_of_zeros_starts_at_zero_with_room_for_labels():
     lines = [Series(name, [(1.0, 0.0), (2.0, 0.0)]) for name in ("0%", "50% PSM", "100% PSM")]
     chart = ET.fromstring(line_chart(lines, x_label="step", y_label="lines filled in exactly, %"))
     texts = {text.text: float(text.get("x")) for text in chart.iter("text")}

@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels for sm_90, with no GPU: no spills, wide loads, bounded registers.
 
-These are what speed on a GPU rests on and what a test of results cannot see. The kernels compile in a process of their
-own (see triton_compiler), since in this one they may be interpreted.
+Speed on a GPU depends on these, and no test of results can see them. The kernels compile in a separate process (see
+triton_compiler), since in this one they may be interpreted.
 """
 
 import json

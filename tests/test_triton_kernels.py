@@ -272,7 +272,7 @@ def test_the_largest_magnitude_comes_with_the_result(rows, dim, dtype, monkeypat
             amax.zero_()
 
 
-def test_the_activation_is_formed_where_it_is_wanted():
+def test_the_activation_is_recomputed_only_on_request():
     gate_up, grad = randn(5, 34, dtype=torch.bfloat16), randn(5, 17, dtype=torch.bfloat16, seed=1)
     overwritten, other = gate_up.clone(), gate_up.clone()
     assert swiglu_backward_(grad, overwritten, forms_activation=False) is None
@@ -416,6 +416,6 @@ def test_ignored_labels_are_those_of_the_op():
         ),
     ],
 )  # fmt: skip
-def test_what_a_kernel_takes_for_granted_is_checked(call, message):
+def test_the_assumptions_of_kernels_are_checked(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(4, 8))

@@ -15,10 +15,10 @@ import torch
 from train_cases import make_case
 
 from megacoder.core.processes import kill_sibling
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World
 from megacoder.train.metrics_log import read_metrics
 
 TESTS = Path(__file__).parent
@@ -96,13 +96,13 @@ def test_one_line_names_the_rank_and_what_it_did(ended, name):
     assert waited in run.lines[0].partition(f"; rank {other} at ")[2]
 
 
-def test_the_one_that_waited_leaves_a_flight_record(ended):
+def test_the_waiting_rank_leaves_a_flight_record(ended):
     folder = ended["data"].folder / "flight"
     assert ended["data"].lines[0].endswith(f"torch's flight records are in {folder}")
     assert json.loads((folder / "rank-00001.json").read_text())["entries"]
 
 
-def test_a_rank_with_an_error_of_its_own_says_that_alone(ended):
+def test_a_rank_with_its_own_error_reports_only_that(ended):
     assert ended["fail"].lines == ["megacoder: the disk is gone"]
     assert ended["fail"].code != 0
 
@@ -136,13 +136,16 @@ def test_a_rank_killed_from_outside_under_the_launcher(case):
     lines = [line for line in stderr.splitlines() if line.startswith("megacoder: ")]
     assert len(lines) == 2, stderr
     assert f"pid {workers[1]}) has not answered" in lines[0]
-    assert lines[1] == "megacoder: rank 1 of 2 ended with SIGKILL; if nobody sent it, look for a lack of memory"
+    assert (
+        lines[1]
+        == "megacoder: rank 1 of 2 ended with SIGKILL; if nobody sent it, the machine may have run out of memory"
+    )
     assert process.returncode == 1
     assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_where_a_rank_may_hang(device, tmp_path):
+def test_the_watch_allows_for_work_that_cannot_hang(device, tmp_path):
     world = World(0, 2, 0, torch.device(device), None)
     watch, journal = Watch(world, timeout_seconds=1.0, folder=tmp_path), world.journal
     assert not watch._may_hang(), "what comes before the first step has no bound"

@@ -1,4 +1,4 @@
-"""Compiles for sm_90, on any machine, every kernel as its launcher asks for it at the 1.3B model's shapes.
+"""Compiles every kernel for sm_90, on any machine, as its launcher would at the 1.3B model's shapes.
 
 Run as a program it prints, as JSON, the names of all kernels and what the compiler made of each launch. The launchers
 themselves run, on tensors without memory, so that a kernel is specialised as in training; only the last step, from the

@@ -2,18 +2,19 @@
 
     python tools/bench_checkpoint.py --folder /tmp/bench --out tools/results/checkpoint_cpu.json
 
-Speed: the fp32 weights and moments of a model of `--layers` layers (4.8 GB by default) in one process, beside `cp` of
-the same bytes on the same disk and torch.distributed.checkpoint (DCP) with the same tensors, in turns, medians. A save
-ends when the bytes are on the device: ours and DCP flush their files, and so is what `cp` wrote. What `cp` reads for it
-is in memory. Loads begin with none of the files' bytes in memory (they are dropped from the page cache before) and end
-when the tensors hold them; `cp` then copies into a file system in memory, which is a load without any use, and to the
-same disk, as copies are usually made. Ours checks checksums both ways; cp and DCP check none.
+Speed: the fp32 weights and moments of a model of `--layers` layers (4.8 GB by default) in one process, compared with
+`cp` of the same bytes on the same disk and torch.distributed.checkpoint (DCP) with the same tensors; contenders
+alternate, and medians are shown. A save ends when the bytes are on the device: ours and DCP flush their files, and what
+`cp` wrote is flushed too. When saving, `cp` reads from the page cache. Loads begin with none of the files' bytes in
+memory (they are dropped from the page cache before) and end when the tensors hold them; `cp` then copies into a file
+system in memory, which is a load that nothing uses, and to the same disk, as copies are usually made. Ours verifies
+checksums both ways; cp and DCP verify none.
 
-Stall: what an asynchronous save holds training up for, beside a copy of the same tensors into memory that is there.
+Stall: how long an asynchronous save blocks training, compared with copying the tensors into allocated memory.
 
 Memory: the commands `reshard`, `export` and `import` on that checkpoint, each under a limit of one layer's tensors plus
 1 GiB that the kernel enforces on the process and its page cache (a memory cgroup; needs root), less than the weights
-alone. Reported is the most private memory that each had. Without cgroups it is measured and not enforced.
+alone. The peak of each command's private memory is reported; without cgroups it is measured but not limited.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from megacoder.core.config import parse_args, to_dict
 from megacoder.core.console import say, table
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import weight_shapes
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 GIB = 1 << 30

@@ -1,25 +1,49 @@
-"""What every benchmark of this folder records about itself: the machine, the versions, the commit."""
+"""Shared by the tools of this folder: the record of machine, versions and commit, model shapes, errors in one line."""
 
 import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 import megacoder
 from megacoder.core.device import cpp_kernels, probe
+from megacoder.core.errors import MegacoderError
+from megacoder.model.config import ModelConfig
 
-__all__ = ["commit", "machine", "write_record"]
+__all__ = ["CPU_SHAPES", "commit", "machine", "run_tool", "write_record"]
+
+CPU_SHAPES = {
+    "101M": ModelConfig(
+        vocab_size=32256, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
+        num_key_value_heads=10, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+    "58M": ModelConfig(
+        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+    "13M": ModelConfig(
+        vocab_size=8192, hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
+        num_key_value_heads=5, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+    "4M": ModelConfig(
+        vocab_size=8192, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=48, max_position_embeddings=1024, rope_theta=10000.0,
+    ),
+}  # fmt: skip
+"""Models that a CPU trains and generates with in seconds, by their parameters."""
 
 
 def commit() -> str:
-    """The commit that ran, marked where the tree had changes; MEGACODER_COMMIT says it where only the tree is."""
-    if said := os.environ.get("MEGACODER_COMMIT"):
-        return said
+    """`git describe --dirty` of this tree, or MEGACODER_COMMIT where only a copy of the tree is at hand."""
+    if given := os.environ.get("MEGACODER_COMMIT"):
+        return given
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -41,7 +65,7 @@ def machine(**more: str | int) -> dict[str, str | int]:
 
 
 def _driver() -> str:
-    """Of the GPU."""
+    """The GPU's driver version."""
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
@@ -54,3 +78,11 @@ def write_record(path: Path, *, machine: dict[str, Any], options: Any, results: 
     chosen = {key: str(value) for key, value in asdict(options).items() if not isinstance(value, Path)}
     record = {"machine": machine, "options": chosen, "results": results}
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Exits with what `main` returns; an error in the input is one line that begins with the tool's name."""
+    try:
+        sys.exit(main())
+    except MegacoderError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

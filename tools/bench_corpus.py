@@ -1,14 +1,14 @@
-"""The corpus pipeline beside its peers: paired runs over real code, CPU time of the whole process tree.
+"""The corpus pipeline compared with its peers: paired runs over real code, CPU time of the whole process tree.
 
     python tools/corpus_sources.py /tmp/bench-corpus                              # once: gathers the code
-    python tools/bench_corpus.py stages --peers /tmp/venv-corpus-peers/bin/python # each stage beside a peer
+    python tools/bench_corpus.py stages --peers /tmp/venv-corpus-peers/bin/python # each stage and a peer
     python tools/bench_corpus.py scale                                            # 100 MB to 5 GB
     python tools/bench_corpus.py alarms                                           # clean files that the screen drops
 
 A sample of the gathered repositories lies in one Parquet file and as folders, the same for all; each contender reads it
-in a process of its own (peers in their own environment) and times only its work, not its start-up, and the contenders
-of a pair take turns. What is compared does equal work; where decisions can differ, they are compared, and the record
-says in how many files they do. Results go to tools/results/corpus_cpu.json.
+in a process of its own (peers in their own environment) and times only its work, not its start-up; the contenders of a
+pair alternate. Contenders do equal work; where their decisions may differ, the record counts the files on which they
+do. Results go to tools/results/corpus_cpu.json.
 """
 
 import argparse

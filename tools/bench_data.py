@@ -1,10 +1,10 @@
-"""The data path beside the peers and limits of each of its parts, on a corpus of the sources of this machine.
+"""Throughput of each part of the data path, compared with peers and hardware limits, on source code of this machine.
 
     python tools/bench_data.py --corpus /tmp/bench-data --out tools/results/data_cpu.json
     python tools/bench_data.py --parts preprocess --corpus /tmp/bench-data
 
-The corpus is made once and kept: see `data_parts.corpus`. Each part is a module of `data_parts` with a `measure`; a
-file of results keeps the parts that this run did not measure, each with the machine and commit that it came from.
+The corpus is made once and kept: see `data_parts.corpus`. Each part is a module of `data_parts` with a `measure`.
+Parts that this run does not measure are kept in the results file, with their own machine and commit.
 """
 
 import importlib

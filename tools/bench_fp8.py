@@ -1,9 +1,10 @@
-"""fp8 at a model's shapes: every product of a layer beside its bf16 one, with fast sums and slow, and the casts.
+"""fp8 at a model's shapes: every GEMM of a layer in fp8, with fast and slow accumulation, and in bf16; and the casts.
 
     python tools/bench_fp8.py --out tools/results/gpu_fp8.jsonl
 
-What decides which sums run in fast mode (`megacoder.ops.linear`) is here: milliseconds, and how far each is from a
-product in fp64 of the same casts, beside how far the casts are from what was cast. Runs on a CPU too, to be tried.
+`megacoder.ops.linear` chooses by these figures which GEMMs accumulate in fast mode: the milliseconds and the error of
+each against the fp64 product of the same casts, next to the error of the casts themselves. Also runs on a CPU, for
+testing.
 """
 
 import json

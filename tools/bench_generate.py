@@ -1,10 +1,10 @@
-"""Tokens/s of greedy generation beside `transformers.generate`, on this machine's CPU.
+"""Tokens/s of greedy generation compared with `transformers.generate`, on this machine's CPU.
 
     python tools/bench_generate.py --out tools/results/generate_cpu.json
 
-The same weights (exported and loaded by the peer), prompts, dtype and threads in one process; contenders take turns,
-and medians are compared. The peer runs with each of its caches, and the faster counts. In float32 all must produce the
-same tokens, or nothing is reported.
+The same weights (exported and loaded by the peer), prompts, dtype and threads in one process; contenders
+alternate, and medians are compared. The peer runs with each of its caches, and the faster counts. In float32 all must
+produce the same tokens, or nothing is reported.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bench_common import machine, write_record
+from bench_common import CPU_SHAPES, machine, write_record
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
@@ -28,35 +28,20 @@ from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 
-SHAPES = {
-    "58M": ModelConfig(
-        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
-    ),
-    "13M": ModelConfig(
-        vocab_size=8192, hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
-        num_key_value_heads=5, head_dim=64, max_position_embeddings=1024, rope_theta=10000.0,
-    ),
-    "4M": ModelConfig(
-        vocab_size=8192, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=48, max_position_embeddings=1024, rope_theta=10000.0,
-    ),
-}  # fmt: skip
-
 Run = Callable[[list[list[int]]], list[list[int]]]
 PEERS = ("transformers", "transformers, static cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Generation throughput beside transformers."""
+    """Generation throughput compared with transformers."""
 
     shapes: tuple[str, ...] = ("58M", "4M")
     """which of the built-in shapes"""
     batches: tuple[int, ...] = (1, 8)
     """sequences at a time"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """what is computed in"""
+    """precision of the computation"""
     prompt: int = 64
     """tokens of the longest prompt; the others of a batch are shorter, and padded"""
     tokens: int = 128
@@ -64,7 +49,7 @@ class Options:
     threads: int = 2
     """intra-op threads"""
     rounds: int = 5
-    """timed turns, after one to warm up"""
+    """timed rounds, after one warm-up"""
     out: Path | None = None
     """JSON file to write"""
 
@@ -125,7 +110,7 @@ def main() -> None:
     options = parse_args(Options, None, prog="bench_generate.py")
     torch.set_num_threads(options.threads)
     results = {
-        f"{shape} {dtype} batch {batch}": bench(SHAPES[shape], getattr(torch, dtype), batch, options)
+        f"{shape} {dtype} batch {batch}": bench(CPU_SHAPES[shape], getattr(torch, dtype), batch, options)
         for shape in options.shapes
         for dtype in options.dtypes
         for batch in options.batches

@@ -1,19 +1,19 @@
-"""The training step on one GPU: tokens/s, both MFUs, memory, and where the time goes; beside peers and the GEMM rate.
+"""The training step on one GPU: tokens/s, both MFUs, memory, where the time goes; compared with peers and bare GEMMs.
 
     python tools/bench_gpu.py --contender megacoder --batch 8 --sequence 4096 --out tools/results/gpu_step.jsonl
     python tools/bench_gpu.py --contender liger --batch 8 --sequence 4096
 
-A 1.3B model and its state fill most of a card, so each contender is a process of its own, and the caller (see
-`gpu_suite.sh`) lets them take turns on one machine. Every step has its own pair of device events; the median is quoted,
-the fastest and slowest beside it. The last step runs under torch's profiler, whose kernels are added up by kind.
+A 1.3B model and its state fill most of a card, so each contender is a process of its own, and `gpu_suite.sh`
+alternates them on one machine. Every step has its own pair of device events; the median is reported with the fastest
+and the slowest. The last step runs under torch's profiler, whose kernels are added up by kind.
 
 Contenders: `megacoder` (bf16 weights, fp32 gradients, master weights and moments), `gemm` (the step's matrix products
 and nothing else: what the library cannot beat), `liger` (transformers' Llama with Liger-Kernel's ops), `transformers`
-and `compiled` (it alone, eager and under torch.compile), `plain` (a Llama in plain torch under torch.compile),
+and `compiled` (the same without Liger, eager and compiled), `plain` (a Llama in plain torch under torch.compile),
 `torchtitan` (its Llama 3, layers and loss each under torch.compile, as its own training does it). Peers hold weights,
 gradients and AdamW's state in bf16, which moves fewer bytes than ours. `--fp8` is for the first two, `--graph` and
-`--document` for the first. With `--memory` no time is taken, but the bytes of a token and the largest microbatch that
-fits; `--show` prints what a file has of all contenders side by side.
+`--document` for the first. `--memory` measures bytes per token and the largest microbatch that fits instead of
+time; `--show` prints the contenders of a results file side by side.
 """
 
 import itertools
@@ -36,7 +36,6 @@ from contenders.one_gpu import Contender, Data, Step, build
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 
@@ -155,15 +154,9 @@ def measure(options: Options) -> dict[str, Any]:
     tokens = options.batch * options.sequence * options.accumulate
     rate = tokens / statistics.median(seconds)
     flops = {
-        name: training_flops_per_token(
-            config.num_matmul_params,
-            attention_flops_per_token(
-                layers=config.num_hidden_layers, heads=config.num_attention_heads, head_dim=config.head_dim,
-                seq_length=options.document or options.sequence, causal=name == "causal",
-            ),
-        )
+        name: config.training_flops_per_token(options.document or options.sequence, causal=name == "causal")
         for name in ("full", "causal")
-    }  # fmt: skip
+    }
     return {
         "seconds": round(statistics.median(seconds), 4),
         "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],

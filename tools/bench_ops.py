@@ -1,10 +1,10 @@
-"""Every op of a step at a model's shapes: bytes per second beside the device's own copy, and beside torch.compile.
+"""Every op of a step at a model's shapes: bytes per second compared with the device's own copy and with torch.compile.
 
     python tools/bench_ops.py --out tools/results/gpu_ops.jsonl
 
-Ours are the rows of `megacoder profile`. Beside those that memory bounds stands the same formula in plain torch under
-torch.compile, written as its users would; it may choose what it keeps and overwrites. For AdamW the peer is torch's
-fused kernel, on the same bytes but for the bf16 copy. Times are medians of many calls with device events.
+Ours are the rows of `megacoder profile`. Memory-bound ops are compared with the same formula in plain torch under
+torch.compile, written idiomatically, which may choose what it keeps and overwrites. AdamW is compared with torch's
+fused kernel, on the same bytes except the bf16 copy. Times are medians of many calls with device events.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tokens/s of two ranks on one CPU beside the peers that run there, and beside what the machine can do at all.
+"""Tokens/s of two ranks on one CPU, compared with the peers that run there and with the machine's limit.
 
     python tools/bench_parallel.py --peers-python PEERS/bin/python --picotron CHECKOUT --out tools/results/parallel_cpu.json
     python tools/bench_parallel.py --only pp --dtypes bfloat16
@@ -6,7 +6,7 @@
 
 Three rows: tensor, pipeline and data parallelism alone, on two ranks with one thread each. All contenders of a row
 train the same 58.3M Llama on the same tokens, clipping and AdamW included. Each is a pair of processes of its own; the
-pairs take turns step by step while the others idle, so that a change in the machine's speed meets all of them. A step
+pairs alternate step by step while the others idle, so that a change in the machine's speed affects all of them. A step
 lasts from the first rank's start to the last one's end. Medians are shown; shares and ratios are medians of those of
 each round.
 
@@ -15,8 +15,8 @@ begin (see `contenders.limit`). Where its ranks have unequal work, as pipeline s
 limit `evenly` is the mean of the two, as if work could be divided at will.
 
 Peers: torch's own need nothing. Megatron-Core comes from an environment of its own, made by `pip install numpy einops
-packaging torch==2.13.0` and `pip install --no-deps "megatron-core==0.16.*"`; picotron from a checkout. Who cannot run is listed
-with the reason.
+packaging torch==2.13.0` and `pip install --no-deps "megatron-core==0.16.*"`; picotron from a checkout. Peers that cannot run
+are listed with the reason.
 """  # noqa: E501
 
 import json

@@ -1,10 +1,10 @@
-"""Ranks for benchmarks: processes that live through the whole run, take turns and stand idle in between.
+"""Ranks for benchmarks: processes that live through the whole run and alternate, idle in between.
 
 A contender is a module with `build(job)`, which returns a function. Each rank of it is this file run as a program: it
 joins its contender's process group, builds, and then calls the function with whatever arguments arrive on its standard
 input, one line of JSON a call. Between calls it waits for the next line, and costs nothing but memory. So contenders
-that cannot share a process (they own torch's default group, or patch torch) still take turns step by step, and a change
-in the machine's speed meets all of them.
+that cannot share a process (they own torch's default group, or patch torch) still alternate step by step, and a change
+in the machine's speed affects all of them.
 
 The program needs torch and the standard library alone: a peer may live in an environment of its own.
 """

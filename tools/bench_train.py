@@ -1,15 +1,16 @@
-"""Tokens/s and memory of the training step beside transformers' Llama, and this machine's own matrix rate.
+"""Tokens/s and memory of the training step, compared with transformers' Llama and with the GEMMs alone.
 
     python tools/bench_train.py --out tools/results/train_cpu.json
 
-Same shape, dtype, batch and threads. Each contender is a process of its own; they take turns step by step, so that a
-change in the machine's speed meets all of them, and medians are compared; ratios are medians of those of each round.
-Memory is the most that a process has held beyond what it held when everything was imported: a compiled model's counts
-its compiler. Peers: `transformers.LlamaForCausalLM` with torch's fused AdamW, eager and compiled. In bf16 the peers
+Same shape, dtype, batch and threads. Each contender is a process of its own; they alternate step by step, so that a
+change in the machine's speed affects all of them, and medians are compared; ratios are medians of each round's ratio.
+Memory is a process's peak less what it held when everything was imported; for a compiled model that includes the
+compiler. Peers: `transformers.LlamaForCausalLM` with torch's fused AdamW, eager and compiled. In bf16 the peers
 hold bf16 weights and state; ours keeps fp32 master weights and moments, which is more work for more precision. The
 limit is every matrix product of the step's layers and head, forward and both gradients, timed alone at the same shapes.
 
-A shape and a dtype at a time (`--shapes`, `--dtypes`) add up to one record, where commit, machine and options are one.
+Runs of one shape and dtype at a time (`--shapes`, `--dtypes`) are merged into one record if commit, machine and options
+are the same.
 """
 
 import json
@@ -20,33 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from bench_common import machine, write_record
+from bench_common import CPU_SHAPES, machine, write_record
 from bench_ranks import Answer, ContenderFailed, Ranks
 from contenders.one_process import COMPILED, EAGER, OURS, PRODUCTS
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.model.config import ModelConfig
-
-SHAPES = {
-    "101M": ModelConfig(
-        vocab_size=32256, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
-        num_key_value_heads=10, head_dim=64, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-    "58M": ModelConfig(
-        vocab_size=32256, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-    "4M": ModelConfig(
-        vocab_size=8192, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=48, max_position_embeddings=512, rope_theta=10000.0,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Training-step throughput and memory beside peers and the matrix rate."""
+    """Training-step throughput and memory compared with peers and with the GEMMs alone."""
 
     shapes: tuple[str, ...] = ("101M", "58M", "4M")
     """which of the built-in shapes"""
@@ -59,7 +44,7 @@ class Options:
     threads: int = 2
     """intra-op threads"""
     rounds: int = 7
-    """timed steps of each contender, after one to warm up"""
+    """timed steps of each contender, after one warm-up"""
     compile: bool = True
     """also time transformers under torch.compile"""
     out: Path | None = None
@@ -70,7 +55,7 @@ def bench(shape: str, dtype: str, options: Options) -> dict[str, dict[str, Any]]
     """Rows by contender: median seconds, tokens/s, peak memory, share of the matrix products' rate."""
     names = [OURS, EAGER, *([COMPILED] if options.compile else []), PRODUCTS]
     job = {
-        "model": asdict(SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
+        "model": asdict(CPU_SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
     }  # fmt: skip
     answers: dict[str, list[Answer]] = {name: [] for name in names}
     failed: dict[str, str] = {}

@@ -1,13 +1,13 @@
-"""Does the judge tell right from wrong? Canonical solutions must pass, the same with a fault planted must not.
+"""Tests the judge: canonical solutions must pass, and the same solutions with a planted fault must fail.
 
     python tools/check_benchmarks.py --humaneval humaneval-python.jsonl humaneval-cpp.jsonl --mbpp mbpp.jsonl --own
 
 Python's solutions run as they are, rewritten from their syntax trees, and with each of the faults of `planted_faults`;
-those whose tests do not see it are named. The multilingual sets come without solutions: theirs recite what the tests
-expect (`recited_answers`), in order and in another. `--own` adds the problems of `language_problems`, with solutions by
-hand, in every language installed here. A language whose tools are not installed is named and left out.
-Exit code 1 where a right program fails, which a row does whose own prompt does not compile, or where a wrong one
-passes: an empty body, answers recited in another order, one answer to all questions.
+problems whose tests miss a fault are listed. The multilingual sets come without solutions: instead of solving, programs
+recite what the tests expect (`recited_answers`), in the right order and in a wrong one. `--own` adds the problems of
+`language_problems`, with solutions by hand. A language whose tools are not installed is reported and skipped.
+Exits with 1 if a right program fails (one whose row's own prompt does not compile fails too) or a wrong one passes: an
+empty body, answers in a wrong order, one answer to all questions.
 """
 
 from collections import defaultdict
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine, write_record
+from bench_common import machine, run_tool, write_record
 from language_problems import OWN_LANGUAGES, own_problems
 from planted_faults import EMPTY, faulty_programs, rewritten
 from recited_answers import RECITED_LANGUAGES, recited_answer
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.core.errors import ConfigError, DataError, MegacoderError
+from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Settings, Task, read_rows
 from megacoder.evaluate.benchmarks.humaneval import HumanEval
 from megacoder.evaluate.benchmarks.mbpp import Mbpp
@@ -193,7 +193,4 @@ def _record(results: dict[str, list[Count]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        raise SystemExit(f"check_benchmarks: {error}") from None
+    run_tool(main)

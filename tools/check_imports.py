@@ -1,10 +1,10 @@
-"""How right the dependency edges are: recall and precision against independent resolutions on real projects.
+"""Recall and precision of the dependency edges against independent resolvers, on real projects.
 
     python tools/check_imports.py --projects DIR --typescript /usr/share/nodejs/typescript --output imports.json
 
-Python's truth is `ast` on packages installed here, Java's, C's, C++'s and Go's is tree-sitter and what the project says
-of itself, JavaScript's and TypeScript's is the TypeScript compiler (Debian's node-typescript). `DIR` holds sources of
-Debian packages in folders of the packages' names (`apt-get source`); those that are not there are left out.
+Ground truth: for Python, `ast` on packages installed here; for Java, C, C++ and Go, tree-sitter and the project's own
+build files; for JavaScript and TypeScript, the TypeScript compiler (Debian's node-typescript). `DIR` holds sources of
+Debian packages in folders of the packages' names (`apt-get source`); missing packages are skipped.
 """
 
 import argparse

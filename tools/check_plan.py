@@ -1,23 +1,22 @@
-"""Is `megacoder plan` right? Its memory against what ranks really allocate, its time against what others published.
+"""Validates `megacoder plan`: its memory against real allocations, its time against published throughput.
 
     python tools/check_plan.py                # memory, 21 layouts on this machine
     python tools/check_plan.py --published    # throughput, 21 published rows
 
-`--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows and
-not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source leaves
-out (micro batch, schedule, recomputation) is what the planner finds best for that layout, and is shown.
+`--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows but
+not to itself. The data sheets' figures are fixed; the same few shares serve every device. What a row's source does not
+tell (micro batch, schedule, recomputation) is set to what the planner finds best for that layout, and is shown.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import machine, write_record
+from bench_common import machine, run_tool, write_record
 from plan_memory import check_memory
 from plan_published import check_published
 
 from megacoder.core.config import parse_args
-from megacoder.core.errors import MegacoderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        raise SystemExit(f"check_plan: {error}") from None
+    run_tool(main)

@@ -2,9 +2,9 @@
 
     python tools/corpus_sources.py /tmp/bench-corpus
 
-Needs apt-get, dpkg-source and a network once; what is there already is not fetched again. The package lists of the
-system are not touched: apt works in folders of its own. Packages are named without versions, so a later run may get
-other files; a benchmark's record tells files and bytes.
+Needs apt-get, dpkg-source and a network once; sources already in the folder are not fetched again. The system's
+package lists are not touched: apt works in folders of its own. Packages are named without versions, so a later run may
+get different files; a benchmark's record gives the number of files and bytes.
 """
 
 import argparse

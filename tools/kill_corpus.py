@@ -1,9 +1,9 @@
-"""Kills corpus builds with SIGKILL at random moments, gives the same command again, and compares the output.
+"""Kills corpus builds with SIGKILL at random moments, reruns the command, and compares the output.
 
     python tools/kill_corpus.py --kills 20 --scratch /tmp/killed
 
-The corpus is the planted one. Every trial has a folder of its own and takes other numbers of workers; `--input` takes
-other repositories. Exits with 1 if any output, `corpus.json` with its counts included, differs by a byte.
+The corpus is the planted one. Every trial has a folder of its own and different numbers of workers; `--input` gives
+other repositories. Exits with 1 if any output file, including `corpus.json` with its counts, differs by a byte.
 """
 
 import argparse

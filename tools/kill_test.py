@@ -1,4 +1,4 @@
-"""Kills a training run with -9 again and again, at random moments, and shows that nothing is lost.
+"""Kills a training run with SIGKILL at random moments and checks that nothing is lost.
 
     python tools/kill_test.py                      # 50 kills, some minutes on 2 cores
     python tools/kill_test.py --kills 6 --seed 3 --json
@@ -9,10 +9,10 @@ A tiny model trains in three ways, and each way gets its share of the kills:
   worker   torchrun --max-restarts with two ranks, one of which dies; torchrun starts both again
 
 Moments: while the process starts, after some steps, while a checkpoint is being written. After each kill the newest
-whole checkpoint must be there, to the last checksum, and no older than the one before; the run must go on from exactly
-that one, and clear away what the killed attempt left. At the end the run must equal one that nobody disturbed, to the
-bit: every step's loss and gradient norm once and in order, every weight and moment, the number of updates and the
-position in the data. No temporary file may be left.
+complete checkpoint must verify to the last checksum and be no older than the one before; the run must resume from
+exactly that one and remove what the killed attempt left. At the end the run must equal an undisturbed one bit for bit:
+every step's loss and gradient norm once and in order, every weight and moment, the number of updates and the position
+in the data. No temporary file may be left.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bench_common import run_tool
 
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
@@ -178,7 +179,7 @@ class Story:
                 raise self.broken(faults[0])
         if step < self.whole_step:
             raise self.broken(f"the newest whole checkpoint is of step {step}, it was {self.whole_step}")
-        resumed = [int(found) for found in re.findall(r"going on from step (\d+)", self.said.read_text())]
+        resumed = [int(found) for found in re.findall(r"resuming from step (\d+)", self.said.read_text())]
         if self.whole_step and resumed and resumed[-1] > step:
             raise self.broken(f"a life went on from step {resumed[-1]}, of which there is no checkpoint")
         steps = [row["step"] for row in read_metrics(self.folder / "metrics.jsonl")]
@@ -326,7 +327,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegacoderError as error:
-        sys.exit(f"kill_test.py: {error}")
+    run_tool(main)

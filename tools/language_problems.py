@@ -1,8 +1,8 @@
 """Small problems of our own, with solutions, in the form of the multilingual HumanEval sets: prompt, tests, stops.
 
-The published sets come without solutions and not for every machine. A problem here is a signature and cases; a dialect
-writes both down in its language as the sets do, down to which side closes the function. Every solution is written by
-hand; the wrong answer to each problem gives the first case's result whatever it is asked.
+The published sets come without solutions, and not every machine has them. A problem here is a signature and cases; a
+dialect writes both in its language as the sets do, down to which side closes the function. Every solution is written by
+hand; the wrong answer to each problem gives the first case's result to every question.
 """
 
 from collections.abc import Mapping

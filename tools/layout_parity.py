@@ -1,10 +1,10 @@
-"""Is a layout equal to one process? Trains a tiny model in each and compares losses, norms, gradients and weights.
+"""Checks that a layout equals one process: trains a tiny model both ways, compares losses, norms, gradients, weights.
 
     python tools/layout_parity.py --layouts "tp=2,pp=2,dp=2" "pp=4,schedule=zbv,recompute=full"
     python tools/layout_parity.py --random 20 --seed 7 --world 8
     python tools/layout_parity.py --pairwise
 
-A layout is written as `key=value` pairs, on and off for switches; what is left out has its default:
+A layout is written as `key=value` pairs, on and off for switches; the keys, each with a default:
 tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, norms, selective, full),
 and of the model kv-heads (1, 2, 4), tied, layers, vocab; packed (documents within a sequence do not see each other)
 and sequences (of an update, two of them a microbatch); shared-memory=off sends layers', stages' and gradients'
@@ -12,10 +12,10 @@ tensors through sockets, as between hosts.
 
 Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
 of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
-|found - expected| / |expected|, norms over one weight; what is no number differs by infinity. In fp32 the loss must
+|found - expected| / |expected|, norms over one weight; NaN counts as infinitely different. In fp32 the loss must
 agree within 1e-5 and every gradient within 1e-4; in bf16 errors against one process in fp32 must be at most twice those
-of one process in bf16, those of loss and gradient norm at most twice its or half a unit in the last place of bf16: one
-number may come out right by chance.
+of one process in bf16. For loss and gradient norm, half a unit in the last place of bf16 is allowed too: a single
+number of the one process may be right by chance.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ import itertools
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from bench_common import run_tool
 from ranks import RankFailed, RankPool
 
 from megacoder.core.config import from_dict, nearest, parse_args
-from megacoder.core.errors import ConfigError, MegacoderError
+from megacoder.core.errors import ConfigError
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.schedules import SCHEDULES
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.run_folder import state_fragments
@@ -218,7 +218,8 @@ class Difference:
             gradients = max(self.worst_gradient[1], self.worst_weight[1])
             return max(self.loss, self.norm) <= LOSS_TOLERANCE and gradients <= TOLERANCE
         pairs = [(total(self.gradients), total(other.gradients)), (total(self.weights), total(other.weights))]
-        numbers = [(self.loss, other.loss), (self.norm, other.norm)]
+        norm = max(other.norm, total(other.gradients))  # one process may meet the norm by chance, not the gradients
+        numbers = [(self.loss, other.loss), (self.norm, norm)]
         return all(found <= 2 * alone for found, alone in pairs) and all(
             found <= max(2 * alone, BF16_ROUNDING) for found, alone in numbers
         )
@@ -302,19 +303,25 @@ _PLURAL = {"loss": "losses", "norm": "norms"}
 
 
 def _relative(ranks: Sequence[Sequence[Slice]], expected: Sequence[Slice]) -> dict[str, float]:
+    """By name, the error of all ranks' parts over the size of the whole, averaged where several ranks hold the same."""
     wholes = {part.name: part.data.view(part.sizes) for part in expected}
-    squares = dict.fromkeys(wholes, 0.0)
-    held = {name: torch.zeros(whole.shape, dtype=torch.bool) for name, whole in wholes.items()}
+    squares = {name: torch.zeros(whole.shape, dtype=torch.float64) for name, whole in wholes.items()}
+    holders = {name: torch.zeros(whole.shape, dtype=torch.int64) for name, whole in wholes.items()}
     for part in (part for rank in ranks for part in rank):
-        squares[part.name] += (part.data - part.of(wholes[part.name])).double().pow(2).sum().item()
-        mark = torch.zeros(part.sizes, dtype=torch.bool)
-        mark.view(-1)[part.start : part.stop] = True
         box = tuple(slice(first, first + size) for first, size in zip(part.offsets, part.sizes, strict=True))
-        held[part.name][box] |= mark
-    missing = [name for name, mask in held.items() if not mask.all()]
+        error = torch.zeros(part.sizes, dtype=torch.float64)
+        error.view(-1)[part.start : part.stop] = (part.data - part.of(wholes[part.name])).double().pow(2)
+        squares[part.name][box] += error
+        held = torch.zeros(part.sizes, dtype=torch.int64)
+        held.view(-1)[part.start : part.stop] = 1
+        holders[part.name][box] += held
+    missing = [name for name, count in holders.items() if not count.all()]
     if missing:
         raise ValueError(f"no rank holds all of {', '.join(missing)}")
-    return {name: _ratio(squares[name] ** 0.5, wholes[name].double().norm().item()) for name in wholes}
+    return {
+        name: _ratio((squares[name] / holders[name]).sum().item() ** 0.5, whole.double().norm().item())
+        for name, whole in wholes.items()
+    }
 
 
 def _ratio(error: float, size: float) -> float:
@@ -453,7 +460,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MegacoderError as error:
-        sys.exit(f"layout_parity.py: {error}")
+    run_tool(main)

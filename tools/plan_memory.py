@@ -1,9 +1,9 @@
-"""What ranks really allocate, beside what the planner says they will, for each rank and kind of 21 layouts.
+"""Measured against planned memory, per rank and kind, in 21 layouts.
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.
-Buffers are what is there for a moment: the most by which torch's memory grew in a step (by its profiler), less the most
-that was kept, though the two need not be at their most in the same moment.
+Buffers are short-lived: the peak growth of torch's memory in a step (by its profiler) less the peak of what was kept,
+though the two need not peak at the same moment.
 """
 
 import os
@@ -23,9 +23,9 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.stage import Microbatch
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.memory_table import largest_growth, standing_rows

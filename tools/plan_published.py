@@ -1,7 +1,7 @@
-"""Published throughputs, and the planner's word on each with shares fitted to all the others.
+"""Published throughputs, and the planner's prediction of each with shares fitted to all the others.
 
 The shares that are fitted minimise the squares of log(predicted / published) plus a weak pull to the starting values,
-without which a share that few rows depend on would run away where those are left out.
+without which a share that few rows depend on would diverge when those rows are excluded.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from megacoder.core.console import say, table
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.train.planning.devices import DEVICES, Device, Shares
@@ -54,14 +53,6 @@ def _model(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab:
     )  # fmt: skip
 
 
-def _full_flops(model: ModelConfig, seq_length: int) -> float:
-    attention = attention_flops_per_token(
-        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-        seq_length=seq_length, causal=False,
-    )  # fmt: skip
-    return training_flops_per_token(model.num_matmul_params, attention)
-
-
 def _megatron() -> list[Row]:
     """Its README: GPT models with a plain feed-forward of 4 D, as much work as a gated one of 8/3 D."""
     published = [  # name, heads, hidden, layers, tp, pp, batch, TFLOP/s per device with attention in full
@@ -81,7 +72,7 @@ def _megatron() -> list[Row]:
                 job=Job(model=model, seq_length=4096, global_batch_size=batch),
                 device=DEVICES["h100"],
                 devices=dims.world_size,
-                tokens_per_second=tflops * 1e12 / _full_flops(model, 4096),
+                tokens_per_second=tflops * 1e12 / model.training_flops_per_token(4096, causal=False),
                 limits=Limits(dims=dims, schedules=("1f1b", "interleaved"), overlaps_exchange=True),
             )
         )

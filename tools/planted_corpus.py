@@ -1,4 +1,4 @@
-"""A small corpus of everything that can go wrong, with what must become of each of its files.
+"""A small corpus of edge cases, with the expected outcome for each file.
 
 `plant` writes repositories, an archive, a bomb and a benchmark; the tests build it and compare file by file, and
 `kill_corpus.py` kills builds of it.

@@ -1,8 +1,8 @@
 """Python programs with one fault each, planted in the functions that their tests name.
 
-A fault is a change of the syntax tree, written back as text; `rewritten` is the same way without a change, so that what
-fails fails for the fault. Faults are small on purpose: one that no test sees says something of the tests. Only an empty
-body has no excuse.
+A fault is a change of the syntax tree, written back as text; `rewritten` does the same without a change, which
+shows that failures come from the faults. Faults are small: one that survives points at weak tests. Only an empty body
+must always be caught.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Answers to multilingual HumanEval problems without solving them: a body that recites what the tests expect, in turn.
+"""Answers multilingual HumanEval problems without solving them: a body recites what the tests expect, in order.
 
 The sets publish prompts and tests alone. Such a body takes a real prompt and its tests through the compiler, the
 sandbox and the judge; reciting from the second answer on and ending with the first is wrong wherever two differ.

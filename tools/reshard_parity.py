@@ -1,11 +1,11 @@
-"""Does a run that changes its layout halfway stay what it was? Saves in one layout, loads in another, trains on.
+"""Checks that changing the layout mid-run changes nothing: saves in one layout, loads in another, trains on.
 
     python tools/reshard_parity.py --random 30 --seed 1
     python tools/reshard_parity.py --pairs "tp=2,pp=2 > dp=3,pp=2" "pp=7 > tp=4,kv-heads=1"
 
 A pair is two layouts of 1 to 8 ranks and one model (written with the first; see `layout_parity.py` for the keys). Both
-directions are tried. For each, ranks in the first layout train and save; ranks in the second, which began with other
-weights, load. Then
+directions are tried. For each, ranks in the first layout train and save; ranks in the second, initialized with
+different weights, load. Then
 
 - every element of weights and both moments must be, bit for bit, what the first ranks had in memory;
 - two more updates must give the losses, norms, gradients and weights of one process that was never interrupted, within
@@ -15,7 +15,6 @@ weights, load. Then
 import dataclasses
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import run_tool
 from layout_parity import (
     BUCKET_ELEMENTS,
     MICRO_BATCH,
@@ -43,10 +43,10 @@ from ranks import RankFailed, RankPool
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.config import parse_args
-from megacoder.core.errors import ConfigError, MegacoderError
-from megacoder.parallel.collectives import World
+from megacoder.core.errors import ConfigError
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.schedules import SCHEDULES
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.run_folder import state_fragments
 
@@ -296,7 +296,4 @@ def _line(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MegacoderError as error:
-        sys.exit(f"reshard_parity.py: {error}")
+    run_tool(main)

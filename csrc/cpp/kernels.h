@@ -35,7 +35,8 @@ struct TypedKernels {
   void (*attention_softmax)(T*, float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float);
   void (*attention_softmax_backward)(T*, T*, const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
                                      int64_t, float);
-  void (*adamw)(float*, float*, float*, const float*, T*, int64_t, float, float, float, float, float, float, float, float);
+  void (*adamw)(float*, float*, float*, const float*, T*, int64_t, double, double, double, double, double, double,
+                double, double);
   void (*accumulate)(float*, const T*, int64_t);
   void (*few_rows_linear)(const T*, const T*, T*, int64_t, int64_t, int64_t);
   void (*decode_attention)(const T*, const T*, const T*, const T*, const T*, const float*, const float*, const int64_t*,
@@ -47,8 +48,8 @@ struct Kernels {
   const char* isa;
   TypedKernels<float> fp32;
   TypedKernels<bf16> bf16_;
-  void (*adamw_split)(int16_t*, float*, float*, const float*, bf16*, int64_t, float, float, float, float, float, float,
-                      float, float);
+  void (*adamw_split)(int16_t*, float*, float*, const float*, bf16*, int64_t, double, double, double, double, double,
+                      double, double, double);
   double (*sum_of_squares)(const float*, int64_t);
   void (*minhash)(const uint8_t*, const int64_t*, int64_t, const uint32_t*, int64_t, int64_t, uint32_t*, int64_t*);
   int64_t (*word_hashes)(const uint8_t*, int64_t, uint64_t*);

@@ -127,8 +127,8 @@ PYBIND11_MODULE(_cpp, m) {
     });
   }, nogil);
   m.def("adamw", [](bool b, Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weight,
-                    int64_t count, float grad_scale, float lr, float beta1, float beta2, float eps, float decay,
-                    float correction1, float correction2) {
+                    int64_t count, double grad_scale, double lr, double beta1, double beta2, double eps, double decay,
+                    double correction1, double correction2) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       k.adamw(at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<T>(weight), count,
@@ -136,8 +136,8 @@ PYBIND11_MODULE(_cpp, m) {
     });
   }, nogil);
   m.def("adamw_split", [](Address low, Address exp_avg, Address exp_avg_sq, Address grad, Address weight, int64_t count,
-                          float grad_scale, float lr, float beta1, float beta2, float eps, float decay,
-                          float correction1, float correction2) {
+                          double grad_scale, double lr, double beta1, double beta2, double eps, double decay,
+                          double correction1, double correction2) {
     table.adamw_split(at<int16_t>(low), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<bf16>(weight),
                       count, grad_scale, lr, beta1, beta2, eps, decay, correction1, correction2);
   }, nogil);

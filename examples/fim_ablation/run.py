@@ -1,6 +1,6 @@
 """The paper's ablation of fill-in-the-middle (arXiv:2401.14196, figure 3): what infilling costs completion.
 
-Five models of one shape on the same tokens in the same order, that differ in how files are shown: as they are (0%),
+Five models of one shape on the same tokens in the same order, which differ in how files are shown: as they are (0%),
 half or all of them with the middle last (PSM), half with the suffix first (SPM), half with masked spans (MSP). Drawn
 side by side, at every checkpoint: held-out loss of plain completion, and lines filled in exactly.
 
@@ -8,7 +8,7 @@ side by side, at every checkpoint: held-out loss of plain completion, and lines 
     python examples/fim_ablation/run.py                            # a few CPU hours
     python examples/fim_ablation/run.py --base examples/pretrain_1.3b.toml --steps 50000 --nproc 8   # on GPUs
 
-Runs that are there are gone on with, so that it may be stopped at any time.
+It may be stopped at any time: started again, it resumes the runs.
 """
 
 import json
@@ -50,13 +50,13 @@ class Options:
     """Trains and compares models that differ in fill-in-the-middle alone."""
 
     base: Path = Path("examples/pretrain_13m.toml")
-    """the run that all are, but for `data.stream.fim`"""
+    """settings of all runs, except for `data.stream.fim`"""
     out: Path = Path("fim_ablation")
     """folder for the runs, results.json and report.html"""
     held_out: Path = Path("quickstart/corpus/heldout")
     """held-out files of `megacoder corpus build`, whose lines are filled in"""
     steps: int | None = None
-    """updates of each model; left out, those of `base`"""
+    """training steps of each model; if unset, those of `base`"""
     points: int = 4
     """checkpoints at which infilling is measured, the last step among them"""
     num_tasks: int = 200
@@ -64,21 +64,21 @@ class Options:
     nproc: int = 1
     """ranks of each run"""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """which"""
+    """variants to train"""
 
     def __post_init__(self) -> None:
         for name in self.variants:
             if name not in VARIANTS:
                 raise ConfigError(f"--variants {name!r}: expected some of {', '.join(map(repr, VARIANTS))}")
         if self.points < 1 or self.num_tasks < 1:
-            raise ConfigError(f"--points {self.points}, --num-tasks {self.num_tasks}: at least 1 each")
+            raise ConfigError(f"--points {self.points}, --num-tasks {self.num_tasks}: must be at least 1 each")
 
 
 def main() -> None:
     options = parse_args(Options, None, prog="examples/fim_ablation/run.py")
     base = load_toml(RunConfig, options.base)
     if base.data.valid is None:
-        raise ConfigError(f"{options.base}: sets no data.valid, of which the completion loss is measured")
+        raise ConfigError(f"{options.base}: sets no data.valid, on which the completion loss is measured")
     configs = {name: variant_config(base, name, options) for name in options.variants}
     results = {}
     for name, config in configs.items():
@@ -156,7 +156,7 @@ def _train(config: RunConfig, options: Options) -> None:
         command += ["--nproc", str(options.nproc)]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise ConfigError(f"{' '.join(command)} ended with {done.returncode}; what it said is above")
+        raise ConfigError(f"{' '.join(command)} failed with exit code {done.returncode}; its messages are above")
 
 
 if __name__ == "__main__":

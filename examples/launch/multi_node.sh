@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several nodes without a scheduler: type the same on each. HEAD is the name of any one of them.
+# Several nodes without a scheduler: type the same command on each. HEAD is the name of any one of them.
 #   HEAD=node0 NODES=2 bash examples/launch/multi_node.sh train examples/pretrain_6.7b.toml
 # Without GPUs, to try it: DEVICE=cpu and GPUS_PER_NODE processes.
 set -euo pipefail
@@ -10,7 +10,7 @@ shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5   # where a node has several networks
 output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
-ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # checkpoints of many ranks; a login has 1,024
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # for checkpoints of many ranks; a login shell has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs/$(hostname)"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \

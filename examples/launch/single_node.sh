@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node of GPUs. The same command again goes on where it stopped, also after Ctrl-C.
+# One node of GPUs. The same command resumes where it stopped, also after Ctrl-C.
 #   bash examples/launch/single_node.sh train examples/pretrain_1.3b.toml --steps 1000
 # Without GPUs, to try it: DEVICE=cpu and GPUS_PER_NODE processes.
 set -euo pipefail
@@ -8,9 +8,9 @@ run=${2:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
 shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
 output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
-ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # checkpoints of many ranks; a login has 1,024
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # for checkpoints of many ranks; a login shell has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs"
-# A rank that dies ends all; torchrun starts them again, and they go on from the last checkpoint.
+# If a rank dies, all end; torchrun restarts them, and they resume from the last checkpoint.
 exec torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" --max-restarts "${RESTARTS:-3}" \
   --log-dir "$output/logs" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@"

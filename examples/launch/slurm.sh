@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Any run under Slurm; --nodes as the run needs, on the command line of sbatch.
+# Any run under Slurm; give the --nodes that the run needs on the command line of sbatch.
 #   sbatch examples/launch/slurm.sh train examples/pretrain_6.7b.toml
-# Five minutes before its time is up Slurm sends SIGUSR1: the run writes a checkpoint and ends, and the job queues itself
-# again. A node that fails requeues the job, too; either way it goes on from the last checkpoint.
+# Five minutes before the time limit Slurm sends SIGUSR1: the run writes a checkpoint and ends, and the job requeues
+# itself. A node that fails requeues the job too; either way the run resumes from the last checkpoint.
 #SBATCH --job-name=megacoder
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -23,17 +23,17 @@ settings=$(python -m megacoder "$what" "$run" "$@" --print-config)
 output=$(sed -n 's/^output = "\(.*\)"$/\1/p' <<< "$settings")
 last=$output/checkpoints/step-$(printf %08d "$(sed -n 's/^steps = \(.*\)$/\1/p' <<< "$settings")")
 newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort | tail -n 1; }
-ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # which srun hands on
+ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # srun passes it on
 srun bash examples/launch/check_environment.sh "$output"
 mkdir -p "$output/logs"
 before=$(newest)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-# Slurm's signal comes to every process of the step, of which only the ranks have an answer: torchrun is to ignore it.
+# Slurm's signal reaches every process of the step, but only the ranks handle it: torchrun must ignore it.
 srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   --log-dir "$output/logs/$SLURM_JOB_ID" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@" || failed=$?
-# Again, but only if this time has brought it further: a mistake in the settings is not tried for ever.
+# Requeue only if this job has made progress, so that a mistake in the settings is not retried forever.
 if [ ! -e "$last" ] && [ "$(newest)" != "$before" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The 33B model on 1,024 H800s: 128 nodes of 8, a pipeline of 16 ranks, 64 replicas.
 #   sbatch examples/launch/slurm_33b_1024.sh [OVERRIDES]
-# What happens when its time is up or a node fails, see slurm.sh, which this is with settings of its own.
+# This is slurm.sh with settings of its own; see there for what happens at the time limit or when a node fails.
 #SBATCH --job-name=megacoder
 #SBATCH --nodes=128
 #SBATCH --ntasks-per-node=1

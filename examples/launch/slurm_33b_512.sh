@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The 33B model on 512 H800s: 64 nodes of 8, a pipeline of 16 ranks, 32 replicas.
 #   sbatch examples/launch/slurm_33b_512.sh [OVERRIDES]
-# What happens when its time is up or a node fails, see slurm.sh, which this is with settings of its own.
+# This is slurm.sh with settings of its own; see there for what happens at the time limit or when a node fails.
 #SBATCH --job-name=megacoder
 #SBATCH --nodes=64
 #SBATCH --ntasks-per-node=1

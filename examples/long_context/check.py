@@ -1,10 +1,10 @@
-"""Before and after an extension of the context: loss by position, and a planted definition found again.
+"""Before and after an extension of the context: loss by position, and retrieval of a planted definition.
 
     megacoder checkpoint export runs/pretrain_1.3b before
     megacoder checkpoint export runs/long_context_1.3b after
     python examples/long_context/check.py --models before after --data data/heldout --length 16384
 
-The model before is looked at beyond the positions that it was trained on, which is what the extension is for.
+The model before is also tested beyond the positions that it was trained on: what the extension is for.
 """
 
 import json
@@ -33,7 +33,7 @@ class Options:
     length: int = 16_384
     """tokens of context"""
     documents: int = 20
-    """long documents that the loss is over"""
+    """number of long documents to measure the loss on"""
     trials: int = 10
     """planted definitions at each depth"""
     json: bool = False

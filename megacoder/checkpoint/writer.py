@@ -24,9 +24,11 @@ import torch
 from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
+from megacoder.core.config import check_seconds
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
-from megacoder.parallel.collectives import World, all_reduce_sum, barrier, broadcast_from_first, gather_json
+from megacoder.parallel.collectives import all_reduce_sum, barrier, broadcast_from_first
+from megacoder.parallel.world import World, gather_json
 
 __all__ = ["CheckpointConfig", "CheckpointWriter"]
 
@@ -38,22 +40,21 @@ class CheckpointConfig:
     asynchronous: bool = True
     """write in the background, from a copy of the state in host memory"""
     keep_last: int = 3
-    """newest checkpoints to keep"""
+    """number of newest checkpoints to keep"""
     keep_every: int | None = None
-    """keep those whose step is a multiple of this, too"""
+    """also keep checkpoints whose step is a multiple of this"""
     on_failure: Literal["stop", "go_on"] = "stop"
-    """what a save that fails, as on a full disk, does to the run; the last one of a run must succeed"""
+    """what the run does when a save fails, as on a full disk; the last save of a run must succeed"""
     timeout_seconds: float = 1800.0
-    """longest that a rank waits for the others' files before it gives a save up; it may be above the run's
-    `timeout_seconds`, since no rank is in a collective then"""
+    """how long a rank waits for the others' files before it gives up a save; may exceed the run's `timeout_seconds`,
+    since no rank is in a collective then"""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ConfigError(f"keep_last = {self.keep_last}: must be at least 1")
         if self.keep_every is not None and self.keep_every < 1:
             raise ConfigError(f"keep_every = {self.keep_every}: must be positive; omit it to keep none permanently")
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds = {self.timeout_seconds}: must be positive")
+        check_seconds("checkpoint.timeout_seconds", self.timeout_seconds)
 
 
 class CheckpointWriter:

@@ -26,32 +26,32 @@ _PATIENCE_SECONDS = 7 * 24 * 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArgs:
-    """Talk with a model: a line is a turn, one that ends in a backslash goes on; Ctrl-D ends."""
+    """Talk to a model: each line is a turn, a line that ends in a backslash continues on the next; Ctrl-D ends."""
 
     model: Path
     """Hugging Face folder, run or checkpoint"""
     system: str | None = None
-    """what the model is told first, instead of the built-in text"""
+    """system prompt, instead of the built-in one"""
     max_new_tokens: int | None = None
-    """longest answer in tokens; left out, 512, or half of the model's positions where those are fewer than 1,024"""
+    """longest answer in tokens; if unset, 512, or half the model's positions if there are fewer than 1,024"""
     temperature: float = 0.0
-    """0 takes the likeliest token; otherwise logits are divided by it"""
+    """0 takes the likeliest token; otherwise logits are divided by this"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0 draws from all"""
+    """draw from this many likeliest tokens; 0 draws from all"""
     top_p: float = 1.0
-    """draw from the fewest tokens that together are this likely"""
+    """draw from the fewest tokens whose probabilities sum to this"""
     seed: int = 0
     """the same seed draws the same answers"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; without, the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
-    """processes that share the model; the first of them reads what is typed"""
+    """tensor-parallel processes that share the model; the first of them reads the turns"""
     dtype: ComputeDtype = "stored"
-    """what to compute in"""
+    """dtype to compute in; stored: the model's own"""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the answers on stdout as they come; whole turns of the beginning go when the context is full."""
+    """Prints the answers on stdout as they come; when the context is full, the first turns are dropped."""
     args = parse_args(ChatArgs, argv, prog="megacoder chat")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     tp = share_model(args.tp, ["chat", *argv], timeout_seconds=_PATIENCE_SECONDS)
@@ -67,9 +67,9 @@ def main(argv: Sequence[str]) -> None:
         while len(tokens := chat_tokens(tokenizer, [*system, *turns])) > room and len(turns) > 1:
             turns = turns[2:]
             if tp.rank == 0:
-                say("the conversation does not fit into the model any more: its first turns are forgotten")
+                say("the conversation no longer fits into the model: its first turns are forgotten")
         if len(tokens) > room:
-            raise DataError(f"a turn of {len(tokens)} tokens with its template; the model has room for {room}")
+            raise DataError(f"the turn has {len(tokens)} tokens with its template; the model has room for {room}")
         streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
         generate(
             model,
@@ -105,10 +105,10 @@ def _shared_turns(tp: TensorParallel, device: torch.device) -> Iterator[str]:
 
 
 def _turns() -> Iterator[str]:
-    """What is typed, lines that end in a backslash joined with the next; a turn that is not UTF-8 is left out."""
+    """What is typed, lines that end in a backslash joined with the next; a turn that is not UTF-8 is skipped."""
     asking = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # an error while it decodes would take the next turns along
+        sys.stdin.reconfigure(errors="surrogateescape")  # a decoding error would lose the next turns too
     lines: list[str] = []
     while True:
         if asking:
@@ -120,7 +120,7 @@ def _turns() -> Iterator[str]:
         if not line.rstrip("\n").endswith("\\"):
             said, lines = "\n".join(lines).strip(), []
             if not _is_unicode(said):
-                say(f"{said!r} is not UTF-8 and is left out; write it in UTF-8")
+                say(f"{said!r} is not UTF-8 and is skipped; write it in UTF-8")
             elif said:
                 yield said
 

@@ -23,17 +23,17 @@ class InspectArgs:
     """What is in a checkpoint."""
 
     dir: Positional[Path]
-    """a checkpoint, or a folder of checkpoints: then the newest whole one"""
+    """a checkpoint, or a run or a folder of checkpoints: then its newest complete one"""
     json: bool = False
     """print JSON instead of a table"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArgs:
-    """Checks every byte of a checkpoint; exit code 1 and a line for each file or tensor at fault."""
+    """Checks every byte of a checkpoint. Prints a line for each damaged file or tensor; exit code 1 if there is any."""
 
     dir: Positional[Path]
-    """a checkpoint, or a folder of checkpoints: then all of them"""
+    """a checkpoint, or a run or a folder of checkpoints: then all of them"""
 
 
 def inspect(argv: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 def verify(argv: Sequence[str]) -> None:
-    """Prints what is wrong, a line each, and raises CheckpointError; or says what was found to be right."""
+    """Prints what is wrong, a line each, and raises CheckpointError; or says that all is as it was written."""
     args = parse_args(VerifyArgs, argv, prog="megacoder checkpoint verify")
     root = checkpoints_in(args.dir)
     steps = [folder for _, folder in step_folders(root)]
@@ -80,5 +80,5 @@ def verify(argv: Sequence[str]) -> None:
         print(fault)
     if faults:
         raise CheckpointError(
-            f"{args.dir}: damaged, as listed above; put good copies of those files there, or move away what holds them"
+            f"{args.dir}: damaged, as listed above; restore those files, or move the checkpoints that hold them away"
         )

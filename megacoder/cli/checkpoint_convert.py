@@ -1,6 +1,6 @@
 """`megacoder checkpoint reshard`, `export` and `import`: checkpoints to other layouts, and to and from Hugging Face.
 
-Each writes a new folder that is whole or not there, and holds a chunk of a tensor at a time.
+Each writes a new folder, completely or not at all, and holds only a chunk of a tensor in memory at a time.
 """
 
 from collections.abc import Sequence
@@ -32,18 +32,18 @@ START = "train.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class ReshardArgs:
-    """Writes a checkpoint again as the ranks of another layout would; without options, as one file."""
+    """Rewrites a checkpoint as the ranks of another layout would have written it; without options, as one file."""
 
     src: Positional[Path]
-    """a checkpoint, a run, or a folder of checkpoints: then the newest whole one"""
+    """a checkpoint, or a run or a folder of checkpoints: then its newest complete one"""
     dst: Positional[Path]
-    """folder of checkpoints, or a run that has one, to add it to"""
+    """folder of checkpoints, or a run, to add the result to"""
     tp: int = 1
     """tensor-parallel ranks"""
     pp: int = 1
     """pipeline-parallel ranks"""
     dp: int = 1
-    """replicas, among which the optimizer is shared out"""
+    """data-parallel replicas, which share the optimizer state"""
     cp: int = 1
     """context-parallel ranks"""
 
@@ -53,15 +53,15 @@ class ExportArgs:
     """Writes a folder that transformers, vLLM and llama.cpp load, tokenizer and chat template included."""
 
     src: Positional[Path]
-    """a run, an imported folder, a checkpoint, or a folder of checkpoints: then the newest whole one"""
+    """a checkpoint, or a run, an imported folder or a folder of checkpoints: then its newest complete one"""
     dst: Positional[Path]
     """folder to write"""
     step: int | None = None
-    """the checkpoint of this step; without, the newest"""
+    """step of the checkpoint to export; if unset, the newest"""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """of the exported weights; the master weights are fp32"""
+    """dtype of the exported weights; the master weights are fp32"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; without, the run's"""
+    """folder with tokenizer.json; if unset, the run's"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def import_main(argv: Sequence[str]) -> None:
     """Imports one model."""
     args = parse_args(ImportArgs, argv, prog="megacoder checkpoint import")
     config = import_folder(args.src, args.dst, files=lambda model: {START: _start(args.src, args.dst, model)})
-    say(f"{args.dst}: {config.num_params:,} parameters; to train on, set data.train in {args.dst / START}")
+    say(f"{args.dst}: {config.num_params:,} parameters; to continue training, set data.train in {args.dst / START}")
 
 
 def _start(source: Path, folder: Path, model: ModelConfig) -> str:
@@ -108,4 +108,4 @@ def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
     data = DataConfig(train=(Path("data/train"),), tokenizer=folder / TOKENIZER, stream=stream)
     config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model)
-    return f"# Goes on from the weights of {source}; data.train is yours to set.\n{to_toml(config)}"
+    return f"# Continues training from the weights of {source}; set data.train to your data.\n{to_toml(config)}"

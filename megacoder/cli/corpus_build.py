@@ -14,11 +14,11 @@ __all__ = ["main"]
 PROG = "megacoder corpus build [--config CORPUS.toml]"
 
 
-_NO_OUT = "\0"  # no folder can be called so
+_NO_OUT = "\0"  # no folder can have this name
 
 
 def main(argv: Sequence[str]) -> None:
-    """Builds a corpus, or goes on with one, and prints what was kept and what was dropped and why."""
+    """Builds a corpus, or resumes one, and prints what was kept and what was dropped and why."""
     words = list(argv)
     default = None
     if "--config" in words:

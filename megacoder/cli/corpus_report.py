@@ -24,11 +24,11 @@ class ReportArgs:
     folder: tyro.conf.Positional[Path]
     """folder that `corpus build` wrote"""
     json: bool = False
-    """print all of it as JSON: accounts, near copies, contamination, a dependency graph"""
+    """print the full report as JSON: accounts, near copies, contamination, a dependency graph"""
     out: Path | None = None
-    """an HTML file to write: the same, drawn"""
+    """HTML file to write the full report to, with drawings"""
     repository: str | None = None
-    """whose dependency graph; left out: a large one that can be drawn whole"""
+    """repository whose dependency graph to show; if unset, a large one that can be drawn completely"""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`megacoder data digest RUN.toml`: what tokens the steps of a run see, as a digest each, for any number of ranks."""
+"""`megacoder data digest RUN.toml`: a digest of the tokens that each step of a run sees, on any number of ranks."""
 
 import json
 import re
@@ -23,17 +23,17 @@ class DigestConfig:
     """Prints a SHA-256 per step of the tokens, labels and document starts that all ranks of a run together see."""
 
     steps: str
-    """A:B, from step A to step B, both shown, counted from 1 as in the run's log; or one step"""
+    """A:B, from step A through step B, counted from 1 as in the run's log; or a single step"""
     dp: int = 1
-    """data-parallel ranks to put together; the digests do not depend on it"""
+    """number of data-parallel ranks to read the data as; the digests do not depend on it"""
     checkpoint: Path | None = None
-    """start from the data position in this checkpoint, of a step before A, instead of from the beginning"""
+    """start from the data position in this checkpoint, written before step A, instead of from the beginning"""
     json: bool = False
-    """prints JSON"""
+    """print JSON"""
 
     def __post_init__(self) -> None:
         if self.dp < 1:
-            raise ConfigError(f"dp = {self.dp}: at least 1")
+            raise ConfigError(f"dp = {self.dp}: must be at least 1")
         self.range()
 
     def range(self) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         reader = CheckpointReader(options.checkpoint)
         done = reader.step
         if done >= first:
-            raise ConfigError(f"{reader.folder} was written after step {done}; steps from {done + 1} on follow from it")
+            raise ConfigError(f"{reader.folder} was written after step {done}; it serves steps from {done + 1} on")
         for rank in ranks:
             rank.load_state_dict(reader.state["data"])
     digests = step_digests(ranks, skip=first - 1 - done, steps=last - first + 1)

@@ -23,16 +23,16 @@ from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox
 from megacoder.evaluate.sandbox.languages import short_name
 
-if TYPE_CHECKING:  # it imports torch, which scoring a file needs not
+if TYPE_CHECKING:  # it imports torch, which scoring a file does not need
     from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["crosscode", "ds1000", "humaneval", "infill", "leetcode", "mbpp", "pal"]
 
 
-# `Optional[X]`, for at the first `X | None` tyro imports a type checker, which takes as long as ten programs.
+# `Optional[X]`, since at the first `X | None` tyro imports a type checker, which takes as long as ten programs.
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """Score a benchmark, whose data file is yours, by its published protocol."""
+    """Score a benchmark by its published protocol, on a data file that you provide."""
 
     data: Path
     """the benchmark's JSONL file"""
@@ -41,66 +41,66 @@ class EvalArgs:
     endpoint: Optional[str] = None
     """answers from a server with OpenAI's interface, such as http://localhost:8000/v1; OPENAI_API_KEY is its key"""
     completions: Optional[Path] = None
-    """answers from a JSONL file of task_id and completion, several lines a task for several samples"""
+    """answers from a JSONL file of task_id and completion; several samples are several lines per task"""
     language: Optional[str] = None
-    """of the programs; by default what the data says, else python"""
+    """language of the programs; if unset, what the data says, else python"""
     instruct: bool = False
     """ask through the chat template and take the answer's code block"""
     shots: Optional[Path] = None
-    """file of worked examples, which pal needs"""
+    """file of worked examples; pal needs one"""
     retrieval: bool = False
-    """crosscode: give the code retrieved from other files"""
+    """crosscode: put the code retrieved from other files into the prompt"""
     samples: int = 1
-    """answers a task"""
+    """answers per task"""
     temperature: float = 0.0
-    """0 takes the likeliest token; sampling more than once needs more"""
+    """0 takes the likeliest token; several samples need more than 0"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0 draws from all"""
+    """draw from this many likeliest tokens; 0 draws from all"""
     top_p: float = 1.0
-    """draw from the fewest tokens that together are this likely"""
+    """draw from the fewest tokens whose probabilities sum to this"""
     seed: int = 0
     """the same seed draws the same answers"""
     max_new_tokens: Optional[int] = None
-    """longest answer; the benchmark's own by default"""
+    """longest answer in tokens; if unset, the benchmark's own"""
     batch_size: int = 16
     """answers generated at a time"""
     limit: Optional[int] = None
-    """only the first so many tasks"""
+    """number of tasks to run, from the first; if unset, all"""
     seconds: Optional[float] = None
     """CPU time a program gets, instead of the published limit"""
     workers: int = os.cpu_count() or 1
     """programs run, or requests sent, at a time"""
     unsafe: bool = False
-    """run programs with your own rights where nothing can shut them in"""
+    """run programs with your own rights, for machines where no sandbox works"""
     out: Optional[Path] = None
-    """folder for completions and results, one line each; the same command with the same inputs goes on there"""
+    """folder for completions and results, one line each; the same command with the same inputs resumes from it"""
     json: bool = False
     """print the summary as JSON"""
     api_model: Optional[str] = None
-    """the server's name of the model; its first by default"""
+    """the model's name on the server; if unset, the server's first model"""
     tokenizer: Optional[Path] = None
-    """folder with tokenizer.json; without, the model's; a server's prompts near a limit are counted with it"""
+    """folder with tokenizer.json, to count a server's prompts near a limit too; if unset, the model's"""
     tp: int = 1
-    """processes that share the model"""
+    """tensor-parallel processes that share the model"""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """what a model computes in"""
+    """dtype to compute in; stored: the model's own"""
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "endpoint", "completions") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"{' and '.join(given) or 'none'} given: exactly one of --model, --endpoint, --completions"
+                f"{' and '.join(given) or 'none'} given: give exactly one of --model, --endpoint, --completions"
             )
         for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens", "tp"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.tp > 1 and self.model is None:
-            raise ConfigError(f"--tp {self.tp}: {given[0]} is no --model for processes to share")
+            raise ConfigError(f"--tp {self.tp}: only a --model can be shared by processes, not {given[0]}")
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigError(f"--seconds {self.seconds}: must be positive")
         if self.samples > 1 and self.temperature == 0 and self.completions is None:
-            raise ConfigError(f"--samples {self.samples} of greedy answers are all the same; give a --temperature")
+            raise ConfigError(f"--samples {self.samples}: greedy answers are all the same; give a --temperature")
 
 
 def run(name: str, argv: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ def run(name: str, argv: Sequence[str]) -> None:
 
 
 def _started_ahead(kind: type[Benchmark], argv: Sequence[str]) -> AbstractContextManager[Launcher | None]:
-    """What will run Python programs, loading while options are read; None where they are for later, or others."""
+    """The launcher of Python programs, loading while options are read; None if they come later, or are not Python."""
     if issubclass(kind, ProgramBenchmark) and "--completions" in argv and "--language" not in argv:
         return closing(Launcher.ahead(kind.preload))
     return nullcontext()
@@ -167,28 +167,28 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
 
 
 def _follow(args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task], tp: "TensorParallel") -> None:
-    """Generates what the first rank does; it writes nothing before all have read what is there."""
+    """Generates what the first rank does, which writes nothing before all ranks have read what is there."""
     notes = Notes.glance(args.out)
     if any((task.id, sample) not in notes.completions for task in tasks for sample in range(args.samples)):
         collect(benchmark, tasks, _source(args, benchmark, tp), notes, samples=args.samples, quiet=True)
 
 
 _FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
-"""Options that change no result, so that an evaluation may go on with others."""
+"""Options that change no result, so that an evaluation may resume with different ones."""
 
 
 def _resolved(model: Path | None) -> Path | None:
-    """The very checkpoint that will be loaded, by all ranks: a run that goes on has another in a while."""
+    """The very checkpoint that all ranks will load: a run in progress may have written another by then."""
     if model is None:
         return None
     from megacoder.checkpoint.folders import find_checkpoint
-    from megacoder.cli.model_folder import is_checkpoint  # imports torch, which scoring a file needs not
+    from megacoder.cli.model_folder import is_checkpoint  # imports torch, which scoring a file does not need
 
     return find_checkpoint(model) if is_checkpoint(model) else model
 
 
 def _contents(args: EvalArgs) -> dict[str, str]:
-    """What lies at each path that scores depend on."""
+    """The content of each path that scores depend on."""
     files = {"data": args.data, "completions": args.completions, "shots": args.shots}
     found = {name: file_content(path, option=f"--{name}") for name, path in files.items() if path is not None}
     if args.model is not None:
@@ -200,7 +200,7 @@ def _contents(args: EvalArgs) -> dict[str, str]:
 
 def _resume_note(notes: Notes) -> None:
     if notes.completions:
-        say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results are there already")
+        say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results exist already")
 
 
 def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -> CompletionSource:
@@ -216,7 +216,7 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
         )
     assert args.model is not None
     from megacoder.checkpoint.huggingface import read_config
-    from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, which scoring a file needs not
+    from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, not needed to score a file
     from megacoder.core.device import probe
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
@@ -224,7 +224,7 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
     if (args.model / "config.json").is_file() and not is_checkpoint(args.model):
         architectures = read_config(args.model).get("architectures") or ["none named"]
         if architectures != ["LlamaForCausalLM"] and tp is not None:
-            raise ConfigError(f"--tp {args.tp}: {args.model} is {architectures[0]}, which one process runs")
+            raise ConfigError(f"--tp {args.tp}: {args.model} is {architectures[0]}, which runs on one process only")
         if architectures != ["LlamaForCausalLM"]:
             return TransformersSource(args.model, decoding, device=probe().device_type)
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp or ALONE)
@@ -237,7 +237,7 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
     preload = benchmark.preload if toolchain.language.name == "python" else ()
     missing = [module for module in preload if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}, not installed here (pip install)")
+        raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}; install with pip")
     return Sandbox(
         workers=args.workers, mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible,
         ahead=ahead,
@@ -245,7 +245,7 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
 
 
 def _print(name: str, summary: Summary, settings: Settings) -> None:
-    """Scores by group, and those that were published beside the first of them."""
+    """Scores by group, with published ones beside them."""
     language = short_name(settings.language)
     known = published_scores(name, language=language, instruct=settings.instruct, retrieval=settings.retrieval)
     metrics = list(summary.scores[""])

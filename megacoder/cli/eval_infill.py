@@ -31,32 +31,32 @@ __all__ = ["main", "print_summary"]
 class EvalInfillArgs:
     """Remove lines from held-out files and let the model fill them in.
 
-    With --data FILE.jsonl a published infilling set is scored instead, as every benchmark is: see
-    `megacoder eval infill --data FILE.jsonl --help` for the options of that.
+    With --data FILE.jsonl a published infilling set is scored instead, like any benchmark: see
+    `megacoder eval infill --data FILE.jsonl --help` for its options.
     """
 
     model: Path
     """Hugging Face folder, run or checkpoint"""
     data: tuple[Path, ...]
-    """held-out Parquet files, or folders of them, as `corpus build` writes them; or one .jsonl, a published set"""
+    """held-out Parquet files, or folders of them, as `corpus build` writes them; or the .jsonl of a published set"""
     train: tuple[Path, ...] = ()
-    """the training corpus' Parquet files or folders, for the baseline of its most frequent line"""
+    """Parquet files or folders of the training corpus, for the baseline of its most frequent line"""
     num_tasks: int = 200
     """lines to fill in, from as many files as possible"""
     seed: int = 0
-    """which lines"""
+    """seed for the choice of lines"""
     max_new_tokens: int = MAX_NEW_TOKENS
-    """room for an answer"""
+    """longest answer in tokens"""
     max_prompt_tokens: int | None = None
-    """longest prompt, where the model was trained on parts of files (data.stream.fim.context_tokens)"""
+    """longest prompt in tokens, for a model trained on parts of files (data.stream.fim.context_tokens)"""
     batch_size: int = 32
     """answers generated at a time"""
     out: Path | None = None
-    """JSONL file for every line, its truth and the answer"""
+    """JSONL file to write every line, its truth and the answer to"""
     json: bool = False
     """print the summary as JSON"""
     dtype: ComputeDtype = "stored"
-    """what to compute in"""
+    """dtype to compute in; stored: the model's own"""
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "batch_size"):

@@ -1,8 +1,8 @@
-"""What an evaluation's scores come from, told by content: a name stays the same when a file is edited or a run goes on.
+"""Identifies the inputs of an evaluation by content: names stay the same when a file is edited or a run trains on.
 
-Files of text are told by their SHA-256, checkpoints by their step and that of their manifest, which holds checksums of
-all they are made of. A Hugging Face folder's weights are not read whole, which would take as long as loading them:
-their size, beginning (with the header) and end stand for them, and training changes all of a file.
+Text files are identified by their SHA-256, checkpoints by their step and the SHA-256 of their manifest, which holds
+checksums of all their files. A Hugging Face folder's weights are not read completely, which would take as long as
+loading them: their size, beginning (with the header) and end stand for them, since training changes all of a file.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ _ENDS = 1 << 16
 
 
 def file_content(path: Path, *, option: str) -> str:
-    """Of a file of text; ConfigError where there is none, as where a pipe can be read but once."""
+    """Identifies a text file; ConfigError if it is not a file, such as a pipe, which can be read only once."""
     if not path.is_file():
-        raise ConfigError(f"{option} {path}: not a file, so that --out cannot tell whether it changes; save it to one")
+        raise ConfigError(f"{option} {path}: not a file, so --out cannot tell whether it changes; save it to one")
     with path.open("rb") as file:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def model_content(folder: Path) -> str:
-    """Of a checkpoint, or else a Hugging Face folder; FormatError where it is neither."""
-    from megacoder.checkpoint.huggingface import read_config  # imports torch, which scoring a file needs not
+    """Identifies a checkpoint, or else a Hugging Face folder; FormatError if it is neither."""
+    from megacoder.checkpoint.huggingface import read_config  # imports torch, which scoring a file does not need
     from megacoder.checkpoint.manifest import MANIFEST
 
     if (folder / MANIFEST).is_file():

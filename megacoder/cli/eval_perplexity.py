@@ -20,23 +20,24 @@ class EvalPerplexityArgs:
     """Bits per byte of held-out text, beside those of xz and of a unigram model."""
 
     model: Path
-    """Hugging Face folder with a tokenizer, as an export writes it, run or checkpoint"""
+    """Hugging Face folder with a tokenizer (as an export has it), run or checkpoint"""
     data: tuple[Path, ...]
     """held-out Parquet, JSONL or .jsonl.zst files, or folders of them"""
     text_key: str = "content"
     """column or JSON key of the text"""
     document_key: str | None = None
-    """equal in consecutive rows of one document; by default `sample` in Parquet, and in JSONL a row is a document"""
+    """column or JSON key that is equal in consecutive rows of one document; if unset, `sample` in Parquet, and in
+    JSONL each row is a document"""
     train: Path | None = None
-    """PREFIX of the training tokens' PREFIX.bin and PREFIX.idx, for the unigram model"""
+    """prefix of the training .bin/.idx, for the unigram model"""
     window: int | None = None
-    """most tokens that a prediction sees; the model's longest by default"""
+    """most tokens that a prediction sees; if unset, the model's longest context"""
     json: bool = False
     """print the result as JSON"""
     tp: int = 1
-    """processes that share the model"""
+    """tensor-parallel processes that share the model"""
     dtype: ComputeDtype = "stored"
-    """what to compute in"""
+    """dtype to compute in; stored: the model's own"""
 
 
 def main(argv: Sequence[str]) -> None:

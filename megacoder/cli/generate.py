@@ -24,34 +24,34 @@ class GenerateArgs:
     prompt: str
     """the text to continue"""
     max_new_tokens: int | None = None
-    """stop after so many tokens, if the model has not ended the text before; left out, 128, or half of the model's
-    positions where those are fewer than 256"""
+    """stop after this many tokens if the model has not ended the text; if unset, 128, or half the
+    model's positions if there are fewer than 256"""
     samples: int = 1
-    """continuations to draw, one after the other, each with numbers of its own"""
+    """number of continuations to draw, one after the other, each with its own random numbers"""
     temperature: float = 0.0
-    """0 takes the likeliest token; otherwise logits are divided by it"""
+    """0 takes the likeliest token; otherwise logits are divided by this"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0 draws from all"""
+    """draw from this many likeliest tokens; 0 draws from all"""
     top_p: float = 1.0
-    """draw from the fewest tokens that together are this likely"""
+    """draw from the fewest tokens whose probabilities sum to this"""
     seed: int = 0
     """the same seed draws the same text"""
     stop: tuple[str, ...] = ()
-    """end before the first of these strings"""
+    """end the text before the first of these strings"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; without, the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
-    """processes that share the model"""
+    """tensor-parallel processes that share the model"""
     dtype: ComputeDtype = "stored"
-    """what to compute in"""
+    """dtype to compute in; stored: the model's own"""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ConfigError(f"--samples {self.samples}: at least 1")
+            raise ConfigError(f"--samples {self.samples}: must be at least 1")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the continuation alone on stdout, as it comes; several are parted by a line that numbers them."""
+    """Prints only the continuation on stdout, as it comes; several are separated by a line that numbers them."""
     args = parse_args(GenerateArgs, argv, prog="megacoder generate")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     tp = share_model(args.tp, ["generate", *argv])
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, longest))
     if prompt.num_dropped_lines and tp.rank == 0:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
-        say(f"the prompt does not fit into the model: its first {dropped} left out")
+        say(f"the prompt does not fit into the model: its first {dropped} dropped")
     for sample in range(args.samples):
         if args.samples > 1:
             print(f"--- {sample + 1}")

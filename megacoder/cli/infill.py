@@ -29,22 +29,22 @@ class InfillArgs:
     model: Path
     """Hugging Face folder, run or checkpoint"""
     line: int | None = None
-    """the line to write anew, from 1; the answer ends with the line"""
+    """number of the line to rewrite, from 1; the answer ends with the line"""
     context: Path | None = None
-    """folder of the repository: what the file depends on comes first, in the order of dependencies"""
+    """folder of the repository: the files that this one depends on precede it in the prompt, in dependency order"""
     max_new_tokens: int | None = None
-    """stop after so many tokens, if the model has not ended the answer before; left out, 128, or half of the model's
-    positions where those are fewer than 256"""
+    """stop after this many tokens if the model has not ended the answer; if unset, 128, or half the
+    model's positions if there are fewer than 256"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; without, the model's"""
+    """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
-    """processes that share the model"""
+    """tensor-parallel processes that share the model"""
     dtype: ComputeDtype = "stored"
-    """what to compute in"""
+    """dtype to compute in; stored: the model's own"""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints what was filled in, alone, on stdout."""
+    """Prints only what was filled in on stdout."""
     args = parse_args(InfillArgs, argv, prog="megacoder infill")
     text = _read(args.file)
     prefix, suffix = _around_mark(args.file, text) if args.line is None else _around_line(args.file, text, args.line)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
     if prompt.num_dropped_lines and tp.rank == 0:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
-        say(f"{args.file} does not fit into the model: its farthest {dropped} left out")
+        say(f"{args.file} does not fit into the model: its farthest {dropped} dropped")
     stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
     streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
     generate(

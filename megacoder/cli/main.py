@@ -1,7 +1,7 @@
 """The `megacoder` command: a table of sub-commands, each a small module that is imported only when it runs.
 
-`python -m megacoder` and the worker that torchrun starts come through here too. Errors meant for the user leave as
-one line on stderr; under torchrun only as many lines as there are failing ranks.
+`python -m megacoder` and the workers that torchrun starts come through here too. An error meant for the user ends as
+one line on stderr; under torchrun as one line per failing rank at most.
 """
 
 import contextlib
@@ -28,26 +28,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
     "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
     "data merge": ("megacoder.cli.data_merge", "several .bin/.idx pairs as one"),
-    "data digest": ("megacoder.cli.data_digest", "a digest per step of the tokens that a run sees, on any ranks"),
-    "train": ("megacoder.cli.train", "pre-train, alone, under torchrun, or starting it (--nproc)"),
-    "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started as train is"),
+    "data digest": ("megacoder.cli.data_digest", "a digest of each step's tokens, the same on any number of ranks"),
+    "train": ("megacoder.cli.train", "pre-train in one process, under torchrun, or on --nproc ranks"),
+    "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started like train"),
     "report": ("megacoder.cli.report", "a run so far as one HTML file: loss, speed, memory, data, schedule"),
     "profile": ("megacoder.cli.profile", "where the time and memory of a run's steps go, with a trace"),
-    "plan": ("megacoder.cli.plan", "layouts, memory and time on a cluster, with no GPU; schedules drawn"),
+    "plan": ("megacoder.cli.plan", "layouts, memory and time on a cluster, without a GPU; schedules drawn"),
     "ops": ("megacoder.cli.ops", "which kernels run on this machine, and why the others do not"),
     "checkpoint inspect": ("megacoder.cli.checkpoint:inspect", "what a checkpoint holds, as a table or as JSON"),
     "checkpoint verify": ("megacoder.cli.checkpoint:verify", "check every byte of a checkpoint; name each bad file"),
-    "checkpoint reshard": ("megacoder.cli.checkpoint_convert:reshard_main", "write one again for another layout"),
+    "checkpoint reshard": ("megacoder.cli.checkpoint_convert:reshard_main", "a checkpoint in another layout"),
     "checkpoint export": ("megacoder.cli.checkpoint_convert:export_main", "a run's weights as a Hugging Face folder"),
-    "checkpoint import": ("megacoder.cli.checkpoint_convert:import_main", "a Hugging Face folder to train on from"),
+    "checkpoint import": ("megacoder.cli.checkpoint_convert:import_main", "a Hugging Face folder to train further"),
     "generate": ("megacoder.cli.generate", "continue a text"),
     "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
-    "chat": ("megacoder.cli.chat", "a conversation in the published template"),
+    "chat": ("megacoder.cli.chat", "chat with an instruction-tuned model"),
     "eval humaneval": ("megacoder.cli.eval_benchmark:humaneval", "HumanEval, Python and the multilingual sets"),
     "eval mbpp": ("megacoder.cli.eval_benchmark:mbpp", "MBPP, 3-shot"),
     "eval leetcode": ("megacoder.cli.eval_benchmark:leetcode", "LeetCode Contest, by difficulty"),
     "eval ds1000": ("megacoder.cli.eval_benchmark:ds1000", "DS-1000, completion mode, by library"),
-    "eval pal": ("megacoder.cli.eval_benchmark:pal", "maths by programs: GSM8K, MATH and five more"),
+    "eval pal": ("megacoder.cli.eval_benchmark:pal", "math solved by programs: GSM8K, MATH and five more"),
     "eval crosscode": ("megacoder.cli.eval_benchmark:crosscode", "CrossCodeEval, with and without retrieval"),
     "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, or of a published set"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
@@ -55,11 +55,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Sub-commands in the order in which `--help` shows them."""
 
 INTERRUPTED = 130
-"""Exit code of what SIGINT has ended, and of runs that either signal has."""
+"""Exit code after SIGINT; of the ranks of a run also after SIGTERM or SIGHUP."""
 TERMINATED = 143
-"""Exit code of what SIGTERM has ended."""
+"""Exit code after SIGTERM."""
 FIRST_RANK_SECONDS = 10.0
-"""How much later than others the first rank of a machine may meet what all meet alike."""
+"""How much later than the others the first rank of a machine may meet an error that all of them meet."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not error.told:
             say(f"megacoder: {error}")
         sys.stdout.flush()
-        os._exit(error.exit_code)  # on the way through torch's destructors a process may wait for the rank that is lost
+        os._exit(error.exit_code)  # torch's destructors may wait for the rank that is lost
     except MegacoderError as error:
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
             _leave_it_to_the_first(error.exit_code)
@@ -97,23 +97,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _answers_signals(words: Sequence[str]) -> bool:
-    """Whether the command has answers of its own: a run, which writes a checkpoint, or a rank that torchrun ends."""
+    """Whether the command handles signals itself: a run, which writes a checkpoint, or a rank, which torchrun ends."""
     return words[:1] in (["train"], ["sft"]) or "LOCAL_RANK" in os.environ
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Bytes that are no UTF-8 arrive as half surrogates, which can be neither encoded for a model nor written down."""
+    """Bytes that are not UTF-8 arrive as lone surrogates, which can neither be encoded for a model nor be written."""
     for word in words:
         try:
             word.encode()
         except UnicodeEncodeError:
-            raise ConfigError(
-                f"{word!r} is not UTF-8; write it in UTF-8, or rename the file that is called so"
-            ) from None
+            raise ConfigError(f"{word!r} is not UTF-8; write it in UTF-8, or rename the file of this name") from None
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    """Told without torch, which most commands do not load: of a GPU it is an error of its own, of a CPU words."""
+    """Decided without torch, which most commands do not load: a GPU's has its own class, a CPU's only its message."""
     name = type(error).__name__
     return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
@@ -133,17 +131,17 @@ def _dispatch(words: list[str]) -> None:
             return
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
     if group:
-        raise ConfigError(f"{words[0]!r} goes with a second word: {', '.join(group)}")
+        raise ConfigError(f"{words[0]!r} needs a second word: {', '.join(group)}")
     match = nearest(words[0], [name.split()[0] for name in COMMANDS])
     hint = f"did you mean {match!r}? " if match else ""
     raise ConfigError(f"unknown command {words[0]!r}; {hint}see megacoder --help")
 
 
 def _leave_it_to_the_first(code: int) -> None:
-    """What every rank of a machine meets alike is said once, by its first; returns where that has met no such thing.
+    """Leaves an error that every rank of a machine meets to its first rank; returns if that has not reported it.
 
-    Torchrun ends all ranks as soon as it sees that one has failed. Were another to end before the first, which may
-    have started later, nobody would say why. Ranks that were asked to stop torchrun awaits, one as all.
+    Torchrun kills all ranks as soon as it sees that one has failed. If another rank ended before the first, which may
+    have started later, nobody would report the error. After a request to stop, torchrun waits for all ranks.
     """
     if code in (0, INTERRUPTED):
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""What the commands that run a model share: loading it from where it lies, and the room for prompt and answer."""
+"""What the commands that run a model share: loading it from any kind of folder, and the room for prompt and answer."""
 
 import atexit
 import os
@@ -20,8 +20,8 @@ from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
-from megacoder.parallel.collectives import start_world
 from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.world import start_world
 from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 
@@ -46,9 +46,9 @@ def load_model(
     with alike_on_all_ranks():
         if is_checkpoint(folder):
             return _load_checkpoint(CheckpointReader(folder), _DTYPES[dtype] or torch.float32, tokenizer, tp)
-        read_config(folder)  # a folder that is none is named as such, not as one without a tokenizer
+        read_config(folder)  # first, so that a folder without a model is reported as such
         if tokenizer is None and not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"{folder}: no tokenizer.json in it; name the folder of one with --tokenizer")
+            raise ConfigError(f"{folder}: no tokenizer.json in it; name a folder that has one with --tokenizer")
         device = probe().device_type
         return import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp, tokenizer_folder=tokenizer)
 
@@ -82,12 +82,12 @@ def tokenizer_of(reader: CheckpointReader) -> Path | None:
 
 
 def share_model(tp: int, words: Sequence[str], *, timeout_seconds: float = 600.0) -> TensorParallel | None:
-    """This rank's place among `tp`; where ranks are yet to be started, starts `megacoder WORDS` on them: None.
+    """This rank's place among `tp`; if no ranks have been started, runs `megacoder WORDS` on new ones, returning None.
 
-    Ranks but the first print nothing. None waits for another longer than `timeout_seconds`.
+    Only the first rank prints. No rank waits for another longer than `timeout_seconds`.
     """
     if tp < 1:
-        raise ConfigError(f"--tp {tp}: at least 1")
+        raise ConfigError(f"--tp {tp}: must be at least 1")
     if tp == 1:
         return ALONE
     if "WORLD_SIZE" not in os.environ:
@@ -103,18 +103,18 @@ def share_model(tp: int, words: Sequence[str], *, timeout_seconds: float = 600.0
 
 
 def answer_room(model: Transformer, max_new_tokens: int | None, *, otherwise: int) -> int:
-    """The longest answer in tokens; where none is asked for `otherwise`, or half of what a short model has."""
+    """The longest answer in tokens: as asked for, else `otherwise`, or half the positions of a model with few."""
     if max_new_tokens is not None:
         return max_new_tokens
     return min(otherwise, model.config.max_position_embeddings // 2)
 
 
 def prompt_room(model: Transformer, max_new_tokens: int, *, shortest: int = SHORTEST_COMPLETION) -> int:
-    """Tokens that a prompt may have; ConfigError where the answer would not leave the `shortest`."""
+    """Tokens that a prompt may have; ConfigError if the answer leaves fewer than `shortest`."""
     positions = model.config.max_position_embeddings
     if not 1 <= max_new_tokens <= positions - shortest:
         raise ConfigError(
-            f"--max-new-tokens {max_new_tokens}: from 1 to {positions - shortest}; the model has {positions} "
+            f"--max-new-tokens {max_new_tokens}: must be from 1 to {positions - shortest}; the model has {positions} "
             f"positions, of which a prompt takes at least {shortest}"
         )
     return positions - max_new_tokens

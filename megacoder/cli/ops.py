@@ -17,12 +17,12 @@ __all__ = ["OpsConfig", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class OpsConfig:
-    """The backends of every op; the environment's MEGACODER_OPS=OP=BACKEND,... chooses others."""
+    """The backends of every op; the environment variable MEGACODER_OPS=OP=BACKEND,... chooses others."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU where there is one"""
+    """auto: a GPU if there is one"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of weights and activations"""
+    """dtype of weights and activations"""
     json: bool = False
     """print JSON instead of a table"""
 

@@ -1,4 +1,4 @@
-"""`megacoder plan`: what a run would need and take, before any GPU is taken."""
+"""`megacoder plan`: what memory and time a run would need, before any GPU is used."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 _CHOICE = """\
 megacoder plan --model NAME or RUN.toml   every layout of a model on a cluster
-megacoder plan --tokens N                 the scaling law's batch and learning rate, also beside --model
+megacoder plan --tokens N                 the scaling law's batch and learning rate; also goes with --model
 megacoder plan                            one pipeline schedule, simulated
 """
 _OF_A_CLUSTER = ("--model", "--tokens", "--device", "--devices")
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the one that the options ask for."""
     words = [word.partition("=")[0] for word in argv]
     if not argv:
-        say(f"{_CHOICE}The last of these, with its defaults:")
+        say(f"{_CHOICE}Without options, the last of these with its defaults:")
     if "-h" in words or "--help" in words:
         print(_CHOICE)
         plan_schedule.print_help()

@@ -33,38 +33,38 @@ MOST_DEVICES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterArgs:
-    """Layouts of a model on a cluster that need not be here: memory, time, and why the others fall out."""
+    """Layouts of a model on a cluster, which need not be at hand: memory, time, and why others are rejected."""
 
     model: str | None = None
     """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, tiny, tiny-gqa, or the TOML file of a run"""
     device: str = "h800"
     """h800, h100, h200, a100, cpu, or a TOML file that describes one"""
     devices: int = 8
-    """how many"""
+    """number of devices"""
     seq: int | None = None
-    """tokens of a sequence; left out, the model's own"""
+    """tokens per sequence; if unset, the model's own"""
     batch: int | None = None
-    """sequences of an update; left out, the model's own, or what the scaling law says for --tokens"""
+    """sequences per update; if unset, the model's own, or the scaling law's for --tokens"""
     tokens: str | None = None
-    """of the run, as 2T or 500B: days, device-hours, and advice"""
+    """training tokens of the run, such as 2T or 500B: adds days, device-hours and the scaling law's advice"""
     tp: int | None = None
-    """only layouts with this"""
+    """only layouts with this many tensor-parallel ranks"""
     pp: int | None = None
-    """only layouts with this"""
+    """only layouts with this many pipeline-parallel ranks"""
     cp: int | None = None
-    """only layouts with this"""
+    """only layouts with this many context-parallel ranks"""
     schedule: str | None = None
-    """only layouts with this; 1f1b, interleaved, zb-h1, zbv or dualpipev"""
+    """only layouts with this schedule: 1f1b, interleaved, zb-h1, zbv or dualpipev"""
     micro_batch: int | None = None
-    """only layouts with this"""
+    """only layouts with this many sequences per microbatch"""
     recompute: Recompute | None = None
-    """only layouts with this"""
+    """only layouts with this recomputation"""
     fp8: bool = False
-    """layers multiply in fp8"""
+    """compute the layers' matrix products in fp8"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of weights and activations"""
+    """dtype of weights and activations"""
     top: int = 5
-    """layouts to show"""
+    """number of layouts to show"""
     draw: Path | None = None
     """write the best layout's pipeline as this .png or .svg"""
     json: bool = False
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     if args.top < 1 or args.devices < 1:
         raise ConfigError(f"--top {args.top}, --devices {args.devices}: both must be at least 1")
     if args.devices > MOST_DEVICES:
-        raise ConfigError(f"--devices {args.devices}: at most {MOST_DEVICES:,}; every layout of them is looked at")
+        raise ConfigError(f"--devices {args.devices}: at most {MOST_DEVICES:,}; every layout is checked")
     device = find_device(args.device)
     if args.fp8 and device.fp8_tflops is None:
         raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")
@@ -117,7 +117,7 @@ def _job(args: ClusterArgs, tokens: float | None) -> tuple[Job, Advice | None]:
     advice = None if tokens is None else advise(model, seq_length=length, tokens=tokens)
     batch = args.batch if args.batch is not None else batch or (advice.batch_sequences if advice else 0)
     if not batch and args.batch is None:
-        raise ConfigError(f"the batch of {args.model} is published nowhere; give --batch, or --tokens for the law's")
+        raise ConfigError(f"the batch of {args.model} is unpublished; give --batch, or --tokens for the law's")
     return (
         Job(
             model=model, seq_length=length, global_batch_size=batch, itemsize=2 if args.dtype == "bfloat16" else 4
@@ -131,14 +131,16 @@ def _limits(args: ClusterArgs, job: Job) -> Limits:
     for name in ("tp", "cp", "pp"):
         size = changes[name]
         if size is not None and (size < 1 or args.devices % size):
-            raise ConfigError(f"--{name} {size}: {args.devices} devices are no multiple of it")
+            raise ConfigError(f"--{name} {size}: {args.devices} devices are not a multiple of it")
     if args.schedule is not None:
         if args.schedule not in Limits().schedules:
             raise ConfigError(f"--schedule {args.schedule!r}: expected one of {', '.join(Limits().schedules)}")
         changes["schedules"] = (args.schedule,)
     if args.micro_batch is not None:
         if args.micro_batch < 1 or job.global_batch_size % args.micro_batch:
-            raise ConfigError(f"--micro-batch {args.micro_batch}: the batch of {job.global_batch_size} is no multiple")
+            raise ConfigError(
+                f"--micro-batch {args.micro_batch}: the batch of {job.global_batch_size} is not a multiple of it"
+            )
         changes["micro_batch_sizes"] = (args.micro_batch,)
     if args.recompute is not None:
         changes["recomputes"] = (args.recompute,)
@@ -192,7 +194,7 @@ def _bytes(memory: Memory) -> dict[str, int]:
 def _print(report: dict[str, Any]) -> None:
     if report["layouts"]:
         _print_layouts(report)
-    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. The others:")
+    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. Rejected:")
     for row in report["rejected"]:
         print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
     if report["advice"] is not None:
@@ -220,7 +222,7 @@ def _print_layouts(report: dict[str, Any]) -> None:
     )  # fmt: skip
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
     table(
-        f"GB of the rank that needs most, of {report['memory_gb']:.0f}; activations of other recomputations behind",
+        f"GB on the most loaded rank, out of {report['memory_gb']:.0f}; at the right, activations by recomputation",
         ["tp cp pp dp", *kinds, "none", "selective", "full"],
         [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
           *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
@@ -240,7 +242,7 @@ def _print_advice(rows: dict[str, Advice], *, as_json: bool) -> None:
         print(json.dumps({name: asdict(advice) for name, advice in rows.items()}, indent=2))
         return
     table(
-        "Batch and learning rate by the scaling law of DeepSeek-LLM, beside what the published models had",
+        "Batch and learning rate by the scaling law of DeepSeek-LLM, beside those of the published models",
         ["model", "sequences", "published", "learning rate", "published", "steps", "FLOPs"],
         [[name, f"{advice.batch_sequences:,}", f"{PRESETS[name].global_batch_size or '-'}",
           f"{advice.peak_lr:.2e}", "-" if PRESETS[name].peak_lr is None else f"{PRESETS[name].peak_lr:.1e}",

@@ -38,13 +38,13 @@ class ScheduleArgs:
     microbatches: int = 8
     """microbatches per step and replica"""
     chunks: int | None = None
-    """chunks of layers per rank; a choice for interleaved only"""
+    """chunks of layers per rank; a choice for interleaved only, 2 if unset"""
     forward: float = 1.0
     """time of one microbatch's forward through all chunks of a rank"""
     input_grad: float = 1.0
-    """time of its backward for the input"""
+    """time of the input-gradient backward (I) gradient"""
     weight_grad: float = 1.0
-    """time of its backward for the weights"""
+    """time of its backward for the weight gradients"""
     latency: float = 0.0
     """time to send an activation to the next rank"""
     draw: Path | None = None
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
 def _simulate(config: ScheduleArgs) -> Timeline:
     if config.pp * config.microbatches > MOST_ACTIONS:
         raise ConfigError(
-            f"--pp {config.pp} --microbatches {config.microbatches}: at most {MOST_ACTIONS:,} of both together; "
-            "every action is simulated, and the share that idles changes little beyond"
+            f"--pp {config.pp} --microbatches {config.microbatches}: their product may be at most {MOST_ACTIONS:,}; "
+            "every action is simulated, and beyond that the idle share hardly changes"
         )
     schedule = build_schedule(
         config.schedule, num_ranks=config.pp, num_microbatches=config.microbatches, num_chunks=config.chunks

@@ -1,4 +1,4 @@
-"""`megacoder profile RUN.toml`: where the time and memory of a run's steps go; on the ranks that `train` would have."""
+"""`megacoder profile RUN.toml`: where the time and memory of a run's steps go, on the ranks that `train` would use."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     path = Path(words[0])
     nproc, arguments = take_nproc(words[1:])
     options, overrides = parse_known_args(ProfileConfig, arguments, prog=PROG)
-    # a profile writes no folder, and with random tokens needs no data: the file may leave out what names them
+    # a profile writes no folder, and with random tokens needs no data: the file may leave their names out
     absent = {"output": "profile", **({"data": {"train": "none", "tokenizer": "none"}} if options.synthetic else {})}
     default = load_toml(RunConfig, path, absent=absent)
     config = parse_args(RunConfig, overrides, prog=PROG, default=default, beside=ProfileConfig)
@@ -92,9 +92,9 @@ def _show_phases(measured: Profile) -> None:
         ["phase", "ms", "share", *["slowest rank, ms"] * several],
         rows,
     )
-    print("The head's gradients are part of its forward; communication is the time waited, not what is hidden.")
+    print("The head's gradients are part of its forward; communication counts the time waited, not what overlaps.")
     if measured.run["cuda_graph"]:
-        print("A replay is forward and backward in one, counted as forward.")
+        print("A graph's replay is forward and backward in one and counts as forward.")
 
 
 def _milliseconds(seconds: float, share: float) -> list[str]:
@@ -118,7 +118,7 @@ def _show_memory(measured: Profile) -> None:
     for row in measured.memory:
         rows.append([row.kind, _size(row.num_bytes), row.how])
         if row.kind == ACTIVATIONS and measured.kept_by_formula is not None:
-            rows.append(["  kept by layers", _size(measured.kept_by_formula), "by the formula of what they keep"])
+            rows.append(["  kept by layers", _size(measured.kept_by_formula), "by formula"])
     table("Memory" + (", of the rank with most" if several else ""), ["kind", "", "what the figure is"], rows)
 
 
@@ -129,7 +129,7 @@ def _show_ops(measured: Profile) -> None:
         ["op", "shape", "moved", "ms", "rate", "share"],
         [_op_row(op, measured) for op in measured.ops],
     )
-    print("Moved: the least that must be read and written. Over 100%: caches held it.")
+    print("Moved: the least that must be read and written. Over 100%: it came from caches.")
 
 
 def _op_row(op: OpRow, measured: Profile) -> list[str]:
@@ -149,7 +149,7 @@ def _op_row(op: OpRow, measured: Profile) -> list[str]:
 
 
 def _flops(rate: float) -> str:
-    """At one glance for a CPU and a GPU."""
+    """In the unit that suits a CPU or a GPU."""
     return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"
 
 

@@ -15,12 +15,12 @@ __all__ = ["main"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArgs:
-    """Loss, rate, gradient norm, speed, memory, updates left out, data drawn, schedule; also while the run goes on."""
+    """Loss, learning rate, gradient norm, speed, memory, skipped updates, data, schedule; also while the run trains."""
 
     run: tyro.conf.Positional[Path]
     """output folder of a training run"""
     out: Path | None = None
-    """the file to write; left out: report.html in that folder"""
+    """file to write; if unset, report.html in that folder"""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -22,12 +22,12 @@ class RunWords:
     path: Path
     """its TOML file"""
     overrides: list[str]
-    """dotted settings behind it"""
+    """dotted settings after it"""
     config: RunConfig
     """the two together"""
     nproc: int | None
     flags: frozenset[str]
-    """of the command's own, those given"""
+    """the command's own flags that were given"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     run = read_run(argv, prog=PROG, flags=("--print-config",))
     config = run.config
     if config.data.conversations.train:
-        raise ConfigError(f"{run.path} trains on conversations; that is: megacoder sft {run.path}")
+        raise ConfigError(f"{run.path} trains on conversations; use megacoder sft {run.path}")
     if run.flags:
         print(to_toml(config), end="")
     elif run.nproc is None or "WORLD_SIZE" in os.environ:
@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_run(argv: Sequence[str], *, prog: str, flags: Sequence[str], absent: dict[str, Any] | None = None) -> RunWords:
-    """The words of a command that takes RUN.toml, `--nproc`, its own `flags` and overrides, in this or another order.
+    """Reads the words of a command that takes RUN.toml, then `--nproc`, its own `flags` and overrides in any order.
 
-    `absent` is what settings are that the file does not have, where not RunConfig's own.
+    `absent` has defaults for settings that the file leaves out, where they are not RunConfig's own.
     """
     words = list(argv)
     if not words or words[0].startswith("-"):
@@ -70,7 +70,7 @@ def read_run(argv: Sequence[str], *, prog: str, flags: Sequence[str], absent: di
 
 
 def take_nproc(words: list[str]) -> tuple[int | None, list[str]]:
-    """The number behind `--nproc`, None where it is not given, and the other words."""
+    """The number after `--nproc`, None if it is not given, and the other words."""
     for index, word in enumerate(words):
         if word == "--nproc" or word.startswith("--nproc="):
             text = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")

@@ -1,1 +1,1 @@
-"""Configuration, errors, files, console, arithmetic and the machine; imported by everything, importing nothing."""
+"""Configuration, errors, files, console, arithmetic and the machine; imported by all, importing no other part."""

@@ -1,9 +1,9 @@
 """One way to fill a dataclass: its defaults, then a TOML file, then the command line.
 
 Every component owns a frozen keyword-only dataclass beside the class it builds; commands compose them. `tyro` turns
-the dataclass into options with dotted names (`--optimizer.lr 3e-4`); this module adds what it leaves out: TOML, an
-unknown key that names the nearest known one, and errors on one line instead of a drawn box. Both parsers are imported
-where they are used: a command may have work to start before.
+the dataclass into options with dotted names (`--schedule.peak-lr 3e-4`); this module adds what tyro lacks: TOML, the
+nearest known key for an unknown one, and errors on one line instead of a drawn box. Both parsers are imported where
+they are used: a command may have work to start before.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from megacoder.core.errors import ConfigError
 
 __all__ = [
     "check_same",
+    "check_seconds",
     "from_dict",
     "load_toml",
     "nearest",
@@ -42,14 +43,14 @@ def parse_args(
     """Parses `argv` (by default the process's own) into `cls`, a dataclass whose field docstrings become the help text.
 
     Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
-    `beside` is a dataclass that has taken its options before (see `parse_known_args`), and whose may have been meant.
+    `beside` is a dataclass that has already taken its options (see `parse_known_args`); a typo may be of one of these.
     Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
     """
     config, unknown = parse_known_args(cls, argv, prog=prog, default=default)
     if unknown:
         if unknown[0] in ("true", "false"):
             raise ConfigError(
-                f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (--group.no-name in a group); "
+                f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (in a group --group.no-name); "
                 f"{_see_help(prog)}"
             )
         names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
@@ -60,7 +61,7 @@ def parse_args(
 def parse_known_args(
     cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None
 ) -> tuple[T, list[str]]:
-    """As `parse_args`, and the words that are not of `cls`, for another dataclass to take."""
+    """Like `parse_args`, and returns the words that are not options of `cls`, for another dataclass to take."""
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -82,7 +83,7 @@ def parse_known_args(
 def load_toml(cls: type[T], path: Path, *, absent: dict[str, Any] | None = None) -> T:
     """Reads `path` into `cls`; ConfigError names the file and the key, value or line at fault.
 
-    `absent` has nested values for keys that the file may leave out although `cls` demands them.
+    `absent` has nested values for keys that the file may leave out although `cls` requires them.
     """
     import tomllib
 
@@ -139,6 +140,12 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
         if before != after and field.name not in free:
             key, was, now = _first_difference(field.name, before, after)
             raise ConfigError(f"{where} was made with {key} = {was!r}, not {now!r}; {advice}")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """ConfigError unless `value`, the setting `name`, is a time-out in seconds that clocks can add to a date."""
+    if not 0 < value <= 1e8:
+        raise ConfigError(f"{name} = {value}: must be positive, and at most 1e8 (three years)")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
@@ -226,7 +233,7 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, str):  # TOML's basic strings escape as JSON does, and DEL besides
+    if isinstance(value, str):  # TOML's basic strings escape as JSON does, and also DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
@@ -243,6 +250,6 @@ def _undraw(box: str) -> str:
 
 
 def _see_help(prog: str) -> str:
-    """Where to read on, as it is typed: `prog` is a usage line that may go on behind the command's words."""
+    """Which help to read, as it is typed: `prog` is a usage line that may continue after the command's words."""
     command = itertools.takewhile(lambda word: word.isalpha() and word.islower(), prog.split())
     return f"see {' '.join(command)} --help"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # drawing takes longer to import than some commands to run: those that draw import it
+if TYPE_CHECKING:  # rich takes longer to import than some commands to run: only those that draw import it
     from rich.progress import Progress, TaskID
 
 __all__ = ["ProgressBar", "counted", "progress", "say", "say_once", "table"]
@@ -27,7 +27,7 @@ class ProgressBar(Protocol):
 def progress(
     title: str, total: float, *, start: int = 0, quiet: bool = False, every_seconds: float = 10.0
 ) -> Iterator[ProgressBar]:
-    """A progress bar over `total` units, `start` of them done before, with elapsed and remaining time.
+    """A progress bar over `total` units, `start` of them done already, with elapsed and remaining time.
 
     Off a terminal it prints a line every `every_seconds` and one at the end; `quiet` prints nothing (ranks other
     than the first).
@@ -59,10 +59,10 @@ def progress(
 def say(text: str) -> None:
     """A line for the person who started the command, on stderr so that stdout stays for results.
 
-    In one write: the end of a line that is written by itself may come after the text of another rank. A terminal that
-    has been closed takes no words, which must not keep a run from its checkpoint.
+    In one write: a line break that is written by itself may come after the text of another rank. Writing to a terminal
+    that has been closed fails, which must not keep a run from its checkpoint.
     """
-    if sys.stderr is None:  # closed by who started us
+    if sys.stderr is None:  # closed by our parent
         return
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
@@ -70,7 +70,7 @@ def say(text: str) -> None:
 
 
 def say_once(text: str) -> None:
-    """What every rank of a machine would say: `say` on the first of them."""
+    """`say`, but only on the first rank of a machine: for what all its ranks would say."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(text)
 

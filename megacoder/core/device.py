@@ -1,4 +1,4 @@
-"""The one place that looks at the machine: its device, the dtype that is faster on it, the optional parts built."""
+"""The one place that probes the machine: its device, the dtype that is faster on it, the optional parts built."""
 
 import ctypes
 import importlib
@@ -26,7 +26,7 @@ CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 """Where setup.py puts the CUDA kernels"""
 
 CUDA_MAJOR = 8
-"""They are built for A100 and what came after: the least major number of a GPU's compute capability"""
+"""The least major compute capability that they are built for: A100 and later"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Machine:
 
 
 def probe() -> Machine:
-    """Looks at the machine without initialising a GPU context beyond counting."""
+    """Probes the machine; where torch sees GPUs, this initializes CUDA."""
     cores = num_cores()
     if torch.cuda.is_available():
         name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()

@@ -27,7 +27,7 @@ class MegacoderError(Exception):
 
 
 class AlikeOnAllRanks(MegacoderError):
-    """An error that every rank of a machine meets at the same place, so that one of them is enough to say it."""
+    """An error that every rank of a machine meets at the same place, so that only one of them needs to report it."""
 
 
 class ConfigError(AlikeOnAllRanks):
@@ -49,23 +49,23 @@ class FormatError(DataError):
 
 
 class CheckpointError(MegacoderError):
-    """A checkpoint that cannot be written, is not whole, or does not hold what is asked of it."""
+    """A checkpoint that cannot be written, is not complete, or does not hold what is needed."""
 
 
 class RankLost(MegacoderError):
-    """Another rank died, hangs or cannot be reached, so that this one cannot go on; a restart may well succeed."""
+    """Another rank died, hangs or cannot be reached, so that this one cannot continue; a restart may well succeed."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
     def __init__(self, message: str, *, told: bool = False) -> None:
-        """`told`: another rank of this host has printed why the run ended."""
+        """`told`: another rank of this host has already printed why the run ended."""
         super().__init__(message)
         self.told = told
 
 
 @contextlib.contextmanager
 def alike_on_all_ranks() -> Iterator[None]:
-    """For what every rank looks at before it meets the others: any MegacoderError in here becomes AlikeOnAllRanks."""
+    """For checks that every rank makes before it meets the others: a MegacoderError in here becomes AlikeOnAllRanks."""
     try:
         yield
     except AlikeOnAllRanks:

@@ -50,8 +50,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_dir(path: Path) -> Iterator[Path]:
     """Like `replacing` for a folder: files are fsynced, then the folder takes its name in one rename.
 
-    An existing folder of that name gives way only when the new one is whole; a crash between the two renames leaves
-    neither under that name, never half of one.
+    An existing folder of that name is replaced only when the new one is complete; a crash between the two renames
+    leaves neither under that name, never half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}{_SUFFIX}{os.getpid()}")
@@ -76,7 +76,7 @@ def replacing_dir(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def making_dir(path: Path) -> Iterator[None]:
-    """Makes the folder `path`, and on any error in the block removes again what it made, where that holds nothing."""
+    """Makes the folder `path`; on any error in the block removes again what it made, unless that holds something."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """Why `path` could not be written by the functions above, None if it could; tried, and nothing is left of it."""
+    """Why `path` could not be written by the functions above, None if it could; tries it, and leaves nothing behind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         if path.is_dir():
@@ -127,7 +127,7 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
 
 @contextmanager
 def exclusive(folder: Path, *, what: str) -> Iterator[None]:
-    """Holds `folder` for this process, MegacoderError where another does; the system frees it when a process dies."""
+    """Locks `folder` for this process; MegacoderError if another has. The system unlocks it when a process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

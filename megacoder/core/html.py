@@ -49,7 +49,7 @@ class Series:
 
 
 def page(title: str, lead: str, body: Sequence[str]) -> str:
-    """A whole document."""
+    """A complete document."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -59,7 +59,7 @@ def page(title: str, lead: str, body: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what stands under it."""
+    """A heading and what comes under it."""
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
@@ -100,7 +100,7 @@ def picture(svg: bytes, *, describes: str) -> str:
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 900, height: int = 300) -> str:
-    """Lines over shared linear axes; points that are not finite are left out."""
+    """Lines over shared linear axes; points that are not finite are skipped."""
     lines = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     points = [point for line in lines for point in line.points]
     if not points:
@@ -143,7 +143,7 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose [low, high], about `count` of them."""
-    if high <= low:  # a share or a count that stays at nothing is never below it
+    if high <= low:  # a share or a count that stays at 0 is never below 0
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))

@@ -1,9 +1,9 @@
 """A directed graph as an inline SVG, in layers from left to right.
 
 Sugiyama's method in its plain form: every edge goes from an earlier layer to a later one, an edge across several
-layers is led through a slot in each, slots are ordered by the mean place of their neighbours, then moved towards them.
+layers is routed through a slot in each, slots are ordered by the mean place of their neighbours and moved towards them.
 Edges from one node share their slots until they branch off, so that a busy node draws one line and not ten.
-Meant for some dozens of nodes; callers choose which. All ties go by index, so that a graph has one drawing.
+Meant for some dozens of nodes; callers choose which. Ties are broken by index, so that a graph has only one drawing.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -59,7 +59,7 @@ def layered_graph(names: Sequence[str], edges: Iterable[Pair], *, describes: str
 
 
 def _levels(num_nodes: int, pairs: Sequence[Pair]) -> list[int]:
-    """The layer of each node: behind all it comes from; nodes that come from nothing stand before their first use."""
+    """The layer of each node: after all its sources; nodes without a source are right before their first use."""
     levels = [0] * num_nodes
     for low, high in pairs:  # sorted: a node's own layer is settled before it is used
         levels[high] = max(levels[high], levels[low] + 1)
@@ -90,7 +90,7 @@ def _routes(
 
 
 def _neighbours(routes: Sequence[Sequence[int]]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Of each slot those that it is tied to in the layers before and after."""
+    """For each slot, those that it is connected to in the layers before and after."""
     before: dict[int, list[int]] = {}
     after: dict[int, list[int]] = {}
     for route in routes:
@@ -112,12 +112,12 @@ def _order(columns: list[list[int]], routes: Sequence[Sequence[int]]) -> None:
 
 
 def _places(columns: Sequence[Sequence[int]], routes: Sequence[Sequence[int]], num_nodes: int) -> dict[int, float]:
-    """The height of each slot's middle: near its neighbours', in the order of its layer, never one on another."""
+    """The height of each slot's middle: near its neighbours', in the order of its layer, without overlaps."""
     before, after = _neighbours(routes)
     middle: dict[int, float] = {}
 
     def settle(column: Sequence[int], wanted: Sequence[float]) -> None:
-        """As near to `wanted` in the square as the order allows: pools neighbours that would overlap."""
+        """As near to `wanted` in least squares as the order allows: pools neighbours that would overlap."""
         halves = [(_ROW if slot < num_nodes else _LANE) / 2 for slot in column]
         offsets = [0.0, *accumulate(a + b for a, b in pairwise(halves))]
         pools: list[tuple[float, int]] = []  # (mean of wish less offset, slots)

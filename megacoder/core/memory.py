@@ -1,8 +1,8 @@
-"""A process's memory: how much it has needed, and the C library's allocator, told that it is used again and again.
+"""A process's memory: how much it has needed, and a C library allocator that keeps what will be needed again.
 
-glibc takes large blocks from the kernel each time they are asked for and gives them back when they are freed. A
-training step on a CPU allocates each of its activations that way: the kernel zeroes the same pages every microbatch,
-and all are cold. Kept, they make a step of a 58M model 4% (fp32) to 7% (bf16) shorter.
+glibc takes large blocks from the kernel at every allocation and gives them back when they are freed. A training step on
+a CPU allocates each of its activations that way: the kernel zeroes the same pages every microbatch, and all are cold.
+Keeping them makes a step of a 58M model 4% (fp32) to 7% (bf16) shorter.
 """
 
 import ctypes
@@ -19,19 +19,19 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps for itself what it frees; False where the C library has no such setting.
+    """From now on this process keeps the memory that it frees; False if the C library has no such setting.
 
-    Its size then stays at the most that it ever used, a few percent more where blocks do not fit each other.
+    Its size then stays at its peak, and a few percent more where freed blocks do not fit new ones.
     """
     mallopt = _of_glibc("mallopt")
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def return_freed_memory() -> None:
-    """Gives back once what is free at this moment, where the C library can; for the end of a phase that needed more.
+    """Returns what is free at this moment to the system, if the C library can; for the end of a phase that needed more.
 
-    What building a model has freed does not fit what a step asks for: glibc would leave it lie, 100 MB beside a 101M
-    model, and take more. The same holds for the first step, with 40 MB, beside which lies what is there from then on.
+    Blocks that building a model has freed do not fit what a step allocates: glibc would leave them unused, 100 MB for a
+    101M model, and take more. The first step likewise leaves 40 MB, scattered among allocations that stay.
     """
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
@@ -39,7 +39,7 @@ def return_freed_memory() -> None:
 
 
 def peak_process_memory() -> int:
-    """Bytes of host memory that this process has held at the most, Python and libraries included."""
+    """Peak bytes of host memory of this process, Python and libraries included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -49,5 +49,5 @@ def _of_glibc(name: str) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes held at the most so far: of tensors on a GPU, of all of this process on a CPU."""
+    """Peak bytes so far: of tensors on a GPU, of the whole process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_process_memory()

@@ -1,6 +1,6 @@
-"""The compiled CPU kernels (csrc/cpp), which are optional; whoever asks has a path of its own without them.
+"""The compiled CPU kernels (csrc/cpp), which are optional: every caller also has a path without them.
 
-Here, beside nothing that loads torch, since workers that never compute need them too.
+This module does not load torch, since workers without torch need the kernels too.
 """
 
 import functools

@@ -1,10 +1,10 @@
-"""Worker processes: how many, started so that an interrupt never meets one half-started, ended where they cannot end.
+"""Worker processes: how many, started so that an interrupt never finds one half-started, and killed when stuck.
 
-A new process reads what to run from a pipe. Were Ctrl-C raised while the parent writes it, the child would find the
-pipe cut off and end with a traceback of its own.
+A new process reads what to run from a pipe. If Ctrl-C were raised while the parent writes to it, the child would find
+the pipe cut off and end with a traceback of its own.
 
-SIGTERM can take the way of Ctrl-C, on which a parent ends its workers. Workers themselves keep to what it does to any
-process: a pool ends by it those that are left when one was killed.
+A parent can handle SIGTERM like Ctrl-C, and so end its workers. Workers themselves keep its default action: a pool
+sends it to those that are left when one was killed.
 """
 
 import os
@@ -19,7 +19,7 @@ __all__ = ["Terminated", "kill_sibling", "num_cores", "sigterm_as_interrupt", "s
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it is answered as Ctrl-C is."""
+    """SIGTERM, where it is handled like Ctrl-C."""
 
 
 def num_cores() -> int:
@@ -29,9 +29,9 @@ def num_cores() -> int:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raises Terminated at the first SIGTERM in the block; later ones, as `timeout` sends, do not disturb the end.
+    """Raises Terminated at the first SIGTERM in the block; later ones, as `timeout` sends, are ignored.
 
-    Does nothing where SIGTERM is ignored or has been given another answer, nor outside the main thread.
+    Does nothing if SIGTERM is ignored or has another handler, or outside the main thread.
     """
     on_main_thread = threading.current_thread() is threading.main_thread()
     if not on_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -40,7 +40,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a fork, which ends as others do
+        if os.getpid() != owner:  # a fork, which ends by the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -56,8 +56,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Holds SIGINT, and a SIGTERM that is answered, back until the block is left; processes started in it are never
-    interrupted themselves."""
+    """Holds SIGINT, and SIGTERM if it has a handler, back until the block is left; processes started in it never get
+    SIGINT."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is ever interrupted
         yield
         return
@@ -84,7 +84,7 @@ def starting_workers() -> Iterator[None]:
 
 
 def kill_sibling(pid: int) -> bool:
-    """Kills a process that this one's parent started; whether `pid` was such a process, and not another of its number.
+    """Kills process `pid` if this one's parent started it, rather than a later process of the same number; whether so.
 
     Linux only; elsewhere no process is taken for a sibling.
     """

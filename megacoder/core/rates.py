@@ -1,8 +1,8 @@
-"""What a device can do at most: products of matrices by its data sheet or as measured, and copies as measured.
+"""What a device can do at most: matrix products by its data sheet or as measured, and copies as measured.
 
-A share of a limit says more than a time. The limit of arithmetic is the data sheet's where we know it, which is what
-published utilisations are of; on other devices, CPUs above all, it is the fastest large product seen here, and is named
-so. The limit of memory is what a copy reaches, reads and writes counted, as no program moves more.
+A share of a limit says more than a time. The limit of arithmetic is the data sheet's where we know it, as in published
+utilisations; on other devices, CPUs above all, it is the fastest large product measured here, and is named so. The
+limit of memory is what a copy reaches, reads and writes counted, since no program moves more.
 """
 
 import time
@@ -32,25 +32,25 @@ DENSE_BF16: tuple[tuple[str, float], ...] = (
     ("rtx 3090", 71e12),
     ("mi300x", 1307.4e12),
 )
-"""FLOP/s without sparsity, sums in fp32, by what a device's name has in it; the first that fits counts."""
+"""FLOP/s without sparsity, with sums in fp32, by a part of the device's name; the first match counts."""
 
 
 LONG_PRODUCT_SECONDS = 0.1
-"""From which on a product need not be larger."""
+"""A product that takes longer is large enough."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """A limit of arithmetic, and whose word it is."""
+    """A limit of arithmetic, and where it comes from."""
 
     flops: float
     """FLOP/s"""
     source: str
-    """as 'dense bf16 of its data sheet'"""
+    """such as 'dense bf16 by the data sheet'"""
 
 
 def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
-    """The data sheet's figure; None for devices not listed, parts of a device (MIG), and dtypes but bfloat16."""
+    """The data sheet's figure; None for devices not listed, parts of a device (MIG), and other dtypes than bfloat16."""
     name = device_name.lower()
     if dtype != torch.bfloat16 or " mig " in name:
         return None
@@ -61,8 +61,8 @@ def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
     """FLOP/s of the fastest of some large square products; about `seconds` long.
 
-    Large is what takes long enough to be timed, up to a size at which rates no longer grow: a CPU that emulates a dtype
-    needs minutes for the product that a GPU needs to show what it can.
+    Sizes grow until a product takes long enough to be timed, or rates no longer grow: a CPU that emulates a dtype would
+    need minutes for the product at which a GPU reaches its full rate.
     """
     size, largest = 256, 8192 if device.type == "cuda" else 1536
     while True:
@@ -74,14 +74,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.
 
 
 def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28, seconds: float = 0.5) -> float:
-    """Bytes/s, read and written ones, of the fastest of some copies of `num_bytes`: more than caches hold."""
+    """Bytes/s, read and written together, of the fastest of some copies of `num_bytes`, more than caches hold."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2.0 * num_bytes / _fastest(lambda: target.copy_(source), device, seconds=seconds)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float) -> float:
-    """A limit is what was reached once: of two calls, the first of which may load a library, and more in `seconds`."""
+    """Seconds of the fastest of at least two calls (the first may load a library), and of more within `seconds`."""
     timer = timer_for(device)
     times: list[float] = []
     end = time.perf_counter() + seconds

@@ -1,7 +1,7 @@
-"""Marks in time that a device makes: the clock of this process on a CPU, events in the stream on a GPU.
+"""Marks in a device's time: the clock of this process on a CPU, events in the stream on a GPU.
 
-A GPU works behind its process, so that a clock of the host would time how long it takes to ask. An event is put into
-the stream like any kernel, and read when all is over: marking costs microseconds and waits for nothing.
+A GPU works asynchronously, so the host's clock would time only how long launches take. An event is put into the stream
+like any kernel, and read when all is over: marking costs microseconds and waits for nothing.
 """
 
 import statistics
@@ -15,20 +15,20 @@ __all__ = ["CudaTimer", "HostTimer", "Timer", "median_seconds", "timer_for"]
 
 
 class Timer(Protocol):
-    """Makes marks, and tells the time between two of them."""
+    """Makes marks, and measures the time between two of them."""
 
     def mark(self) -> Any:
-        """This moment, once all work asked for so far is done."""
+        """The moment at which all work issued so far is done."""
 
     def seconds(self, first: Any, last: Any) -> float:
-        """Between two marks; call `finish` before."""
+        """The time between two marks; call `finish` before."""
 
     def finish(self) -> None:
-        """Returns when all marks have been passed."""
+        """Waits until all marks have been reached."""
 
 
 class HostTimer:
-    """For devices that have done what they were asked for when the call returns."""
+    """For devices whose work is done when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -56,7 +56,7 @@ class CudaTimer:
 
 
 def timer_for(device: torch.device) -> Timer:
-    """The one that tells the truth about work on `device`."""
+    """The timer that is right for work on `device`."""
     return CudaTimer() if device.type == "cuda" else HostTimer()
 
 
@@ -68,9 +68,9 @@ def median_seconds(
     budget_seconds: float = 0.25,
     most: int = 50,
 ) -> float:
-    """What `call` takes: the median of three runs at least, of up to `most` as long as the budget lasts.
+    """The time that `call` takes: the median of at least three runs, and of up to `most` while the budget lasts.
 
-    One run before warms up. `prepare`, which is not counted, runs before each: it puts back what `call` overwrites.
+    One run before warms up. `prepare`, which is not timed, runs before each: it restores what `call` overwrites.
     """
     timer = timer_for(device)
 
@@ -81,7 +81,7 @@ def median_seconds(
         call()
         return first, timer.mark()
 
-    run()  # loads kernels and asks for memory
+    run()  # loads kernels and allocates memory
     timer.finish()
     end = time.perf_counter() + budget_seconds
     marks = [run() for _ in range(3)]

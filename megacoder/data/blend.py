@@ -21,8 +21,9 @@ from megacoder.data.permutation import stream_phase
 
 __all__ = ["MAX_ROUND", "blend_counts", "blend_table"]
 
-MAX_ROUND = 1 << 16
-"""Most entries of a table: weights that need more are rounded, those of each dataset to one entry at least."""
+MAX_ROUND = 1 << 20
+"""Most entries of a table, 2 MB: weights that need more are rounded, to one entry each at least, so that a dataset with
+less than a millionth of the tokens is served more often than its share."""
 
 
 def blend_table(weights: Sequence[float]) -> np.ndarray:

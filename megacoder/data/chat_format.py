@@ -41,15 +41,15 @@ class FormatConfig:
     kind: Literal["chat", "script", "custom"] = "chat"
     """chat (DeepSeek-Coder's chat template), script (its fine-tuning script), or the settings below"""
     system: str = SYSTEM + "\n"
-    """custom: in front of a conversation that has no system message"""
+    """custom: text before a conversation that has no system message"""
     instruction: str = "### Instruction:\n{content}\n"
-    """custom: a user's message"""
+    """custom: how a user's message is written"""
     response: str = "### Response:\n"
-    """custom: what an answer follows; ends with a line break or a control token"""
+    """custom: text before an answer; must end with a line break or a control token"""
     end: str = "\n<|EOT|>"
-    """custom: what ends an answer, a control token at its end; trained with it"""
+    """custom: text that ends an answer, trained with it; must end with a control token"""
     after: str = "\n"
-    """custom: behind it, not trained"""
+    """custom: text after `end`, not trained"""
 
     def __post_init__(self) -> None:
         if "{content}" not in self.instruction:

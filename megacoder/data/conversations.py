@@ -37,9 +37,9 @@ class ConversationConfig:
     train: tuple[Path, ...] = ()
     """JSONL or Parquet files, or folders of them, with `messages`, or `instruction` and `output`"""
     valid: tuple[Path, ...] = ()
-    """the same, of which the held-out loss is measured"""
+    """the same for the held-out loss"""
     malformed: Literal["error", "skip"] = "error"
-    """whether a row that is no conversation ends the run before it starts, or is left out and counted"""
+    """when a row is not a conversation, refuse to start (error), or skip and count it (skip)"""
     format: FormatConfig = field(default_factory=FormatConfig)
     """how conversations are written"""
 

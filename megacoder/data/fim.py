@@ -21,6 +21,7 @@ Source: DeepSeek-Coder (arXiv:2401.14196, section 3.1.2): rate 0.5, PSM, documen
 (arXiv:2207.14255); Raffel et al. (arXiv:1910.10683, section 3.3.4).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,22 +44,22 @@ class FimConfig:
     """How many files become fill-in-the-middle examples, and of which kind."""
 
     rate: float = 0.5
-    """share of files that are transformed, 0 to 1"""
+    """share of files to transform, 0 to 1"""
     spm_rate: float = 0.0
-    """share of the transformed files in suffix-prefix-middle order, 0 to 1; the paper uses none"""
+    """share of the transformed files that are in suffix-prefix-middle order, 0 to 1; the paper has none"""
     msp_rate: float = 0.0
-    """share of the transformed files with masked spans instead, 0 to 1; 1 is the paper's ablation"""
+    """share of the transformed files that have masked spans instead, 0 to 1; 1 in the paper's ablation"""
     msp_density: float = 0.15
     """share of a file's characters that masked spans hide, above 0, at most 1"""
     msp_span: float = 10.0
     """mean characters of a masked span, at least 1"""
     context_tokens: int | None = None
-    """transform parts of a file of at most this many tokens (a longer line is a part); None takes files whole"""
+    """transform parts of a file, of at most this many tokens each (or one longer line); None: whole files"""
     only: tuple[str, ...] = ()
-    """suffixes or names, such as ".py" or "Makefile": other files stay as they are. They are read off the path comment
-    that opens each file of a corpus; empty: files of any name, or none"""
+    """suffixes or names of the files to transform, such as ".py" or "Makefile", read from the path comment that opens
+    each file of a corpus; empty: all files, also those without one"""
     never: tuple[str, ...] = ()
-    """suffixes or names of files that stay as they are"""
+    """suffixes or names of files not to transform"""
 
     def __post_init__(self) -> None:
         for name in ("rate", "spm_rate", "msp_rate"):
@@ -71,8 +72,8 @@ class FimConfig:
             )
         if not 0.0 < self.msp_density <= 1.0:
             raise ConfigError(f"fim.msp_density = {self.msp_density}: a share above 0, at most 1")
-        if not self.msp_span >= 1.0:
-            raise ConfigError(f"fim.msp_span = {self.msp_span}: at least 1 character")
+        if not 1.0 <= self.msp_span < math.inf:
+            raise ConfigError(f"fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
         if self.context_tokens is not None and self.context_tokens < 1:
             raise ConfigError(f"fim.context_tokens = {self.context_tokens}: at least 1")
 

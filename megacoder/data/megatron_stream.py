@@ -39,11 +39,11 @@ class MegatronConfig:
     """What else decides the order of a Megatron run."""
 
     num_samples: int | None = None
-    """its --train-iters times --global-batch-size; left out, those of this run"""
+    """the Megatron run's --train-iters times --global-batch-size; if unset, steps * global_batch_size of this run"""
     consumed_samples: int = 0
-    """samples that it has trained on: this run goes on behind them"""
+    """samples that the Megatron run has trained on; this run continues after them"""
     split: tuple[float, ...] = (1.0, 0.0, 0.0)
-    """its --split: training data are the first of these shares of the sequences"""
+    """the Megatron run's --split: the first of these shares of the sequences is the training data"""
 
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:

@@ -48,20 +48,20 @@ class StreamConfig:
     """What decides the order and the form of the training tokens."""
 
     seq_length: int = 4096
-    """tokens in a window"""
+    """tokens per window, the sequence that the model sees"""
     num_streams: int = 1024
-    """V, a power of two: logical streams that documents are dealt to; best left alone during a run"""
+    """V, a power of two: number of logical streams that documents are dealt to; cannot change during a run"""
     seed: int = 1234
-    """of the order of documents and of fill-in-the-middle"""
+    """seed of the document order and of fill-in-the-middle"""
     add_bos: bool = True
-    """puts the begin-of-sentence token in front of each document, as the tokenizer does in front of a prompt"""
+    """put the begin-of-sentence token before each document, as the tokenizer does before a prompt"""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    """concatenate and cut (the paper), or documents whole where they fit, with document masks and padding; best_fit
-    keeps 16 windows of tokens for each stream of a rank"""
+    """concatenate: join documents and cut them into windows (the paper); best_fit: keep documents whole where they fit,
+    with document masks and padding; it buffers 16 windows of tokens for each stream of a rank"""
     document_masks: bool = False
-    """attention and positions stay within a document; the paper concatenates without"""
+    """keep attention and positions within a document; the paper does not"""
     train_across_documents: bool = False
-    """the last token of a document is trained to predict the first of the next"""
+    """train the last token of a document to predict the first of the next"""
     fim: FimConfig = field(default_factory=FimConfig)
     """fill-in-the-middle"""
 
@@ -157,7 +157,7 @@ class TokenStream:
             "tokenizer": tokenizer.digest,
             "num_streams": self.num_streams,
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
-            **({"weights": list(weights)} if len(datasets) > 1 else {}),
+            **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
             **({"fim_rates": list(rates)} if fim_rates else {}),
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {"turned": TURNED}),
         }

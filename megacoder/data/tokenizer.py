@@ -139,14 +139,6 @@ class Tokenizer:
         return self.eos_id if index is None else index
 
     @property
-    def user_id(self) -> int:
-        return self._control_id("user")
-
-    @property
-    def assistant_id(self) -> int:
-        return self._control_id("assistant")
-
-    @property
     def eot_id(self) -> int:
         return self._control_id("eot")
 

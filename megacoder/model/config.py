@@ -1,5 +1,6 @@
 """The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly)."""
 
+import math
 from dataclasses import dataclass
 
 from megacoder.core.errors import ConfigError
@@ -24,21 +25,21 @@ class ModelConfig:
     num_key_value_heads: int = 16
     """key-value heads G; H is a multiple of it"""
     head_dim: int = 128
-    """dim of a head K; H * K need not be hidden_size"""
+    """dim K of a head; H * K need not equal hidden_size"""
     rms_norm_eps: float = 1e-6
-    """inside the root of RMSNorm"""
+    """added under the square root of RMSNorm"""
     rope_theta: float = 100000.0
     """RoPE base"""
     rope_factor: float = 1.0
-    """linear position interpolation: positions are divided by it; DeepSeek-Coder's 16K models use 4"""
+    """linear position interpolation: positions are divided by this; DeepSeek-Coder's 16K models use 4"""
     max_position_embeddings: int = 16384
     """longest sequence the model is meant for"""
     tie_word_embeddings: bool = False
-    """whether the head shares the embedding's weights"""
+    """share the embedding's weights with the head"""
     init_std: float = 0.006
-    """standard deviation of every matrix at the start (arXiv:2401.02954, 2.2)"""
+    """standard deviation of every matrix at initialization (arXiv:2401.02954, 2.2)"""
     vocab_multiple: int = 128
-    """rows of embedding and head are padded to a multiple of it; padding is never predicted nor exported"""
+    """pad the rows of embedding and head to a multiple of this; padding is neither predicted nor exported"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -53,8 +54,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim = {self.head_dim}: RoPE rotates pairs, so it must be even")
         for name in ("rope_theta", "rope_factor", "rms_norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be positive and finite")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -77,6 +78,23 @@ class ModelConfig:
         """All weights as exported, padding not counted."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         return self.num_matmul_params + embedding + (2 * self.num_hidden_layers + 1) * self.hidden_size
+
+    def attention_flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """Training FLOPs per token of the score and value products.
+
+        Full (PaLM, arXiv:2204.02311, appendix B): 12 * layers * heads * head_dim * seq; causal counts the half that a
+        causal mask leaves.
+        """
+        full = 12.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_length
+        return full / 2 if causal else full
+
+    def training_flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """6 FLOPs per weight that takes part in a matrix product, forward and backward, plus attention's own."""
+        return 6.0 * self.num_matmul_params + self.attention_flops_per_token(seq_length, causal=causal)
+
+    def local_heads(self, tp: int) -> tuple[int, int]:
+        """(H, G) of one of `tp` tensor-parallel ranks: with fewer key-value heads than ranks, several hold a copy."""
+        return self.num_attention_heads // tp, max(1, self.num_key_value_heads // tp)
 
     def check_tensor_parallel(self, size: int) -> None:
         """ConfigError, with the nearest sizes that work, unless `size` tensor-parallel ranks can share the model."""

@@ -42,7 +42,7 @@ class KVCache:
 
         Each of `tp`'s ranks holds its own key-value heads.
         """
-        shape = (len(lengths), max(1, config.num_key_value_heads // tp.size), capacity, config.head_dim)
+        shape = (len(lengths), config.local_heads(tp.size)[1], capacity, config.head_dim)
         self.layers = [LayerCache(self, shape, like) for _ in range(config.num_hidden_layers)]
         self.start = self.stop = 0
         self.mask: Tensor | None = None

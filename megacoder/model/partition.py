@@ -33,17 +33,17 @@ KINDS: dict[str, type[ModelStage]] = {"scheduled": Stage, "plain": PlainStage}
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How layers run; no choice changes a result but by rounding, which in fp8 is coarse."""
+    """How layers run. Choices change results only by rounding, which is coarse in fp8."""
 
     block: Literal["scheduled", "plain"] = "scheduled"
-    """who writes the backward: this library by hand, or autograd (slower; for those who change the block's code)"""
+    """scheduled: this library's hand-written backward; plain: autograd (slower; for changing the block's code)"""
     recompute: Recompute = "none"
-    """what a layer forms again in its backward rather than keeps: nothing, its norms, its widest tensors too, or all"""
+    """what a layer recomputes in its backward instead of keeping: nothing, norms, also its widest tensors, or all"""
     fp8: bool = False
-    """whether layers multiply their matrices in fp8, cast from bfloat16 (attention, embedding and head do not)"""
+    """compute the layers' matrix products in fp8, cast from bfloat16; attention, embedding and head do not use fp8"""
     cuda_graph: bool = False
-    """whether a microbatch's forward and backward are recorded once as a CUDA graph and replayed, which spares short
-    kernels the wait for the host; the rank holds the whole model, and documents are not masked. Not yet run on a GPU"""
+    """record a microbatch's forward and backward once as a CUDA graph and replay it, so that short kernels do not wait
+    for the host; each rank must hold the whole model, without document masks. Not yet run on a GPU"""
 
     def __post_init__(self) -> None:
         if self.recompute == "norms" and self.block == "plain":
@@ -60,7 +60,7 @@ class ExecutionConfig:
 
     def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
         """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
-        heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+        heads, kv_heads = model.local_heads(tp)
         sizes = {
             "hidden_size": model.hidden_size,
             "intermediate_size": model.intermediate_size // tp,

@@ -85,7 +85,7 @@ def kept_bytes_per_token(
 ) -> float:
     """What one layer keeps of each of this rank's T tokens, by the formula above."""
     stream = 1 / tp.size if tp.sequence_parallel else 1.0
-    heads, kv_heads = model.num_attention_heads // tp.size, max(1, model.num_key_value_heads // tp.size)
+    heads, kv_heads = model.local_heads(tp.size)
     d, f = model.hidden_size * stream, model.intermediate_size // tp.size
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     if recompute == "full":

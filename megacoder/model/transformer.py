@@ -72,7 +72,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cp = cp
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-        self.num_heads, self.num_kv_heads = heads // tp.size, max(1, kv_heads // tp.size)
+        self.num_heads, self.num_kv_heads = config.local_heads(tp.size)
         self.head_dim = config.head_dim
         query, key_value = (heads * config.head_dim, dim), (kv_heads * config.head_dim, dim)
         self.qkv_proj = ColumnParallelLinear(

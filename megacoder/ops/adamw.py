@@ -23,6 +23,11 @@ from megacoder.ops.split_master import join_master, split_master_
 
 __all__ = ["AdamWConfig", "adamw_", "adamw_with_scalars_", "sum_of_squares", "update_scalars"]
 
+LARGEST_BETA = 0.99999
+"""With a larger one a moment's decay, 1 - beta, would be less than 160 roundings of fp32."""
+SMALLEST_EPS = 1e-37
+"""A smaller one is not a normal number in fp32, and a weight without gradients might be divided by zero."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
@@ -33,16 +38,19 @@ class AdamWConfig:
     beta2: float = 0.95
     """decay of the second moment"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """added to the square root of the second moment"""
     weight_decay: float = 0.1
     """decoupled decay, applied to matrices and embeddings, not to norms"""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"optimizer.{name} = {getattr(self, name)}: at least 0 and below 1")
-        if not 0.0 < self.eps < math.inf:
-            raise ConfigError(f"optimizer.eps = {self.eps}: must be positive and finite")
+            if not 0.0 <= getattr(self, name) <= LARGEST_BETA:
+                raise ConfigError(
+                    f"optimizer.{name} = {getattr(self, name)}: must be at least 0 and at most {LARGEST_BETA}, since "
+                    "the moments are fp32"
+                )
+        if not SMALLEST_EPS <= self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps = {self.eps}: must be finite and at least {SMALLEST_EPS}, as in fp32")
         if not 0.0 <= self.weight_decay < math.inf:
             raise ConfigError(f"optimizer.weight_decay = {self.weight_decay}: at least 0 and finite")
 
@@ -88,7 +96,7 @@ def adamw_(
     scaled = grad * grad_scale
     exp_avg.lerp_(scaled, 1 - config.beta1)
     exp_avg_sq.mul_(config.beta2).addcmul_(scaled, scaled, value=1 - config.beta2)
-    master.mul_(1 - lr * decay)
+    master.sub_(master, alpha=lr * decay)  # a factor 1 - lr * decay would be off by the same rounding in every step
     master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(config.eps), value=-lr / correction1)
     if low is None:
         weight.copy_(master)

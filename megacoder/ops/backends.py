@@ -43,8 +43,8 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 """Backends by op, best first."""
 
-HALVES = (torch.bfloat16, torch.float16)
-STORED = (torch.bfloat16, torch.float32)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+STORAGE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -115,41 +115,33 @@ def _no_fp8() -> str | None:
 def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:
     # Interpreted on a CPU, for tests: a hundred thousand times slower, so only on request.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in _asked().values()
-    return (device_type == "cuda" or interpreted) and dtype in STORED
+    return (device_type == "cuda" or interpreted) and dtype in STORAGE_DTYPES
+
+
+def _on(device_type: str, dtypes: tuple[torch.dtype, ...]) -> Callable[[str, torch.dtype], bool]:
+    return lambda device, dtype: device == device_type and dtype in dtypes
 
 
 _BACKENDS = {
-    "cpp": _Backend(
-        _no_cpp, lambda device, dtype: device == "cpu" and dtype in STORED, "fused C++ for CPUs (csrc/cpp)"
-    ),
+    "cpp": _Backend(_no_cpp, _on("cpu", STORAGE_DTYPES), "fused C++ for CPUs (csrc/cpp)"),
     "triton": _Backend(_no_triton, _triton_takes, "Triton (csrc/triton)"),
-    "cuda": _Backend(_no_cuda, lambda device, dtype: device == "cuda" and dtype in STORED, "CUDA C++ (csrc/cuda)"),
-    "cudnn": _Backend(
-        _no_cudnn, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuDNN's attention, through torch"
-    ),
+    "cuda": _Backend(_no_cuda, _on("cuda", STORAGE_DTYPES), "CUDA C++ (csrc/cuda)"),
+    "cudnn": _Backend(_no_cudnn, _on("cuda", HALF_DTYPES), "cuDNN's attention, through torch"),
     "flash": _Backend(
-        lambda: None, lambda device, dtype: device == "cpu" or (device == "cuda" and dtype in HALVES),
+        lambda: None, lambda device, dtype: device == "cpu" or (device == "cuda" and dtype in HALF_DTYPES),
         "FlashAttention-2, part of torch",
     ),
     "flash3": _Backend(
-        partial(_no_flash, "flash_attn_interface", (9,)),
-        lambda device, dtype: device == "cuda" and dtype in HALVES,
+        partial(_no_flash, "flash_attn_interface", (9,)), _on("cuda", HALF_DTYPES),
         "FlashAttention-3, a separate package",
     ),
     "flash4": _Backend(
-        partial(_no_flash, "flash_attn.cute.interface", (9, 10)),
-        lambda device, dtype: device == "cuda" and dtype in HALVES,
+        partial(_no_flash, "flash_attn.cute.interface", (9, 10)), _on("cuda", HALF_DTYPES),
         "FlashAttention-4, the package flash-attn-4",
     ),
-    "cublas": _Backend(
-        _no_gpu, lambda device, dtype: device == "cuda" and dtype in HALVES, "cuBLAS GEMM that accumulates in fp32"
-    ),
-    "apex": _Backend(
-        _no_apex, lambda device, dtype: device == "cuda" and dtype in HALVES, "apex's GEMM that accumulates in fp32"
-    ),
-    "scaled_mm": _Backend(
-        _no_fp8, lambda device, dtype: device == "cuda" and dtype == torch.bfloat16, "cuBLASLt's fp8 GEMMs"
-    ),
+    "cublas": _Backend(_no_gpu, _on("cuda", HALF_DTYPES), "cuBLAS GEMM that accumulates in fp32"),
+    "apex": _Backend(_no_apex, _on("cuda", HALF_DTYPES), "apex's GEMM that accumulates in fp32"),
+    "scaled_mm": _Backend(_no_fp8, _on("cuda", (torch.bfloat16,)), "cuBLASLt's fp8 GEMMs"),
     "torch": _Backend(lambda: None, lambda device, dtype: True, "plain torch, the reference"),
 }  # fmt: skip
 

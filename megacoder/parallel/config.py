@@ -15,25 +15,25 @@ class ParallelConfig:
     """Losses, gradients and weights are the same for every choice, up to rounding; time and memory are not."""
 
     tp: int = 1
-    """ranks that share every layer"""
+    """tensor-parallel ranks, which share every layer"""
     cp: int = 1
-    """ranks that share every sequence"""
+    """context-parallel ranks, which share every sequence"""
     pp: int = 1
-    """ranks in a pipeline, each with consecutive layers"""
+    """pipeline-parallel ranks, each with some of the layers"""
     dp: int | None = None
-    """replicas; left out, as many as the ranks make"""
+    """data-parallel replicas; if unset, the number of ranks / (tp * cp * pp)"""
     sequence_parallel: bool = True
-    """the tp ranks also share the tokens between layers: same traffic, less memory"""
+    """the tp ranks also split the tokens of norms and residual stream: same traffic, less memory"""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = "1f1b"
-    """what pipeline ranks compute when; `megacoder plan --schedule` shows it"""
+    """pipeline schedule; `megacoder plan --schedule NAME` shows what it computes when"""
     chunks: int | None = None
-    """stages per pipeline rank; a choice for interleaved only (2 unless given)"""
+    """stages per pipeline rank; a choice for interleaved only, 2 if unset"""
     layers_per_stage: tuple[int, ...] | None = None
-    """layers of each stage, first to last; left out, stages take equal time, the head counted"""
+    """number of layers of each stage, first to last; if unset, stages take equal time, the head counted"""
     bucket_elements: int = BUCKET_ELEMENTS
-    """gradients that travel together; smaller buckets leave earlier, larger ones use the network better"""
+    """gradient elements sent together; smaller buckets are sent earlier, larger ones use the network better"""
     shared_memory: bool = True
-    """CPU ranks of one host exchange tensors through memory; without it, through sockets as those of several do"""
+    """CPU ranks of one host exchange tensors through shared memory; if off, through sockets, as between hosts"""
 
     def __post_init__(self) -> None:
         for axis in ("tp", "cp", "pp", "dp"):

@@ -35,8 +35,6 @@ class Shard:
     """indices held; 0 where all of a rank's rows are padding"""
     copy: int = 0
     """this rank's number among those that hold the same part; number 0 counts where each part must count once"""
-    num_copies: int = 1
-    """ranks of the tensor axis that hold the same part"""
     sum_copies: bool = False
     """whether the copies' gradients must be summed, rather than being equal"""
 
@@ -61,7 +59,7 @@ class Shard:
         size = max(1, num_blocks // tp.size) * block
         return Shard(
             name=name, shape=shape, dim=dim, start=tp.rank // num_copies * size, size=size,
-            copy=tp.rank % num_copies, num_copies=num_copies, sum_copies=sum_copies and num_copies > 1,
+            copy=tp.rank % num_copies, sum_copies=sum_copies and num_copies > 1,
         )  # fmt: skip
 
     @property

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megacoder.parallel.collectives import Pending, group_rank, group_size, journal_of, start_receive, start_send
 from megacoder.parallel.journal import Journal
 from megacoder.parallel.schedules.program import Exchange, Program, Recv, Send
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, StageTensor
 
 __all__ = ["ACTIVITIES", "PipelineResult", "PipelineRunner", "PipelineStage", "confirmations"]
 
@@ -100,9 +100,9 @@ class _Step:
 
     def __init__(self, runner: PipelineRunner, microbatches: Sequence[Any]) -> None:
         self.runner, self.schedule, self.microbatches = runner, runner.schedule, microbatches
-        self.made: dict[Tensor, torch.Tensor] = {}
-        self.arriving: dict[Tensor, Pending] = {}
-        self.leaving: dict[Tensor, Pending] = {}
+        self.made: dict[StageTensor, torch.Tensor] = {}
+        self.arriving: dict[StageTensor, Pending] = {}
+        self.leaving: dict[StageTensor, Pending] = {}
         self.saved: dict[tuple[int, int], Any] = {}
         self.weight_gradients: dict[tuple[int, int], Callable[[], None]] = {}
         self.outputs: dict[int, Any] = {}
@@ -147,7 +147,7 @@ class _Step:
         outputs = tuple(self.outputs[microbatch] for microbatch in sorted(self.outputs))
         return PipelineResult(outputs=outputs, peak_live=self.peak_live)
 
-    def _take(self, tensor: Tensor | None) -> torch.Tensor | None:
+    def _take(self, tensor: StageTensor | None) -> torch.Tensor | None:
         """The tensor that an action reads; this rank holds it no longer than the action needs it."""
         if tensor is None:
             return None
@@ -159,15 +159,15 @@ class _Step:
         return received
 
 
-def confirmations(schedule: Schedule) -> list[dict[Tensor, list[Tensor]]]:
+def confirmations(schedule: Schedule) -> list[dict[StageTensor, list[StageTensor]]]:
     """For each rank: received tensor -> the rank's sent tensors that the sender had read before making it.
 
     Each sent tensor is listed once, at the first such receive.
     """
     home = schedule.stage_map.home
-    confirmed_by: list[dict[Tensor, list[Tensor]]] = [{} for _ in schedule.ranks]
+    confirmed_by: list[dict[StageTensor, list[StageTensor]]] = [{} for _ in schedule.ranks]
     for peer, actions in enumerate(schedule.ranks):
-        read = defaultdict[int, list[Tensor]](list)  # by sender: what `peer` has read since it last sent to that rank
+        read = defaultdict[int, list[StageTensor]](list)  # by sender: read by `peer` since it last sent there
         for action in actions:
             consumed, produced = schedule.consumes(peer, action), schedule.produces(peer, action)
             if consumed is not None and (sender := home[_maker(consumed)][0]) != peer:
@@ -177,6 +177,6 @@ def confirmations(schedule: Schedule) -> list[dict[Tensor, list[Tensor]]]:
     return confirmed_by
 
 
-def _maker(tensor: Tensor) -> int:
+def _maker(tensor: StageTensor) -> int:
     """The stage that makes what enters `tensor.stage`."""
     return tensor.stage - 1 if tensor.kind == "activation" else tensor.stage + 1

@@ -83,6 +83,8 @@ class _Peer:
         self.rank, self.arena, self.reader, self.writer = link.rank, link.arena, link.reader, link.writer
         self.poll = select.poll()
         self.poll.register(self.reader, select.POLLIN)
+        self.has_left = False
+        """whether its pipe is closed and read to the end"""
         self.posts: deque[tuple[int, int]] = deque()
         """(offset, bytes) of parts of collectives"""
         self.sends: deque[tuple[int, int]] = deque()
@@ -257,22 +259,24 @@ class SharedMemory:
 
     def _tell(self, peer: _Peer, kind: int, offset: int = 0, num_bytes: int = 0) -> None:
         message = MESSAGE.pack(kind, offset, num_bytes, self._num_finished)
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
                 os.write(peer.writer, message)
                 return
             except BlockingIOError:
-                self._wait_for_space(peer)
+                self._wait_for_space(peer, deadline)
             except BrokenPipeError:
                 raise BrokenPipeError(f"rank {peer.rank} has closed the connection") from None
 
-    def _wait_for_space(self, peer: _Peer) -> None:
+    def _wait_for_space(self, peer: _Peer, deadline: float) -> None:
         """Waits for space in the pipe, which holds two thousand messages; the peer may be blocked the same way."""
         poll = select.poll()
         poll.register(peer.writer, select.POLLOUT)
         for other in self._others:
-            poll.register(other.reader, select.POLLIN)
-        if not poll.poll(self._timeout * 1000):
+            if not other.has_left:  # a closed pipe would end every poll at once
+                poll.register(other.reader, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError(_timed_out(self._timeout, peer))
         self._hear_all()
 
@@ -292,6 +296,7 @@ class SharedMemory:
     def _take_in(self, peer: _Peer) -> bool:
         """Reads pending messages; False where the peer has closed its pipe."""
         data = os.read(peer.reader, 1 << 16)
+        peer.has_left = not data
         for kind, offset, num_bytes, num_read in MESSAGE.iter_unpack(data):
             peer.num_read = num_read
             if kind == POST:

@@ -35,8 +35,9 @@ from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
 from megacoder.parallel.blame import Record, find_loss
 from megacoder.parallel.bulletin import Bulletin, End
-from megacoder.parallel.collectives import World, flight_record
+from megacoder.parallel.collectives import flight_record
 from megacoder.parallel.journal import CHECKPOINT
+from megacoder.parallel.world import World
 
 __all__ = ["Watch"]
 
@@ -101,8 +102,6 @@ class Watch:
             for thread in self._threads:  # a thread that returns from the network during shutdown would abort Python
                 thread.join(ANSWER_SECONDS)
 
-    # ---- the two threads
-
     def _keep_beating(self) -> None:
         """Blocks when the network does; the other thread sees that from `_heard`."""
         while not self._over.is_set():
@@ -157,8 +156,6 @@ class Watch:
         self._print(error)
         os._exit(error.exit_code)
 
-    # ---- finding out and telling
-
     def _conclude(self, failure: str) -> RankLost:
         """The error to raise or print after `failure`: the first announcement, made by this rank if there is none."""
         looks = self._bulletin.ask(
@@ -206,8 +203,6 @@ class Watch:
         if not error.told:
             say(f"megacoder: {error}")
 
-    # ---- ending processes that cannot end
-
     def _end_silent(self, end: End) -> None:
         for host, pid in end.silent:
             if host == self._host:
@@ -222,8 +217,6 @@ class Watch:
                 with contextlib.suppress(OSError):
                     os.kill(self._agent, number)
                 time.sleep(GRACE_SECONDS if number == signal.SIGTERM else 0.0)
-
-    # ---- this rank
 
     def _publish(self, *, finished: bool = False) -> None:
         self._beat += 1

@@ -1,15 +1,17 @@
-"""The run: one TOML file that composes the configs of the parts.
+"""The run: one TOML file, composed of the configs of its parts.
 
-A relative path is relative to the folder that the command runs in. `output` receives `run.toml` (the resolved whole),
-`metrics.jsonl`, TensorBoard events and `checkpoints/`.
+A relative path is relative to the folder that the command runs in. `output` receives `run.toml` (all settings,
+resolved), `metrics.jsonl`, TensorBoard events and `checkpoints/`.
 """
 
+import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.config import check_seconds
 from megacoder.core.errors import ConfigError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
@@ -22,61 +24,64 @@ from megacoder.train.guard import GuardConfig
 from megacoder.train.layout import Layout, LayoutRequest
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 
-__all__ = ["DataConfig", "RunConfig"]
+__all__ = ["RUN_TOML", "DataConfig", "RunConfig"]
+
+RUN_TOML = "run.toml"
+"""In a run's folder: its settings, resolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read."""
+    """What a run reads."""
 
     train: tuple[Path, ...] = ()
-    """prefix of the training .bin/.idx, or several whose tokens are blended"""
+    """prefix of the training .bin/.idx, or several prefixes whose tokens are blended"""
     weights: tuple[float, ...] = ()
-    """shares of the tokens of a run, one for each of `train`, of any sum; left out, each has its size"""
+    """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes"""
     fim_rates: tuple[float, ...] = ()
-    """rates of fill-in-the-middle, one for each of `train`; left out, stream.fim.rate holds for all"""
+    """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
     valid: Path | None = None
-    """prefix of held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
+    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
     tokenizer: Path
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """order, packing and fill-in-the-middle"""
     conversations: ConversationConfig = field(default_factory=ConversationConfig)
-    """what `megacoder sft` trains on, and makes `train` and `valid` of"""
+    """conversations for `megacoder sft`, which makes `train` and `valid` from them"""
     compat: Literal["none", "megatron"] = "none"
-    """megatron serves the samples of a Megatron run in its order, with settings of `megatron`"""
+    """megatron: serve a Megatron-LM run's samples in that run's order, with the settings in `megatron`"""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
-    """what else decides Megatron's order; used with compat = "megatron" alone"""
+    """the other settings that decide Megatron's order; used only if compat is megatron"""
 
     def __post_init__(self) -> None:
         for name in ("weights", "fim_rates"):
             values = getattr(self, name)
             if values and len(values) != len(self.train):
                 raise ConfigError(
-                    f"data.{name} = {list(values)}: one for each of the {len(self.train)} of train, or none"
+                    f"data.{name} = {list(values)}: give one for each of the {len(self.train)} of train, or none"
                 )
         for weight in self.weights:
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"data.weights = {list(self.weights)}: {weight} is not a positive number")
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
-                raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is no share from 0 to 1")
+                raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
         if not self.train and not self.conversations.train:
-            raise ConfigError("data.train = []: at least one dataset")
+            raise ConfigError("data.train = []: name at least one dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run."""
+    """A training run. `--nproc N` starts N ranks on this machine; `--print-config` prints all settings as TOML."""
 
     output: Path
-    """folder of the run"""
+    """folder for the run's settings, logs and checkpoints"""
     data: DataConfig
     """training and held-out data"""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """shape of the model; vocab_size is that of the tokenizer"""
+    """shape of the model; vocab_size is the tokenizer's"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """how ranks share the work; may change when a run goes on"""
+    """how ranks share the work; may change when a run resumes"""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     """how layers run"""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
@@ -84,80 +89,85 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """learning rate"""
     steps: int = 1000
-    """updates"""
+    """number of training steps; each has one global batch and one update"""
     global_batch_size: int = 64
     """sequences per update, over all ranks"""
     micro_batch_size: int = 8
     """sequences per forward and backward on one rank"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to it"""
+    """clip the gradient norm to this; 0: do not clip"""
     data_workers: int = 1
-    """threads that make batches ahead; 0 makes each when it is asked for"""
+    """threads that prepare batches ahead; 0 prepares each batch when it is needed"""
     seed: int = 1234
-    """of the initial weights (the data's order has its own)"""
+    """seed of the initial weights; the data order has its own, data.stream.seed"""
     init_from: Path | None = None
-    """start from these weights instead: a checkpoint, a run, or what `megacoder checkpoint import` has written. The
-    optimizer, the schedule and the data begin anew; RoPE and the number of positions may be other than there"""
+    """start from these weights instead of random ones: a checkpoint, a run, or the output of `megacoder checkpoint
+    import`. Optimizer, schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes GPUs where there are any"""
+    """auto uses GPUs if there are any"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of weights and activations; auto measures which is faster on this machine. Gradients and state are fp32"""
+    """dtype of weights and activations; auto measures which is faster here. Gradients and optimizer state are fp32"""
     checkpoint_every: int = 200
     """steps between checkpoints; one more is written at the end"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """how checkpoints are written and kept"""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """which updates are left out, and when that ends the run"""
+    """which updates are skipped, and when that ends the run"""
     stop_signals: tuple[str, ...] = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    """signals that are answered with a checkpoint and the run's end; Slurm's --signal sends one of choice, and a
-    terminal that is closed SIGHUP (which nohup keeps away)"""
+    """signals on which the run writes a checkpoint and ends. Slurm's --signal sends one of your choice; closing the
+    terminal sends SIGHUP, unless the run was started with nohup"""
     eval_every: int = 100
-    """steps between held-out losses; one more is measured at the end"""
+    """steps between held-out losses; also measured after the first and the last step"""
     eval_batches: int = 8
     """global batches per held-out loss"""
     log_every: int = 1
-    """steps between lines of metrics"""
+    """steps between lines in metrics.jsonl"""
     timeout_seconds: float = 600.0
-    """a collective that takes longer ends the run"""
+    """a collective that takes longer than this ends the run"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every",
                      "eval_every", "eval_batches", "log_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("max_grad_norm", "timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
+        check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
-                raise ConfigError(f"stop_signals: {name!r} is no signal that a program may answer; such as 'SIGUSR1'")
+                raise ConfigError(f"stop_signals: {name!r} is not a signal that a run can handle; use e.g. 'SIGUSR1'")
         if self.data_workers < 0:
-            raise ConfigError(f"data_workers = {self.data_workers}: at least 0")
+            raise ConfigError(f"data_workers = {self.data_workers}: must be at least 0")
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
         if self.execution.cuda_graph and (self.data.stream.document_masks or self.data.conversations.train):
             raise ConfigError(
                 "execution.cuda_graph = true with masked documents (data.stream.document_masks, data.conversations): "
-                "every microbatch has others, and a graph always the same; leave it out"
+                "every microbatch has other masks, but a graph always replays the same; leave cuda_graph out"
             )
 
+    @property
+    def clip_norm(self) -> float:
+        """The norm that gradients are clipped to, inf if they are not."""
+        return self.max_grad_norm or math.inf
+
     def ends_with_checkpoint(self, step: int) -> bool:
-        """Whether step `step` (1 .. steps) does."""
+        """Whether a checkpoint follows step `step` (1 .. steps)."""
         return step % self.checkpoint_every == 0 or step == self.steps
 
     @property
     def warmup_steps(self) -> float:
-        """Of the schedule, which may give it in tokens."""
+        """Warm-up in steps; the schedule may give it in tokens."""
         return self.schedule.warmup(self.global_batch_size * self.data.stream.seq_length)
 
     def learning_rate(self, step: int) -> float:
-        """Of update `step` (1 .. steps)."""
+        """The rate of update `step` (1 .. steps)."""
         tokens = self.global_batch_size * self.data.stream.seq_length
         return learning_rate(step, self.steps, self.schedule, tokens_per_step=tokens)
 
     def layout(self, world_size: int) -> Layout:
-        """What `world_size` ranks do; ConfigError, with the nearest layouts that work, where they cannot run this."""
+        """The layout of `world_size` ranks; ConfigError, with the nearest layouts that work, if this is not one."""
         request = LayoutRequest(
             model=self.model, parallel=self.parallel, seq_length=self.data.stream.seq_length,
             global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size,

@@ -47,7 +47,7 @@ class Engine:
         dtype: torch.dtype,
         seed: int,
     ) -> None:
-        """Weights are drawn from `seed`, the same for every layout; ConfigError where `execution` is not for here."""
+        """Weights are drawn from `seed`, the same for every layout; ConfigError if `execution` cannot run here."""
         execution.check_machine(mesh.world.device.type, dtype)
         self.mesh, self.layout = mesh, layout
         stage_map = layout.schedule.stage_map
@@ -62,7 +62,7 @@ class Engine:
             self.model.named_parameters(), dtype=dtype, device=mesh.world.device,
             num_shards=group_size(shards), late=late_parameters(self.model), bucket_elements=bucket_elements,
         )  # fmt: skip
-        init_weights(self.model, seed=seed)  # only now, so that weights are never there in fp32 and in `dtype`
+        init_weights(self.model, seed=seed)  # only now, so that weights never exist in both fp32 and `dtype`
         self.optimizer = Zero1AdamW(
             self.flat, shards, optimizer,
             norm_group=mesh.world.group, counted_elsewhere=counted_elsewhere(self.model, self.flat),
@@ -73,15 +73,15 @@ class Engine:
         self._stages = [replace(stage, events=self.optimizer.traffic) for stage in stages]
         training: Sequence[PipelineStage] = self._stages
         if execution.cuda_graph:
-            assert isinstance(stages[0], Stage)  # of which `layout` has made sure
+            assert isinstance(stages[0], Stage)  # checked by `RunConfig.layout`
             training = [GraphedStage(stage=stages[0])]
         self._training = PipelineRunner(layout.program, training, mesh.group("pp"), journal=mesh.world.journal)
 
     def microbatches(self, batch: Batch, size: int) -> list[Microbatch]:
         """This rank's part of its replica's batch, `size` sequences at a time.
 
-        IndexError for a label that is not of the vocabulary. What the host must know of labels and documents it finds
-        out here, before a GPU has them: what it asks of a GPU it waits for.
+        IndexError for a label outside the vocabulary. What the host must know about labels and documents is computed
+        here, before they go to the GPU: reading anything back from a GPU makes the host wait.
         """
         device, cp, vocab = self.mesh.world.device, self.mesh.cp, self.model.config.vocab_size
         counts = [count_labels(cp.part(labels), vocab) for labels in batch.labels.split(size)]
@@ -117,7 +117,7 @@ class Engine:
         """One optimizer step, or none (see `Zero1AdamW.step`); the gradient's norm before clipping."""
         norm = self.optimizer.step(lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
         if self._is_first_update and self.mesh.world.device.type == "cpu":
-            return_freed_memory()  # among what the first step has freed lies what it left, such as libraries' caches
+            return_freed_memory()  # what the first step freed lies between what it left, such as libraries' caches
         self._is_first_update = False
         return norm
 
@@ -129,7 +129,7 @@ class Engine:
         )
 
     def _part(self, outputs: Sequence[LossSum]) -> LossSum:
-        """Ranks that hold the head have losses, tensor-parallel ones all the same: the first of them counts."""
+        """Ranks that hold the head have losses; tensor-parallel ranks all have the same, so the first one's counts."""
         counted = outputs if self.mesh.place.tp == 0 else ()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.world.device)
         for loss in counted:

@@ -1,15 +1,15 @@
-"""Which updates a run leaves out, and when it gives up: against losses and gradients that are not finite, or spike.
+"""Which updates a run skips, and when it gives up: protection from losses and gradients that spike or are not finite.
 
-An update is left out, on all ranks alike, where the loss or the gradient's norm is not finite or lies above a multiple
-of the median of the updates before. The limits are plain numbers known before the step begins, so that a GPU decides
-by itself (see `megacoder.parallel.zero`); they depend on nothing but the run's history, which is part of a checkpoint:
-a resumed run leaves out what the uninterrupted one does.
+An update is skipped, on every rank, if its loss or gradient norm is not finite or exceeds a multiple of the median of
+the updates before. The limits are plain numbers known before the step begins, so that a GPU decides by itself (see
+`megacoder.parallel.zero`); they depend only on the run's history, which is part of a checkpoint: a resumed run skips
+what the uninterrupted one does.
 
-Nothing is a spike that clipping would leave as it is, nor a loss below LEAST_LOSS: a model that knows few answers by
-heart has a median next to nothing, of which any other text is many times as much.
+A gradient norm that needs no clipping is never a spike, nor is a loss below LEAST_LOSS: the median loss of a model that
+has memorized a few answers is close to 0, and the loss of any other text is many times that.
 
-A median, since one spike would move a mean. Only updates that were made count in it: a level that really changed ends
-the run after `max_skipped` steps, rather than being taken for the new normal.
+A median, since one spike would move a mean. Only updates that were applied count in it: if the level has really
+changed, the run ends after `max_skipped` steps instead of accepting the new level as normal.
 """
 
 import math
@@ -24,52 +24,50 @@ from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 __all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
 
 LEAST_LOSS = 1.0
-"""Nats a token; no run that diverges is below."""
+"""Nats per token; the loss of a run that diverges is above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """When an update is left out, when a run ends for it, and how often replicas are compared."""
+    """When an update is skipped, when skipped updates end the run, and how often replicas are compared."""
 
     loss_spike: float = 3.0
-    """an update is left out where the loss is above so many times its median, and 1 nat; 0: only where it is not
-    finite"""
+    """skip an update whose loss is above 1 nat and above this many times the median; 0: only if it is not finite"""
     grad_norm_spike: float = 10.0
-    """the same for the gradient's norm before clipping, and the run's max_grad_norm"""
+    """the same for the gradient norm before clipping, which must also be above max_grad_norm"""
     window: int = 128
-    """updates that the medians are over; nothing counts as a spike before a quarter of them"""
+    """number of updates that the medians cover; nothing counts as a spike before a quarter of them"""
     max_skipped: int = 20
-    """updates left out in a row after which the run ends"""
+    """end the run after this many skipped updates in a row"""
     compare_replicas_every: int = 100
-    """steps between comparisons of the weights that several ranks hold, besides one in each step that ends with a
-    checkpoint; 0: never"""
+    """steps between comparisons of weights that several ranks hold; also made with each checkpoint; 0: never"""
 
     def __post_init__(self) -> None:
         for name in ("loss_spike", "grad_norm_spike"):
             factor = getattr(self, name)
             if factor != 0 and not 1.0 < factor < math.inf:
-                raise ConfigError(f"guard.{name} = {factor}: must be above 1, or 0 to take nothing for a spike")
+                raise ConfigError(f"guard.{name} = {factor}: must be above 1, or 0 so that nothing counts as a spike")
         for name in ("window", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"guard.{name} = {getattr(self, name)}: must be at least 1")
         if self.compare_replicas_every < 0:
             raise ConfigError(
-                f"guard.compare_replicas_every = {self.compare_replicas_every}: at least 1, or 0 for never"
+                f"guard.compare_replicas_every = {self.compare_replicas_every}: must be at least 1, or 0 for never"
             )
 
 
 class RunStopped(AlikeOnAllRanks):
-    """The run has ended itself, for what it is doing or what its machines do."""
+    """The run has stopped itself, because its training diverges or one of its machines is faulty."""
 
     def __init__(self, message: str, *, restart_helps: bool) -> None:
-        """`restart_helps`: going back to the newest checkpoint may come to something else."""
+        """`restart_helps`: resuming from the newest checkpoint may end differently."""
         super().__init__(message)
         self.restart_helps = restart_helps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The largest values at which an update is made; by default any that are finite."""
+    """The largest values at which an update is applied; by default any that are finite."""
 
     loss: float = sys.float_info.max
     grad_norm: float = sys.float_info.max
@@ -83,20 +81,20 @@ class Guard:
         self.config = config
         self._least_grad_norm = max_grad_norm if math.isfinite(max_grad_norm) else 0.0
         self.num_skipped = 0
-        """updates left out since the run began"""
+        """updates skipped since the run began"""
         self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
 
     def limits(self) -> Limits:
-        """Those of the next update."""
+        """The limits of the next update."""
         return Limits(
             loss=self._limit(self._losses, self.config.loss_spike, least=LEAST_LOSS),
             grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike, least=self._least_grad_norm),
         )
 
     def note(self, *, loss: float, grad_norm: float, skipped: bool) -> str | None:
-        """Takes in what the update within `limits()` was; says why it was left out, None where it was not.
+        """Records an update under `limits()`; returns why it was skipped, None if it was not.
 
         Raises RunStopped after `max_skipped` in a row: a restart would meet the same batches with the same weights.
         """
@@ -110,8 +108,8 @@ class Guard:
         self._in_a_row += 1
         if self._in_a_row >= self.config.max_skipped:
             raise RunStopped(
-                f"{self._in_a_row} updates in a row were left out, the last because {reason}; look at the data of "
-                "these steps, then go on with other limits in [guard], or start another run from an earlier checkpoint "
+                f"{self._in_a_row} updates in a row were skipped, the last because {reason}; check the data of these "
+                "steps, then resume with other limits in [guard], or start another run from an earlier checkpoint "
                 "(init_from) with a lower schedule.peak_lr or other data",
                 restart_helps=False,
             )
@@ -125,7 +123,7 @@ class Guard:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores the history from a checkpoint."""
         self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
@@ -148,6 +146,6 @@ class Guard:
             )
         median = statistics.median(self._grad_norms)
         return (
-            f"the gradient's norm {grad_norm:.4g} is above guard.grad_norm_spike = {self.config.grad_norm_spike:g} x "
+            f"the gradient norm {grad_norm:.4g} is above guard.grad_norm_spike = {self.config.grad_norm_spike:g} x "
             f"its median {median:.4g}"
         )

@@ -14,7 +14,7 @@ from megacoder.core.errors import MegacoderError
 __all__ = ["WorkerFailed", "how_it_ended", "launch_workers"]
 
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-"""Signals that torchrun hands on to its ranks by itself."""
+"""Signals that torchrun forwards to its ranks by itself."""
 
 
 class WorkerFailed(MegacoderError):
@@ -24,7 +24,7 @@ class WorkerFailed(MegacoderError):
 def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequence[str] = ()) -> None:
     """Runs `python -m megacoder ARGUMENTS` on `nproc` ranks of this machine and waits for them.
 
-    They are sent `stop_signals`, too, if this process gets one.
+    If this process receives one of `stop_signals`, the ranks are sent it too.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +33,7 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     signals = dict.fromkeys([*PASSED_ON, *stop_signals])
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's wish
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # set by nohup
         del signals["SIGHUP"]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, max_restarts=0, monitor_interval=0.1,
@@ -52,7 +52,7 @@ def launch_workers(arguments: Sequence[str], *, nproc: int, stop_signals: Sequen
         is_interrupt = error.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         code = 128 + error.sigval if is_interrupt else 0
         raise SystemExit(code) from None
-    finally:  # torchrun's own end with its process
+    finally:  # torchrun leaves its own handlers behind, as its process would end here
         for name, answer in answers.items():
             signal.signal(getattr(signal, name), answer)
 
@@ -62,6 +62,6 @@ def how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exit code {exit_code}; its own message is above"
     name = signal.Signals(-exit_code).name
-    if name == "SIGBUS":  # files of data and checkpoints are mapped, and what cannot be read then comes as a signal
-        return f"{name}; a file was cut off while it was read, or its disk has failed"
-    return f"{name}; if nobody sent it, look for a lack of memory"
+    if name == "SIGBUS":  # data and checkpoint files are memory-mapped: a failed read arrives as a signal
+        return f"{name}; a file was truncated while it was read, or its disk has failed"
+    return f"{name}; if nobody sent it, the machine may have run out of memory"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megacoder.core.errors import ConfigError
-from megacoder.core.metrics import attention_flops_per_token
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.config import ParallelConfig
@@ -47,12 +46,12 @@ class LayoutRequest:
     micro_batch_size: int
     """sequences of a forward and backward"""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    """how layers run, which may not suit a rank's share of them"""
+    """how layers run, which not every layout allows"""
 
     def layout(self, world_size: int) -> "Layout":
         """The layout on `world_size` ranks; ConfigError with the reason and the nearest that work if there is none."""
         dims = self.parallel.dims(world_size)
-        self._schedule(dims, 1)  # what is wrong with it, or with the batch alone, is wrong in every layout
+        self._schedule(dims, 1)  # an error in the schedule, or in the batch alone, is one in every layout
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = "
@@ -61,7 +60,7 @@ class LayoutRequest:
         if world_size == 1 < dims.world_size:
             needed = dims.world_size
             raise ConfigError(
-                f"{dims} needs {needed} ranks, this is one alone; start them with --nproc {needed} or torchrun"
+                f"{dims} needs {needed} ranks, only one was started; start them with --nproc {needed} or torchrun"
             )
         try:
             if dims.world_size != world_size:
@@ -102,7 +101,7 @@ class LayoutRequest:
         num_stages = self._schedule(dims, 1).stage_map.num_stages
         if self.execution.cuda_graph and (dims.tp, dims.cp, num_stages) != (1, 1, 1):
             raise ConfigError(
-                "execution.cuda_graph = true: a rank must hold the whole model and its sequences; with "
+                "execution.cuda_graph = true: each rank must hold the whole model and whole sequences; with "
                 f"tp = {dims.tp}, cp = {dims.cp} and {num_stages} pipeline stages it does not"
             )
         place_evenly(self.model.num_hidden_layers, num_stages)
@@ -121,8 +120,8 @@ class LayoutRequest:
             return f"nearest that work on {world_size} ranks: {'; '.join(map(str, nearest))}"
         try:
             self._check_sizes(ParallelDims())
-        except ConfigError:  # what one rank alone cannot do none of several can
-            return "no number of ranks changes that"
+        except ConfigError:  # what fails on a single rank fails on any number
+            return "this does not depend on the number of ranks"
         return f"no layout of {world_size} ranks works; another number of ranks may"
 
 
@@ -140,7 +139,7 @@ class Layout:
 
     @cached_property
     def program(self) -> Program:
-        """A training step of a pipeline, proved to end."""
+        """A pipeline's training step, proved to be free of deadlock."""
         return self._proved(self.schedule)
 
     @cached_property
@@ -169,9 +168,7 @@ class Layout:
 
 
 def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
-    """Forward FLOPs per token. An embedding is a lookup: as a cost, a thousandth of a layer."""
-    attention = attention_flops_per_token(
-        layers=1, heads=model.num_attention_heads, head_dim=model.head_dim, seq_length=seq_length, causal=True
-    )
+    """Forward FLOPs per token. An embedding is a lookup and counts as a thousandth of a layer."""
+    attention = model.attention_flops_per_token(seq_length, causal=True) / model.num_hidden_layers
     layer = 2.0 * model.num_layer_matmul_params + attention / 3
     return LayerCosts(embedding=layer / 1000, layer=layer, head=2.0 * model.padded_vocab_size * model.hidden_size)

@@ -3,9 +3,9 @@
 One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
 is one small all-reduce per step of (loss sum, tokens, asked to stop).
 
-A signal that asks for the end is answered at the next step's end, on all ranks alike: checkpoint, then exit. What a
-step did to the run (an update left out, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`,
-which may end it; the run's folder then says whether it may be started again.
+A stop signal is answered at the end of the step, on every rank: checkpoint, then exit. What went wrong in a step (an
+update that was skipped, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`, which may end the
+run; the run's folder then says whether it may be started again.
 """
 
 import os
@@ -19,15 +19,14 @@ import torch
 from megacoder.core.console import progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.data.prefetch import Prefetcher
-from megacoder.parallel.collectives import World, failing_together
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
-from megacoder.train.metrics_log import MetricsLog
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
@@ -48,18 +47,18 @@ class Interrupted(AlikeOnAllRanks):
     """The run was asked to stop and has written a checkpoint."""
 
     def __init__(self, message: str, *, signal_name: str | None = "SIGINT") -> None:
-        """`signal_name` is what this rank was sent, None where it was another.
+        """`signal_name` is the signal that this rank received, None if another rank did.
 
-        Whoever sends SIGINT, SIGTERM or SIGHUP to ranks ends torchrun, too, and expects 130. A signal that a scheduler
-        sends ahead of time reaches ranks alone: were their exit code not 0, torchrun would restart them.
+        Whoever sends SIGINT, SIGTERM or SIGHUP to ranks ends torchrun too, and expects 130. A scheduler's signal ahead
+        of the time limit is for the ranks only: if their exit code were not 0, torchrun would restart them.
         """
         super().__init__(message)
         self.exit_code = 130 if signal_name in ("SIGINT", "SIGTERM", "SIGHUP") else 0
 
 
 def check_inputs(config: RunConfig, *, num_ranks: int | None = None) -> None:
-    """Refuses, before ranks meet, a layout of `num_ranks` (those that torchrun has started), a vocabulary or weights to
-    start from that are not for this model; AlikeOnAllRanks."""
+    """AlikeOnAllRanks, before ranks meet, if `num_ranks` (by default those that torchrun started) cannot run this
+    layout, or if the tokenizer or the initial weights are not for this model."""
     with alike_on_all_ranks():
         config.layout(num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
         load_tokenizer(config)
@@ -90,29 +89,31 @@ class Trainer:
             self.batches = Prefetcher(stream, workers=config.data_workers)
             self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
 
-        self.folder = RunFolder(config, mesh)  # after all that can be wrong with the data: a refusal leaves no folder
+        self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
-        self.guard = Guard(config.guard, max_grad_norm=config.max_grad_norm)
+        self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if self.step and world.is_first:
-            say(f"going on from step {self.step}")
+            say(f"resuming from step {self.step}")
         if config.warmup_steps >= config.steps and world.is_first:
             say(
-                f"steps = {config.steps} end within the warm-up of {config.warmup_steps:g} (schedule.warmup_steps, "
-                f"warmup_tokens): the learning rate never reaches schedule.peak_lr = {config.schedule.peak_lr:g}"
+                f"steps = {config.steps}: the run ends within the warm-up of {config.warmup_steps:g} steps "
+                "(schedule.warmup_steps or warmup_tokens), so the learning rate never reaches schedule.peak_lr = "
+                f"{config.schedule.peak_lr:g}"
             )
         self._checkpoint_seconds = 0.0
         self._stop_asked: str | None = None
 
     def run(self) -> None:
-        """Trains to `config.steps`; Interrupted after a signal, with a checkpoint behind it; or RunStopped."""
+        """Trains to `config.steps`. Raises Interrupted after a signal, once a checkpoint is written, or RunStopped."""
         config = self.config
         numbers = [getattr(signal, name) for name in config.stop_signals]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's wish
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # set by nohup
             numbers = [number for number in numbers if number != signal.SIGHUP]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
-        log = MetricsLog(config.output, resume_step=self.step) if self.world.is_first else None
+        owed = self._owed_held_out()
+        log = MetricsLog(config.output, resume_step=self.step, amend=owed) if self.world.is_first else None
         try:
             with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
                 while self.step < config.steps:
@@ -121,18 +122,18 @@ class Trainer:
                     self.step += 1
                     seconds = time.perf_counter() - began
                     interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
-                    held_out = {} if interrupted else self._maybe_held_out()
+                    held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
                     if log is not None:
                         metrics = self._metrics(result, seconds)
                         bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
-                        if self.step % config.log_every == 0 or held_out:
+                        if self.step % config.log_every == 0 or self._held_out_is_due():
                             log.write(self.step, {**metrics, **held_out})
                             self._checkpoint_seconds = 0.0
                     if interrupted:
                         self._checkpoint()
                         self.folder.finish()
                         raise Interrupted(
-                            f"stopped at step {self.step} with a checkpoint; the same command goes on",
+                            f"stopped at step {self.step} with a checkpoint; the same command resumes the run",
                             signal_name=self._stop_asked,
                         )
                     if config.ends_with_checkpoint(self.step):
@@ -140,7 +141,7 @@ class Trainer:
             self.folder.finish()
             if log is not None:
                 say(f"{config.output}: all {config.steps:,} steps are done")
-        except RunStopped as stopped:  # on all ranks alike
+        except RunStopped as stopped:  # on every rank
             self.folder.stop(self.step + 1, stopped)
             raise
         finally:
@@ -154,20 +155,17 @@ class Trainer:
         number = self.step + 1
         result = run_step(
             self.engine, self.batches, self.config, number,
-            limits=self.guard.limits(), replicas=self.replicas, stop_asked=self._stop_asked is not None,
+            limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
         )  # fmt: skip
         reason = self.guard.note(loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
         if reason is not None and self.world.is_first:
-            say(f"step {number}: update left out: {reason}")
+            say(f"step {number}: update skipped: {reason}")
         return result
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
-        """`checkpoint_seconds`: for how long checkpoints have held training up since the last line."""
-        model, length = self.config.model, self.config.data.stream.seq_length
-        attention = attention_flops_per_token(
-            layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-            seq_length=length, causal=True,
-        )  # fmt: skip
+        """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""
+        length = self.config.data.stream.seq_length
+        flops = self.config.model.training_flops_per_token(length, causal=True)
         sequence_tokens = self.config.global_batch_size * length
         return {
             "loss": result.loss,
@@ -178,15 +176,27 @@ class Trainer:
             "memory_gib": peak_memory(self.world.device) / 2**30,
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
-            "tflops": training_flops_per_token(model.num_matmul_params, attention) * sequence_tokens / seconds / 1e12,
+            "tflops": flops * sequence_tokens / seconds / 1e12,
         }
 
-    def _maybe_held_out(self) -> dict[str, float]:
+    def _held_out_is_due(self) -> bool:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
-        if self.held_out is None or not due:
+        return self.held_out is not None and due
+
+    def _maybe_held_out(self) -> dict[str, float]:
+        if self.held_out is None or not self._held_out_is_due():
             return {}
         self.world.journal.at("held-out loss")
-        return {"held_out_loss": self.held_out.loss(self.engine)}
+        return {HELD_OUT_LOSS: self.held_out.loss(self.engine)}
+
+    def _owed_held_out(self) -> dict[str, float]:
+        """The loss that was due when the run was interrupted, and which its last line of metrics lacks."""
+        if not self._held_out_is_due():
+            return {}
+        lacks = self.world.is_first and not any(
+            HELD_OUT_LOSS in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
+        )
+        return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 
     def _checkpoint(self) -> None:
         self.world.journal.at(CHECKPOINT)

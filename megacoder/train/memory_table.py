@@ -1,9 +1,8 @@
-"""Where a rank's memory goes, by kind: what stands between steps from its tensors' own sizes, the rest as measured.
+"""Where a rank's memory goes, by kind: what persists between steps by its tensors' sizes, the rest as measured.
 
-Activations have no tensor that could be asked. On a GPU they are what torch's allocator held at its largest, less what
-stands; on a CPU, whose allocator counts only for the profiler, the most by which a profiled step grew. Both include
-what is needed for a moment, such as the logits of a chunk; the kept part alone follows from a formula and is shown
-beside.
+Activations are in no tensor whose size could be read. On a GPU they are the allocator's peak less what persists; on a
+CPU, whose allocator counts only under the profiler, the largest growth within a profiled step. Both include
+temporaries, such as the logits of a chunk; the kept part alone follows from a formula and is shown beside.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,12 +24,12 @@ from megacoder.train.layout import Layout
 __all__ = ["ACTIVATIONS", "MemoryRow", "kept_activations", "largest_growth", "process_row", "standing_rows"]
 
 ACTIVATIONS = "activations and workspaces"
-"""The kind of which the formula gives the part that layers keep."""
+"""The kind of memory of which layers keep a part, given by a formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRow:
-    """One kind."""
+    """One kind of memory."""
 
     kind: str
     num_bytes: int
@@ -39,7 +38,7 @@ class MemoryRow:
 
 
 def standing_rows(engine: Engine) -> list[MemoryRow]:
-    """What is there before a step and after it."""
+    """What persists between steps."""
     flat, held = engine.flat, engine.optimizer.held()
     return [
         MemoryRow(kind="weights", num_bytes=_bytes(flat.weight), how=_name(flat.weight.dtype)),
@@ -55,7 +54,7 @@ def standing_rows(engine: Engine) -> list[MemoryRow]:
 def kept_activations(
     model: ModelConfig, layout: Layout, mesh: Mesh, *, execution: ExecutionConfig, dtype: torch.dtype, tokens: int
 ) -> int | None:
-    """Bytes that this rank's layers keep at the most, for microbatches of `tokens` tokens on it, by the formula of
+    """Peak bytes that this rank's layers keep, for microbatches of `tokens` tokens on this rank, by the formula of
     `megacoder.model.scheduled.Recompute`; None for plain blocks, where autograd decides."""
     if execution.block == "plain":
         return None
@@ -69,7 +68,7 @@ def kept_activations(
 
 
 def largest_growth(recorded: profile) -> int:
-    """The most that torch's CPU memory grew by while a profile with `profile_memory` was recorded."""
+    """The most by which torch's CPU memory grew while a profile with `profile_memory` was recorded."""
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -78,8 +77,8 @@ def largest_growth(recorded: profile) -> int:
 
 
 def process_row() -> MemoryRow:
-    """All of this process at its largest so far, Python and libraries included."""
-    return MemoryRow(kind="whole process", num_bytes=peak_process_memory(), how="ru_maxrss, at its most")
+    """The peak of the whole process so far, Python and libraries included."""
+    return MemoryRow(kind="whole process", num_bytes=peak_process_memory(), how="ru_maxrss, its peak")
 
 
 def _largest_sum(changes: Iterable[int]) -> int:
@@ -93,7 +92,7 @@ def _largest_sum(changes: Iterable[int]) -> int:
 def _described(held: list[Tensor], num_shards: int) -> Iterator[str]:
     yield "float32"
     if held[0].dtype == torch.int16:
-        yield "of master weights what bf16 lacks"
+        yield "of master weights the 16 bits that bf16 lacks"
     if num_shards > 1:
         yield f"this rank's share of {num_shards}"
 

@@ -1,9 +1,8 @@
-"""Each op of a step by itself, at the shapes of a run: the time it takes, and how near that is to a limit.
+"""Each op of a step by itself, at the shapes of a run: the time it takes, and how close that is to a limit.
 
-An op that computes little is as fast as memory: its row counts the bytes that must move, each input read once and each
-output written once, and its rate is to be held against a copy (`megacoder.core.rates.copy_rate`). A rate above the
-copy's means that caches held the data. Products of matrices and attention are held against the rate of one large
-product instead.
+An op that computes little is bound by memory: its row counts the bytes that must move, each input read once and each
+output written once, and its rate is compared with a copy's (`megacoder.core.rates.copy_rate`). A rate above the copy's
+means that caches held the data. Matrix products and attention are compared with one large matrix product instead.
 
 Legend: B sequences, S tokens each, T = B * S of this rank, N of them in the residual stream, D model dim, C fused QKV
 dim, F feed-forward dim, H query heads, G key-value heads, K head dim, W output rows; all but D are this rank's share.
@@ -43,7 +42,7 @@ class OpRow:
     moved_bytes: int | None = None
     """the least that must be read and written; None where arithmetic is the limit"""
     flops: float | None = None
-    """of what a causal mask leaves; None where memory is the limit"""
+    """under the causal mask; None where memory is the limit"""
 
     @property
     def rate(self) -> float:
@@ -65,8 +64,8 @@ def op_table(
 ) -> list[OpRow]:
     """Every op of a microbatch of `batch` whole sequences, and of the update, as the rank at `tp` and `cp` runs them.
 
-    Nothing is communicated: tp and cp need no groups. The optimizer's ops are of one bucket, of `num_updated` elements
-    if that is less. An op is called for `budget_seconds`, three times at least.
+    Nothing is communicated: tp and cp need no groups. The optimizer's ops run on one bucket, or on `num_updated`
+    elements if those are fewer. Each op is called for `budget_seconds`, at least three times.
     """
     case = _Case(model, batch, sequence, dtype, device, tp, cp, budget_seconds)
     parts = (_norm, _rope, _swiglu, _cross_entropy, _attention, _linear)
@@ -150,7 +149,7 @@ def _norm(case: _Case) -> Iterator[OpRow]:
 
 
 def _rope(case: _Case) -> Iterator[OpRow]:
-    """Queries and keys in place; back, with what attention returns brought into fused rows, values too."""
+    """Forward: queries and keys in place. Backward: also gathers attention's gradients into fused rows, values too."""
     heads, kv_heads = case.heads
     rotated, dim = heads + kv_heads, case.model.head_dim
     qkv_TC = case.random(case.tokens, (rotated + kv_heads) * dim)
@@ -200,7 +199,7 @@ def _cross_entropy(case: _Case) -> Iterator[OpRow]:
 
 
 def _attention(case: _Case) -> Iterator[OpRow]:
-    """Over whole sequences, whose keys other ranks have sent where they share them; five products in the backward."""
+    """Over whole sequences (under cp, as if the other ranks' keys had arrived); five products in the backward."""
     (heads, kv_heads), dim, length = case.heads, case.model.head_dim, case.whole_sequence
     rows = case.random(case.batch, case.sequence, heads + 2 * kv_heads, dim).transpose(1, 2)
     q, k, v = rows.split([heads, kv_heads, kv_heads], dim=1)
@@ -234,7 +233,7 @@ def _attention(case: _Case) -> Iterator[OpRow]:
 
 
 def _linear(case: _Case) -> Iterator[OpRow]:
-    """The four products of a layer, one after the other."""
+    """The four matrix products of a layer, one after the other."""
     (heads, kv_heads), dim = case.heads, case.model.head_dim
     hidden, tokens = case.model.hidden_size, case.tokens
     sizes = [  # (O, I)

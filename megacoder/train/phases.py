@@ -1,8 +1,8 @@
-"""How long a step is at what: listeners of a rank's journal, one with a clock, one that draws ranges into a trace.
+"""Where the time of a step goes: listeners of a rank's journal, one with a clock, one that adds ranges to a trace.
 
-The journal is told what the rank turns to and when it enters and leaves the network (see `megacoder.parallel.journal`).
-So the clock needs nothing of the step but that: each note is a mark in time, and what lies between two marks belongs to
-the phase that the first of them began. Phases therefore add up to the step, whatever it does; what no phase claims is
+The journal is told which activity begins, and when a communication begins and ends (see `megacoder.parallel.journal`).
+The clock needs nothing else from the step: each note is a mark in time, and the time between two marks belongs to the
+phase that the first of them began. Phases therefore add up to the step, whatever it does; what no phase claims is
 `other`.
 
 On a GPU marks are events in the stream. Communication is then the time for which the stream waited, not the time for
@@ -55,7 +55,7 @@ class PhaseClock:
         self._phase = OTHER
 
     def begin_step(self) -> None:
-        """Whatever is measured from here on is another step's."""
+        """Starts another step, to which whatever is measured from here on belongs."""
         self._steps.append([])
         self.at(OTHER)
 
@@ -94,7 +94,7 @@ class PhaseClock:
                 operations[operation] += seconds
         whole = self._timer.seconds(step[0][0], end)
         named = sum(seconds for phase, seconds in phases.items() if phase != OTHER)
-        phases[OTHER] = whole - named  # takes what the rounding of thousands of marks leaves
+        phases[OTHER] = whole - named  # absorbs the rounding of thousands of marks
         return StepTimes(seconds=whole, phases=dict(phases), operations=dict(operations))
 
 

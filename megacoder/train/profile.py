@@ -1,11 +1,11 @@
 """Where the time and the memory of a run's steps go: real steps, as training makes them, under a clock.
 
-Nothing of the run is written: no folder, no checkpoint. After the steps the model is let go, and each rank measures the
-limits of its device and the ops at the run's shapes. All ranks do so at the same time, since on one machine they share
-memory and cores then as they do in a step.
+Nothing of the run is written: no folder, no checkpoint. After the steps the model is freed, and each rank measures the
+limits of its device and the ops at the run's shapes. All ranks do so at the same time, so that ranks of one machine
+share memory and cores as they do in a step.
 
-Utilisation is of model FLOPs: 6 per weight and token and those of attention, in both conventions in use, never one
-without the name of it. What recomputation repeats is time, and not counted.
+Utilisation counts model FLOPs: 6 per weight and token plus attention's, in both conventions in use and always with the
+convention's name. Recomputation takes time but its FLOPs do not count.
 """
 
 import gc
@@ -24,17 +24,16 @@ from megacoder.core.console import progress
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import replacing, why_not_writable
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.core.rates import Peak, copy_rate, known_peak, matrix_rate
 from megacoder.core.timing import timer_for
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import Batch
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
-from megacoder.parallel.collectives import World, gather_json
 from megacoder.parallel.journal import Listener
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout
@@ -61,25 +60,25 @@ class ProfileConfig:
     """Measured time, utilisation and memory of a run's steps; further options are settings of the run."""
 
     steps: int = 5
-    """steps measured"""
+    """number of steps to measure"""
     warmup: int = 2
-    """steps before them, not measured"""
+    """steps to run first, unmeasured"""
     synthetic: bool = False
-    """random tokens in place of the run's data, which then need not exist"""
+    """use random tokens instead of the run's data, which then need not exist"""
     ops: bool = True
     """also time each op at the run's shapes"""
     trace: Path | None = None
-    """write a Chrome trace of one more step; with several ranks one each, the rank in its name"""
+    """write a Chrome trace of one more step to this file; several ranks write one each, with the rank in its name"""
     out: Path | None = None
-    """also write the result as JSON"""
+    """also write the result as JSON to this file"""
     json: bool = False
     """print JSON instead of tables"""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ConfigError(f"--steps {self.steps}: at least 1")
+            raise ConfigError(f"--steps {self.steps}: must be at least 1")
         if self.warmup < 0:
-            raise ConfigError(f"--warmup {self.warmup}: at least 0")
+            raise ConfigError(f"--warmup {self.warmup}: must be at least 0")
         for name in ("trace", "out"):
             path = getattr(self, name)
             reason = None if path is None else why_not_writable(path)
@@ -130,7 +129,7 @@ class Profile:
     memory: list[MemoryRow]
     """largest of all ranks, kind by kind"""
     kept_by_formula: int | None
-    """bytes of activations that layers keep, of the rank with most; None where no formula tells"""
+    """bytes of activations that layers keep, on the rank with most; None where there is no formula"""
     matrix_flops: float
     """measured rate of a large product, mean over devices"""
     copy_bytes: float
@@ -198,7 +197,7 @@ def _open_batches(config: RunConfig, options: ProfileConfig, mesh: Mesh, open_da
 def _measure_steps(
     config: RunConfig, options: ProfileConfig, layout: Layout, mesh: Mesh, batches: Batches
 ) -> dict[str, Any]:
-    """This rank's figures, as plain values; the model is gone when it returns."""
+    """This rank's figures, as plain values; the model is freed when it returns."""
     world = mesh.world
     engine = make_engine(config, layout, mesh)
     clock = PhaseClock(timer_for(world.device))
@@ -208,7 +207,7 @@ def _measure_steps(
             run_step(engine, batches, config, number)
             bar.update(number, "warming up")
         if world.device.type == "cuda" and not config.execution.cuda_graph:
-            torch.cuda.reset_peak_memory_stats()  # a replay allocates nothing: what a graph holds is in the warm-up
+            torch.cuda.reset_peak_memory_stats()  # a graph allocates all its memory in the warm-up, which must count
         with _listening(world, clock):
             for number in range(options.warmup + 1, total + 1):
                 clock.begin_step()
@@ -234,7 +233,7 @@ def _measure_steps(
         trace = path and str(path)
     if world.device.type == "cpu":
         memory += [
-            MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how="most by which torch's memory grew in a step"),
+            MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how="largest growth of torch's memory in a step"),
             process_row(),
         ]
     tokens = config.micro_batch_size * config.data.stream.seq_length // layout.dims.cp
@@ -260,7 +259,7 @@ def _listening(world: World, listener: Listener) -> Iterator[None]:
 
 
 class _Kept:
-    """Batches that stay: torch's profiler complains of memory that was there before it and goes while it looks."""
+    """Keeps batches alive: torch's profiler complains if memory allocated before it is freed while it records."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -276,7 +275,7 @@ def _trace_step(engine: Engine, batches: Batches, config: RunConfig, number: int
     world, batches = engine.mesh.world, _Kept(batches)
     on_gpu = world.device.type == "cuda"
     if not on_gpu:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the recorder says on stderr that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else Kineto prints on stderr when it starts and stops
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     ranges = TraceRanges()
     with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as recorded:
@@ -353,11 +352,7 @@ def utilisation(
     device_peak: float,
 ) -> Utilisation:  # fmt: skip
     """Arithmetic alone; `tokens_per_second` is that of all devices."""
-    attention = attention_flops_per_token(
-        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-        seq_length=seq_length, causal=CONVENTIONS[convention],
-    )  # fmt: skip
-    per_token = training_flops_per_token(model.num_matmul_params, attention)
+    per_token = model.training_flops_per_token(seq_length, causal=CONVENTIONS[convention])
     flops = per_token * tokens_per_second / num_devices
     return Utilisation(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
 

@@ -1,19 +1,19 @@
-"""Weights that several ranks hold are compared, so that a rank whose memory or arithmetic has erred is found.
+"""Compares the weights that several ranks hold, to find a rank with faulty memory or arithmetic.
 
-ZeRO-1 gives every data-parallel rank the weights that their owners computed, so replicas are equal to the bit; nothing
-else in training would notice if they were not. Every so many steps each rank takes a digest of each weight that it
+ZeRO-1 gives every data-parallel rank the weights that their owners computed, so replicas are bitwise equal; nothing
+else in training would notice if they were not. Every so many steps each rank computes a digest of each weight that it
 holds; ranks that hold the same part of the same weight (over data and context parallel ranks; norms also over
-tensor-parallel ones, but see `_digests`) must have the same digest. That is between a step's last backward and its
-update: the next weights would replace a wrong copy, but not undo what its gradients did. (The owner's own copy in bf16
-on a CPU is half of its master weights, so that there a flip of it would go into all copies at the next update.)
+tensor-parallel ones, but see `_digests`) must have the same digest. They are compared between a step's last backward
+and its update: the update would replace a wrong copy, but not undo the effect of its gradients. (On a CPU the owner's
+bf16 copy is half of its master weights, so a bit flipped there would reach all copies at the next update.)
 
-Each step that ends with a checkpoint is compared, too. So a fault that lasts is found before anything that it has
-touched is saved, and a restart, by torchrun or by hand, goes back to weights that it never reached. A flip that is gone
-after one step, or in the owner's bf16 copy on a CPU, is seen where that step is compared, in all steps with
-`compare_replicas_every = 1`.
+Steps that end with a checkpoint are compared too. So a lasting fault is found before anything that it has touched is
+saved, and a restart, by torchrun or by hand, goes back to weights that it never reached. A bit flip that is gone after
+one step, or one in the owner's bf16 copy on a CPU, is seen only if that very step is compared; with
+`compare_replicas_every = 1` all steps are.
 
-A digest is the sum of the elements' bits, each times an odd number of its own, modulo 2^64: integers, so that the order
-of summation is free, and any one element that differs shows for certain.
+A digest is the sum of the elements' bit patterns, each times its own odd number, modulo 2^64. It is in integers, so the
+order of summation does not matter, and a difference in any single element is certain to show.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megacoder.model.transformer import weight_pieces
-from megacoder.parallel.collectives import gather_json
+from megacoder.parallel.world import gather_json
 from megacoder.train.engine import Engine
 from megacoder.train.guard import RunStopped
 
@@ -37,14 +37,14 @@ class ReplicaCheck:
     """Compares the weights of all ranks; every rank makes one and makes the same calls."""
 
     def __init__(self, engine: Engine, every: int, *, since: int = 0) -> None:
-        """`every`: steps between comparisons, 0 for none. `since`: the step that the run goes on from."""
+        """`every`: steps between comparisons, 0 for none. `since`: the step that the run resumes from."""
         self.engine, self.every = engine, every
         self._last_equal = since
 
     def maybe_compare(self, step: int, *, saves: bool) -> None:
-        """Compares, in step `step`, if it is time or the step `saves`; RunStopped names rank and weight that differ.
+        """Compares if `step` is due or `saves` a checkpoint; RunStopped names the ranks and the weight that differ.
 
-        Called before the update; what the others then hold is as good as it was.
+        Called before the update, which would replace a wrong copy before anyone saw it.
         """
         world = self.engine.mesh.world
         if self.every == 0 or world.group is None or not (saves or step % self.every == 0):
@@ -55,8 +55,8 @@ class ReplicaCheck:
         if faults:
             more = f" (and {len(faults) - 1} more weights)" if len(faults) > 1 else ""
             raise RunStopped(
-                f"step {step}: {faults[0]}{more}: a device, its memory or a link is at fault; leave that host out. The "
-                f"same command goes back to the newest checkpoint, taken when replicas were equal (last in step "
+                f"step {step}: {faults[0]}{more}: a device, its memory or a link is faulty; leave that host out. The "
+                f"same command resumes from the newest checkpoint, taken while replicas were equal (last in step "
                 f"{self._last_equal})",
                 restart_helps=True,
             )
@@ -67,9 +67,9 @@ class ReplicaCheck:
 def _digests(engine: Engine) -> Iterator[tuple[str, int]]:
     """(which part of which weight, its digest) for all that this rank holds.
 
-    Copies along the tensor and pipeline axes are not replicas: each has its own group's sums of gradients. Those are
-    equal where ranks add up in their order, as on CPUs, and where there are but two terms. NCCL adds three and more in
-    an order that may be another in every group, and copies then drift apart by rounding: each group is for itself.
+    Copies along the tensor and pipeline axes are not replicas: each comes from its own group's sums of gradients. Those
+    are equal if terms are added in rank order, as on CPUs, or if there are only two. NCCL may add three or more in a
+    different order in each group, and copies then drift apart by rounding: each group is compared by itself.
     """
     mesh = engine.mesh
     adds_freely = mesh.world.device.type == "cuda" and mesh.dims.dp * mesh.dims.cp > 2

@@ -1,11 +1,11 @@
-"""A run so far as one HTML file, from what the run itself has left in its folder; also while it goes on."""
+"""A run so far as one HTML file, from what is in the run's folder; also works while it trains."""
 
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from megacoder.checkpoint.folders import step_folders
+from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
 from megacoder.core.errors import MegacoderError
@@ -14,8 +14,8 @@ from megacoder.core.html import Series, line_chart, page, paragraph, picture, se
 from megacoder.data.blend import blend_counts, blend_table
 from megacoder.parallel.schedules import Costs, build_schedule, simulate
 from megacoder.parallel.schedules.draw import picture_of
-from megacoder.train.config import RunConfig
-from megacoder.train.metrics_log import METRICS, read_metrics
+from megacoder.train.config import RUN_TOML, RunConfig
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
 from megacoder.version import __version__
 
 __all__ = ["loss_chart", "speed_chart", "write_run_report"]
@@ -27,14 +27,14 @@ _DRAWN_MICROBATCHES_PER_RANK = 4
 
 
 def write_run_report(run: Path, path: Path) -> int:
-    """Writes `path` about the run in folder `run`; returns the step that it has come to.
+    """Writes a report on the run in folder `run` to `path`; returns the last step logged there.
 
     Raises MegacoderError where no step has been logged there.
     """
-    config, rows = load_toml(RunConfig, run / "run.toml"), read_metrics(run / METRICS)
+    config, rows = load_toml(RunConfig, run / RUN_TOML), read_metrics(run / METRICS)
     if not rows:
         raise MegacoderError(f"{run}: no step has been logged yet; train first")
-    reader = CheckpointReader(run / "checkpoints") if step_folders(run / "checkpoints") else None
+    reader = CheckpointReader(run / CHECKPOINTS) if step_folders(run / CHECKPOINTS) else None
     lead = (
         f"megacoder {__version__}; step {rows[-1]['step']:,} of {config.steps:,}; "
         f"{config.model.num_params / 1e6:,.1f} M parameters, {config.dtype}, seed {config.seed}"
@@ -46,7 +46,7 @@ def write_run_report(run: Path, path: Path) -> int:
 
 def loss_chart(rows: Rows) -> str:
     """Training and held-out loss over steps."""
-    lines = [_series("training", rows, "loss"), _series("held out", rows, "held_out_loss")]
+    lines = [_series("training", rows, "loss"), _series("held out", rows, HELD_OUT_LOSS)]
     return line_chart([line for line in lines if line.points], x_label="step", y_label="loss, nats per token")
 
 
@@ -56,7 +56,7 @@ def speed_chart(rows: Rows) -> str:
 
 
 def _series(name: str, rows: Rows, key: str) -> Series:
-    """Of the lines that have it; null stands for what is not finite."""
+    """Points from the lines that have `key`; null stands for a number that is not finite."""
     return Series(name, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
 
 
@@ -66,7 +66,7 @@ def _chart(name: str, rows: Rows, key: str, y_label: str) -> str:
 
 def _headline(rows: Rows) -> str:
     losses = [row["loss"] for row in rows if row["loss"] is not None]
-    held_out = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
+    held_out = [row[HELD_OUT_LOSS] for row in rows if row.get(HELD_OUT_LOSS) is not None]
     speed = statistics.median(row["tokens_per_second"] for row in rows)
     items = [
         ("tokens trained on", f"{rows[-1]['tokens'] / 1e6:,.2f} M"),
@@ -74,7 +74,7 @@ def _headline(rows: Rows) -> str:
         *([("held-out loss", f"{held_out[-1]:.3f}")] if held_out else []),
         ("tokens/s, median", f"{speed:,.0f}"),
         ("TFLOP/s, median", f"{statistics.median(row['tflops'] for row in rows):,.3g}"),
-        ("updates left out", f"{rows[-1].get('skipped_updates', 0):,}"),
+        ("updates skipped", f"{rows[-1].get('skipped_updates', 0):,}"),
     ]
     return tiles(items)
 
@@ -87,7 +87,7 @@ def _learning(rows: Rows) -> str:
             found = [f"{row[name]:.4g}" if row[name] is not None else "not finite" for name in ("loss", "grad_norm")]
             left_out.append([str(row["step"]), str(now - before), *found])
         before = now
-    columns = ["logged at step", "updates left out since the line before", "loss", "gradient norm"]
+    columns = ["logged at step", "updates skipped since the line before", "loss", "gradient norm"]
     return section(
         "Learning",
         loss_chart(rows),
@@ -95,7 +95,7 @@ def _learning(rows: Rows) -> str:
         _chart("gradient norm", rows, "grad_norm", "norm of the gradient before clipping"),
         value_table(columns, left_out, caption="the last 50")
         if (left_out := left_out[-50:])
-        else paragraph("No update was left out."),
+        else paragraph("No update was skipped."),
     )
 
 
@@ -103,33 +103,31 @@ def _machine(rows: Rows) -> str:
     return section(
         "Speed and memory",
         speed_chart(rows),
-        _chart(
-            "memory", rows, "memory_gib", "GiB held at the most by the first rank: tensors on a GPU, else its process"
-        ),
+        _chart("memory", rows, "memory_gib", "peak GiB of the first rank: tensors on a GPU, else its process"),
     )
 
 
 def _checkpoints(rows: Rows, reader: CheckpointReader | None) -> str:
     waits = [row["checkpoint_seconds"] for row in rows if row.get("checkpoint_seconds")]
-    newest = "There is none yet." if reader is None else f"The newest whole one is of step {reader.step:,}."
-    held_up = f" Saving held training up {len(waits):,} times, for {sum(waits):,.2f} s in all." if waits else ""
+    newest = "There is none yet." if reader is None else f"The newest complete one is of step {reader.step:,}."
+    held_up = f" Saving blocked training {len(waits):,} times, for {sum(waits):,.2f} s in total." if waits else ""
     parts = [paragraph(newest + held_up)]
     if waits:
-        parts.append(_chart("checkpoints", rows, "checkpoint_seconds", "seconds that saving held training up"))
+        parts.append(_chart("checkpoints", rows, "checkpoint_seconds", "seconds that saving blocked training"))
     return section("Checkpoints", *parts)
 
 
 def _data(config: RunConfig, reader: CheckpointReader | None) -> str:
-    """What has been drawn of each dataset, as the newest checkpoint says."""
+    """What has been drawn from each dataset, according to the newest checkpoint."""
     title = "Data drawn so far"
     if reader is None:
-        return section(title, paragraph("The first checkpoint will say."))
+        return section(title, paragraph("Known from the first checkpoint on."))
     state, prefixes = reader.state["data"], config.data.train
     windows, length, order = state["windows"], config.data.stream.seq_length, state["order"]
     counts = [windows]
     if len(prefixes) > 1:
         if "num_streams" not in order:  # Megatron's order
-            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, of all datasets together."))
+            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, from all datasets together."))
         table = blend_table(order["weights"])
         counts = blend_counts(table, num_windows=windows, num_streams=order["num_streams"])
     weights = order.get("weights", [1.0] * len(prefixes))
@@ -142,15 +140,15 @@ def _data(config: RunConfig, reader: CheckpointReader | None) -> str:
     caption = f"at the checkpoint of step {reader.step:,}: {windows:,} windows of {length:,} tokens"
     return section(
         title,
-        value_table(["dataset", "share asked for", "share drawn", "tokens drawn", "times over"], rows, caption=caption),
+        value_table(["dataset", "target share", "share drawn", "tokens drawn", "epochs"], rows, caption=caption),
     )
 
 
 def _schedule(config: RunConfig, reader: CheckpointReader | None) -> str:
-    """The ranks, and the pipeline's timeline where there is one; backwards taken for twice as long as forwards."""
+    """The ranks, and the timeline of the pipeline if there is one, with backwards twice as long as forwards."""
     title = "Layout and schedule"
     if reader is None:
-        return section(title, paragraph("The first checkpoint will say."))
+        return section(title, paragraph("Known from the first checkpoint on."))
     sizes = {str(axis): int(size) for axis, size in reader.layout.items()}
     text = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) + f" on {math.prod(sizes.values()):,} ranks."
     pp = sizes["pp"]

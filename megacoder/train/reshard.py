@@ -1,8 +1,8 @@
-"""What each rank of a layout holds, without any rank: the same code as in training, on tensors that have no memory.
+"""What each rank of a layout holds, without starting one: the code that trains, on tensors without memory.
 
-So a checkpoint that is resharded offline is, file by file, what a run in that layout would have written. Loading needs
-none of it, as every checkpoint loads in every layout: it is for those who want to move files whose ranks each read
-their own, or a checkpoint in one file.
+So a checkpoint that is resharded offline is, file by file, what a run in that layout would have written. Loading does
+not need it, since every checkpoint loads in every layout: it is for moving files so that each rank reads only its own,
+or for a checkpoint in one file.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ __all__ = ["rank_fragments", "reshard"]
 
 
 def reshard(reader: CheckpointReader, root: Path, dims: ParallelDims) -> Path:
-    """Writes a checkpoint again, as the ranks of `dims` would, into the folder of checkpoints `root`; returns it.
+    """Rewrites a checkpoint, as the ranks of `dims` would, into the folder of checkpoints `root`; returns its folder.
 
-    ConfigError, with the nearest layouts that work, where the model cannot be shared so, or that step is there.
+    ConfigError if the model cannot be split that way, with the nearest layouts that work, or if the step is in `root`.
     """
     if root.resolve() == reader.folder.parent.resolve() and dict(step_folders(root)).get(reader.step) is not None:
         raise ConfigError(f"{root} is where the checkpoint of step {reader.step} is now; choose another folder")
@@ -68,19 +68,19 @@ def rank_fragments(
 
 
 def _layout(reader: CheckpointReader, model: ModelConfig, dims: ParallelDims) -> tuple[ParallelConfig, Layout]:
-    """With the run's own settings but for the axes; for a checkpoint that no run wrote, the default ones."""
+    """With the run's own settings except for the axes; for a checkpoint that no run wrote, the default ones."""
     table = reader.state["config"]
     where = f"{reader.folder / MANIFEST}: state.config"
     parallel, seq_length, batch, micro_batch = ParallelConfig(), model.max_position_embeddings, dims.dp * dims.pp, 1
     if "parallel" in table:
-        try:  # no more of it than is needed: settings come and go, checkpoints stay
+        try:  # reads no more than is needed: settings come and go, checkpoints stay
             parallel = from_dict(ParallelConfig, table["parallel"], where=f"{where}.parallel")
             seq_length = int(table["data"]["stream"]["seq_length"])
             batch, micro_batch = int(table["global_batch_size"]), int(table["micro_batch_size"])
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{where}: not a run's; which layouts it can have is unknown") from None
+            raise CheckpointError(f"{where}: not a run's settings, so the possible layouts are unknown") from None
     if parallel.pp != dims.pp:
         parallel = replace(parallel, layers_per_stage=None)
     parallel = replace(parallel, **asdict(dims))

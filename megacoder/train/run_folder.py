@@ -1,6 +1,6 @@
 """The folder of a run: its resolved configuration, which a later start must match, and its checkpoints.
 
-State goes to disk in parameter space, under Hugging Face names, so that any number of ranks can go on from it: a rank
+State goes to disk in parameter space, under Hugging Face names, so that any number of ranks can resume from it: a rank
 writes the ranges of each weight that its slice of the flat buffers holds, and reads the ranges that it holds now.
 """
 
@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,66 +28,61 @@ from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
-from megacoder.parallel.collectives import barrier, failing_together, gather_json
+from megacoder.parallel.collectives import barrier
 from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
-from megacoder.train.config import RunConfig
+from megacoder.parallel.world import failing_together, gather_json
+from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.metrics_log import METRICS
 
-__all__ = ["RunFolder", "load_weights", "open_start", "state_fragments"]
+__all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from", "guard", "stop_signals",
     "data_workers", "steps", "schedule",
 }  # fmt: skip
-"""Settings that may differ when a run goes on: they change nothing (any more), rounding alone (device, layout,
-execution), or what becomes of a run that goes wrong. `steps` and `schedule` may where `_check_same_past` holds."""
+"""Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
+execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees."""
 
 STOPPED = "stopped"
-"""In a run's folder: why the guard has ended it. While it is there the run does not start."""
+"""A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""
 
 FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
-"""Of a model, what may differ from that of the weights it starts from: no weight's shape depends on it."""
+"""Model settings that may differ from those of the weights a run starts from: no weight's shape depends on them."""
 
 
 class RunFolder:
-    """`config.output`; creating it checks that what is there belongs to the same run, and that it may go on."""
+    """`config.output`; creating it checks that what is there belongs to the same run, and that the run may resume."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         world = mesh.world
         self.config, self.mesh = config, mesh
-        self._start = open_start(config)  # first: weights of another model leave no folder
+        self._start = open_start(config)  # first, so that a run with weights of another model leaves no folder
         _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
         self._hold()
-        path = config.output / "run.toml"
-        # Of a run that has done nothing, such as one for which the memory was not enough, anything may change.
-        has_toml = path.exists() and _has_begun(config.output)
-        old = None
-        if has_toml:
-            old = load_toml(RunConfig, path)
-            check_same(old, config, where=str(path), free=FREE_TO_CHANGE, advice="choose another output")
+        old = check_same_run(config)
         self.checkpoints = CheckpointWriter(config.output / CHECKPOINTS, world, config.checkpoint)
         self._newest = self._open_newest()
         if self._newest is not None:
             _check_goes_on(self._newest, config, old)
         if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
-            write_text(path, to_toml(config))
+            write_text(config.output / RUN_TOML, to_toml(config))
 
     def _hold(self) -> None:
-        """The first rank keeps other runs out of the folder; AlikeOnAllRanks where another is at work in it."""
+        """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
         with failing_together(self.mesh.world):
             if self.mesh.world.is_first:
                 self._held.enter_context(exclusive(self.config.output, what="run"))
                 remove_stale_temporaries(self.config.output)
 
     def _open_newest(self) -> CheckpointReader | None:
-        """The newest whole checkpoint, if there is one.
+        """The newest complete checkpoint, if there is one.
 
-        Raises AlikeOnAllRanks where ranks would load different ones, as hosts may that do not see the same folder.
+        Raises AlikeOnAllRanks if ranks would load different ones, as on hosts that do not share the folder.
         """
         root = self.config.output / CHECKPOINTS
         with failing_together(self.mesh.world):
@@ -100,7 +95,7 @@ class RunFolder:
         return reader
 
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
-        """Loads the newest whole checkpoint if there is one; returns the step it was taken at, 0 for a new run.
+        """Loads the newest complete checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
         A new run gets the weights of `init_from`, where that is given.
         """
@@ -116,9 +111,9 @@ class RunFolder:
         optimizer.publish_master(held["weight"])
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
-        if "guard" in reader.state:  # not so in a checkpoint that no run of ours has written
+        if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
-        self._newest = None  # which lets its files go
+        self._newest = None  # closes its files
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
@@ -152,9 +147,9 @@ class RunFolder:
         return time.perf_counter() - began
 
     def stop(self, step: int, stopped: RunStopped) -> None:
-        """After what ended the run in `step`, on all ranks: the save in flight becomes whole, and the folder is let go.
+        """Ends the run that `stopped` in `step`, on every rank: completes the save in flight and unlocks the folder.
 
-        It is left as one that does not start again, where a start would only come to the same.
+        If a restart would only end the same way, the folder is marked so that the run does not start again.
         """
         self.checkpoints.conclude()
         if self.mesh.world.is_first and not stopped.restart_helps:
@@ -162,14 +157,35 @@ class RunFolder:
             try:
                 write_text(path, f"step {step}: {stopped}\n")
             except OSError as error:
-                say(f"{path}: {error.strerror or error}; so nothing keeps the run from being started again")
-        barrier(self.mesh.world.group)  # or a rank that is gone had torchrun end the first before that is written
+                say(f"{path}: {error.strerror or error}; so nothing prevents the run from being started again")
+        barrier(self.mesh.world.group)  # else a rank that exits makes torchrun kill the first one before it has written
         self._held.close()
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is whole, and lets the folder go."""
+        """Waits until the last checkpoint is complete, then unlocks the folder."""
         self.checkpoints.wait()
         self._held.close()
+
+
+def check_same_run(config: RunConfig) -> RunConfig | None:
+    """The settings of the run that has begun in `config.output`, None if none has; ConfigError if it is another run.
+
+    A run that has done no step, such as one that ran out of memory, has not begun: any setting may change.
+    """
+    path = config.output / RUN_TOML
+    if not (path.exists() and _has_begun(config.output)):
+        return None
+    old = load_toml(RunConfig, path)
+    if config.dtype == "auto":  # resolved when the run began
+        config = replace(config, dtype=old.dtype)
+    _check_same_settings(old, config, where=str(path))
+    return old
+
+
+def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
+    # Rows that pad the vocabulary are in no checkpoint, and another tp may need other ones.
+    new = replace(new, model=replace(new.model, vocab_multiple=old.model.vocab_multiple))
+    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice="choose another output")
 
 
 def _has_begun(output: Path) -> bool:
@@ -187,13 +203,13 @@ def load_weights(model: Transformer, reader: CheckpointReader) -> None:
 
 
 def open_start(config: RunConfig) -> CheckpointReader | None:
-    """The checkpoint that a new run takes its weights from, if any; ConfigError where that is of another model."""
+    """The checkpoint that a new run takes its weights from, if any; ConfigError if it is of another model."""
     if config.init_from is None or step_folders(config.output / CHECKPOINTS):
         return None
     reader = CheckpointReader(config.init_from)
     check_same(
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
-        advice="give this run that [model]",
+        advice="set the same in this run's [model]",
     )  # fmt: skip
     return reader
 
@@ -201,10 +217,10 @@ def open_start(config: RunConfig) -> CheckpointReader | None:
 def state_fragments(
     model: TransformerPart, owned: Iterable[OwnedRange], state: dict[str, Tensor], *, copies: bool
 ) -> Iterator[Fragment]:
-    """A rank's part of every weight in each tensor of `state`, which hold by kind the elements that it has `owned`.
+    """A rank's part of every weight, for each kind in `state`, whose tensors hold the elements that the rank `owned`.
 
-    The rows that pad the vocabulary are no part of any. Without `copies`, what several ranks of a replica hold is the
-    first one's alone, since a file has it once.
+    The rows that pad the vocabulary are left out. Without `copies`, what several ranks of a replica hold comes from the
+    first of them only, since a checkpoint has it once.
     """
     pieces: dict[str, list[WeightPiece]] = defaultdict(list)
     for piece in weight_pieces(model):
@@ -227,29 +243,30 @@ def state_fragments(
 
 
 def _check_goes_on(reader: CheckpointReader, config: RunConfig, old: RunConfig | None) -> None:
-    """ConfigError where a run of `config` cannot go on from a checkpoint in its folder.
+    """ConfigError if a run of `config` cannot resume from the checkpoint in its folder.
 
-    `old` is what the run's folder says that it is of. Where it no longer says so, the checkpoint has to. Otherwise the
-    model alone is compared with the checkpoint's: of the other settings an older one may have some that there are no
-    more.
+    `old` are the settings in the run's folder. If they are missing there, the checkpoint's are checked. Otherwise only
+    the model is compared with the checkpoint's: an old checkpoint may have settings that no longer exist.
     """
     output, where = str(config.output), f"{reader.folder / MANIFEST}: state.config"
     if not {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}:
         raise ConfigError(
-            f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can go "
-            f"on; choose another output, and start from these weights with init_from = {output!r}"
+            f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can "
+            f"resume; choose another output, and start from these weights with init_from = {output!r}"
         )
-    check_same(model_of(reader), config.model, where=f"{where}.model", free=(), advice="choose another output")
+    check_same(
+        model_of(reader), config.model, where=f"{where}.model", free={"vocab_multiple"}, advice="choose another output"
+    )
     if old is None:
         old = from_dict(RunConfig, reader.state["config"], where=where)
-        check_same(old, config, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+        _check_same_settings(old, config, where=where)
     _check_same_past(old, config, reader.step)
 
 
 def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
-    """ConfigError where the first `step` steps of a run would not have been the same under `config` as under `old`.
+    """ConfigError if the first `step` steps of a run would not have been the same under `config` as under `old`.
 
-    A constant rate can be gone on with, or be let fall, at any time; three stages until the first has ended.
+    A constant rate can be extended, or made to fall, at any time; three stages only until the first has ended.
     """
     advice = f"choose another output, and start from these weights with init_from = {str(config.output)!r}"
     if config.steps < step:
@@ -273,8 +290,8 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
 def _refuse_stopped(path: Path) -> None:
     if path.exists():
         reason = path.read_text(encoding="utf-8", errors="replace").strip()
-        raise AlikeOnAllRanks(f"{path}: the run was ended at {reason}. To start it all the same, remove that file")
+        raise AlikeOnAllRanks(f"{path}: the run was stopped at {reason}. To start it anyway, remove that file")
 
 
 def _checkpoint_seen(step: int | None) -> str:
-    return "sees no checkpoint" if step is None else f"would go on from step {step}"
+    return "sees no checkpoint" if step is None else f"would resume from step {step}"

@@ -18,15 +18,15 @@ class ScheduleConfig:
     """How the learning rate moves over a run."""
 
     kind: Literal["three_stage", "cosine", "constant"] = "three_stage"
-    """three_stage (pre-training), cosine, constant; all after the warm-up"""
+    """shape after the warm-up: three_stage (pre-training), cosine or constant"""
     peak_lr: float = 4.2e-4
     """learning rate after the warm-up"""
     warmup_steps: int = 2000
     """steps of linear warm-up"""
     warmup_tokens: int | None = None
-    """tokens of linear warm-up, in place of `warmup_steps`"""
+    """tokens of linear warm-up, instead of `warmup_steps`"""
     final_share: float = 0.1
-    """of the peak, where a cosine ends"""
+    """share of the peak at which a cosine ends"""
 
     def __post_init__(self) -> None:
         if not 0 < self.peak_lr < math.inf:
@@ -36,7 +36,7 @@ class ScheduleConfig:
         if self.warmup_tokens is not None and self.warmup_tokens < 0:
             raise ConfigError(f"schedule.warmup_tokens = {self.warmup_tokens}: must not be negative")
         if not 0 <= self.final_share <= 1:
-            raise ConfigError(f"schedule.final_share = {self.final_share}: a share from 0 to 1")
+            raise ConfigError(f"schedule.final_share = {self.final_share}: must be between 0 and 1")
 
     def warmup(self, tokens_per_step: int) -> float:
         """Steps of warm-up, however they are given."""

@@ -1,8 +1,8 @@
-"""Instruction tuning: pre-training's loop over conversations, and what is made ready before any rank starts.
+"""Instruction tuning: pre-training's loop over conversations, and what is prepared before any rank starts.
 
-`prepare` writes into the run's folder `conversations/` (the data as `.bin/.idx`) and `tokenizer/`, the tokenizer with
-the chat template that the conversations were written with and, as the token that ends a text, the one that ends an
-answer; what is exported from the run carries both.
+`prepare` writes into the run's folder `conversations/` (the data as `.bin/.idx`) and `tokenizer/`: the tokenizer with
+the chat template of the conversations and, as its end-of-text token, the token that ends an answer. Exports of the run
+carry both.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
-from megacoder.core.files import write_json
+from megacoder.core.files import exclusive, making_dir, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
@@ -22,7 +22,7 @@ from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
-from megacoder.train.run_folder import open_start
+from megacoder.train.run_folder import check_same_run, open_start
 from megacoder.train.step import open_conversations, start_ranks
 
 __all__ = ["DEFAULTS", "prepare", "prepared_run", "sft"]
@@ -35,20 +35,24 @@ DEFAULTS: dict[str, Any] = {
 """What a TOML file may leave out: the paper's settings (arXiv:2401.14196, 3.5)."""
 
 
+PREPARING_SECONDS = 24 * 3600.0
+"""How long ranks wait for the first one, which prepares the conversations: a core encodes about 1 MB a second."""
+
+
 def prepared_run(config: RunConfig) -> RunConfig:
-    """`config` with the data and the tokenizer that `prepare` makes; ConfigError for settings that contradict."""
+    """`config` with the data and the tokenizer that `prepare` makes; ConfigError for contradictory settings."""
     data, folder = config.data, config.output
     if not data.conversations.train:
         raise ConfigError(
-            "data.conversations.train = []: what is to be learnt? JSONL or Parquet files, or their folders"
+            "data.conversations.train = []: name what to train on: JSONL or Parquet files, or folders of them"
         )
     if data.stream.fim.rate > 0:
         raise ConfigError(
-            f"data.stream.fim.rate = {data.stream.fim.rate}: conversations are not filled in; leave it out"
+            f"data.stream.fim.rate = {data.stream.fim.rate}: conversations take no fill-in-the-middle; leave it out"
         )
     if not data.stream.document_masks:
         raise ConfigError(
-            "data.stream.document_masks = false: conversations of a window never see each other; leave it out"
+            "data.stream.document_masks = false: conversations of a window are always masked; leave it out"
         )
     made = folder / "conversations"
     return replace(
@@ -61,21 +65,30 @@ def prepared_run(config: RunConfig) -> RunConfig:
 
 
 def prepare(config: RunConfig) -> RunConfig:
-    """Makes what `prepared_run(config)` reads, unless it is there; returns that run."""
+    """Makes what `prepared_run(config)` reads, unless it is there; returns that run.
+
+    Raises, and changes nothing, if the output folder belongs to another run, or if a run is at work in it.
+    """
     run = prepared_run(config)
-    open_start(run)  # weights of another model, or none, are met here
+    open_start(run)  # fails here if the weights are missing or of another model
+    with making_dir(config.output), exclusive(config.output, what="run"):
+        check_same_run(run)
+        _prepare(config, run)
+    return run
+
+
+def _prepare(config: RunConfig, run: RunConfig) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     conversations = config.data.conversations
     before = idx_path(run.data.train[0]).stat().st_mtime_ns if idx_path(run.data.train[0]).exists() else None
     trained = prepare_conversations(conversations.train, run.data.train[0], tokenizer, conversations)
-    if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has told of already
+    if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has reported already
         _say(trained, config)
     if run.data.valid is not None:
         prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations)
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
     for prefix in filter(None, (run.data.train[0], run.data.valid)):
-        open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # windows too short for them are met here
-    return run
+        open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # fails here if windows are too short
 
 
 def sft(config: RunConfig) -> None:
@@ -83,8 +96,8 @@ def sft(config: RunConfig) -> None:
     run = prepared_run(config)
     check_inputs(config)
     if os.environ.get("RANK", "0") == "0":
-        prepare(config)  # ahead of the others, who wait for this rank to join them: a malformed row starts nothing
-    world = start_ranks(run)
+        prepare(config)  # the others wait until this rank joins them, so that a malformed row starts nothing
+    world = start_ranks(run, join_seconds=PREPARING_SECONDS)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):
         Trainer(run, world).run()
     world.close()
@@ -97,11 +110,11 @@ def _say(prepared: Prepared, config: RunConfig) -> None:
         f"trained; {config.steps:,} steps see them about {windows / prepared.tokens:.1f} times"
     )
     if prepared.skipped:
-        say(f"{prepared.skipped:,} malformed rows left out; the first: {prepared.first_skipped}")
+        say(f"{prepared.skipped:,} malformed rows skipped; the first: {prepared.first_skipped}")
 
 
 def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:
-    """A copy of `source` with the chat template and the end marker; last what says that it is whole."""
+    """Copies `source`, with the chat template and the end marker; tokenizer.json last, which marks it as complete."""
     if source.is_file():
         source = source.parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """What training and its profile have in common: the ranks, what each of them holds, and one update.
 
-The loop puts checkpoints, logs and signals around it, the profile a clock. Neither has a step of its own, so that what
-is measured is what trains.
+The loop puts checkpoints, logs and signals around the update, the profile a clock. Neither has a step of its own, so
+that what is measured is what trains.
 """
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,10 +23,11 @@ from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.parallel.collectives import World, broadcast_from_first, launched_ranks, start_world
+from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.parallel.mesh import Mesh
-from megacoder.train.config import RunConfig
+from megacoder.parallel.world import World, launched_ranks, start_world
+from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
@@ -62,13 +65,16 @@ class StepResult:
     grad_norm: float
     """before clipping; inf where it is not finite"""
     skipped: bool
-    """whether the update was left out"""
+    """whether the update was skipped"""
     stop: bool
     """a rank was asked to stop"""
 
 
-def start_ranks(config: RunConfig) -> World:
-    """Joins the ranks that torchrun started, or this process alone; ConfigError where they cannot run `config`."""
+def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
+    """Joins the ranks that torchrun started, or is one alone; ConfigError if they cannot run `config`.
+
+    `join_seconds` is how much later than this rank others may come, at least.
+    """
     machine = probe()
     device_type = machine.device_type if config.device == "auto" else config.device
     if device_type == "cuda" and machine.device_type != "cuda":
@@ -79,12 +85,15 @@ def start_ranks(config: RunConfig) -> World:
         torch.set_num_threads(threads_of_a_rank(machine.num_cores))
         keep_freed_memory()
     config.layout(launched_ranks() or 1)  # what cannot work is refused before ranks wait for others
-    return start_world(device_type, timeout_seconds=config.timeout_seconds, shared_memory=config.parallel.shared_memory)
+    return start_world(
+        device_type, timeout_seconds=config.timeout_seconds, join_seconds=join_seconds,
+        shared_memory=config.parallel.shared_memory,
+    )  # fmt: skip
 
 
 def threads_of_a_rank(num_cores: int) -> int:
-    """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun puts there for several ranks
-    is nobody's wish."""
+    """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun sets for several ranks is
+    ignored, since nobody chose it."""
     num_ranks, asked = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > (num_ranks > 1):
         return int(asked)
@@ -92,10 +101,10 @@ def threads_of_a_rank(num_cores: int) -> int:
 
 
 def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float32"]:
-    """The config's dtype; for `auto` what the run began with, or the faster one as the first rank measures it."""
+    """The config's dtype; for `auto` the one that the run began with, or the faster one by the first rank's measure."""
     if config.dtype != "auto":
         return config.dtype
-    begun = config.output / "run.toml"
+    begun = config.output / RUN_TOML
     is_bf16 = torch.zeros((), device=world.device)
     if world.is_first:
         is_bf16.fill_(
@@ -108,9 +117,9 @@ def resolve_dtype(config: RunConfig, world: World) -> Literal["bfloat16", "float
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer; ConfigError where the model has another vocabulary.
+    """The run's tokenizer; ConfigError if the model has another vocabulary.
 
-    A model that starts from given weights may have ids to spare, as DeepSeek-Coder's do: 32,256 for 32,022 tokens.
+    A model that starts from given weights may have spare ids, as DeepSeek-Coder's do: 32,256 for 32,022 tokens.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
     spare = config.model.vocab_size - tokenizer.vocab_size
@@ -140,7 +149,7 @@ def open_stream(
     if data.conversations.train:
         if not data.train:
             raise ConfigError(
-                "data.train = []: conversations are read as megacoder sft has prepared them; name the run.toml in its "
+                "data.train = []: conversations must have been prepared by megacoder sft; name the run.toml in its "
                 f"output folder, {config.output}"
             )
         return open_conversations(config, data.train[0], tokenizer, dp_rank=dp_rank, dp_size=dp_size)
@@ -172,12 +181,12 @@ def run_step(
     *,
     limits: Limits = Limits(),  # noqa: B008, it is frozen
     replicas: ReplicaCheck | None = None,
-    stop_asked: bool = False,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Update `number`, from 1: one global batch and one optimizer step, left out past `limits` on all ranks alike.
+    """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
-    `replicas` are compared when it is time, and where the step ends with a checkpoint. `stop_asked` on one rank reaches
-    all, and is answered with one.
+    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` says
+    so on any rank. It is called as late as ranks can still agree on the answer, so that a signal costs no further step.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
@@ -185,17 +194,17 @@ def run_step(
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
     journal.at(UPDATE)
-    loss_sum, counted, stop = engine.sum_losses(part, stop_asked)
+    loss_sum, counted, stop = engine.sum_losses(part, stop_asked())
     if replicas is not None:
         replicas.maybe_compare(number, saves=stop > 0 or config.ends_with_checkpoint(number))
         journal.at(UPDATE)
-    loss = loss_sum / max(1.0, counted)
+    loss = loss_sum / counted if counted else math.nan  # no token is trained: the update is skipped
     num_updates = engine.optimizer.num_updates
     grad_norm = engine.update(
         lr=config.learning_rate(number),
         num_tokens=max(1, int(counted)),
-        max_grad_norm=config.max_grad_norm,
-        skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # a loss that is not a number is above, too
+        max_grad_norm=config.clip_norm,
+        skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # NaN counts as above
     )
     return StepResult(
         loss=loss, num_tokens=int(counted), grad_norm=grad_norm,

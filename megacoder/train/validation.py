@@ -17,7 +17,7 @@ __all__ = ["HeldOut"]
 
 
 class HeldOut:
-    """The first `eval_batches` global batches of the held-out data, shared out over the data-parallel ranks."""
+    """The first `eval_batches` global batches of the held-out data, split over the data-parallel ranks."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
         if config.data.valid is None:

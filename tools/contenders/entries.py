@@ -1,4 +1,4 @@
-"""Who takes part in which row of `bench_parallel.py`."""
+"""Which contenders take part in which row of `bench_parallel.py`."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,8 @@
 A tensor-parallel layer launches the same products and two collectives more each way. On a GPU that matters where
 kernels are shorter than their launch, so the layer must not cost much more of the host than the plain one. Two groups
 stand in for NCCL, whose launch lies between them: torch's fake one, which returns at once, and gloo with one rank,
-which hands every collective to a thread. What is counted is the calling thread's processor time: neither those threads'
-nor what it waits.
+which hands every collective to a thread. Only the calling thread's processor time is counted, not that of gloo's
+threads, nor waiting.
 """
 
 import statistics

@@ -1,7 +1,7 @@
-"""The machine's own limit: each rank's arithmetic of ours, the ranks running at the same time and never meeting.
+"""The machine's own limit: our ranks do their arithmetic at the same time and never communicate.
 
-Ours as it is, on a process group in which nobody else exists: each collective and transfer is over when it begins. What
-a rank would receive from the other it has from itself, so that all numbers stay ordinary; they are those of no model.
+Our engine unchanged, on a process group without other ranks: each collective and transfer ends as it begins. A rank
+receives its own tensors instead of the others', so that all values stay ordinary, although no model has them.
 """
 
 from typing import Any

@@ -1,1 +1,1 @@
-"""What `bench_data.py` measures, a module each."""
+"""The parts that `bench_data.py` measures, one module each."""

@@ -1,6 +1,6 @@
-"""Every document of the corpus cut at characters: are the parts those of encoding each part's text in full?
+"""Checks on every document of the corpus that parts cut at characters equal each part's text encoded in full.
 
-Not a matter of speed: the answer must be that all are. Each document is transformed once as prefix, suffix, middle, and
+Not a matter of speed: all must be equal. Each document is transformed once as prefix, suffix, middle, and
 every `MASKED_EVERY`th with masked spans too.
 """
 

@@ -1,7 +1,7 @@
 """megatron-core's `IndexedDataset`, without the rest of megatron-core.
 
 Its module needs one function of the package around it, whose own import takes half a minute on a busy machine and
-warns of a dozen libraries that are not there. So that package is stood in for while the module is imported.
+warns of a dozen libraries that are not there. So a stub replaces that package while the module is imported.
 """
 
 import importlib

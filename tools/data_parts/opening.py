@@ -2,7 +2,7 @@
 
 The dataset is synthesised: documents of 64 tokens, whose index is written in full (2 GB) and whose tokens are a hole in
 a file. Since all documents are of one length, the data position after any number of steps can be computed; for a few
-steps the stream itself is asked whether it is so. Each measurement is a process of its own; its memory is what
+steps it is compared with the stream's own. Each measurement is a process of its own; its memory is what
 `smaps_rollup` calls anonymous, less what the imports had taken.
 """
 

@@ -1,4 +1,4 @@
-"""Texts to `.bin/.idx`: the whole command beside the bare encoders, and beside the recipe of Megatron's script.
+"""Texts to `.bin/.idx`: the whole command compared with the bare encoders and with the recipe of Megatron's script.
 
 Ours reads the JSONL shards, or the Parquet file, of the whole corpus; so does the bare fastokens, in one batch of
 texts that are in memory. The slow contenders get the first shard: their speed does not depend on how much they have.

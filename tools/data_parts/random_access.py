@@ -1,4 +1,4 @@
-"""Documents of the corpus in random order: our reader beside megatron-core's, both mapped into memory and warm.
+"""Documents of the corpus in random order: our reader and megatron-core's, both mapped into memory and warm.
 
 Each access makes a view of the tokens and reads the first and the last of them.
 """

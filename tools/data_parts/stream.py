@@ -1,8 +1,8 @@
-"""Tokens of the training stream a second of one core, from the page cache, beside its limit and beside re-encoding.
+"""Tokens per second and core of the training stream, from the page cache, compared with its limit and with re-encoding.
 
 The limit is a copy of the same tokens into the two int64 arrays that a batch is. The peer transforms whole documents
-in the way of Megatron's fill-in-the-middle: decode, cut at characters, encode the three parts. Half of the documents
-are cut in either. All contenders read the documents of the corpus in an order of chance.
+in the way of Megatron's fill-in-the-middle: decode, cut at characters, encode the three parts. Both cut half of
+the documents. All contenders read the documents of the corpus in random order.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""Import edges by other means than ours, one module a language; see tools/check_imports.py."""
+"""Import edges found by independent means, one module per language; see tools/check_imports.py."""

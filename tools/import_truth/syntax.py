@@ -1,4 +1,4 @@
-"""Java, C, C++ and Go: imports by tree-sitter, files by what the project says of itself.
+"""Java, C, C++ and Go: imports by tree-sitter, files by the project's own build files and declarations.
 
 Java by declared packages and types; C and C++ by the include folders that the project's build names; Go by `go.mod`.
 """

@@ -1,4 +1,4 @@
-"""What the quickstart can be told, and where it puts things."""
+"""Options of the quickstart, and the paths that it writes."""
 
 import math
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ __all__ = ["Places", "QuickstartOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartOptions:
-    """From repositories on this machine to a model that fills in code; run again to go on where it stopped."""
+    """From repositories on this machine to a model that fills in code; run it again to resume where it stopped."""
 
     out: Path = Path("quickstart")
-    """folder for everything it makes; it stays where it was made"""
+    """folder for everything it makes; do not move it afterwards"""
     input: tuple[Path, ...] = ()
-    """folders of repositories; without any, the standard library and the packages installed here"""
+    """folders of repositories; if unset, the standard library and the packages installed here"""
     minutes: float = 7.0
     """training time to aim for; the other stages take some minutes more"""
     steps: int | None = None
-    """updates, instead of as many as fit into --minutes; with it, two runs on one machine are equal to the last bit"""
+    """training steps, instead of as many as fit into --minutes; two runs on one machine are then bitwise equal"""
     vocab_size: int = 8192
-    """ids of the tokenizer that come from training; the paper has 32,000"""
+    """regular tokens of the tokenizer, control tokens not counted; the paper has 32,000"""
     nproc: int | None = None
-    """training processes; without, one per GPU, or 2 on a CPU"""
+    """training processes; if unset, one per GPU, or 2 on a CPU"""
     max_repo_megabytes: float = 4.0
-    """of a larger repository, a part of this size is taken, so that none outweighs all others"""
+    """take only this much of a larger repository, so that none outweighs all others"""
     seed: int = 1234
-    """of weights, order and fill-in-the-middle"""
+    """seed of weights, data order and fill-in-the-middle"""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:

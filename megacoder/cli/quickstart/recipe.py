@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megacoder.core.device import Machine
 from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.core.device import Machine
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
@@ -59,6 +59,10 @@ LARGE = Recipe(
 )  # fmt: skip
 
 
+LADDER = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8)
+"""Numbers of steps that are easy to read, none more than a quarter below the next."""
+
+
 def choose_recipe(machine: Machine, minutes: float) -> Recipe:
     """LARGE where there is a GPU; on a CPU MEDIUM from an hour on."""
     if machine.device_type == "cuda":
@@ -89,7 +93,9 @@ def run_config(
             train=(train,),
             valid=valid,
             tokenizer=tokenizer,
-            stream=StreamConfig(seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context)),
+            stream=StreamConfig(
+                seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context)
+            ),
         ),
         model=ModelConfig(
             vocab_size=vocab_size,
@@ -139,10 +145,10 @@ def seconds_per_step(config: RunConfig, machine: Machine, *, nproc: int) -> floa
 
 
 def steps_within(minutes: float, seconds: float, *, overhead: float = 1.2) -> int:
-    """Steps of `seconds` each that fit into `minutes`, rounded down to a digit or two (the ladder below).
+    """Steps of `seconds` each that fit into `minutes`, rounded down to one of LADDER times a power of ten.
 
     `overhead` covers what a microbatch alone does not show: update, communication, held-out losses, neighbours.
     """
     fits = max(1.0, 60 * minutes / (seconds * overhead))
     magnitude = 10.0 ** math.floor(math.log10(fits))
-    return max(1, int(magnitude * max(factor for factor in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8) if factor * magnitude <= fits)))
+    return max(1, int(magnitude * max(factor for factor in LADDER if factor * magnitude <= fits)))

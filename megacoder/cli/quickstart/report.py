@@ -69,12 +69,13 @@ def _quality(evaluation: dict[str, Any]) -> str:
         if infill.get(key)
     ]
     difference = evaluation["largest_logit_difference"]
+    compressors = (("model", "model"), ("xz -9", "xz"), ("unigram", "unigram"))
     return section(
         "On held-out repositories",
         paragraph(verdict),
         value_table(
             ["compressor", "bits per byte"],
-            [[name, f"{held_out[key]:.4f}"] for name, key in (("model", "model"), ("xz -9", "xz"), ("unigram", "unigram"))],
+            [[name, f"{held_out[key]:.4f}"] for name, key in compressors],
         ),
         value_table(
             ["filled in by", "exact match", "edit similarity"], rows,
@@ -96,7 +97,7 @@ def _infills(evaluation: dict[str, Any]) -> str:
         parts.append(code(before, hole["completion"].rstrip("\n") or "(nothing)", after))
         parts.append(paragraph("the truth" + (", found exactly" if hole["exact_match"] else "") + ":"))
         parts.append(code(hole["truth"]))
-    return section("Holes in code it has never seen", *parts)
+    return section("Gaps in code it has never seen", *parts)
 
 
 def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
@@ -105,9 +106,9 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, feed-forward {model.intermediate_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key-value) of {model.head_dim}, vocabulary "
         f"{model.vocab_size:,}; {config.steps:,} steps of {config.global_batch_size} x "
-        f"{config.data.stream.seq_length} tokens, AdamW at {config.schedule.peak_lr:g}, three stages, fill-in-the-middle "
-        f"rate {config.data.stream.fim.rate:g}. Training loss counts the reordered documents as they are; held-out loss "
-        "is plain next-token prediction."
+        f"{config.data.stream.seq_length} tokens, AdamW at {config.schedule.peak_lr:g}, three stages, "
+        f"fill-in-the-middle rate {config.data.stream.fim.rate:g}. Training loss is that of the reordered "
+        "documents; held-out loss is plain next-token prediction."
     )
     return section(
         "Training",
@@ -143,4 +144,3 @@ def _data(places: Places, corpus: CorpusReport) -> str:
             caption="repositories, largest first",
         ),
     )
-

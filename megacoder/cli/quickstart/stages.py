@@ -1,8 +1,8 @@
 """The stages, in order, each skipped when its output is there already.
 
 Every stage is a command of its own (`corpus build`, `tokenizer train`, `preprocess`, `train`, `checkpoint export`,
-`eval`) and writes its output whole or not at all, so that after Ctrl-C or a crash the same command goes on. The options
-of a folder are fixed by its first run.
+`eval`) and writes its output completely or not at all, so that the same command resumes after Ctrl-C or a crash. The
+options of a folder are fixed by its first run.
 """
 
 import json
@@ -25,8 +25,8 @@ from megacoder.cli.quickstart.report import write_report
 from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.device import Machine, faster_dtype, probe
-from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
 from megacoder.core.errors import CorpusError
+from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
 from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
@@ -58,12 +58,12 @@ __all__ = ["main", "run_quickstart"]
 HELD_OUT_BYTES = 1_000_000
 """Enough for a stable figure, little enough to score in half a minute."""
 NUM_INFILL_TASKS = 200
-"""Held-out lines that the model is asked for."""
+"""Held-out lines that the model is to fill in."""
 SHOWN_INFILLS = 3
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs or resumes every stage; ends with three infilled holes and the place of the report."""
+    """Runs or resumes every stage; ends with three filled gaps and the path of the report."""
     run_quickstart(parse_args(QuickstartOptions, argv, prog="megacoder quickstart"))
 
 
@@ -84,7 +84,7 @@ def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) ->
     say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
 
     corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
-    if not places.options.exists():  # only now: a folder that began with a mistake stays free
+    if not places.options.exists():  # only now: after a failed start the options may change
         write_text(places.options, to_toml(options))
     print_report(corpus, max_repositories=8)
     _stage("2/7 tokenizer", lambda: make_tokenizer(options, places))
@@ -99,7 +99,7 @@ def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) ->
 
 
 def check_options(places: Places, options: QuickstartOptions) -> None:
-    """ConfigError where the folder was begun with other options."""
+    """ConfigError if the folder was begun with other options."""
     if places.options.exists():
         old = load_toml(QuickstartOptions, places.options)
         check_same(old, options, where=str(places.options), free={"out"}, advice="choose another --out")
@@ -115,17 +115,16 @@ def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
     limit = int(options.max_repo_megabytes * 1e6)
     # Without --input the sources are installed Python packages; a user's folder may hold any language.
     languages = () if options.input else ("Python",)
-    report = build_corpus(
-        CorpusConfig(
-            out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
-            samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
-        )  # fmt: skip
-    )
+    config = CorpusConfig(
+        out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
+        samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
+    )  # fmt: skip
+    report = build_corpus(config)
     if report.accounts.heldout.files == 0:
         raise CorpusError(
-            f"{places.corpus}: one file is too little to hold any out; give more with --input, or remove {places.root}"
+            f"{places.corpus}: too little to hold anything out; give more with --input, or remove {places.root}"
         )
-    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises where there is no line to ask for
+    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises if there is no line to fill in
     return report
 
 
@@ -154,7 +153,8 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     if places.run_config.exists():
         return load_toml(RunConfig, places.run_config)
     with_steps = partial(
-        run_config, choose_recipe(machine, options.minutes), nproc=nproc, dtype=faster_dtype(machine), output=places.run,
+        run_config, choose_recipe(machine, options.minutes),
+        nproc=nproc, dtype=faster_dtype(machine), output=places.run,
         vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
         train=places.train_data, valid=places.heldout_data, seed=options.seed,
     )  # fmt: skip
@@ -206,7 +206,9 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
         "most_frequent_line": frequent_line,
         "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
         "largest_logit_difference": largest_logit_difference(
-            import_model(places.model, dtype=torch.float32), places.model, tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings]
+            import_model(places.model, dtype=torch.float32),
+            places.model,
+            tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings],
         ),
     }
     write_json(places.evaluation, evaluation)
@@ -236,7 +238,9 @@ def _show(evaluation: dict[str, Any], places: Places) -> None:
     print_score(from_dict(HeldOutScore, evaluation["held_out"], where=str(places.evaluation)))
     print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
     difference = evaluation["largest_logit_difference"]
-    checked = "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    checked = (
+        "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
+    )
     print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")
 
 

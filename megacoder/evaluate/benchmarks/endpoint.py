@@ -130,7 +130,7 @@ class EndpointSource:
                 reason = getattr(error, "reason", error)
                 if isinstance(reason, TimeoutError):
                     raise EndpointError(
-                        f"{self.url}{path}: no answer in {timeout:.0f} s; is it a model's server?"
+                        f"{self.url}{path}: no answer in {timeout:.0f} s; is an OpenAI-compatible server running there?"
                     ) from None
                 if not left:
                     what = str(reason).strip() or type(reason).__name__

@@ -31,7 +31,7 @@ from megacoder.parallel.schedules.schedule import (
     Schedule,
     ScheduleError,
     StageMap,
-    Tensor,
+    StageTensor,
     forwards_only,
 )
 from megacoder.parallel.schedules.simulate import Costs, Timeline, makespan, simulate
@@ -53,7 +53,7 @@ __all__ = [
     "ScheduleError",
     "Send",
     "StageMap",
-    "Tensor",
+    "StageTensor",
     "Timeline",
     "build_program",
     "build_schedule",

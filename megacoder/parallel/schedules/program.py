@@ -16,7 +16,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor, deadlock
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, StageTensor, deadlock
 from megacoder.parallel.schedules.simulate import Costs, Timeline, simulate
 
 __all__ = ["Exchange", "Instruction", "Program", "Recv", "Send", "build_program", "check_program"]
@@ -25,14 +25,14 @@ __all__ = ["Exchange", "Instruction", "Program", "Recv", "Send", "build_program"
 class Send(NamedTuple):
     """Sends `tensor`, made here, to rank `peer`."""
 
-    tensor: Tensor
+    tensor: StageTensor
     peer: int
 
 
 class Recv(NamedTuple):
     """Receives `tensor`, which a later action consumes, from rank `peer`."""
 
-    tensor: Tensor
+    tensor: StageTensor
     peer: int
 
 
@@ -49,7 +49,7 @@ Instruction = Action | Exchange
 class Program:
     """What a runner executes, literally.
 
-    A runner keys what it holds by `Tensor`: an action's input is `schedule.consumes(rank, action)` and its output
+    A runner keys what it holds by `StageTensor`: an action's input is `schedule.consumes(rank, action)` and its output
     `schedule.produces(rank, action)`. An output whose next stage lives on the same rank is never sent.
     """
 
@@ -105,10 +105,10 @@ def check_program(program: Program) -> None:
         raise deadlock(f"{name}: deadlock of transfers", blocked)
 
 
-def _global_sequence(timeline: Timeline) -> list[tuple[int, Action | Tensor]]:
+def _global_sequence(timeline: Timeline) -> list[tuple[int, Action | StageTensor]]:
     """(rank, item): an action is at its start, a tensor at its producer's end, before all actions of that time."""
     schedule = timeline.schedule
-    events: list[tuple[float, bool, int, Action | Tensor]] = []
+    events: list[tuple[float, bool, int, Action | StageTensor]] = []
     for rank, actions in enumerate(schedule.ranks):
         for action, start, end in zip(actions, timeline.start[rank], timeline.end[rank], strict=True):
             events.append((start, True, rank, action))
@@ -133,7 +133,7 @@ class _Head:
     def __init__(self, schedule: Schedule, rank: int, instructions: Iterable[Instruction]) -> None:
         self.schedule, self.rank = schedule, rank
         self.rest = iter([item for x in instructions for item in (x.transfers if isinstance(x, Exchange) else (x,))])
-        self.held: set[Tensor] = set()
+        self.held: set[StageTensor] = set()
         self.transfer: Send | Recv | None = None
 
     def run_actions(self) -> Send | Recv | None:

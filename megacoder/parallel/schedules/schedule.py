@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from megacoder.core.errors import MegacoderError
 
-__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "Tensor", "deadlock", "forwards_only"]
+__all__ = ["Action", "Op", "Schedule", "ScheduleError", "StageMap", "StageTensor", "deadlock", "forwards_only"]
 
 Op = Literal["F", "B", "I", "W"]
 
@@ -44,7 +44,7 @@ class Action(NamedTuple):
         return f"{self.op}{self.microbatch}.{self.chunk}"
 
 
-class Tensor(NamedTuple):
+class StageTensor(NamedTuple):
     """What travels between neighbouring stages: the activation that enters `stage`, or the gradient that does."""
 
     kind: Literal["activation", "gradient"]
@@ -114,7 +114,7 @@ class Schedule:
     def num_chunks(self) -> int:
         return self.stage_map.num_chunks
 
-    def consumes(self, rank: int, action: Action) -> Tensor | None:
+    def consumes(self, rank: int, action: Action) -> StageTensor | None:
         """What a neighbouring stage must have made first; None at the ends of the model and for W.
 
         The forward that a B or I reads on its own stage is not listed: both run on this rank, so that list order
@@ -123,20 +123,20 @@ class Schedule:
         op, microbatch, chunk = action
         stage = self.stage_map.stages[rank][chunk]
         if op == "F":
-            return Tensor("activation", microbatch, stage) if stage > 0 else None
+            return StageTensor("activation", microbatch, stage) if stage > 0 else None
         if op == "W" or stage == self.stage_map.num_stages - 1:
             return None
-        return Tensor("gradient", microbatch, stage)
+        return StageTensor("gradient", microbatch, stage)
 
-    def produces(self, rank: int, action: Action) -> Tensor | None:
+    def produces(self, rank: int, action: Action) -> StageTensor | None:
         """What a neighbouring stage waits for; None at the ends of the model and for W."""
         op, microbatch, chunk = action
         stage = self.stage_map.stages[rank][chunk]
         if op == "F":
-            return Tensor("activation", microbatch, stage + 1) if stage < self.stage_map.num_stages - 1 else None
+            return StageTensor("activation", microbatch, stage + 1) if stage < self.stage_map.num_stages - 1 else None
         if op == "W" or stage == 0:
             return None
-        return Tensor("gradient", microbatch, stage - 1)
+        return StageTensor("gradient", microbatch, stage - 1)
 
 
 def forwards_only(schedule: Schedule) -> Schedule:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, StageTensor
 from megacoder.parallel.schedules.validate import execution_order
 
 __all__ = ["Costs", "Timeline", "makespan", "simulate"]
@@ -107,7 +107,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     start: list[list[float]] = [[] for _ in range(schedule.num_ranks)]
     end: list[list[float]] = [[] for _ in range(schedule.num_ranks)]
     free = [0.0] * schedule.num_ranks
-    arrival: dict[Tensor, float] = {}
+    arrival: dict[StageTensor, float] = {}
     for rank, action, consumed, produced in execution_order(schedule):
         began = free[rank] if consumed is None else max(free[rank], arrival.pop(consumed))
         free[rank] = began + costs.of(action, stage_map.stages[rank][action.chunk])

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, Tensor, deadlock
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, StageTensor, deadlock
 
 __all__ = ["Live", "Step", "check_schedule", "execution_order", "live_activations", "peak_live"]
 
@@ -21,8 +21,8 @@ class Step(NamedTuple):
 
     rank: int
     action: Action
-    consumed: Tensor | None
-    produced: Tensor | None
+    consumed: StageTensor | None
+    produced: StageTensor | None
 
 
 class Live(NamedTuple):
@@ -55,8 +55,8 @@ def check_schedule(schedule: Schedule) -> None:
 
 def execution_order(schedule: Schedule) -> Iterator[Step]:
     """Every action of every rank, each after what it consumes; ScheduleError where the ranks block each other."""
-    made: set[Tensor] = set()
-    waiting: dict[Tensor, int] = {}
+    made: set[StageTensor] = set()
+    waiting: dict[StageTensor, int] = {}
     position = [0] * schedule.num_ranks
     runnable = deque(range(schedule.num_ranks))
     while runnable:

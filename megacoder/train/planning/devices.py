@@ -1,7 +1,7 @@
 """What a device and its links can do by their data sheets, and the shares of that which training programs reach.
 
-The shares are one set for all devices. They were fitted to published throughputs (`tools/check_plan.py --published`
-fits them again and says how far off a row is that the fit has not seen).
+One set of shares serves all devices. It was fitted to published throughputs (`tools/check_plan.py --published` refits
+it without each row in turn and reports the error on that row).
 """
 
 from dataclasses import dataclass, replace
@@ -16,24 +16,24 @@ __all__ = ["DEVICES", "Device", "Shares", "find_device"]
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator, its node and its network; a TOML file with these keys describes one's own."""
+    """One accelerator, its node and its network; a TOML file with these keys describes your own."""
 
     name: str = "own"
     """as shown"""
     device_type: Literal["cuda", "cpu"] = "cuda"
-    """what runs there, which decides what a rank holds"""
+    """whose code runs there, which decides what a rank holds"""
     matrix_tflops: float
     """dense bf16 products by the data sheet, TFLOP/s"""
     fp8_tflops: float | None = None
-    """dense fp8 products; left out, layers do not run in fp8 here"""
+    """dense fp8 products; if unset, layers do not run in fp8 here"""
     memory_gb: float
     """of one device, 10^9 bytes"""
     reserved_gb: float = 4.0
-    """of those, what drivers, communication libraries and fragmentation take"""
+    """part of that taken by drivers, communication libraries and fragmentation"""
     memory_gb_per_s: float
     """reads and writes of the device's memory"""
     devices_per_node: int = 8
-    """that `node_gb_per_s` joins"""
+    """number of devices connected at `node_gb_per_s`"""
     node_gb_per_s: float
     """from one device to the others of its node, one direction"""
     network_gb_per_s: float
@@ -50,7 +50,8 @@ class Device:
                 raise ConfigError(f"device {self.name}: {name} = {getattr(self, name)}: must be positive")
         if not 0 <= self.reserved_gb < self.memory_gb:
             raise ConfigError(
-                f"device {self.name}: reserved_gb = {self.reserved_gb}: from 0 to below memory_gb = {self.memory_gb}"
+                f"device {self.name}: reserved_gb = {self.reserved_gb}: must be at least 0 and below memory_gb = "
+                f"{self.memory_gb}"
             )
 
 
@@ -95,7 +96,7 @@ Gb/s), and half a socket of a CPU."""
 
 
 def find_device(name: str) -> Device:
-    """By its name, or described in a TOML file; ConfigError where there is neither."""
+    """By its name, or described in a TOML file; ConfigError if there is neither."""
     if name in DEVICES:
         return DEVICES[name]
     if name.endswith(".toml"):

@@ -1,4 +1,4 @@
-"""What is to be planned, and one way to lay it out: the two records that everything else here takes."""
+"""What is to be planned, and one way to lay it out: the two records that everything else here works on."""
 
 from dataclasses import dataclass
 

@@ -1,10 +1,10 @@
 """Bytes that each rank of a pipeline needs, by kind.
 
-Weights, gradients and optimizer state are the flat buffers' own arithmetic (`megacoder.parallel.flat`), to the byte but
-for which parameters share a bucket. Activations are what layers keep by `megacoder.model.scheduled.Recompute`, times
-the microbatches that the schedule holds on this rank at its worst moment. Buffers are what one layer's backward or a
-chunk of logits needs for a moment, and what travels between stages: what the worst moment of all takes beyond the
-activations of theirs, which may be another.
+Weights, gradients and optimizer state follow the flat buffers' own arithmetic (`megacoder.parallel.flat`), exact to the
+byte except for which parameters share a bucket. Activations are what layers keep under
+`megacoder.model.scheduled.Recompute`, times the most microbatches that the schedule holds on this rank. Buffers are the
+temporaries of one layer's backward or a chunk of logits, and what travels between stages: the peak of everything
+together less the peak of the activations, which may be at another moment.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,11 @@ class Memory:
     gradients: int
     """fp32"""
     optimizer: int
-    """this rank's share of fp32 master weights and moments; on a CPU half of the former is the bf16 weights"""
+    """this rank's share of fp32 master weights and moments; on a CPU the bf16 weights are half of the master weights"""
     activations: int
-    """kept for backwards, at the most"""
+    """kept for backwards, at the peak"""
     buffers: int
-    """for a moment: a layer's backward, a chunk of logits, what travels between stages"""
+    """temporaries: of a layer's backward, a chunk of logits, what travels between stages"""
 
     @property
     def total(self) -> int:
@@ -62,7 +62,7 @@ def rank_memory(
 
 
 def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> float:
-    """Bytes below which the rank that needs most cannot be, without a schedule's list: to rule many out."""
+    """A lower bound for the rank that needs most, in bytes; it needs no schedule, and so rules out many quickly."""
     model, dims = job.model, variant.dims
     elements = model.num_params / (dims.tp * dims.pp)
     shards = dims.dp * dims.cp
@@ -77,7 +77,7 @@ def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> fl
 def local_elements(model: ModelConfig, variant: Variant, *, layers: int, embedding: bool, head: bool) -> int:
     """Elements of the flat buffers of a rank with so many layers, padding included."""
     tp, dim = variant.dims.tp, model.hidden_size
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     qkv = (heads + 2 * kv_heads) * model.head_dim * dim
     others = [
         heads * model.head_dim * dim,
@@ -141,7 +141,7 @@ class _Units:
 
 
 def _moments(job: Job, variant: Variant, pipe: Pipeline, rank: int, space: Workspace) -> tuple[int, int]:
-    """(most that is kept for backwards, most of that and of everything that is there for a moment)."""
+    """(peak of what is kept for backwards, peak of that and all temporaries together)."""
     units = _Units.of(job, variant, space.stream)
     kept = max(map(units.kept, pipe.held[rank]))
     largest = max(
@@ -152,7 +152,7 @@ def _moments(job: Job, variant: Variant, pipe: Pipeline, rank: int, space: Works
 
 
 def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -> float:
-    """The most in an action beyond what is there where it begins."""
+    """The peak within an action, beyond what is held when it begins."""
     if held.op == "W":
         return space.weight_gradients
     layers, stream, has_head = len(placement.layers(held.stage)), space.stream, placement.has_head(held.stage)
@@ -161,11 +161,11 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
         most = (layers - 1) * units.whole + (left if layers > 1 else 0) + space.forward if layers else stream
         return max(most, layers * units.whole + (left if layers else 0) + space.head) if has_head else most
     step = space.backward_input if held.op == "I" else space.backward
-    freed = units.whole - (units.waiting if held.op == "I" else 0)  # by each layer that is done
-    before = -units.head if has_head else 0  # which is done with when its gradient has been through the norm
+    freed = units.whole - (units.waiting if held.op == "I" else 0)  # by each finished layer
+    before = -units.head if has_head else 0  # freed once its gradient has been through the norm
     moments = [float(stream if has_head else 0)]
     if layers:
-        moments.append(before + (stream if has_head else 0) + step)  # what else leads into a stage is counted
+        moments.append(before + (stream if has_head else 0) + step)  # a gradient from another stage is in `boundaries`
     moments += [before + stream - done * freed + step for done in range(1, layers)[:: max(1, layers - 2)]]
     if placement.has_embedding(held.stage):
         moments.append(before + stream - layers * freed + space.embedding_backward)
@@ -173,9 +173,9 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
 
 
 def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
-    """What a layer's four weight gradients still read: their inputs and output gradients, of all T tokens."""
+    """What a layer's four postponed weight gradients still read: their inputs and output gradients, of all T tokens."""
     model, tp = job.model, variant.dims.tp
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
 

@@ -1,10 +1,11 @@
-"""Pipeline schedules of any length in milliseconds: simulated at a few microbatches, carried on by their period.
+"""Pipeline schedules of any length, planned in milliseconds: simulated at a few microbatches, then extrapolated.
 
-After its warm-up a schedule repeats itself every p microbatches, in time as in what it holds. So the lists that the
-runner would execute are simulated at few microbatches, with the same number left over after the last whole round, and
-one more round, whose difference is what every further round takes. What a rank holds at its most is reached by then.
+After its warm-up a schedule repeats itself every p microbatches (a round), both in time and in what it holds. So the
+lists that the runner would execute are simulated twice: at few microbatches, with the same remainder after the last
+whole round, and with one more round. The difference is what every further round takes. By then every rank has reached
+its peak.
 
-What it holds is read off the very program that the run would execute, transfers included.
+What a rank holds is read off the very program that the run would execute, transfers included.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,17 +28,17 @@ from megacoder.parallel.schedules import (
     makespan,
     place_by_cost,
 )
-from megacoder.parallel.schedules.schedule import Op, Tensor
+from megacoder.parallel.schedules.schedule import Op, StageTensor
 from megacoder.train.layout import Layout, layer_costs
 
 __all__ = ["Held", "Pipeline", "pipeline"]
 
 _ROUNDS = 3
-"""of p microbatches each, after which a schedule is in its stride"""
+"""of p microbatches each, after which a schedule is in its steady state"""
 
 
 class Held(NamedTuple):
-    """What a rank holds where an action begins, in layers of one microbatch."""
+    """What a rank holds when an action begins, in layers of one microbatch."""
 
     op: Op
     stage: int
@@ -48,8 +49,8 @@ class Held(NamedTuple):
     heads: int
     """microbatches whose loss is computed and whose backward is not"""
     boundaries: int
-    """what crosses stages: has arrived or is about to, is made or not yet known to be read; what B and I are given is
-    one, what F is given is not: it is the first that F keeps"""
+    """tensors that cross stages: arrived or about to, made, or sent and not yet known to be read. The input of B and I
+    is one of them; that of F is not, since it is the first thing that F keeps"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Pipeline:
     layout: Layout
     """of the pipeline alone"""
     longer: "Pipeline | None" = None
-    """the same with a round more, where rounds are left out"""
+    """the same with one more round, if rounds are left out"""
     rounds_left_out: int = 0
 
     @property
@@ -92,7 +93,7 @@ class Pipeline:
 
 @lru_cache(maxsize=4096)
 def pipeline(name: str, *, ranks: int, chunks: int, microbatches: int, model: ModelConfig, seq_length: int) -> Pipeline:
-    """The pipeline of `microbatches`; ConfigError where there are more stages than layers for them."""
+    """The pipeline of `microbatches`; ConfigError if there are more stages than layers for them."""
     left_out = max(0, microbatches // ranks - (_ROUNDS if ranks > 1 else 1))
     few = microbatches - left_out * ranks
     short = _build(name, ranks, chunks, few, model, seq_length)
@@ -116,7 +117,7 @@ def _place(stage_map: StageMap, model: ModelConfig, seq_length: int) -> Placemen
 
 
 def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:
-    """Of moments that are alike but for `whole` the one that has most."""
+    """Of moments that differ only in `whole`, the one with the most."""
     most: dict[tuple[object, ...], Held] = {}
     for held in moments:
         alike = (held.op, held.stage, held.waiting, held.heads, held.boundaries)
@@ -126,12 +127,12 @@ def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:
 
 
 def _moments(
-    program: Program, placement: Placement, rank: int, confirmed_by: Mapping[Tensor, Iterable[Tensor]]
+    program: Program, placement: Placement, rank: int, confirmed_by: Mapping[StageTensor, Iterable[StageTensor]]
 ) -> Iterator[Held]:
     """Where each action begins, as `megacoder.parallel.pipeline` executes them."""
     schedule = program.schedule
     whole = waiting = heads = 0
-    crossing, leaving = set[Tensor](), set[Tensor]()
+    crossing, leaving = set[StageTensor](), set[StageTensor]()
     for instruction in program.ranks[rank]:
         if isinstance(instruction, Exchange):
             for transfer in instruction.transfers:

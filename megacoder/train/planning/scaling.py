@@ -2,8 +2,9 @@
 
     learning rate = 0.3118 C^-0.1250        tokens of a batch = 0.2920 C^0.3271        C = M D
 
-M are non-embedding FLOPs per token, 72 layers d^2 + 12 layers d seq, and D the tokens of the run. With D = 2T they
-give the batch and rate that the paper's 6.7B model was trained with; its 1.3B and 33B ones are 26% above and 5% below.
+M is non-embedding FLOPs per token, 72 layers d^2 + 12 layers d seq, and D the tokens of the run. With D = 2T the laws
+give the batch and rate that the paper's 6.7B model was trained with; its 1.3B and 33B batches are 26% and 5% below
+theirs.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Advice:
 def advise(model: ModelConfig, *, seq_length: int, tokens: float) -> Advice:
     """For a run of `tokens` tokens."""
     if not tokens > 0:
-        raise ConfigError(f"{tokens} tokens: needs more than 0")
+        raise ConfigError(f"tokens = {tokens}: must be above 0")
     layers, dim = model.num_hidden_layers, model.hidden_size
     compute = (72.0 * layers * dim**2 + 12.0 * layers * dim * seq_length) * tokens
     batch = 0.2920 * compute**0.3271

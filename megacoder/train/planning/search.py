@@ -1,8 +1,8 @@
-"""Every layout of a job on a number of devices: those that fit, the fastest first, and why the others fall out.
+"""Every layout of a job on a number of devices: those that fit, the fastest first, and why the others are rejected.
 
-All layouts are held against memory and ordered by a quick estimate of their time; the first of those that fit are then
-simulated, action by action, and their memory counted rank by rank. Tensor parallel groups stay within a node: across
-one they are slower than anything else that there is.
+All layouts are checked against memory and ordered by a quick estimate of their time; the first of those that fit are
+then simulated, action by action, and their memory counted rank by rank. Tensor parallel groups stay within a node:
+across nodes they are slower than any alternative.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from megacoder.train.planning.step_time import StepTime, Throughput, quick_secon
 __all__ = ["RECOMPUTES", "Fit", "Found", "Limits", "search", "variant_pipeline"]
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
-"""What is tried. "norms" is not: between its neighbours it seldom is what makes a layout fit."""
+"""What is tried. "norms" is not: between "none" and "selective", it seldom is what makes a layout fit."""
 _CHOSEN: tuple[Axis, ...] = ("tp", "cp", "pp")
 _SIMULATED = 24
 """Variants that are simulated; a quick estimate has ordered all of them before."""
@@ -34,15 +34,15 @@ class Limits:
     """What is tried."""
 
     schedules: tuple[str, ...] = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
-    """`gpipe` is none of them: it has 1f1b's bubble and more memory"""
+    """`gpipe` is not among them: it has 1f1b's bubble and needs more memory"""
     micro_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     recomputes: tuple[Recompute, ...] = RECOMPUTES
     chunks: tuple[int, ...] = (2, 4, 6, 8, 12, 16)
     """of interleaved"""
     dims: ParallelDims | None = None
-    """one layout alone"""
+    """only this layout"""
     tp: int | None = None
-    """layouts with this alone, as with the next two"""
+    """only layouts with this size; so with the next two"""
     cp: int | None = None
     pp: int | None = None
     fp8: bool = False
@@ -73,12 +73,12 @@ class Found:
     fits: list[Fit] = field(default_factory=list)
     """simulated ones, fastest first"""
     num_fitting: int = 0
-    """of all that were looked at"""
+    """of all that were tried"""
     num_tried: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    """why layouts fall out, and how many by each reason"""
+    """why layouts are rejected, and how many for each reason"""
     examples: dict[str, str] = field(default_factory=dict)
-    """for each reason a layout that it meets, the nearest miss where memory is short"""
+    """one rejected layout for each reason; where memory is short, the nearest miss"""
     least_needed: float = float("inf")
     """bytes of that nearest miss"""
 
@@ -185,7 +185,7 @@ def _schedules(pp: int, microbatches: int, limits: Limits, *, most_stages: int) 
 
 
 def _layouts(job: Job, device: Device, num_devices: int) -> Iterator[ParallelDims]:
-    """All ways to share `num_devices` out, as far as sizes that are out of the question for any model."""
+    """All ways to divide `num_devices`, except for sizes that are out of the question for any model."""
     sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     for tp in (size for size in sizes if size <= max(64, device.devices_per_node)):
         for cp in (size for size in sizes if num_devices % (tp * size) == 0 and size <= 64):

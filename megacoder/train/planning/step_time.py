@@ -1,13 +1,12 @@
-"""The time of a step: its pipeline's makespan, what data parallel exchanges stick out of it, and the update.
+"""The time of a step: its pipeline's makespan, the data parallel exchanges that it does not hide, and the update.
 
-The head is all in the last stage's forward, and stages hold the layers that the run would give them. Gradients leave
-behind the last microbatch's backward and weights arrive behind the first one's forward (see
+The head is all in the last stage's forward, and stages hold the layers that the run would give them. Gradients are sent
+during the last microbatch's backward and weights arrive during the first one's forward (see
 `megacoder.parallel.buckets`); only what those do not cover is waited for.
 """
 
 from dataclasses import dataclass
 
-from megacoder.core.metrics import attention_flops_per_token, training_flops_per_token
 from megacoder.parallel.schedules import Costs
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
@@ -25,7 +24,7 @@ class StepTime:
     pipeline: float
     """forwards and backwards, waiting among stages included"""
     exchange: float
-    """gradients and weights among data parallel ranks, as far as nothing hides it"""
+    """gradients and weights among data parallel ranks, the part that nothing hides"""
     update: float
     """AdamW, the norm and clearing the gradient"""
 
@@ -36,7 +35,7 @@ class StepTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What a step time means."""
+    """A step's time as rates."""
 
     tokens_per_second: float
     """of all devices"""
@@ -69,7 +68,7 @@ def step_time(job: Job, variant: Variant, pipe: Pipeline, device: Device, shares
 
 
 def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) -> float:
-    """About what `step_time` says, of layers shared out evenly and without a schedule's list: to order many."""
+    """An estimate of `step_time`, for layers split evenly and without simulating the schedule: to order many."""
     layer = layer_times(job, variant, device, shares)
     head = head_seconds(job, variant, device, shares)
     work = job.model.num_hidden_layers * (layer.forward + layer.input_grad + layer.weight_grad) + head
@@ -81,26 +80,22 @@ def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) ->
 
 def throughput(job: Job, variant: Variant, device: Device, seconds: float) -> Throughput:
     """Of steps that take `seconds`."""
-    model = job.model
     devices = variant.dims.world_size
     tokens = job.tokens_per_step / seconds
-    full = attention_flops_per_token(
-        layers=model.num_hidden_layers, heads=model.num_attention_heads, head_dim=model.head_dim,
-        seq_length=job.seq_length, causal=False,
-    )  # fmt: skip
     peak = device.matrix_tflops * 1e12
-    mfu = [
-        training_flops_per_token(model.num_matmul_params, flops) * tokens / devices / peak for flops in (full, full / 2)
-    ]
+    full, causal = (
+        job.model.training_flops_per_token(job.seq_length, causal=causal) * tokens / devices / peak
+        for causal in (False, True)
+    )
     return Throughput(
-        tokens_per_second=tokens, tokens_per_second_per_device=tokens / devices, mfu_full=mfu[0], mfu_causal=mfu[1]
+        tokens_per_second=tokens, tokens_per_second_per_device=tokens / devices, mfu_full=full, mfu_causal=causal
     )
 
 
 def _whole(
     job: Job, variant: Variant, pipe: Pipeline, device: Device, shares: Shares, costs: Costs, seconds: float
 ) -> StepTime:
-    """With the exchange and the update of the rank that has most of both."""
+    """Adds the longest exchange and the longest update of any rank."""
     dims = variant.dims
     shards = dims.dp * dims.cp
     link = shard_link(variant, device, shares)

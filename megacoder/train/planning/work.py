@@ -1,9 +1,9 @@
-"""How long the parts of a microbatch take: products by their FLOPs, what memory bounds by its bytes, exchanges by
-latency and bytes (alpha-beta).
+"""How long the parts of a microbatch take: matrix products by FLOPs, memory-bound ops by bytes, exchanges by latency
+and bytes (alpha-beta).
 
 Legend: T tokens of a microbatch on a rank, D model dim, F feed-forward dim, e bytes of an element. All sizes are a
-rank's own share. The sums are those of `megacoder.model.scheduled`: what it exchanges beside products costs nothing
-here up to the time of those.
+rank's own share. The sums are those of `megacoder.model.scheduled`: what it exchanges during products costs only what
+exceeds the time of these.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class PartTimes:
 
     forward: float
     input_grad: float
-    """what it forms again included"""
+    """recomputation included"""
     weight_grad: float
 
 
@@ -36,10 +36,10 @@ class Link:
 
 
 def link_between(device: Device, shares: Shares, *, size: int, inside: int) -> Link:
-    """That of a group of `size` ranks, `inside` of them on each node: a node's links, or a part of its network.
+    """The link of a group of `size` ranks, `inside` of them on each node: a node's own, or a share of its network.
 
-    A group with several ranks on a node goes through the network once for all of them, so that it has their adapters;
-    the groups of a node share what it has.
+    A group with several ranks on a node sends each byte into the network once for all of them, over all their adapters;
+    the groups of a node share its network.
     """
     in_node = device.node_gb_per_s * 1e9 * shares.links
     if inside >= size:
@@ -62,7 +62,7 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
     model, dims, e = job.model, variant.dims, job.itemsize
     tokens, rows = variant.tokens(job), variant.rows(job)
     tp, dim, ffn = dims.tp, model.hidden_size, model.intermediate_size // variant.dims.tp
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    heads, kv_heads = model.local_heads(tp)
     hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
     rate = _product_rate(variant, device, shares)
 
@@ -80,7 +80,7 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
     keys = _key_exchange(job, variant, device, shares)
     exposed = exchange * (1 - shares.hidden_exchange if variant.overlaps_exchange else 1.0)
     forward = products + attention + norms + rope + swiglu + 4 * exposed + keys
-    # two gathers of gradients are waited for; sums, and the inputs gathered again, travel behind weight gradients
+    # two gathers of gradients are waited for; sums and re-gathered inputs travel during the weight gradients
     input_grad = products + 2.5 * attention + norms + rope + 2 * swiglu + 2 * exposed + keys
     if variant.recompute == "full":
         input_grad += forward - down - exposed
@@ -138,7 +138,7 @@ def _key_exchange(job: Job, variant: Variant, device: Device, shares: Shares) ->
     dims = variant.dims
     if dims.cp == 1:
         return 0.0
-    kv_heads = max(1, job.model.num_key_value_heads // dims.tp)
+    _, kv_heads = job.model.local_heads(dims.tp)
     link = link_between(device, shares, size=dims.cp, inside=min(dims.cp, max(1, device.devices_per_node // dims.tp)))
     own = 2 * variant.tokens(job) * kv_heads * job.model.head_dim * job.itemsize
     return link.seconds(own * (dims.cp - 1))

@@ -1,8 +1,8 @@
-"""What a layer's forward and backward hold for a moment, beside what is kept: their tensors as they come and go.
+"""What a layer's forward and backward hold temporarily, beside what is kept: their tensors as they come and go.
 
 The order is that of `megacoder.model.scheduled` and of the ops that it calls, line by line, since nothing else says
-what is there at a time: a tensor lives until the name that it goes by is given to another, or its function returns.
-Whoever changes when a tensor comes or goes there changes it here; `tools/check_plan.py` holds the two together.
+what is alive at a time: a tensor lives until its name is bound to another, or its function returns. Whoever changes a
+tensor's lifetime there must change it here; `tools/check_plan.py` compares the two.
 
 Legend: B sequences, S tokens of a whole one, T tokens of a microbatch on this rank, N rows of the residual stream,
 D model dim, C fused QKV dim, F feed-forward dim, H query heads, G key-value heads, K head dim, P keys, e bytes an
@@ -28,7 +28,7 @@ FP32 = 4
 
 
 class _Tape:
-    """Bytes that are there, and the most that were."""
+    """Bytes held now, and the most so far."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -51,7 +51,7 @@ class _ScoreBlock(NamedTuple):
 
     scores: int
     scores_before: int
-    """those of the block before, which are there until these have taken their name"""
+    """those of the block before, which live until these take over their name"""
     queries: int
     """a row of K for each query"""
     keys: int
@@ -66,7 +66,7 @@ class Workspace:
     variant: Variant
     device_type: str = "cuda"
     cp_rank: int = 0
-    """on the context axis, whose first rank has the last chunk of sequences, and so the most keys to look at"""
+    """on the context axis, whose first rank has the last chunk of sequences, and so attends to the most keys"""
 
     @cached_property
     def stream(self) -> int:
@@ -75,7 +75,7 @@ class Workspace:
 
     @cached_property
     def forward(self) -> int:
-        """The most in a layer's forward, what it keeps included, what it is given left out."""
+        """The peak of a layer's forward, including what it keeps, without its input."""
         tape = _Tape()
         self._attention_half(tape, adds_residual=True)
         tape.take(self._gathered, 2 * self._ffn, self._ffn)  # the input, gate and up, the activation
@@ -84,23 +84,23 @@ class Workspace:
 
     @cached_property
     def backward(self) -> int:
-        """The most in a layer's backward, what it has kept and is given left out."""
+        """The peak of a layer's backward, without what the forward kept and the gradient it is given."""
         return self._backward(postponed=False)
 
     @cached_property
     def backward_input(self) -> int:
-        """The same where weight gradients are postponed: what they read stays, and they themselves are not formed."""
+        """The same if weight gradients are postponed: what they read stays, and they are not computed yet."""
         return self._backward(postponed=True)
 
     @cached_property
     def weight_gradients(self) -> int:
-        """The most where those that were postponed are formed."""
+        """The peak while postponed weight gradients are computed."""
         dim = self.job.model.hidden_size
         return self._partial(max(2 * self._ffn_columns, self._qkv_columns), dim)
 
     @cached_property
     def head(self) -> int:
-        """The most in norm, head and loss, what they keep included; on top of the stream that the last layer left."""
+        """The peak of norm, head and loss, including what they keep; on top of the stream that the last layer left."""
         tokens, columns = self.variant.tokens(self.job), self.job.model.padded_vocab_size // self.variant.dims.tp
         chunk = min(tokens, chunk_tokens(columns, self.device_type))
         tape = _Tape()
@@ -113,7 +113,7 @@ class Workspace:
 
     @cached_property
     def embedding_backward(self) -> int:
-        """The most where the embedding's gradient is added, which is summed in fp32."""
+        """The peak while the embedding's gradient is added, which is summed in fp32."""
         wide = FP32 * self.variant.tokens(self.job) * self.job.model.hidden_size
         copies = (self.job.itemsize != FP32) + (self.variant.dims.tp > 1)
         return self._gathered + copies * wide
@@ -133,7 +133,7 @@ class Workspace:
         if not postponed:
             tape.passing(self._partial(2 * ffn, dim))
         self._end_reduce(tape)
-        tape.take(self.stream)  # the gradient of what stands between attention and feed-forward
+        tape.take(self.stream)  # the gradient of the stream between attention and feed-forward
         if recompute in ("norms", "selective"):
             tape.take(self._normed)
         tape.take(self._gathered)
@@ -279,7 +279,7 @@ class Workspace:
 
     @property
     def _gathered(self) -> int:
-        """What the stream of all ranks' tokens takes beside this rank's own."""
+        """The stream of all ranks' tokens, where it is gathered beside this rank's own."""
         return self._tokens if self._shares_tokens else 0
 
     @property
@@ -320,5 +320,5 @@ class Workspace:
 
     @property
     def _whole_keys(self) -> int:
-        """Keys and values of whole sequences, where ranks share those."""
+        """Keys and values of whole sequences, where ranks share sequences."""
         return 0 if self.variant.dims.cp == 1 else 2 * self.job.itemsize * self._own_key_elements * self.variant.dims.cp

@@ -102,8 +102,8 @@ def _milliseconds(seconds: float, share: float) -> list[str]:
 
 
 def _show_rates(measured: Profile) -> None:
-    rates = ", ".join(f"{_flops(use.device_flops)} {use.convention}" for use in measured.utilisation)
-    mfu = ", ".join(f"{use.mfu:.1%} {use.convention}" for use in measured.utilisation)
+    rates = ", ".join(f"{_flops(use.device_flops)} {use.convention}" for use in measured.utilization)
+    mfu = ", ".join(f"{use.mfu:.1%} {use.convention}" for use in measured.utilization)
     print(
         f"\n{measured.tokens_per_second:,.0f} tokens/s\n"
         f"of each device: {rates}\n"

@@ -92,7 +92,7 @@ def _show_phases(measured: Profile) -> None:
         ["phase", "ms", "share", *["slowest rank, ms"] * several],
         rows,
     )
-    print("The head's gradients are part of its forward; communication counts the time waited, not what overlaps.")
+    print("The head's gradients count as forward; communication is the time waited, not what overlaps.")
     if measured.run["cuda_graph"]:
         print("A graph's replay is forward and backward in one and counts as forward.")
 

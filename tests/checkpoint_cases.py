@@ -9,7 +9,7 @@ from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.commit import commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import temporary_for
 from megacoder.checkpoint.rank_file import Fragment, live_bytes, plan_rank_file
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 SHAPES = {"scalar": (), "norm": (7,), "empty": (3, 0, 2), "matrix": (9, 5), "row": (1, 4), "cube": (3, 4, 5)}

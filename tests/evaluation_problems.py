@@ -50,7 +50,8 @@ LEETCODE = [
         "meta": {"difficulty": "Easy"},
         "right": "return a + b\n\nprint('x')",
         "wrong": "return a",
-        "chat": "Here it is:\n```python\nclass Solution:\n    def add(self, a, b):\n        return a + b\n```\nDone.",
+        "chat": "Here it is:\n```python\nclass Solution:\n    @cache\n    def add(self, a, b):\n        return a + b\n"
+        "```\nDone.",
     }
 ]
 DS1000 = [
@@ -68,17 +69,18 @@ PAL = [
     {
         "question": "Ann has 3 apples and eats one. How many are left?", "answer": "3 - 1 = 2\n#### 2", "idx": 0,
         "right": "```python\ndef solution():\n    return 3 - 1\n```\n\nQuestion: more",
-        "wrong": "def solution():\n    return 3",
+        "wrong": "```python\ndef solution():\n    return 3\n```",
     },
     {
         "problem": "What is half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "1", "type": "Algebra",
         "idx": 1,
-        "right": "def solution():\n    import sympy\n    return sympy.Rational(1, 2)",
-        "wrong": "def solution():\n    return '2/1'",
+        "right": "```python\nimport sympy\ndef solution():\n    return sympy.Rational(1, 2)\n```",
+        "wrong": "```python\ndef solution():\n    return '2/1'\n```",
     },
     {
         "Body": "Bo has 50 of 200.", "Question": "How many percent?", "Answer": 25.0, "idx": 2,
-        "right": "def solution(): return 0.25", "wrong": "def solution(): return 0.26",
+        "right": "```python\ndef solution():\n    return 0.25\n```",
+        "wrong": "```python\ndef solution():\n    return math.floor(0.25)\n```",  # math is not imported
     },
 ]  # fmt: skip
 INFILL = [
@@ -90,7 +92,7 @@ INFILL = [
 CROSSCODE = [
     {
         "prompt": "import shop\nitem = shop.", "groundtruth": "Item(\n  1)", "metadata": {"task_id": "a/1"},
-        "crossfile_context": {"text": "# class Item:\n"},
-        "right": "Item(\n1)\nprint(item)", "wrong": "Thing(1)",
+        "crossfile_context": {"list": [{"filename": "shop.py", "retrieved_chunk": "class Item:\n\n    pass"}]},
+        "right": "Item(  # one\n1)\nprint(item)", "wrong": "Thing(1)",
     }
 ]  # fmt: skip

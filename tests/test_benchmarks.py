@@ -26,7 +26,7 @@ from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain
-from megacoder.evaluate.similarity import common_ratio
+from megacoder.evaluate.similarity import edit_similarity
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 
@@ -142,7 +142,7 @@ def test_a_row_that_any_answer_would_pass_is_refused(tmp_path, name, row, messag
 
 
 def test_a_maths_answer_of_none_does_not_pass(tmp_path, capsys, monkeypatch):
-    row = {"question": "Who?", "answer": None, "idx": 0, "right": "def solution(): pass"}
+    row = {"question": "Who?", "answer": None, "idx": 0, "right": "```python\ndef solution():\n    pass\n```"}
     monkeypatch.setitem(ROWS, "pal", [row])
     assert score(tmp_path, capsys, "pal", "right")["scores"][""]["pass@1"] == 0.0
     with pytest.raises(DataError, match="row 0: an empty answer, with which nothing can be compared"):
@@ -184,7 +184,11 @@ def test_prompts_are_the_published_ones():
     [task] = BENCHMARKS["mbpp"](Settings()).tasks([*SHOTS, *MBPP])
     assert task.prompt.count("You are an expert Python programmer, and here is your task: ") == 4
     assert "Write example 2. Your code should pass these tests:\n\nassert e2() == 2\n[BEGIN]\ndef e2()" in task.prompt
-    assert task.prompt.endswith("assert height(root) == 2\n[BEGIN]\n")
+    assert "return 2\n[DONE]\nYou are" in task.prompt
+    assert task.prompt.endswith("assert height(root) == 2\n[BEGIN]")
+    [task] = BENCHMARKS["mbpp"](Settings(instruct=True)).tasks([*SHOTS, *MBPP])
+    assert "assert e4() == 4\n\n>>> Code:\n```python\ndef e4(): return 4\n```\n\nHere is my problem:\n" in task.prompt
+    assert task.prompt.endswith(">>> Test Cases:\nassert height(root) == 2\n")
     first, _ = BENCHMARKS["humaneval"](Settings()).tasks(HUMANEVAL)
     assert first.prompt == HUMANEVAL[0]["prompt"].strip()
     asked, _ = BENCHMARKS["humaneval"](Settings(instruct=True)).tasks(HUMANEVAL)
@@ -193,16 +197,24 @@ def test_prompts_are_the_published_ones():
     [without], [given] = (
         BENCHMARKS["crosscode"](Settings(retrieval=retrieval)).tasks(CROSSCODE) for retrieval in (False, True)
     )
-    assert (without.context, given.context) == ("", "# class Item:\n")
+    assert (without.context, given.context_title[:7]) == ((), "# Here ")
+    assert given.context == ("# the below code fragment is found in shop.py\n# class Item:\n#     pass\n\n",)
 
 
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
         ({"input": "q", "code": "c", "target": 12.5}, "q", "12.5"),
-        ({"body": "Two.", "question": "How many?", "answer": "2 (ducks)"}, "Two. How many?", "2"),
+        ({"body": "Two. ", "question": " How many?", "answer": "2 (ducks)"}, "Two. How many?", "2"),
+        ({"Body": "Two", "Question": "How many? ", "Answer": 2.0}, "Two. How many?", "2"),
         ({"question": "q", "answer": "x #### 1,200"}, "q", "1,200"),
-        ({"problem": "p", "solution": "a \\boxed{\\sqrt{2}} b", "level": "1"}, "p", "\\sqrt{2}"),
+        ({"problem": "p", "solution": "a \\boxed{\\sqrt 2}. b", "level": "1"}, "p", "\\sqrt{2}"),
+        ({"problem": "p", "solution": "$\\boxed{x = \\frac12\\text{ m}}$"}, "p", "\\frac{1}{2}"),
+        ({"question": "q", "answer": "1/4", "table": "a | 1", "ans_type": "decimal_number", "table_title": "Rain",
+          "choices": None}, 'Read the following table regarding "Rain" and answer a question:\na | 1\nq', "0.25"),
+        ({"question": "q", "answer": "No", "table": "a | 1", "ans_type": "boolean_text", "choices": ["Yes", "No"]},
+         ("Read the following table and answer a question:\na | 1\nq Please select from the following options: ['Yes', "
+         "'No']"), "No"),
     ],
 )  # fmt: skip
 def test_the_maths_sets_are_recognized_by_their_fields(row, question, answer):
@@ -225,12 +237,89 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer(samples, right
 def test_cuts_blocks_statements_and_similarity():
     assert cut("abc\ndef x", ("\ndef", "c")) == "ab"
     assert code_block("x\n```python\na = 1\n```\ny", "python") == "a = 1\n"
-    assert code_block("x\n```\na\n", "python") == "a\n"
-    assert code_block("no block") is None
-    assert first_statement("\n\nf(a,\n  b)\ng()") == "f(a,\n  b)"
-    assert first_statement("x = 1\ny") == "x = 1"
-    assert common_ratio("abcd", "abxd") == pytest.approx(6 / 8)
-    assert (common_ratio("", ""), common_ratio("a", "")) == (1.0, 0.0)
+    assert code_block("x\n```Python\na\n```\n```python\nb\n```", "python") == "a\n"
+    assert code_block("x\n```python\na\n", "python") is None
+    assert code_block("x\n```\na\n```", "python") is None
+    assert edit_similarity("abcd", "abxd") == 0.75
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "answer", "statement"),
+    [
+        ("python", "x = ", "f(a,\n  b)\ng()", "f(a,\n  b)"),
+        ("python", "", "\nx = 1  \ny", "\nx = 1"),
+        ("python", "x = (", "\n1", "\n1"),
+        ("java", "foo.", "bar(1); // why\nreturn;", "bar(1);"),
+        ("ts", "if (", "open) {\n  shut();\n}", "open) {"),
+        ("cs", "x", ";y;", ";y;"),
+    ],
+)
+def test_the_statement_that_counts_is_the_published_one(language, prompt, answer, statement):
+    assert first_statement(prompt, answer, language) == statement
+
+
+def test_comments_and_blank_lines_do_not_count_and_edit_similarity_is_in_whole_percent():
+    [task] = BENCHMARKS["crosscode"](Settings(language="typescript")).tasks([
+        {"prompt": "go(", "groundtruth": "  away, // far\n\n now);", "metadata": {"file": "a/b.ts"}}
+    ])  # fmt: skip
+    assert task.row["language"] == "ts"
+    benchmark = BENCHMARKS["crosscode"](Settings(language="ts"))
+    assert benchmark.scores(task, "away,\nnow); // soon") == {"exact_match": 1.0, "edit_similarity": 0.88}
+    with pytest.raises(ConfigError, match="--language rust: crosscode has python, java, ts, cs"):
+        BENCHMARKS["crosscode"](Settings(language="rust"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("x = 1\n```\nIt adds.\n```python\nprint()\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\n</code>", "\nx = 1\n"),
+        ("<code>x = 1\nEND SOLUTION\nmore", "x = 1"),
+    ],
+)
+def test_a_data_science_answer_ends_at_its_fence(answer, code):
+    [task] = BENCHMARKS["ds1000"](Settings()).tasks(DS1000)
+    assert f"code = {code!r}\n" in BENCHMARKS["ds1000"](Settings()).source(task, answer)
+
+
+def test_chat_has_limits_of_its_own():
+    limits = {
+        (name, instruct): (found.max_new_tokens, found.seconds)
+        for name in ("humaneval", "mbpp", "leetcode")
+        for instruct in (False, True)
+        for found in [BENCHMARKS[name](Settings(instruct=instruct))]
+    }
+    assert limits == {
+        ("humaneval", False): (500, 10.0), ("humaneval", True): (1024, 3.0), ("mbpp", False): (500, 10.0),
+        ("mbpp", True): (512, 10.0), ("leetcode", False): (1024, 10.0), ("leetcode", True): (1024, 10.0),
+    }  # fmt: skip
+
+
+def test_a_chat_answer_to_humaneval_keeps_its_function_alone():
+    benchmark = BENCHMARKS["humaneval"](Settings(instruct=True))
+    [_, task] = benchmark.tasks(HUMANEVAL)
+    answer = "```python\nimport os\n\ndef helper():\n    pass\n\ndef double(x):\n    return x * 2\n```\nSo."
+    program = benchmark.source(task, answer)
+    assert "helper" not in program
+    assert program.endswith("\ndef double(x):\n    return x * 2\n\n\n" + HUMANEVAL[1]["test"])
+    unclosed = benchmark.source(task, "```python\ndef double(x):\n    return x * 2\n")
+    assert HUMANEVAL[1]["prompt"] + "\n```python\n" in unclosed
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Text\n```python\nclass Solution:\n    pass\n```\nmore", "class Solution:\n    pass"),
+        ("class Solution:\n    pass\n\nprint(1)", "class Solution:\n    pass\n"),
+        ("\n        return a + b", "class Solution:\n    def add(self, a, b):\n\n        return a + b"),
+        ("```python\nclass Solution:\n    pass", "```python\nclass Solution:\n    pass"),
+        ("[PYTHON]\nclass Solution:\n    pass\n[/PYTHON]", "class Solution:\n    pass"),
+    ],
+)
+def test_a_chat_answer_to_leetcode_is_read_as_published(answer, code):
+    benchmark = BENCHMARKS["leetcode"](Settings(instruct=True))
+    [task] = benchmark.tasks(LEETCODE)
+    assert benchmark.source(task, answer).split("from functools import *\n")[1] == f"{code}\n{LEETCODE[0]['test']}"
 
 
 def test_an_evaluation_resumes(tmp_path, capsys, monkeypatch):
@@ -251,6 +340,23 @@ def test_an_evaluation_resumes(tmp_path, capsys, monkeypatch):
     code, _, err = run(capsys, *words)
     assert code == 2
     assert "made with seconds = 'None', now '3.0'; choose another --out" in err
+
+
+def test_scores_of_an_earlier_protocol_are_not_mixed_with_new_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(BENCHMARKS["infill"], "protocol", 1)
+    score(tmp_path, capsys, "infill", "right", "--out", tmp_path / "out")
+    monkeypatch.undo()
+    words = [
+        "--data",
+        tmp_path / "infill.jsonl",
+        "--completions",
+        tmp_path / "answers.jsonl",
+        "--out",
+        tmp_path / "out",
+    ]
+    code, _, err = run(capsys, "eval", "infill", *words)
+    assert code == 2
+    assert "settings.json: made with protocol = 1, now 2; choose another --out" in err
 
 
 def exported_model(tmp_path, *, seed: int = 0) -> Path:
@@ -377,7 +483,7 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "/models: no answer in 0 s; is it a model's server?"),
+        (None, "/models: no answer in 0 s; is an OpenAI-compatible server running there?"),
         (b"SSH-2.0-here\r\n", "/models: SSH-2.0-here; is the server running?"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\ngone", "/models: 404 Not Found: gone"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "/models: no model in []; name one (--api-model)"),

@@ -19,8 +19,8 @@ from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
 

@@ -30,7 +30,7 @@ from megacoder.checkpoint.rank_file import Fragment, Staging, live_bytes, plan_r
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.errors import CheckpointError, ConfigError
-from megacoder.parallel.collectives import start_world
+from megacoder.parallel.world import start_world
 
 SYNC, ASYNC = CheckpointConfig(asynchronous=False), CheckpointConfig()
 

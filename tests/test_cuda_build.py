@@ -202,3 +202,11 @@ def test_a_failing_nvcc_is_one_line_and_the_build_continues(tmp_path):
     assert not path.exists()
     assert len(lines) == 1
     assert "nvcc exits with 3: nvcc fatal: no such architecture" in lines[0]
+
+
+def test_a_library_built_from_other_sources_is_not_used(library, monkeypatch):
+    monkeypatch.setattr(device, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(device, "LAUNCHERS_VERSION", device.LAUNCHERS_VERSION + 1)
+    assert device.cuda_kernels().startswith("not loadable (built from other sources; install megacoder again)")
+    with pytest.raises(OSError, match="built from other sources"):
+        cuda.CudaKernels(library)

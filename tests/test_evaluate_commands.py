@@ -146,7 +146,7 @@ def test_eval_perplexity(home, capsys):
             "bare: no tokenizer.json in it; name a folder that has one with --tokenizer",
         ),
         ("generate --model heldout --prompt x", "config.json: no such file; is heldout a model folder?"),
-        ("generate --model mixed --prompt x", "they do not belong together"),
+        ("generate --model mixed --prompt x", "use the tokenizer that the model was trained with"),
         ("generate --model model --prompt x --max-new-tokens 320", "--max-new-tokens 320: must be from 1 to 318"),
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),

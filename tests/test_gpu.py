@@ -28,10 +28,10 @@ from megacoder.ops.attention import (
 from megacoder.ops.backends import OPS, backend, candidates
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fused_attention import FLASH
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Interrupted, Trainer, train

@@ -8,16 +8,13 @@ import torch
 
 from megacoder.core.errors import ConfigError, MegacoderError, RankLost
 from megacoder.parallel.collectives import (
-    World,
     all_gather_into,
     all_reduce_sum,
     barrier,
     broadcast_from_first,
-    gather_json,
-    launched_ranks,
     reduce_scatter_sum,
-    start_world,
 )
+from megacoder.parallel.world import World, gather_json, launched_ranks, start_world
 
 SIZES = [1, 2, 3, 4]
 WORLD_OF_ONE = World(0, 1, 0, torch.device("cpu"), None)

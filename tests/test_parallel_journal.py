@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from megacoder.core.errors import RankLost
 from megacoder.parallel import collectives
-from megacoder.parallel.collectives import World, journal_of, new_group
+from megacoder.parallel.collectives import journal_of
 from megacoder.parallel.journal import Journal
+from megacoder.parallel.world import World, new_group
 
 
 def every_operation(world):

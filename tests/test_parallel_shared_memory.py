@@ -15,12 +15,9 @@ import torch
 from megacoder.core.errors import RankLost
 from megacoder.parallel import collectives, one_host
 from megacoder.parallel.collectives import (
-    World,
     all_gather_into,
     all_reduce_sum,
     barrier,
-    gather_json,
-    new_group,
     start_all_gather,
     start_all_reduce_sum,
     start_receive,
@@ -28,6 +25,7 @@ from megacoder.parallel.collectives import (
     start_send,
     sum_with_peer,
 )
+from megacoder.parallel.world import World, gather_json, new_group
 
 SIZES = [2, 3, 4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32]
@@ -52,7 +50,7 @@ def reference(rows):
 
 def in_memory(group):
     """What ranks share; that they do is what the tests rely on."""
-    memory = collectives._note_of(group).memory
+    memory = collectives.note_of(group).memory
     assert memory is not None
     return memory
 
@@ -232,7 +230,7 @@ def awkward_tensors(world, shared):
     """What becomes of tensors that are not contiguous, require gradients or are empty."""
     world = World(world.rank, world.size, 0, world.device, world.group)
     if not shared:
-        collectives._note_of(world.group).memory = None
+        collectives.note_of(world.group).memory = None
     outcomes = []
     strided = torch.arange(12.0).view(3, 4).t()
     for call in (
@@ -348,7 +346,7 @@ def refuse(world, step, refusing):
     group = new_group([list(range(world.size))], world, name="dp")
     tensor = torch.ones(3)
     all_reduce_sum(tensor, group)
-    return collectives._note_of(group).memory is None, tensor.tolist()
+    return collectives.note_of(group).memory is None, tensor.tolist()
 
 
 @pytest.mark.parametrize("step", ["open", "call", "answer", "listen"])
@@ -374,7 +372,7 @@ def meet_a_stranger(world):
     group = new_group([[0, 1]], world, name="dp")
     tensor = torch.ones(3)
     all_reduce_sum(tensor, group)
-    return collectives._note_of(group).memory is not None, tensor.tolist()
+    return collectives.note_of(group).memory is not None, tensor.tolist()
 
 
 def test_a_process_outside_the_group_is_ignored(ranks):
@@ -387,7 +385,7 @@ def switch_off(world):
     world = World(world.rank, world.size, 0, world.device, world.group, shared_memory=False)
     group = new_group([list(range(world.size))], world, name="dp")
     values = gather_json(world.rank, world)
-    return collectives._note_of(group).memory is None, values
+    return collectives.note_of(group).memory is None, values
 
 
 def test_shared_memory_can_be_switched_off(ranks):

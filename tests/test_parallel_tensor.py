@@ -18,10 +18,10 @@ from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_l
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE_INDEX
-from megacoder.parallel.collectives import World
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters, OwnedRange
 from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.world import World
 from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.run_folder import state_fragments
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from megacoder.model.stage import forward_backward
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
-from megacoder.parallel.collectives import World, all_reduce_sum
+from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.flat import ALIGNMENT, FlatParameters
+from megacoder.parallel.world import World
 from megacoder.parallel.zero import Zero1AdamW
 
 CPU = torch.device("cpu")

@@ -17,14 +17,14 @@ from megacoder.core.rates import known_peak
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World
 from megacoder.train.op_table import op_table
 from megacoder.train.phases import PhaseClock
-from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilisation
+from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilization
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 QUICK = ProfileConfig(steps=2, warmup=1, ops=False)
@@ -135,11 +135,11 @@ def test_plain_blocks_in_bf16_on_random_tokens(case):
     assert measured.run["data"] == "random tokens"
 
 
-def test_utilisation_in_both_conventions_is_the_published_one():
+def test_utilization_in_both_conventions_is_the_published_one():
     """The 1.3B model at 4,096 tokens, 62,200 tokens/s on one H100: 63.5% and 55.9%."""
     peak = known_peak("NVIDIA H100 80GB HBM3", torch.bfloat16)
     full, causal = (
-        utilisation(
+        utilization(
             ModelConfig(), 4096, convention=name, tokens_per_second=62_200, num_devices=1, device_peak=peak.flops
         )
         for name in CONVENTIONS
@@ -152,7 +152,7 @@ def test_utilisation_in_both_conventions_is_the_published_one():
     assert causal.flops_per_token == products + attention / 2
     assert full.mfu == pytest.approx((products + attention) * 62_200 / 989.4e12)
     assert (full.mfu, causal.mfu) == (pytest.approx(0.635, abs=5e-4), pytest.approx(0.559, abs=5e-4))
-    two = utilisation(
+    two = utilization(
         ModelConfig(), 4096, convention=full.convention, tokens_per_second=62_200, num_devices=2, device_peak=1e15
     )
     assert two.device_flops == pytest.approx(full.device_flops / 2)
@@ -294,7 +294,7 @@ def test_the_command_without_data(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.json", "shape.toml", "t.json"]
     saved = json.loads((tmp_path / "o.json").read_text())
-    assert {use["convention"] for use in saved["utilisation"]} == set(CONVENTIONS)
+    assert {use["convention"] for use in saved["utilization"]} == set(CONVENTIONS)
     assert saved["ops"][0]["share"] == pytest.approx(saved["ops"][0]["per_second"] / saved["copy_bytes"])
 
 

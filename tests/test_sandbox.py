@@ -141,6 +141,13 @@ def test_the_attacks_succeed_without_the_sandbox(tmp_path):
         ("raise SystemExit(3)", "failed", "exit code 3"),
         ("import os; os.kill(os.getpid(), 11)", "crashed", "signal 11"),
         ("def f(:", "failed", "SyntaxError"),
+        ("if __name__ == '__main__':\n    input()", "passed", ""),
+        ("import pickle\nclass C: pass\npickle.loads(pickle.dumps(C()))", "passed", ""),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.fail('no')\nunittest.main()",
+            "failed",
+            "FAILED (failures=1)",
+        ),
     ],
 )
 def test_the_outcome_reports_what_a_program_did(sandbox, source, verdict, detail):
@@ -280,7 +287,7 @@ PROGRAMS = {  # right, wrong, and what does not compile
         "class Problem {",
     ),
     "js": (
-        "console.log(42)",
+        "var x = 42",
         "require('assert')(false)",
         None,
     ),
@@ -377,7 +384,8 @@ def test_right_wrong_and_broken_programs_in_each_language(language):
     except SandboxError as error:
         pytest.skip(str(error))
     assert {kind: outcome.passed for kind, outcome in outcomes.items()} == {kind: kind == "right" for kind in programs}
-    assert outcomes["right"].stdout.split()[0] == "42"  # Go's test programs add a line
+    if not LANGUAGES[language].silent:
+        assert outcomes["right"].stdout.split()[0] == "42"  # Go's test programs add a line
     if "broken" in outcomes:
         assert (outcomes["broken"].step, outcomes["broken"].verdict) == (0, "failed"), outcomes["broken"]
 
@@ -390,6 +398,22 @@ def test_a_complaint_on_stderr_fails_a_program_that_exits_with_0(sandbox):
     assert sandbox.run_one(script("echo Failure >&2; echo no Fail >&2; echo Fail")).passed
     outcome = sandbox.run_one(script("echo x >&2; echo Fail: 3 >&2"))
     assert outcome.describe() == "failed: Fail: 3"
+
+
+def test_anything_printed_fails_a_program_that_must_be_silent(sandbox):
+    def script(source: str) -> Program:
+        step = Step(argv=("bash", "main.sh"), limits=Limits(seconds=5), silent=True)
+        return Program(files={"main.sh": source}, steps=(step,))
+
+    assert sandbox.run_one(script("true")).passed
+    assert sandbox.run_one(script("echo so far")).describe() == "failed: so far"
+    assert sandbox.run_one(script("echo so far >&2")).describe() == "failed: so far"
+
+
+def test_openssl_is_linked_where_a_program_includes_it():
+    toolchain = Toolchain(language=LANGUAGES["cpp"], paths={"c++": "/x/bin/g++"})
+    plain, linked = (toolchain.program(source, seconds=1).steps[0].argv for source in ("", "#include <openssl/md5.h>"))
+    assert linked == (*plain, "-lcrypto", "-lssl")
 
 
 def test_a_jar_is_a_named_library_and_only_it_is_visible():

@@ -21,7 +21,7 @@ from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train

@@ -24,10 +24,10 @@ from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
 from megacoder.model.transformer import Transformer
 from megacoder.ops import adamw
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, GuardConfig, RunStopped
 from megacoder.train.loop import Trainer

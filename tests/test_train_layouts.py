@@ -15,8 +15,8 @@ from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.world import World
 from megacoder.train import run_folder
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer

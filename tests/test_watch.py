@@ -15,10 +15,10 @@ import torch
 from train_cases import make_case
 
 from megacoder.core.processes import kill_sibling
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World
 from megacoder.train.metrics_log import read_metrics
 
 TESTS = Path(__file__).parent

@@ -42,7 +42,7 @@ from megacoder.core.config import parse_args, to_dict
 from megacoder.core.console import say, table
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import weight_shapes
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 GIB = 1 << 30

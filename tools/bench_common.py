@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def commit() -> str:
     """`git describe --dirty` of this tree, or MEGACODER_COMMIT where only a copy of the tree is at hand."""
     if given := os.environ.get("MEGACODER_COMMIT"):
         return given
+    if shutil.which("git") is None:
+        return "unknown"
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,

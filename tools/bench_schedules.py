@@ -26,9 +26,10 @@ from ranks import RankPool
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.parallel.collectives import World, barrier
+from megacoder.parallel.collectives import barrier
 from megacoder.parallel.pipeline import PipelineRunner
 from megacoder.parallel.schedules import SCHEDULES, Costs, Schedule, build_program, build_schedule, simulate
+from megacoder.parallel.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,13 @@ part=all
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-tools/results}
 export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
-export MEGACODER_COMMIT=${MEGACODER_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
+export MEGACODER_COMMIT=${MEGACODER_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 failed=0
 
-[ -e megacoder/_cuda.so ] || "$PYTHON" setup.py --quiet build_ext --inplace || exit 1
+if [ ! -e megacoder/_cuda.so ] || [ -n "$(find csrc/cuda -newer megacoder/_cuda.so)" ]; then
+  "$PYTHON" setup.py --quiet build_ext --inplace || exit 1
+fi
+"$PYTHON" -c 'from megacoder.core.device import CUDA_LIBRARY, load_cuda_library; load_cuda_library(CUDA_LIBRARY)' || exit 1
 
 wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 late() { [ "${MINUTES:-0}" -gt 0 ] && [ "$SECONDS" -ge $((MINUTES * 60)) ] && echo "left for the next call: $*"; }
@@ -42,10 +45,11 @@ once() {  # NAME COMMAND...: what has ended well at this commit on this device i
   if "$@"; then echo "$ended" >>"$OUT/gpu_done.txt"; else failed=1; fi
 }
 check=("$PYTHON" -m pytest -q -p no:cacheprovider --timeout 300)
+at_once() { "$PYTHON" -c 'import xdist' 2>/dev/null && echo "--numprocesses $1 --dist $2"; }  # where pytest-xdist is
 
 if wanted correctness; then
-  once "tests of kernels" "${check[@]}" tests/test_triton_kernels.py tests/test_cuda_kernels.py
-  once "tests of steps" "${check[@]}" tests/test_gpu.py tests/test_ops.py tests/test_model.py
+  once "tests of kernels" "${check[@]}" $(at_once 6 worksteal) tests/test_triton_kernels.py tests/test_cuda_kernels.py
+  once "tests of steps" "${check[@]}" $(at_once 3 loadfile) tests/test_gpu.py tests/test_ops.py tests/test_model.py
 fi
 if wanted ops; then
   once ops "$PYTHON" tools/bench_ops.py --out "$OUT/gpu_ops.jsonl"

@@ -23,9 +23,9 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.stage import Microbatch
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.memory_table import largest_growth, standing_rows

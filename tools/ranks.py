@@ -34,7 +34,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megacoder.parallel.collectives import World
+from megacoder.parallel.world import World
 
 __all__ = ["Outcome", "RankFailed", "RankPool", "fork_server"]
 

@@ -163,4 +163,6 @@ extern "C" int adamw_scalars(const double* squares, const double* num_tokens, co
 }
 
 // What a launcher's return value means.
+extern "C" int64_t launchers_version() { return megacoder::kLaunchersVersion; }
+
 extern "C" const char* error_string(int64_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -14,6 +14,7 @@
 namespace megacoder {
 
 constexpr int kThreads = 256;
+constexpr int kLaunchersVersion = 1;  // megacoder/core/device.py has it, too
 
 // `count` elements as aligned vectors of `width`, and single elements before the first and after the last of them.
 struct Cut {

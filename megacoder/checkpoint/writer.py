@@ -27,7 +27,8 @@ from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_byt
 from megacoder.core.config import check_seconds
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
-from megacoder.parallel.collectives import World, all_reduce_sum, barrier, broadcast_from_first, gather_json
+from megacoder.parallel.collectives import all_reduce_sum, barrier, broadcast_from_first
+from megacoder.parallel.world import World, gather_json
 
 __all__ = ["CheckpointConfig", "CheckpointWriter"]
 

@@ -21,7 +21,7 @@ from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox
-from megacoder.evaluate.sandbox.languages import find_toolchain
+from megacoder.evaluate.sandbox.languages import short_name
 
 if TYPE_CHECKING:  # it imports torch, which scoring a file does not need
     from megacoder.parallel.tensor import TensorParallel
@@ -79,7 +79,7 @@ class EvalArgs:
     api_model: Optional[str] = None
     """the model's name on the server; if unset, the server's first model"""
     tokenizer: Optional[Path] = None
-    """folder with tokenizer.json; if unset, the model's"""
+    """folder with tokenizer.json, to count a server's prompts near a limit too; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model"""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
@@ -125,7 +125,7 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     )  # fmt: skip
     benchmark = kind(settings)
     tasks = benchmark.load(args.data)
-    if args.language is None and (said := tasks[0].row.get("language")) and isinstance(benchmark, ProgramBenchmark):
+    if args.language is None and (said := tasks[0].row.get("language")):
         benchmark = kind(replace(settings, language=str(said)))
         tasks = benchmark.load(args.data)
     if isinstance(benchmark, ProgramBenchmark):
@@ -150,7 +150,8 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     contents: dict[str, str] = {}
     if args.out is not None:
         contents = _contents(args)
-    with Notes.open(args.out, {"benchmark": name, **fixed}, contents=contents) as notes:
+    judged = {"benchmark": name, "protocol": kind.protocol, **fixed}
+    with Notes.open(args.out, judged, contents=contents) as notes:
         _resume_note(notes)
         if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
             source = ready if args.completions is not None else _source(args, benchmark, tp)
@@ -192,8 +193,8 @@ def _contents(args: EvalArgs) -> dict[str, str]:
     found = {name: file_content(path, option=f"--{name}") for name, path in files.items() if path is not None}
     if args.model is not None:
         found["model"] = model_content(args.model)
-        if args.tokenizer is not None:
-            found["tokenizer"] = file_content(args.tokenizer / "tokenizer.json", option="--tokenizer")
+    if args.tokenizer is not None:
+        found["tokenizer"] = file_content(args.tokenizer / "tokenizer.json", option="--tokenizer")
     return found
 
 
@@ -210,7 +211,9 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
     if args.endpoint is not None:
         from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 
-        return EndpointSource(args.endpoint, decoding, model=args.api_model, workers=args.workers)
+        return EndpointSource(
+            args.endpoint, decoding, model=args.api_model, tokenizer=args.tokenizer, workers=args.workers
+        )
     assert args.model is not None
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, not needed to score a file
@@ -243,7 +246,7 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
 
 def _print(name: str, summary: Summary, settings: Settings) -> None:
     """Scores by group, with published ones beside them."""
-    language = find_toolchain(settings.language).language.name if name == "humaneval" else settings.language
+    language = short_name(settings.language)
     known = published_scores(name, language=language, instruct=settings.instruct, retrieval=settings.retrieval)
     metrics = list(summary.scores[""])
     groups = sorted(summary.scores, key=lambda group: (group == "", group))

@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint import": ("megacoder.cli.checkpoint_convert:import_main", "a Hugging Face folder to train further"),
     "generate": ("megacoder.cli.generate", "continue a text"),
     "infill": ("megacoder.cli.infill", "fill in a line or a <FILL> mark of a file"),
-    "chat": ("megacoder.cli.chat", "a conversation in the published template"),
+    "chat": ("megacoder.cli.chat", "chat with an instruction-tuned model"),
     "eval humaneval": ("megacoder.cli.eval_benchmark:humaneval", "HumanEval, Python and the multilingual sets"),
     "eval mbpp": ("megacoder.cli.eval_benchmark:mbpp", "MBPP, 3-shot"),
     "eval leetcode": ("megacoder.cli.eval_benchmark:leetcode", "LeetCode Contest, by difficulty"),

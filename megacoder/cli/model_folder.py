@@ -20,8 +20,8 @@ from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
-from megacoder.parallel.collectives import start_world
 from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.world import start_world
 from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 

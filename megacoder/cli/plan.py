@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the one that the options ask for."""
     words = [word.partition("=")[0] for word in argv]
     if not argv:
-        say(f"{_CHOICE}The last of these, with its defaults:")
+        say(f"{_CHOICE}Without options, the last of these with its defaults:")
     if "-h" in words or "--help" in words:
         print(_CHOICE)
         plan_schedule.print_help()

@@ -42,7 +42,7 @@ class ScheduleArgs:
     forward: float = 1.0
     """time of one microbatch's forward through all chunks of a rank"""
     input_grad: float = 1.0
-    """time of its backward for the input gradient"""
+    """time of the input-gradient backward (I) gradient"""
     weight_grad: float = 1.0
     """time of its backward for the weight gradients"""
     latency: float = 0.0

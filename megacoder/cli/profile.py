@@ -92,7 +92,7 @@ def _show_phases(measured: Profile) -> None:
         ["phase", "ms", "share", *["slowest rank, ms"] * several],
         rows,
     )
-    print("The head's gradients are part of its forward; communication is the time waited, not what is hidden.")
+    print("The head's gradients count as forward; communication is the time waited, not what overlaps.")
     if measured.run["cuda_graph"]:
         print("A graph's replay is forward and backward in one and counts as forward.")
 
@@ -102,8 +102,8 @@ def _milliseconds(seconds: float, share: float) -> list[str]:
 
 
 def _show_rates(measured: Profile) -> None:
-    rates = ", ".join(f"{_flops(use.device_flops)} {use.convention}" for use in measured.utilisation)
-    mfu = ", ".join(f"{use.mfu:.1%} {use.convention}" for use in measured.utilisation)
+    rates = ", ".join(f"{_flops(use.device_flops)} {use.convention}" for use in measured.utilization)
+    mfu = ", ".join(f"{use.mfu:.1%} {use.convention}" for use in measured.utilization)
     print(
         f"\n{measured.tokens_per_second:,.0f} tokens/s\n"
         f"of each device: {rates}\n"

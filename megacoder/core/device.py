@@ -14,16 +14,20 @@ from megacoder.core.processes import num_cores
 __all__ = [
     "CUDA_LIBRARY",
     "CUDA_MAJOR",
+    "LAUNCHERS_VERSION",
     "Machine",
     "cpp_kernels",
     "cuda_kernels",
     "describe_parts",
     "faster_dtype",
+    "load_cuda_library",
     "probe",
 ]
 
 CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 """Where setup.py puts the CUDA kernels"""
+LAUNCHERS_VERSION = 1
+"""Raised together with that of csrc/cuda/flat.cuh when a launcher's arguments change: older code would misread them."""
 
 CUDA_MAJOR = 8
 """The least major compute capability that they are built for: A100 and later"""
@@ -88,7 +92,7 @@ def cuda_kernels() -> str:
     if not CUDA_LIBRARY.exists():
         return "not built (that takes nvcc when megacoder is installed); the torch paths are used"
     try:
-        ctypes.CDLL(str(CUDA_LIBRARY))
+        load_cuda_library(CUDA_LIBRARY)
     except OSError as error:
         return f"not loadable ({error}); the torch paths are used"
     if not torch.cuda.is_available():
@@ -97,6 +101,15 @@ def cuda_kernels() -> str:
     if major < CUDA_MAJOR:
         return f"built for compute capability {CUDA_MAJOR}.0 and up; this GPU's is {major}.{minor}"
     return "built"
+
+
+def load_cuda_library(path: Path) -> ctypes.CDLL:
+    """The compiled CUDA kernels; OSError if they cannot be loaded, or were built from sources of another version."""
+    library = ctypes.CDLL(str(path))
+    version = getattr(library, "launchers_version", None)
+    if version is None or version() != LAUNCHERS_VERSION:
+        raise OSError("built from other sources; install megacoder again")
+    return library
 
 
 def describe_parts() -> list[tuple[str, str]]:

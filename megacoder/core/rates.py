@@ -1,7 +1,7 @@
 """What a device can do at most: matrix products by its data sheet or as measured, and copies as measured.
 
 A share of a limit says more than a time. The limit of arithmetic is the data sheet's where we know it, as in published
-utilisations; on other devices, CPUs above all, it is the fastest large product measured here, and is named so. The
+utilizations; on other devices, CPUs above all, it is the fastest large product measured here, and is named so. The
 limit of memory is what a copy reaches, reads and writes counted, since no program moves more.
 """
 

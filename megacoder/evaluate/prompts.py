@@ -4,19 +4,25 @@ Every line break is a token of its own, so that lines tokenize independently: wi
 old tokens less those of these lines.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megacoder.core.console import counted
 from megacoder.core.errors import DataError
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["SHORTEST_COMPLETION", "SHORTEST_INFILL", "Prompt", "completion_prompt", "infill_prompt"]
+__all__ = [
+    "SHORTEST_COMPLETION", "SHORTEST_INFILL", "CountTokens", "Prompt", "completion_prompt", "count_with",
+    "infill_prompt", "last_lines", "num_that_fit",
+]  # fmt: skip
 
 SHORTEST_COMPLETION = 2
 """Tokens of the shortest prompt: BOS and one of the text."""
 SHORTEST_INFILL = 4
 """Tokens of the shortest infilling prompt: BOS and the marks of prefix, hole and end."""
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""The number of tokens of each text, without any that a tokenizer adds around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +36,24 @@ class Prompt:
 
 def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Prompt:
     """BOS and the last lines of `text`. Raises DataError if not even the last line fits."""
-    lines = _encode_lines(tokenizer, text)
-    kept = _take(reversed(lines), max_tokens - 1)
+    kept, num_dropped = last_lines(text, max_tokens=max_tokens - 1, count=count_with(tokenizer))
+    return Prompt(tokens=[tokenizer.bos_id, *tokenizer.encode(kept)], num_dropped_lines=num_dropped)
+
+
+def last_lines(text: str, *, max_tokens: int, count: CountTokens) -> tuple[str, int]:
+    """The last lines of `text` that fit, and how many do not. Raises DataError if not even the last line fits."""
+    lines = _lines(text)
+    sizes = count(lines)
+    kept = num_that_fit(reversed(sizes), max_tokens)
     if lines and not kept:
-        size = counted(len(lines[-1]), "token", "tokens")
-        raise DataError(f"the last line of the prompt has {size}; there is room for {max_tokens - 1}")
-    return Prompt(
-        tokens=[tokenizer.bos_id, *(token for line in reversed(kept) for token in line)],
-        num_dropped_lines=len(lines) - len(kept),
-    )
+        size = counted(sizes[-1], "token", "tokens")
+        raise DataError(f"the last line of the prompt has {size}; there is room for {max_tokens}")
+    return "".join(lines[len(lines) - kept :]), len(lines) - kept
+
+
+def count_with(tokenizer: Tokenizer) -> CountTokens:
+    """What counts the tokens of texts."""
+    return lambda texts: [len(tokens) for tokens in tokenizer.encode_batch(texts)]
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int) -> Prompt:
@@ -52,8 +67,10 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
         size = counted(max_tokens, "token", "tokens")
         raise DataError(f"a prompt of {size} cannot hold the {SHORTEST_INFILL} control tokens of an infilling prompt")
     before, after = _encode_lines(tokenizer, prefix), _encode_lines(tokenizer, suffix)
-    suffix_lines = _take(after, max(room // 2, room - sum(map(len, before))))
-    prefix_lines = _take(reversed(before), room - sum(map(len, suffix_lines)))[::-1]
+    num_after = num_that_fit(map(len, after), max(room // 2, room - sum(map(len, before))))
+    suffix_lines = after[:num_after]
+    num_before = num_that_fit(map(len, reversed(before)), room - sum(map(len, suffix_lines)))
+    prefix_lines = before[len(before) - num_before :]
     return Prompt(
         tokens=[
             tokenizer.bos_id,
@@ -66,17 +83,15 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
 
 
 def _encode_lines(tokenizer: Tokenizer, text: str) -> list[list[int]]:
-    lines = [line + "\n" for line in text.split("\n")]
-    lines[-1] = lines[-1][:-1]  # what follows the last line break, perhaps nothing
-    return [tokens for tokens in tokenizer.encode_batch(lines) if tokens]
+    return tokenizer.encode_batch(_lines(text))
 
 
-def _take(lines: Iterable[list[int]], room: int) -> list[list[int]]:
-    """The first of `lines` that fit into `room` tokens together."""
-    taken = []
-    for line in lines:
-        room -= len(line)
-        if room < 0:
-            break
-        taken.append(line)
-    return taken
+def _lines(text: str) -> list[str]:
+    """The lines with their line breaks; none is empty."""
+    *lines, last = text.split("\n")
+    return [*(f"{line}\n" for line in lines), *([last] if last else [])]
+
+
+def num_that_fit(sizes: Iterable[int], room: int) -> int:
+    """How many of the first `sizes` have at most `room` together."""
+    return sum(1 for _ in itertools.takewhile(lambda total: total <= room, itertools.accumulate(sizes)))

@@ -258,7 +258,7 @@ def _check_vocabulary(num_tokens: int, config: ModelConfig, folder: Path) -> Non
     if num_tokens > config.vocab_size:
         raise FormatError(
             f"{folder}: the tokenizer has {num_tokens} tokens, the model knows {config.vocab_size}; "
-            "they do not belong together"
+            "use the tokenizer that the model was trained with"
         )
 
 

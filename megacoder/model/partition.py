@@ -33,7 +33,7 @@ KINDS: dict[str, type[ModelStage]] = {"scheduled": Stage, "plain": PlainStage}
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How layers run; no choice changes a result but by rounding, which in fp8 is coarse."""
+    """How layers run. Choices change results only by rounding, which is coarse in fp8."""
 
     block: Literal["scheduled", "plain"] = "scheduled"
     """scheduled: this library's hand-written backward; plain: autograd (slower; for changing the block's code)"""

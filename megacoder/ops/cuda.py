@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megacoder.core.device import CUDA_LIBRARY
+from megacoder.core.device import CUDA_LIBRARY, load_cuda_library
 from megacoder.ops.cpp import address
 
 __all__ = [
@@ -49,7 +49,7 @@ class CudaKernels:
     """The launchers of one library."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = load_cuda_library(path)
         self._library.error_string.argtypes = (N,)
         self._library.error_string.restype = ctypes.c_char_p
         for name, arguments in SIGNATURES.items():

@@ -115,6 +115,8 @@ class Pieces:
 
     def unseen(self, grad_TGK: Tensor, keys_BGPK: Tensor, num_keys: int) -> Tensor:
         """The inverse of `seen` for gradients: (B, G, P, K), zero for keys that nobody saw."""
+        if not any(self.key_starts) and num_keys == keys_BGPK.shape[2]:
+            return grad_TGK.unflatten(0, (len(self.key_starts), num_keys)).transpose(1, 2)
         grad_BPGK = grad_TGK.new_zeros(*keys_BGPK.transpose(1, 2).shape)
         counts = [num_keys - start for start in self.key_starts]
         for grad, part, start in zip(grad_BPGK, grad_TGK.split(counts), self.key_starts, strict=True):

@@ -16,13 +16,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import nn
 
-from megacoder.parallel.collectives import (
-    Pending,
-    group_rank,
-    group_size,
-    start_all_gather,
-    start_reduce_scatter_sum,
-)
+from megacoder.parallel.collectives import Pending, group_rank, group_size, start_all_gather, start_reduce_scatter_sum
 from megacoder.parallel.flat import FlatParameters
 
 __all__ = ["NO_EVENTS", "BucketTraffic", "UnitEvents"]

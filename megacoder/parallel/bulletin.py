@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megacoder.parallel.blame import Record
-from megacoder.parallel.collectives import connect_store
+from megacoder.parallel.world import connect_store
 
 __all__ = ["Bulletin", "End"]
 

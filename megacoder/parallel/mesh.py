@@ -2,10 +2,10 @@
 
 import torch.distributed as dist
 
-from megacoder.parallel.collectives import World, new_group
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import AXES, Axis, ParallelDims
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.world import World, new_group
 
 __all__ = ["Mesh"]
 

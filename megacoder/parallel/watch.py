@@ -35,8 +35,9 @@ from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
 from megacoder.parallel.blame import Record, find_loss
 from megacoder.parallel.bulletin import Bulletin, End
-from megacoder.parallel.collectives import World, flight_record
+from megacoder.parallel.collectives import flight_record
 from megacoder.parallel.journal import CHECKPOINT
+from megacoder.parallel.world import World
 
 __all__ = ["Watch"]
 

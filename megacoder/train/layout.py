@@ -121,7 +121,7 @@ class LayoutRequest:
         try:
             self._check_sizes(ParallelDims())
         except ConfigError:  # what fails on a single rank fails on any number
-            return "no number of ranks changes that"
+            return "this does not depend on the number of ranks"
         return f"no layout of {world_size} ranks works; another number of ranks may"
 
 

@@ -20,10 +20,10 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.data.prefetch import Prefetcher
-from megacoder.parallel.collectives import World, failing_together, gather_json
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics

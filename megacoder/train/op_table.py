@@ -8,16 +8,19 @@ Legend: B sequences, S tokens each, T = B * S of this rank, N of them in the res
 dim, F feed-forward dim, H query heads, G key-value heads, K head dim, W output rows; all but D are this rank's share.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megacoder.core.timing import median_seconds
 from megacoder.model.config import ModelConfig
-from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
+from megacoder.ops.adamw import AdamWConfig, adamw_, adamw_with_scalars_, sum_of_squares, update_scalars
 from megacoder.ops.attention import attention_backward, attention_forward
+from megacoder.ops.backends import backend
 from megacoder.ops.cross_entropy import chunk_tokens, cross_entropy_
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -99,7 +102,7 @@ class _Case:
     @property
     def heads(self) -> tuple[int, int]:
         """(H, G)."""
-        return self.model.num_attention_heads // self.tp.size, max(1, self.model.num_key_value_heads // self.tp.size)
+        return self.model.local_heads(self.tp.size)
 
     @property
     def width(self) -> int:
@@ -271,13 +274,13 @@ def _optimizer(case: _Case, size: int) -> Iterator[OpRow]:
             master, moved = torch.zeros_like(weight, dtype=torch.int16), moved + (2 * 2 + 2 * 2 - 2 * 4) * size
         else:
             moved += size * weight.itemsize
-    config = AdamWConfig()
-    yield case.row(
-        "adamw", (size,),
-        lambda: adamw_(
-            weight, master, exp_avg, exp_avg_sq, grad,
-            config=config, lr=1e-4, step=100, grad_scale=1e-3, decayed=True,
-        ),
-        moved=moved,
-    )  # fmt: skip
+    state, config = (weight, master, exp_avg, exp_avg_sq, grad), AdamWConfig()
+    update = partial(adamw_, *state, config=config, lr=1e-4, step=100, grad_scale=1e-3, decayed=True)
+    if backend("adamw", weight) == "cuda":  # as a step does it: `adamw_` would wait for its scalars to be copied
+        scalars, _ = update_scalars(
+            sum_of_squares(grad), config=config, lr=1e-4, num_updates=100, num_tokens=1000, max_grad_norm=1.0,
+            skip_above=math.inf,
+        )  # fmt: skip
+        update = partial(adamw_with_scalars_, *state, config=config, scalars=scalars, decayed=True)
+    yield case.row("adamw", (size,), update, moved=moved)
     yield case.row("gradient norm", (size,), lambda: sum_of_squares(grad), moved=4 * size)

@@ -4,7 +4,7 @@ Nothing of the run is written: no folder, no checkpoint. After the steps the mod
 limits of its device and the ops at the run's shapes. All ranks do so at the same time, so that ranks of one machine
 share memory and cores as they do in a step.
 
-Utilisation counts model FLOPs: 6 per weight and token plus attention's, in both conventions in use and always with the
+Utilization counts model FLOPs: 6 per weight and token plus attention's, in both conventions in use and always with the
 convention's name. Recomputation takes time but its FLOPs do not count.
 """
 
@@ -30,10 +30,10 @@ from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import Batch
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.model.config import ModelConfig
-from megacoder.parallel.collectives import World, gather_json
 from megacoder.parallel.journal import Listener
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import World, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout
@@ -49,7 +49,7 @@ from megacoder.train.op_table import OpRow, op_table
 from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
 from megacoder.train.step import Batches, load_tokenizer, make_engine, open_stream, resolve_dtype, run_step, start_ranks
 
-__all__ = ["CONVENTIONS", "Phase", "Profile", "ProfileConfig", "Utilisation", "profile", "profile_on"]
+__all__ = ["CONVENTIONS", "Phase", "Profile", "ProfileConfig", "Utilization", "profile", "profile_on"]
 
 CONVENTIONS = {"full attention (PaLM)": False, "causal attention": True}
 """How the products of attention are counted: all of them, or the half that a causal mask leaves."""
@@ -57,7 +57,7 @@ CONVENTIONS = {"full attention (PaLM)": False, "causal attention": True}
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Measured time, utilisation and memory of a run's steps; further options are settings of the run."""
+    """Measured time, utilization and memory of a run's steps; further options are settings of the run."""
 
     steps: int = 5
     """number of steps to measure"""
@@ -98,7 +98,7 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Utilisation:
+class Utilization:
     """Model FLOPs in one convention of counting attention."""
 
     convention: str
@@ -125,7 +125,7 @@ class Profile:
     tokens_per_second: float
     peak: Peak
     """of all devices together"""
-    utilisation: list[Utilisation]
+    utilization: list[Utilization]
     memory: list[MemoryRow]
     """largest of all ranks, kind by kind"""
     kept_by_formula: int | None
@@ -330,8 +330,8 @@ def _summary(
         steps=options.steps, step_seconds=step_seconds,
         phases=_phases(steps), operations=_operations(steps),
         tokens_per_second=tokens_per_second, peak=Peak(peak.flops * world.size, peak.source),
-        utilisation=[
-            utilisation(
+        utilization=[
+            utilization(
                 config.model, config.data.stream.seq_length, convention=name, tokens_per_second=tokens_per_second,
                 num_devices=world.size, device_peak=peak.flops,
             )
@@ -347,14 +347,14 @@ def _summary(
     )  # fmt: skip
 
 
-def utilisation(
+def utilization(
     model: ModelConfig, seq_length: int, *, convention: str, tokens_per_second: float, num_devices: int,
     device_peak: float,
-) -> Utilisation:  # fmt: skip
+) -> Utilization:  # fmt: skip
     """Arithmetic alone; `tokens_per_second` is that of all devices."""
     per_token = model.training_flops_per_token(seq_length, causal=CONVENTIONS[convention])
     flops = per_token * tokens_per_second / num_devices
-    return Utilisation(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
+    return Utilization(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
 
 
 def _phases(ranks: list[list[StepTimes]]) -> list[Phase]:

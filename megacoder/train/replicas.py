@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megacoder.model.transformer import weight_pieces
-from megacoder.parallel.collectives import gather_json
+from megacoder.parallel.world import gather_json
 from megacoder.train.engine import Engine
 from megacoder.train.guard import RunStopped
 

@@ -28,9 +28,10 @@ from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
-from megacoder.parallel.collectives import barrier, failing_together, gather_json
+from megacoder.parallel.collectives import barrier
 from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import failing_together, gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard, RunStopped

@@ -23,9 +23,10 @@ from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.parallel.collectives import World, broadcast_from_first, launched_ranks, start_world
+from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World, launched_ranks, start_world
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits

@@ -20,9 +20,9 @@ from megacoder.ops.linear import (
     linear_forward,
     linear_input_grad,
 )
-from megacoder.parallel.collectives import World
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 

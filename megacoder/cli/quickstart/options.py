@@ -1,4 +1,4 @@
-"""What the quickstart can be told, and where it puts things."""
+"""Options of the quickstart, and the paths that it writes."""
 
 import math
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Everything that the published protocol fixes is here or in a benchmark's own mod
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,8 +50,10 @@ class Task:
     """the text that the model continues; in chat, what the user says"""
     suffix: str | None = None
     """what follows the gap, where the task is to fill one in"""
-    context: str = ""
-    """text of other files, in front of the prompt where there is room"""
+    context: tuple[str, ...] = ()
+    """pieces of other files, best first, in front of the prompt where there is room"""
+    context_title: str = ""
+    """in front of the pieces, if there are any"""
     group: str = ""
     """what a result is also counted under, besides the total: a difficulty, a library, a language"""
     row: Mapping[str, Any] = field(default_factory=dict)
@@ -76,9 +79,12 @@ class Benchmark(ABC):
     """`tasks` of a data file; subclasses say how a completion is judged."""
 
     name: ClassVar[str]
+    protocol: ClassVar[int] = 2
+    """raised when what is asked or how it is judged changes, so that saved scores of different rules are not mixed"""
     fields: ClassVar[Mapping[str, type]]
     """what every row must have"""
-    max_new_tokens: ClassVar[int] = 512
+    max_new_tokens: int = 512
+    """with `seconds`, the published limits for base models; subclasses set those for chat"""
     max_prompt_tokens: ClassVar[int | None] = None
     stops: ClassVar[tuple[str, ...]] = ()
     """where a completion of a base model ends"""
@@ -115,7 +121,7 @@ class Benchmark(ABC):
 class ProgramBenchmark(Benchmark):
     """A benchmark whose completions are run."""
 
-    seconds: ClassVar[float] = 10.0
+    seconds: float = 10.0
     preload: ClassVar[tuple[str, ...]] = (
         "collections", "copy", "datetime", "functools", "hashlib", "heapq", "itertools", "math", "numpy", "re",
         "string", "typing",
@@ -194,14 +200,7 @@ def cut(text: str, stops: Iterable[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def code_block(answer: str, language: str = "") -> str | None:
-    """The first fenced block of `language`, or the first of any; None without one."""
-    for fence in (f"```{language}\n", "```"):
-        start = answer.lower().find(fence.lower())
-        if start >= 0:
-            begin = answer.find("\n", start)
-            if begin < 0:
-                continue
-            end = answer.find("```", begin)
-            return answer[begin + 1 : end if end >= 0 else None]
-    return None
+def code_block(answer: str, language: str) -> str | None:
+    """The first closed block fenced as ```language, in whatever case, as the published harnesses find it; else None."""
+    found = re.search(f"```{re.escape(language)}\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
+    return found[1] if found else None

@@ -1,13 +1,14 @@
 """DS-1000 (arXiv:2211.11501), completion mode: data-science snippets over seven libraries, run in each row's context.
 
 Rows are those of the published JSONL (`prompt`, `code_context`, `metadata` with the library). The libraries are those
-installed in this interpreter's environment.
+installed in this interpreter's environment. Base models' answers are cut as in the published harness: at the tag that
+closes the solution or at a closing fence, whatever follows it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Task, code_block, cut
+from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Task, code_block
 from megacoder.evaluate.benchmarks.python_tests import asserts
 
 __all__ = ["DS1000"]
@@ -18,7 +19,7 @@ class DS1000(ProgramBenchmark):
     fields: ClassVar = {"prompt": str, "code_context": str, "metadata": dict}
     max_new_tokens = 512
     max_prompt_tokens = 2048
-    stops = ("</code>", "# SOLUTION END", "END SOLUTION", "\n### END")
+    stops = ("</code>", "# SOLUTION END", "\nEND SOLUTION")
     seconds = 60.0
     preload = ("numpy", "pandas", "scipy", "matplotlib")
     memory_mb = 8192
@@ -35,8 +36,13 @@ class DS1000(ProgramBenchmark):
             yield Task(id=task_id, prompt=row["prompt"], group=str(about.get("library", "")), row=row)
 
     def source(self, task: Task, completion: str) -> str:
-        block = code_block(completion, "python")
-        code = cut(completion if block is None else block, self.stops)
+        block = code_block(completion, "python") if self.settings.instruct else None
+        code = _solution(completion if block is None else block)
         context = task.row["code_context"]
         lines = [context, f"code = {code!r}", "test_execution(code)"]
         return "\n".join([*lines, "test_string(code)"] if "test_string(" in context else lines) + "\n"
+
+
+def _solution(text: str) -> str:
+    code = text.split("</code>")[0].replace("```python", "").split("```")[0]
+    return code.split("\nEND SOLUTION")[0].replace("<code>", "")

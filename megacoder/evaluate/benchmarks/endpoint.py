@@ -9,17 +9,24 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
+from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
+from megacoder.evaluate.prompts import CountTokens
 
 __all__ = ["EndpointError", "EndpointSource"]
 
 _TRIES = 4
 _MODELS_SECONDS = 20.0
 """How long a server may take to list its models, which needs no computation."""
+_BOS = 1
+"""Tokens that a server puts in front; those of its chat template are not known here."""
 _OPENAI_STOPS = 4
 """Most stop strings that the interface accepts; the answer is cut at all of them here anyway."""
 
@@ -32,8 +39,10 @@ class EndpointSource:
     """A server with OpenAI's `/v1/completions` or, for chat, `/v1/chat/completions`; vLLM is one."""
 
     def __init__(
-        self, url: str, decoding: Decoding, *, model: str | None = None, workers: int = 8, timeout: float = 600.0
-    ) -> None:
+        self, url: str, decoding: Decoding, *, model: str | None = None, tokenizer: Path | None = None,
+        workers: int = 8, timeout: float = 600.0,
+    ) -> None:  # fmt: skip
+        """`tokenizer` is a folder with the model's tokenizer.json; only prompts near a limit need it."""
         try:
             parts = urllib.parse.urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -45,11 +54,15 @@ class EndpointSource:
         if not self.url.endswith("/v1"):
             self.url += "/v1"
         self.decoding, self.workers, self.timeout = decoding, workers, timeout
+        self._count = None if tokenizer is None else _count_with(tokenizer)
         self.model = model if model is not None else self._only_model()
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        texts = self._texts(requests)
         with ThreadPoolExecutor(self.workers) as pool:
-            asked = {pool.submit(self._ask, request): request for request in requests}
+            asked = {
+                pool.submit(self._ask, request, text): request for request, text in zip(requests, texts, strict=True)
+            }
             try:
                 for done in as_completed(asked):
                     yield asked[done], done.result()
@@ -57,7 +70,19 @@ class EndpointSource:
                 for future in asked:
                     future.cancel()
 
-    def _ask(self, request: Request) -> str:
+    def _texts(self, requests: Sequence[Request]) -> list[str]:
+        """Prompts within their limits; ConfigError where that takes a tokenizer and there is none."""
+        if self._count is None:
+            long = next((request for request in requests if not certainly_fits(request, frame=_BOS)), None)
+            if long is not None:
+                raise ConfigError(
+                    f"task {long.task.id!r}: its prompt may exceed the published limit of {long.max_prompt_tokens:,} "
+                    "tokens, or its context that of 512; give the folder of the model's tokenizer.json to count them "
+                    "(--tokenizer)"
+                )
+        return limited_texts(requests, count=self._count or num_bytes, frame=_BOS)
+
+    def _ask(self, request: Request, prompt: str) -> str:
         decoding, task = self.decoding, request.task
         body: dict[str, Any] = {
             "model": self.model, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature,
@@ -65,7 +90,6 @@ class EndpointSource:
         }  # fmt: skip
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])
-        prompt = task.context + task.prompt
         if task.suffix is not None:
             begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
             prompt = f"{begin}{prompt}{hole}{task.suffix}{end}"
@@ -106,10 +130,19 @@ class EndpointSource:
                 reason = getattr(error, "reason", error)
                 if isinstance(reason, TimeoutError):
                     raise EndpointError(
-                        f"{self.url}{path}: no answer in {timeout:.0f} s; is it a model's server?"
+                        f"{self.url}{path}: no answer in {timeout:.0f} s; is an OpenAI-compatible server running there?"
                     ) from None
                 if not left:
                     what = str(reason).strip() or type(reason).__name__
                     raise EndpointError(f"{self.url}{path}: {what}; is the server running?") from None
             time.sleep(0.5 * 2 ** (_TRIES - 1 - left))
         raise AssertionError("unreachable")
+
+
+def _count_with(folder: Path) -> CountTokens:
+    """What counts with a tokenizer.json, of any model; ConfigError where there is none."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigError(f"--tokenizer {folder}: no tokenizer.json that can be read: {error}") from None
+    return lambda texts: [len(found.ids) for found in backend.encode_batch(list(texts), add_special_tokens=False)]

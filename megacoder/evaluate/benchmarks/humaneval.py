@@ -1,18 +1,17 @@
 """HumanEval (arXiv:2107.03374) and its multilingual sets: complete a function from its signature and docstring.
 
 Base models get the stripped prompt and no example; Python answers end at the next top-level statement, others at the
-row's stop tokens. Chat models are asked for the complete function in a code block; it is put back under the prompt's
-own lines, without any main. Python tests that define `check` and leave its call to the harness, as those of OpenAI's
-own file do, get that call.
+row's stop tokens. Chat models are asked for the complete function in a code block. As in the published harness, it is
+put back under the prompt's own lines, without main and without what the answer has above it. Python tests that define
+`check` and leave its call to the harness, as those of OpenAI's own file do, get that call.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megacoder.core.errors import ConfigError
-from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Task, code_block
+from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Settings, Task, code_block
 from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
 
 __all__ = ["HumanEval"]
@@ -24,7 +23,7 @@ _REQUEST = (
 )
 _FENCES = {"cpp": "cpp", "cs": "csharp", "java": "java", "js": "javascript", "php": "php", "sh": "bash",
            "ts": "typescript", "python": "python"}  # fmt: skip
-_MAINS = {"cpp": "int main()", "java": "public static void main", "cs": "static void Main", "rust": "fn main()",
+_MAINS = {"cpp": "int main()", "java": "public static void main", "cs": "public static void Main", "rust": "fn main()",
           "go": "func main()"}  # fmt: skip
 _HEADERS = {
     "python": PYTHON_IMPORTS,
@@ -39,6 +38,8 @@ _HEADERS = {
 }  # fmt: skip
 _TOP_LEVEL = ("\ndef", "\nclass", "\nif", "\n#", "\nprint")
 _TS_TOP_LEVEL = ("\nexport", "\nimport", "\nexport default", "\nimport default", "\nconsole.log")
+_INDENTS = {"python": 4, "java": 4}
+"""Blanks in front of the brace that closes a function which the answer names otherwise."""
 _CLOSED = "}"
 """How a test text begins that closes the function itself."""
 
@@ -48,6 +49,11 @@ class HumanEval(ProgramBenchmark):
     fields: ClassVar = {"task_id": str, "prompt": str, "test": str}
     max_new_tokens = 500
     max_prompt_tokens = 4096
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        if settings.instruct:
+            self.max_new_tokens, self.seconds = 1024, 3.0
 
     def load(self, path: Path) -> list[Task]:
         """As for every benchmark; ConfigError where the tests need a library that is not installed here."""
@@ -109,31 +115,26 @@ def _entry_point(row: Mapping[str, Any]) -> str:
 
 
 def _rebuilt(prompt: str, answer: str, language: str, *, closed_by_tests: bool) -> str:
-    """The prompt's lines before the function, then the answer's own function, ending as the tests expect."""
+    """The prompt's lines before the function, then the answer's own from its name on, ending as the tests expect."""
     block = code_block(answer, _FENCES.get(language, language))
-    block = answer if block is None else block
-    main = _MAINS.get(language)
-    if main and main in block:
-        block = block[: block.index(main)]
-    signature = _signature(prompt, language)
-    name = re.search(r"(\w+)\s*(?:\(|\{|=)", signature)
-    at = block.find(name.group(1)) if name else -1
-    if at < 0:
-        return prompt + "\n" + block
-    start = block.rfind("\n", 0, at) + 1
-    body = block[start:]
-    if closed_by_tests and "}" in body:
-        indent = re.match(r"\s*", body)
-        end = body.rfind("\n" + (indent.group() if indent else "") + "}")
-        body = body[:end] if end >= 0 else body[: body.rindex("}")]
-    before = prompt[: prompt.rstrip().rfind(signature)]
-    imports = block[:start] if language == "python" else ""
-    return before + imports + body
+    lines = [line for line in prompt.strip().splitlines() if line.strip()]
+    place = _place_of_function(lines, language)
+    if block is None or place is None:
+        return f"{prompt}\n{answer}"
+    if main := _MAINS.get(language):
+        block = block.split(main)[0]
+    opening = lines[place].split("(" if language == "python" else "{")[0].strip()
+    start = block.lower().find(opening.lower())
+    above = block[: max(start, 0)]
+    indent = " " * (len(above) - len(above.rstrip(" ")) if start >= 0 else _INDENTS.get(language, 0))
+    end = block.rfind(f"\n{indent}}}")
+    body = block[len(above) : end if end >= 0 else len(block)]
+    closing = "" if closed_by_tests or language == "python" else f"\n{indent}}}"
+    return "\n".join(lines[:place]) + f"\n{body}{closing}\n"
 
 
-def _signature(prompt: str, language: str) -> str:
-    """The line that opens the function to be completed."""
-    lines = prompt.strip().splitlines()
-    if language == "python":
-        return next((line for line in reversed(lines) if line.startswith("def ")), lines[-1])
-    return lines[-1]
+def _place_of_function(lines: list[str], language: str) -> int | None:
+    """Which of a prompt's lines opens the function to be completed."""
+    if language != "python":
+        return len(lines) - 1
+    return max((place for place, line in enumerate(lines) if line.startswith("def ")), default=None)

@@ -10,16 +10,14 @@ import torch
 from megacoder.core.errors import ConfigError
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
+from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.chat import chat_tokens
 from megacoder.evaluate.generate import Sampling, generate
-from megacoder.evaluate.prompts import completion_prompt, infill_prompt
+from megacoder.evaluate.prompts import count_with, infill_prompt
 from megacoder.evaluate.stops import StopStrings
 from megacoder.model.transformer import Transformer
 
 __all__ = ["LocalSource", "TransformersSource"]
-
-_CONTEXT_TOKENS = 512
-"""Most tokens of other files' code in front of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,8 @@ class LocalSource:
     batch_size: int = 16
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        prompts = {(request.task.id, request.sample): self._prompt(request) for request in requests}
+        asked = zip(requests, self._prompts(requests), strict=True)
+        prompts = {(request.task.id, request.sample): tokens for request, tokens in asked}
         ordered = sorted(requests, key=lambda request: len(prompts[request.task.id, request.sample]))
         for first in range(0, len(ordered), self.batch_size):
             batch = ordered[first : first + self.batch_size]
@@ -54,24 +53,22 @@ class LocalSource:
         chosen = self.decoding
         return Sampling(temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k, seed=chosen.seed)
 
-    def _prompt(self, request: Request) -> list[int]:
-        task, tokenizer = request.task, self.tokenizer
+    def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
+        tokenizer, chat = self.tokenizer, self.decoding.chat
         room = self.model.config.max_position_embeddings - self.decoding.max_new_tokens
         if room < 8:
             raise ConfigError(
                 f"{self.decoding.max_new_tokens} new tokens leave no room for a prompt in the model's "
                 f"{self.model.config.max_position_embeddings} positions; lower --max-new-tokens"
             )
-        room = room if request.max_prompt_tokens is None else min(room, request.max_prompt_tokens)
-        if self.decoding.chat:
-            return chat_tokens(tokenizer, [("user", task.prompt)])[-room:]
-        if task.suffix is not None:
-            return infill_prompt(tokenizer, task.prompt, task.suffix, max_tokens=room).tokens
-        if not task.context:
-            return completion_prompt(tokenizer, task.prompt, max_tokens=room).tokens
-        context = tokenizer.encode(task.context)[: min(_CONTEXT_TOKENS, room // 2)]
-        own = completion_prompt(tokenizer, task.prompt, max_tokens=room - len(context)).tokens
-        return [own[0], *context, *own[1:]]
+        sides = [(request.task.prompt, request.task.suffix) for request in requests if request.task.suffix is not None]
+        if sides:
+            return [infill_prompt(tokenizer, before, after, max_tokens=room).tokens for before, after in sides]
+        frame = len(chat_tokens(tokenizer, [("user", "")])) if chat else 1
+        texts = limited_texts(requests, count=count_with(tokenizer), frame=frame, room=room)
+        if chat:
+            return [chat_tokens(tokenizer, [("user", text)]) for text in texts]
+        return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 
 
 class TransformersSource:
@@ -93,22 +90,26 @@ class TransformersSource:
             raise ConfigError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        for request in requests:
-            yield request, self._one(request)
+        texts = limited_texts(requests, count=self._sizes, frame=len(self._tokens("")))
+        for request, text in zip(requests, texts, strict=True):
+            yield request, self._one(request, text)
+
+    def _sizes(self, texts: Sequence[str]) -> list[int]:
+        return [len(tokens) for tokens in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def _tokens(self, text: str) -> list[int]:
+        if not self.decoding.chat:
+            return list(self.tokenizer(text)["input_ids"])
+        said = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
 
     @torch.inference_mode()
-    def _one(self, request: Request) -> str:
+    def _one(self, request: Request, text: str) -> str:
         chosen, task = self.decoding, request.task
-        text = task.context + task.prompt
         if task.suffix is not None:
             begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
             text = f"{begin}{text}{hole}{task.suffix}{end}"
-        if chosen.chat:
-            said = [{"role": "user", "content": text}]
-            ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = self.tokenizer(text)["input_ids"]
-        ids = torch.tensor([ids[-(request.max_prompt_tokens or len(ids)) :]], device=self.device)
+        ids = torch.tensor([self._tokens(text)], device=self.device)
         drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:
             torch.manual_seed(chosen.seed * 1_000_003 + request.sample)

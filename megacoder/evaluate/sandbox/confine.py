@@ -109,8 +109,10 @@ def _drop_privileges(identity: Identity | None) -> None:
 
 
 def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoReturn:
-    """Runs a file as `__main__`; once it has run to its end, and not before, `secret` is written to `mark`.
+    """Runs a file as a module; once it has run to its end, and not before, `secret` is written to `mark`.
 
+    Its `__name__` is not `__main__`, as in the published harnesses, which `exec` it: an answer's own main, such as one
+    that reads input, stays out. `sys.modules` has it as `__main__` too, where `unittest.main` looks for test cases.
     A program that ends the process itself has not proven that the tests after its code were reached. (One that is
     written to deceive may search the interpreter's frames for `secret`: code in the process of its judge can.)
     """
@@ -121,9 +123,9 @@ def _run_python(argv: list[str], mark: int, secret: bytes, work: str) -> NoRetur
         sys.path[:0] = [work]
         with open(argv[0], encoding="utf-8") as file:
             source = file.read()
-        module = ModuleType("__main__")
+        module = ModuleType("program")
         module.__dict__.update(__file__=argv[0], __builtins__=__builtins__)
-        sys.modules["__main__"] = module
+        sys.modules[module.__name__] = sys.modules["__main__"] = module
         exec(compile(source, argv[0], "exec"), module.__dict__)
         sys.stdout.flush()
         os.write(mark, secret)

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Program, Step
 
-__all__ = ["LANGUAGES", "Language", "Library", "Toolchain", "find_toolchain", "installed_languages"]
+__all__ = ["LANGUAGES", "Language", "Library", "Toolchain", "find_toolchain", "installed_languages", "short_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class Language:
     """factor on the CPU time that a Python program gets: for start-up, and compilation while it runs"""
     complaint: str = ""
     """pattern of a line on stderr that means a failed test, where the exit code does not tell"""
+    silent: bool = False
+    """whether a program that prints anything fails, as in the published harness"""
+    links: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """words added to `compile` for a program that contains the key"""
     libraries: tuple[Library, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -54,26 +58,28 @@ class Language:
 def _language(
     name: str, file: str, run: str, compile: str = "", *, tools: Mapping[str, str], reserves: bool = False,
     runtime: bool = False, environment: Mapping[str, str] = MappingProxyType({}), complaint: str = "",
-    libraries: tuple[Library, ...] = (),
+    libraries: tuple[Library, ...] = (), silent: bool = False,
+    links: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Language:  # fmt: skip
     """`runtime`: one that reserves memory, starts threads and compiles while the program runs."""
     return Language(
         name=name, file=file, run=tuple(run.split()), compile=tuple(compile.split()),
         tools={tool: tuple(candidates.split()) for tool, candidates in tools.items()},
         reserves=reserves or runtime, processes=256 if runtime else 64, slower=2.0 if runtime else 1.0,
-        environment=environment, complaint=complaint, libraries=libraries,
+        environment=environment, complaint=complaint, libraries=libraries, silent=silent, links=links,
     )  # fmt: skip
 
 
 _ALL = [
     Language(name="python", file="main.py", run=(PRELOADED_PYTHON, "main.py")),
-    _language("cpp", "main.cpp", "./main", "{c++} -std=c++17 main.cpp -o main", tools={"c++": "g++ clang++"}),
+    _language("cpp", "main.cpp", "./main", "{c++} -std=c++17 main.cpp -o main", tools={"c++": "g++ clang++"},
+              links={"openssl/": ("-lcrypto", "-lssl")}),  # for HumanEval's task 162, an MD5 sum
     _language("java", "Problem.java", "{java} -ea -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp {jars} Problem",
               "{javac} -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -cp {jars} Problem.java",
               tools={"java": "java", "javac": "javac"}, runtime=True,
               libraries=(Library(mention="org.javatuples", install="javatuples, its jar in CLASSPATH",
                                  is_there=lambda paths: ".jar" in paths["jars"]),)),
-    _language("js", "main.js", "{node} main.js", tools={"node": "node nodejs"}, runtime=True),
+    _language("js", "main.js", "{node} main.js", tools={"node": "node nodejs"}, runtime=True, silent=True),
     _language("ts", "main.ts", "{node} main.js", "{tsc} --target ES2015 --lib ES2015,DOM main.ts",
               tools={"node": "node nodejs", "tsc": "tsc"}, runtime=True),
     _language("cs", "main.cs", "{mono} main.exe", "{mcs} -d:DEBUG -out:main.exe main.cs",
@@ -136,17 +142,25 @@ class Toolchain:
             address_space=not language.reserves,
         )  # fmt: skip
         compiling = replace(limits, seconds=30.0 * language.slower, address_space=False, processes=256)
-        steps = [Step(argv=self._words(language.compile), limits=compiling)] if language.compile else []
-        steps.append(Step(argv=self._words(language.run), limits=limits, complaint=language.complaint))
+        links = [word for mention, words in language.links.items() if mention in source for word in words]
+        steps = [Step(argv=(*self._words(language.compile), *links), limits=compiling)] if language.compile else []
+        steps.append(
+            Step(argv=self._words(language.run), limits=limits, complaint=language.complaint, silent=language.silent)
+        )
         return Program(files={language.file: source}, steps=tuple(steps), environment=language.environment)
 
     def _words(self, words: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(self.paths[word[1:-1]] if word[:1] == "{" else word for word in words)
 
 
+def short_name(name: str) -> str:
+    """The name in `LANGUAGES` of a language with several, such as `ts` for TypeScript; any other in lower case."""
+    return _ALIASES.get(name.lower(), name.lower())
+
+
 def find_toolchain(name: str) -> Toolchain:
     """The tools of a language; ConfigError for an unknown one, or for tools that are not installed."""
-    key = _ALIASES.get(name.lower(), name.lower())
+    key = short_name(name)
     if key not in LANGUAGES:
         raise ConfigError(f"language {name!r}: not one of {', '.join(LANGUAGES)}")
     language = LANGUAGES[key]

@@ -125,8 +125,8 @@ class _Run:
         verdict = broken or ("crashed" if code < 0 else "failed" if code else "passed")
         if verdict == "passed" and self.preloaded and mark != self.secret:
             verdict = "ended early"
-        complaint = self.step["complaint"]
-        if verdict == "passed" and complaint and re.search(complaint.encode(), err, re.MULTILINE):
+        complaint, spoke = self.step["complaint"], self.step["silent"] and (out or err)
+        if verdict == "passed" and (spoke or (complaint and re.search(complaint.encode(), err, re.MULTILINE))):
             verdict = "failed"
         return {
             "verdict": verdict, "exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None,

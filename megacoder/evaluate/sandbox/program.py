@@ -11,7 +11,7 @@ PRELOADED_PYTHON = "<python>"
 
 Verdict = Literal[
     "passed",  # exit code 0; a preloaded Python program also ran to its end
-    "failed",  # another exit code, an assertion, an exception, or a complaint on stderr
+    "failed",  # another exit code, an assertion, an exception, a complaint on stderr, or any output where none may be
     "ended early",  # a preloaded Python program exited with 0 before its end, where the tests are
     "crashed",  # a signal that it caused itself
     "time",  # more CPU time or wall time than allowed
@@ -57,6 +57,8 @@ class Step:
     limits: Limits = field(default_factory=Limits)
     complaint: str = ""
     """pattern of a line on stderr that makes a step with exit code 0 fail; none if empty"""
+    silent: bool = False
+    """whether anything printed makes a step with exit code 0 fail"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ def as_message(program: Program, *, alone: bool) -> dict[str, Any]:
             "limits": vars(step.limits),
             "wall": patience * step.limits.wall_seconds,
             "complaint": step.complaint,
+            "silent": step.silent,
         }
         for step in program.steps
     ]

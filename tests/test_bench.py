@@ -52,8 +52,8 @@ def test_a_contender_that_cannot_be_built_says_why():
 
 def test_a_call_that_fails_names_the_error_and_ends_the_ranks():
     with Ranks("contenders.torch_ddp", job_of(entry_of("dp", "torch DDP")), size=2) as ranks:
-        with pytest.raises(ContenderFailed, match="unexpected keyword argument 'colour'"):
-            ranks.call(colour="red")
+        with pytest.raises(ContenderFailed, match="unexpected keyword argument 'color'"):
+            ranks.call(color="red")
         assert all(process.poll() is not None for process in ranks._processes)
 
 

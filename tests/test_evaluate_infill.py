@@ -15,7 +15,7 @@ from megacoder.evaluate.infill import (
     line_above,
     most_frequent_line,
     score,
-    summarise,
+    summarize,
 )
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.evaluate.similarity import edit_similarity
@@ -31,10 +31,10 @@ def test_an_overfitted_model_fills_in_the_lines_it_was_shown():
         prompt = infill_prompt(TOKENIZER, task.prefix, task.suffix, max_tokens=256)
         assert prompt.num_dropped_lines == 0
         examples.append((prompt.tokens, [*TOKENIZER.encode(task.truth), TOKENIZER.eos_id]))
-    before = summarise(fill_lines(model, TOKENIZER, tasks, quiet=True))
+    before = summarize(fill_lines(model, TOKENIZER, tasks, quiet=True))
     overfit(model, examples, steps=60)
     results = fill_lines(model, TOKENIZER, tasks, quiet=True)
-    summary = summarise(results, frequent_line="    total = 0")
+    summary = summarize(results, frequent_line="    total = 0")
     assert [result.completion for result in results] == [task.truth for task in tasks]
     assert (summary.num_tasks, summary.num_files, summary.model.exact_match) == (6, 3, 1.0)
     assert before.model.exact_match == 0.0
@@ -114,12 +114,12 @@ def test_baselines():
     assert most_frequent_line(files) == "    for item in items:"
     assert most_frequent_line([]) is None
     results = [score(task_for("    for item in items:", prefix="    for item in items:\n"), "pass")]
-    summary = summarise(results, frequent_line="    for item in items:")
+    summary = summarize(results, frequent_line="    for item in items:")
     assert summary.model.exact_match == 0.0
     assert summary.line_above.exact_match == summary.most_frequent_line.exact_match == 1.0
-    assert summarise(results).most_frequent_line is None
+    assert summarize(results).most_frequent_line is None
     with pytest.raises(DataError, match="no infilling results"):
-        summarise([])
+        summarize([])
 
 
 def levenshtein(a, b):

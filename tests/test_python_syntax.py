@@ -1,4 +1,4 @@
-"""The recogniser of Python: CPython's parser accepts all that it accepts, and it accepts nearly all of Python."""
+"""The recognizer of Python: CPython's parser accepts all that it accepts, and it accepts nearly all of Python."""
 
 import ast
 import random

@@ -1,4 +1,4 @@
-"""The recogniser of grammars compared with tree-sitter: it accepts what tree-sitter parses, and leaves out errors."""
+"""The recognizer of grammars compared with tree-sitter: it accepts what tree-sitter parses, and leaves out errors."""
 
 import functools
 import math
@@ -214,12 +214,12 @@ def test_invalid_grammars_are_refused():
         native().Recognizer("c")
 
 
-def test_a_build_without_the_recogniser_has_another_identity(tmp_path):
+def test_a_build_without_the_recognizer_has_another_identity(tmp_path):
     config = CorpusConfig(input=(tmp_path,), out=tmp_path / "out")
     with_it = config.identity()
     with mock.patch("megacoder.corpus.config.native", return_value=None):
         without = config.identity()
-    assert {key for key in with_it if with_it[key] != without[key]} == {"recogniser"}
+    assert {key for key in with_it if with_it[key] != without[key]} == {"recognizer"}
 
 
 @pytest.mark.parametrize("share", [-0.5, 1.5, math.nan])

@@ -38,8 +38,8 @@ def read_png(path):
 
 def test_png_holds_boxes_and_letters(tmp_path):
     picture = Picture(width=40, height=20)
-    picture.boxes.append(Box(x=2, y=3, width=5, height=4, colour=(10, 20, 30)))
-    picture.texts.append(Text(x=20, y=2, text="T", colour=(200, 0, 0)))
+    picture.boxes.append(Box(x=2, y=3, width=5, height=4, color=(10, 20, 30)))
+    picture.texts.append(Text(x=20, y=2, text="T", color=(200, 0, 0)))
     picture.write(tmp_path / "a.png")
     pixels = read_png(tmp_path / "a.png")
     assert (pixels[3:7, 2:7] == (10, 20, 30)).all()

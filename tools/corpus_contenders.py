@@ -43,7 +43,7 @@ def ours_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
 
 
 def daft_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
-    """Daft's expression with its own normalisation to equal words: lower case, other characters as blanks."""
+    """Daft's expression with its own normalization to equal words: lower case, other characters as blanks."""
     import daft
 
     daft.set_execution_config()
@@ -56,7 +56,7 @@ def daft_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
 
 
 def datatrove_minhash(table: Path, tree: Path, scratch: Path) -> Iterator[Any]:
-    """datatrove's signature of a text, its normalisation reduced to lower case, words by a regular expression."""
+    """datatrove's signature of a text, its normalization reduced to lower case, words by a regular expression."""
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.utils.hashing import HashConfig
     from datatrove.utils.text import TextNormConfig

@@ -30,7 +30,7 @@ from megacoder.core.html import Series, line_chart, page, paragraph, section, va
 from megacoder.data.fim import FimConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.evaluate.held_out import read_source_files
-from megacoder.evaluate.infill import choose_tasks, fill_lines, summarise
+from megacoder.evaluate.infill import choose_tasks, fill_lines, summarize
 from megacoder.model.transformer import Transformer
 from megacoder.train.config import RunConfig
 from megacoder.train.metrics_log import read_metrics
@@ -117,7 +117,7 @@ def measure(config: RunConfig, options: Options) -> dict[str, list[list[float]]]
     for step, folder in step_folders(config.output / CHECKPOINTS):
         model = Transformer(config.model).to(probe().device_type, torch.float32)
         load_weights(model, CheckpointReader(folder))
-        scores = summarise(
+        scores = summarize(
             fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
         ).model  # fmt: skip
         infill.append([step, scores.exact_match, scores.edit_similarity])

@@ -19,7 +19,7 @@ from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Sett
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
 from megacoder.evaluate.benchmarks.published import published_scores
-from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarise
+from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarize
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox
 from megacoder.evaluate.sandbox.languages import short_name
 
@@ -157,7 +157,7 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
             source = ready if args.completions is not None else _source(args, benchmark, tp)
             collect(benchmark, tasks, source, notes, samples=samples, quiet=args.completions is not None)
         judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark, ahead))
-        summary = summarise(tasks, notes, samples=samples)
+        summary = summarize(tasks, notes, samples=samples)
         if args.out is not None:
             write_json(args.out / "summary.json", asdict(summary))
     if args.json:

@@ -20,7 +20,7 @@ from megacoder.evaluate.infill import (
     choose_tasks,
     fill_lines,
     most_frequent_line,
-    summarise,
+    summarize,
 )
 from megacoder.evaluate.prompts import SHORTEST_INFILL
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if args.out is not None:
         write_text(args.out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
-    summary = summarise(results, frequent_line=frequent_line)
+    summary = summarize(results, frequent_line=frequent_line)
     if args.json:
         print(json.dumps(asdict(summary)))
     else:

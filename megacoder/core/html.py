@@ -94,7 +94,7 @@ def code(before: str, marked: str = "", after: str = "") -> str:
 
 
 def picture(svg: bytes, *, describes: str) -> str:
-    """An SVG file as it is, in its own colours and size; what is too wide scrolls."""
+    """An SVG file as it is, in its own colors and size; what is too wide scrolls."""
     data = base64.b64encode(svg).decode()
     return f'<div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{escape(describes)}"></div>'
 
@@ -128,10 +128,10 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
     legend = width - right
     for index, line in reversed(list(enumerate(lines))):
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down in (place(*point) for point in line.points))
-        colour = f"var(--s{index % 5})"
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        color = f"var(--s{index % 5})"
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         legend -= 8 * len(line.name) + 34
-        parts.append(f'<line x1="{legend}" y1="10" x2="{legend + 16}" y2="10" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<line x1="{legend}" y1="10" x2="{legend + 16}" y2="10" stroke="{color}" stroke-width="3"/>')
         parts.append(f'<text x="{legend + 21}" y="14">{escape(line.name)}</text>')
     return "\n".join([*parts, "</svg>"])
 

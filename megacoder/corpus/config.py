@@ -119,4 +119,4 @@ class CorpusConfig:
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
-        return plain | {"input": inputs, **chosen, "format": FORMAT, "recogniser": hasattr(native(), "Recognizer")}
+        return plain | {"input": inputs, **chosen, "format": FORMAT, "recognizer": hasattr(native(), "Recognizer")}

@@ -28,7 +28,7 @@ from megacoder.model.transformer import Transformer
 
 __all__ = [
     "InfillResult", "InfillScore", "InfillSummary", "InfillTask", "choose_tasks", "fill_lines", "is_worth_asking",
-    "line_above", "most_frequent_line", "score", "summarise",
+    "line_above", "most_frequent_line", "score", "summarize",
 ]  # fmt: skip
 
 MIN_CHARACTERS = 10
@@ -152,7 +152,7 @@ def fill_lines(
     return [results[index] for index in range(len(tasks))]
 
 
-def summarise(results: Sequence[InfillResult], *, frequent_line: str | None = None) -> InfillSummary:
+def summarize(results: Sequence[InfillResult], *, frequent_line: str | None = None) -> InfillSummary:
     """The means, and those of the baselines on the same tasks; DataError where there is no result."""
     if not results:
         raise DataError("no infilling results to summarize")

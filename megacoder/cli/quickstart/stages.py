@@ -44,7 +44,7 @@ from megacoder.evaluate.infill import (
     choose_tasks,
     fill_lines,
     most_frequent_line,
-    summarise,
+    summarize,
 )
 from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
@@ -198,7 +198,7 @@ def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
     tasks = choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed)
     results = fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
     frequent_line = most_frequent_line(read_source_files([places.corpus / "train"]))
-    summary = summarise(results, frequent_line=frequent_line)
+    summary = summarize(results, frequent_line=frequent_line)
     write_text(places.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
     evaluation = {
         "held_out": asdict(score),

@@ -22,7 +22,7 @@ from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Task
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Request
 from megacoder.evaluate.sandbox.host import Sandbox
 
-__all__ = ["Notes", "Summary", "collect", "judge", "pass_at_k", "summarise"]
+__all__ = ["Notes", "Summary", "collect", "judge", "pass_at_k", "summarize"]
 
 Key = tuple[str, int]
 """(task, sample)"""
@@ -226,7 +226,7 @@ class Summary:
     """how often each occurs in the results"""
 
 
-def summarise(tasks: Sequence[Task], notes: Notes, *, samples: int, ks: Iterable[int] = (1, 10, 100)) -> Summary:
+def summarize(tasks: Sequence[Task], notes: Notes, *, samples: int, ks: Iterable[int] = (1, 10, 100)) -> Summary:
     """Means over tasks: pass@k of programs, each score of compared texts."""
     groups: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:

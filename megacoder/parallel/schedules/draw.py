@@ -69,12 +69,12 @@ def _draw_rank(picture: Picture, timeline: Timeline, rank: int, *, left: float, 
     schedule = timeline.schedule
     text_y = y + (_ROW - TEXT_HEIGHT) / 2
     picture.texts.append(Text(x=left - _SPACE, y=text_y, text=f"rank {rank}", anchor="end"))
-    picture.boxes.append(Box(x=left, y=y, width=timeline.makespan * scale, height=_ROW, colour=_IDLE))
+    picture.boxes.append(Box(x=left, y=y, width=timeline.makespan * scale, height=_ROW, color=_IDLE))
     for action, start, end in zip(schedule.ranks[rank], timeline.start[rank], timeline.end[rank], strict=True):
         width = (end - start) * scale
         border = 1 if width > 4 else 0
-        colour = _shade(action.op, action.chunk, schedule.num_chunks)
-        picture.boxes.append(Box(x=left + start * scale, y=y, width=width - border, height=_ROW, colour=colour))
+        color = _shade(action.op, action.chunk, schedule.num_chunks)
+        picture.boxes.append(Box(x=left + start * scale, y=y, width=width - border, height=_ROW, color=color))
         if text_width(str(action.microbatch)) + 4 <= width:
             x = left + (start + end) / 2 * scale
             picture.texts.append(Text(x=x, y=text_y, text=str(action.microbatch), anchor="middle"))
@@ -89,8 +89,8 @@ def _draw_legend(picture: Picture, timeline: Timeline, *, y: int) -> int:
         if op not in used:
             continue
         for chunk in range(num_chunks):
-            colour = _shade(op, chunk, num_chunks)
-            picture.boxes.append(Box(x=x, y=y, width=TEXT_HEIGHT, height=TEXT_HEIGHT, colour=colour))
+            color = _shade(op, chunk, num_chunks)
+            picture.boxes.append(Box(x=x, y=y, width=TEXT_HEIGHT, height=TEXT_HEIGHT, color=color))
             x += TEXT_HEIGHT
         text = f"{op} {meaning}"
         picture.texts.append(Text(x=x + 8, y=y, text=text))
@@ -100,7 +100,7 @@ def _draw_legend(picture: Picture, timeline: Timeline, *, y: int) -> int:
 
 
 def _shade(op: Op, chunk: int, num_chunks: int) -> tuple[int, int, int]:
-    """Chunk 0 in the colour itself, the last at three quarters of its brightness."""
+    """Chunk 0 in the color itself, the last at three quarters of its brightness."""
     share = 1 - 0.25 * chunk / max(num_chunks - 1, 1)
     red, green, blue = _COLOURS[op]
     return round(red * share), round(green * share), round(blue * share)

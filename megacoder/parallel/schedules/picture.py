@@ -18,7 +18,7 @@ from megacoder.core.files import replacing
 
 __all__ = ["TEXT_HEIGHT", "Box", "Picture", "Text", "text_width"]
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 _PIXEL = 2  # pixels of a PNG per dot of the font
 TEXT_HEIGHT = 7 * _PIXEL
@@ -33,7 +33,7 @@ class Box:
     y: float
     width: float
     height: float
-    colour: Colour
+    color: Color
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Text:
     text: str
     anchor: Literal["start", "middle", "end"] = "start"
     """which point of the text `x` is"""
-    colour: Colour = (51, 51, 51)
+    color: Color = (51, 51, 51)
 
 
 @dataclass(kw_only=True)
@@ -74,23 +74,23 @@ class Picture:
         ]
         for box in self.boxes:
             place = f'x="{box.x:.2f}" y="{box.y:g}" width="{box.width:.2f}" height="{box.height:g}"'
-            lines.append(f'<rect {place} fill="{_hex(box.colour)}"/>')
+            lines.append(f'<rect {place} fill="{_hex(box.color)}"/>')
         for text in self.texts:
             place = f'x="{text.x:.2f}" y="{text.y + TEXT_HEIGHT - 1:g}" text-anchor="{text.anchor}"'
-            lines.append(f'<text {place} fill="{_hex(text.colour)}">{escape(text.text)}</text>')
+            lines.append(f'<text {place} fill="{_hex(text.color)}">{escape(text.text)}</text>')
         return "\n".join([*lines, "</svg>", ""]).encode()
 
     def _png(self) -> bytes:
         image = np.full((self.height, self.width, 3), 255, dtype=np.uint8)
         for box in self.boxes:
             left, top, right, bottom = (round(v) for v in (box.x, box.y, box.x + box.width, box.y + box.height))
-            image[top:bottom, left:right] = box.colour
+            image[top:bottom, left:right] = box.color
         for text in self.texts:
             dots = np.kron(_dots(text.text), np.ones((_PIXEL, _PIXEL), dtype=bool))
             shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.anchor]
             left, top = round(text.x - shift * dots.shape[1]), round(text.y)
             canvas = image[top : top + dots.shape[0], left : left + dots.shape[1]]
-            canvas[dots[: canvas.shape[0], : canvas.shape[1]]] = text.colour
+            canvas[dots[: canvas.shape[0], : canvas.shape[1]]] = text.color
         rows = np.zeros((self.height, 1 + 3 * self.width), dtype=np.uint8)  # each row begins with its filter, 0: none
         rows[:, 1:] = image.reshape(self.height, -1)
         header = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)  # 8 bits, RGB
@@ -106,8 +106,8 @@ def text_width(text: str) -> int:
     return (6 * len(text) - 1) * _PIXEL
 
 
-def _hex(colour: Colour) -> str:
-    return "#" + bytes(colour).hex()
+def _hex(color: Color) -> str:
+    return "#" + bytes(color).hex()
 
 
 def _dots(text: str) -> np.ndarray:

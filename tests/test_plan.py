@@ -181,7 +181,7 @@ def test_the_command_draws_and_shows_tables(tmp_path, capsys):
     plan.main(["--model", "1.3b", "--devices", "8", "--pp", "2", "--batch", "64", "--draw", str(picture)])
     shown = capsys.readouterr().out
     assert "MFU full" in shown
-    assert "The others:" in shown
+    assert "layouts and ways to run them fit" in shown
     assert picture.stat().st_size > 1000
 
 

@@ -572,3 +572,15 @@ def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
 def test_optimizer_settings_out_of_range_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         AdamWConfig(**setting)
+
+
+def test_the_beginning_of_a_run_cannot_be_changed_afterwards(case, alone):
+    with pytest.raises(ConfigError, match=r"was made with init_from = None, not '.*alone'; choose another output"):
+        train(case.config("alone", init_from=alone, steps=9))
+
+
+def test_a_run_introduces_itself_and_reports_held_out_losses(case, capfd):
+    train(case.config("introduced", steps=2, checkpoint_every=2))
+    lines = capfd.readouterr().err.splitlines()
+    assert any("M parameters in float32, dp=1, 2 steps of 8 x 32 tokens" in line for line in lines)
+    assert sum("step 1: held-out loss " in line for line in lines) == 1

@@ -194,7 +194,8 @@ def _bytes(memory: Memory) -> dict[str, int]:
 def _print(report: dict[str, Any]) -> None:
     if report["layouts"]:
         _print_layouts(report)
-    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit. Rejected:")
+    rejected = "; not the others:" if report["rejected"] else ""
+    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit{rejected}")
     for row in report["rejected"]:
         print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
     if report["advice"] is not None:
@@ -222,7 +223,8 @@ def _print_layouts(report: dict[str, Any]) -> None:
     )  # fmt: skip
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
     table(
-        f"GB on the most loaded rank, out of {report['memory_gb']:.0f}; at the right, activations by recomputation",
+        f"GB on the most loaded rank, out of {report['memory_gb']:.0f} without what is reserved; at the right, "
+        "activations by recomputation",
         ["tp cp pp dp", *kinds, "none", "selective", "full"],
         [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
           *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),

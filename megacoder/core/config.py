@@ -139,7 +139,7 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
         before, after = getattr(old, field.name), getattr(new, field.name)
         if before != after and field.name not in free:
             key, was, now = _first_difference(field.name, before, after)
-            raise ConfigError(f"{where} was made with {key} = {was!r}, not {now!r}; {advice}")
+            raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {advice}")
 
 
 def check_seconds(name: str, value: float) -> None:
@@ -169,6 +169,12 @@ def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any
             if was != now:
                 return _first_difference(f"{name}.{field.name}", was, now)
     return name, before, after
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return repr(str(value) if isinstance(value, Path) else value)
 
 
 def _suggest(name: str, known: typing.Iterable[str]) -> str:

@@ -236,6 +236,13 @@ def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
                 "the data position to continue from is of an earlier version, whose streams began at the beginnings of "
                 "documents; choose another output, and start from the run's weights with init_from"
             )
+        if key == "datasets" and len(order[key]) == len(state["order"].get(key, ())):
+            for number, (here, there) in enumerate(zip(order[key], state["order"][key], strict=True), start=1):
+                if here != there:
+                    raise ConfigError(
+                        f"dataset {number} of data.train has {here[0]:,} documents and {here[1]:,} tokens, but the run "
+                        f"began with {there[0]:,} and {there[1]:,}; put that dataset back, or start a new run"
+                    )
         if order.get(key) != state["order"].get(key):
             raise ConfigError(
                 f"{key} is {order.get(key)!r}, but the data position to continue from was made with "

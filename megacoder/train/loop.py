@@ -26,6 +26,7 @@ from megacoder.parallel.watch import Watch
 from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
+from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
@@ -94,14 +95,8 @@ class Trainer:
         self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
-        if self.step and world.is_first:
-            say(f"resuming from step {self.step}")
-        if config.warmup_steps >= config.steps and world.is_first:
-            say(
-                f"steps = {config.steps}: the run ends within the warm-up of {config.warmup_steps:g} steps "
-                "(schedule.warmup_steps or warmup_tokens), so the learning rate never reaches schedule.peak_lr = "
-                f"{config.schedule.peak_lr:g}"
-            )
+        if world.is_first:
+            self._introduce(layout)
         self._checkpoint_seconds = 0.0
         self._stop_asked: str | None = None
 
@@ -123,6 +118,8 @@ class Trainer:
                     seconds = time.perf_counter() - began
                     interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
                     held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
+                    if held_out and log is not None:
+                        say(f"step {self.step}: held-out loss {held_out[HELD_OUT_LOSS]:.4f}")
                     if log is not None:
                         metrics = self._metrics(result, seconds)
                         bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
@@ -149,6 +146,29 @@ class Trainer:
                 log.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _introduce(self, layout: Layout) -> None:
+        """One line about the run, one about where it resumes, and one for each setting that may not do what it says."""
+        config, schedule = self.config, layout.schedule
+        pipeline = f" ({schedule.name})" if layout.dims.pp > 1 else ""
+        say(
+            f"{config.model.num_params / 1e6:,.1f}M parameters in {config.dtype}, {layout.dims}{pipeline}, "
+            f"{config.steps:,} steps of {config.global_batch_size:,} x {config.data.stream.seq_length:,} tokens"
+        )
+        if self.step:
+            say(f"resuming from step {self.step}")
+        if config.warmup_steps >= config.steps:
+            say(
+                f"steps = {config.steps}: the run ends within the warm-up of {config.warmup_steps:g} steps "
+                "(schedule.warmup_steps or warmup_tokens), so the learning rate never reaches schedule.peak_lr = "
+                f"{config.schedule.peak_lr:g}"
+            )
+        recompute = config.execution.recompute
+        if recompute in ("selective", "full") and schedule.name in ("zb-h1", "zbv") and layout.dims.pp > 1:
+            say(
+                f'execution.recompute = "{recompute}" saves little memory under {schedule.name}, which keeps what is '
+                "recomputed for the postponed weight gradients; another parallel.schedule saves more"
+            )
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""

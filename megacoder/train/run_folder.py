@@ -41,8 +41,8 @@ __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_f
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "execution", "micro_batch_size", "parallel", "timeout_seconds", "init_from", "guard", "stop_signals",
-    "data_workers", "steps", "schedule",
+    "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
+    "steps", "schedule",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
 execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees."""

@@ -285,7 +285,7 @@ def test_a_length_that_ranks_cannot_share_is_refused(length, nearest):
 
 def test_uncut_sequences_are_refused_under_context_parallelism():
     stage, tokens = Stage.whole(Transformer(tiny(), cp=ContextParallel(size=2))), torch.zeros(1, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="which cp = 2 ranks share: use Microbatch"):
+    with pytest.raises(ValueError, match=r"whose sequences cp = 2 ranks share; use Microbatch\.of"):
         stage.forward(None, Microbatch(tokens, tokens))
 
 
@@ -298,5 +298,5 @@ def test_sequences_longer_than_the_rotary_tables_are_refused():
 def test_generation_by_ranks_that_share_sequences_is_refused():
     model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, 8, dtype=torch.int64)
     cache = KVCache(model.config, [8], capacity=9, like=model.norm.weight)
-    with pytest.raises(ConfigError, match="a model that cp = 2 ranks share; generate with cp = 1"):
+    with pytest.raises(ConfigError, match="cp = 2: a cache needs whole sequences; generate with cp = 1"):
         model(tokens, cache=cache)

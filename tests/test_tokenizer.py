@@ -41,8 +41,10 @@ def test_ids_start_with_the_printable_bytes():
 def test_control_tokens_follow_the_regular_ones():
     tokenizer = small_tokenizer()
     assert (tokenizer.num_regular_tokens, tokenizer.vocab_size) == (1024, 1024 + len(SPECIAL_TOKENS))
-    ids = [getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS]
-    assert ids == list(range(1024, 1024 + len(SPECIAL_TOKENS)))
+    ids = list(range(1024, 1024 + len(SPECIAL_TOKENS)))
+    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [
+        ids[list(SPECIAL_TOKENS).index(name)] for name in ("bos", "eos", "pad")
+    ]
     assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS.values())
     assert SPECIAL_TOKENS["fim_begin"] == "<\uff5cfim\u2581begin\uff5c>"
 

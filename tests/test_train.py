@@ -307,7 +307,10 @@ def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, 
     name = f"signalled-{number}"
     toml = case.toml(name, steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2))
     command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup would have had ignored
+    )  # fmt: skip
     metrics = case.folder / name / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:

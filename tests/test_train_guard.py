@@ -358,8 +358,8 @@ def run_drifting(world, config, rank, name, at=4, asks_to_stop=False):
     forward_backward = engine.forward_backward
 
     def drifting(microbatches):
-        if asks_to_stop and trainer.step + 2 == at and world.rank == rank:
-            trainer._ask_to_stop(signal.SIGTERM, None)  # which the next step is the first to see
+        if asks_to_stop and trainer.step + 1 == at and world.rank == rank:
+            trainer._ask_to_stop(signal.SIGTERM, None)
         if trainer.step + 1 == at and world.rank == rank:
             engine.optimizer.traffic.wait_all()
             param = dict(engine.model.named_parameters())[name]

@@ -19,9 +19,9 @@ export PYTHONPATH=$PWD:$PWD/tools${SITE:+:$SITE} PYTHONUNBUFFERED=1
 export MEGACODER_COMMIT=${MEGACODER_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 failed=0
 
-if [ ! -e megacoder/_cuda.so ] || [ -n "$(find csrc/cuda -newer megacoder/_cuda.so)" ]; then
-  "$PYTHON" setup.py --quiet build_ext --inplace || exit 1
-fi
+current() { [ -e megacoder/_cuda.so ] && [ -z "$(find csrc/cuda -newer megacoder/_cuda.so)" ]; }
+current || "$PYTHON" setup.py --quiet build_ext --inplace || exit 1
+current || { echo "megacoder/_cuda.so is older than csrc/cuda, and was not built; is nvcc on PATH?"; exit 1; }
 "$PYTHON" -c 'from megacoder.core.device import CUDA_LIBRARY, load_cuda_library; load_cuda_library(CUDA_LIBRARY)' || exit 1
 
 wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }

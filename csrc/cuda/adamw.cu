@@ -162,7 +162,7 @@ extern "C" int adamw_scalars(const double* squares, const double* num_tokens, co
   return cudaGetLastError();
 }
 
-// What a launcher's return value means.
 extern "C" int64_t launchers_version() { return megacoder::kLaunchersVersion; }
 
+// What a launcher's return value means.
 extern "C" const char* error_string(int64_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

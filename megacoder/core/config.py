@@ -143,9 +143,9 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
 
 
 def check_seconds(name: str, value: float) -> None:
-    """ConfigError unless `value`, the setting `name`, is a time-out in seconds that clocks can add to a date."""
-    if not 0 < value <= 1e8:
-        raise ConfigError(f"{name} = {value}: must be positive, and at most 1e8 (three years)")
+    """ConfigError unless `value`, the setting `name`, is a time-out in seconds, whose milliseconds fit into 32 bits."""
+    if not 0 < value <= 2e6:
+        raise ConfigError(f"{name} = {value}: must be positive, and at most 2e6 (23 days)")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:

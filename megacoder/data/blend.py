@@ -25,6 +25,9 @@ MAX_ROUND = 1 << 20
 """Most entries of a table, 2 MB: weights that need more are rounded, to one entry each at least, so that a dataset with
 less than a millionth of the tokens is served more often than its share."""
 
+MAX_DATASETS = 1 << 16
+"""Their numbers are uint16."""
+
 
 def blend_table(weights: Sequence[float]) -> np.ndarray:
     """One round: uint16 (Q,), dataset numbers, each as often as its weight says.
@@ -34,8 +37,8 @@ def blend_table(weights: Sequence[float]) -> np.ndarray:
     for weight in weights:
         if not (weight > 0 and math.isfinite(weight)):
             raise ConfigError(f"weights = {list(weights)}: {weight} is not a positive number")
-    if not 0 < len(weights) <= MAX_ROUND:
-        raise ConfigError(f"{len(weights)} weights: from 1 to {MAX_ROUND:,}")
+    if not 0 < len(weights) <= MAX_DATASETS:
+        raise ConfigError(f"{len(weights)} weights: from 1 to {MAX_DATASETS:,}")
     counts = _whole_numbers([Fraction(str(weight)) for weight in weights])
     due = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts])
     datasets = np.repeat(np.arange(len(counts)), counts)

@@ -93,7 +93,7 @@ class Guard:
             grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike, least=self._least_grad_norm),
         )
 
-    def note(self, *, loss: float, grad_norm: float, skipped: bool) -> str | None:
+    def note(self, *, loss: float, grad_norm: float, skipped: bool, num_tokens: int = 1) -> str | None:
         """Records an update under `limits()`; returns why it was skipped, None if it was not.
 
         Raises RunStopped after `max_skipped` in a row: a restart would meet the same batches with the same weights.
@@ -103,7 +103,7 @@ class Guard:
             self._grad_norms.append(grad_norm)
             self._in_a_row = 0
             return None
-        reason = self._reason(loss, grad_norm)
+        reason = self._reason(loss, grad_norm) if num_tokens else "no token of the batch is trained"
         self.num_skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.config.max_skipped:

@@ -107,9 +107,10 @@ class Trainer:
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # set by nohup
             numbers = [number for number in numbers if number != signal.SIGHUP]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
-        owed = self._owed_held_out()
-        log = MetricsLog(config.output, resume_step=self.step, amend=owed) if self.world.is_first else None
+        log = None
         try:
+            owed = self._owed_held_out()
+            log = MetricsLog(config.output, resume_step=self.step, amend=owed) if self.world.is_first else None
             with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
                 while self.step < config.steps:
                     began = time.perf_counter()
@@ -177,7 +178,9 @@ class Trainer:
             self.engine, self.batches, self.config, number,
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
         )  # fmt: skip
-        reason = self.guard.note(loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
+        reason = self.guard.note(
+            loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
+        )
         if reason is not None and self.world.is_first:
             say(f"step {number}: update skipped: {reason}")
         return result
@@ -210,11 +213,11 @@ class Trainer:
         return {HELD_OUT_LOSS: self.held_out.loss(self.engine)}
 
     def _owed_held_out(self) -> dict[str, float]:
-        """The loss that was due when the run was interrupted, and which its last line of metrics lacks."""
+        """The loss that was due when the run was interrupted, if the line of that step lacks it."""
         if not self._held_out_is_due():
             return {}
-        lacks = self.world.is_first and not any(
-            HELD_OUT_LOSS in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
+        lacks = self.world.is_first and any(
+            HELD_OUT_LOSS not in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
         )
         return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 

@@ -35,13 +35,12 @@ class MetricsLog:
     """Appends to `folder`/metrics.jsonl and `folder`/tensorboard."""
 
     def __init__(self, folder: Path, *, resume_step: int, amend: dict[str, float] | None = None) -> None:
-        """`amend` is added to the line of `resume_step`: what an interruption had left to be measured."""
+        """`amend` is added to the last line, that of `resume_step`: what an interruption had left to be measured."""
         board = folder / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        amend = amend or {}
-        if amend and kept and kept[-1]["step"] == resume_step:
+        if amend:
             kept[-1] |= _plain(amend)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._lines = _Appender(path)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CrossCode", "first_statement"]
 
-_SUFFIXES = {".py": "python", ".java": "java", ".ts": "ts", ".cs": "cs"}
+_SUFFIXES = {".py": "python", ".java": "java", ".ts": "ts", ".tsx": "ts", ".cs": "cs"}
 _COMMENTS = {"python": "#", "java": "//", "ts": "//", "cs": "//"}
 """What begins a comment, for the languages that the benchmark has."""
 

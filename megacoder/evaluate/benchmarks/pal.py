@@ -90,8 +90,11 @@ def _parts(row: dict[str, Any], number: int) -> tuple[str, object]:
             return f"{body if body.endswith('.') else body + '.'} {question.strip()}", answer
         case {"body": str(body), "question": str(question), "answer": str(answer)}:
             return f"{body.strip()} {question.strip()}", re.sub(r"\(.*?\)", "", answer)
-        case {"question": str(question), "answer": str(answer), "table": str()}:
-            return _table_question(question, row), _table_answer(answer, str(row.get("ans_type", "")))
+        case {"question": str(question), "answer": answer, "table": str()}:
+            try:
+                return _table_question(question, row), _table_answer(str(answer), str(row.get("ans_type", "")))
+            except (ValueError, ZeroDivisionError):
+                raise DataError(f"row {number}: answer {answer!r} is not a number, as ans_type says") from None
         case {"question": str(question), "answer": answer}:
             return question, answer
     raise DataError(f"row {number}: no question and answer of a known set in its fields {sorted(row)}")

@@ -9,9 +9,12 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.spdx import SPDX_NAMES
 
-__all__ = ["LicenseFilter", "is_license_file", "license_of", "license_of_text"]
+__all__ = ["LicenseFilter", "check_names", "is_license_file", "license_of", "license_of_text"]
 
 _FILE = re.compile(
     r"(?:(?:un)?licen[cs]es?|copying|copyright|mit-licen[cs]e|gpl|lgpl)(?P<variant>[-_][a-z0-9+-]+(?:\.\d+)*|\.(?:lesser|lib|l?gpl\w*|apache\w*|mit|bsd))?",
@@ -69,6 +72,22 @@ class LicenseFilter:
         if is_allowed(document.license or "none", allowed):
             return document
         return document.dropped(self.name, "licence not allowed", document.license or "none")
+
+
+def check_names(allowed: Iterable[str]) -> None:
+    """ConfigError for a name that no license file can be recognized as, which would allow nothing."""
+    usual = {name for _, name in (*_PHRASES, *_GNU)} | {"none", "unknown"}
+    known = {name.lower(): name for name in sorted(usual | SPDX_NAMES)}
+    for name in allowed:
+        plain = name.lower()
+        if plain in known or plain.removesuffix("+") in known or plain.startswith("licenseref-"):
+            continue
+        if re.fullmatch(r"(?:a|l)?gpl-\d\.\d", plain):  # of any version, as `_gnu` reads it
+            continue
+        first = {one.lower(): one for one in usual}
+        match = nearest(plain, first) or nearest(plain, known)
+        hint = f"did you mean {known[match]!r}?" if match else "give SPDX names such as MIT, or none, or unknown"
+        raise ConfigError(f"allow_licenses: no license is recognized as {name!r}; {hint}")
 
 
 def is_allowed(expression: str, allowed: Collection[str]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
 
 from megacoder.cli.main import main
@@ -225,6 +226,15 @@ def test_numbers_of_workers_that_cannot_be_are_refused(corpus, workers):
 def test_an_output_without_a_name_is_refused(corpus, output):
     with pytest.raises(ConfigError, match=rf"output = '{output}': expected a prefix"):
         PreprocessConfig(input=(corpus / "in",), tokenizer=corpus / "tokenizer", output=Path(output))
+
+
+def test_a_folder_is_not_taken_for_a_prefix(corpus, capsys):
+    (corpus / "data").mkdir()
+    words = ["--input", corpus / "in", "--tokenizer", corpus / "tokenizer", "--output", f"{corpus / 'data'}/"]
+    code, _, err = run_command(capsys, "preprocess", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"is a folder; name a prefix of file names, such as {corpus / 'data' / 'train'}" in err
+    assert sorted(os.listdir(corpus)) == ["data", "in", "tokenizer"]
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(corpus):

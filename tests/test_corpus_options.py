@@ -124,6 +124,8 @@ def test_no_text_takes_long_to_search(hostile):
     [
         ("MTI", "did you mean 'MIT'"),
         ("apache-2", "did you mean 'Apache-2.0'"),
+        ("BSD", "did you mean 'BSD-2-Clause'"),
+        ("GPLv3", "did you mean 'GPL-3.0'"),
         ("unknwon", "did you mean 'unknown'"),
         ("qqqqqq", "give SPDX names such as MIT"),
         ("MIT OR ISC", "did you mean"),

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from checkpoint_cases import no_flush  # noqa: F401
 from command_line import run_command
@@ -280,6 +281,43 @@ def test_an_architecture_of_another_kind_is_refused_by_name(folder, tmp_path, ca
     assert code == 1
     assert "architecture 'Qwen2ForCausalLM'; only 'LlamaForCausalLM' can be loaded" in err
     assert not (tmp_path / "start").exists()
+
+
+def test_a_model_type_that_contradicts_the_architecture_is_refused(folder, tmp_path, capsys):
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(table | {"model_type": "gpt2"}))
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'" in err
+    assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "1.0", "trunc', b"\xff"])
+def test_a_damaged_tokenizer_is_refused_at_import(folder, tmp_path, capsys, content):
+    (folder / "tokenizer.json").write_bytes(content)
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"megacoder: {folder / 'tokenizer.json'}: not ")
+    assert not (tmp_path / "start").exists()
+
+
+def test_an_import_without_a_tokenizer_says_what_to_set(folder, tmp_path, capsys):
+    (folder / "tokenizer.json").unlink()
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (0, 1)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert "; no tokenizer.json; to continue training, set data.train, and data.tokenizer to a tokenizer" in err
+    assert f" with {size:,} ids or fewer, in {tmp_path / 'start' / 'train.toml'}" in err
+    assert not (tmp_path / "start" / "tokenizer").exists()
+    assert load_toml(RunConfig, tmp_path / "start" / "train.toml").data.tokenizer.name == "tokenizer"
+
+
+def test_an_import_with_a_tokenizer_for_other_text_says_so(folder, tmp_path, capsys):
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(folder / "tokenizer.json"))
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "its tokenizer cannot be used here" in err
+    assert "data.tokenizer to a tokenizer with" in err
 
 
 def test_weights_that_are_not_floats_are_refused(folder, tmp_path, capsys):

@@ -175,6 +175,8 @@ def test_benchmarks_are_read_from_any_format(tmp_path, name):
         ("a.json", b"[1]\n", FormatError, "test 0 is"),
         ("a.parquet", b"PAR0", FormatError, "neither JSONL"),
         ("a.jsonl", b'{"n": 1}\n', ConfigError, "no test has text"),
+        ("a.jsonl", b"", ConfigError, "no test has text"),
+        ("a.json", b'{"id": 7, "t": "\\ud800"}', FormatError, "test 7: 't' holds half a surrogate pair"),
         ("a.jsonl", None, ConfigError, "No such file"),
     ],
 )
@@ -187,6 +189,17 @@ def test_bad_benchmarks_are_named(tmp_path, name, content, error, message):
     if content is None:
         with pytest.raises(ConfigError, match="No such file"):
             fingerprint(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["{not json\n", ""])
+def test_a_bad_benchmark_is_reported_before_anything_is_read_or_written(tmp_path, monkeypatch, content):
+    good, bad = write_benchmark(tmp_path, "a.jsonl"), tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    monkeypatch.setattr("megacoder.corpus.build.find_inputs", None)  # calling it would be a TypeError
+    config = CorpusConfig(input=(tmp_path / "repos",), out=tmp_path / "out", benchmarks=(good, bad))
+    with pytest.raises((ConfigError, FormatError), match=r"bad\.jsonl"):
+        build_corpus(config, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_stage_names_the_test_and_the_words(tmp_path):

@@ -11,6 +11,7 @@ from megacoder.corpus.origin import is_minified, is_vendored
 from megacoder.corpus.privacy import PersonalData, Secrets, personal_spans, secret_spans
 from megacoder.corpus.stages import scan_stages, stage_names
 from megacoder.corpus.starcoder2 import StarCoder2Rules, encoded_data
+from megacoder.corpus.tables import TableColumns
 
 RULES = StarCoder2Rules()
 
@@ -116,6 +117,29 @@ def test_no_text_takes_long_to_search(hostile):
     text = "\n".join([hostile * (1000 // len(hostile))] * 1000)
     secret_spans(text)
     personal_spans(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("MTI", "did you mean 'MIT'"),
+        ("apache-2", "did you mean 'Apache-2.0'"),
+        ("BSD", "did you mean 'BSD-2-Clause'"),
+        ("GPLv3", "did you mean 'GPL-3.0'"),
+        ("unknwon", "did you mean 'unknown'"),
+        ("qqqqqq", "give SPDX names such as MIT"),
+        ("MIT OR ISC", "did you mean"),
+    ],
+)
+def test_licenses_that_are_never_recognized_are_refused(tmp_path, name, hint):
+    with pytest.raises(ConfigError, match=f"no license is recognized as {name!r}; {hint}"):
+        CorpusConfig(out=tmp_path, allow_licenses=("MIT", name))
+
+
+def test_licenses_that_files_or_tables_can_state_are_allowed(tmp_path):
+    names = ("mit", "GPL", "lgpl-2.1", "GPL-2.0+", "GPL-3.0-only", "AGPL-3.0", "none", "unknown", "0BSD", "Python-2.0")
+    CorpusConfig(out=tmp_path, allow_licenses=(*names, "LicenseRef-scancode-public-domain"))
+    CorpusConfig(out=tmp_path, allow_licenses=("in-house",), columns=TableColumns(license="terms"))
 
 
 def test_options_add_their_stages(tmp_path, monkeypatch):

@@ -141,6 +141,20 @@ def test_searches_that_were_switched_off_are_reported(tmp_path):
     assert unscreened(["Python"], syntax=False, off=()) == ["Python"]
 
 
+@pytest.mark.parametrize(("oversize", "advice"), [("files", True), ("cut", False)])
+def test_groups_over_the_limit_are_counted_with_the_option_that_keeps_their_order(tmp_path, capsys, oversize, advice):
+    repo = tmp_path / "repos" / "app"
+    repo.mkdir(parents=True)
+    (repo / "base.py").write_text("BASE = 'what the other builds on, in one way or another'\n")
+    (repo / "top.py").write_text("import base\n\n\ndef top():\n    return base, 'the top of a tower'\n")
+    sizes = ["--samples.max-bytes", "60", "--samples.oversize", oversize, "--heldout.fraction", "0"]
+    words = ["--input", tmp_path / "repos", "--out", tmp_path / "out", "--workers", "1", *sizes]
+    main(["corpus", "build", *map(str, words)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("2 files are samples by themselves")
+    assert last.endswith("= 60; to keep their order, build with --samples.oversize cut" if advice else "= 60")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

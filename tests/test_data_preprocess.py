@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
 
 from megacoder.cli.main import main
@@ -227,6 +228,15 @@ def test_an_output_without_a_name_is_refused(corpus, output):
         PreprocessConfig(input=(corpus / "in",), tokenizer=corpus / "tokenizer", output=Path(output))
 
 
+def test_a_folder_is_not_taken_for_a_prefix(corpus, capsys):
+    (corpus / "data").mkdir()
+    words = ["--input", corpus / "in", "--tokenizer", corpus / "tokenizer", "--output", f"{corpus / 'data'}/"]
+    code, _, err = run_command(capsys, "preprocess", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"is a folder; name a prefix of file names, such as {corpus / 'data' / 'train'}" in err
+    assert sorted(os.listdir(corpus)) == ["data", "in", "tokenizer"]
+
+
 def test_a_dataset_of_another_tokenizer_is_refused(corpus):
     preprocess(config_of(corpus))
     other = train_tokenizer(source_texts(3), vocab_size=600)
@@ -268,10 +278,53 @@ def test_the_commands_from_files_to_a_report(corpus, capsys):
     assert "--- document 10\n" in capsys.readouterr().out
 
 
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(corpus, capsys, monkeypatch):
+    words = ["tokenizer", "train", "--input", corpus / "in", "--output", corpus / "tok"]
+    assert run_command(capsys, *words, "--vocab-size", "400")[0] == 0
+    monkeypatch.setattr("megacoder.data.tokenizer_training.sample_texts", None)  # calling it would be a TypeError
+    code, _, err = run_command(capsys, *words, "--vocab-size", "10")
+    assert (code, err) == (2, "megacoder: vocab_size = 10: at least 256, one token for each byte\n")
+    code, _, err = run_command(capsys, *words, "--vocab-size", "400")
+    assert (code, err.count("up to date, 409 ids"), err.count("\n")) == (0, 1, 1)
+    code, _, err = run_command(capsys, *words, "--vocab-size", "500")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tokenizer.json holds another tokenizer, made with different options (vocab_size); choose another" in err
+    small_tokenizer().save(corpus / "given")
+    code, _, err = run_command(capsys, *words[:-1], corpus / "given")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tokenizer.json holds another tokenizer (1,033 ids); choose another --output, or remove it" in err
+    (corpus / "tok" / "tokenizer.json").write_text("")
+    code, _, err = run_command(capsys, *words, "--vocab-size", "400")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not a tokenizer" in err
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_the_training_of_a_tokenizer_and_leaves_nothing(tmp_path, number, code, said):
+    random = np.random.default_rng(0)
+    letters = random.integers(97, 123, size=(600, 20_000), dtype=np.uint8)
+    letters[:, ::9] = 32
+    write_jsonl(tmp_path / "in.jsonl", [{"content": row.tobytes().decode()} for row in letters])
+    words = ["tokenizer", "train", "--input", "in.jsonl", "--output", "tok", "--vocab-size", "200000"]
+    command = [sys.executable, "-m", "megacoder", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not lines or "learning from" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1]
+        time.sleep(0.5)
+        process.send_signal(getattr(signal, number))
+        start = time.monotonic()
+        rest = process.stderr.read()
+        assert (process.wait(), rest) == (code, f"megacoder: {said}\n")
+    assert time.monotonic() - start < 15
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
 def test_a_sample_too_small_for_the_vocabulary_is_reported(corpus, capsys):
     paths = ["--input", str(corpus / "in" / "a.jsonl"), "--output", str(corpus / "tok")]
     main(["tokenizer", "train", *paths, "--vocab-size", "30000"])
     assert "the sample yields only" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["tokenizer", "train", "--input", str(corpus / "in" / "b.jsonl"), "--output", str(corpus / "tok")])
+        main(["tokenizer", "train", "--input", str(corpus / "in" / "b.jsonl"), "--output", str(corpus / "other")])
     assert "megacoder: no documents in" in capsys.readouterr().err

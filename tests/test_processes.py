@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 
 import pytest
 
-from megacoder.core.processes import Terminated, sigterm_as_interrupt, starting_workers
+from megacoder.core.processes import Terminated, interruptible, sigterm_as_interrupt, starting_workers
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
@@ -71,3 +73,20 @@ def test_a_forked_process_ends_on_sigterm():
                 os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_an_interrupt_does_not_wait_for_foreign_code():
+    told = []
+    start = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: time.sleep(30), tell=told.append, every_seconds=0.05)
+    assert time.monotonic() - start < 20
+    assert told == sorted(told)
+    assert told
+
+
+def test_results_and_errors_of_foreign_code_come_back():
+    assert interruptible(lambda: 7, tell=print) == 7
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0, tell=print)

@@ -42,9 +42,9 @@ def test_control_tokens_follow_the_regular_ones():
     tokenizer = small_tokenizer()
     assert (tokenizer.num_regular_tokens, tokenizer.vocab_size) == (1024, 1024 + len(SPECIAL_TOKENS))
     ids = list(range(1024, 1024 + len(SPECIAL_TOKENS)))
-    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [
-        ids[list(SPECIAL_TOKENS).index(name)] for name in ("bos", "eos", "pad")
-    ]
+    names = ("bos", "eos", "fim_hole", "fim_begin", "fim_end", "pad")
+    assert [getattr(tokenizer, f"{name}_id") for name in names] == ids[:6]
+    assert tokenizer.eot_id == ids[-1]
     assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS.values())
     assert SPECIAL_TOKENS["fim_begin"] == "<\uff5cfim\u2581begin\uff5c>"
 

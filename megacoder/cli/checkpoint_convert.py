@@ -16,8 +16,9 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.model_folder import tokenizer_of
 from megacoder.core.config import parse_args, to_toml
 from megacoder.core.console import say
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.stream import StreamConfig
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.conversion import TOKENIZER, export_checkpoint, import_folder
 from megacoder.parallel.dims import ParallelDims
@@ -100,12 +101,30 @@ def import_main(argv: Sequence[str]) -> None:
     """Imports one model."""
     args = parse_args(ImportArgs, argv, prog="megacoder checkpoint import")
     config = import_folder(args.src, args.dst, files=lambda model: {START: _start(args.src, args.dst, model)})
-    say(f"{args.dst}: {config.num_params:,} parameters; to continue training, set data.train in {args.dst / START}")
+    without, wanted = "", "data.train"
+    if (reason := _why_no_tokenizer(args.dst)) is not None:
+        without = f"; {reason}"
+        wanted += f", and data.tokenizer to a tokenizer with {config.vocab_size:,} ids or fewer,"
+    start = args.dst / START
+    say(f"{args.dst}: {config.num_params:,} parameters{without}; to continue training, set {wanted} in {start}")
+
+
+def _why_no_tokenizer(folder: Path) -> str | None:
+    """Why training cannot use the tokenizer of an imported folder; None where it can."""
+    if not (folder / TOKENIZER).is_dir():
+        return "no tokenizer.json"
+    try:
+        Tokenizer.load(folder / TOKENIZER)
+    except FormatError as error:
+        return f"its tokenizer cannot be used here ({error})"
+    return None
 
 
 def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     """A run of continued pre-training, all settings written out."""
     stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
-    data = DataConfig(train=(Path("data/train"),), tokenizer=folder / TOKENIZER, stream=stream)
+    tokenizer = folder / TOKENIZER if (source / "tokenizer.json").exists() else None
+    data = DataConfig(train=(Path("data/train"),), tokenizer=tokenizer or Path("tokenizer"), stream=stream)
     config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model)
-    return f"# Continues training from the weights of {source}; set data.train to your data.\n{to_toml(config)}"
+    wanted = "data.train to your data" if tokenizer else "data.train to your data and data.tokenizer to its tokenizer"
+    return f"# Continues training from the weights of {source}; set {wanted}.\n{to_toml(config)}"

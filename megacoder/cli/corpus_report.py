@@ -66,7 +66,9 @@ def print_report(report: CorpusReport, *, max_repositories: int = 20) -> None:
         f"{accounts.written / 1e6:.1f} MB with path comments"
     )
     if accounts.separated_files:
+        samples = report.config["samples"]
+        advice = "; to keep their order, build with --samples.oversize cut" if samples["oversize"] == "files" else ""
         print(
             f"{accounts.separated_files:,} files are samples by themselves although they depend on others or others on "
-            f"them: their groups exceed samples.max_bytes = {report.config['samples']['max_bytes']:,}"
+            f"them: their groups exceed samples.max_bytes = {samples['max_bytes']:,}{advice}"
         )

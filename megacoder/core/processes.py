@@ -10,12 +10,17 @@ sends it to those that are left when one was killed.
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
-__all__ = ["Terminated", "kill_sibling", "num_cores", "sigterm_as_interrupt", "starting_workers"]
+__all__ = ["Terminated", "interruptible", "kill_sibling", "num_cores", "sigterm_as_interrupt", "starting_workers"]
+
+
+T = TypeVar("T")
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,6 +57,33 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def interruptible(work: Callable[[], T], *, tell: Callable[[float], None], every_seconds: float = 10.0) -> T:
+    """Runs `work`, a long call of foreign code that releases Python's lock, so that Ctrl-C is answered at once.
+
+    It runs in a thread of its own, which an interrupt leaves behind: it ends with the process, so `work` must not write
+    anything. `tell` is given the seconds passed, at intervals.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    start = time.monotonic()
+    threading.Thread(target=run, daemon=True).start()
+    while not ended.wait(every_seconds):
+        tell(time.monotonic() - start)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def read_tests(benchmarks: Sequence[Path], fields: Sequence[str] = ()) -> list[T
                 if key not in _NAMES and (not fields or key in fields):
                     texts = list(_texts(value))
                     some |= bool(texts)
+                    if not all(map(_is_unicode, texts)):
+                        raise FormatError(f"{path}: test {name}: {key!r} holds half a surrogate pair, not Unicode")
                     found += (TestString(test=f"{path.name} {name}", text=text) for text in texts)
         if not some:
             raise ConfigError(f"{path}: no test has text" + (f" in {', '.join(fields)}" if fields else ""))
@@ -80,6 +82,14 @@ def _rows(path: Path) -> Iterator[Any]:
         raise ConfigError(f"benchmark {str(path)!r}: {error.strerror}") from None
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise FormatError(f"{path}: neither JSONL, JSON nor Parquet: {error}") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """False where JSON has escaped half a surrogate pair, which has no bytes to look for."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from megacoder.core.console import progress, say
 from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
+from megacoder.corpus.benchmarks import read_tests
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.drops import read_drops
 from megacoder.corpus.engines import run_on
@@ -43,8 +44,9 @@ def build_corpus(
 
     `repositories`, with unique names, replace those that `config.input` names. CorpusError if there is nothing to read
     or every file is dropped, or where the disk fails; ConfigError if the folder holds another corpus or two
-    repositories share a name.
+    repositories share a name. A benchmark that cannot be read is reported before anything is read or written.
     """
+    read_tests(config.benchmarks, config.decontamination.fields)
     if repositories is not None:
         inputs = Inputs(sources=tuple(repositories))
     else:

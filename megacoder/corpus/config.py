@@ -12,6 +12,7 @@ from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.engines import ClusterConfig
 from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.licenses import check_names
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.privacy import Handling, check_secrets_available
 from megacoder.corpus.reading import Selection
@@ -82,6 +83,8 @@ class CorpusConfig:
                 match = nearest(name, LANGUAGES)
                 hint = f"did you mean {match!r}?" if match else f"known are {', '.join(LANGUAGES)}"
                 raise ConfigError(f"unknown language {name!r}; {hint}")
+        if self.columns.license is None:  # a table's own column may hold any names
+            check_names(self.allow_licenses)
         for option in ("max_file_bytes", "max_repo_bytes", "shard_bytes"):
             value = getattr(self, option)
             if value is not None and value < 1:

@@ -9,9 +9,12 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from megacoder.core.config import nearest
+from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.spdx import SPDX_NAMES
 
-__all__ = ["LicenseFilter", "is_license_file", "license_of", "license_of_text"]
+__all__ = ["LicenseFilter", "check_names", "is_license_file", "license_of", "license_of_text"]
 
 _FILE = re.compile(
     r"(?:(?:un)?licen[cs]es?|copying|copyright|mit-licen[cs]e|gpl|lgpl)(?P<variant>[-_][a-z0-9+-]+(?:\.\d+)*|\.(?:lesser|lib|l?gpl\w*|apache\w*|mit|bsd))?",
@@ -51,6 +54,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
 _COMPILED = tuple((re.compile(phrase), name) for phrase, name in _PHRASES)
 _GNU = (("affero general public license", "AGPL"), ("lesser general public license", "LGPL"),
         ("library general public license", "LGPL"), ("general public license", "GPL"))  # fmt: skip
+_GNU_USUAL = ("GPL-2.0", "GPL-3.0", "LGPL-2.1", "LGPL-3.0", "AGPL-3.0")
 _SPDX = re.compile(r"spdx-license-identifier:\s*([\w.+-]+(?:\s+(?:or|and|with)\s+[\w.+-]+)*)", re.IGNORECASE)
 _LOOKED_AT = 20_000
 _TITLE = 600
@@ -69,6 +73,22 @@ class LicenseFilter:
         if is_allowed(document.license or "none", allowed):
             return document
         return document.dropped(self.name, "licence not allowed", document.license or "none")
+
+
+def check_names(allowed: Iterable[str]) -> None:
+    """ConfigError for a name that no license file can be recognized as, which would allow nothing."""
+    usual = {name.lower(): name for name in ("none", "unknown", *_GNU_USUAL, *sorted({name for _, name in _PHRASES}))}
+    known = usual | {name.lower(): name for name in sorted({name for _, name in _GNU} | SPDX_NAMES)}
+    for name in allowed:
+        plain = name.lower()
+        if plain in known or plain.removesuffix("+") in known or plain.startswith("licenseref-"):
+            continue
+        if re.fullmatch(r"(?:a|l)?gpl-\d\.\d", plain):  # of any version, as `_gnu` reads it
+            continue
+        begins = next((one for one in usual if one.startswith(f"{plain}-")), None)
+        match = begins or nearest(plain, usual) or nearest(plain, known)
+        hint = f"did you mean {known[match]!r}?" if match else "give SPDX names such as MIT, or none, or unknown"
+        raise ConfigError(f"allow_licenses: no license is recognized as {name!r}; {hint}")
 
 
 def is_allowed(expression: str, allowed: Collection[str]) -> bool:

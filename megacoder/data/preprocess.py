@@ -66,6 +66,11 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
 
     Raises ConfigError if `output` holds a different dataset, DataError for input that cannot be used.
     """
+    if config.output.is_dir():
+        example = config.output / "train"
+        raise ConfigError(
+            f"--output {str(config.output)!r} is a folder; name a prefix of file names, such as {example}"
+        )
     tokenizer = Tokenizer.load(config.tokenizer)
     inputs = find_inputs(config.input)
     described = tuple(_describe(path) for path in inputs)

@@ -16,7 +16,7 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 
-__all__ = ["TokenizerFiles", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "has_tokenizer", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -35,6 +35,15 @@ class TokenizerFiles:
     """ids, control tokens included"""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` has a tokenizer.json; FormatError where it is damaged."""
+    path = folder / _DEFINITION
+    if not path.exists():
+        return False
+    _parsed(_read(path), path)
+    return True
+
+
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
 
@@ -42,10 +51,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     """
     files = {name: _read(folder / name) for name in _BESIDE if (folder / name).is_file()}
     definition = _read(folder / _DEFINITION)
-    try:
-        backend = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises bare Exceptions
-        raise FormatError(f"{folder / _DEFINITION}: not a tokenizer: {error}") from None
+    backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS)
     named = {key: _token(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     ids = {f"{key}_id": None if text is None else backend.token_to_id(text) for key, text in named.items()}
@@ -60,6 +66,13 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     return TokenizerFiles(files=files, ids=ids, vocab_size=backend.get_vocab_size(with_added_tokens=True))
+
+
+def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises bare Exceptions
+        raise FormatError(f"{path}: not a tokenizer: {error}") from None
 
 
 def _read(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 Training writes fp32 master weights and moments, in any layout; a Hugging Face folder holds the weights alone. A
 checkpoint names its model in its state, as part of the run's configuration. `import_folder` makes a folder like a
-run's: `checkpoints/` with one checkpoint of step 0, of weights alone, and `tokenizer/` beside it.
+run's: `checkpoints/` with one checkpoint of step 0, of weights alone, and `tokenizer/` beside it where the source has
+one.
 """
 
 import shutil
@@ -22,6 +23,7 @@ from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
 from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
+from megacoder.data.tokenizer_folder import has_tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import open_folder, weight_shapes, write_folder
 
@@ -82,11 +84,12 @@ def import_folder(
     """Makes `folder`, laid out like a run's, from a Hugging Face folder; returns the model.
 
     `files` gives further text files by name, which appear with the rest. Weights become fp32, which changes no value.
-    FormatError as `open_folder`; ConfigError where `folder` exists.
+    FormatError as `open_folder`, or where tokenizer.json is damaged; ConfigError where `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
     config, _, tensors = open_folder(source)
+    with_tokenizer = has_tokenizer(source)
     fragments = [_whole_weight(name, shape) for name, shape in weight_shapes(config).items()]
 
     def stream(wanted: Sequence[Fragment]) -> Iterator[Tensor]:
@@ -99,10 +102,11 @@ def import_folder(
             temporary / CHECKPOINTS, 0, [fragments], stream,
             num_ranks=1, layout={"imported": source.name}, state={"config": {"model": to_dict(config)}},
         )  # fmt: skip
-        (temporary / TOKENIZER).mkdir()
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / TOKENIZER / name)
+        if with_tokenizer:
+            (temporary / TOKENIZER).mkdir()
+            for name in _TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, temporary / TOKENIZER / name)
         for name, text in files(config).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return config

@@ -200,6 +200,11 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
     architectures = table.get("architectures") or ["none named"]
     if architectures != ["LlamaForCausalLM"]:
         raise FormatError(f"{where}: architecture {architectures[0]!r}; only 'LlamaForCausalLM' can be loaded")
+    model_type = table.get("model_type", "llama")
+    if model_type != "llama":
+        raise FormatError(
+            f"{where}: model_type {model_type!r} beside architecture {architectures[0]!r}; expected 'llama'"
+        )
     for key, value in _FIXED.items():
         if table.get(key, value) != value:
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")

@@ -175,9 +175,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open_parquet(path) as file:
-            wanted = [
-                name for name in ("messages", "instruction", "input", "output") if name in file.schema_arrow.names
-            ]
+            wanted = [name for name in _COLUMNS if name in file.schema_arrow.names]
             if not wanted:
                 known = ", ".join(map(repr, file.schema_arrow.names))
                 raise DataError(f"{path}: no column 'messages', nor 'instruction' and 'output'; there are {known}")

@@ -199,6 +199,7 @@ def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
 def test_an_imported_model_is_trained_on(folder, case, tmp_path, capsys, monkeypatch):
     assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
     config = load_toml(RunConfig, tmp_path / "start" / "train.toml")
+    assert config.warmup_steps < config.steps
     assert (config.init_from, config.data.tokenizer) == (tmp_path / "start", tmp_path / "start" / "tokenizer")
     small = config_of(case, "unused")
     config = dataclasses.replace(

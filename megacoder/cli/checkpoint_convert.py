@@ -125,6 +125,6 @@ def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
     tokenizer = folder / TOKENIZER if (source / "tokenizer.json").exists() else None
     data = DataConfig(train=(Path("data/train"),), tokenizer=tokenizer or Path("tokenizer"), stream=stream)
-    config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model)
+    config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model, steps=10_000)  # beyond the warm-up
     wanted = "data.train to your data" if tokenizer else "data.train to your data and data.tokenizer to its tokenizer"
     return f"# Continues training from the weights of {source}; set {wanted}.\n{to_toml(config)}"

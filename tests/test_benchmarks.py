@@ -267,6 +267,10 @@ def test_comments_and_blank_lines_do_not_count_and_edit_similarity_is_in_whole_p
     assert benchmark.scores(task, "away,\nnow); // soon") == {"exact_match": 1.0, "edit_similarity": 0.88}
     with pytest.raises(ConfigError, match="--language rust: crosscode has python, java, ts, cs"):
         BENCHMARKS["crosscode"](Settings(language="rust"))
+    [unknown] = BENCHMARKS["crosscode"](Settings()).tasks([
+        {"prompt": "go(", "groundtruth": "now)", "metadata": {"file": "a/b.kt"}}
+    ])  # fmt: skip
+    assert unknown.row["language"] == ".kt", "which is refused as --language is, not judged as Python"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ def load(name):
     return load_toml(RunConfig, path, absent=DEFAULTS if name.startswith("instruct") else None)
 
 
+def test_every_recipe_is_there():
+    assert len(EXAMPLES) == 12  # without files the tests below would be none
+
+
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
 def test_example(name):
     config = load(name)

@@ -369,6 +369,10 @@ PROGRAMS = {  # right, wrong, and what does not compile
 }
 
 
+def test_programs_cover_every_language():
+    assert PROGRAMS.keys() == LANGUAGES.keys()
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_right_wrong_and_broken_programs_in_each_language(language):
     """`PROGRAMS` holds a program that passes, one that fails and, of compiled languages, one that does not compile."""

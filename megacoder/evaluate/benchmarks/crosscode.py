@@ -45,9 +45,10 @@ class CrossCode(TextBenchmark):
         for number, row in enumerate(rows):
             about = row["metadata"] if isinstance(row.get("metadata"), dict) else {}
             title, pieces = self._context(row.get("crossfile_context")) if self.settings.retrieval else ("", ())
+            suffix = PurePath(str(about.get("file"))).suffix
             yield Task(
                 id=str(row.get("task_id", about.get("task_id", number))), prompt=row["prompt"], context=pieces,
-                context_title=title, row={"language": _SUFFIXES.get(PurePath(str(about.get("file"))).suffix), **row},
+                context_title=title, row={"language": _SUFFIXES.get(suffix, suffix), **row},
             )  # fmt: skip
 
     def scores(self, task: Task, completion: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ The text of this module is part of every PAL program, which finds no megacoder: 
 """
 
 import re
+from collections.abc import Callable
 from math import isclose
 from typing import Any
 
@@ -117,12 +118,8 @@ def _expression(text: str) -> Any:
     text = re.sub(_FUNCTIONS, r" \1 ", text.replace("\\pi", " pi ").replace("\\infty", " oo ").replace("\\times", "*"))
     if "\\" in text:
         return None
-    try:
-        return parse_expr(
-            text, transformations=(*standard_transformations, convert_xor, split_symbols, implicit_multiplication)
-        )
-    except Exception:
-        return None
+    transformations = (*standard_transformations, convert_xor, split_symbols, implicit_multiplication)
+    return _tried(lambda: parse_expr(text, transformations=transformations))
 
 
 def _same_expression(one: Any, other: Any) -> bool:
@@ -130,12 +127,14 @@ def _same_expression(one: Any, other: Any) -> bool:
 
     if one is None or other is None:
         return False
+    return bool(_tried(lambda: simplify(one - other) == 0) or _tried(lambda: isclose(N(one), N(other), rel_tol=1e-3)))
+
+
+def _tried(call: Callable[[], Any]) -> Any:
+    """What `call` returns; None where sympy fails, which raises whatever it stumbles over in an answer."""
     try:
-        if simplify(one - other) == 0:
-            return True
+        return call()
+    except MemoryError:  # the sandbox's to judge: such a program is tried once more, alone
+        raise
     except Exception:
-        pass
-    try:
-        return isclose(N(one), N(other), rel_tol=1e-3)
-    except Exception:
-        return False
+        return None

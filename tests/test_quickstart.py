@@ -198,7 +198,7 @@ def test_the_recipe_follows_machine_and_time():
     assert choose_recipe(cpu, 5) is SMALL
     assert choose_recipe(cpu, 90) is MEDIUM
     gpu = Machine(device_type="cuda", device_name="x", num_devices=1, num_cores=2)
-    assert choose_recipe(gpu, 5).hidden_size > MEDIUM.hidden_size
+    assert choose_recipe(gpu, 5).model.hidden_size > MEDIUM.model.hidden_size
 
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])

@@ -150,25 +150,24 @@ def _write(
         fast = checking.result()
     characters = _PIECE_CHARACTERS * (min(workers, num_cores()) if fast else 1)
     pieces = _pieces(config, list(todo.values()), characters=characters)
-    encoding = encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast)
-    text_bytes, text_bytes_before, start = 0, 0, time.monotonic()  # of this run, of parts made before
+    found_bytes, encoded_bytes, start = 0, 0, time.monotonic()  # of parts made before, and of this run
     with (
         progress("preprocess", sum(sizes.values())) as bar,
-        encoding as results,
+        encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast) as results,
         IndexedDatasetWriter(folder / "output", dtype=dtype) as output,
     ):
         for name in described:
             if todo.pop(name, None) is None:
                 part = IndexedDataset(parts[name])
                 output.append(part)
-                text_bytes_before += _text_bytes(part, tokenizer)
+                found_bytes += _text_bytes(part, tokenizer)
                 continue
             with IndexedDatasetWriter(parts[name], dtype=dtype) as writer:
                 for piece, encoded in results:
                     for dataset in (writer, output):
                         dataset.add_documents(encoded.tokens, encoded.lengths, encoded.sequences)
-                    text_bytes += encoded.text_bytes
-                    speed = text_bytes / 1e6 / max(time.monotonic() - start, 1e-3)
+                    encoded_bytes += encoded.text_bytes
+                    speed = encoded_bytes / 1e6 / max(time.monotonic() - start, 1e-3)
                     bar.update(completed + piece.read, f"{speed:.1f} MB/s")
                     if piece.ends_file:
                         break
@@ -178,16 +177,10 @@ def _write(
         raise DataError(f"no documents in {', '.join(map(str, config.input))}")
     rename_dataset(output.prefix, config.output)
     sidecar = Sidecar(
-        documents=output.num_documents,
-        sequences=output.num_sequences,
-        tokens=output.num_tokens,
-        bytes=text_bytes + text_bytes_before,
-        tokenizer=tokenizer.digest,
-        text_key=config.text_key,
-        document_key=config.document_key,
-        inputs=described,
-        checksum=checksum(config.output),
-    )
+        documents=output.num_documents, sequences=output.num_sequences, tokens=output.num_tokens,
+        bytes=found_bytes + encoded_bytes, tokenizer=tokenizer.digest, text_key=config.text_key,
+        document_key=config.document_key, inputs=described, checksum=checksum(config.output),
+    )  # fmt: skip
     sidecar.write(config.output)
     return sidecar
 

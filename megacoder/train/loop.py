@@ -11,12 +11,14 @@ run; the run's folder then says whether it may be started again.
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import FrameType
 
 import torch
 
-from megacoder.core.console import progress, say
+from megacoder.core.console import ProgressBar, progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.data.prefetch import Prefetcher
@@ -102,49 +104,68 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to `config.steps`. Raises Interrupted after a signal, once a checkpoint is written, or RunStopped."""
-        config = self.config
-        numbers = [getattr(signal, name) for name in config.stop_signals]
+        with self._stopping_on_signals():
+            try:
+                with self._metrics_log() as log:
+                    self._steps(log)
+            except RunStopped as stopped:  # on every rank
+                self.folder.stop(self.step + 1, stopped)
+                raise
+
+    def _steps(self, log: MetricsLog | None) -> None:
+        total, is_first = self.config.steps, self.world.is_first
+        with self.batches, progress("train", total, start=self.step, quiet=not is_first) as bar:
+            while self.step < total:
+                self._step(log, bar)
+        self.folder.finish()
+        if is_first:
+            say(f"{self.config.output}: all {total:,} steps are done")
+
+    def _step(self, log: MetricsLog | None, bar: ProgressBar) -> None:
+        """One update, then what is due after it: held-out loss, a line in the log, a checkpoint."""
+        config, began = self.config, time.perf_counter()
+        result = self.update()
+        self.step += 1
+        seconds = time.perf_counter() - began
+        interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
+        held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
+        if log is not None:
+            if held_out:
+                say(f"step {self.step}: held-out loss {held_out[HELD_OUT_LOSS]:.4f}")
+            metrics = self._metrics(result, seconds)
+            bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            if self.step % config.log_every == 0 or self._held_out_is_due():
+                log.write(self.step, {**metrics, **held_out})
+                self._checkpoint_seconds = 0.0
+        if interrupted:
+            self._checkpoint()
+            self.folder.finish()
+            raise Interrupted(
+                f"stopped at step {self.step} with a checkpoint; the same command resumes the run",
+                signal_name=self._stop_asked,
+            )
+        if config.ends_with_checkpoint(self.step):
+            self._checkpoint()
+
+    @contextmanager
+    def _metrics_log(self) -> Iterator[MetricsLog | None]:
+        """The first rank's log, which receives the held-out loss that an interruption has left to be measured."""
+        owed = self._owed_held_out()
+        if not self.world.is_first:
+            yield None
+            return
+        with closing(MetricsLog(self.config.output, resume_step=self.step, amend=owed)) as log:
+            yield log
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        numbers = [getattr(signal, name) for name in self.config.stop_signals]
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # set by nohup
             numbers = [number for number in numbers if number != signal.SIGHUP]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
-        log = None
         try:
-            owed = self._owed_held_out()
-            log = MetricsLog(config.output, resume_step=self.step, amend=owed) if self.world.is_first else None
-            with self.batches, progress("train", config.steps, start=self.step, quiet=not self.world.is_first) as bar:
-                while self.step < config.steps:
-                    began = time.perf_counter()
-                    result = self.update()
-                    self.step += 1
-                    seconds = time.perf_counter() - began
-                    interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
-                    held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
-                    if held_out and log is not None:
-                        say(f"step {self.step}: held-out loss {held_out[HELD_OUT_LOSS]:.4f}")
-                    if log is not None:
-                        metrics = self._metrics(result, seconds)
-                        bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
-                        if self.step % config.log_every == 0 or self._held_out_is_due():
-                            log.write(self.step, {**metrics, **held_out})
-                            self._checkpoint_seconds = 0.0
-                    if interrupted:
-                        self._checkpoint()
-                        self.folder.finish()
-                        raise Interrupted(
-                            f"stopped at step {self.step} with a checkpoint; the same command resumes the run",
-                            signal_name=self._stop_asked,
-                        )
-                    if config.ends_with_checkpoint(self.step):
-                        self._checkpoint()
-            self.folder.finish()
-            if log is not None:
-                say(f"{config.output}: all {config.steps:,} steps are done")
-        except RunStopped as stopped:  # on every rank
-            self.folder.stop(self.step + 1, stopped)
-            raise
+            yield
         finally:
-            if log is not None:
-                log.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

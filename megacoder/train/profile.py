@@ -214,39 +214,36 @@ def _measure_steps(
                 result = run_step(engine, batches, config, number)
                 bar.update(number, f"loss {result.loss:.3f}")
             clock.end()
-    steps = clock.steps()
     memory = standing_rows(engine)
     if world.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        memory += [
-            MemoryRow(
-                kind=ACTIVATIONS, num_bytes=peak - sum(row.num_bytes for row in memory),
-                how="peak allocated, less the above",
-            ),
-            MemoryRow(kind="peak allocated", num_bytes=peak, how="torch.cuda.max_memory_allocated"),
-            MemoryRow(kind="reserved", num_bytes=torch.cuda.max_memory_reserved(), how="by torch's allocator"),
-        ]  # fmt: skip
-    trace, growth = None, 0
-    if options.trace is not None or world.device.type == "cpu":
-        path = options.trace and _of_rank(options.trace, world)
+        memory += _allocated_rows(standing_bytes=sum(row.num_bytes for row in memory))
+    path = options.trace and _of_rank(options.trace, world)
+    if path is not None or world.device.type == "cpu":
         growth = _trace_step(engine, batches, config, total + 1, path)
-        trace = path and str(path)
-    if world.device.type == "cpu":
-        memory += [
-            MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how="largest growth of torch's memory in a step"),
-            process_row(),
-        ]
+        if world.device.type == "cpu":
+            how = "largest growth of torch's memory in a step"
+            memory += [MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how=how), process_row()]
     tokens = config.micro_batch_size * config.data.stream.seq_length // layout.dims.cp
     return {
-        "steps": [asdict(step) for step in steps],
+        "steps": [asdict(step) for step in clock.steps()],
         "memory": [asdict(row) for row in memory],
         "kept": kept_activations(
             config.model, layout, mesh, execution=config.execution, dtype=engine.flat.weight.dtype, tokens=tokens
         ),
         "loss": result.loss,
-        "trace": trace,
+        "trace": path and str(path),
         "num_updated": engine.optimizer.exp_avg.numel(),
     }
+
+
+def _allocated_rows(*, standing_bytes: int) -> list[MemoryRow]:
+    """What torch's GPU allocator has counted since its peak was reset."""
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return [
+        MemoryRow(kind=ACTIVATIONS, num_bytes=peak - standing_bytes, how="peak allocated, less the above"),
+        MemoryRow(kind="peak allocated", num_bytes=peak, how="torch.cuda.max_memory_allocated"),
+        MemoryRow(kind="reserved", num_bytes=reserved, how="by torch's allocator"),
+    ]
 
 
 @contextmanager

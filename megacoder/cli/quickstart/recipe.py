@@ -7,12 +7,13 @@ changes it; it is then written into run.toml and stays.
 
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from megacoder.checkpoint.writer import CheckpointConfig
+from megacoder.cli.quickstart.options import Places
 from megacoder.core.device import Machine
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
@@ -20,7 +21,6 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.stage import forward_backward
 from megacoder.model.transformer import Transformer
-from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.flat import FlatParameters
 from megacoder.train.config import DataConfig, RunConfig
 from megacoder.train.schedule import ScheduleConfig
@@ -30,32 +30,38 @@ __all__ = ["Recipe", "choose_recipe", "run_config", "seconds_per_step", "steps_w
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A model and how it is trained."""
+    """A model and how it is trained. `model.vocab_size` is the tokenizer's, which is trained later."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    seq_length: int
+    model: ModelConfig
     fim_context: int
+    """tokens around a hole (see `FimConfig.context_tokens`)"""
     global_batch_size: int
     micro_batch_size: int
     peak_lr: float
 
 
+_model = partial(ModelConfig, head_dim=64, rope_theta=10000.0, init_std=0.02)  # 0.006 is for models 100 times as wide
+
 SMALL = Recipe(
-    hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
-    head_dim=64, seq_length=256, fim_context=96, global_batch_size=16, micro_batch_size=8, peak_lr=2.5e-3,
+    model=_model(
+        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
+        max_position_embeddings=256,
+    ),
+    fim_context=96, global_batch_size=16, micro_batch_size=8, peak_lr=2.5e-3,
 )  # fmt: skip
 MEDIUM = Recipe(
-    hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-    head_dim=64, seq_length=512, fim_context=192, global_batch_size=16, micro_batch_size=8, peak_lr=1.5e-3,
+    model=_model(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+        max_position_embeddings=512,
+    ),
+    fim_context=192, global_batch_size=16, micro_batch_size=8, peak_lr=1.5e-3,
 )  # fmt: skip
 LARGE = Recipe(
-    hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-    head_dim=64, seq_length=1024, fim_context=512, global_batch_size=128, micro_batch_size=16, peak_lr=1e-3,
+    model=_model(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
+        max_position_embeddings=1024,
+    ),
+    fim_context=512, global_batch_size=128, micro_batch_size=16, peak_lr=1e-3,
 )  # fmt: skip
 
 
@@ -71,45 +77,22 @@ def choose_recipe(machine: Machine, minutes: float) -> Recipe:
 
 
 def run_config(
-    recipe: Recipe,
-    *,
-    steps: int,
-    nproc: int,
-    dtype: torch.dtype,
-    vocab_size: int,
-    output: Path,
-    train: Path,
-    valid: Path,
-    tokenizer: Path,
-    seed: int,
+    recipe: Recipe, places: Places, *, steps: int, nproc: int, dtype: torch.dtype, vocab_size: int, seed: int
 ) -> RunConfig:
     """The training run, as `megacoder train` reads it."""
     every = max(1, steps // 8)
     per_rank = max(1, round(recipe.global_batch_size / nproc))  # so that any number of processes divides the batch
     micro = max(size for size in range(1, recipe.micro_batch_size + 1) if per_rank % size == 0)
+    stream = StreamConfig(
+        seq_length=recipe.model.max_position_embeddings, seed=seed,
+        fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context),
+    )  # fmt: skip
     return RunConfig(
-        output=output,
+        output=places.run,
         data=DataConfig(
-            train=(train,),
-            valid=valid,
-            tokenizer=tokenizer,
-            stream=StreamConfig(
-                seq_length=recipe.seq_length, seed=seed, fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context)
-            ),
+            train=(places.train_data,), valid=places.heldout_data, tokenizer=places.tokenizer, stream=stream
         ),
-        model=ModelConfig(
-            vocab_size=vocab_size,
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.num_hidden_layers,
-            num_attention_heads=recipe.num_attention_heads,
-            num_key_value_heads=recipe.num_key_value_heads,
-            head_dim=recipe.head_dim,
-            rope_theta=10000.0,
-            max_position_embeddings=recipe.seq_length,
-            init_std=0.02,  # 0.006 is for models a hundred times as wide
-        ),
-        optimizer=AdamWConfig(),
+        model=replace(recipe.model, vocab_size=vocab_size),
         schedule=ScheduleConfig(kind="three_stage", peak_lr=recipe.peak_lr, warmup_steps=max(1, min(50, steps // 10))),
         steps=steps,
         global_batch_size=per_rank * nproc,

@@ -153,10 +153,9 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     if places.run_config.exists():
         return load_toml(RunConfig, places.run_config)
     with_steps = partial(
-        run_config, choose_recipe(machine, options.minutes),
-        nproc=nproc, dtype=faster_dtype(machine), output=places.run,
-        vocab_size=Tokenizer.load(places.tokenizer).vocab_size, tokenizer=places.tokenizer,
-        train=places.train_data, valid=places.heldout_data, seed=options.seed,
+        run_config, choose_recipe(machine, options.minutes), places,
+        nproc=nproc, dtype=faster_dtype(machine), vocab_size=Tokenizer.load(places.tokenizer).vocab_size,
+        seed=options.seed,
     )  # fmt: skip
     steps = options.steps
     if steps is None:

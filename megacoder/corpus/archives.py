@@ -144,26 +144,26 @@ class _Listing:
         reason = reason or name_reason(path, member.size, self._selection)
         if reason is not None:
             self._dropped.append((path, member.size, reason))
-            if not licensed:
-                return
-        limit = self._selection.max_file_bytes + 1 if reason is None else _LICENSE_BYTES
+        if licensed or reason is None:
+            self._fetch(member, kept=reason is None, licensed=licensed)
+
+    def _fetch(self, member: _Member, *, kept: bool, licensed: bool) -> None:
+        """Reads a file that is `kept`, states the license (`licensed`), or both."""
         try:
             with member.file() as stream:
-                data = stream.read(limit)
-        except (_TooMuch, _Unaffordable) as error:
-            if reason is None:
-                self._dropped.append((path, member.size, "archive expands too far"))
+                data = stream.read(self._selection.max_file_bytes + 1 if kept else _LICENSE_BYTES)
+        except (_TooMuch, _Unaffordable, *_DAMAGED) as error:
+            too_much = isinstance(error, _TooMuch | _Unaffordable)
+            if kept:
+                reason = "archive expands too far" if too_much else f"unreadable: {type(error).__name__}"
+                self._dropped.append((member.path, member.size, reason))
             if isinstance(error, _TooMuch):
                 raise
             return
-        except _DAMAGED as error:
-            if reason is None:
-                self._dropped.append((path, member.size, f"unreadable: {type(error).__name__}"))
-            return
         if licensed:
-            self._licenses[path] = decode(data[:_LICENSE_BYTES], "latin-1")[0] or ""
-        if reason is None:
-            self._places[path] = (self._spool.tell(), len(data))
+            self._licenses[member.path] = decode(data[:_LICENSE_BYTES], "latin-1")[0] or ""
+        if kept:
+            self._places[member.path] = (self._spool.tell(), len(data))
             self._spool.write(data)
 
     def items(self, repo: str, archive: str) -> Iterator[Document | Dropped]:

@@ -94,17 +94,8 @@ class _Run:
 
     def run(self, identity: confine.Identity | None, work: str) -> dict[str, Any]:
         reading, writing = zip(*(os.pipe() for _ in range(3)), strict=True)  # stdout, stderr, mark
-        limits = confine.kernel_limits(self.limits, confined=self.confined)
         start, cpu_before = time.monotonic(), _children_cpu()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            null = os.open(os.devnull, os.O_RDONLY)
-            for target, source in enumerate((null, *writing[:2])):
-                os.dup2(source, target)
-            confine.become_program(
-                self.step["argv"], limits, writing[2], self.secret, confined=self.confined, identity=identity, work=work
-            )  # fmt: skip
+        self._start(writing, identity, work)
         self.seen.kept = {descriptor: bytearray() for descriptor in reading}
         for descriptor in reading:
             os.set_blocking(descriptor, False)
@@ -119,21 +110,37 @@ class _Run:
         for descriptor in reading:
             os.close(descriptor)
         wall, cpu = time.monotonic() - start, max(self.seen.cpu, _children_cpu() - cpu_before)
-        status = self.ended
-        broken = broken or self._found_out(status, cpu, mark, err)
-        code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL
-        verdict = broken or ("crashed" if code < 0 else "failed" if code else "passed")
-        if verdict == "passed" and self.preloaded and mark != self.secret:
-            verdict = "ended early"
-        complaint, spoke = self.step["complaint"], self.step["silent"] and (out or err)
-        if verdict == "passed" and (spoke or (complaint and re.search(complaint.encode(), err, re.MULTILINE))):
-            verdict = "failed"
+        code = os.waitstatus_to_exitcode(self.ended) if self.ended is not None else -signal.SIGKILL
         return {
-            "verdict": verdict, "exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None,
+            "verdict": broken or self._found_out(self.ended, cpu, mark, err) or self._judge(code, out, err, mark),
+            "exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None,
             "stdout": out[:_KEPT_BYTES].decode("utf-8", "replace"),
             "stderr": err[:_KEPT_BYTES].decode("utf-8", "replace"),
             "cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": self.seen.peak / _MIB,
         }  # fmt: skip
+
+    def _start(self, writing: tuple[int, ...], identity: confine.Identity | None, work: str) -> None:
+        """Forks the program, whose output and mark go to `writing`."""
+        limits = confine.kernel_limits(self.limits, confined=self.confined)
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDONLY)
+            for target, source in enumerate((null, *writing[:2])):
+                os.dup2(source, target)
+            confine.become_program(
+                self.step["argv"], limits, writing[2], self.secret, confined=self.confined, identity=identity, work=work
+            )  # fmt: skip
+
+    def _judge(self, code: int, out: bytes, err: bytes, mark: bytes) -> str:
+        """The verdict on a program that kept within its limits."""
+        if code:
+            return "crashed" if code < 0 else "failed"
+        if self.preloaded and mark != self.secret:
+            return "ended early"
+        complaint = self.step["complaint"]
+        complains = complaint and re.search(complaint.encode(), err, re.MULTILINE)
+        return "failed" if complains or (self.step["silent"] and (out or err)) else "passed"
 
     def _watch(self, reading: tuple[int, ...], start: float, cpu_before: float) -> str | None:
         """Watches until the program ends (None) or exceeds a limit (its name)."""

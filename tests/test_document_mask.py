@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megacoder.ops import fused_attention
 from megacoder.ops.attention import causal_mask
-from megacoder.ops.fused_attention import DocumentMask
+from megacoder.ops.fused_attention import DocumentMask, Pieces, cudnn_backward, flash_backward
 
 
 def first_keys_of(begins, query_start, length):
@@ -64,3 +65,27 @@ def test_first_keys_that_are_not_documents_are_refused(first_keys, token):
 def test_a_mask_computes_its_pieces_once():
     mask = DocumentMask(torch.zeros(1, 4, dtype=torch.int64))
     assert mask.pieces is mask.pieces
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "flash, packed"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kernels_that_read_lse_by_its_address_get_it_packed(kernel, batch, monkeypatch):
+    received = []
+
+    def of_torch(*args):
+        q, k, v, lse = args[1], args[2], args[3], args[5]
+        received.append(lse)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    monkeypatch.setattr(fused_attention, "_cudnn_backward", of_torch)
+    monkeypatch.setattr(fused_attention, "_flash_backward", of_torch)
+    heads = torch.empty(batch, 3, 8, 16, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(batch, 3, 16, device="meta")[:, :, 8:]  # one half of a context-parallel rank's tokens
+    if kernel == "cudnn":
+        cudnn_backward(*[heads] * 5, lse)
+    else:
+        first_keys = torch.zeros(batch, 8, dtype=torch.int64)
+        pieces = Pieces.of(first_keys, 0, torch.device("meta"))
+        documents = DocumentMask(first_keys, 0, pieces) if "packed" in kernel else None
+        flash_backward(*[heads] * 5, lse, documents)
+    assert received[0].is_contiguous()

@@ -15,6 +15,7 @@ from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch, Stage, forward_backward
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
@@ -28,7 +29,9 @@ from megacoder.ops.attention import (
 from megacoder.ops.backends import OPS, backend, candidates
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fused_attention import FLASH
+from megacoder.parallel import context
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.context import ContextParallel, context_attention_backward, context_attention_forward
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.world import World
@@ -180,20 +183,50 @@ def _compare(batch, heads, kv_heads, dim, length, *, num_keys, query_start=0, do
     grad = torch.randn(sizes[0], generator=generator, device="cuda").bfloat16()
     first = None if documents is None else documents.first_keys_BS
     mask = causal_mask(torch.arange(query_start, query_start + length, device="cuda"), num_keys, first_keys_BS=first)
-
-    def plain(tensors):
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = attention_reference(*leaves, mask=mask)
-        out.backward(grad.transpose(1, 2).to(out.dtype))
-        return [out.detach(), *(leaf.grad for leaf in leaves)]
-
-    exact, rounded = plain([tensor.double() for tensor in draws]), plain(draws)
+    exact, rounded = (_plain(tensors, grad, mask) for tensors in ([tensor.double() for tensor in draws], draws))
     masks = {"query_start": query_start, "documents": documents}
     out, lse = attention_forward(*draws, **masks)
     ours = [out.transpose(1, 2), *attention_backward(grad, *draws, out, lse, **masks)]
+    _assert_as_exact_as(ours, exact, rounded)
+
+
+def _plain(tensors, grad, mask):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = attention_reference(*leaves, mask=mask)
+    out.backward(grad.transpose(1, 2).to(out.dtype))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _assert_as_exact_as(ours, exact, rounded):
     for what, true, mine, theirs in zip(("out", "dq", "dk", "dv"), exact, ours, rounded, strict=True):
         error, allowed = ((tensor.double() - true).norm() / true.norm() for tensor in (mine, theirs))
         assert error <= 2 * allowed + 2e-3, f"{what}: {error:.2e} against {allowed:.2e}"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_of_context_parallel_ranks_against_float64(batch, packed, monkeypatch):
+    length, size, heads, kv_heads, dim = 512, 2, 4, 2, 128
+    ranks_own = lambda grads, dtype, cp: lambda: tuple(grads.to(dtype))  # noqa: E731, without the sum over ranks
+    monkeypatch.setattr(context, "_start_sum", ranks_own)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(batch, length, number, dim, generator=generator, device="cuda").bfloat16()
+        for number in (heads, kv_heads, kv_heads, heads)
+    )
+    starts = torch.zeros(batch, length, dtype=torch.bool)
+    starts[:, [0, 100, 259]] = True
+    for rank in range(size):
+        cp = ContextParallel(rank=rank, size=size)
+        places = Places.of((batch, length), cp, device=q.device, starts_BS=starts.cuda() if packed else None)
+        own = cp.places(length).cuda()
+        draws = q[:, own].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        first = torch.where(starts, torch.arange(length), 0).cummax(1)[0][:, own.cpu()].cuda() if packed else None
+        mask = causal_mask(own, length, first_keys_BS=first)
+        exact, rounded = (_plain(tensors, grad[:, own], mask) for tensors in ([t.double() for t in draws], draws))
+        out, lse = context_attention_forward(*draws, cp, documents=places.documents)
+        grad_q, wait = context_attention_backward(grad[:, own], *draws, out, lse, cp, documents=places.documents)
+        _assert_as_exact_as([out.transpose(1, 2), grad_q, *wait()], exact, rounded)
 
 
 @pytest.fixture(scope="module")

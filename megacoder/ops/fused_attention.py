@@ -6,6 +6,9 @@ Autograd would keep (out, lse) between forward and backward, so these are all th
 dropout here, so there are no random states either. Layouts are those of `megacoder.ops.attention`: B sequences, S
 queries, P keys, H query heads, G key-value heads, K head dim.
 
+The kernels read lse by its address alone, as if it were packed, so every backward packs it first: context parallelism
+passes halves of longer ones.
+
 Packed documents go to FlashAttention as one ragged (varlen) batch: every piece of a document that has queries here is a
 sequence of its own, whose last query is aligned to its last key. No key outside a document is read, let alone masked.
 """
@@ -163,8 +166,8 @@ def cudnn_backward(
     lengths = q_BHSK.shape[2], k_BGSK.shape[2]
     no_dropout = torch.empty((), dtype=torch.int64, device=q_BHSK.device)
     return _cudnn_backward(
-        grad_out_BHSK, q_BHSK, k_BGSK, v_BGSK, out_BHSK, lse_BHS[..., None], no_dropout, no_dropout, None, None, None,
-        *lengths, 0.0, True,
+        grad_out_BHSK, q_BHSK, k_BGSK, v_BGSK, out_BHSK, lse_BHS.contiguous()[..., None],
+        no_dropout, no_dropout, None, None, None, *lengths, 0.0, True,
     )  # fmt: skip
 
 
@@ -206,14 +209,14 @@ def flash_backward(
     if documents is None:
         tensors = [t.transpose(1, 2) for t in (grad_out_BHSK, q_BHSK, k_BGPK, v_BGPK, out_BHSK)]
         grads = _flash_backward(
-            *tensors, lse_BHS, None, None, length, num_keys, 0.0, True, no_dropout, no_dropout
+            *tensors, lse_BHS.contiguous(), None, None, length, num_keys, 0.0, True, no_dropout, no_dropout
         )  # fmt: skip
         grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
         return grad_q, grad_k, grad_v
     pieces, batch = documents.pieces, len(q_BHSK)
     grad_out, q, out = (t.transpose(1, 2).flatten(0, 1) for t in (grad_out_BHSK, q_BHSK, out_BHSK))
     k, v = pieces.seen(k_BGPK, num_keys), pieces.seen(v_BGPK, num_keys)
-    lse_HT = lse_BHS.transpose(0, 1).flatten(1)
+    lse_HT = lse_BHS.transpose(0, 1).flatten(1).contiguous()  # flatten is a view where there is one sequence
     grad_q_THK, grad_k_TGK, grad_v_TGK = _flash_backward(
         grad_out, q, k, v, out, lse_HT, pieces.query_ends, pieces.key_ends, pieces.max_queries, pieces.max_keys, 0.0,
         True, no_dropout, no_dropout,

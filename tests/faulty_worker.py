@@ -2,6 +2,7 @@
 FAULT happens on that rank when its journal is at that step and place ('forward 2', 'reading data').
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,8 +16,16 @@ def fail():
     raise DataError("the disk is gone")
 
 
+def block_in_c():
+    """Waits as in cudaStreamSynchronize: without the GIL, and without returning to Python on a signal."""
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill, others blocked": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "stall": lambda: time.sleep(1000),
     "stall unnoticed": lambda: time.sleep(1000),
@@ -34,6 +43,8 @@ def arm(fault, rank, step, place):
         if os.environ["RANK"] == rank and all(here):
             time.sleep(1.5)  # a few beats, so that the others have seen it here
             FAULTS[fault]()
+        elif fault == "kill, others blocked" and all(here):
+            block_in_c()
 
     Journal.at = at
 

@@ -38,6 +38,10 @@ FAULTS = {
         STUCK + r"step 3, microbatch 2, forward \(pipeline.py:\d+ in compute\)",
     ),
     "unnoticed": (("stall unnoticed", "1", "3", "backward 0"), {}, STUCK + "step 3, microbatch 0, backward "),
+    "blocked": (
+        ("kill, others blocked", "1", "3", "forward 1"), {"timeout_seconds": 120.0},
+        NO_ANSWER + "step 3, microbatch 1, forward ",
+    ),
     "fail": (("fail", "1", "3", "forward 1"), {}, ""),
 }  # fmt: skip
 
@@ -66,7 +70,9 @@ def torchrun(*arguments, **options):
 def ended(case):
     """All faults at once, since most of their time goes by waiting."""
     processes = {
-        name: torchrun("-m", "faulty_worker", *fault, "train", case.toml(name, timeout_seconds=TIMEOUT, **settings))
+        name: torchrun(
+            "-m", "faulty_worker", *fault, "train", case.toml(name, **{"timeout_seconds": TIMEOUT, **settings})
+        )
         for name, (fault, settings, _) in FAULTS.items()
     }
     try:
@@ -92,8 +98,8 @@ def test_one_line_names_the_rank_and_what_it_did(ended, name):
     assert len(run.lines) == 1, run.lines
     assert re.match(rf"megacoder: rank {rank} \(host \S+, pid \d+\) {said}", run.lines[0]), run.lines[0]
     assert f"; rank {other} at step 3, microbatch " in run.lines[0]
-    waited = "receive of 2,048 float32 from rank 0" if name == "stage" else "over ranks 0, 1"
-    assert waited in run.lines[0].partition(f"; rank {other} at ")[2]
+    waited = {"stage": "receive of 2,048 float32 from rank 0", "blocked": "microbatch 1, forward"}
+    assert waited.get(name, "over ranks 0, 1") in run.lines[0].partition(f"; rank {other} at ")[2]
 
 
 def test_the_waiting_rank_leaves_a_flight_record(ended):

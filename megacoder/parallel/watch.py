@@ -10,6 +10,8 @@ announces what it found; the first announcement counts, and each host prints it 
 bulletin reports that, and what it waited for. The cost is three small messages per rank and beat.
 
 A rank whose launcher has been killed sends itself a stop signal: all ranks then stop together, with a checkpoint.
+Python runs no signal handler while the main thread waits for its GPU; so signals also arrive at a socket, which the
+second thread reads.
 
 Killed by force, once the line is printed: a suspended rank on this host (torchrun would wait half a minute for it), and
 torchrun itself on a host that is cut off (with a c10d rendezvous it, too, would query the lost store forever).
@@ -76,6 +78,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         if self._active:
+            self._signals = _Signals()
             for target in (self._keep_beating, self._guard):
                 self._threads.append(threading.Thread(target=target, name=target.__name__, daemon=True))
                 self._threads[-1].start()
@@ -101,6 +104,7 @@ class Watch:
             self._over.set()
             for thread in self._threads:  # a thread that returns from the network during shutdown would abort Python
                 thread.join(ANSWER_SECONDS)
+            self._signals.close()
 
     def _keep_beating(self) -> None:
         """Blocks when the network does; the other thread sees that from `_heard`."""
@@ -121,6 +125,7 @@ class Watch:
                 has_agent = False
                 say(f"rank {self._world.rank}: torchrun has exited; the rank stops as on a signal")
                 os.kill(os.getpid(), signal.SIGTERM)
+            self._journal.stop_asked |= self._signals.received()
             now, still = time.monotonic(), self._still_seconds()
             if self._end is not None:
                 ended = ended or now
@@ -245,6 +250,32 @@ class Watch:
                 write_text(path, record.decode())
                 return f"; torch's flight records are in {path.parent}"
         return ""
+
+
+class _Signals:
+    """A socket to which C's signal handler writes at once, also while the main thread is not executing Python."""
+
+    def __init__(self) -> None:
+        """Without effect on another thread than the main one, which alone receives signals."""
+        self._reading, self._writing = socket.socketpair()
+        for end in (self._reading, self._writing):
+            end.setblocking(False)
+        self._before: int | None = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+
+    def received(self) -> bool:
+        """Whether a signal that Python handles has arrived since the last call."""
+        try:
+            return bool(self._reading.recv(64))
+        except OSError:  # nothing is there, or `close` was called
+            return False
+
+    def close(self) -> None:
+        if self._before is not None:
+            signal.set_wakeup_fd(self._before)
+        for end in (self._reading, self._writing):
+            end.close()
 
 
 def _where(thread: int) -> str:

@@ -22,6 +22,7 @@ from checkpoint_cases import (
 
 import megacoder
 from megacoder.checkpoint import commit as commit_module
+from megacoder.checkpoint import rank_file
 from megacoder.checkpoint import writer as writer_module
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
@@ -127,16 +128,19 @@ def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1, 2]
 
 
-def test_staging_is_reused_and_grows():
+@pytest.mark.parametrize("block_bytes", [1 << 28, 64])
+def test_staging_is_reused_and_grows(block_bytes, monkeypatch):
+    monkeypatch.setattr(rank_file, "_BLOCK_BYTES", block_bytes)
     staging = Staging()
-    tensors = make_tensors()
-    fragments = plan_rank_file("f", whole_fragments(tensors)).fragments
+    fragments = plan_rank_file("f", whole_fragments(make_tensors())).fragments
     expected = b"".join(live_bytes(fragments))
-    assert bytes(staging.copy_out(fragments)) == expected
-    first = staging._buffer.data_ptr()
-    assert bytes(staging.copy_out(fragments[2:])) == b"".join(live_bytes(fragments[2:]))
-    assert staging._buffer.data_ptr() == first
-    assert len(staging.copy_out(fragments * 2)) == 2 * len(expected)
+    pieces = staging.copy_out(fragments)
+    assert len(pieces) == -(-len(expected) // block_bytes)
+    assert b"".join(pieces) == expected
+    first = staging._blocks[0].data_ptr()
+    assert b"".join(staging.copy_out(fragments[2:])) == b"".join(live_bytes(fragments[2:]))
+    assert staging._blocks[0].data_ptr() == first
+    assert sum(map(len, staging.copy_out(fragments * 2))) == 2 * len(expected)
 
 
 @pytest.mark.parametrize("room", [0, 100, 2000])

@@ -20,6 +20,9 @@ __all__ = ["Fragment", "RankFile", "Staging", "bytes_of", "live_bytes", "plan_ra
 _DEVICE_CHUNK = 1 << 24
 """Elements that a save without staging (a synchronous one) fetches from a device at a time."""
 
+_BLOCK_BYTES = 1 << 28
+"""A power of two, and so a multiple of every dtype's size."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fragment:
@@ -99,26 +102,41 @@ def live_bytes(fragments: Sequence[Fragment]) -> Iterator[memoryview]:
 
 
 class Staging:
-    """Host memory for a copy of a rank's state, reused by every save: fresh pages would cost as much as two copies."""
+    """Host memory for a copy of a rank's state, reused by every save: fresh pages would cost as much as two copies.
+
+    In blocks, because torch rounds page-locked memory up to a power of two: a single one of 33 GiB would take 64.
+    """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._blocks: list[Tensor] = []
 
-    def copy_out(self, fragments: Sequence[Fragment]) -> memoryview:
-        """The fragments' bytes, end to end; valid until the next call. The tensors may change on return."""
+    def copy_out(self, fragments: Sequence[Fragment]) -> list[memoryview]:
+        """The fragments' bytes in order, in as many pieces; valid until the next call. The tensors may then change."""
         devices = {fragment.data.device for fragment in fragments if fragment.data.is_cuda}
         size = sum(fragment.data.nbytes for fragment in fragments)
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # give the old one back first
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=bool(devices))
+        if sum(map(len, self._blocks)) < size:
+            self._blocks.clear()  # give the old ones back first
+            for start in range(0, size, _BLOCK_BYTES):
+                length = min(_BLOCK_BYTES, size - start)
+                self._blocks.append(torch.empty(length, dtype=torch.uint8, pin_memory=bool(devices)))
         position = 0
         for fragment in fragments:
-            target = self._buffer[position : position + fragment.data.nbytes].view(fragment.data.dtype)
-            target.copy_(fragment.data.detach(), non_blocking=True)
-            position += fragment.data.nbytes
+            for part in _split_at_blocks(fragment.data.detach(), position):
+                block, offset = divmod(position, _BLOCK_BYTES)
+                target = self._blocks[block][offset : offset + part.nbytes].view(part.dtype)
+                target.copy_(part, non_blocking=True)
+                position += part.nbytes
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return bytes_of(self._buffer[:size])
+        starts = range(0, size, _BLOCK_BYTES)
+        return [bytes_of(block[: size - start]) for block, start in zip(self._blocks, starts, strict=False)]
+
+
+def _split_at_blocks(values: Tensor, position: int) -> tuple[Tensor, ...]:
+    """`values`, which go to byte `position` of the blocks, cut where a block ends."""
+    first = min(len(values), (-position % _BLOCK_BYTES) // values.itemsize)
+    head, rest = values[:first], values[first:]
+    return tuple(part for part in (head, *rest.split(_BLOCK_BYTES // values.itemsize)) if len(part))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -103,7 +103,7 @@ class CheckpointWriter:
         self._num_saves += 1
         self._step = step
         if self.config.asynchronous:
-            staged = [self._staging.copy_out(job.plan.fragments)]
+            staged = self._staging.copy_out(job.plan.fragments)
             job.plan.fragments.clear()  # frees tensors made only for this save before it ends
             if self._make_folder(job):
                 self._thread = threading.Thread(target=self._run, args=(job, staged), name="checkpoint", daemon=True)

@@ -121,6 +121,8 @@ def start_world(
     if num_launched is None:
         return World(0, 1, 0, device, None)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder is off by default in some versions
+    # Every rank would warn that its transfers run in turn: programs are built for that (see `schedules.program`).
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     margin = NCCL_MARGIN_SECONDS if device_type == "cuda" else 0.0
     timeout = datetime.timedelta(seconds=timeout_seconds + margin)
     try:

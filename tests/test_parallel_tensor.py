@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from megacoder.checkpoint.boxes import Box, find_fault
 from megacoder.core.errors import ConfigError
+from megacoder.model import transformer
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.plain_stage import PlainStage
 from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
-from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.model.transformer import Attention, RMSNorm, Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE_INDEX
 from megacoder.parallel.dims import ParallelDims
@@ -148,6 +149,43 @@ def test_every_kind_of_stage_and_recomputation_equals_one_process(ranks, tied, s
     results = ranks.run(2, step_on_rank, config, path, sequence_parallel, torch.float32)
     assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
     assert_near(assembled(grads for _, grads, _ in results), expected)
+
+
+class AttentionWithNormedQueries(Attention):
+    """A change as users make it: a norm of each query head, without a backward."""
+
+    def __init__(self, config, tp, *, cp):
+        super().__init__(config, tp, cp=cp)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm.sees_own_heads = True
+        self.qkv_proj.register_forward_hook(self._norm_queries)
+
+    def _norm_queries(self, _, args, qkv):
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        return torch.cat([self.q_norm(heads[..., : self.num_heads, :]), heads[..., self.num_heads :, :]], -2).flatten(
+            -2
+        )
+
+
+def changed_step_on_rank(world, config, sequence_parallel):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "Attention", AttentionWithNormedQueries)
+        tp = ALONE if world is None else on_axis(world, sequence_parallel=sequence_parallel)
+        model, _ = build(config, tp)
+        loss = staged(PlainStage, "none", model, *batch_of(config))
+        sum_replica_gradients(model)
+        with pytest.raises(ConfigError, match=r"does not know, or lack some: self_attn\.q_norm\.weight; set exec"):
+            Stage.whole(model)
+        return loss, grads_of(model)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+def test_a_changed_layer_trains_as_in_one_process(ranks, sequence_parallel):
+    config = tiny()
+    expected_loss, parts = changed_step_on_rank(None, config, False)
+    results = ranks.run(2, changed_step_on_rank, config, sequence_parallel)
+    assert [loss for loss, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
+    assert_near(assembled(grads for _, grads in results), assembled([parts]))
 
 
 @pytest.mark.parametrize("path", [*STEPS, *KINDS_OF_STAGE])

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
+from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
@@ -49,6 +50,7 @@ __all__ = [
     "Recompute",
     "SavedLayer",
     "WeightGradients",
+    "check_layer",
     "grad_of",
     "kept_bytes_per_token",
     "kept_weight_bytes",
@@ -78,6 +80,22 @@ Those of the attention output and of the activation, H K + F bytes, are kept in 
 move 4 H K + 6 F bytes. "none" also keeps the transposed weights, one byte each (`kept_weight_bytes`). "norms" keeps all
 of that except the casts of the normed inputs. The others keep the same as in bf16, and cast again.
 """
+
+
+PARAMETERS = {
+    "input_layernorm.weight", "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
+    "mlp.gate_up_proj.weight", "mlp.down_proj.weight",
+}  # fmt: skip
+
+
+def check_layer(layer: DecoderLayer) -> None:
+    """ConfigError for a layer that somebody has given other parameters: they would neither be applied nor trained."""
+    unknown = {name for name, _ in layer.named_parameters()} ^ PARAMETERS
+    if unknown:
+        raise ConfigError(
+            f"the layers have parameters that the hand-scheduled block does not know, or lack some: "
+            f'{", ".join(sorted(unknown))}; set execution.block = "plain", which runs the layers\' own forward'
+        )
 
 
 def kept_bytes_per_token(

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from megacoder.model.places import Places
-from megacoder.model.scheduled import Recompute, SavedLayer, WeightGradients, grad_of, layer_backward, layer_forward
+from megacoder.model.scheduled import (
+    Recompute,
+    SavedLayer,
+    WeightGradients,
+    check_layer,
+    grad_of,
+    layer_backward,
+    layer_forward,
+)
 from megacoder.model.transformer import RMSNorm, Transformer, TransformerPart
 from megacoder.ops.cross_entropy import LossSum
 from megacoder.ops.linear import STORED, Precision
@@ -164,6 +172,11 @@ class ModelStage(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Stage(ModelStage):
     """Layers whose backward is written by hand."""
+
+    def __post_init__(self) -> None:
+        layers = self.model.decoder_layers()
+        for index in self.layers:
+            check_layer(layers[index])
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor | None, microbatch: Microbatch) -> tuple[Tensor | LossSum, SavedStage]:

@@ -56,6 +56,10 @@ class RopeTables:
 class RMSNorm(nn.Module):
     """See `megacoder.ops.rms_norm`."""
 
+    sees_own_heads = False
+    """set it on a norm of queries or keys, which under tensor parallelism is of the rank's own heads (see
+    `weight_pieces`)"""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -114,7 +118,11 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    To change a layer, change its `forward`s here and train with `[execution] block = "plain"`: the default block
+    (`megacoder.model.scheduled`) does not call them, and refuses parameters that it does not know.
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
         super().__init__()
@@ -276,7 +284,9 @@ class WeightPiece:
 def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
     """Every weight of `model` once, under its Hugging Face name, in a fixed order; a tied head is the embedding.
 
-    Embedding and head pieces exclude the rows that pad the vocabulary: those have no Hugging Face name.
+    Embedding and head pieces exclude the rows that pad the vocabulary: those have no Hugging Face name. What is not a
+    `Linear` is a copy on every tensor-parallel rank; its gradients are summed where ranks compute them from parts: from
+    their own tokens under sequence parallelism, or from their own heads if the module has `sees_own_heads`.
     """
     modules = dict(model.named_modules())
     for param_name, param in model.named_parameters():
@@ -285,8 +295,9 @@ def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
         parent, _, own_name = module_name.rpartition(".")
         if isinstance(module, Linear):
             shards = module.shards
-        else:  # a norm: a copy on every rank, whose gradient is of the rank's own tokens under sequence parallelism
-            shape, summed = tuple(param.shape), model.tp.sequence_parallel
+        else:
+            shape = tuple(param.shape)
+            summed = model.tp.sequence_parallel or getattr(module, "sees_own_heads", False)
             shards = [Shard.of(own_name, shape, model.tp, num_blocks=1, sum_copies=summed)]
         start = 0
         for shard in shards:

@@ -55,7 +55,8 @@ class ReplicaCheck:
         if faults:
             more = f" (and {len(faults) - 1} more weights)" if len(faults) > 1 else ""
             raise RunStopped(
-                f"step {step}: {faults[0]}{more}: a device, its memory or a link is faulty; leave that host out. The "
+                f"step {step}: {faults[0]}{more}: a device, its memory or a link is faulty; leave that host out (but "
+                "where you have changed a layer, see `weight_pieces` in model/transformer.py). The "
                 f"same command resumes from the newest checkpoint, taken while replicas were equal (last in step "
                 f"{self._last_equal})",
                 restart_helps=True,

@@ -71,6 +71,7 @@ def test_best_fit_serves_every_token_of_the_documents_once_and_trains_on_each(da
         batch = one.next_batch()
         tokens, labels, starts = batch.tokens[0], batch.labels[0], batch.starts[0]
         edges = [*starts.nonzero().flatten().tolist(), 64]
+        assert edges[0] == 0
         for a, b in itertools.pairwise(edges):
             assert torch.equal(labels[a : b - 1], tokens[a + 1 : b].where(tokens[a] != tokenizer.pad_id, -100))
         served.update(tokens[tokens != tokenizer.pad_id].tolist())
@@ -81,18 +82,6 @@ def test_best_fit_serves_every_token_of_the_documents_once_and_trains_on_each(da
     assert served == expected
     del expected[tokenizer.bos_id]  # which begins each document
     assert trained == expected
-
-
-def test_best_fit_positions_count_from_the_documents_beginning_in_the_window(dataset):
-    batch = stream(dataset, packing="best_fit").next_batch()
-    positions, starts = batch.position_ids, batch.starts
-    assert (positions[starts] == 0).all()
-    steps = positions[:, 1:] - positions[:, :-1]
-    assert (steps[~starts[:, 1:]] == 1).all()
-    edges = batch.cu_seqlens
-    assert edges[0] == 0
-    assert edges[-1] == batch.tokens.numel()
-    assert len(edges) - 1 == starts.sum()
 
 
 def test_best_fit_cuts_fewer_documents_than_concatenation(dataset):

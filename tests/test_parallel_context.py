@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.segments import position_ids
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.partition import ExecutionConfig, build_stages
+from megacoder.model.places import position_ids
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer, weight_pieces
@@ -132,6 +132,11 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, packed, p
     _, alone = step(config, path, packed, torch.bfloat16)
     for _, grads in ranks.run(4, step_on_rank, config, path, packed, torch.bfloat16):
         assert error(grads) <= 2 * error(alone)
+
+
+def test_positions_restart_with_each_document():
+    starts = torch.tensor([[1, 0, 0, 0, 1, 0, 0], [1, 0, 1, 0, 1, 0, 0]]).bool()
+    assert position_ids(starts).tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("path", STEPS)

@@ -35,7 +35,6 @@ from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.packing import TURNED, BestFit, Concatenated, Packer
 from megacoder.data.permutation import key_of, stream_phase
-from megacoder.data.segments import cu_seqlens, position_ids
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "StreamConfig", "TokenStream", "check_order", "check_shares", "merge_states"]
@@ -86,24 +85,6 @@ class Batch:
     """int64 (B, S): the next token, -100 where it begins another document"""
     starts: Tensor | None = None
     """bool (B, S): first tokens of documents, and of windows; None where tokens may see other documents"""
-
-    @property
-    def position_ids(self) -> Tensor:
-        """int64 (B, S): from the beginning of the document where documents are masked, else of the window."""
-        return position_ids(self._starts)
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int32 (pieces + 1,): where each stretch of tokens that see each other begins in the B S tokens, then B S."""
-        return cu_seqlens(self._starts)
-
-    @property
-    def _starts(self) -> Tensor:
-        if self.starts is not None:
-            return self.starts
-        starts = torch.zeros_like(self.tokens, dtype=torch.bool)
-        starts[:, 0] = True
-        return starts
 
 
 class TokenStream:

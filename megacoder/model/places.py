@@ -13,11 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megacoder.data.segments import position_ids
 from megacoder.ops.attention import DocumentMask, causal_mask
 from megacoder.parallel.context import UNCUT, ContextParallel
 
-__all__ = ["Places"]
+__all__ = ["Places", "position_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +66,9 @@ class Places:
             return None
         length = cp.size * self.positions_BL.shape[1]
         return causal_mask(cp.places(length, self.positions_BL.device), length, first_keys_BS=self.first_keys_BL)
+
+
+def position_ids(starts_BS: Tensor) -> Tensor:
+    """(B, S) int64: each token's distance to the last start (True; a sequence's first token is one)."""
+    places = torch.arange(starts_BS.shape[1], device=starts_BS.device).expand(starts_BS.shape)
+    return places - torch.where(starts_BS, places, 0).cummax(dim=1).values

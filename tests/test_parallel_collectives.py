@@ -12,7 +12,7 @@ from megacoder.parallel.collectives import (
     all_reduce_sum,
     barrier,
     broadcast_from_first,
-    reduce_scatter_sum,
+    start_reduce_scatter_sum,
 )
 from megacoder.parallel.world import World, gather_json, launched_ranks, start_world
 
@@ -40,7 +40,7 @@ def reduce_scatter_random(world, in_place):
     length = 70
     full = draw(world.rank, world.size * length)
     shard = full[world.rank * length :][:length] if in_place else torch.full((length,), torch.nan)
-    reduce_scatter_sum(shard, full, world.group)
+    start_reduce_scatter_sum(shard, full, world.group).wait()
     return shard
 
 
@@ -86,8 +86,9 @@ def test_all_reduce_sums_to_the_same_bits_everywhere(run):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_reduce_scatter_gives_each_rank_its_slice_of_the_sum(run, in_place):
-    results = run(reduce_scatter_random, in_place)
+@pytest.mark.parametrize("size", SIZES)
+def test_reduce_scatter_gives_each_rank_its_slice_of_the_sum(ranks, size, in_place):
+    results = ranks.run(size, reduce_scatter_random, in_place)
     exact = sum(draw(rank, 70 * len(results)).double() for rank in range(len(results)))
     for result, expected in zip(results, exact.split(70), strict=True):
         assert (result - expected).abs().max() <= 1e-6

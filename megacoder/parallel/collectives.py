@@ -32,7 +32,6 @@ __all__ = [
     "group_size",
     "journal_of",
     "note_of",
-    "reduce_scatter_sum",
     "start_all_gather",
     "start_all_reduce_sum",
     "start_receive",
@@ -109,18 +108,6 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     start_all_reduce_sum(tensor, group).wait()
 
 
-def reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
-    """shard = this rank's slice of the sum of every rank's `full`; len(full) = group size * len(shard).
-
-    `shard` may be this rank's slice of `full`, whose other slices are left as they were.
-    """
-    if group is None:
-        if shard.data_ptr() != full.data_ptr():
-            shard.copy_(full)
-        return
-    start_reduce_scatter_sum(shard, full, group).wait()
-
-
 def all_gather_into(full: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> None:
     """full = every rank's `shard` in rank order; `shard` may be this rank's slice of `full`."""
     if group is None:
@@ -142,8 +129,9 @@ def start_all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Pen
 
 
 def start_reduce_scatter_sum(shard: Tensor, full: Tensor, group: dist.ProcessGroup) -> Pending:
-    """`reduce_scatter_sum` without waiting.
+    """shard = this rank's slice of the sum of every rank's `full`, after `wait`; len(full) = group size * len(shard).
 
+    `shard` may be this rank's slice of `full`, whose other slices are left as they were.
     Over gloo, ranks exchange slices and each adds up its own, in rank order: gloo's reduce-scatter sums everything on
     every rank and takes up to three times as long. As a result bf16 is summed in fp32 and rounded once.
     """

@@ -93,7 +93,6 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
     "sig": [(r"\b(?:signature|structure|sig|val|type)\b", "Standard ML"), ("", None)],
     "frm": [(r"\A\s*VERSION[ \t]+\d|^[ \t]*(?:Begin|Attribute)[ \t]", "Visual Basic"), ("", None)],
     "y": [(r"^%%", "Yacc"), ("", None)],
-    "s": [("", "Assembly")],
 }
 
 _NEEDED = {_OBJECTIVE_C: ("@", "import"), _CPP_WORDS: ("std::", "virtual", "constexpr", "noexcept", "_cast<")}
@@ -104,7 +103,6 @@ AMBIGUOUS = {
         (_NEEDED.get(pattern, ("",)), re.compile(pattern, re.MULTILINE), language) for pattern, language in rules
     ]
     for extension, rules in _RULES.items()
-    if len(rules) > 1
 }
 """Extension -> (strings of which a match holds one, pattern, language), in the order in which they are tried."""
 

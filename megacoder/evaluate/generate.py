@@ -76,8 +76,6 @@ def generate(
         places = order[first : first + batch_size]
         drawn_by = [str(place) if names is None else names[place] for place in places]
         picker = _Picker(sampling, drawn_by, max_new_tokens, model.lm_head.weight.device)
-        for place in places:
-            results[place] = []
         batch = _Batch(model, places, [prompts[place] for place in places], max_new_tokens, picker)
         batch.run(results, set(stop_ids), watcher)
     return results

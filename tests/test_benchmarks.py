@@ -22,7 +22,7 @@ from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer
 from megacoder.evaluate.benchmarks.published import published_scores
-from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
+from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_check_uncalled
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain
@@ -122,7 +122,7 @@ def test_a_check_function_is_called_by_the_harness(tmp_path, capsys, monkeypatch
     ],
 )  # fmt: skip
 def test_missing_calls_and_assertions_of_a_test_text_are_detected(test, found):
-    assert (leaves_uncalled("check", test), asserts(test)) == found
+    assert (leaves_check_uncalled(test), asserts(test)) == found
 
 
 @pytest.mark.parametrize(

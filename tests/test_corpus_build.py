@@ -430,7 +430,7 @@ def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):
 
 
 def test_one_build_at_a_time(repos, tmp_path):
-    with claim_folder(tmp_path / "out", {}, ()), pytest.raises(MegacoderError, match="another build"):
+    with claim_folder(tmp_path / "out", {}), pytest.raises(MegacoderError, match="another build"):
         build_corpus(config(repos, tmp_path), quiet=True)
 
 

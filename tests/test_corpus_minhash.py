@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megacoder.corpus import minhash
 from megacoder.corpus.benchmarks import TestString
 from megacoder.corpus.decontamination import BenchmarkIndex, DecontaminationConfig
-from megacoder.corpus.minhash import EMPTY, reference_signatures, shingle_hashes, signatures
+from megacoder.corpus.minhash import EMPTY, reference_signatures, shingle_hashes, signatures, word_hashes
 
 EDGE_CASES = [
     b"", b" ", b"a", b"...", b"one two three four five", b"one two three four five six", b"A_b \xc3\xa9t\xc3\xa9 9",
@@ -91,7 +91,7 @@ def test_without_the_kernel_numpy_answers(monkeypatch):
     st.lists(st.sampled_from([b"ab", b"AB", b"c", b"abcdefgh", b"abcdefghi", b"12345678abcdefgh1", b"_"]), max_size=20)
 )
 def test_equal_shingles_have_equal_hashes_and_others_do_not(words):
-    hashes = shingle_hashes(b" ".join(words), 3).tolist()
+    hashes = shingle_hashes(word_hashes(b" ".join(words)), 3).tolist()
     shingles = plain_shingles(b" ".join(words), 3)
     assert len(hashes) == len(shingles)
     assert len(dict(zip(shingles, hashes, strict=True))) == len(set(hashes)) == len(set(shingles))

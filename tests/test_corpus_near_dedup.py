@@ -13,7 +13,7 @@ from megacoder.corpus import near_dedup
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.lsh import EDGE, SignatureFiles, band_runs, candidate_pairs, near_pairs
-from megacoder.corpus.minhash import shingle_hashes
+from megacoder.corpus.minhash import shingle_hashes, word_hashes
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.near_dedup import choose_copies
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
@@ -62,7 +62,7 @@ def shingles_by_unit(root, level):
     for path in root.rglob("*.py"):
         name = path.relative_to(root).as_posix()
         found[name.split("/")[0] if level == "repository" else name] |= set(
-            shingle_hashes(path.read_bytes(), 5).tolist()
+            shingle_hashes(word_hashes(path.read_bytes()), 5).tolist()
         )
     return found
 

@@ -30,6 +30,11 @@ def python(source: str, limits: Limits = LIMITS) -> Program:
     return Program(files={"main.py": source}, steps=(step,))
 
 
+def run_one(sandbox: Sandbox, program: Program) -> Outcome:
+    [(_, outcome)] = sandbox.run([(0, program)])
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def sandbox():
     try:
@@ -126,9 +131,9 @@ def test_the_attacks_succeed_without_the_sandbox(tmp_path):
     bait = Bait(tmp_path)
     sources = [bait.facts() + ATTACKS[name].source for name in ("home folder", "environment", "system files")]
     with Sandbox(mode="unsafe") as unsafe:
-        home = unsafe.run_one(python(sources[0].replace(", '/root', '/home'", "")))
+        home = run_one(unsafe, python(sources[0].replace(", '/root', '/home'", "")))
         assert SECRET in home.stdout
-        made = unsafe.run_one(python(sources[2].split("for path in")[0] + "os.mkdir(BAIT['home'] + '/x')"))
+        made = run_one(unsafe, python(sources[2].split("for path in")[0] + "os.mkdir(BAIT['home'] + '/x')"))
     assert made.passed
     assert (tmp_path / "x").is_dir()
 
@@ -151,7 +156,7 @@ def test_the_attacks_succeed_without_the_sandbox(tmp_path):
     ],
 )
 def test_the_outcome_reports_what_a_program_did(sandbox, source, verdict, detail):
-    outcome = sandbox.run_one(python(source, Limits(seconds=5)))
+    outcome = run_one(sandbox, python(source, Limits(seconds=5)))
     assert outcome.verdict == verdict
     assert detail in outcome.describe()
 
@@ -174,8 +179,8 @@ def test_a_program_that_timed_out_is_retried_alone(sandbox):
 
 def test_files_of_one_program_are_not_there_for_the_next():
     with Sandbox(workers=1) as sandbox:
-        assert sandbox.run_one(python("open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').close()")).passed
-        outcome = sandbox.run_one(python("import os; print('left' in os.listdir('/tmp'), os.listdir('/dev/shm'))"))
+        assert run_one(sandbox, python("open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').close()")).passed
+        outcome = run_one(sandbox, python("import os; print('left' in os.listdir('/tmp'), os.listdir('/dev/shm'))"))
     assert outcome.stdout == "False []\n"
 
 
@@ -200,7 +205,7 @@ for top in ('/tmp', '/dev/shm'):
 
 @pytest.mark.parametrize("code", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
 def test_every_program_finds_the_same_empty_folders(sandbox, code):
-    found = sandbox.run_one(python(LOOK))
+    found = run_one(sandbox, python(LOOK))
     assert found.stdout.count("\n") == 4
     assert "/tmp/work 0o40755 [] ['main.py'] []" in found.stdout
     for _ in range(2):  # on each of the two workers
@@ -221,7 +226,7 @@ def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
         try:
             with Sandbox(workers=1, mode=mode, tools=[str(tool)]) as sandbox:
                 for _ in range(2):
-                    outcome = sandbox.run_one(Program(files={}, steps=(Step(argv=(str(tool),), limits=LIMITS),)))
+                    outcome = run_one(sandbox, Program(files={}, steps=(Step(argv=(str(tool),), limits=LIMITS),)))
                     assert outcome.stdout == "here\nrefused\n", outcome.describe()
         except SandboxError as error:
             pytest.skip(str(error))
@@ -232,7 +237,7 @@ def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
 def test_a_process_started_ahead_is_used_if_it_fits_and_ends_if_not(sandbox, preload):
     source = python("import sys; assert ('colorsys' in sys.modules) is " + str(preload == ["colorsys"]))
     with closing(Launcher.ahead(["colorsys"])) as ahead, Sandbox(preload=preload, ahead=ahead) as other:
-        assert other.run_one(source).passed
+        assert run_one(other, source).passed
         same_mode = (ahead.words[0] == "bwrap") is (other.mode == "bubblewrap")
         assert (other._launchers == [ahead]) is (same_mode and preload == ["colorsys"])
     assert ahead.process.poll() is not None
@@ -256,7 +261,7 @@ def test_programs_end_with_the_process_that_started_them():
     code = (
         "import sys, test_sandbox as t; from megacoder.evaluate.sandbox.host import Sandbox\n"
         "s = Sandbox(); print(s._launchers[0].process.pid, flush=True)\n"
-        "s.run_one(t.python('while True: pass', t.Limits(seconds=60)))"
+        "t.run_one(s, t.python('while True: pass', t.Limits(seconds=60)))"
     )
     env = {**os.environ, "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
@@ -399,8 +404,8 @@ def test_a_complaint_on_stderr_fails_a_program_that_exits_with_0(sandbox):
         step = Step(argv=("bash", "main.sh"), limits=Limits(seconds=5), complaint=r"^Fail\b")
         return Program(files={"main.sh": source}, steps=(step,))
 
-    assert sandbox.run_one(script("echo Failure >&2; echo no Fail >&2; echo Fail")).passed
-    outcome = sandbox.run_one(script("echo x >&2; echo Fail: 3 >&2"))
+    assert run_one(sandbox, script("echo Failure >&2; echo no Fail >&2; echo Fail")).passed
+    outcome = run_one(sandbox, script("echo x >&2; echo Fail: 3 >&2"))
     assert outcome.describe() == "failed: Fail: 3"
 
 
@@ -409,9 +414,9 @@ def test_anything_printed_fails_a_program_that_must_be_silent(sandbox):
         step = Step(argv=("bash", "main.sh"), limits=Limits(seconds=5), silent=True)
         return Program(files={"main.sh": source}, steps=(step,))
 
-    assert sandbox.run_one(script("true")).passed
-    assert sandbox.run_one(script("echo so far")).describe() == "failed: so far"
-    assert sandbox.run_one(script("echo so far >&2")).describe() == "failed: so far"
+    assert run_one(sandbox, script("true")).passed
+    assert run_one(sandbox, script("echo so far")).describe() == "failed: so far"
+    assert run_one(sandbox, script("echo so far >&2")).describe() == "failed: so far"
 
 
 def test_openssl_is_linked_where_a_program_includes_it():

@@ -108,7 +108,7 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
 
 def test_a_chart_of_zeros_starts_at_zero_with_room_for_labels():
     lines = [Series(name, [(1.0, 0.0), (2.0, 0.0)]) for name in ("0%", "50% PSM", "100% PSM")]
-    chart = ET.fromstring(line_chart(lines, x_label="step", y_label="lines filled in exactly, %"))
+    chart = ET.fromstring(line_chart(lines, y_label="lines filled in exactly, %"))
     texts = {text.text: float(text.get("x")) for text in chart.iter("text")}
     assert not any(text.startswith("-") for text in texts)
     swatches = [float(line.get("x1")) for line in chart.iter("line") if line.get("stroke").startswith("var(--s")]

@@ -139,8 +139,8 @@ def report(results: dict[str, dict[str, list[list[float]]]], options: Options) -
         "Fill-in-the-middle, ablated",
         f"{len(results)} models that differ in how files are shown to them, and in nothing else.",
         [
-            section("Completion", line_chart(losses, x_label="step", y_label="held-out loss, nats a token")),
-            section("Infilling", line_chart(matches, x_label="step", y_label="lines filled in exactly, %"),
+            section("Completion", line_chart(losses, y_label="held-out loss, nats a token")),
+            section("Infilling", line_chart(matches, y_label="lines filled in exactly, %"),
                     paragraph(f"{options.num_tasks} lines of held-out files, in PSM order, greedy.")),
             section("At the end", value_table(["", "completion loss", "exact match", "edit similarity"], rows)),
         ],

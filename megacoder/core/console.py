@@ -24,12 +24,10 @@ class ProgressBar(Protocol):
 
 
 @contextmanager
-def progress(
-    title: str, total: float, *, start: int = 0, quiet: bool = False, every_seconds: float = 10.0
-) -> Iterator[ProgressBar]:
+def progress(title: str, total: float, *, start: int = 0, quiet: bool = False) -> Iterator[ProgressBar]:
     """A progress bar over `total` units, `start` of them done already, with elapsed and remaining time.
 
-    Off a terminal it prints a line every `every_seconds` and one at the end; `quiet` prints nothing (ranks other
+    Off a terminal it prints a line every ten seconds and one at the end; `quiet` prints nothing (ranks other
     than the first).
     """
     if quiet or sys.stderr is None:
@@ -51,7 +49,7 @@ def progress(
             with suppress(OSError):  # the terminal has been closed: see `say`
                 bars.stop()
     else:
-        lines = _Lines(title, total, start, every_seconds)
+        lines = _Lines(title, total, start)
         yield lines
         lines.finish()
 
@@ -108,14 +106,14 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, title: str, total: float, done_before: int, every_seconds: float) -> None:
-        self.title, self.total, self.done_before, self.every_seconds = title, total, done_before, every_seconds
+    def __init__(self, title: str, total: float, done_before: int) -> None:
+        self.title, self.total, self.done_before = title, total, done_before
         self.start = self.last = time.monotonic()
         self.completed, self.note, self.printed = float(done_before), "", -1.0
 
     def update(self, completed: float, note: str = "") -> None:
         self.completed, self.note = completed, note
-        if time.monotonic() - self.last >= self.every_seconds:
+        if time.monotonic() - self.last >= 10.0:
             self._print()
 
     def finish(self) -> None:

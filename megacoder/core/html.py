@@ -99,21 +99,21 @@ def picture(svg: bytes, *, describes: str) -> str:
     return f'<div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{escape(describes)}"></div>'
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: int = 900, height: int = 300) -> str:
-    """Lines over shared linear axes; points that are not finite are skipped."""
+def line_chart(series: Sequence[Series], y_label: str) -> str:
+    """Lines over steps, with linear axes; points that are not finite are skipped."""
     lines = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     points = [point for line in lines for point in line.points]
     if not points:
         return paragraph("No points to draw.")
     xs, ys = _ticks(*_span(x for x, _ in points)), _ticks(*_span(y for _, y in points))
-    left, right, top, bottom = 56, 24, 28, 40
+    width, height, left, right, top, bottom = 900, 300, 56, 24, 28, 40
     span_x, span_y = xs[-1] - xs[0], ys[-1] - ys[0]
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = left + (x - xs[0]) / span_x * (width - left - right)
         return across, height - bottom - (y - ys[0]) / span_y * (height - top - bottom)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">']
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)} over step">']
     for y in ys:
         across, down = place(xs[0], y)
         parts.append(f'<line x1="{across}" y1="{down:.1f}" x2="{width - right}" y2="{down:.1f}" stroke="var(--line)"/>')
@@ -121,9 +121,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: i
     for x in xs:
         across, _ = place(x, ys[0])
         parts.append(f'<text x="{across:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">step</text>')
     parts.append(f'<text x="{left}" y="14">{escape(y_label)}</text>')
     legend = width - right
     for index, line in reversed(list(enumerate(lines))):

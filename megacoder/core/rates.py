@@ -58,8 +58,8 @@ def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
     return None if flops is None else Peak(flops, "dense bf16 by the data sheet")
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
-    """FLOP/s of the fastest of some large square products; about `seconds` long.
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of some large square products within a second.
 
     Sizes grow until a product takes long enough to be timed, or rates no longer grow: a CPU that emulates a dtype would
     need minutes for the product at which a GPU reaches its full rate.
@@ -69,15 +69,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # zeros would take less power
         multiply = partial(torch.mm, a, b)
         if _fastest(multiply, device, seconds=0.0) > LONG_PRODUCT_SECONDS or size == largest:
-            return 2.0 * size**3 / _fastest(multiply, device, seconds=seconds)
+            return 2.0 * size**3 / _fastest(multiply, device, seconds=1.0)
         size = min(2 * size, largest)
 
 
-def copy_rate(device: torch.device, *, num_bytes: int = 1 << 28, seconds: float = 0.5) -> float:
-    """Bytes/s, read and written together, of the fastest of some copies of `num_bytes`, more than caches hold."""
-    source = torch.ones(num_bytes // 4, device=device)
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written together, of the fastest of some copies of 256 MB, more than caches hold."""
+    source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2.0 * num_bytes / _fastest(lambda: target.copy_(source), device, seconds=seconds)
+    return 2.0 * source.nbytes / _fastest(lambda: target.copy_(source), device, seconds=0.5)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float) -> float:

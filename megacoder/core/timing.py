@@ -66,9 +66,8 @@ def median_seconds(
     *,
     prepare: Callable[[], object] | None = None,
     budget_seconds: float = 0.25,
-    most: int = 50,
 ) -> float:
-    """The time that `call` takes: the median of at least three runs, and of up to `most` while the budget lasts.
+    """The time that `call` takes: the median of at least three runs, and of up to 50 while the budget lasts.
 
     One run before warms up. `prepare`, which is not timed, runs before each: it restores what `call` overwrites.
     """
@@ -85,7 +84,7 @@ def median_seconds(
     timer.finish()
     end = time.perf_counter() + budget_seconds
     marks = [run() for _ in range(3)]
-    while len(marks) < most and time.perf_counter() < end:
+    while len(marks) < 50 and time.perf_counter() < end:
         marks.append(run())
     timer.finish()
     return statistics.median(timer.seconds(*pair) for pair in marks)

@@ -31,7 +31,7 @@ from megacoder.corpus.sources import Source, machine_repositories
 from megacoder.corpus.split import choose_heldout
 from megacoder.corpus.stages import stage_names, steps
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
-from megacoder.corpus.write import PARTS, WriteTask, write_shard
+from megacoder.corpus.write import WriteTask, write_shard
 from megacoder.data.parquet import read_table
 
 __all__ = ["build_corpus"]
@@ -52,12 +52,12 @@ def build_corpus(
     else:
         inputs = find_inputs(config.input) if config.input else Inputs(sources=tuple(machine_repositories()))
     identity = config.identity()
-    with claim_folder(config.out, identity, PARTS), WorkerPool(config.workers) as pool:
+    with claim_folder(config.out, identity), WorkerPool(config.workers) as pool:
         sources = [(source, source.inventory(config.selection)) for source in inputs.sources]
         told = [[source.identity(), found.fingerprint] for source, found in sources]
         key = hash_of([identity, told, table_states(inputs.tables)])
         if (report := _finished(config.out, key)) is not None:
-            keep_only(config.out, report.files, PARTS)
+            keep_only(config.out, report.files)
             return report
         run = _runner(config, pool, quiet)
         scans = plan_scans(sources, gather_tables(inputs, config, run), key, config)
@@ -80,7 +80,7 @@ def build_corpus(
         )
         with disk_errors(config.out):
             save_report(report, config.out)
-        keep_only(config.out, files, PARTS)
+        keep_only(config.out, files)
         return load_report(config.out)
 
 

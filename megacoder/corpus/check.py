@@ -59,7 +59,7 @@ def check_shard(task: _CheckTask) -> DropFile | None:
 def _check(task: _CheckTask) -> list[Drop]:
     kept = task.shard.kept()
     table, rows = task.shard.columns(["repo", "path", "language", "size"], kept), kept.tolist()
-    with closing(TextReader(task.shard.scanned, "text")) as texts:
+    with closing(TextReader(task.shard.scanned)) as texts:
         documents = (Document(text=texts[row], **fields) for row, fields in zip(rows, table.to_pylist(), strict=True))
         items = zip(rows, run_stages(documents, task.stages), strict=True)
         dropped = [(item.stage, item.reason, row, item.detail) for row, item in items if isinstance(item, Dropped)]

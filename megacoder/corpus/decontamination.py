@@ -97,7 +97,6 @@ class BenchmarkIndex:
     """The runs of words to look for."""
 
     def __init__(self, tests: list[TestString], config: DecontaminationConfig) -> None:
-        self._config = config
         self._grams: dict[int, list[_Gram]] = {}  # by hash
         runs: list[np.ndarray] = []  # the word hashes of each
         exceptions = {_normalized(text) for text in config.exceptions}

@@ -9,7 +9,7 @@ from typing import Any
 
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_json
-from megacoder.corpus.shards import disk_errors
+from megacoder.corpus.shards import PARTS, disk_errors
 
 __all__ = ["WORK", "claim_folder", "give_up", "keep_only"]
 
@@ -20,8 +20,8 @@ _CONFIG = "config.json"
 
 
 @contextmanager
-def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) -> Iterator[None]:
-    """Locks `out` for a build with this `identity`, and removes what a killed build left half-written in `parts`.
+def claim_folder(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Locks `out` for a build with this `identity`, and removes what a killed build left half-written.
 
     ConfigError if `out` holds a build with another identity (the error names the first key that differs) or something
     else entirely; CorpusError while another build holds the lock.
@@ -31,7 +31,7 @@ def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) ->
         out.mkdir(parents=True, exist_ok=True)
     with exclusive(out, what="build"):
         _check_identity(out, identity)
-        for folder in (out, out / WORK, *(out / part for part in parts)):
+        for folder in (out, out / WORK, *(out / part for part in PARTS)):
             remove_stale_temporaries(folder)
         if _identity_in(out) != identity:
             with disk_errors(out):
@@ -39,9 +39,9 @@ def claim_folder(out: Path, identity: dict[str, Any], parts: Collection[str]) ->
         yield
 
 
-def keep_only(out: Path, files: Collection[str], parts: Collection[str]) -> None:
-    """Removes the work folder, and from `parts` all but `files`: shards left from an earlier state of the inputs."""
-    for part in parts:
+def keep_only(out: Path, files: Collection[str]) -> None:
+    """Removes the work folder, and from `PARTS` all but `files`: shards left from an earlier state of the inputs."""
+    for part in PARTS:
         for path in sorted((out / part).glob("*")):
             if f"{part}/{path.name}" not in files:
                 path.unlink()

@@ -68,7 +68,7 @@ def reference_signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int)
     for row, text in enumerate(texts):
         words = reference_word_hashes(text)
         num_words[row] = len(words)
-        shingles = _shingle_hashes(words, ngram)
+        shingles = shingle_hashes(words, ngram)
         low, high = shingles.astype(np.uint32), (shingles >> np.uint64(32)).astype(np.uint32)
         for start in range(0, len(shingles), _CHUNK):  # (K, chunk) fits a cache
             part = slice(start, start + _CHUNK)
@@ -76,13 +76,8 @@ def reference_signatures(texts: Sequence[bytes], *, num_hashes: int, ngram: int)
     return out, num_words
 
 
-def shingle_hashes(text: bytes, ngram: int) -> np.ndarray:
-    """The 64-bit hashes of the shingles of `text`, in order, repeats included."""
-    return _shingle_hashes(reference_word_hashes(text), ngram)
-
-
-def _shingle_hashes(words: np.ndarray, ngram: int) -> np.ndarray:
-    """A shingle's hash is that of its words as a polynomial, mixed."""
+def shingle_hashes(words: np.ndarray, ngram: int) -> np.ndarray:
+    """Those of the shingles in order, repeats included, from those of the words: as a polynomial, mixed."""
     length = min(len(words), ngram)
     if length == 0:
         return np.zeros(0, np.uint64)

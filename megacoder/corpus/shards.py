@@ -22,8 +22,8 @@ from megacoder.core.files import replacing, write_json
 from megacoder.data.parquet import open_parquet
 
 __all__ = [
-    "CORPUS_SCHEMA", "DROPPED_SCHEMA", "SCAN_SCHEMA", "TextReader", "disk_errors", "finished", "parquet_writer",
-    "redoing",
+    "CORPUS_SCHEMA", "DROPPED_SCHEMA", "PARTS", "SCAN_SCHEMA", "TextReader", "disk_errors", "finished",
+    "parquet_writer", "redoing",
 ]  # fmt: skip
 
 _FILE = [("repo", pa.string()), ("path", pa.string()), ("language", pa.string())]
@@ -37,6 +37,8 @@ SCAN_SCHEMA = pa.schema(
 CORPUS_SCHEMA = pa.schema([("sample", pa.string()), *_FILE, _LICENSE, ("content", pa.string())])
 """One row per file; the rows of a sample are contiguous, and their contents concatenate to its text."""
 DROPPED_SCHEMA = pa.schema([*_FILE, ("size", pa.int64()), *_DROP])
+PARTS = {"train": CORPUS_SCHEMA, "heldout": CORPUS_SCHEMA, "dropped": DROPPED_SCHEMA}
+"""Sub-folders of a corpus and what their Parquet files hold."""
 
 _ROW_GROUP_BYTES = 4 << 20
 _CACHED_ROW_GROUPS = 12
@@ -99,11 +101,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class TextReader:
-    """Random access to one string column of a Parquet file, holding only a few row groups."""
+    """Random access to the column `text` of a Parquet file, holding only a few row groups."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._file = open_parquet(path)
-        self._column = column
         self._starts = [0]
         for group in range(self._file.num_row_groups):
             self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
@@ -114,7 +115,7 @@ class TextReader:
         if group not in self._cache:
             if len(self._cache) == _CACHED_ROW_GROUPS:
                 self._cache.popitem(last=False)
-            self._cache[group] = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
+            self._cache[group] = self._file.read_row_group(group, columns=["text"]).column(0).to_pylist()
         self._cache.move_to_end(group)
         return self._cache[group][row - self._starts[group]]
 

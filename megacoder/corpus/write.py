@@ -13,13 +13,10 @@ from megacoder.corpus.dependencies import repository_dependencies
 from megacoder.corpus.documents import Dropped
 from megacoder.corpus.drops import read_drops
 from megacoder.corpus.samples import plan_samples, render, rendered_bytes
-from megacoder.corpus.shards import CORPUS_SCHEMA, DROPPED_SCHEMA, TextReader, finished, parquet_writer, redoing
+from megacoder.corpus.shards import PARTS, TextReader, finished, parquet_writer, redoing
 from megacoder.data.parquet import read_table
 
-__all__ = ["PARTS", "WriteTask", "write_shard"]
-
-PARTS = {"train": CORPUS_SCHEMA, "heldout": CORPUS_SCHEMA, "dropped": DROPPED_SCHEMA}
-"""Sub-folders of a corpus and what their Parquet files hold."""
+__all__ = ["WriteTask", "write_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ def write_shard(task: WriteTask) -> tuple[Accounts, dict[str, int]]:
                 writers[part](row, size)
                 rows[part] += 1
 
-            texts = stack.enter_context(closing(TextReader(task.scanned, "text")))
+            texts = stack.enter_context(closing(TextReader(task.scanned)))
             for repo in _repositories(task):
                 _write_repository(repo, texts, task, accounts, add)
         files = {f"{part}/{task.name}.parquet": count for part, count in rows.items() if count}

@@ -58,7 +58,7 @@ class ConversationStream:
                 f"seq_length = {seq_length}: none of {dataset.num_documents} conversations has an answer that begins "
                 "within it; increase it"
             )
-        self._lot: tuple[int, int] | None = None
+        self._packed_epoch: int | None = None
         self._order = {
             "conversations": dataset.num_documents, "tokens": dataset.num_tokens, "tokenizer": tokenizer.digest,
             "seed": seed, "seq_length": seq_length,
@@ -93,7 +93,7 @@ class ConversationStream:
                     f"{state['order'].get(key)!r}; start a new run, or set it back"
                 )
         self.windows, self._epoch, self._next = state["windows"], state["epoch"], state["next"]
-        self._lot = None
+        self._packed_epoch = None
 
     def _take(self) -> list[int]:
         """The conversations of the next window."""
@@ -105,13 +105,13 @@ class ConversationStream:
             self._epoch, self._next = self._epoch + 1, 0
 
     def _windows(self, epoch: int) -> list[list[int]]:
-        if self._lot is None or self._lot[0] != epoch:
+        if self._packed_epoch != epoch:
             count = len(self._usable)
             order = self._usable[permute(np.arange(count), count, seed=self._seed, epoch=epoch)]
             self._epoch_windows = [
                 window for first in range(0, count, _LOT) for window in self._pack(order[first : first + _LOT].tolist())
             ]
-            self._lot = (epoch, count)
+            self._packed_epoch = epoch
         return self._epoch_windows
 
     def _pack(self, numbers: list[int]) -> list[list[int]]:

@@ -62,7 +62,7 @@ def reference_encoder(tokenizer: Tokenizer) -> BatchEncoder:
         ids = [np.array(one, np.uint32) for batch in _batches(texts) for one in tokenizer.encode_batch(batch)]
         return np.concatenate([np.empty(0, np.uint32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
 
-    return _cutting(encode, CuttingPlaces(tokenizer))
+    return _cutting(encode, tokenizer)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -75,7 +75,9 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             start, gathered = stop, 0
 
 
-def _cutting(encode: BatchEncoder, places: CuttingPlaces) -> BatchEncoder:
+def _cutting(encode: BatchEncoder, tokenizer: Tokenizer) -> BatchEncoder:
+    places = CuttingPlaces(tokenizer)
+
     def encode_cut(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         pieces = [places.cut(text) for text in texts]
         if len(texts) == sum(map(len, pieces)):
@@ -143,7 +145,7 @@ def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
         ids, offsets = backend.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
-    return _cutting(encode, CuttingPlaces(tokenizer))
+    return _cutting(encode, tokenizer)
 
 
 def _first_difference(found: _Encoded, reference: _Encoded, texts: Sequence[str]) -> str | None:
@@ -169,14 +171,8 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
     apart = "".join(token if token.startswith(" ") else f"\n{token}" for token in tokens)
     runs = [mark * 3000 for mark in ("a", " ", "=", "\x00", "0", "\r\n", "ab1", "中", "é", "\t x", "().")]
     controls = [f"{left}{control}{right}" for control in SPECIAL_TOKENS.values() for left in "a " for right in "1\n"]
-    return [
-        *_slices(every),
-        *_slices(in_context),
-        *_slices(apart),
-        *runs,
-        *controls,
-    ]
+    return [*_slices(every), *_slices(in_context), *_slices(apart), *runs, *controls]
 
 
-def _slices(text: str, size: int = 20_000) -> list[str]:
-    return [text[start : start + size] for start in range(0, len(text), size)]
+def _slices(text: str) -> list[str]:
+    return [text[start : start + 20_000] for start in range(0, len(text), 20_000)]

@@ -43,8 +43,7 @@ def dependency_context(root: Path, file: Path) -> tuple[str, str]:
     nodes = sorted(reached)
     order = dependency_order(nodes, [depends & reached for depends in depends_on])
     pieces = [render(paths[node], texts[paths[node]], languages[paths[node]], "hash") for node in order]
-    context = "".join(piece if piece.endswith("\n") else piece + "\n" for piece in pieces)
-    return context, f"# {target}\n"
+    return "".join(pieces), f"# {target}\n"
 
 
 def _texts(root: Path) -> list[tuple[str, str]]:

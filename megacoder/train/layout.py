@@ -155,16 +155,14 @@ class Layout:
     @property
     def _costs(self) -> Costs:
         """By stage. The head's gradients are computed in its forward (see `megacoder.model.stage`)."""
-        layers = [count * self.layer_costs.layer + self.layer_costs.embedding for count in self._layers_per_stage]
+        layers = [
+            count * self.layer_costs.layer + self.layer_costs.embedding for count in self.placement.layers_per_stage
+        ]
         head = [*[0.0] * (len(layers) - 1), 3 * self.layer_costs.head]
         return Costs(
             forward=tuple(a + b for a, b in zip(layers, head, strict=True)),
             input_grad=tuple(layers), weight_grad=tuple(layers),
         )  # fmt: skip
-
-    @property
-    def _layers_per_stage(self) -> tuple[int, ...]:
-        return self.placement.layers_per_stage
 
 
 def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:

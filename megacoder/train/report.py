@@ -47,7 +47,7 @@ def write_run_report(run: Path, path: Path) -> int:
 def loss_chart(rows: Rows) -> str:
     """Training and held-out loss over steps."""
     lines = [_series("training", rows, "loss"), _series("held out", rows, HELD_OUT_LOSS)]
-    return line_chart([line for line in lines if line.points], x_label="step", y_label="loss, nats per token")
+    return line_chart([line for line in lines if line.points], y_label="loss, nats per token")
 
 
 def speed_chart(rows: Rows) -> str:
@@ -61,7 +61,7 @@ def _series(name: str, rows: Rows, key: str) -> Series:
 
 
 def _chart(name: str, rows: Rows, key: str, y_label: str) -> str:
-    return line_chart([_series(name, rows, key)], x_label="step", y_label=y_label)
+    return line_chart([_series(name, rows, key)], y_label=y_label)
 
 
 def _headline(rows: Rows) -> str:

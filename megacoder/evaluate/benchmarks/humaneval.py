@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, ProgramBenchmark, Settings, Task, code_block
-from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_uncalled
+from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_check_uncalled
 
 __all__ = ["HumanEval"]
 
@@ -67,7 +67,7 @@ class HumanEval(ProgramBenchmark):
         of_row = row.get("language", "python")  # the row itself says, before `tasks` does
         if self._language != "python" or of_row not in ("python", "py"):
             return None
-        if leaves_uncalled("check", row["test"]) and not _entry_point(row):
+        if leaves_check_uncalled(row["test"]) and not _entry_point(row):
             return f"its test does not call check, and no field 'entry_point' says for what; it has {sorted(row)}"
         if not asserts(_python_test(row)):
             return f"its test asserts nothing, so any answer would pass: {row['test']!r:.60}"
@@ -106,7 +106,7 @@ class HumanEval(ProgramBenchmark):
 def _python_test(row: Mapping[str, Any]) -> str:
     """The row's test with the call of `check` that it may leave to the harness."""
     test = str(row["test"])
-    return f"{test}\ncheck({_entry_point(row)})" if leaves_uncalled("check", test) else test
+    return f"{test}\ncheck({_entry_point(row)})" if leaves_check_uncalled(test) else test
 
 
 def _entry_point(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-__all__ = ["asserts", "leaves_uncalled"]
+__all__ = ["asserts", "leaves_check_uncalled"]
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _FAILING = re.compile("assert|fail|exit", re.IGNORECASE)
@@ -24,15 +24,15 @@ def asserts(test: str) -> bool:
     return begun and any(map(_can_fail, ast.walk(tree)))
 
 
-def leaves_uncalled(name: str, test: str) -> bool:
-    """Whether `test` defines a function of that name at its top level, and does not call it there."""
+def leaves_check_uncalled(test: str) -> bool:
+    """Whether `test` defines a function `check` at its top level, and does not call it there."""
     tree = _parsed(test)
     if tree is None:
         lines = test.splitlines()
-        return any(line.startswith(f"def {name}(") for line in lines) and not any(
-            line.startswith(f"{name}(") for line in lines
+        return any(line.startswith("def check(") for line in lines) and not any(
+            line.startswith("check(") for line in lines
         )
-    return name in _definitions(tree) and all(_called_name(node) != name for node in _run_at_once(tree))
+    return "check" in _definitions(tree) and all(_called_name(node) != "check" for node in _run_at_once(tree))
 
 
 def _parsed(test: str) -> ast.Module | None:

@@ -181,10 +181,7 @@ def collect(
             bar.update(done)
 
 
-def judge(
-    benchmark: Benchmark, tasks: Sequence[Task], notes: Notes, *, start_sandbox: Callable[[], Sandbox],
-    quiet: bool = False,
-) -> None:  # fmt: skip
+def judge(benchmark: Benchmark, tasks: Sequence[Task], notes: Notes, *, start_sandbox: Callable[[], Sandbox]) -> None:
     """Runs or compares every completion that has no result yet."""
     by_id = {task.id: task for task in tasks}
     todo = [key for key in notes.completions if key not in notes.results and key[0] in by_id]
@@ -199,7 +196,7 @@ def judge(
     last_step = 1 if toolchain.language.compile else 0
     num_passed = sum(bool(result["passed"]) for result in notes.results.values())
     programs = ((key, benchmark.program(by_id[key[0]], notes.completions[key], toolchain)) for key in todo)
-    with start_sandbox() as sandbox, progress("programs", len(todo), quiet=quiet) as bar:
+    with start_sandbox() as sandbox, progress("programs", len(todo)) as bar:
         for done, (key, outcome) in enumerate(sandbox.run(programs), start=1):
             passed = benchmark.passed(by_id[key[0]], outcome)
             row: dict[str, Any] = {"passed": passed, "verdict": outcome.verdict, "detail": outcome.describe()}

@@ -165,11 +165,6 @@ class Sandbox:
         for key, program in again:
             yield key, self._run_alone(program)
 
-    def run_one(self, program: Program) -> Outcome:
-        """The outcome of one program."""
-        [(_, outcome)] = self.run([(0, program)])
-        return outcome
-
     def close(self) -> None:
         """Stops the workers and whatever they run."""
         for channel in self._channels:

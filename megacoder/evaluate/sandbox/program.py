@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-__all__ = ["PRELOADED_PYTHON", "VERDICTS", "Limits", "Outcome", "Program", "Step", "Verdict", "as_message"]
+__all__ = ["PRELOADED_PYTHON", "Limits", "Outcome", "Program", "Step", "Verdict", "as_message"]
 
 PRELOADED_PYTHON = "<python>"
 """First word of a step that runs a Python file in a fork of the worker, with its modules imported: ten times faster."""
@@ -21,7 +21,6 @@ Verdict = Literal[
     "output",
 ]
 """How a step ended."""
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True, kw_only=True)

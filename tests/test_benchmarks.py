@@ -621,9 +621,12 @@ def test_a_field_of_another_type_is_named(tmp_path):
 
 
 def test_published_scores_are_those_of_the_paper():
-    assert published_scores("humaneval", language="java")["33B base"] == {"": 51.9}
-    assert published_scores("humaneval", language="lua") == {}
-    assert published_scores("crosscode", language="cs", retrieval=True) == {"6.7B base": {"": 16.23}}
-    assert published_scores("leetcode") == {}
-    for scores in published_scores("ds1000").values():
+    def published(name, language="python", retrieval=False):
+        return published_scores(name, language=language, instruct=False, retrieval=retrieval)
+
+    assert published("humaneval", language="java")["33B base"] == {"": 51.9}
+    assert published("humaneval", language="lua") == {}
+    assert published("crosscode", language="cs", retrieval=True) == {"6.7B base": {"": 16.23}}
+    assert published("leetcode") == {}
+    for scores in published("ds1000").values():
         assert set(scores) == {"Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow", ""}

@@ -158,7 +158,7 @@ def write_benchmark(folder, name):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
 def test_benchmarks_are_read_from_any_format(tmp_path, name):
-    strings = read_tests([write_benchmark(tmp_path, name)])
+    strings = read_tests([write_benchmark(tmp_path, name)], ())
     assert {string.test for string in strings} == {f"{name} X/0"}
     texts = [string.text for string in strings]
     assert texts[:2] == [f"{TEN} omega", "assert f of x"]
@@ -184,7 +184,7 @@ def test_bad_benchmarks_are_named(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message) as raised:
-        read_tests([tmp_path / name])
+        read_tests([tmp_path / name], ())
     assert name in str(raised.value)
     if content is None:
         with pytest.raises(ConfigError, match="No such file"):

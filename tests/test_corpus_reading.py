@@ -125,8 +125,8 @@ def test_a_fallback_encoding_is_used_only_where_none_is_known():
 
 def test_a_document_whose_language_shows_in_its_text_can_be_dropped():
     only_c = Selection(languages=frozenset({"C"}))
-    assert isinstance(make_document("r", "a.h", b"int f(void);\n", only_c), Document)
-    dropped = make_document("r", "a.h", b"namespace a {}\nusing namespace a;\n", only_c)
+    assert isinstance(make_document("r", "a.h", b"int f(void);\n", only_c, license=None), Document)
+    dropped = make_document("r", "a.h", b"namespace a {}\nusing namespace a;\n", only_c, license=None)
     assert isinstance(dropped, Dropped)
     assert (dropped.reason, dropped.language) == ("language not selected", "C++")
 

@@ -151,7 +151,9 @@ def test_fill_in_the_middle_encodes_only_around_the_cuts_of_a_minified_file(made
         hole, end = seen.index(tokenizer.fim_hole_id), seen.index(tokenizer.fim_end_id)
         assert tokenizer.decode(seen[1:hole] + seen[end + 1 : -1] + seen[hole + 1 : end]) == text
     assert sum(encoded) < 10 * 500
-    stream = TokenStream([dataset], tokenizer, StreamConfig(fim=FimConfig(rate=1.0)), global_batch_size=4)
+    stream = TokenStream(
+        [dataset], tokenizer, StreamConfig(fim=FimConfig(rate=1.0)), global_batch_size=4, dp_rank=0, dp_size=1
+    )
     assert (stream.next_batch().tokens == tokenizer.fim_begin_id).sum() == 1
 
 

@@ -60,7 +60,7 @@ def dataset(tmp_path_factory):
 def stream(dataset, **options):
     batch = options.pop("batch", 8)
     config = StreamConfig(**{"seq_length": 64, "num_streams": 4, "fim": NO_FIM, "document_masks": True} | options)
-    return TokenStream([dataset], small_tokenizer(), config, global_batch_size=batch)
+    return TokenStream([dataset], small_tokenizer(), config, global_batch_size=batch, dp_rank=0, dp_size=1)
 
 
 def test_best_fit_serves_every_token_of_the_documents_once_and_trains_on_each(dataset):

@@ -55,7 +55,7 @@ def test_documents_and_conversations_are_read():
     documents = leave("documents.parquet", content=["one", "two"])
     assert list(DocumentReader(documents, text_key="content")) == [["one"], ["two"]]
     asked = leave("asked.parquet", instruction=["Add."], output=["a + b"])
-    prepare_conversations([asked], HERE / "made", small_tokenizer(), ConversationConfig(train=(asked,)))
+    prepare_conversations([asked], HERE / "made", small_tokenizer(), ConversationConfig(train=(asked,)), seq_length=64)
     assert IndexedDataset(HERE / "made").num_documents == 1
 
 

@@ -34,7 +34,7 @@ def make_model(**changes) -> Transformer:
 def make_cache(model: Transformer, lengths: list[int]) -> KVCache:
     """Of so many tokens a sequence, with random keys and values, and NaN where nothing may be read."""
     width = max(lengths)
-    cache = KVCache(model.config, lengths, capacity=width + 4, like=model.lm_head.weight)
+    cache = KVCache(model.config, lengths, capacity=width + 4, like=model.lm_head.weight, tp=model.tp)
     cache.advance(width)
     generator = torch.Generator().manual_seed(5)
     for layer in cache.layers:
@@ -54,7 +54,7 @@ def test_steps_after_a_prompt_give_the_hidden_states_of_one_pass(changes, length
     sequences = [torch.randint(61, (length + 3,), generator=generator) for length in lengths]
     width = max(lengths)
     prompts = torch.stack([torch.cat((torch.zeros(width - len(s) + 3, dtype=torch.long), s[:-3])) for s in sequences])
-    cache = KVCache(model.config, lengths, capacity=width + 3, like=model.lm_head.weight)
+    cache = KVCache(model.config, lengths, capacity=width + 3, like=model.lm_head.weight, tp=model.tp)
     model(prompts, cache=cache)
     decoder = Decoder(model, cache)
     steps = [decoder.step(torch.stack([sequence[at] for sequence in sequences])) for at in (-3, -2, -1)]

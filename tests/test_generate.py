@@ -73,7 +73,7 @@ def test_200_greedy_tokens_are_those_of_transformers_with_and_without_cache(tmp_
 
 def test_a_cache_filled_in_pieces_gives_the_hidden_states_of_one_pass():
     model, tokens = make_model(), torch.tensor(make_prompts([20, 20]))
-    cache = KVCache(model.config, [20, 20], capacity=24, like=model.norm.weight)
+    cache = KVCache(model.config, [20, 20], capacity=24, like=model.norm.weight, tp=model.tp)
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in tokens.split([7, 1, 12], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))

@@ -220,7 +220,7 @@ def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_eleme
     schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=3)
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
-        config_of(num_stages, tied), mesh.tp,
+        config_of(num_stages, tied), mesh.tp, cp=mesh.cp,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[mesh.place.pp],
         execution=execution,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gr
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch
 from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
@@ -63,7 +64,7 @@ def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recomp
     schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=NUM_MICROBATCHES)
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
-        config_of(num_stages, tied), tp,
+        config_of(num_stages, tied), tp, cp=UNCUT,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
         execution=ExecutionConfig(block=block, recompute=recompute),
     )  # fmt: skip

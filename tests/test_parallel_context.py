@@ -226,7 +226,7 @@ def pipeline_step(world, config, name, execution):
     schedule = build_schedule(name, num_ranks=2, num_microbatches=3)
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
-        config, cp=cp, placement=place_evenly(config.num_hidden_layers, num_stages),
+        config, ALONE, cp=cp, placement=place_evenly(config.num_hidden_layers, num_stages),
         held=schedule.stage_map.stages[place.pp], execution=execution,
     )  # fmt: skip
     model = stages[0].model
@@ -302,6 +302,6 @@ def test_sequences_longer_than_the_rotary_tables_are_refused():
 
 def test_generation_by_ranks_that_share_sequences_is_refused():
     model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, 8, dtype=torch.int64)
-    cache = KVCache(model.config, [8], capacity=9, like=model.norm.weight)
+    cache = KVCache(model.config, [8], capacity=9, like=model.norm.weight, tp=ALONE)
     with pytest.raises(ConfigError, match="cp = 2: a cache needs whole sequences; generate with cp = 1"):
         model(tokens, cache=cache)

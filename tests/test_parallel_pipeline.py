@@ -17,6 +17,7 @@ from megacoder.model.stage import Microbatch, forward_backward
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import sum_with_peer
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
 from megacoder.parallel.schedules import (
@@ -28,6 +29,7 @@ from megacoder.parallel.schedules import (
     peak_live,
     place_evenly,
 )
+from megacoder.parallel.tensor import ALONE
 
 RECOMPUTE = ("none", "selective", "full")
 UNEVEN = {1: (3,), 2: (3, 1), 4: (0, 3, 1, 0), 8: (0, 2, 1, 1, 1, 1, 2, 0)}
@@ -105,7 +107,9 @@ def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, 
     placement = placement_of(kind, schedule.stage_map.num_stages)
     config = config_of(sum(placement.layers_per_stage), tied)
     held = schedule.stage_map.stages[world.rank]
-    stages = build_stages(config, placement=placement, held=held, execution=ExecutionConfig(**execution))
+    stages = build_stages(
+        config, ALONE, cp=UNCUT, placement=placement, held=held, execution=ExecutionConfig(**execution)
+    )
     model = stages[0].model
     flat = attach(model, dtype)
     runner = PipelineRunner(build_program(schedule), stages, world.group)

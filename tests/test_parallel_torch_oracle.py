@@ -14,9 +14,11 @@ from megacoder.model.partition import build_stages
 from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch
 from megacoder.model.transformer import weight_pieces
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
 from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.tensor import ALONE
 
 NUM_MICROBATCHES, BATCH, LENGTH = 4, 2, 8
 CONFIG = ModelConfig(
@@ -55,7 +57,7 @@ def stages_of(schedule, rank):
     placement = place_evenly(CONFIG.num_hidden_layers, num_stages)
     stages = []
     for number in schedule.stage_map.stages[rank]:
-        [stage] = build_stages(CONFIG, placement=placement, held=[number])
+        [stage] = build_stages(CONFIG, ALONE, cp=UNCUT, placement=placement, held=[number])
         init_weights(stage.model, seed=3)
         stages.append(stage)
     return stages

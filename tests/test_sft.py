@@ -192,6 +192,10 @@ def test_a_format_that_cannot_be_trained_on_is_refused(changes, message):
 GOOD = '{"instruction": "a", "output": "b"}'
 
 
+def prepared_from(path, prefix, **options):
+    return prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig(**options), seq_length=4096)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -212,9 +216,8 @@ def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(DataError, match=rf"data\.jsonl:2: .*{message}"):
-        prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig())
-    skipping = ConversationConfig(malformed="skip")
-    prepared = prepare_conversations([path], tmp_path / "out", small_tokenizer(), skipping)
+        prepared_from(path, tmp_path / "out")
+    prepared = prepared_from(path, tmp_path / "out", malformed="skip")
     assert (prepared.conversations, prepared.skipped) == (2, 1)
     assert message.split(",")[0] in prepared.first_skipped
 
@@ -239,11 +242,11 @@ def test_compressed_lines_are_read(tmp_path, suffix):
     compress = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     data = tmp_path / f"data.jsonl{suffix}"
     data.write_bytes(compress(f"{GOOD}\n{GOOD}\n".encode()))
-    prepared = prepare_conversations([data], tmp_path / "out", small_tokenizer(), ConversationConfig())
+    prepared = prepared_from(data, tmp_path / "out")
     assert (prepared.conversations, prepared.skipped) == (2, 0)
     data.write_bytes(data.read_bytes()[:-9])
     with pytest.raises(FormatError, match=rf"data\.jsonl\{suffix}: not readable"):
-        prepare_conversations([data], tmp_path / "out", small_tokenizer(), ConversationConfig())
+        prepared_from(data, tmp_path / "out")
 
 
 def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
@@ -252,19 +255,19 @@ def test_parquet_and_lines_of_messages_give_the_same(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     made = []
     for number, path in enumerate([lines, tmp_path / "data.parquet"]):
-        prepare_conversations([path], tmp_path / str(number), small_tokenizer(), ConversationConfig())
+        prepared_from(path, tmp_path / str(number))
         made.append((tmp_path / f"{number}.bin").read_bytes())
     assert made[0] == made[1]
 
 
 def test_prepared_data_stays_until_its_inputs_change(tmp_path):
     path, prefix = write_jsonl(tmp_path / "data.jsonl", [json.loads(GOOD)]), tmp_path / "out"
-    first = prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig())
+    first = prepared_from(path, prefix)
     stamp = (tmp_path / "out.bin").stat().st_mtime_ns
-    assert prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig()) == first
+    assert prepared_from(path, prefix) == first
     assert (tmp_path / "out.bin").stat().st_mtime_ns == stamp
     write_jsonl(path, [json.loads(GOOD)] * 2)
-    assert prepare_conversations([path], prefix, small_tokenizer(), ConversationConfig()).conversations == 2
+    assert prepared_from(path, prefix).conversations == 2
 
 
 @pytest.fixture
@@ -273,7 +276,7 @@ def stream_of(tmp_path):
         {"messages": [{"role": role, "content": text} for role, text in made]} for made in conversations(60, seed=3)
     ]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
-    prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig())
+    prepared_from(path, tmp_path / "out")
     dataset = IndexedDataset(tmp_path / "out")
 
     def make(dp_rank=0, dp_size=1, seq_length=512, batch=4):
@@ -335,7 +338,9 @@ def test_what_a_window_cannot_hold_is_counted_named_and_said(tmp_path, capsys):
     assert printed[1].endswith("long.jsonl:2")
     assert f"1 conversation cut at seq_length = 128, {lengths[2] - 128:,} tokens lost" in printed[2]
     assert printed[2].endswith("long.jsonl:3")
-    stream = ConversationStream(dataset, small_tokenizer(), seq_length=128, seed=1, global_batch_size=1)
+    stream = ConversationStream(
+        dataset, small_tokenizer(), seq_length=128, seed=1, global_batch_size=1, dp_rank=0, dp_size=1
+    )
     served = [window for epoch in range(3) for window in stream._windows(epoch)]
     assert {number for window in served for number in window} == {0, 2}, "as counted"
 

@@ -47,18 +47,18 @@ def case(tmp_path_factory):
 
 def noted(guard, count, loss=2.0, grad_norm=0.5):
     for _ in range(count):
-        assert guard.note(loss=loss, grad_norm=grad_norm, skipped=False) is None
+        assert guard.note(loss=loss, grad_norm=grad_norm, skipped=False, num_tokens=1) is None
 
 
 def test_limits_are_multiples_of_medians_once_there_is_a_history():
-    guard = Guard(GuardConfig(loss_spike=3.0, grad_norm_spike=10.0, window=8))
+    guard = Guard(GuardConfig(loss_spike=3.0, grad_norm_spike=10.0, window=8), max_grad_norm=0.0)
     noted(guard, 1, loss=100.0, grad_norm=50.0)
     assert (guard.limits().loss, guard.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
     noted(guard, 2)
     assert (guard.limits().loss, guard.limits().grad_norm) == (6.0, 5.0)
     noted(guard, 8, loss=1.0, grad_norm=0.1)
     assert (guard.limits().loss, guard.limits().grad_norm) == (3.0, 1.0), "what is older than the window is forgotten"
-    off = Guard(GuardConfig(loss_spike=0, grad_norm_spike=0, window=8))
+    off = Guard(GuardConfig(loss_spike=0, grad_norm_spike=0, window=8), max_grad_norm=0.0)
     noted(off, 8)
     assert (off.limits().loss, off.limits().grad_norm) == (sys.float_info.max, sys.float_info.max)
 
@@ -86,23 +86,23 @@ def test_unclipped_norms_and_small_losses_are_no_spikes():
     ],
 )
 def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, reason):
-    guard = Guard(GuardConfig(window=4, max_skipped=3))
+    guard = Guard(GuardConfig(window=4, max_skipped=3), max_grad_norm=0.0)
     noted(guard, 4)
-    assert guard.note(loss=loss, grad_norm=grad_norm, skipped=True) == reason
-    guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+    assert guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1) == reason
+    guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1)
     noted(guard, 1)  # which ends the row
     for _ in range(2):
-        guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+        guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1)
     with pytest.raises(RunStopped, match=f"3 updates in a row were skipped, the last because {reason}"):
-        guard.note(loss=loss, grad_norm=grad_norm, skipped=True)
+        guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1)
     assert guard.num_skipped == 5
 
 
 def test_a_guard_resumes_from_its_state():
-    guard = Guard(GuardConfig(window=4))
+    guard = Guard(GuardConfig(window=4), max_grad_norm=0.0)
     noted(guard, 3)
-    guard.note(loss=9.0, grad_norm=1.0, skipped=True)
-    other = Guard(guard.config)
+    guard.note(loss=9.0, grad_norm=1.0, skipped=True, num_tokens=1)
+    other = Guard(guard.config, max_grad_norm=0.0)
     other.load_state_dict(guard.state_dict())
     assert (other.limits(), other.state_dict()) == (guard.limits(), guard.state_dict())
 

@@ -32,7 +32,7 @@ class TestString:
     text: str
 
 
-def read_tests(benchmarks: Sequence[Path], fields: Sequence[str] = ()) -> list[TestString]:
+def read_tests(benchmarks: Sequence[Path], fields: Sequence[str]) -> list[TestString]:
     """The strings of all tests, those nested in lists and tables included; only from `fields` if any are given."""
     found: list[TestString] = []
     for path in benchmarks:

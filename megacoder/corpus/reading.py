@@ -90,7 +90,7 @@ def name_reason(
 
 
 def make_document(
-    repo: str, path: str, data: bytes | str, selection: Selection, *, license: str | None = None
+    repo: str, path: str, data: bytes | str, selection: Selection, *, license: str | None
 ) -> Document | Dropped:
     """The file as a document, or dropped because of its content."""
     by_name = language_of(path)

@@ -38,8 +38,8 @@ class ConversationStream:
         seq_length: int,
         seed: int,
         global_batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
         """ConfigError where no answer of the dataset begins within `seq_length` tokens."""
         if global_batch_size % dp_size:

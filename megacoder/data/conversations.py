@@ -79,11 +79,11 @@ def prepare_conversations(
     tokenizer: Tokenizer,
     config: ConversationConfig,
     *,
-    seq_length: int | None = None,
+    seq_length: int,
 ) -> Prepared:
     """Writes `prefix`.bin/.idx unless it is there, made from the same inputs in the same way.
 
-    `seq_length` is the size of the windows that they will be packed into; without it none is too long. DataError naming
+    `seq_length` is the size of the windows that they will be packed into. DataError naming
     file and line for a malformed row or a conversation that is too long, or, where these are skipped, if there are no
     other rows; nothing is left on disk then.
     """
@@ -102,7 +102,7 @@ def prepare_conversations(
 
 
 def _write(
-    files: Sequence[Path], prefix: Path, chat: ChatFormat, config: ConversationConfig, seq_length: int | None
+    files: Sequence[Path], prefix: Path, chat: ChatFormat, config: ConversationConfig, seq_length: int
 ) -> Prepared:
     unusable, cut = _Lost(), _Lost()
     count = tokens = trained = skipped = 0
@@ -120,7 +120,7 @@ def _write(
                 skipped, first = skipped + 1, first or str(error)
                 continue
             length = sum(len(segment.ids) for segment in segments)
-            if seq_length is not None and length > seq_length:
+            if length > seq_length:
                 if config.too_long == "error":
                     raise DataError(
                         f"{where}: a conversation of {length} tokens, but seq_length = {seq_length}; "
@@ -188,9 +188,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise FormatError(f"{path}: not readable as Parquet: {error}") from None
 
 
-def _fingerprint(
-    files: Sequence[Path], tokenizer: Tokenizer, config: ConversationConfig, seq_length: int | None
-) -> str:
+def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, config: ConversationConfig, seq_length: int) -> str:
     if not files:
         raise ConfigError("no input")
     parts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -65,9 +65,9 @@ class MegatronStream:
         *,
         num_samples: int,
         global_batch_size: int,
-        weights: Sequence[float] = (),
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        weights: Sequence[float],
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
         """`num_samples` are those of this run, from `megatron.consumed_samples` on."""
         _check(config, datasets, weights)

@@ -103,8 +103,8 @@ class TokenStream:
         global_batch_size: int,
         weights: Sequence[float] = (),
         fim_rates: Sequence[float] = (),
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
         """`weights` are the datasets' shares of the tokens, `fim_rates` replace `config.fim.rate`, one per dataset.
 

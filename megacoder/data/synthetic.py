@@ -16,8 +16,8 @@ class SyntheticStream:
         vocab_size: int,
         seq_length: int,
         global_batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        dp_rank: int,
+        dp_size: int,
         document_masks: bool = False,
         seed: int = 0,
     ) -> None:

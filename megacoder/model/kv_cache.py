@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megacoder.model.config import ModelConfig
-from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["KVCache", "LayerCache"]
 
@@ -36,7 +36,7 @@ class KVCache:
     """The cache of one batch; hand it to `Transformer.forward` with the padded prompts, then with each new token."""
 
     def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], *, capacity: int, like: Tensor, tp: TensorParallel = ALONE
+        self, config: ModelConfig, lengths: Sequence[int], *, capacity: int, like: Tensor, tp: TensorParallel
     ) -> None:
         """`lengths` are the prompts' own, before padding; `like` is a weight, for dtype and device.
 

@@ -21,10 +21,10 @@ from megacoder.model.transformer import TransformerPart
 from megacoder.ops.fp8 import MULTIPLE, check_fp8_machine
 from megacoder.ops.linear import Precision
 from megacoder.parallel.collectives import group_rank, sum_with_peer
-from megacoder.parallel.context import UNCUT, ContextParallel
+from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.schedule import StageMap
-from megacoder.parallel.tensor import ALONE, TensorParallel
+from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["ExecutionConfig", "build_stages", "sum_tied_gradients"]
 
@@ -59,7 +59,7 @@ class ExecutionConfig:
         """What the layers' matrix products run in."""
         return Precision(fp8=self.fp8)
 
-    def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
+    def check_sizes(self, model: ModelConfig, *, tp: int, tokens: int | None = None) -> None:
         """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
         heads, kv_heads = model.local_heads(tp)
         sizes = {
@@ -87,9 +87,9 @@ class ExecutionConfig:
 
 def build_stages(
     config: ModelConfig,
-    tp: TensorParallel = ALONE,
+    tp: TensorParallel,
     *,
-    cp: ContextParallel = UNCUT,
+    cp: ContextParallel,
     placement: Placement,
     held: Sequence[int],
     execution: ExecutionConfig = ExecutionConfig(),

@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, *, cp: ContextParallel) -> None:
         super().__init__()
         self.cp = cp
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         shape = (config.intermediate_size, config.hidden_size)
         self.gate_up_proj = ColumnParallelLinear([Shard.of("gate_proj", shape, tp), Shard.of("up_proj", shape, tp)], tp)
@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
     (`megacoder.model.scheduled`) does not call them, and refuses parameters that it does not know.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, *, cp: ContextParallel = UNCUT) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, *, cp: ContextParallel) -> None:
         super().__init__()
         self.tp = tp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -161,9 +161,9 @@ class TransformerPart(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tp: TensorParallel = ALONE,
+        tp: TensorParallel,
         *,
-        cp: ContextParallel = UNCUT,
+        cp: ContextParallel,
         layers: Iterable[int],
         embedding: bool,
         head: bool,

@@ -60,7 +60,7 @@ def attention_reference(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask:
     return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q_BHSK.dtype)
 
 
-def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attention(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, *, mask: Tensor | None) -> Tensor:
     """Differentiable by torch; causal, or under a boolean `mask` (True is seen) of (B, 1, S, P) or (S, P).
 
     P equals S, or is larger when decoding with a cache and where ranks share the queries.

@@ -133,7 +133,7 @@ def gather_keys(k_BGLK: Tensor, v_BGLK: Tensor, cp: ContextParallel) -> KeysAndV
 
 
 def context_attention_forward(
-    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, cp: ContextParallel, *, documents: Documents = None
+    q_BHLK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, cp: ContextParallel, *, documents: Documents
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of this rank's queries: (out (B, L, H, K), lse (B, H, L))."""
     if cp.size == 1:
@@ -158,7 +158,7 @@ def context_attention_backward(
     lse_BHL: Tensor,
     cp: ContextParallel,
     *,
-    documents: Documents = None,
+    documents: Documents,
 ) -> tuple[Tensor, Callable[[], KeysAndValues]]:
     """Gradient of q (B, H, L, K), and a function that waits for those of this rank's k and v, (B, G, L, K) each.
 

@@ -17,7 +17,7 @@ do)."""
 class Mesh:
     """One rank's place and groups; all ranks make it with the same `dims`. A group of one rank is None."""
 
-    def __init__(self, world: World, dims: ParallelDims, *, sequence_parallel: bool = False) -> None:
+    def __init__(self, world: World, dims: ParallelDims, *, sequence_parallel: bool) -> None:
         """ConfigError unless the layout needs exactly `world.size` ranks."""
         dims.check_world_size(world.size)
         self.world, self.dims = world, dims

@@ -76,7 +76,7 @@ class Limits:
 class Guard:
     """Keeps the history that limits follow from; the same on every rank."""
 
-    def __init__(self, config: GuardConfig, *, max_grad_norm: float = 0.0) -> None:
+    def __init__(self, config: GuardConfig, *, max_grad_norm: float) -> None:
         """`max_grad_norm` is what gradients are clipped to; inf for none."""
         self.config = config
         self._least_grad_norm = max_grad_norm if math.isfinite(max_grad_norm) else 0.0
@@ -93,7 +93,7 @@ class Guard:
             grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike, least=self._least_grad_norm),
         )
 
-    def note(self, *, loss: float, grad_norm: float, skipped: bool, num_tokens: int = 1) -> str | None:
+    def note(self, *, loss: float, grad_norm: float, skipped: bool, num_tokens: int) -> str | None:
         """Records an update under `limits()`; returns why it was skipped, None if it was not.
 
         Raises RunStopped after `max_skipped` in a row: a restart would meet the same batches with the same weights.

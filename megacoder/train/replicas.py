@@ -36,7 +36,7 @@ _AT_ONCE = 1 << 24
 class ReplicaCheck:
     """Compares the weights of all ranks; every rank makes one and makes the same calls."""
 
-    def __init__(self, engine: Engine, every: int, *, since: int = 0) -> None:
+    def __init__(self, engine: Engine, every: int, *, since: int) -> None:
         """`every`: steps between comparisons, 0 for none. `since`: the step that the run resumes from."""
         self.engine, self.every = engine, every
         self._last_equal = since

@@ -23,6 +23,7 @@ from megacoder.model.conversion import model_of
 from megacoder.model.partition import build_stages
 from megacoder.model.replicas import late_parameters
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.tensor import TensorParallel
@@ -57,7 +58,7 @@ def rank_fragments(
     tp = TensorParallel(rank=place.tp, size=dims.tp, sequence_parallel=parallel.sequence_parallel)
     held = layout.schedule.stage_map.stages[place.pp]
     with torch.device("meta"):
-        part = build_stages(model, tp, placement=layout.placement, held=held)[0].model
+        part = build_stages(model, tp, cp=UNCUT, placement=layout.placement, held=held)[0].model
         flat = FlatParameters(
             part.named_parameters(), dtype=torch.float32, device=torch.device("meta"), num_shards=dims.dp * dims.cp,
             late=late_parameters(part), bucket_elements=parallel.bucket_elements,

@@ -22,6 +22,7 @@ from megacoder.model.init import init_weights
 from megacoder.model.places import Places
 from megacoder.model.scheduled import WeightGradients, layer_backward, layer_forward
 from megacoder.model.transformer import TransformerPart
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
@@ -73,7 +74,7 @@ def _layer(tp: TensorParallel) -> Callable[[], None]:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=4, head_dim=8, max_position_embeddings=NUM_TOKENS, rope_theta=10000.0,
     )  # fmt: skip
-    model = TransformerPart(config, tp, layers=[0], embedding=False, head=False)
+    model = TransformerPart(config, tp, cp=UNCUT, layers=[0], embedding=False, head=False)
     init_weights(model, seed=0)
     FlatParameters(model.named_parameters(), dtype=torch.float32, device=torch.device("cpu"))
     layer, rope = model.decoder_layers()[0], model.rope(torch.device("cpu"))

@@ -92,7 +92,7 @@ def _first_batch(prefix: Path, tokenizer: Tokenizer, step: int) -> tuple[TokenSt
     start = time.perf_counter()
     dataset = IndexedDataset(prefix)
     opened = time.perf_counter()
-    stream = TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS)
+    stream = TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS, dp_rank=0, dp_size=1)
     if step:
         stream.load_state_dict(_position(stream.state_dict(), step))
     ready = time.perf_counter()

@@ -85,7 +85,7 @@ def _batches(
         packing="best_fit" if packing == "best_fit" else "concatenate", document_masks=packing == "best_fit",
         fim=FimConfig(rate=rate, msp_rate=masked_spans),
     )  # fmt: skip
-    stream = TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS)
+    stream = TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS, dp_rank=0, dp_size=1)
 
     def serve() -> int:
         batch = stream.next_batch()

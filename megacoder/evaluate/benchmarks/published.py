@@ -35,9 +35,7 @@ _CROSSCODE = {
 }
 
 
-def published_scores(
-    benchmark: str, *, language: str = "python", instruct: bool = False, retrieval: bool = False
-) -> dict[str, dict[str, float]]:
+def published_scores(benchmark: str, *, language: str, instruct: bool, retrieval: bool) -> dict[str, dict[str, float]]:
     """{model: {group: percent}} of pass@1 or exact match; group "" is the total. Empty where nothing is comparable."""
     kind = "instruct" if instruct else "base"
     found: dict[str, dict[str, float]] = {}

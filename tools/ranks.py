@@ -21,19 +21,18 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
+from megacoder.core.processes import begin_worker
 from megacoder.parallel.world import World
 
 __all__ = ["Outcome", "RankFailed", "RankPool", "fork_server"]
@@ -94,9 +93,7 @@ class RankPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
         shutil.rmtree(self._folder)
 
@@ -195,8 +192,7 @@ def fork_server() -> Any:
 
 def _serve(connection: Connection, stack_path: Path) -> None:
     """What a rank's process does until its owner closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that called, which then stops the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker()
     with stack_path.open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         while True:
@@ -206,14 +202,6 @@ def _serve(connection: Connection, stack_path: Path) -> None:
                 return
             store, rank, size, timeout_seconds = place
             connection.send_bytes(_answer(store, rank, size, timeout_seconds, task))
-
-
-def _end_with_parent() -> None:
-    """Ends this process when its owner ends, however that came about and whatever this one waits for."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _answer(store: str, rank: int, size: int, timeout_seconds: float, task: bytes) -> bytes:

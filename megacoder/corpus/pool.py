@@ -3,18 +3,13 @@ killed.
 """
 
 import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import Any, TypeVar
 
 from megacoder.core.errors import CorpusError
-from megacoder.core.processes import num_cores, starting_workers
+from megacoder.core.processes import begin_worker, num_cores, starting_workers
 
 __all__ = ["WorkerPool"]
 
@@ -33,9 +28,7 @@ class WorkerPool:
     def __enter__(self) -> "WorkerPool":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._processes is not None:
             self._processes.shutdown(wait=True, cancel_futures=True)
 
@@ -56,7 +49,7 @@ class WorkerPool:
             return results
         if self._processes is None:  # spawned, not forked: the parent may run the progress bar's thread
             self._processes = ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker
             )
         try:
             with starting_workers():
@@ -69,16 +62,3 @@ class WorkerPool:
             raise CorpusError(
                 "a worker process was killed, most likely out of memory; run the same command with fewer --workers"
             ) from None
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exits when the parent is killed; a pool's worker would otherwise wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

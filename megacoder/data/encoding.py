@@ -8,8 +8,6 @@ import this module and nothing heavier.
 import functools
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megacoder.core.errors import DataError
-from megacoder.core.processes import starting_workers
+from megacoder.core.processes import begin_worker, starting_workers
 from megacoder.data.encoders import BatchEncoder, reference_encoder
 from megacoder.data.indexed import token_dtype
 from megacoder.data.tokenizer import Tokenizer
@@ -117,16 +115,7 @@ def _results(
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exits when the parent is killed; a worker would otherwise wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    begin_worker()
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def test_there_and_back_in_one_file(case, capsys, tmp_path):
             "tp = 3: model.num_attention_heads = 4 is not a multiple of 3; nearest",
         ),
         (["--pp", "8"], "8 stages for 5 layers"),
-        (["--dp", "0"], "dp = 0: needs at least 1"),
+        (["--dp", "0"], "dp = 0: must be at least 1"),
     ],
 )
 def test_a_layout_that_cannot_work_writes_nothing(case, capsys, tmp_path, words, message):

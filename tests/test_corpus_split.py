@@ -66,5 +66,5 @@ def test_nothing_is_held_out_on_request_or_of_a_single_unit():
 
 @pytest.mark.parametrize("options", [{"fraction": 1.0}, {"fraction": -0.1}, {"max_bytes": 0}])
 def test_bad_settings(options):
-    with pytest.raises(ConfigError, match="held-out"):
+    with pytest.raises(ConfigError, match="heldout"):
         SplitConfig(**options)

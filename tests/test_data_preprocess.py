@@ -283,7 +283,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(corpus, capsy
     assert run_command(capsys, *words, "--vocab-size", "400")[0] == 0
     monkeypatch.setattr("megacoder.data.tokenizer_training.sample_texts", None)  # calling it would be a TypeError
     code, _, err = run_command(capsys, *words, "--vocab-size", "10")
-    assert (code, err) == (2, "megacoder: vocab_size = 10: at least 256, one token for each byte\n")
+    assert (code, err) == (2, "megacoder: vocab_size = 10: must be at least 256, one token for each byte\n")
     code, _, err = run_command(capsys, *words, "--vocab-size", "400")
     assert (code, err.count("up to date, 409 ids"), err.count("\n")) == (0, 1, 1)
     code, _, err = run_command(capsys, *words, "--vocab-size", "500")

@@ -57,7 +57,7 @@ def test_4096_ranks():
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("size", [0, -2])
 def test_sizes_below_one_are_refused(axis, size):
-    with pytest.raises(ConfigError, match=f"^{axis} = {size}: needs at least 1$"):
+    with pytest.raises(ConfigError, match=f"^{axis} = {size}: must be at least 1$"):
         ParallelDims(**{axis: size})
 
 

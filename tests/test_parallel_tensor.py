@@ -353,7 +353,7 @@ def test_a_label_of_the_padding_is_refused_on_every_rank(ranks):
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
-        (0, {}, "tp = 0: needs at least 1; nearest that work: tp = 1 or 2"),
+        (0, {}, "tp = 0: must be at least 1; nearest that work: tp = 1 or 2"),
         (3, {}, "tp = 3: model.num_attention_heads = 4 is not a multiple of 3; nearest that work: tp = 2 or 4"),
         (4, {"intermediate_size": 54}, "tp = 4: model.intermediate_size = 54 is not a .* tp = 1 or 2"),
         (4, {"vocab_multiple": 10}, "tp = 4: the vocabulary, padded to 90 by model.vocab_multiple = 10, is"),

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from megacoder.core.errors import ConfigError
 
 __all__ = [
+    "check_at_least",
     "check_same",
     "check_seconds",
     "from_dict",
@@ -140,6 +141,14 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
         if before != after and field.name not in free:
             key, was, now = _first_difference(field.name, before, after)
             raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {advice}")
+
+
+def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:
+    """ConfigError naming the first of these settings that is below `least`; those that are None are unset."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:  # NaN is not
+            raise ConfigError(f"{prefix}{name} = {value}: must be at least {least}")
 
 
 def check_seconds(name: str, value: float) -> None:

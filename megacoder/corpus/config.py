@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megacoder.core.config import nearest, to_dict
+from megacoder.core.config import check_at_least, nearest, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.core.native import native
 from megacoder.corpus.benchmarks import fingerprint
@@ -85,10 +85,8 @@ class CorpusConfig:
                 raise ConfigError(f"unknown language {name!r}; {hint}")
         if self.columns.license is None:  # a table's own column may hold any names
             check_names(self.allow_licenses)
-        for option in ("max_file_bytes", "max_repo_bytes", "shard_bytes"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ConfigError(f"{option} = {value}: must be at least 1")
+        check_at_least(self, 1, "max_file_bytes", "max_repo_bytes", "shard_bytes")
+        check_at_least(self, 0, "workers")
         if self.secrets != "keep":
             check_secrets_available()
         if self.fallback_encoding is not None:
@@ -96,8 +94,6 @@ class CorpusConfig:
                 b"x".decode(self.fallback_encoding)
             except (LookupError, UnicodeError):
                 raise ConfigError(f"fallback_encoding = {self.fallback_encoding!r}: no such encoding") from None
-        if self.workers < 0:
-            raise ConfigError(f"workers = {self.workers}: must be at least 0")
 
     @property
     def selection(self) -> Selection:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 from megacoder.core.native import native
 from megacoder.corpus.benchmarks import TestString, read_tests
@@ -54,9 +55,8 @@ class DecontaminationConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.ngram:
-            raise ConfigError(f"decontamination min_ngram = {self.min_ngram}: must be 1 to ngram = {self.ngram}")
-        if self.min_distinct_words < 1:
-            raise ConfigError(f"decontamination min_distinct_words = {self.min_distinct_words}: must be at least 1")
+            raise ConfigError(f"decontamination.min_ngram = {self.min_ngram}: must be 1 to ngram = {self.ngram}")
+        check_at_least(self, 1, "min_distinct_words", prefix="decontamination.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.minhash import HASH_MULTIPLE
 
@@ -34,14 +35,12 @@ class NearDedupConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1:
-            raise ConfigError(f"near-dedup similarity = {self.similarity}: must be above 0 and at most 1")
-        for name in ("ngram", "num_hashes", "bands", "rows", "min_words"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"near-dedup {name} = {getattr(self, name)}: must be at least 1")
+            raise ConfigError(f"near_dedup.similarity = {self.similarity}: must be above 0 and at most 1")
+        check_at_least(self, 1, "ngram", "num_hashes", "bands", "rows", "min_words", prefix="near_dedup.")
         if self.num_hashes % HASH_MULTIPLE:
-            raise ConfigError(f"near-dedup num_hashes = {self.num_hashes}: must be a multiple of {HASH_MULTIPLE}")
+            raise ConfigError(f"near_dedup.num_hashes = {self.num_hashes}: must be a multiple of {HASH_MULTIPLE}")
         if self.bands * self.rows > self.num_hashes:
             raise ConfigError(
-                f"near-dedup bands x rows = {self.bands} x {self.rows}: there are only {self.num_hashes} hashes; lower "
+                f"near_dedup.bands x rows = {self.bands} x {self.rows}: there are only {self.num_hashes} hashes; lower "
                 "either, or raise num_hashes"
             )

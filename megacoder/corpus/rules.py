@@ -12,6 +12,7 @@ import html
 import re
 from dataclasses import dataclass
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.text_counts import LineCounts, line_counts
@@ -49,18 +50,14 @@ class RuleThresholds:
     """most characters of a JSON or YAML file"""
 
     def __post_init__(self) -> None:
-        for name in ("max_mean_line", "max_line", "data_max_chars"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 1, or no file is left")
-        for name in ("html_min_visible", "data_min_chars"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be at least 0")
+        check_at_least(self, 1, "max_mean_line", "max_line", "data_max_chars", prefix="rules.")
+        check_at_least(self, 0, "html_min_visible", "data_min_chars", prefix="rules.")
         for name in ("min_alphabetic", "html_min_visible_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"rules {name} = {getattr(self, name)}: must be between 0 and 1")
+                raise ConfigError(f"rules.{name} = {getattr(self, name)}: must be between 0 and 1")
         if self.data_min_chars > self.data_max_chars:
             raise ConfigError(
-                f"rules data_min_chars = {self.data_min_chars}: must be at most data_max_chars = {self.data_max_chars}"
+                f"rules.data_min_chars = {self.data_min_chars}: must be at most data_max_chars = {self.data_max_chars}"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megacoder.core.errors import ConfigError
+from megacoder.core.config import check_at_least
 from megacoder.corpus.languages import as_comment
 from megacoder.corpus.order import connected_subgraphs, dependency_order
 
@@ -35,8 +35,7 @@ class SampleConfig:
     """path comments open with `#` in every language (the paper), or as the language writes comments"""
 
     def __post_init__(self) -> None:
-        if self.max_bytes < 1:
-            raise ConfigError(f"max-bytes of a sample = {self.max_bytes}: must be at least 1")
+        check_at_least(self, 1, "max_bytes", prefix="samples.")
 
 
 def path_comment(path: str, language: str, style: Literal["hash", "language"]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 
 __all__ = ["SplitConfig", "choose_heldout"]
@@ -27,9 +28,8 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
-            raise ConfigError(f"held-out fraction = {self.fraction}: must be at least 0 and below 1")
-        if self.max_bytes < 1:
-            raise ConfigError(f"held-out max-bytes = {self.max_bytes}: must be at least 1")
+            raise ConfigError(f"heldout.fraction = {self.fraction}: must be at least 0 and below 1")
+        check_at_least(self, 1, "max_bytes", prefix="heldout.")
 
 
 def choose_heldout(sizes: Mapping[str, int], config: SplitConfig) -> frozenset[str]:

@@ -29,6 +29,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.permutation import draw_bits, draw_many_bits, key_of
@@ -74,8 +75,7 @@ class FimConfig:
             raise ConfigError(f"fim.msp_density = {self.msp_density}: a share above 0, at most 1")
         if not 1.0 <= self.msp_span < math.inf:
             raise ConfigError(f"fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
-        if self.context_tokens is not None and self.context_tokens < 1:
-            raise ConfigError(f"fim.context_tokens = {self.context_tokens}: at least 1")
+        check_at_least(self, 1, "context_tokens", prefix="fim.")
 
 
 class FillInTheMiddle:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.core.config import check_at_least
+from megacoder.core.errors import DataError, FormatError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.sidecar import Sidecar, checksum, open_dataset
 from megacoder.data.tokenizer import Tokenizer
@@ -33,8 +34,7 @@ class InspectConfig:
     """print JSON"""
 
     def __post_init__(self) -> None:
-        if self.documents < 0:
-            raise ConfigError(f"documents = {self.documents}: at least 0")
+        check_at_least(self, 0, "documents")
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:

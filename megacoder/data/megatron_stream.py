@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacoder.core.config import to_dict
+from megacoder.core.config import check_at_least, to_dict
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_order import (
@@ -46,10 +46,8 @@ class MegatronConfig:
     """the Megatron run's --split: the first of these shares of the sequences is the training data"""
 
     def __post_init__(self) -> None:
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ConfigError(f"megatron.num_samples = {self.num_samples}: at least 1")
-        if self.consumed_samples < 0:
-            raise ConfigError(f"megatron.consumed_samples = {self.consumed_samples}: at least 0")
+        check_at_least(self, 1, "num_samples", prefix="megatron.")
+        check_at_least(self, 0, "consumed_samples", prefix="megatron.")
         split_range(self.split, 0)
 
 

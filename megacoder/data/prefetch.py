@@ -39,7 +39,7 @@ class Prefetcher:
     def __init__(self, stream: ResumableBatches, *, workers: int = 1, depth: int = 2) -> None:
         """Keeps up to `depth` batches ready, made by `workers` threads; with 0, each is made when it is requested."""
         if workers < 0:
-            raise ConfigError(f"data_workers = {workers}: at least 0")
+            raise ConfigError(f"data_workers = {workers}: must be at least 0")
         self._stream, self._workers, self._depth = stream, workers, depth
         self._state = stream.state_dict()
         self._thread: threading.Thread | None = None

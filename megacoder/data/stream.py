@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacoder.core.config import to_dict
+from megacoder.core.config import check_at_least, to_dict
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.blend import blend_table
 from megacoder.data.cuts import CharacterCutter
@@ -65,8 +65,7 @@ class StreamConfig:
     """fill-in-the-middle"""
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ConfigError(f"seq_length = {self.seq_length}: at least 1")
+        check_at_least(self, 1, "seq_length")
         if self.num_streams < 1 or self.num_streams & (self.num_streams - 1):
             raise ConfigError(f"num_streams = {self.num_streams}: a power of two")
         if self.packing == "best_fit" and not self.document_masks:

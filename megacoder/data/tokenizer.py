@@ -198,7 +198,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     the 256 bytes.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"vocab_size {vocab_size}: at least {MIN_VOCAB_SIZE}, one token for each byte")
+        raise ConfigError(f"vocab_size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, one token for each byte")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = _pre_tokenizer()
     backend.decoder = decoders.ByteLevel()

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from megacoder.core.config import check_at_least
 from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.core.files import why_not_writable, write_json
@@ -44,10 +45,11 @@ class TrainTokenizerConfig:
     """megabytes of text to learn from"""
 
     def __post_init__(self) -> None:
-        if self.sample_mb < 1:
-            raise ConfigError(f"sample_mb = {self.sample_mb}: at least 1")
+        check_at_least(self, 1, "sample_mb")
         if self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(f"vocab_size = {self.vocab_size}: at least {MIN_VOCAB_SIZE}, one token for each byte")
+            raise ConfigError(
+                f"vocab_size = {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}, one token for each byte"
+            )
 
 
 def train_from_files(config: TrainTokenizerConfig) -> Tokenizer:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 
 __all__ = ["ModelConfig"]
@@ -42,10 +43,10 @@ class ModelConfig:
     """pad the rows of embedding and head to a multiple of this; padding is neither predicted nor exported"""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_multiple"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        check_at_least(
+            self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_multiple", prefix="model.",
+        )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -107,7 +108,7 @@ class ModelConfig:
 
     def _not_shared_by(self, size: int) -> str | None:
         if size < 1:
-            return "needs at least 1"
+            return "must be at least 1"
         for name in ("num_attention_heads", "intermediate_size"):
             if getattr(self, name) % size:
                 return f"model.{name} = {getattr(self, name)} is not a multiple of {size}"

@@ -52,7 +52,7 @@ class AdamWConfig:
         if not SMALLEST_EPS <= self.eps < math.inf:
             raise ConfigError(f"optimizer.eps = {self.eps}: must be finite and at least {SMALLEST_EPS}, as in fp32")
         if not 0.0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"optimizer.weight_decay = {self.weight_decay}: at least 0 and finite")
+            raise ConfigError(f"optimizer.weight_decay = {self.weight_decay}: must be at least 0 and finite")
 
 
 def adamw_(

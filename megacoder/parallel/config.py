@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megacoder.core.errors import ConfigError
+from megacoder.core.config import check_at_least
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import BUCKET_ELEMENTS
 
@@ -36,12 +36,7 @@ class ParallelConfig:
     """CPU ranks of one host exchange tensors through shared memory; if off, through sockets, as between hosts"""
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "cp", "pp", "dp"):
-            size = getattr(self, axis)
-            if size is not None and size < 1:
-                raise ConfigError(f"parallel.{axis} = {size}: needs at least 1")
-        if self.bucket_elements < 1:
-            raise ConfigError(f"parallel.bucket_elements = {self.bucket_elements}: needs at least 1")
+        check_at_least(self, 1, "tp", "cp", "pp", "dp", "bucket_elements", prefix="parallel.")
 
     def dims(self, world_size: int) -> ParallelDims:
         """The layout of `world_size` ranks, dp filled in where it may be; its product may still be another number."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 
 __all__ = ["AXES", "Axis", "Coordinates", "ParallelDims"]
@@ -52,9 +53,7 @@ class ParallelDims:
     """replicas, among which ZeRO-1 shards the optimizer"""
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            if self.size(axis) < 1:
-                raise ConfigError(f"{axis} = {self.size(axis)}: needs at least 1")
+        check_at_least(self, 1, *AXES)
 
     @property
     def world_size(self) -> int:
@@ -116,7 +115,7 @@ class ParallelDims:
         as head counts and hidden sizes must be divisible by it.
         """
         if world_size < 1:
-            raise ConfigError(f"{world_size} ranks: needs at least 1")
+            raise ConfigError(f"{world_size} ranks: must be at least 1")
         weight = {"dp": 1.0, "pp": 4.0, "cp": 4.0, "tp": 8.0}
 
         def distance(other: ParallelDims) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megacoder.checkpoint.writer import CheckpointConfig
-from megacoder.core.config import check_seconds
+from megacoder.core.config import check_at_least, check_seconds
 from megacoder.core.errors import ConfigError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
@@ -126,18 +126,17 @@ class RunConfig:
     """a collective that takes longer than this ends the run"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "micro_batch_size", "checkpoint_every",
-                     "eval_every", "eval_batches", "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_at_least(
+            self, 1, "steps", "global_batch_size", "micro_batch_size", "checkpoint_every", "eval_every", "eval_batches",
+            "log_every",
+        )  # fmt: skip
+        check_at_least(self, 0, "data_workers")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
         check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
                 raise ConfigError(f"stop_signals: {name!r} is not a signal that a run can handle; use e.g. 'SIGUSR1'")
-        if self.data_workers < 0:
-            raise ConfigError(f"data_workers = {self.data_workers}: must be at least 0")
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
             raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")

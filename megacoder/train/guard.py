@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from megacoder.core.config import check_at_least
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 
 __all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
@@ -47,13 +48,8 @@ class GuardConfig:
             factor = getattr(self, name)
             if factor != 0 and not 1.0 < factor < math.inf:
                 raise ConfigError(f"guard.{name} = {factor}: must be above 1, or 0 so that nothing counts as a spike")
-        for name in ("window", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"guard.{name} = {getattr(self, name)}: must be at least 1")
-        if self.compare_replicas_every < 0:
-            raise ConfigError(
-                f"guard.compare_replicas_every = {self.compare_replicas_every}: must be at least 1, or 0 for never"
-            )
+        check_at_least(self, 1, "window", "max_skipped", prefix="guard.")
+        check_at_least(self, 0, "compare_replicas_every", prefix="guard.")
 
 
 class RunStopped(AlikeOnAllRanks):

@@ -24,7 +24,7 @@ def test_choices_are_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rms_nrm=torch", "'rms_nrm=torch': did you mean 'rms_norm'"),
+        ("rms_nrm=torch", "'rms_nrm=torch' .did you mean 'rms_norm'"),
         ("rms_norm", "'rms_norm': expected a list of OP=BACKEND"),
         ("rms_norm=fast", "rms_norm has no backend 'fast'; it has cpp, triton, torch"),
         ("rms_norm=torch,rms_norm=cpp", "rms_norm is given twice, torch and cpp"),

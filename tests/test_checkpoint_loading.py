@@ -119,8 +119,8 @@ def fragment(name="matrix", kind="weight", shape=(9, 5), dtype=torch.float32):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"name": "matrx"}, "no weight of matrx; the nearest is matrix"),
-        ({"kind": "momentum"}, "no momentum of matrix; it has no tensor of kind 'momentum'"),
+        ({"name": "matrx"}, "no weight of matrx .did you mean 'matrix'"),
+        ({"kind": "momentum"}, "no momentum of matrix; it has 0 tensors of kind 'momentum'"),
         ({"shape": (5, 9)}, r"has shape \[9, 5\]; the model needs \[5, 9\]"),
         ({"dtype": torch.bfloat16}, "stored as F32; requested as BF16"),
     ],

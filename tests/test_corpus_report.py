@@ -158,7 +158,7 @@ def test_groups_over_the_limit_are_counted_with_the_option_that_keeps_their_orde
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--repository", "ap", "--json"], "no file of a repository 'ap'; did you mean 'app'?"),
+        (["--repository", "ap", "--json"], "no file of a repository 'ap' (did you mean 'app'?"),
         (["--repository", "fork", "--json"], "no file of a repository 'fork'"),
         (["--repository", "app"], "give --out FILE.html or --json"),
         (["--out", "."], "'.': it is a folder"),

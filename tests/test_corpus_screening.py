@@ -227,7 +227,7 @@ def test_an_installed_compiler_decides():
     ("options", "message"),
     [
         ({"strict_share": 1.5}, "strict_share = 1.5"),
-        ({"off": ("Pyton",)}, "'Pyton' is not a language that is screened; did you mean 'Python'"),
+        ({"off": ("Pyton",)}, "'Pyton' .did you mean 'Python'.. is not a language that is screened"),
         ({"usual_share": -0.1}, "usual_share = -0.1"),
     ],
 )

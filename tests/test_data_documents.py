@@ -80,7 +80,7 @@ def many_keys(count):
     [
         (b'{"content": "a"', "rows.jsonl:2: malformed JSON: Expecting"),
         (b'["a"]', "rows.jsonl:2: expected a JSON object, not list"),
-        (b'{"contents": "a"}', "rows.jsonl:2: no key 'content'; did you mean 'contents'"),
+        (b'{"contents": "a"}', "rows.jsonl:2: no key 'content' .did you mean 'contents'"),
         (b'{"x": "a"}', "rows.jsonl:2: no key 'content'; there are 'x'"),
         (b"{}", "rows.jsonl:2: no key 'content'; there are none"),
         (many_keys(3000), "no key 'content'; there are 'key0', .*'key19', ...$"),
@@ -130,9 +130,9 @@ def test_truncated_and_foreign_files_are_named(tmp_path, name):
 def test_bad_columns_are_named(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["a"], "id": [1]}), path)
-    with pytest.raises(DataError, match=r"rows.parquet: no column 'content'; did you mean 'text'"):
+    with pytest.raises(DataError, match=r"rows.parquet: no column 'content' .did you mean 'text'"):
         list(DocumentReader(path, text_key="content"))
-    with pytest.raises(DataError, match=r"rows.parquet: no column 'texts'; did you mean 'text'"):
+    with pytest.raises(DataError, match=r"rows.parquet: no column 'texts' .did you mean 'text'"):
         list(DocumentReader(path, text_key="text", document_key="texts"))
     with pytest.raises(DataError, match="row 0: 'id' is 1, expected text"):
         list(DocumentReader(path, text_key="id"))

@@ -34,7 +34,7 @@ def test_presets_have_the_published_sizes():
         "v1.5-7b": 6_910_365_696,
     }  # fmt: skip
     assert {name: PRESETS[name].model.num_params for name in published} == published
-    with pytest.raises(ConfigError, match=r"unknown model '33B'; did you mean '33b'\?"):
+    with pytest.raises(ConfigError, match=r"unknown model '33B' .did you mean '33b'\?"):
         find_preset("33B")
 
 
@@ -201,7 +201,7 @@ def test_advice_needs_no_model(capsys):
     ("words", "message"),
     [
         (["--devices", "8"], "need --model"),
-        (["--model", "6.7c"], "unknown model '6.7c'; did you mean '6.7b'"),
+        (["--model", "6.7c"], "unknown model '6.7c' .did you mean '6.7b'"),
         (["--model", "6.7b", "--device", "h900"], "unknown device 'h900'; did you mean"),
         (["--model", "6.7b", "--tokens", "2Q"], "tokens '2Q': expected a number"),
         (["--model", "5.7b"], "the batch of 5.7b is unpublished; give --batch"),

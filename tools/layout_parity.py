@@ -32,7 +32,7 @@ import torch
 from bench_common import run_tool
 from ranks import RankFailed, RankPool
 
-from megacoder.core.config import from_dict, nearest, parse_args
+from megacoder.core.config import did_you_mean, from_dict, parse_args
 from megacoder.core.errors import ConfigError
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
@@ -128,8 +128,7 @@ class Case:
         for word in filter(None, (word.strip() for word in text.split(","))):
             key, _, value = word.partition("=")
             if key not in specs:
-                hint = nearest(key, specs)
-                raise ConfigError(f"layout {text!r}: unknown key {key!r}{f' (did you mean {hint!r}?)' if hint else ''}")
+                raise ConfigError(f"layout {text!r}: unknown key {key!r}{did_you_mean(key, specs)}")
             default = specs[key].default
             if isinstance(default, bool):
                 if value not in ("on", "off"):

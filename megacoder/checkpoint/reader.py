@@ -21,7 +21,7 @@ from megacoder.checkpoint.folders import find_checkpoint, folder_faults, open_ch
 from megacoder.checkpoint.manifest import MANIFEST, TensorEntry, read_manifest
 from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.tensor_file import DTYPES, StoredTensor, TensorFile, dtype_name
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import CheckpointError
 
 __all__ = ["CHUNK_ELEMENTS", "CheckpointReader", "verify_checkpoint"]
@@ -158,8 +158,8 @@ class CheckpointReader:
     def _entry(self, kind: str, name: str) -> TensorEntry:
         entry = self._manifest.tensors.get((kind, name))
         if entry is None:
-            close = nearest(name, [known for other, known in self._manifest.tensors if other == kind])
-            hint = f"; the nearest is {close}" if close else f"; it has no tensor of kind {kind!r}"
+            known = [known for other, known in self._manifest.tensors if other == kind]
+            hint = did_you_mean(name, known, otherwise=f"; it has {len(known)} tensors of kind {kind!r}")
             raise CheckpointError(f"{self.folder / MANIFEST}: no {kind} of {name}{hint}")
         return entry
 

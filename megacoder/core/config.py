@@ -26,6 +26,7 @@ __all__ = [
     "check_at_least",
     "check_same",
     "check_seconds",
+    "did_you_mean",
     "from_dict",
     "load_toml",
     "nearest",
@@ -55,7 +56,7 @@ def parse_args(
                 f"{_see_help(prog)}"
             )
         names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
-        raise ConfigError(f"unknown option {unknown[0]!r}{_suggest(unknown[0], names)}; {_see_help(prog)}")
+        raise ConfigError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], names)}; {_see_help(prog)}")
     return config
 
 
@@ -103,7 +104,7 @@ def from_dict(cls: type[T], table: dict[str, Any], *, where: str) -> T:
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{_suggest(key, known)}")
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
     missing = [
         field.name for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in table
@@ -163,6 +164,12 @@ def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(name: str, known: typing.Iterable[str], otherwise: str = "") -> str:
+    """Goes behind an unknown `name` in an error: the known name that it was probably meant to be, or `otherwise`."""
+    match = nearest(name, known)
+    return f" (did you mean {match!r}?)" if match else otherwise
+
+
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = {**below, **above}
     for key, value in below.items():
@@ -184,11 +191,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return repr(str(value) if isinstance(value, Path) else value)
-
-
-def _suggest(name: str, known: typing.Iterable[str]) -> str:
-    match = nearest(name, known)
-    return f" (did you mean {match!r}?)" if match else ""
 
 
 def _option_names(cls: Any, prefix: str = "--") -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megacoder.core.config import check_at_least, nearest, to_dict
+from megacoder.core.config import check_at_least, did_you_mean, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.core.native import native
 from megacoder.corpus.benchmarks import fingerprint
@@ -80,9 +80,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         for name in self.languages:
             if name not in LANGUAGES:
-                match = nearest(name, LANGUAGES)
-                hint = f"did you mean {match!r}?" if match else f"known are {', '.join(LANGUAGES)}"
-                raise ConfigError(f"unknown language {name!r}; {hint}")
+                hint = did_you_mean(name, LANGUAGES, otherwise=f"; known are {', '.join(LANGUAGES)}")
+                raise ConfigError(f"unknown language {name!r}{hint}")
         if self.columns.license is None:  # a table's own column may hold any names
             check_names(self.allow_licenses)
         check_at_least(self, 1, "max_file_bytes", "max_repo_bytes", "shard_bytes")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.accounts import CorpusReport
 from megacoder.corpus.dependencies import repository_dependencies
@@ -65,9 +65,7 @@ def repository_graph(out: Path, report: CorpusReport, name: str | None = None) -
     kept = {name: row.kept.files for name, row in sorted(report.accounts.repositories.items()) if row.kept.files}
     if name is not None:
         if name not in kept:
-            match = nearest(name, kept)
-            hint = f"; did you mean {match!r}?" if match else ""
-            raise CorpusError(f"{str(out)!r} holds no file of a repository {name!r}{hint}")
+            raise CorpusError(f"{str(out)!r} holds no file of a repository {name!r}{did_you_mean(name, kept)}")
         names = [name]
     else:
         few = sorted((name for name in kept if kept[name] <= _FEW_FILES), key=lambda name: -kept[name])

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.compilers import accepts
 from megacoder.corpus.documents import Document, Dropped
@@ -56,9 +56,8 @@ class ScreeningConfig:
                 raise ConfigError(f"screening {name} = {getattr(self, name)}: must be between 0 and 1")
         for name in self.off:
             if name not in SCREENED:
-                match = nearest(name, SCREENED)
-                hint = f"; did you mean {match!r}?" if match else ""
-                raise ConfigError(f"screening off: {name!r} is not a language that is screened{hint}")
+                hint = did_you_mean(name, SCREENED)
+                raise ConfigError(f"screening.off: {name!r}{hint} is not a language that is screened")
 
     @property
     def active(self) -> bool:

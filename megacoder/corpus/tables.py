@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError, CorpusError, FormatError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.reading import Selection, make_document, make_drop, name_reason
@@ -63,9 +63,8 @@ class TableColumns:
             if name in present:
                 found[role] = name
             elif given is not None:
-                match = nearest(given, present)
-                hint = f"did you mean {match!r}?" if match else f"there are {', '.join(map(repr, present))}"
-                raise ConfigError(f"{where}: no column {given!r}; {hint}")
+                hint = did_you_mean(given, present, otherwise=f"; there are {', '.join(map(repr, present))}")
+                raise ConfigError(f"{where}: no column {given!r}{hint}")
             elif role != "license":
                 raise ConfigError(
                     f"{where}: none of the columns {', '.join(map(repr, present))} is known to hold the {role}; "

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import open_parquet
@@ -121,10 +121,9 @@ class DocumentReader:
     def _check_key(self, place: str, kind: str, key: str, known: Iterable[str]) -> None:
         if key not in known:
             names = list(itertools.islice(known, _KEYS_COMPARED))
-            match = nearest(key, names)
             there = ", ".join([*map(shown, names[:_KEYS_SHOWN]), *["..."][: len(names) > _KEYS_SHOWN]])
-            hint = f"did you mean {match!r}?" if match else f"there are {there or 'none'}"
-            raise DataError(f"{place}: no {kind} {key!r}; {hint}")
+            hint = did_you_mean(key, names, otherwise=f"; there are {there or 'none'}")
+            raise DataError(f"{place}: no {kind} {key!r}{hint}")
 
 
 def _one_line(error: Exception) -> str:

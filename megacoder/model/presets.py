@@ -6,7 +6,7 @@ Shapes are those of the published `config.json` files without long-context RoPE:
 
 from dataclasses import dataclass
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 
@@ -53,7 +53,6 @@ PRESETS: dict[str, Preset] = {
 def find_preset(name: str) -> Preset:
     """The preset called `name`; ConfigError with the nearest name where there is none."""
     if name not in PRESETS:
-        match = nearest(name, PRESETS)
-        hint = f"did you mean {match!r}? " if match else ""
-        raise ConfigError(f"unknown model {name!r}; {hint}known: {', '.join(PRESETS)}, or the TOML file of a run")
+        hint = did_you_mean(name, PRESETS)
+        raise ConfigError(f"unknown model {name!r}{hint}; known: {', '.join(PRESETS)}, or the TOML file of a run")
     return PRESETS[name]

@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.device import cuda_kernels
 from megacoder.core.errors import ConfigError
 from megacoder.ops import cpp
@@ -190,9 +190,8 @@ def parse_choices(text: str) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, equals, name = entry.partition("=")
         if not equals or op not in OPS:
-            match = nearest(op, OPS)
-            hint = f"did you mean {match!r}?" if match and equals else "expected a list of OP=BACKEND"
-            raise ConfigError(f"{ENVIRONMENT}: {entry!r}: {hint}; ops: {', '.join(OPS)}")
+            hint = did_you_mean(op, OPS) if equals else ": expected a list of OP=BACKEND"
+            raise ConfigError(f"{ENVIRONMENT}: {entry!r}{hint}; ops: {', '.join(OPS)}")
         if name not in OPS[op]:
             raise ConfigError(f"{ENVIRONMENT}: {op} has no backend {name!r}; it has {', '.join(OPS[op])}")
         if choices.setdefault(op, name) != name:

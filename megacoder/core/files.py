@@ -20,6 +20,7 @@ from megacoder.core.errors import MegacoderError
 __all__ = [
     "exclusive",
     "fsync_path",
+    "is_unicode",
     "making_dir",
     "remove_stale_temporaries",
     "replacing",
@@ -86,6 +87,17 @@ def making_dir(path: Path) -> Iterator[None]:
             with suppress(OSError):  # it holds something
                 folder.rmdir()
         raise
+
+
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, as JSON may escape it and undecodable bytes become it: no bytes stand for it."""
+    if text.isascii():  # a flag of the string, so it costs nothing
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

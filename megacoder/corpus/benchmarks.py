@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.core.files import is_unicode
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows, decompressed
 from megacoder.data.parquet import read_table
 
@@ -45,7 +46,7 @@ def read_tests(benchmarks: Sequence[Path], fields: Sequence[str]) -> list[TestSt
                 if key not in _NAMES and (not fields or key in fields):
                     texts = list(_texts(value))
                     some |= bool(texts)
-                    if not all(map(_is_unicode, texts)):
+                    if not all(map(is_unicode, texts)):
                         raise FormatError(f"{path}: test {name}: {key!r} holds half a surrogate pair, not Unicode")
                     found += (TestString(test=f"{path.name} {name}", text=text) for text in texts)
         if not some:
@@ -82,14 +83,6 @@ def _rows(path: Path) -> Iterator[Any]:
         raise ConfigError(f"benchmark {str(path)!r}: {error.strerror}") from None
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise FormatError(f"{path}: neither JSONL, JSON nor Parquet: {error}") from None
-
-
-def _is_unicode(text: str) -> bool:
-    """False where JSON has escaped half a surrogate pair, which has no bytes to look for."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.core.files import is_unicode
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import open_parquet
 
@@ -78,12 +79,8 @@ class DocumentReader:
     def _check_text(self, place: str, text: Any) -> None:
         if not isinstance(text, str):
             raise DataError(f"{place}: {self.text_key!r} is {shown(text)}, expected text")
-        if text.isascii():  # a flag of the string, so it costs nothing
-            return
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, not valid Unicode") from None
+        if not is_unicode(text):
+            raise DataError(f"{place}: {self.text_key!r} holds half a surrogate pair, not valid Unicode")
 
     def _parquet_rows(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
         done = 0

@@ -17,7 +17,7 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.packing import best_fit
 from megacoder.data.permutation import permute
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batch, check_order, check_shares
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 
@@ -42,8 +42,7 @@ class ConversationStream:
         dp_size: int,
     ) -> None:
         """ConfigError where no answer of the dataset begins within `seq_length` tokens."""
-        if global_batch_size % dp_size:
-            raise ConfigError(f"global_batch_size {global_batch_size}: a multiple of the {dp_size} data-parallel ranks")
+        check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         self._dataset, self._pad_id, self._size, self._seed = dataset, tokenizer.pad_id, seq_length, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self.windows = 0
@@ -86,12 +85,7 @@ class ConversationStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues; ConfigError where `state` belongs to other data."""
-        for key, value in self._order.items():
-            if state["order"].get(key) != value:
-                raise ConfigError(
-                    f"{key} is {value!r}, but the data position to continue from was made with "
-                    f"{state['order'].get(key)!r}; start a new run, or set it back"
-                )
+        check_order(self._order, state)
         self.windows, self._epoch, self._next = state["windows"], state["epoch"], state["next"]
         self._packed_epoch = None
 

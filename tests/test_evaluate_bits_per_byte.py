@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts, unigram_bits, windows
-from megacoder.evaluate.held_out import read_source_files, sample_texts
+from megacoder.evaluate.held_out import SourceFile, read_source_files, sample_texts
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.parallel.tensor import TensorParallel
 
@@ -137,4 +137,8 @@ def test_shards_that_cannot_be_read(tmp_path):
         list(read_source_files([tmp_path]))
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(FormatError, match="no column 'sample'"):
+        list(read_source_files([tmp_path]))
+    broken = pa.array([b"fine", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table(dict.fromkeys(SourceFile.__dataclass_fields__, broken)), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: a text from row 0 on is not UTF-8"):
         list(read_source_files([tmp_path]))

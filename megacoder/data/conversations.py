@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from megacoder.core.config import to_dict
-from megacoder.core.errors import ConfigError, DataError, FormatError
+from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.files import making_dir, write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.jsonl import JsonRows
-from megacoder.data.parquet import open_parquet
+from megacoder.data.parquet import read_rows
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["ConversationConfig", "Prepared", "prepare_conversations"]
@@ -166,26 +165,18 @@ class _Lost:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """(place, the row or what is wrong with the line)."""
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(read_rows(path, _wanted)))
         return
     for number, _, row in JsonRows(path):
         yield f"{path}:{number}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with open_parquet(path) as file:
-            wanted = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            if not wanted:
-                known = ", ".join(map(repr, file.schema_arrow.names))
-                raise DataError(f"{path}: no column 'messages', nor 'instruction' and 'output'; there are {known}")
-            number = 0
-            for batch in file.iter_batches(256, columns=wanted):
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
-                    number += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise FormatError(f"{path}: not readable as Parquet: {error}") from None
+def _wanted(path: Path, columns: list[str]) -> list[str]:
+    wanted = [name for name in _COLUMNS if name in columns]
+    if not wanted:
+        known = ", ".join(map(repr, columns))
+        raise DataError(f"{path}: no column 'messages', nor 'instruction' and 'output'; there are {known}")
+    return wanted
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, config: ConversationConfig, seq_length: int) -> str:

@@ -30,19 +30,19 @@ _BYTES_AT_ONCE = 1 << 24  # on average
 _KEYS_COMPARED, _KEYS_SHOWN = 1000, 20  # of the keys of a row, in a message
 
 
-def find_inputs(paths: Iterable[Path]) -> list[Path]:
+def find_inputs(paths: Iterable[Path], *, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The input files in `paths`, folders searched and sorted by name; DataError if a path has none."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
             if not inside:
-                raise DataError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
+                raise DataError(f"{path}: no {', '.join(suffixes)} files in this folder")
             found += inside
         elif not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        elif not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: expected a name that ends with {', '.join(SUFFIXES)}, or a folder of such files")
+        elif not path.name.endswith(suffixes):
+            raise DataError(f"{path}: expected a name that ends with {', '.join(suffixes)}, or a folder of such files")
         else:
             found.append(path)
     if not found:

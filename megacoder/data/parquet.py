@@ -4,22 +4,42 @@ pyarrow takes a relative name with a colon, such as `my:corpus/part.parquet`, fo
 never an absolute one. Writers hand it an open file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacoder.core.errors import DataError, FormatError
+
 if TYPE_CHECKING:  # takes as long to import as the rest, and few need it
     import pyarrow.dataset as ds
 
-__all__ = ["open_dataset", "open_parquet", "read_table"]
+__all__ = ["open_dataset", "open_parquet", "read_rows", "read_table"]
+
+_ROWS_AT_ONCE = 256
 
 
 def open_parquet(path: Path, *, page_checksums: bool = False) -> pq.ParquetFile:
     """The file, to be read piece by piece; `page_checksums`: checked where the file has them."""
     return pq.ParquetFile(path.absolute(), page_checksum_verification=page_checksums)
+
+
+def read_rows(path: Path, choose: Callable[[Path, list[str]], list[str]]) -> Iterator[dict[str, Any]]:
+    """The rows of the file; `choose` picks from the names of its columns, or raises. DataError or FormatError where
+    they cannot be read.
+    """
+    done = 0
+    try:
+        with open_parquet(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=choose(path, file.schema_arrow.names)):
+                yield from batch.to_pylist()
+                done += len(batch)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a text from row {done} on is not UTF-8 ({error.reason})") from None
+    except (OSError, pa.ArrowException) as error:
+        raise FormatError(f"{path}: not readable as Parquet: {error}") from None
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import pyarrow as pa
-
 from megacoder.core.errors import DataError, FormatError
 from megacoder.data.documents import DocumentReader, find_inputs
-from megacoder.data.parquet import open_parquet
+from megacoder.data.parquet import read_rows
 
 __all__ = ["SourceFile", "read_source_files", "read_texts", "sample_texts"]
 
@@ -36,27 +34,18 @@ class SourceFile:
 _COLUMNS = list(SourceFile.__dataclass_fields__)
 
 
-def read_source_files(paths: Iterable[Path]) -> Iterator[SourceFile]:
+def read_source_files(paths: Sequence[Path]) -> Iterator[SourceFile]:
     """The files in `paths`, Parquet files or folders of them, in order.
 
     Raises DataError for no path or one with nothing in it, and FormatError for a file that is not such a Parquet file.
     """
-    shards = [shard for path in paths for shard in _shards(path)]
-    if not shards:
+    if not paths:
         raise DataError("no held-out data: name Parquet files, or folders of them, as `corpus build` writes them")
-    for shard in shards:
-        try:
-            with open_parquet(shard) as file:
-                missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
-                if missing:
-                    raise FormatError(f"{shard}: no column {missing[0]!r}; expected what `corpus build` writes")
-                for batch in file.iter_batches(batch_size=256, columns=_COLUMNS):
-                    for row in batch.to_pylist():
-                        if not all(isinstance(value, str) for value in row.values()):
-                            raise FormatError(f"{shard}: a row whose columns are not all text: {str(row)[:80]}")
-                        yield SourceFile(**row)
-        except (OSError, pa.ArrowException) as error:
-            raise FormatError(f"{shard}: not readable as Parquet: {error}") from None
+    for shard in find_inputs(paths, suffixes=(".parquet",)):
+        for row in read_rows(shard, _wanted):
+            if not all(isinstance(value, str) for value in row.values()):
+                raise FormatError(f"{shard}: a row whose columns are not all text: {str(row)[:80]}")
+            yield SourceFile(**row)
 
 
 def sample_texts(files: Iterable[SourceFile]) -> list[str]:
@@ -79,12 +68,7 @@ def read_texts(paths: Sequence[Path], *, text_key: str = "content", document_key
     return texts
 
 
-def _shards(path: Path) -> list[Path]:
-    if path.is_dir():
-        shards = sorted(path.rglob("*.parquet"))
-        if not shards:
-            raise DataError(f"{path}: no .parquet files in this folder")
-        return shards
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder")
-    return [path]
+def _wanted(shard: Path, columns: list[str]) -> list[str]:
+    if missing := [name for name in _COLUMNS if name not in columns]:
+        raise FormatError(f"{shard}: no column {missing[0]!r}; expected what `corpus build` writes")
+    return _COLUMNS

@@ -49,7 +49,7 @@ class ExactDedup:
         """The later copies in each shard, with the name of the first."""
         if not shards:
             return []
-        counted = run(_list_digests, [_ListTask(shard=shard) for shard in shards], "dedup: listing")
+        counted = run(_list_digests, shards, "dedup: listing")
         names = NameFiles(
             paths=tuple(shard.beside("names") for shard in shards), counts=tuple(rows for rows, _ in counted)
         )
@@ -72,18 +72,8 @@ class ExactDedup:
         return run(_take, takes, "dedup: dropping")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ListTask:
-    shard: Shard
-
-    @property
-    def size(self) -> int:
-        return self.shard.size
-
-
-def _list_digests(task: _ListTask) -> tuple[int, int]:
+def _list_digests(shard: Shard) -> tuple[int, int]:
     """Writes a shard's digests and names; returns how many rows it has, and how many of them are kept."""
-    shard = task.shard
     target = shard.beside("digests")
     if (done := finished(target, shard.key)) is not None:
         return int(done["rows"]), int(done["kept"])

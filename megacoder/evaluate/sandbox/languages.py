@@ -9,8 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from megacoder.core.errors import ConfigError
 from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Program, Step
@@ -30,21 +29,21 @@ class Library:
     """given a toolchain's paths"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Language:
-    """Words in braces are tools; `tools` has the names that each may be installed under."""
+    """Commands are split at blanks; a word in braces is a tool."""
 
     name: str
     file: str
-    run: tuple[str, ...]
-    compile: tuple[str, ...] = ()
-    tools: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    run: str
+    compile: str = ""
+    _: KW_ONLY
+    tools: Mapping[str, str] = field(default_factory=dict)
+    """the names that each may be installed under, separated by blanks"""
+    runtime: bool = False
+    """whether a runtime reserves memory, starts threads and compiles while the program runs"""
     reserves: bool = False
-    """whether its runtime reserves much more address space than it uses"""
-    processes: int = 64
-    """limit, threads included, which some runtimes start by the dozen"""
-    slower: float = 1.0
-    """factor on the CPU time that a Python program gets: for start-up, and compilation while it runs"""
+    """whether it reserves much more address space than it uses"""
     complaint: str = ""
     """pattern of a line on stderr that means a failed test, where the exit code does not tell"""
     silent: bool = False
@@ -55,58 +54,43 @@ class Language:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _language(
-    name: str, file: str, run: str, compile: str = "", *, tools: Mapping[str, str], reserves: bool = False,
-    runtime: bool = False, environment: Mapping[str, str] = MappingProxyType({}), complaint: str = "",
-    libraries: tuple[Library, ...] = (), silent: bool = False,
-    links: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
-) -> Language:  # fmt: skip
-    """`runtime`: one that reserves memory, starts threads and compiles while the program runs."""
-    return Language(
-        name=name, file=file, run=tuple(run.split()), compile=tuple(compile.split()),
-        tools={tool: tuple(candidates.split()) for tool, candidates in tools.items()},
-        reserves=reserves or runtime, processes=256 if runtime else 64, slower=2.0 if runtime else 1.0,
-        environment=environment, complaint=complaint, libraries=libraries, silent=silent, links=links,
-    )  # fmt: skip
-
-
 _ALL = [
-    Language(name="python", file="main.py", run=(PRELOADED_PYTHON, "main.py")),
-    _language("cpp", "main.cpp", "./main", "{c++} -std=c++17 main.cpp -o main", tools={"c++": "g++ clang++"},
-              links={"openssl/": ("-lcrypto", "-lssl")}),  # for HumanEval's task 162, an MD5 sum
-    _language("java", "Problem.java", "{java} -ea -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp {jars} Problem",
-              "{javac} -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -cp {jars} Problem.java",
-              tools={"java": "java", "javac": "javac"}, runtime=True,
-              libraries=(Library(mention="org.javatuples", install="javatuples, its jar in CLASSPATH",
-                                 is_there=lambda paths: ".jar" in paths["jars"]),)),
-    _language("js", "main.js", "{node} main.js", tools={"node": "node nodejs"}, runtime=True, silent=True),
-    _language("ts", "main.ts", "{node} main.js", "{tsc} --target ES2015 --lib ES2015,DOM main.ts",
-              tools={"node": "node nodejs", "tsc": "tsc"}, runtime=True),
-    _language("cs", "main.cs", "{mono} main.exe", "{mcs} -d:DEBUG -out:main.exe main.cs",
-              tools={"mcs": "mcs", "mono": "mono"}, runtime=True,
-              environment={"MONO_TRACE_LISTENER": "Console.Error"}, complaint=r"^Fail\b"),
-    _language("php", "main.php", "{php} -f main.php", tools={"php": "php"}),
-    _language("sh", "main.sh", "{bash} main.sh", tools={"bash": "bash"}),
-    _language("go", "main_test.go", "./main", "{go} test -c -o main main_test.go", tools={"go": "go"}, runtime=True,
-              environment={"GOCACHE": "/tmp/home/go-build", "GOPATH": "/tmp/home/go", "GO111MODULE": "off"}),
-    _language("rust", "main.rs", "./main", "{rustc} -A warnings main.rs -o main", tools={"rustc": "rustc"},
-              reserves=True),
-    _language("ruby", "main.rb", "{ruby} main.rb", tools={"ruby": "ruby"}),
-    _language("perl", "main.pl", "{perl} main.pl", tools={"perl": "perl"},
-              libraries=(Library(mention="Test::Deep", install="Test::Deep (libtest-deep-perl)",
-                                 is_there=lambda paths: _succeeds(paths["perl"], "-MTest::Deep", "-e", "1")),)),
-    _language("r", "main.r", "{Rscript} --vanilla main.r", tools={"Rscript": "Rscript"}, reserves=True),
-    _language("lua", "main.lua", "{lua} main.lua", tools={"lua": "lua lua5.4 lua5.3 lua5.2 lua5.1 luajit"},
-              libraries=(Library(mention="luaunit", install="luaunit (lua-unit)",
-                                 is_there=lambda paths: _succeeds(paths["lua"], "-e", "require('luaunit')")),)),
-    _language("scala", "Problem.scala", "{scala} -nocompdaemon -cp . Problem", "{scalac} Problem.scala",
-              tools={"scala": "scala", "scalac": "scalac"}, runtime=True),
-    _language("swift", "main.swift", "./main", "{swiftc} main.swift -o main", tools={"swiftc": "swiftc"},
-              runtime=True),
-    _language("julia", "main.jl", "{julia} --startup-file=no main.jl", tools={"julia": "julia"}, runtime=True),
-    _language("racket", "main.rkt", "{racket} main.rkt", tools={"racket": "racket"}, reserves=True,
-              complaint=r"\S"),
-    _language("d", "main.d", "./main", "{dc} -unittest main.d -ofmain", tools={"dc": "ldmd2 dmd gdmd"}, reserves=True),
+    Language("python", "main.py", f"{PRELOADED_PYTHON} main.py"),
+    Language("cpp", "main.cpp", "./main", "{c++} -std=c++17 main.cpp -o main", tools={"c++": "g++ clang++"},
+             links={"openssl/": ("-lcrypto", "-lssl")}),  # for HumanEval's task 162, an MD5 sum
+    Language("java", "Problem.java", "{java} -ea -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp {jars} Problem",
+             "{javac} -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -cp {jars} Problem.java",
+             tools={"java": "java", "javac": "javac"}, runtime=True,
+             libraries=(Library(mention="org.javatuples", install="javatuples, its jar in CLASSPATH",
+                                is_there=lambda paths: ".jar" in paths["jars"]),)),
+    Language("js", "main.js", "{node} main.js", tools={"node": "node nodejs"}, runtime=True, silent=True),
+    Language("ts", "main.ts", "{node} main.js", "{tsc} --target ES2015 --lib ES2015,DOM main.ts",
+             tools={"node": "node nodejs", "tsc": "tsc"}, runtime=True),
+    Language("cs", "main.cs", "{mono} main.exe", "{mcs} -d:DEBUG -out:main.exe main.cs",
+             tools={"mcs": "mcs", "mono": "mono"}, runtime=True,
+             environment={"MONO_TRACE_LISTENER": "Console.Error"}, complaint=r"^Fail\b"),
+    Language("php", "main.php", "{php} -f main.php", tools={"php": "php"}),
+    Language("sh", "main.sh", "{bash} main.sh", tools={"bash": "bash"}),
+    Language("go", "main_test.go", "./main", "{go} test -c -o main main_test.go", tools={"go": "go"}, runtime=True,
+             environment={"GOCACHE": "/tmp/home/go-build", "GOPATH": "/tmp/home/go", "GO111MODULE": "off"}),
+    Language("rust", "main.rs", "./main", "{rustc} -A warnings main.rs -o main", tools={"rustc": "rustc"},
+             reserves=True),
+    Language("ruby", "main.rb", "{ruby} main.rb", tools={"ruby": "ruby"}),
+    Language("perl", "main.pl", "{perl} main.pl", tools={"perl": "perl"},
+             libraries=(Library(mention="Test::Deep", install="Test::Deep (libtest-deep-perl)",
+                                is_there=lambda paths: _succeeds(paths["perl"], "-MTest::Deep", "-e", "1")),)),
+    Language("r", "main.r", "{Rscript} --vanilla main.r", tools={"Rscript": "Rscript"}, reserves=True),
+    Language("lua", "main.lua", "{lua} main.lua", tools={"lua": "lua lua5.4 lua5.3 lua5.2 lua5.1 luajit"},
+             libraries=(Library(mention="luaunit", install="luaunit (lua-unit)",
+                                is_there=lambda paths: _succeeds(paths["lua"], "-e", "require('luaunit')")),)),
+    Language("scala", "Problem.scala", "{scala} -nocompdaemon -cp . Problem", "{scalac} Problem.scala",
+             tools={"scala": "scala", "scalac": "scalac"}, runtime=True),
+    Language("swift", "main.swift", "./main", "{swiftc} main.swift -o main", tools={"swiftc": "swiftc"},
+             runtime=True),
+    Language("julia", "main.jl", "{julia} --startup-file=no main.jl", tools={"julia": "julia"}, runtime=True),
+    Language("racket", "main.rkt", "{racket} main.rkt", tools={"racket": "racket"}, reserves=True,
+             complaint=r"\S"),
+    Language("d", "main.d", "./main", "{dc} -unittest main.d -ofmain", tools={"dc": "ldmd2 dmd gdmd"}, reserves=True),
 ]  # fmt: skip
 LANGUAGES: dict[str, Language] = {language.name: language for language in _ALL}
 """By the names that the multilingual HumanEval sets use, except for `python`."""
@@ -135,13 +119,14 @@ class Toolchain:
         return [library.install for library in wanted if not library.is_there(self.paths)]
 
     def program(self, source: str, *, seconds: float, memory_mb: int = 2048) -> Program:
-        """`source`, compiled within half a minute of CPU time and run within `seconds`, times `slower`."""
+        """`source`, compiled within half a minute of CPU time and run within `seconds`; twice that with a runtime."""
         language = self.language
+        slower = 2.0 if language.runtime else 1.0
         limits = Limits(
-            seconds=seconds * language.slower, memory_mb=memory_mb, processes=language.processes,
-            address_space=not language.reserves,
+            seconds=seconds * slower, memory_mb=memory_mb, processes=256 if language.runtime else 64,
+            address_space=not (language.reserves or language.runtime),
         )  # fmt: skip
-        compiling = replace(limits, seconds=30.0 * language.slower, address_space=False, processes=256)
+        compiling = replace(limits, seconds=30.0 * slower, address_space=False, processes=256)
         links = [word for mention, words in language.links.items() if mention in source for word in words]
         steps = [Step(argv=(*self._words(language.compile), *links), limits=compiling)] if language.compile else []
         steps.append(
@@ -149,8 +134,8 @@ class Toolchain:
         )
         return Program(files={language.file: source}, steps=tuple(steps), environment=language.environment)
 
-    def _words(self, words: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(self.paths[word[1:-1]] if word[:1] == "{" else word for word in words)
+    def _words(self, command: str) -> tuple[str, ...]:
+        return tuple(self.paths[word[1:-1]] if word[:1] == "{" else word for word in command.split())
 
 
 def short_name(name: str) -> str:
@@ -165,7 +150,7 @@ def find_toolchain(name: str) -> Toolchain:
         raise ConfigError(f"language {name!r}: not one of {', '.join(LANGUAGES)}")
     language = LANGUAGES[key]
     paths = {tool: _find(candidates) for tool, candidates in language.tools.items()}
-    missing = [" or ".join(language.tools[tool]) for tool, path in paths.items() if path is None]
+    missing = [language.tools[tool].replace(" ", " or ") for tool, path in paths.items() if path is None]
     if missing:
         raise ConfigError(f"{key}: {', '.join(missing)} not installed; programs of this language cannot be run here")
     found = {tool: path for tool, path in paths.items() if path is not None}
@@ -183,8 +168,8 @@ def installed_languages() -> list[str]:
     return names
 
 
-def _find(candidates: tuple[str, ...]) -> str | None:
-    for candidate in candidates:
+def _find(candidates: str) -> str | None:
+    for candidate in candidates.split():
         path = shutil.which(candidate)
         if path is None:
             continue

@@ -28,7 +28,7 @@ from typing import IO, Any
 import zstandard
 
 from megacoder.corpus.documents import Document, Dropped
-from megacoder.corpus.licenses import is_license_file, license_of
+from megacoder.corpus.licenses import LICENSE_BYTES, is_license_file, license_of
 from megacoder.corpus.reading import NOT_WALKED, Selection, decode, make_document, make_drop, name_reason, within_cap
 from megacoder.corpus.sources import Inventory
 
@@ -41,7 +41,6 @@ _TAR_SHORT = {".tgz": ".gz", ".tbz2": ".bz2", ".tbz": ".bz2", ".txz": ".xz", ".t
 _EXPANSION = 100  # times; source code seldom compresses beyond 20
 _EXPANSION_FLOOR = 256 << 20  # bytes that any archive may expand to
 _MAX_MEMBERS = 1_000_000
-_LICENSE_BYTES = 1 << 16
 _DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError,
     NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError, MemoryError,
@@ -151,7 +150,7 @@ class _Listing:
         """Reads a file that is `kept`, states the license (`licensed`), or both."""
         try:
             with member.file() as stream:
-                data = stream.read(self._selection.max_file_bytes + 1 if kept else _LICENSE_BYTES)
+                data = stream.read(self._selection.max_file_bytes + 1 if kept else LICENSE_BYTES)
         except (_TooMuch, _Unaffordable, *_DAMAGED) as error:
             too_much = isinstance(error, _TooMuch | _Unaffordable)
             if kept:
@@ -161,7 +160,7 @@ class _Listing:
                 raise
             return
         if licensed:
-            self._licenses[member.path] = decode(data[:_LICENSE_BYTES], "latin-1")[0] or ""
+            self._licenses[member.path] = decode(data[:LICENSE_BYTES], "latin-1")[0] or ""
         if kept:
             self._places[member.path] = (self._spool.tell(), len(data))
             self._spool.write(data)

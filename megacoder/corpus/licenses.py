@@ -14,8 +14,10 @@ from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.spdx import SPDX_NAMES
 
-__all__ = ["LicenseFilter", "check_names", "is_license_file", "license_of", "license_of_text"]
+__all__ = ["LICENSE_BYTES", "LicenseFilter", "check_names", "is_license_file", "license_of", "license_of_text"]
 
+LICENSE_BYTES = 1 << 16
+"""As much of a license file as is looked at."""
 _FILE = re.compile(
     r"(?:(?:un)?licen[cs]es?|copying|copyright|mit-licen[cs]e|gpl|lgpl)(?P<variant>[-_][a-z0-9+-]+(?:\.\d+)*|\.(?:lesser|lib|l?gpl\w*|apache\w*|mit|bsd))?",
     re.IGNORECASE,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megacoder.corpus.documents import Document, Dropped
-from megacoder.corpus.licenses import is_license_file, license_of
+from megacoder.corpus.licenses import LICENSE_BYTES, is_license_file, license_of
 from megacoder.corpus.reading import (
     NOT_WALKED,
     Selection,
@@ -29,7 +29,6 @@ from megacoder.corpus.reading import (
 
 __all__ = ["Entry", "Inventory", "Repository", "Source", "machine_repositories", "walk"]
 
-_LICENSE_BYTES = 1 << 16
 _MACHINE_SKIPS = {
     **dict.fromkeys(("test", "tests", "idle_test"), "test suite"),
     **dict.fromkeys(("_vendor", "_vendored", "vendored", "third_party"), "vendored copy"),
@@ -146,7 +145,7 @@ class Repository:
 
     def _license_text(self, entry: Entry) -> str:
         try:
-            return decode(self._bytes(entry, _LICENSE_BYTES), "latin-1")[0] or ""
+            return decode(self._bytes(entry, LICENSE_BYTES), "latin-1")[0] or ""
         except OSError:
             return ""
 

@@ -30,7 +30,7 @@ from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
 from megacoder.core.processes import interruptible
 
-__all__ = ["MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "train_tokenizer"]
+__all__ = ["MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "train_tokenizer"]
 
 MIN_VOCAB_SIZE = 256
 """One token for each byte."""
@@ -47,6 +47,12 @@ SPECIAL_TOKENS = {
     "eot": "<|EOT|>",
 }
 """Control tokens by name, in the order of their ids. Bars are U+FF5C and gaps U+2581, except in the ASCII four."""
+
+
+def infill_text(prefix: str, suffix: str) -> str:
+    """The two sides of a hole between control tokens, prefix first, for a tokenizer that recognizes these in text."""
+    begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
+    return f"{begin}{prefix}{hole}{suffix}{end}"
 
 
 class Tokenizer:

@@ -7,7 +7,6 @@ length before they are batched, so that there is little padding, and a batch shr
 done. Where ranks share the model (tp), each calls this with the same arguments and gets the same tokens.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.model.config import ModelConfig
 from megacoder.model.decode import Decoder
+from megacoder.model.init import keyed_generator
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
 
@@ -138,7 +138,7 @@ class _Picker:
     def __init__(self, sampling: Sampling, names: list[str], max_new_tokens: int, device: torch.device) -> None:
         self.sampling = sampling
         if sampling.temperature > 0:
-            drawn = [_uniform_numbers(sampling.seed, name, max_new_tokens) for name in names]
+            drawn = [torch.rand(max_new_tokens, generator=keyed_generator(sampling.seed, name)) for name in names]
             self.uniform_BN = torch.stack(drawn).to(device)
 
     def pick(self, logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
@@ -159,12 +159,6 @@ class _Picker:
         if self.sampling.top_k:
             index_B = index_B.clamp_max(self.sampling.top_k - 1)
         return ids_BV.gather(-1, index_B).squeeze(-1)
-
-
-def _uniform_numbers(seed: int, name: str, count: int) -> Tensor:
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.rand(count, generator=generator)
 
 
 def _check_prompt(prompt: Sequence[int], place: int, max_new_tokens: int, config: ModelConfig) -> None:

@@ -55,7 +55,7 @@ class GraphedStage:
 
     def backward_input(self, grad_TD: Tensor | None, saved: Any) -> tuple[Tensor | None, Callable[[], None]]:
         """Nothing now, and nothing later."""
-        return None, _nothing
+        return None, lambda: None
 
 
 def _forward_backward(stage: Stage, microbatch: Microbatch) -> LossSum:
@@ -96,7 +96,3 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may call CUDA meanwhile
         step()
     return graph.replay
-
-
-def _nothing() -> None:
-    pass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megacoder.model.transformer import TransformerPart, WeightPiece, weight_pieces
 
-__all__ = ["draw_weight", "init_weights"]
+__all__ = ["draw_weight", "init_weights", "keyed_generator"]
 
 MOST_THREADS = 8
 """Each holds one weight, not just this rank's part of it."""
@@ -22,9 +22,13 @@ def draw_weight(name: str, shape: torch.Size, *, std: float, seed: int) -> Tenso
     """Normal(0, std) fp32 of `shape`, keyed by (seed, name); vectors (norm weights) are ones."""
     if len(shape) == 1:
         return torch.ones(shape)
+    return torch.empty(shape).normal_(0.0, std, generator=keyed_generator(seed, name))
+
+
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers on the CPU that depend on nothing but (seed, name)."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class PlainStage(ModelStage):
         That is right in any schedule: nothing reads a weight's gradient before the step ends, so W may come early. It
         costs what zero-bubble schedules gain: I takes as long as B, and there is no W left to fill a bubble with.
         """
-        return self.backward(grad_TD, saved), _nothing
+        return self.backward(grad_TD, saved), lambda: None
 
     def _run_layers(self, x_ND: Tensor | None, microbatch: Microbatch) -> Tensor:
         """The stage's output, in the last stage the head's input (N, D)."""
@@ -119,7 +119,3 @@ class PlainStage(ModelStage):
             self.events.finished(layers[index])
         if self.is_first:
             self.events.finished(self.model.embed_tokens)
-
-
-def _nothing() -> None:
-    pass

@@ -5,7 +5,8 @@ CPU, whose allocator counts only under the profiler, the largest growth within a
 temporaries, such as the logits of a chunk; the kept part alone follows from a formula and is shown beside.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,11 @@ def standing_rows(engine: Engine) -> list[MemoryRow]:
     """What persists between steps."""
     flat, held = engine.flat, engine.optimizer.held()
     return [
-        MemoryRow(kind="weights", num_bytes=_bytes(flat.weight), how=_name(flat.weight.dtype)),
-        MemoryRow(kind="gradients", num_bytes=_bytes(flat.grad), how=_name(flat.grad.dtype)),
+        MemoryRow(kind="weights", num_bytes=flat.weight.nbytes, how=_name(flat.weight.dtype)),
+        MemoryRow(kind="gradients", num_bytes=flat.grad.nbytes, how=_name(flat.grad.dtype)),
         MemoryRow(
             kind="master weights and moments" if len(held) > 2 else "moments",
-            num_bytes=sum(map(_bytes, held)),
+            num_bytes=sum(tensor.nbytes for tensor in held),
             how=", ".join(_described(held, flat.num_shards)),
         ),
     ]
@@ -73,20 +74,13 @@ def largest_growth(recorded: profile) -> int:
     assert recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     in_order = sorted(events, key=lambda event: event.start_ns())
-    return _largest_sum(event.nbytes() for event in in_order)  # type: ignore[attr-defined]
+    changes = (event.nbytes() for event in in_order)  # type: ignore[attr-defined]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def process_row() -> MemoryRow:
     """The peak of the whole process so far, Python and libraries included."""
     return MemoryRow(kind="whole process", num_bytes=peak_process_memory(), how="ru_maxrss, its peak")
-
-
-def _largest_sum(changes: Iterable[int]) -> int:
-    held = largest = 0
-    for change in changes:
-        held += change
-        largest = max(largest, held)
-    return largest
 
 
 def _described(held: list[Tensor], num_shards: int) -> Iterator[str]:
@@ -95,10 +89,6 @@ def _described(held: list[Tensor], num_shards: int) -> Iterator[str]:
         yield "of master weights the 16 bits that bf16 lacks"
     if num_shards > 1:
         yield f"this rank's share of {num_shards}"
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from megacoder.core.errors import ConfigError, MegacoderError
-from megacoder.data.tokenizer import SPECIAL_TOKENS
+from megacoder.data.tokenizer import infill_text
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
 from megacoder.evaluate.prompts import CountTokens
@@ -91,8 +91,7 @@ class EndpointSource:
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])
         if task.suffix is not None:
-            begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
-            prompt = f"{begin}{prompt}{hole}{task.suffix}{end}"
+            prompt = infill_text(prompt, task.suffix)
         if decoding.chat:
             answer = self._call("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import Tokenizer, infill_text
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.chat import chat_tokens
@@ -107,8 +107,7 @@ class TransformersSource:
     def _one(self, request: Request, text: str) -> str:
         chosen, task = self.decoding, request.task
         if task.suffix is not None:
-            begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
-            text = f"{begin}{text}{hole}{task.suffix}{end}"
+            text = infill_text(text, task.suffix)
         ids = torch.tensor([self._tokens(text)], device=self.device)
         drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:

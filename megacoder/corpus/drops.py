@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacoder.core.files import replacing
-from megacoder.corpus.shards import disk_errors
+from megacoder.corpus.shards import writing
 from megacoder.data.parquet import read_table
 
 __all__ = ["Drop", "DropFile", "read_drops", "write_drops"]
@@ -46,7 +45,7 @@ def write_drops(path: Path, drops: Sequence[Drop]) -> DropFile | None:
     if not parts:
         path.unlink(missing_ok=True)
         return None
-    with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+    with writing(path) as file:
         pq.write_table(pa.concat_tables(parts), file, compression="zstd")
     with path.open("rb") as written:
         return DropFile(path=path, key=hashlib.file_digest(written, "sha256").hexdigest()[:32])

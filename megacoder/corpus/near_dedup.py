@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from megacoder.core.files import replacing
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.drops import Drop, DropFile, write_drops
 from megacoder.corpus.lsh import EDGE, SignatureFiles, band_runs, candidate_pairs, near_pairs
@@ -28,7 +27,7 @@ from megacoder.corpus.minhash import signatures
 from megacoder.corpus.names import NameFiles, write_names
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
-from megacoder.corpus.shards import disk_errors, finished, redoing
+from megacoder.corpus.shards import finished, redoing, writing
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
 from megacoder.data.parquet import open_parquet
 
@@ -117,7 +116,7 @@ def _sign(task: _SignTask) -> int:
         names = task.unit_names(kept)
         write_names(task.names, names)
         num_words = [np.zeros(0, np.int64)]
-        with disk_errors(task.signatures), replacing(task.signatures) as temporary, open(temporary, "wb") as file:
+        with writing(task.signatures) as file:
             for signed, words in _merged(_signed_rows(task, kept)):
                 signed.tofile(file)
                 num_words.append(words)
@@ -168,8 +167,7 @@ def _signed_rows(task: _SignTask, kept: np.ndarray) -> Iterator[Signed]:
         file = None
         if options.level == "both" and task.level == "repository":
             stack.enter_context(redoing(target, task.shard.scan_key))
-            stack.enter_context(disk_errors(target))
-            file = stack.enter_context(open(stack.enter_context(replacing(target)), "wb"))
+            file = stack.enter_context(writing(target))
         position = 0
         for texts in _kept_texts(task.shard, kept):
             chunk = slice(position, position + len(texts))

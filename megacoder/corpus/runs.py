@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megacoder.core.files import replacing
-from megacoder.corpus.shards import disk_errors
+from megacoder.corpus.shards import writing
 
 __all__ = ["key_ranges", "read_range", "write_runs"]
 
 
 def write_runs(path: Path, runs: Iterable[np.ndarray]) -> None:
     """Writes runs of one length and structured dtype, each sorted by its fields in order; the first is the key."""
-    with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+    with writing(path) as file:
         for run in runs:
             np.sort(run, order=list(run.dtype.names or ())).tofile(file)
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ from megacoder.data.parquet import open_parquet
 
 __all__ = [
     "CORPUS_SCHEMA", "DROPPED_SCHEMA", "PARTS", "SCAN_SCHEMA", "TextReader", "disk_errors", "finished",
-    "parquet_writer", "redoing",
+    "parquet_writer", "redoing", "writing",
 ]  # fmt: skip
 
 _FILE = [("repo", pa.string()), ("path", pa.string()), ("language", pa.string())]
@@ -59,12 +59,7 @@ def parquet_writer(
     each; `passing` files are temporary, compressed for speed rather than size.
     """
     packed = {"compression": "lz4"} if passing else {"compression": "zstd", "compression_level": 3}
-    with (
-        disk_errors(path),
-        replacing(path) as temporary,
-        open(temporary, "wb") as file,
-        pq.ParquetWriter(file, schema, **packed) as writer,
-    ):
+    with writing(path) as file, pq.ParquetWriter(file, schema, **packed) as writer:
         rows: list[tuple[Any, ...]] = []
         pending = 0
 
@@ -87,6 +82,13 @@ def parquet_writer(
 
         yield add
         flush()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that takes the name `path` when the block ends without an error; CorpusError as `disk_errors`."""
+    with disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 @contextmanager

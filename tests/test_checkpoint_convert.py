@@ -169,7 +169,9 @@ def folder(case, tmp_path):
     config = config_of(case, "x").model
     model = Transformer(dataclasses.replace(config, rope_theta=100000.0, rope_factor=4.0)).to(torch.bfloat16)
     init_weights(model, seed=5)
-    export_model(model, tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer", max_shard_bytes=60_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", 60_000)
+        export_model(model, tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer")
     return tmp_path / "hf"
 
 

@@ -61,13 +61,12 @@ def test_a_checkpoint_of_several_torch_ranks_is_imported(sharded, tmp_path):
         assert torch.equal(piece.view, tensors[piece.hf_name]), piece.hf_name
 
 
-def test_torch_reads_what_we_export(sharded, tmp_path):
+def test_torch_reads_what_we_export(sharded, tmp_path, monkeypatch):
     folder, tensors = sharded
     import_folder(folder, tmp_path / "start")
     reader = CheckpointReader(tmp_path / "start")
-    config = export_checkpoint(
-        reader, tmp_path / "hf", dtype=torch.float32, tokenizer_folder=None, max_shard_bytes=60_000
-    )
+    monkeypatch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", 60_000)
+    config = export_checkpoint(reader, tmp_path / "hf", dtype=torch.float32, tokenizer_folder=None)
     found = {name: torch.full(shape, float("nan")) for name, shape in weight_shapes(config).items()}
     dcp.load(found, storage_reader=HuggingFaceStorageReader(path=str(tmp_path / "hf")))
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -75,9 +75,10 @@ def test_a_model_that_transformers_wrote_is_read(tmp_path):
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-def test_import_of_export_changes_no_bit(tmp_path, changes, dtype, max_shard_bytes):
+def test_import_of_export_changes_no_bit(tmp_path, monkeypatch, changes, dtype, max_shard_bytes):
     model = make_model(**changes).to(dtype)
-    export_model(model, tmp_path / "hf", max_shard_bytes=max_shard_bytes)
+    monkeypatch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", max_shard_bytes)
+    export_model(model, tmp_path / "hf")
     again = import_model(tmp_path / "hf")
     assert again.config == model.config
     assert [(name, param.dtype) for name, param in again.named_parameters()] == [
@@ -90,15 +91,19 @@ def test_import_of_export_changes_no_bit(tmp_path, changes, dtype, max_shard_byt
 def stored(tensors):
     """Arguments of `write_model_folder` for these tensors."""
     return {
+        "config": {},
+        "generation_config": {},
+        "files": {},
         "tensors": [StoredTensor(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()],
         "data": lambda name: [bytes_of(part) for part in tensors[name].split(7)],
     }
 
 
-def test_shards_and_index(tmp_path):
+def test_shards_and_index(tmp_path, monkeypatch):
     tensors = {name: torch.full((10,), value) for name, value in [("a", 1.0), ("b", 2.0), ("c", 3.0)]}
     tensors["big"] = torch.arange(50.0)
-    write_model_folder(tmp_path / "hf", config={}, generation_config={}, **stored(tensors), max_shard_bytes=80)
+    monkeypatch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", 80)
+    write_model_folder(tmp_path / "hf", **stored(tensors))
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     first, second, third = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
     assert index == {
@@ -118,7 +123,7 @@ def test_a_failed_export_leaves_the_old_folder(folder, monkeypatch):
     def no_more(name):
         raise RuntimeError("no more")
 
-    arguments = {**stored({"a": torch.zeros(1)}), "config": {}, "generation_config": {}}
+    arguments = stored({"a": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="no more"):
         write_model_folder(folder, **{**arguments, "data": no_more})
     monkeypatch.setattr("os.write", lambda *_: no_space())
@@ -222,8 +227,9 @@ def test_missing_and_broken_files_are_named(folder, tmp_path):
         import_model(folder)
 
 
-def test_faulty_shards_are_named(tmp_path):
-    export_model(make_model(), tmp_path / "hf", max_shard_bytes=50_000)
+def test_faulty_shards_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", 50_000)
+    export_model(make_model(), tmp_path / "hf")
     index_path = tmp_path / "hf" / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     shapes = {"lm_head.weight": (97, 64)}

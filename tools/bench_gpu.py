@@ -36,11 +36,9 @@ from contenders.one_gpu import Contender, Data, Step, build
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
+from megacoder.core.rates import known_peak
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-
-DENSE_BF16_PEAK = 989.4e12
-"""H100 SXM, H200, H800: FLOP/s without sparsity, NVIDIA's datasheets."""
 
 SHAPES = {
     "1.3b": ModelConfig(),
@@ -153,6 +151,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
     tokens = options.batch * options.sequence * options.accumulate
     rate = tokens / statistics.median(seconds)
+    peak = known_peak(torch.cuda.get_device_name(), torch.bfloat16)
     flops = {
         name: config.training_flops_per_token(options.document or options.sequence, causal=name == "causal")
         for name in ("full", "causal")
@@ -161,8 +160,8 @@ def measure(options: Options) -> dict[str, Any]:
         "seconds": round(statistics.median(seconds), 4),
         "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],
         "tokens_per_second": round(rate, 1),
-        "mfu_full_attention": round(rate * flops["full"] / DENSE_BF16_PEAK, 4),
-        "mfu_causal_attention": round(rate * flops["causal"] / DENSE_BF16_PEAK, 4),
+        "mfu_full_attention": peak and round(rate * flops["full"] / peak.flops, 4),
+        "mfu_causal_attention": peak and round(rate * flops["causal"] / peak.flops, 4),
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "loss": [round(first, 4), round(last, 4)],
         "seconds_to_build_and_warm_up": round(warm, 1),

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from megacoder.checkpoint.dcp import DCP_METADATA, DCP_SHARDS, DcpFolder
 from megacoder.checkpoint.tensor_file import StoredTensor, write_tensor_file
-from megacoder.core.errors import CheckpointError, ConfigError, FormatError
+from megacoder.core.errors import CheckpointError, FormatError
 from megacoder.core.files import replacing_dir
 
-__all__ = ["MAX_SHARD_BYTES", "TensorFolder", "open_tensors", "read_config", "write_model_folder"]
+__all__ = ["TensorFolder", "open_tensors", "read_config", "write_model_folder"]
 
-MAX_SHARD_BYTES = 5 * 10**9
+_MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensors in a shard, transformers' own default."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,22 +40,19 @@ def write_model_folder(
     generation_config: Mapping[str, Any],
     tensors: Sequence[StoredTensor],
     data: Callable[[str], Iterable[memoryview]],
-    files: Mapping[str, str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    files: Mapping[str, str],
 ) -> None:
     """Writes `folder`, replacing an older one only when complete, with the bytes of each tensor from `data(key)`.
 
-    `files` are further text files by name, such as a tokenizer's. A tensor larger than `max_shard_bytes` gets a shard
-    of its own. Raises CheckpointError where the system cannot write.
+    `files` are further text files by name, such as a tokenizer's. Shards hold up to 5 GB, or one larger
+    tensor. Raises CheckpointError where the system cannot write.
     """
-    if max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes = {max_shard_bytes}: must be at least 1")
     try:
         with replacing_dir(folder) as temporary:
-            _write_tensors(temporary, tensors, data, max_shard_bytes)
+            _write_tensors(temporary, tensors, data)
             _write_json(temporary / "config.json", config)
             _write_json(temporary / "generation_config.json", generation_config)
-            for name, text in (files or {}).items():
+            for name, text in files.items():
                 (temporary / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write the model: {error.strerror or error}") from None
@@ -141,10 +138,8 @@ class TensorFolder:
         return self._open_files[name]
 
 
-def _write_tensors(
-    folder: Path, tensors: Sequence[StoredTensor], data: Callable[[str], Iterable[memoryview]], max_shard_bytes: int
-) -> None:
-    shards = _shards(tensors, max_shard_bytes)
+def _write_tensors(folder: Path, tensors: Sequence[StoredTensor], data: Callable[[str], Iterable[memoryview]]) -> None:
+    shards = _shards(tensors)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -156,11 +151,11 @@ def _write_tensors(
         _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
+def _shards(tensors: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
     shards: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+        if shards[-1] and size + tensor.num_bytes > _MAX_SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.folders import CHECKPOINTS
-from megacoder.checkpoint.huggingface import MAX_SHARD_BYTES
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.offline import write_offline
 from megacoder.checkpoint.rank_file import Fragment
@@ -67,13 +66,12 @@ def export_checkpoint(
     *,
     dtype: torch.dtype,
     tokenizer_folder: Path | None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Writes a checkpoint's weights as a Hugging Face folder; returns the model. Errors as `export_model`."""
     config = model_of(reader)
     write_folder(
         folder, config, lambda name: reader.stream([reader.whole(name)]),
-        dtype=dtype, tokenizer_folder=tokenizer_folder, max_shard_bytes=max_shard_bytes,
+        dtype=dtype, tokenizer_folder=tokenizer_folder,
     )  # fmt: skip
     return config
 

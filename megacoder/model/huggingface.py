@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megacoder.checkpoint.dcp import DcpFolder
 from megacoder.checkpoint.huggingface import (
-    MAX_SHARD_BYTES,
     TensorFolder,
     open_tensors,
     read_config,
@@ -50,7 +49,6 @@ def export_model(
     *,
     dtype: torch.dtype | None = None,
     tokenizer_folder: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `folder`, replacing an older one only when complete; memory beyond the model is a few rows.
 
@@ -64,7 +62,7 @@ def export_model(
         folder, model.config,
         lambda name: (rows.flatten() for rows in views[name].split(max(1, CHUNK_ELEMENTS // views[name][0].numel()))),
         dtype=model.lm_head.weight.dtype if dtype is None else dtype,
-        tokenizer_folder=tokenizer_folder, max_shard_bytes=max_shard_bytes,
+        tokenizer_folder=tokenizer_folder,
     )  # fmt: skip
 
 
@@ -75,7 +73,6 @@ def write_folder(
     *,
     dtype: torch.dtype,
     tokenizer_folder: Path | None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,)."""
     if dtype not in (torch.float32, torch.bfloat16):
@@ -98,7 +95,6 @@ def write_folder(
         tensors=[StoredTensor(name, dtype_name(dtype), shape) for name, shape in weight_shapes(config).items()],
         data=lambda name: (bytes_of(chunk.to("cpu", dtype)) for chunk in stream(name)),
         files=files,
-        max_shard_bytes=max_shard_bytes,
     )
 
 

@@ -53,7 +53,7 @@ def sample_texts(files: Iterable[SourceFile]) -> list[str]:
     return ["".join(file.content for file in group) for _, group in groupby(files, key=lambda file: file.sample)]
 
 
-def read_texts(paths: Sequence[Path], *, text_key: str = "content", document_key: str | None = None) -> list[str]:
+def read_texts(paths: Sequence[Path], *, text_key: str, document_key: str | None) -> list[str]:
     """The documents in Parquet, JSONL or .jsonl.zst files, or folders of them: the texts at `text_key`.
 
     Consecutive rows that are equal at `document_key` are one document; by default that is `sample` in Parquet, and in

@@ -423,6 +423,9 @@ def test_settings_that_wrote_nothing_may_change(tmp_path, capsys):
     code, _, err = run(capsys, *words, "--max-new-tokens", 9)
     assert code == 2
     assert "made with max_new_tokens = '8', now '9'" in err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 8, "--top-k", 2)
+    assert code == 2
+    assert "made with top_k = '0', now '2'" in err
 
 
 def test_several_samples_of_a_task(tmp_path, capsys):
@@ -566,6 +569,8 @@ def test_right_and_wrong_answers_in_each_language(language):
         ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
         ("humaneval --data d.jsonl --model x --samples 3", "--samples 3: greedy answers are all the same"),
         ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: must be at least 1"),
+        ("humaneval --data d.jsonl --endpoint http://localhost:1/v1 --top-p 2", "top_p = 2.0: must be above 0"),
+        ("humaneval --data d.jsonl --model x --tp 0", "--tp 0: must be at least 1"),
         (
             "humaneval --data d.jsonl --completions a.jsonl --tp 2",
             "--tp 2: only a --model can be shared by processes, not completions",

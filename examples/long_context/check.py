@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megacoder.cli.loading import Loading
 from megacoder.cli.model_folder import load_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
@@ -20,6 +21,7 @@ from megacoder.core.errors import MegacoderError
 from megacoder.data.sidecar import open_dataset
 from megacoder.evaluate.long_context import loss_by_position, retrieval
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.tensor import ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 def _look_at(folder: Path, options: Options) -> dict[str, list[tuple[float, float, float]]]:
-    model, tokenizer = load_model(folder, "stored")
+    model, tokenizer = load_model(folder, Loading(), tp=ALONE)
     model = _with_room(model, options.length)
     dataset = open_dataset(options.data, tokenizer)
     numbers = (number for number in range(dataset.num_documents) if len(dataset.document(number)) >= options.length)

@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval pal": ("megacoder.cli.eval_benchmark:pal", "math solved by programs: GSM8K, MATH and five more"),
     "eval crosscode": ("megacoder.cli.eval_benchmark:crosscode", "CrossCodeEval, with and without retrieval"),
     "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, or of a published set"),
+    "eval long-context": ("megacoder.cli.eval_long_context", "loss by position, and planted definitions found again"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""

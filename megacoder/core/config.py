@@ -261,5 +261,5 @@ def _undraw(box: str) -> str:
 
 def _see_help(prog: str) -> str:
     """Which help to read, as it is typed: `prog` is a usage line that may continue after the command's words."""
-    command = itertools.takewhile(lambda word: word.isalpha() and word.islower(), prog.split())
+    command = itertools.takewhile(re.compile(r"[a-z][a-z0-9-]*").fullmatch, prog.split())
     return f"see {' '.join(command)} --help"

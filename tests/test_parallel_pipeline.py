@@ -19,15 +19,11 @@ from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import sum_with_peer
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import (
-    SCHEDULES,
-    Placement,
-    ScheduleError,
-    build_program,
-    build_schedule,
-    peak_live,
-    place_evenly,
-)
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.placement import Placement, place_evenly
+from megacoder.parallel.schedules.program import build_program
+from megacoder.parallel.schedules.schedule import ScheduleError
+from megacoder.parallel.schedules.validate import peak_live
 
 RECOMPUTE = ("none", "selective", "full")
 UNEVEN = {1: (3,), 2: (3, 1), 4: (0, 3, 1, 0), 8: (0, 2, 1, 1, 1, 1, 2, 0)}

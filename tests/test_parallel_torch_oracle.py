@@ -16,7 +16,9 @@ from megacoder.model.stage import Microbatch
 from megacoder.model.transformer import weight_pieces
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import place_evenly
+from megacoder.parallel.schedules.program import build_program
 
 NUM_MICROBATCHES, BATCH, LENGTH = 4, 2, 8
 CONFIG = ModelConfig(

@@ -1,5 +1,6 @@
 """The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -120,7 +121,8 @@ def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys)
     assert json.loads(out)["num_tasks"] == 1
     row = {"prompt": TASK.prefix, "suffix": TASK.suffix, "canonical_solution": TASK.truth}
     (home / "set.jsonl").write_text(json.dumps(row) + "\n")
-    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"]):
+    (home / "set.jsonl.gz").write_bytes(gzip.compress((home / "set.jsonl").read_bytes()))
+    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"], ["--data", home / "set.jsonl.gz"]):
         code, out, err = run(capsys, "eval", "infill", "--model", home / "model", *given, "--json")
         assert code == 0, err
         assert "exact_match" in json.loads(out)["scores"][""]

@@ -37,7 +37,7 @@ class EvalArgs:
     """Score a benchmark by its published protocol, on a data file that you provide."""
 
     data: Path
-    """the benchmark's JSONL file"""
+    """the benchmark's JSONL file (also .gz, .zst)"""
     model: Optional[Path] = None
     """answers from this Hugging Face folder, run or checkpoint"""
     endpoint: Optional[str] = None

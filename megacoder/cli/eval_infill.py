@@ -99,7 +99,7 @@ def _is_published_set(argv: Sequence[str]) -> bool:
     """Whether --data is a JSONL file, which held-out files never are."""
     given = [word for option, word in pairwise(argv) if option == "--data"]
     given += [word for word in argv if word.startswith("--data=")]
-    return any(word.endswith(".jsonl") for word in given)
+    return any(word.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl") for word in given)
 
 
 def print_summary(summary: InfillSummary) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from megacoder.core.errors import ConfigError
 
@@ -14,7 +14,7 @@ __all__ = ["Loading"]
 class Loading:
     """How the model is loaded."""
 
-    tokenizer: Path | None = None
+    tokenizer: Optional[Path] = None
     """folder with tokenizer.json; if unset, the model's"""
     tp: int = 1
     """tensor-parallel processes that share the model"""

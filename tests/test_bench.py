@@ -10,7 +10,8 @@ from bench_schedules import Options, published_idle, rows_of
 from contenders.entries import CONTENDERS
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, simulate
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.simulate import Costs, simulate
 
 TINY = {
     "batch": 2, "sequence": 16, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 6,

@@ -1,15 +1,20 @@
 """Benchmarks: prompts, cuts and judgement as published, pass@k, files, servers, folders that are resumed."""
 
+import gzip
 import itertools
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import zstandard
 from command_line import run_command as run
 from evaluation_problems import CROSSCODE, DS1000, HUMANEVAL, HUMANEVAL_CPP, INFILL, LEETCODE, MBPP, PAL, SHOTS
 from evaluation_samples import make_model, make_tokenizer
@@ -423,6 +428,9 @@ def test_settings_that_wrote_nothing_may_change(tmp_path, capsys):
     code, _, err = run(capsys, *words, "--max-new-tokens", 9)
     assert code == 2
     assert "made with max_new_tokens = '8', now '9'" in err
+    code, _, err = run(capsys, *words, "--max-new-tokens", 8, "--top-k", 2)
+    assert code == 2
+    assert "made with top_k = '0', now '2'" in err
 
 
 def test_several_samples_of_a_task(tmp_path, capsys):
@@ -556,8 +564,8 @@ def test_right_and_wrong_answers_in_each_language(language):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("humaneval --data gone.jsonl --completions a.jsonl", "gone.jsonl: no such file"),
-        ("humaneval --data bad.jsonl --completions a.jsonl", "bad.jsonl, line 2: not JSON"),
+        ("humaneval --data gone.jsonl --completions a.jsonl", "gone.jsonl: not readable: No such file"),
+        ("humaneval --data bad.jsonl --completions a.jsonl", "bad.jsonl, line 2: malformed JSON"),
         ("mbpp --data d.jsonl --completions a.jsonl", "d.jsonl, line 1: no field 'text' (str)"),
         ("humaneval --data d.jsonl --completions some.jsonl", "0 completions of task 'Own/1', but 1 of others"),
         ("humaneval --data d.jsonl --completions unknown.jsonl", "task_id 'x' is not in the data"),
@@ -566,6 +574,8 @@ def test_right_and_wrong_answers_in_each_language(language):
         ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
         ("humaneval --data d.jsonl --model x --samples 3", "--samples 3: greedy answers are all the same"),
         ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: must be at least 1"),
+        ("humaneval --data d.jsonl --endpoint http://localhost:1/v1 --top-p 2", "top_p = 2.0: must be above 0"),
+        ("humaneval --data d.jsonl --model x --tp 0", "--tp 0: must be at least 1"),
         (
             "humaneval --data d.jsonl --completions a.jsonl --tp 2",
             "--tp 2: only a --model can be shared by processes, not completions",
@@ -618,6 +628,37 @@ def test_a_field_of_another_type_is_named(tmp_path):
     data = write(tmp_path / "d.jsonl", [{**HUMANEVAL[0], "task_id": 7}])
     with pytest.raises(FormatError, match=r"line 1: 7 as field 'task_id' \(str\)"):
         BENCHMARKS["humaneval"](Settings()).load(data)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_data_and_answers_may_be_compressed(tmp_path, capsys, suffix):
+    plain = score(tmp_path, capsys, "crosscode", "right")
+    words = ["eval", "crosscode", "--json"]
+    for option, name in (("--data", "crosscode.jsonl"), ("--completions", "answers.jsonl")):
+        compress = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+        (tmp_path / (name + suffix)).write_bytes(compress((tmp_path / name).read_bytes()))
+        words += [option, tmp_path / (name + suffix)]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert json.loads(out) == plain
+    (tmp_path / ("answers.jsonl" + suffix)).write_bytes(b"no such format")
+    code, _, err = run(capsys, *words)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"answers.jsonl{suffix}: not readable: " in err
+
+
+def test_scoring_answers_imports_nothing_slow(tmp_path, capsys):
+    score(tmp_path, capsys, "humaneval", "right")
+    words = ["eval", "humaneval", "--data", "humaneval.jsonl", "--completions", "answers.jsonl", "--json"]
+    for argv in (["--help"], ["eval", "humaneval", "--help"], words):
+        code = f"import sys; from megacoder.cli.main import main; main({argv})"
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        )  # fmt: skip
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert imported >= {"megacoder.cli.main"}
+        assert not imported & {"torch", "pyarrow", "rich", "typeguard"}
 
 
 def test_published_scores_are_those_of_the_paper():

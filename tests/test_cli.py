@@ -61,6 +61,7 @@ def test_an_unknown_option_is_one_line(command, capsys, tmp_path):
     code, _, err = run([*command.split(), *first, "--no-such-option"], capsys)
     assert code == 2
     assert "--no-such-option" in err
+    assert err.endswith(f"; see megacoder {command} --help\n")
     assert err.startswith("megacoder: ")
     assert err.count("\n") == 1
 

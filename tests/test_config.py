@@ -43,6 +43,13 @@ class WithPositional:
     """target"""
 
 
+def test_options_of_a_nested_dataclass_may_be_flat():
+    words = ["--name", "n", "--kind", "b"]
+    assert parse_args(Outer, words, prog="p", flat=True) == Outer(name="n", inner=Inner(kind="b"))
+    with pytest.raises(ConfigError, match=r"unknown option '--kidn' \(did you mean '--kind'\?\); see p --help"):
+        parse_args(Outer, ["--name", "n", "--kidn", "b"], prog="p", flat=True)
+
+
 def test_missing_required_options_are_named(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("steps = 3\n")

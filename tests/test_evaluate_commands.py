@@ -1,6 +1,10 @@
 """The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
+import gzip
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +93,26 @@ def test_eval_infill(home, capsys):
     assert "most frequent line" not in out
 
 
+@pytest.mark.parametrize("command", ["infill", "perplexity"])
+def test_a_model_is_evaluated_with_the_given_tokenizer(home, capsys, command):
+    words = ["eval", command, "--data", home / "heldout", "--json"] + ["--num-tasks", "1"] * (command == "infill")
+    shutil.copytree(home / "model", home / command, ignore=shutil.ignore_patterns("tokenizer*"))
+    _, with_its_own, _ = run(capsys, *words, "--model", home / "model")
+    code, given, err = run(capsys, *words, "--model", home / command, "--tokenizer", home / "tokenizer")
+    assert (code, given) == (0, with_its_own), err
+
+
+def test_two_ranks_fill_in_the_lines_that_one_does(home, tmp_path, capsys):
+    words = ["eval", "infill", "--model", home / "model", "--data", home / "heldout", "--dtype", "float32", "--out"]
+    words = [str(word) for word in words]
+    code, alone, err = run(capsys, *words, tmp_path / "alone.jsonl")
+    assert code == 0, err
+    two = [sys.executable, "-m", "megacoder", *words, str(tmp_path / "shared.jsonl"), "--tp", "2"]
+    shared = subprocess.run(two, capture_output=True, text=True, timeout=240)
+    assert (shared.returncode, shared.stdout) == (0, alone), shared.stderr
+    assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+
+
 def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys):
     words = ["eval", "infill", "--model", home / "model", "--num-tasks", "1", "--json"]
     (home / "data").mkdir()
@@ -97,7 +121,8 @@ def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys)
     assert json.loads(out)["num_tasks"] == 1
     row = {"prompt": TASK.prefix, "suffix": TASK.suffix, "canonical_solution": TASK.truth}
     (home / "set.jsonl").write_text(json.dumps(row) + "\n")
-    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"]):
+    (home / "set.jsonl.gz").write_bytes(gzip.compress((home / "set.jsonl").read_bytes()))
+    for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"], ["--data", home / "set.jsonl.gz"]):
         code, out, err = run(capsys, "eval", "infill", "--model", home / "model", *given, "--json")
         assert code == 0, err
         assert "exact_match" in json.loads(out)["scores"][""]
@@ -151,6 +176,7 @@ def test_eval_perplexity(home, capsys):
         ("generate --model model --prompt x --temperature -1", "temperature = -1.0"),
         ("generate --model model --prompt x --temprature 1", "did you mean '--temperature'"),
         ("generate --model model", "--prompt"),
+        ("generate --model model --prompt x --tp 0", "--tp 0: must be at least 1"),
         ("eval infill --model model --data tokenizer", "no .parquet files"),
         ("eval infill --model model --data", "no held-out data"),
         ("eval infill --model model --data heldout --num-tasks 0", "--num-tasks 0"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.generate import generate
+from megacoder.evaluate.sampling import Sampling
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights

@@ -17,8 +17,9 @@ from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 from megacoder.evaluate.chat import chat_tokens
-from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.generate import generate
 from megacoder.evaluate.repository import dependency_context
+from megacoder.evaluate.sampling import Sampling
 from megacoder.evaluate.stops import StopStrings
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.parallel.tensor import TensorParallel
@@ -199,7 +200,7 @@ def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenize
         model_tokens.append(list(prompts[0]))
         return real(model, prompts, **more)
 
-    monkeypatch.setattr("megacoder.cli.chat.generate", record)
+    monkeypatch.setattr("megacoder.cli.model_folder.generate", record)
     monkeypatch.setattr("sys.stdin", io.StringIO("first \\\nline\n\nsecond\n"))
     main(["chat", "--model", str(folder), "--max-new-tokens", "4", "--system", "x"])
     assert capsys.readouterr().out.count("\n") >= 2

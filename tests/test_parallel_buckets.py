@@ -20,7 +20,9 @@ from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import place_evenly
+from megacoder.parallel.schedules.program import build_program
 from megacoder.parallel.zero import Zero1AdamW
 
 CPU = torch.device("cpu")

@@ -16,7 +16,9 @@ from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import place_evenly
+from megacoder.parallel.schedules.program import build_program
 from megacoder.parallel.tensor import TensorParallel
 
 NUM_MICROBATCHES = 3

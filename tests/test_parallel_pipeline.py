@@ -20,15 +20,11 @@ from megacoder.parallel.collectives import sum_with_peer
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import (
-    SCHEDULES,
-    Placement,
-    ScheduleError,
-    build_program,
-    build_schedule,
-    peak_live,
-    place_evenly,
-)
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.placement import Placement, place_evenly
+from megacoder.parallel.schedules.program import build_program
+from megacoder.parallel.schedules.schedule import ScheduleError
+from megacoder.parallel.schedules.validate import peak_live
 from megacoder.parallel.tensor import ALONE
 
 RECOMPUTE = ("none", "selective", "full")

@@ -17,7 +17,9 @@ from megacoder.model.transformer import weight_pieces
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import build_program, build_schedule, place_evenly
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import place_evenly
+from megacoder.parallel.schedules.program import build_program
 from megacoder.parallel.tensor import ALONE
 
 NUM_MICROBATCHES, BATCH, LENGTH = 4, 2, 8

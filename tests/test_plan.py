@@ -13,7 +13,8 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
-from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, makespan, simulate
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.simulate import Costs, makespan, simulate
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 from data_samples import write_jsonl
 from train_cases import Case, functions, make_case
 
@@ -126,6 +127,29 @@ def test_later_positions_have_lower_loss_and_retrieval_is_measured(recipes):
     found = retrieval(model, tokenizer, length=120, depths=(0.0, 0.5), trials=2, seed=1)
     assert [(row.depth, row.trials) for row in found] == [(0.0, 2), (0.5, 2)]
     assert all(0 <= row.found <= row.trials for row in found)
+
+
+def test_a_model_is_compared_with_the_one_that_it_extends(recipes, capsys):
+    tokenizer = Tokenizer.load(recipes / "tokenizer")
+    with IndexedDatasetWriter(recipes / "documents", dtype=token_dtype(tokenizer.vocab_size)) as writer:
+        for text in ("short", *functions(3, first=200)):
+            writer.add_document([np.array(tokenizer.encode(text))])
+    words = ["eval", "long-context", "--data", recipes / "documents", "--length", 120, "--trials", 1, "--model"]
+    code, out, err = run_command(capsys, *words, recipes / "pretrain", recipes / "long", "--json")
+    assert code == 0, err
+    assert f"{recipes / 'long'}: 3 documents of 120 tokens" in err
+    before, after = json.loads(out).values()
+    assert [(row["start"], row["stop"], row["tokens"]) for row in after["loss"]][-1] == (105, 120, 45)
+    assert after["loss"][-1]["loss"] < before["loss"][-1]["loss"], "its 32 positions are extended"
+    assert [(row["depth"], row["trials"]) for row in after["found"]] == [(0, 1), (0.25, 1), (0.5, 1), (0.75, 1), (1, 1)]
+    code, out, _ = run_command(capsys, *words, recipes / "long")
+    assert code == 0
+    assert "105 to 120" in out
+    assert "of 1" in out
+    for more, message in (([], "--model: give at least one"), (["x", "--trials", 0], "--trials 0: must be at least 1")):
+        code, _, err = run_command(capsys, *words, *more)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
 
 
 def test_a_recipe_for_a_checkpoint_of_another_shape_is_refused(recipes):

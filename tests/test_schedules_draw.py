@@ -10,9 +10,10 @@ import pytest
 
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, simulate
 from megacoder.parallel.schedules.draw import draw
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
 from megacoder.parallel.schedules.picture import Box, Picture, Text, text_width
+from megacoder.parallel.schedules.simulate import Costs, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 

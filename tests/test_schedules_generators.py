@@ -3,7 +3,8 @@
 import pytest
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import SCHEDULES, build_schedule, check_schedule, live_activations, peak_live
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.validate import check_schedule, live_activations, peak_live
 
 
 def build(name, num_ranks, num_microbatches, num_chunks=None):

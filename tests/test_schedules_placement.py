@@ -7,14 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import (
-    LayerCosts,
-    Placement,
-    StageMap,
-    place_by_cost,
-    place_evenly,
-    place_explicitly,
-)
+from megacoder.parallel.schedules.placement import LayerCosts, Placement, place_by_cost, place_evenly, place_explicitly
+from megacoder.parallel.schedules.schedule import StageMap
 
 
 @pytest.mark.parametrize(

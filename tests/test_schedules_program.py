@@ -7,19 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacoder.parallel.schedules import (
-    SCHEDULES,
-    Action,
-    Costs,
-    Exchange,
-    Recv,
-    ScheduleError,
-    Send,
-    StageTensor,
-    build_program,
-    build_schedule,
-    check_program,
-)
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.program import Exchange, Recv, Send, build_program, check_program
+from megacoder.parallel.schedules.schedule import Action, ScheduleError, StageTensor
+from megacoder.parallel.schedules.simulate import Costs
 
 
 def build(name, num_ranks, num_microbatches):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, simulate
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.simulate import Costs, simulate
 
 SIZES = [(1, 4), (2, 6), (4, 8), (4, 13), (8, 24)]
 TIMES = [(1, 1, 1), (2, 3, 2), (10, 11, 9), (4, 5, 3)]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megacoder.parallel.schedules import build_schedule
+from megacoder.parallel.schedules.generators import build_schedule
 
 schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 

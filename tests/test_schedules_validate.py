@@ -6,18 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megacoder.parallel.schedules import (
-    SCHEDULES,
-    Action,
-    Schedule,
-    ScheduleError,
-    StageMap,
-    build_schedule,
-    check_schedule,
-    execution_order,
-    live_activations,
-    peak_live,
-)
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.schedule import Action, Schedule, ScheduleError, StageMap
+from megacoder.parallel.schedules.validate import check_schedule, execution_order, live_activations, peak_live
 
 
 def parse(text):

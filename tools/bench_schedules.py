@@ -28,7 +28,10 @@ from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.parallel.collectives import barrier
 from megacoder.parallel.pipeline import PipelineRunner
-from megacoder.parallel.schedules import SCHEDULES, Costs, Schedule, build_program, build_schedule, simulate
+from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
+from megacoder.parallel.schedules.program import build_program
+from megacoder.parallel.schedules.schedule import Schedule
+from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.parallel.world import World
 
 

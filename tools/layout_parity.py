@@ -41,7 +41,7 @@ from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.schedules import SCHEDULES
+from megacoder.parallel.schedules.generators import SCHEDULES
 from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest

@@ -45,7 +45,7 @@ from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.config import parse_args
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.schedules import SCHEDULES
+from megacoder.parallel.schedules.generators import SCHEDULES
 from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.run_folder import state_fragments

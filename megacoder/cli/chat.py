@@ -3,18 +3,18 @@
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import answer_room, load_model, print_answer, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
 from megacoder.evaluate.chat import Turn, chat_tokens
-from megacoder.evaluate.generate import Sampling, generate
-from megacoder.evaluate.stops import StopStrings
+from megacoder.evaluate.sampling import Sampling
 from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.tensor import TensorParallel
 
@@ -34,30 +34,17 @@ class ChatArgs:
     """system prompt, instead of the built-in one"""
     max_new_tokens: int | None = None
     """longest answer in tokens; if unset, 512, or half the model's positions if there are fewer than 1,024"""
-    temperature: float = 0.0
-    """0 takes the likeliest token; otherwise logits are divided by this"""
-    top_k: int = 0
-    """draw from this many likeliest tokens; 0 draws from all"""
-    top_p: float = 1.0
-    """draw from the fewest tokens whose probabilities sum to this"""
-    seed: int = 0
-    """the same seed draws the same answers"""
-    tokenizer: Path | None = None
-    """folder with tokenizer.json; if unset, the model's"""
-    tp: int = 1
-    """tensor-parallel processes that share the model; the first of them reads the turns"""
-    dtype: ComputeDtype = "stored"
-    """dtype to compute in; stored: the model's own"""
+    sampling: Sampling = field(default_factory=Sampling)
+    loading: Loading = field(default_factory=Loading)
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints the answers on stdout as they come; when the context is full, the first turns are dropped."""
-    args = parse_args(ChatArgs, argv, prog="megacoder chat")
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    tp = share_model(args.tp, ["chat", *argv], timeout_seconds=_PATIENCE_SECONDS)
+    args = parse_args(ChatArgs, argv, prog="megacoder chat", flat=True)
+    tp = share_model(args.loading.tp, ["chat", *argv], timeout_seconds=_PATIENCE_SECONDS)
     if tp is None:
         return
-    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
+    model, tokenizer = load_model(args.model, args.loading, tp=tp)
     longest = answer_room(model, args.max_new_tokens, otherwise=512)
     room = prompt_room(model, longest)
     system: list[Turn] = [] if args.system is None else [("system", args.system)]
@@ -70,18 +57,11 @@ def main(argv: Sequence[str]) -> None:
                 say("the conversation no longer fits into the model: its first turns are forgotten")
         if len(tokens) > room:
             raise DataError(f"the turn has {len(tokens)} tokens with its template; the model has room for {room}")
-        streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
-        generate(
-            model,
-            [tokens],
-            max_new_tokens=longest,
-            stop_ids={tokenizer.eot_id, tokenizer.eos_id},
-            sampling=sampling,
-            names=[str(number)],
-            watcher=lambda _, new, streamed=streamed: streamed.add(new[-1]),  # type: ignore[misc]
-        )
-        turns.append(("assistant", streamed.finish().removesuffix("\n")))
-        print(flush=True)
+        answer = print_answer(
+            model, tokenizer, tokens, max_new_tokens=longest, stop_ids={tokenizer.eot_id, tokenizer.eos_id},
+            sampling=args.sampling, name=str(number),
+        )  # fmt: skip
+        turns.append(("assistant", answer.removesuffix("\n")))
 
 
 def _shared_turns(tp: TensorParallel, device: torch.device) -> Iterator[str]:

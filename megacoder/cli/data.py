@@ -1,4 +1,7 @@
-"""`megacoder data inspect`: counts, lengths and beginnings of a dataset's documents."""
+"""`megacoder tokenizer train`, `preprocess`, `data merge` and `data inspect`: a corpus to what training reads.
+
+Each is a function of `megacoder.data` with its configuration as options, imported when the command runs.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,14 +9,37 @@ from typing import Any
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
-from megacoder.data.inspection import InspectConfig, inspect
 
-__all__ = ["main"]
+__all__ = ["inspect", "merge", "preprocess", "train_tokenizer"]
 
 
-def main(argv: Sequence[str]) -> None:
-    config = parse_args(InspectConfig, argv, prog="megacoder data inspect")
-    report = inspect(config)
+def train_tokenizer(argv: Sequence[str]) -> None:
+    """A sample of the corpus -> a tokenizer folder."""
+    from megacoder.data.tokenizer_training import TrainTokenizerConfig, train_from_files
+
+    train_from_files(parse_args(TrainTokenizerConfig, argv, prog="megacoder tokenizer train"))
+
+
+def preprocess(argv: Sequence[str]) -> None:
+    """Documents -> PREFIX.bin, PREFIX.idx, PREFIX.json."""
+    from megacoder.data import preprocess
+
+    preprocess.preprocess(parse_args(preprocess.PreprocessConfig, argv, prog="megacoder preprocess"))
+
+
+def merge(argv: Sequence[str]) -> None:
+    """Several .bin/.idx pairs as one."""
+    from megacoder.data import merging
+
+    merging.merge(parse_args(merging.MergeConfig, argv, prog="megacoder data merge"))
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Counts, lengths and beginnings of a dataset's documents."""
+    from megacoder.data import inspection
+
+    config = parse_args(inspection.InspectConfig, argv, prog="megacoder data inspect")
+    report = inspection.inspect(config)
     if config.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:

@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from megacoder.cli.eval_inputs import file_content, model_content
+from megacoder.cli.loading import Loading
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
@@ -20,6 +21,7 @@ from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarize
+from megacoder.evaluate.sampling import Sampling
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox
 from megacoder.evaluate.sandbox.languages import short_name
 
@@ -35,7 +37,7 @@ class EvalArgs:
     """Score a benchmark by its published protocol, on a data file that you provide."""
 
     data: Path
-    """the benchmark's JSONL file"""
+    """the benchmark's JSONL file (also .gz, .zst)"""
     model: Optional[Path] = None
     """answers from this Hugging Face folder, run or checkpoint"""
     endpoint: Optional[str] = None
@@ -51,15 +53,7 @@ class EvalArgs:
     retrieval: bool = False
     """crosscode: put the code retrieved from other files into the prompt"""
     samples: int = 1
-    """answers per task"""
-    temperature: float = 0.0
-    """0 takes the likeliest token; several samples need more than 0"""
-    top_k: int = 0
-    """draw from this many likeliest tokens; 0 draws from all"""
-    top_p: float = 1.0
-    """draw from the fewest tokens whose probabilities sum to this"""
-    seed: int = 0
-    """the same seed draws the same answers"""
+    """answers per task; several need a temperature"""
     max_new_tokens: Optional[int] = None
     """longest answer in tokens; if unset, the benchmark's own"""
     batch_size: int = 16
@@ -78,12 +72,8 @@ class EvalArgs:
     """print the summary as JSON"""
     api_model: Optional[str] = None
     """the model's name on the server; if unset, the server's first model"""
-    tokenizer: Optional[Path] = None
-    """folder with tokenizer.json, to count a server's prompts near a limit too; if unset, the model's"""
-    tp: int = 1
-    """tensor-parallel processes that share the model"""
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """dtype to compute in; stored: the model's own"""
+    sampling: Sampling = field(default_factory=Sampling)
+    loading: Loading = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "endpoint", "completions") if getattr(self, name) is not None]
@@ -91,15 +81,15 @@ class EvalArgs:
             raise ConfigError(
                 f"{' and '.join(given) or 'none'} given: give exactly one of --model, --endpoint, --completions"
             )
-        for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens", "tp"):
+        for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if self.tp > 1 and self.model is None:
-            raise ConfigError(f"--tp {self.tp}: only a --model can be shared by processes, not {given[0]}")
+        if self.loading.tp > 1 and self.model is None:
+            raise ConfigError(f"--tp {self.loading.tp}: only a --model can be shared by processes, not {given[0]}")
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigError(f"--seconds {self.seconds}: must be positive")
-        if self.samples > 1 and self.temperature == 0 and self.completions is None:
+        if self.samples > 1 and self.sampling.temperature == 0 and self.completions is None:
             raise ConfigError(f"--samples {self.samples}: greedy answers are all the same; give a --temperature")
 
 
@@ -117,47 +107,31 @@ def _started_ahead(kind: type[Benchmark], argv: Sequence[str]) -> AbstractContex
 
 
 def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
-    args = parse_args(EvalArgs, argv, prog=f"megacoder eval {name}")
-    kind = BENCHMARKS[name]
-    settings = Settings(
-        language=args.language or "python", instruct=args.instruct, shots=args.shots, retrieval=args.retrieval,
-        seconds=args.seconds,
-    )  # fmt: skip
-    benchmark = kind(settings)
-    tasks = benchmark.load(args.data)
-    if args.language is None and (said := tasks[0].row.get("language")):
-        benchmark = kind(replace(settings, language=str(said)))
-        tasks = benchmark.load(args.data)
-    if isinstance(benchmark, ProgramBenchmark):
-        benchmark.toolchain()  # a missing compiler is named now, not after hours of generation
-    samples = args.samples
-    if args.completions is not None:
-        ready = FileSource(args.completions)
-        samples = ready.check(tasks)
+    args = parse_args(EvalArgs, argv, prog=f"megacoder eval {name}", flat=True)
+    benchmark, tasks = _load(name, args)
+    finished = None if args.completions is None else FileSource(args.completions)
+    if finished is not None:
+        args = replace(args, samples=finished.check(tasks))
     tasks = tasks[: args.limit]
+    model = _resolved(args.model)
     tp = None
-    fixed = {key: str(value) for key, value in asdict(args).items() if key not in _FREE} | {"samples": str(samples)}
-    args = replace(args, model=_resolved(args.model))
-    if args.tp > 1:
+    if args.loading.tp > 1:
         from megacoder.cli.model_folder import share_model
 
-        tp = share_model(args.tp, ["eval", name, *argv, "--model", str(args.model)])
+        tp = share_model(args.loading.tp, ["eval", name, *argv, "--model", str(model)])
         if tp is None:
             return
-        if tp.rank > 0:
-            _follow(args, benchmark, tasks, tp)
-            return
-    contents: dict[str, str] = {}
-    if args.out is not None:
-        contents = _contents(args)
-    judged = {"benchmark": name, "protocol": kind.protocol, **fixed}
-    with Notes.open(args.out, judged, contents=contents) as notes:
-        _resume_note(notes)
-        if any((task.id, sample) not in notes.completions for task in tasks for sample in range(samples)):
-            source = ready if args.completions is not None else _source(args, benchmark, tp)
-            collect(benchmark, tasks, source, notes, samples=samples, quiet=args.completions is not None)
+    open_source = partial(_open_source, args, benchmark, finished=finished, model=model, tp=tp)
+    if tp is not None and tp.rank > 0:  # the first rank writes nothing before all have read what is there
+        collect(benchmark, tasks, Notes.glance(args.out), open_source=open_source, samples=args.samples, quiet=True)
+        return
+    with Notes.open(args.out, {} if args.out is None else _identity(name, args, model)) as notes:
+        if notes.completions:
+            say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results exist already")
+        quiet = finished is not None
+        collect(benchmark, tasks, notes, open_source=open_source, samples=args.samples, quiet=quiet)
         judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark, ahead))
-        summary = summarize(tasks, notes, samples=samples)
+        summary = summarize(tasks, notes, samples=args.samples)
         if args.out is not None:
             write_json(args.out / "summary.json", asdict(summary))
     if args.json:
@@ -166,15 +140,20 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
         _print(name, summary, benchmark.settings)
 
 
-def _follow(args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task], tp: "TensorParallel") -> None:
-    """Generates what the first rank does, which writes nothing before all ranks have read what is there."""
-    notes = Notes.glance(args.out)
-    if any((task.id, sample) not in notes.completions for task in tasks for sample in range(args.samples)):
-        collect(benchmark, tasks, _source(args, benchmark, tp), notes, samples=args.samples, quiet=True)
-
-
-_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
-"""Options that change no result, so that an evaluation may resume with different ones."""
+def _load(name: str, args: EvalArgs) -> tuple[Benchmark, list[Task]]:
+    """The benchmark, in the language that is asked for or that the data says, and all of its tasks."""
+    settings = Settings(
+        language=args.language or "python", instruct=args.instruct, shots=args.shots, retrieval=args.retrieval,
+        seconds=args.seconds,
+    )  # fmt: skip
+    benchmark = BENCHMARKS[name](settings)
+    tasks = benchmark.load(args.data)
+    if args.language is None and (said := tasks[0].row.get("language")):
+        benchmark = BENCHMARKS[name](replace(settings, language=str(said)))
+        tasks = benchmark.load(args.data)
+    if isinstance(benchmark, ProgramBenchmark):
+        benchmark.toolchain()  # a missing compiler is named now, not after hours of generation
+    return benchmark, tasks
 
 
 def _resolved(model: Path | None) -> Path | None:
@@ -187,48 +166,53 @@ def _resolved(model: Path | None) -> Path | None:
     return find_checkpoint(model) if is_checkpoint(model) else model
 
 
-def _contents(args: EvalArgs) -> dict[str, str]:
-    """The content of each path that scores depend on."""
+_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
+"""Options that change no result, so that an evaluation may resume with different ones."""
+
+
+def _identity(name: str, args: EvalArgs, model: Path | None) -> dict[str, Any]:
+    """What scores depend on: options as they were given, the protocol, and the content of each path and of `model`."""
+    options = asdict(args)
+    options |= options.pop("sampling") | options.pop("loading")
     files = {"data": args.data, "completions": args.completions, "shots": args.shots}
-    found = {name: file_content(path, option=f"--{name}") for name, path in files.items() if path is not None}
-    if args.model is not None:
-        found["model"] = model_content(args.model)
-    if args.tokenizer is not None:
-        found["tokenizer"] = file_content(args.tokenizer / "tokenizer.json", option="--tokenizer")
-    return found
+    contents = {option: file_content(path, option=f"--{option}") for option, path in files.items() if path is not None}
+    if model is not None:
+        contents["model"] = model_content(model)
+    if (folder := args.loading.tokenizer) is not None:
+        contents["tokenizer"] = file_content(folder / "tokenizer.json", option="--tokenizer")
+    fixed = {option: str(value) for option, value in options.items() if option not in _FREE}
+    return {"benchmark": name, "protocol": BENCHMARKS[name].protocol, **fixed, "contents": contents}
 
 
-def _resume_note(notes: Notes) -> None:
-    if notes.completions:
-        say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results exist already")
-
-
-def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -> CompletionSource:
-    decoding = Decoding(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed, chat=args.instruct,
-        max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
-    )  # fmt: skip
+def _open_source(
+    args: EvalArgs, benchmark: Benchmark, *, finished: FileSource | None, model: Path | None,
+    tp: "TensorParallel | None",
+) -> CompletionSource:  # fmt: skip
+    if finished is not None:
+        return finished
+    max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
+    decoding = Decoding(sampling=args.sampling, max_new_tokens=max_new_tokens, chat=args.instruct)
     if args.endpoint is not None:
         from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 
         return EndpointSource(
-            args.endpoint, decoding, model=args.api_model, tokenizer=args.tokenizer, workers=args.workers
+            args.endpoint, decoding, model=args.api_model, tokenizer=args.loading.tokenizer, workers=args.workers
         )
-    assert args.model is not None
+    assert model is not None
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, not needed to score a file
     from megacoder.core.device import probe
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
-    if (args.model / "config.json").is_file() and not is_checkpoint(args.model):
-        architectures = read_config(args.model).get("architectures") or ["none named"]
-        if architectures != ["LlamaForCausalLM"] and tp is not None:
-            raise ConfigError(f"--tp {args.tp}: {args.model} is {architectures[0]}, which runs on one process only")
+    if (model / "config.json").is_file() and not is_checkpoint(model):
+        architectures = read_config(model).get("architectures") or ["none named"]
         if architectures != ["LlamaForCausalLM"]:
-            return TransformersSource(args.model, decoding, device=probe().device_type)
-    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp or ALONE)
-    return LocalSource(model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
+            if tp is not None:
+                raise ConfigError(f"--tp {tp.size}: {model} is {architectures[0]}, which runs on one process only")
+            return TransformersSource(model, decoding, device=probe().device_type)
+    loaded, tokenizer = load_model(model, args.loading, tp=tp or ALONE)
+    return LocalSource(model=loaded, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from megacoder.cli.eval_benchmark import infill as run_benchmark
-from megacoder.cli.model_folder import ComputeDtype, load_model, prompt_room
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.core.errors import ConfigError
@@ -55,8 +56,7 @@ class EvalInfillArgs:
     """JSONL file to write every line, its truth and the answer to"""
     json: bool = False
     """print the summary as JSON"""
-    dtype: ComputeDtype = "stored"
-    """dtype to compute in; stored: the model's own"""
+    loading: Loading = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "batch_size"):
@@ -69,10 +69,13 @@ def main(argv: Sequence[str]) -> None:
     if _is_published_set(argv):
         run_benchmark(argv)
         return
-    args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill")
+    args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill", flat=True)
     tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
-    model, tokenizer = load_model(args.model, args.dtype)
+    tp = share_model(args.loading.tp, ["eval", "infill", *argv])
+    if tp is None:
+        return
+    model, tokenizer = load_model(args.model, args.loading, tp=tp)
     prompt_room(model, args.max_new_tokens, shortest=SHORTEST_INFILL)
     results = fill_lines(
         model,
@@ -81,8 +84,9 @@ def main(argv: Sequence[str]) -> None:
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
         batch_size=args.batch_size,
+        quiet=tp.rank > 0,
     )
-    if args.out is not None:
+    if args.out is not None and tp.rank == 0:
         write_text(args.out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
     summary = summarize(results, frequent_line=frequent_line)
     if args.json:
@@ -95,7 +99,7 @@ def _is_published_set(argv: Sequence[str]) -> bool:
     """Whether --data is a JSONL file, which held-out files never are."""
     given = [word for option, word in pairwise(argv) if option == "--data"]
     given += [word for word in argv if word.startswith("--data=")]
-    return any(word.endswith(".jsonl") for word in given)
+    return any(word.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl") for word in given)
 
 
 def print_summary(summary: InfillSummary) -> None:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megacoder.cli.model_folder import ComputeDtype, load_model, share_model
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import load_model, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.data.indexed import IndexedDataset
@@ -20,7 +21,7 @@ class EvalPerplexityArgs:
     """Bits per byte of held-out text, beside those of xz and of a unigram model."""
 
     model: Path
-    """Hugging Face folder with a tokenizer (as an export has it), run or checkpoint"""
+    """Hugging Face folder, run or checkpoint"""
     data: tuple[Path, ...]
     """held-out Parquet or JSONL files (also .gz, .zst), or folders of them"""
     text_key: str = "content"
@@ -34,20 +35,17 @@ class EvalPerplexityArgs:
     """most tokens that a prediction sees; if unset, the model's longest context"""
     json: bool = False
     """print the result as JSON"""
-    tp: int = 1
-    """tensor-parallel processes that share the model"""
-    dtype: ComputeDtype = "stored"
-    """dtype to compute in; stored: the model's own"""
+    loading: Loading = field(default_factory=Loading)
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints the bits per byte."""
-    args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity")
+    args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity", flat=True)
     documents = read_texts(args.data, text_key=args.text_key, document_key=args.document_key)
-    tp = share_model(args.tp, ["eval", "perplexity", *argv])
+    tp = share_model(args.loading.tp, ["eval", "perplexity", *argv])
     if tp is None:
         return
-    model, tokenizer = load_model(args.model, args.dtype, tp=tp)
+    model, tokenizer = load_model(args.model, args.loading, tp=tp)
     counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
     score = measure_bits_per_byte(
         model, tokenizer, documents, window=args.window, token_counts=counts, quiet=tp.rank > 0

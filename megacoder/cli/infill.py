@@ -1,19 +1,18 @@
 """`megacoder infill`: fills in what a file leaves open, a `<FILL>` mark or one of its lines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import answer_room, load_model, print_answer, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import SHORTEST_INFILL, infill_prompt
 from megacoder.evaluate.repository import dependency_context
-from megacoder.evaluate.stops import StopStrings
 
 __all__ = ["main"]
 
@@ -35,26 +34,21 @@ class InfillArgs:
     max_new_tokens: int | None = None
     """stop after this many tokens if the model has not ended the answer; if unset, 128, or half the
     model's positions if there are fewer than 256"""
-    tokenizer: Path | None = None
-    """folder with tokenizer.json; if unset, the model's"""
-    tp: int = 1
-    """tensor-parallel processes that share the model"""
-    dtype: ComputeDtype = "stored"
-    """dtype to compute in; stored: the model's own"""
+    loading: Loading = field(default_factory=Loading)
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints only what was filled in on stdout."""
-    args = parse_args(InfillArgs, argv, prog="megacoder infill")
+    args = parse_args(InfillArgs, argv, prog="megacoder infill", flat=True)
     text = _read(args.file)
     prefix, suffix = _around_mark(args.file, text) if args.line is None else _around_line(args.file, text, args.line)
     if args.context is not None:
         others, comment = dependency_context(args.context, args.file)
         prefix = others + comment + prefix
-    tp = share_model(args.tp, ["infill", *argv])
+    tp = share_model(args.loading.tp, ["infill", *argv])
     if tp is None:
         return
-    model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
+    model, tokenizer = load_model(args.model, args.loading, tp=tp)
     longest = answer_room(model, args.max_new_tokens, otherwise=128)
     room = prompt_room(model, longest, shortest=SHORTEST_INFILL)
     prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
@@ -62,16 +56,7 @@ def main(argv: Sequence[str]) -> None:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
         say(f"{args.file} does not fit into the model: its farthest {dropped} dropped")
     stop_ids = {tokenizer.eos_id} if args.line is None else {tokenizer.eos_id, *tokenizer.encode("\n")}
-    streamed = StopStrings(tokenizer, (), lambda text: print(text, end="", flush=True))
-    generate(
-        model,
-        [prompt.tokens],
-        max_new_tokens=longest,
-        stop_ids=stop_ids,
-        watcher=lambda _, tokens: streamed.add(tokens[-1]),
-    )
-    streamed.finish()
-    print()
+    print_answer(model, tokenizer, prompt.tokens, max_new_tokens=longest, stop_ids=stop_ids)
 
 
 def _read(path: Path) -> str:

@@ -24,10 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("megacoder.cli.quickstart", "the whole job, from sources on this machine to infilled code"),
     "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
     "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
-    "tokenizer train": ("megacoder.cli.tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
-    "preprocess": ("megacoder.cli.preprocess", "encode documents into the .bin/.idx that training reads"),
-    "data inspect": ("megacoder.cli.data", "what is in a .bin/.idx pair"),
-    "data merge": ("megacoder.cli.data_merge", "several .bin/.idx pairs as one"),
+    "tokenizer train": ("megacoder.cli.data:train_tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "preprocess": ("megacoder.cli.data:preprocess", "encode documents into the .bin/.idx that training reads"),
+    "data inspect": ("megacoder.cli.data:inspect", "what is in a .bin/.idx pair"),
+    "data merge": ("megacoder.cli.data:merge", "several .bin/.idx pairs as one"),
     "data digest": ("megacoder.cli.data_digest", "a digest of each step's tokens, the same on any number of ranks"),
     "train": ("megacoder.cli.train", "pre-train in one process, under torchrun, or on --nproc ranks"),
     "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started like train"),
@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval pal": ("megacoder.cli.eval_benchmark:pal", "math solved by programs: GSM8K, MATH and five more"),
     "eval crosscode": ("megacoder.cli.eval_benchmark:crosscode", "CrossCodeEval, with and without retrieval"),
     "eval infill": ("megacoder.cli.eval_infill", "fill in lines of held-out files, or of a published set"),
+    "eval long-context": ("megacoder.cli.eval_long_context", "loss by position, and planted definitions found again"),
     "eval perplexity": ("megacoder.cli.eval_perplexity", "held-out bits per byte, beside xz and a unigram model"),
 }
 """Sub-commands in the order in which `--help` shows them."""

@@ -1,11 +1,10 @@
-"""What the commands that run a model share: loading it from any kind of folder, and the room for prompt and answer."""
+"""What the commands that run a model share: loading it from any kind of folder, room in it, and printing an answer."""
 
 import atexit
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,10 +12,14 @@ from megacoder.checkpoint.folders import CHECKPOINTS
 from megacoder.checkpoint.huggingface import read_config
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.cli.loading import Loading
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError, alike_on_all_ranks
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import SHORTEST_COMPLETION
+from megacoder.evaluate.sampling import Sampling
+from megacoder.evaluate.stops import StopStrings
 from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
@@ -26,31 +29,27 @@ from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 
 __all__ = [
-    "ComputeDtype", "answer_room", "is_checkpoint", "load_model", "prompt_room", "share_model", "tokenizer_of",
+    "answer_room", "is_checkpoint", "load_model", "print_answer", "prompt_room", "share_model", "tokenizer_of",
 ]  # fmt: skip
-
-ComputeDtype = Literal["stored", "float32", "bfloat16"]
-"""What a model computes in; `stored` is the dtype of its folder."""
 
 _DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(
-    folder: Path, dtype: ComputeDtype, *, tokenizer: Path | None = None, tp: TensorParallel = ALONE
-) -> tuple[Transformer, Tokenizer]:
+def load_model(folder: Path, loading: Loading, *, tp: TensorParallel) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, a run or a checkpoint of any layout; on a GPU if there is one.
 
     A checkpoint's weights are fp32. Its tokenizer is the run's unless given. Where ranks share the model, each loads
     its part.
     """
+    tokenizer, dtype = loading.tokenizer, _DTYPES[loading.dtype]
     with alike_on_all_ranks():
         if is_checkpoint(folder):
-            return _load_checkpoint(CheckpointReader(folder), _DTYPES[dtype] or torch.float32, tokenizer, tp)
+            return _load_checkpoint(CheckpointReader(folder), dtype or torch.float32, tokenizer, tp)
         read_config(folder)  # first, so that a folder without a model is reported as such
         if tokenizer is None and not (folder / "tokenizer.json").is_file():
             raise ConfigError(f"{folder}: no tokenizer.json in it; name a folder that has one with --tokenizer")
         device = probe().device_type
-        return import_with_tokenizer(folder, dtype=_DTYPES[dtype], device=device, tp=tp, tokenizer_folder=tokenizer)
+        return import_with_tokenizer(folder, dtype=dtype, device=device, tp=tp, tokenizer_folder=tokenizer)
 
 
 def _load_checkpoint(
@@ -86,8 +85,6 @@ def share_model(tp: int, words: Sequence[str], *, timeout_seconds: float = 600.0
 
     Only the first rank prints. No rank waits for another longer than `timeout_seconds`.
     """
-    if tp < 1:
-        raise ConfigError(f"--tp {tp}: must be at least 1")
     if tp == 1:
         return ALONE
     if "WORLD_SIZE" not in os.environ:
@@ -118,3 +115,18 @@ def prompt_room(model: Transformer, max_new_tokens: int, *, shortest: int = SHOR
             f"positions, of which a prompt takes at least {shortest}"
         )
     return positions - max_new_tokens
+
+
+def print_answer(
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int],
+    stops: Sequence[str] = (), sampling: Sampling | None = None, name: str = "0",
+) -> str:  # fmt: skip
+    """Prints what the model continues `prompt` with as it comes, then a line break; returns it. See `generate`."""
+    streamed = StopStrings(tokenizer, stops, lambda text: print(text, end="", flush=True))
+    generate(
+        model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, names=[name],
+        watcher=lambda _, tokens: streamed.add(tokens[-1]),
+    )  # fmt: skip
+    text = streamed.finish()
+    print(flush=True)
+    return text

@@ -15,8 +15,8 @@ from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 from megacoder.model.presets import PRESETS, find_preset
 from megacoder.model.scheduled import Recompute
-from megacoder.parallel.schedules import simulate
 from megacoder.parallel.schedules.draw import draw
+from megacoder.parallel.schedules.simulate import simulate
 from megacoder.train.config import RunConfig
 from megacoder.train.planning.devices import Device, Shares, find_device
 from megacoder.train.planning.job import Job

@@ -10,16 +10,10 @@ from typing import Any
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.schedules import (
-    Costs,
-    Timeline,
-    build_schedule,
-    check_schedule,
-    live_activations,
-    peak_live,
-    simulate,
-)
 from megacoder.parallel.schedules.draw import draw
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.simulate import Costs, Timeline, simulate
+from megacoder.parallel.schedules.validate import check_schedule, live_activations, peak_live
 
 __all__ = ["ScheduleArgs", "main", "print_help"]
 

@@ -40,40 +40,43 @@ T = TypeVar("T")
 
 
 def parse_args(
-    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, beside: type | None = None
-) -> T:
+    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, beside: type | None = None,
+    flat: bool = False,
+) -> T:  # fmt: skip
     """Parses `argv` (by default the process's own) into `cls`, a dataclass whose field docstrings become the help text.
 
     Fields typed `tyro.conf.Positional[...]` are positional. `default` supplies the values that `argv` leaves out.
     `beside` is a dataclass that has already taken its options (see `parse_known_args`); a typo may be of one of these.
-    Raises ConfigError with one line for anything that does not parse; `--help` prints and exits with 0.
+    With `flat`, a nested dataclass is a group of options in the help and no part of their names. Raises ConfigError
+    with one line for anything that does not parse; `--help` prints and exits with 0.
     """
-    config, unknown = parse_known_args(cls, argv, prog=prog, default=default)
+    config, unknown = parse_known_args(cls, argv, prog=prog, default=default, flat=flat)
     if unknown:
         if unknown[0] in ("true", "false"):
             raise ConfigError(
                 f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (in a group --group.no-name); "
                 f"{_see_help(prog)}"
             )
-        names = _option_names(cls) + (_option_names(beside) if beside is not None else [])
+        names = _option_names(cls, flat=flat) + (_option_names(beside) if beside is not None else [])
         raise ConfigError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], names)}; {_see_help(prog)}")
     return config
 
 
 def parse_known_args(
-    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None
+    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, flat: bool = False
 ) -> tuple[T, list[str]]:
     """Like `parse_args`, and returns the words that are not options of `cls`, for another dataclass to take."""
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)
+    markers = (tyro.conf.OmitArgPrefixes,) if flat else ()
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
             config, unknown = (
-                tyro.cli(cls, args=words, prog=prog, default=default, return_unknown_args=True)
+                tyro.cli(cls, args=words, prog=prog, default=default, return_unknown_args=True, config=markers)
                 if default is not None
-                else tyro.cli(cls, args=words, prog=prog, return_unknown_args=True)
+                else tyro.cli(cls, args=words, prog=prog, return_unknown_args=True, config=markers)
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -193,14 +196,15 @@ def _shown(value: Any) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 
 
-def _option_names(cls: Any, prefix: str = "--") -> list[str]:
+def _option_names(cls: Any, prefix: str = "--", *, flat: bool = False) -> list[str]:
     hints = typing.get_type_hints(cls)
     names = []
     for field in dataclasses.fields(cls):
         option = f"{prefix}{field.name.replace('_', '-')}"
-        names += (
-            _option_names(hints[field.name], f"{option}.") if dataclasses.is_dataclass(hints[field.name]) else [option]
-        )
+        if dataclasses.is_dataclass(hints[field.name]):
+            names += _option_names(hints[field.name], prefix if flat else f"{option}.", flat=flat)
+        else:
+            names.append(option)
     return names
 
 
@@ -268,5 +272,5 @@ def _undraw(box: str) -> str:
 
 def _see_help(prog: str) -> str:
     """Which help to read, as it is typed: `prog` is a usage line that may continue after the command's words."""
-    command = itertools.takewhile(lambda word: word.isalpha() and word.islower(), prog.split())
+    command = itertools.takewhile(re.compile(r"[a-z][a-z0-9-]*").fullmatch, prog.split())
     return f"see {' '.join(command)} --help"

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
 from megacoder.core.errors import FormatError
 
 __all__ = ["EMPTY_LINE", "MAX_LINE_BYTES", "JsonRows", "decompressed"]
@@ -49,16 +47,27 @@ class JsonRows:
                             length += len(line)
                     self.fraction = raw.tell() / size
                     yield number, length, f"over {MAX_LINE_BYTES} bytes" if length > MAX_LINE_BYTES else _parsed(line)
-        except (OSError, pa.ArrowException) as error:
+        except OSError as error:
             told = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise FormatError(f"{self.path}: not readable: {told}") from None
 
 
 @contextmanager
 def decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
-    """What `raw`, the open file `path`, holds; decompressed if its name says that it is compressed."""
+    """What `raw`, the open file `path`, holds; decompressed if its name says that it is compressed.
+
+    Reading raises OSError where it is not compressed as its name says.
+    """
     codec = _CODECS.get(path.suffix.lower())
-    yield raw if codec is None else io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
+    if codec is None:
+        yield raw
+        return
+    import pyarrow as pa  # only here: most files are plain, and must be read at once
+
+    try:
+        yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
+    except pa.ArrowException as error:
+        raise OSError(str(error)) from None
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:

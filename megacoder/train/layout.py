@@ -13,21 +13,12 @@ from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import ParallelDims
-from megacoder.parallel.schedules import (
-    Costs,
-    LayerCosts,
-    Placement,
-    Program,
-    Schedule,
-    build_program,
-    build_schedule,
-    check_program,
-    check_schedule,
-    forwards_only,
-    place_by_cost,
-    place_evenly,
-    place_explicitly,
-)
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import LayerCosts, Placement, place_by_cost, place_evenly, place_explicitly
+from megacoder.parallel.schedules.program import Program, build_program, check_program
+from megacoder.parallel.schedules.schedule import Schedule, forwards_only
+from megacoder.parallel.schedules.simulate import Costs
+from megacoder.parallel.schedules.validate import check_schedule
 from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["Layout", "LayoutRequest", "layer_costs"]

@@ -18,7 +18,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.schedules import peak_live
+from megacoder.parallel.schedules.validate import peak_live
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout
 

@@ -12,8 +12,9 @@ from megacoder.core.errors import MegacoderError
 from megacoder.core.files import write_text
 from megacoder.core.html import Series, line_chart, page, paragraph, picture, section, tiles, value_table
 from megacoder.data.blend import blend_counts, blend_table
-from megacoder.parallel.schedules import Costs, build_schedule, simulate
 from megacoder.parallel.schedules.draw import picture_of
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
 from megacoder.version import __version__

@@ -3,7 +3,6 @@
 Everything that the published protocol fixes is here or in a benchmark's own module: prompt, cut, limit, judgment.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megacoder.core.errors import DataError, FormatError
+from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.evaluate.sandbox.languages import Toolchain, find_toolchain
 from megacoder.evaluate.sandbox.program import Outcome, Program
 
@@ -162,26 +162,17 @@ class TextBenchmark(Benchmark):
 def read_rows(
     path: Path, fields: Mapping[str, type], *, fault: Callable[[Mapping[str, Any]], str | None] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; FormatError that names the first line where `fields` are missing or of another type.
+    """The rows of a JSONL file, which may be compressed (.gz, .zst).
 
-    The same for the first row in which `fault` finds something.
+    FormatError names the first line that is no JSON object, where `fields` are missing or of another type, or in which
+    `fault` finds something.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable: {error}") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, _, row in JsonRows(path):
+        if row == EMPTY_LINE:
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise FormatError(f"{path}, line {number}: not a JSON object")
+        if isinstance(row, str):
+            raise FormatError(f"{path}, line {number}: {row}")
         for name, kind in fields.items():
             if not isinstance(row.get(name), kind):
                 have = "no" if name not in row else f"{row[name]!r:.40} as"

@@ -6,12 +6,13 @@ that scoring a file starts at once.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from megacoder.core.errors import DataError
 from megacoder.evaluate.benchmarks.base import Task, read_rows
+from megacoder.evaluate.sampling import Sampling
 
 __all__ = ["CompletionSource", "Decoding", "FileSource", "Request"]
 
@@ -20,10 +21,7 @@ __all__ = ["CompletionSource", "Decoding", "FileSource", "Request"]
 class Decoding:
     """How answers are drawn."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 512
     chat: bool = False
 

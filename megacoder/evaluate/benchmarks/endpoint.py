@@ -83,10 +83,10 @@ class EndpointSource:
         return limited_texts(requests, count=self._count or num_bytes, frame=_BOS)
 
     def _ask(self, request: Request, prompt: str) -> str:
-        decoding, task = self.decoding, request.task
+        decoding, sampling, task = self.decoding, self.decoding.sampling, request.task
         body: dict[str, Any] = {
-            "model": self.model, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature,
-            "top_p": decoding.top_p, "seed": decoding.seed + request.sample,
+            "model": self.model, "max_tokens": decoding.max_new_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "seed": sampling.seed + request.sample,
         }  # fmt: skip
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])

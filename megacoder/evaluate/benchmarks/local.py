@@ -12,7 +12,7 @@ from megacoder.data.tokenizer import Tokenizer, infill_text
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.chat import chat_tokens
-from megacoder.evaluate.generate import Sampling, generate
+from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import count_with, infill_prompt
 from megacoder.evaluate.stops import StopStrings
 from megacoder.model.transformer import Transformer
@@ -41,17 +41,13 @@ class LocalSource:
                 [prompts[request.task.id, request.sample] for request in batch],
                 max_new_tokens=self.decoding.max_new_tokens,
                 stop_ids={self.tokenizer.eos_id, self.tokenizer.eot_id},
-                sampling=self._sampling(),
+                sampling=self.decoding.sampling,
                 batch_size=self.batch_size,
                 names=[f"{request.task.id}/{request.sample}" for request in batch],
                 watcher=lambda place, tokens, watching=watching: watching[place].add(tokens[-1]),  # type: ignore[misc]
             )
             for request, watched in zip(batch, watching, strict=True):
                 yield request, watched.finish()
-
-    def _sampling(self) -> Sampling:
-        chosen = self.decoding
-        return Sampling(temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k, seed=chosen.seed)
 
     def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
         tokenizer, chat = self.tokenizer, self.decoding.chat
@@ -105,7 +101,7 @@ class TransformersSource:
 
     @torch.inference_mode()
     def _one(self, request: Request, text: str) -> str:
-        chosen, task = self.decoding, request.task
+        chosen, task = self.decoding.sampling, request.task
         if task.suffix is not None:
             text = infill_text(text, task.suffix)
         ids = torch.tensor([self._tokens(text)], device=self.device)
@@ -118,7 +114,7 @@ class TransformersSource:
             stopping = {"stop_strings": list(request.stops), "tokenizer": self.tokenizer}
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         found = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=chosen.max_new_tokens, pad_token_id=padding,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.decoding.max_new_tokens, pad_token_id=padding,
             **drawing, **stopping,
         )  # fmt: skip
         return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)

@@ -49,19 +49,17 @@ class Notes:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, folder: Path | None, settings: Mapping[str, Any], *, contents: Mapping[str, str]
-    ) -> Iterator["Notes"]:
+    def open(cls, folder: Path | None, settings: dict[str, Any]) -> Iterator["Notes"]:
         """Notes of an evaluation with these settings; ConfigError where the folder holds a different evaluation.
 
-        `contents` gives, for settings that are paths, a digest of what is there, by which they are compared.
+        Its `contents` give, for settings that are paths, a digest of what is there, by which they are compared.
         """
         notes = cls(folder)
         if folder is None:
             yield notes
             return
         with exclusive(folder, what="evaluation"):
-            notes._read(folder, {**settings, "contents": dict(contents)})
+            notes._read(folder, settings)
             try:
                 yield notes
             finally:
@@ -163,8 +161,8 @@ def _whole_lines(path: Path, *, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def collect(
-    benchmark: Benchmark, tasks: Sequence[Task], source: CompletionSource, notes: Notes, *, samples: int,
-    quiet: bool = False,
+    benchmark: Benchmark, tasks: Sequence[Task], notes: Notes, *, open_source: Callable[[], CompletionSource],
+    samples: int, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Requests every completion that `notes` do not have; each is cut where the benchmark says."""
     requests = [
@@ -175,6 +173,7 @@ def collect(
     ]
     if not requests:
         return
+    source = open_source()
     with progress("completions", len(requests), quiet=quiet) as bar:
         for done, (request, text) in enumerate(source.complete(requests), start=1):
             notes.add_completion((request.task.id, request.sample), cut(text, request.stops))

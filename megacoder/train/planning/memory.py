@@ -14,7 +14,7 @@ from typing import Self
 from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.parallel.flat import ALIGNMENT
-from megacoder.parallel.schedules import Placement
+from megacoder.parallel.schedules.placement import Placement
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.pipelines import Held, Pipeline
 from megacoder.train.planning.workspace import Workspace

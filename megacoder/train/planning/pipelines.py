@@ -16,19 +16,11 @@ from typing import NamedTuple
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.pipeline import confirmations
-from megacoder.parallel.schedules import (
-    Costs,
-    Exchange,
-    Placement,
-    Program,
-    Schedule,
-    Send,
-    StageMap,
-    build_schedule,
-    makespan,
-    place_by_cost,
-)
-from megacoder.parallel.schedules.schedule import Op, StageTensor
+from megacoder.parallel.schedules.generators import build_schedule
+from megacoder.parallel.schedules.placement import Placement, place_by_cost
+from megacoder.parallel.schedules.program import Exchange, Program, Send
+from megacoder.parallel.schedules.schedule import Op, Schedule, StageMap, StageTensor
+from megacoder.parallel.schedules.simulate import Costs, makespan
 from megacoder.train.layout import Layout, layer_costs
 
 __all__ = ["Held", "Pipeline", "pipeline"]

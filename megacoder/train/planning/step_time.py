@@ -7,7 +7,7 @@ during the last microbatch's backward and weights arrive during the first one's 
 
 from dataclasses import dataclass
 
-from megacoder.parallel.schedules import Costs
+from megacoder.parallel.schedules.simulate import Costs
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import local_elements

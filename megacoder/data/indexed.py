@@ -109,6 +109,15 @@ class IndexedDataset:
         sequences = self.document_sequences(index)
         return self.tokens[self._start(sequences.start) : self._start(sequences.stop)]
 
+    def document_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens in each of these documents, int64."""
+        last, size = self.num_sequences - 1, self.tokens.nbytes
+        if last < 0:
+            return np.zeros(indices.shape, dtype=np.int64)
+        firsts = (self.document_offsets[indices], self.document_offsets[indices + 1])
+        starts, stops = (np.where(at <= last, self._pointers[np.minimum(at, last)], size) for at in firsts)
+        return (stops - starts) // self.dtype.itemsize
+
     def document_sequences(self, index: int) -> range:
         """The numbers of the sequences that make up document `index`."""
         if not 0 <= index < self.num_documents:

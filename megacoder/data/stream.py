@@ -1,19 +1,17 @@
 """The training tokens as a function of (seed, config, position): the same for any number of ranks, never re-dealt.
 
-Documents are dealt like cards to V logical streams, in the keyed order of one epoch after another: the document at
-position p of a dataset's endless order goes to stream p mod V. A stream is its documents one after another, each as
-BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length` tokens.
-Window g of the run is the next one of stream g mod V. Where datasets are blended, a stream has documents of each, and a
-table says which of them its next window is taken from (see `megacoder.data.blend`).
+There are V logical streams, and every epoch of a dataset, in its keyed order, is cut into V stretches of equally many
+tokens, one for each stream (see `megacoder.data.endless`). A stream is its stretches one after another, each document
+as BOS, its files (some of them as fill-in-the-middle examples), EOS; they are packed into windows of `seq_length`
+tokens. Window g of the run is the next one of stream g mod V. Where datasets are blended, a table says which of them a
+stream's next window is taken from (see `megacoder.data.blend`).
 
 So nothing depends on the number of ranks or on how long the run is: rank r of dp serves the windows g = r (mod dp)
-and reads only the streams that those come from. A stream's state is three integers for each dataset, and the state of
+and reads only the streams that those come from. A stream's state is four integers for each dataset, and the state of
 a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
-Within an epoch every token is served once; a stream begins inside its first documents, not at the beginning of one (see
-`megacoder.data.packing`). Streams run ahead of each other by the lengths of their documents, so epochs overlap at their
-seams. There are never more streams than documents (V is halved until it fits the smallest dataset): otherwise the first
-windows would be the beginnings of the same few documents, from many epochs at once.
+Every epoch serves every token once. A dataset with few documents has fewer streams of its own, a power of two again:
+V' of them, of which the run's stream g takes number g mod V'. Otherwise each would have a fraction of a document.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,15 +28,16 @@ from megacoder.core.config import check_at_least, to_dict
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.blend import blend_table
 from megacoder.data.cuts import CharacterCutter
-from megacoder.data.endless import Deal, EndlessDocuments
+from megacoder.data.endless import MIN_DOCUMENTS, EndlessDocuments, Order
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset
-from megacoder.data.packing import TURNED, BestFit, Concatenated, Packer
+from megacoder.data.packing import BEST_FIT_WINDOWS, BestFit, Concatenated, Packer
 from megacoder.data.permutation import key_of, stream_phase
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "StreamConfig", "TokenStream", "check_order", "check_shares", "merge_states"]
 
+_STRETCHES = "streams_of_datasets"  # in a state: their numbers
 _NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # change no token, or are added below
 
 
@@ -49,7 +48,7 @@ class StreamConfig:
     seq_length: int = 4096
     """tokens per window, the sequence that the model sees"""
     num_streams: int = 1024
-    """V, a power of two: number of logical streams that documents are dealt to; cannot change during a run"""
+    """V, a power of two: number of logical streams; cannot change during a run"""
     seed: int = 1234
     """seed of the document order and of fill-in-the-middle"""
     add_bos: bool = True
@@ -115,31 +114,32 @@ class TokenStream:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.windows = 0
         """windows that all ranks together have served"""
-        smallest = min(dataset.num_documents for dataset in datasets)
-        self.num_streams = min(config.num_streams, 1 << max(0, smallest.bit_length() - 1))
-        self._shares = gcd(self.num_streams, dp_size)
+        self._streams = [_num_streams(dataset, config) for dataset in datasets]
+        self.num_streams = max(self._streams)
+        self._shares = [gcd(number, dp_size) for number in self._streams]
         self._blend = blend_table(weights)
+        phases = (stream_phase(stream, self.num_streams, len(self._blend)) for stream in range(self.num_streams))
+        self._phases = list(phases)
         cutter = CharacterCutter(tokenizer)
-        sources = [
-            EndlessDocuments(
+        self._packers: list[dict[int, Packer]] = []
+        for number, (dataset, rate) in enumerate(zip(datasets, rates, strict=True)):
+            source = EndlessDocuments(
                 dataset, cutter, replace(config.fim, rate=rate),
                 seed=config.seed if number == 0 else key_of(config.seed, number),
-                add_bos=config.add_bos, num_streams=self.num_streams,
-            )
-            for number, (dataset, rate) in enumerate(zip(datasets, rates, strict=True))
-        ]  # fmt: skip
-        own = range(dp_rank % self._shares, self.num_streams, self._shares)
-        self._phases = {stream: stream_phase(stream, self.num_streams, len(self._blend)) for stream in own}
-        self._packers = {stream: [_packer(source, stream, config, tokenizer) for source in sources] for stream in own}
+                add_bos=config.add_bos, num_streams=self._streams[number],
+            )  # fmt: skip
+            own = range(dp_rank % self._shares[number], self._streams[number], self._shares[number])
+            self._packers.append({stream: _packer(source, stream, config, tokenizer) for stream in own})
         self._prepare()
         self._order = {
             "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
             "tokenizer": tokenizer.digest,
             "num_streams": self.num_streams,
+            _STRETCHES: self._streams,
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
             **({"fim_rates": list(rates)} if fim_rates else {}),
-            **({"seq_length": config.seq_length} if config.packing == "best_fit" else {"turned": TURNED}),
+            **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
         }
 
     def next_batch(self, *, threads: Executor | None = None, num_threads: int = 1) -> Batch:
@@ -163,12 +163,14 @@ class TokenStream:
     def _fill(self, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, part: int = 0, parts: int = 1) -> None:
         """Fills the rows of part `part` of `parts` of this rank's streams, which advance."""
         unseen = tuple(np.empty_like(rows[0]) for rows in (tokens, labels, starts))  # of other ranks
-        row, first = 0, self.windows
-        behind = (self.dp_rank - first) % self._shares  # to the first window that comes from a stream of ours
-        for window in range(first + behind, first + self.global_batch_size, self._shares):
-            stream, ours = window % self.num_streams, window % self.dp_size == self.dp_rank
-            if stream // self._shares % parts == part:
-                packer = self._packers[stream][self._dataset_of(stream, window // self.num_streams)]
+        row, first, step = 0, self.windows, min(self._shares)
+        behind = (self.dp_rank - first) % step  # to the first window that may come from a stream of ours
+        for window in range(first + behind, first + self.global_batch_size, step):
+            number = self._dataset_of(window % self.num_streams, window // self.num_streams)
+            stream, shares = window % self._streams[number], self._shares[number]
+            ours = window % self.dp_size == self.dp_rank
+            packer = self._packers[number].get(stream)  # None: read by other ranks alone
+            if packer is not None and stream // shares % parts == part:
                 packer.fill(*((tokens[row], labels[row], starts[row]) if ours else unseen))
             row += ours
 
@@ -183,8 +185,8 @@ class TokenStream:
         """
         streams = [
             [stream, number, *packer.position()]
-            for stream, packers in self._packers.items()
-            for number, packer in enumerate(packers)
+            for number, packers in enumerate(self._packers)
+            for stream, packer in packers.items()
         ]
         return {"windows": self.windows, "order": self._order, "streams": streams}
 
@@ -195,8 +197,8 @@ class TokenStream:
         """
         check_order(self._order, state)
         positions = {(stream, number): position for stream, number, *position in state["streams"]}
-        for stream, packers in self._packers.items():
-            for number, packer in enumerate(packers):
+        for number, packers in enumerate(self._packers):
+            for stream, packer in packers.items():
                 if (stream, number) not in positions:
                     raise DataError(f"the data position lacks stream {stream}; merge the states of all ranks first")
                 packer.move(*positions[stream, number])
@@ -204,17 +206,19 @@ class TokenStream:
         self._prepare()
 
     def _prepare(self) -> None:
-        for packers in zip(*self._packers.values(), strict=True):
-            Deal.prepare([packer.deal for packer in packers], [packer.next_document for packer in packers])
+        for packers in self._packers:
+            positions = [packer.position() for packer in packers.values()]
+            orders = [packer.order for packer in packers.values()]
+            Order.prepare(orders, [epoch for epoch, *_ in positions], [place for _, place, *_ in positions])
 
 
 def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
     """ConfigError where `state` belongs to another order of tokens than `order` describes."""
     for key in [*order, *(key for key in state["order"] if key not in order)]:
-        if key == "turned" and key not in state["order"]:
+        if key == _STRETCHES and key not in state["order"]:
             raise ConfigError(
-                "the data position to continue from is of an earlier version, whose streams began at the beginnings of "
-                "documents; choose another output, and start from the run's weights with init_from"
+                "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
+                "choose another output, and start from the run's weights with init_from"
             )
         if key == "datasets" and len(order[key]) == len(state["order"].get(key, ())):
             for number, (here, there) in enumerate(zip(order[key], state["order"][key], strict=True), start=1):
@@ -248,9 +252,17 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {**states[0], "streams": [streams[index] for index in sorted(streams)]}
 
 
+def _num_streams(dataset: IndexedDataset, config: StreamConfig) -> int:
+    """As many as asked for, or fewer, so that each has some documents of every epoch."""
+    most = min(dataset.num_documents // MIN_DOCUMENTS, dataset.num_tokens)
+    if config.packing == "best_fit":  # as many groups
+        most = min(most, dataset.num_tokens // (BEST_FIT_WINDOWS * config.seq_length * MIN_DOCUMENTS))
+    return min(config.num_streams, 1 << max(0, most.bit_length() - 1))
+
+
 def _packer(source: EndlessDocuments, stream: int, config: StreamConfig, tokenizer: Tokenizer) -> Packer:
     if config.packing == "best_fit":
-        return BestFit(source, stream, pad_id=tokenizer.pad_id)
+        return BestFit(source, stream, seq_length=config.seq_length, pad_id=tokenizer.pad_id)
     return Concatenated(source, stream, across_documents=config.train_across_documents)
 
 

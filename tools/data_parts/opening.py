@@ -21,8 +21,6 @@ from megacoder.core.console import say
 from megacoder.core.files import replacing
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
-from megacoder.data.packing import TURNED
-from megacoder.data.permutation import stream_phase
 from megacoder.data.stream import Batch, StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 
@@ -33,7 +31,7 @@ __all__ = ["measure"]
 
 DOCUMENTS, TOKENS = 100_000_000, 64
 WINDOWS, SEQ_LENGTH, STREAMS = 64, 4096, 1024
-STEPS = {"at step 0": 0, "at step 1,000,000": 1_000_000}
+STEPS = {"at step 0": 0, "at step 20,000": 20_000}  # within the first epoch
 CHUNK = 1 << 22
 
 
@@ -68,31 +66,26 @@ def _synthesise(prefix: Path) -> None:
                 index.write((numbers * factor if factor else np.full_like(numbers, TOKENS)).astype(dtype).tobytes())
 
 
-def _position(state: dict[str, Any], step: int) -> dict[str, Any]:
+def _position(start: dict[str, Any], step: int) -> dict[str, Any]:
     """The data position after `step` steps, from that after none."""
-    streams = [[stream, dataset, *_after(stream, step)] for stream, dataset, *_ in state["streams"]]
-    return {**state, "windows": step * WINDOWS, "streams": streams}
+    served, streams = step * WINDOWS // STREAMS * SEQ_LENGTH, []
+    for stream, dataset, epoch, place, file, offset in start["streams"]:
+        documents, tokens = divmod(offset + served, TOKENS + 1)  # with BOS
+        streams.append([stream, dataset, epoch, place + documents, file, tokens])
+    return {**start, "windows": step * WINDOWS, "streams": streams}
 
 
-def _after(stream: int, step: int) -> list[int]:
-    """Where a stream stands, which began at a token of its first TURNED documents and comes to the rest of it later."""
-    length = TOKENS + 1  # with BOS
-    cut = stream_phase(stream, STREAMS, TURNED * TOKENS) % TOKENS
-    tokens = cut + step * WINDOWS // STREAMS * SEQ_LENGTH  # from the beginning of the document that is cut
-    if tokens < TURNED * length + cut:
-        document, offset = divmod(tokens, length)
-        return [document, 0, offset]
-    document, offset = divmod(tokens - TURNED * length - cut, length)
-    return [TURNED + 1 + document, 0, offset]
+def _open(dataset: IndexedDataset, tokenizer: Tokenizer) -> TokenStream:
+    config = StreamConfig(seq_length=SEQ_LENGTH, num_streams=STREAMS, fim=FimConfig(rate=0.0))
+    return TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS, dp_rank=0, dp_size=1)
 
 
 def _first_batch(prefix: Path, tokenizer: Tokenizer, step: int) -> tuple[TokenStream, Batch, dict[str, float]]:
     """Opens, resumes and draws; the seconds of each."""
-    config = StreamConfig(seq_length=SEQ_LENGTH, num_streams=STREAMS, fim=FimConfig(rate=0.0))
     start = time.perf_counter()
     dataset = IndexedDataset(prefix)
     opened = time.perf_counter()
-    stream = TokenStream([dataset], tokenizer, config, global_batch_size=WINDOWS, dp_rank=0, dp_size=1)
+    stream = _open(dataset, tokenizer)
     if step:
         stream.load_state_dict(_position(stream.state_dict(), step))
     ready = time.perf_counter()
@@ -118,11 +111,11 @@ def main() -> None:
     stream, batch, seconds = _first_batch(prefix, tokenizer, step)
     megabytes = _anonymous_megabytes() - before
     del batch  # which was part of it
-    few = STREAMS // WINDOWS
     if not step:
-        for _ in range(3 * few - 1):
+        start, few = _open(IndexedDataset(prefix), tokenizer).state_dict(), 3 * STREAMS // WINDOWS
+        for _ in range(few - 1):
             stream.next_batch()
-        assert stream.state_dict() == _position(stream.state_dict(), 3 * few), "the position is computed wrong"
+        assert stream.state_dict() == _position(start, few), "the position is computed wrong"
     print(json.dumps({**seconds, "private_megabytes": megabytes}))
 
 

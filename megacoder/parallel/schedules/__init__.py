@@ -5,7 +5,8 @@
     program = build_program(schedule)  # what a runner executes
 
 Read in this order: `schedule` (the types and the two dependency rules), `generators`, `validate`, `simulate`,
-`program`; beside them `placement` (layers to stages) and `draw` with its `picture`. Nothing here imports torch.
+`program`; beside them `placement` (layers to stages), `waiting` (which weight gradients are postponed) and `draw` with
+its `picture`. Nothing here imports torch.
 """
 
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
@@ -36,6 +37,7 @@ from megacoder.parallel.schedules.schedule import (
 )
 from megacoder.parallel.schedules.simulate import Costs, Timeline, makespan, simulate
 from megacoder.parallel.schedules.validate import Live, check_schedule, execution_order, live_activations, peak_live
+from megacoder.parallel.schedules.waiting import limit_waiting
 
 __all__ = [
     "SCHEDULES",
@@ -61,6 +63,7 @@ __all__ = [
     "check_schedule",
     "execution_order",
     "forwards_only",
+    "limit_waiting",
     "live_activations",
     "makespan",
     "peak_live",

@@ -11,9 +11,10 @@ from megacoder.cli import plan, plan_cluster
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
+from megacoder.model.scheduled import waiting_share
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
-from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, makespan, simulate
+from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, limit_waiting, makespan, simulate
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
@@ -50,23 +51,35 @@ def test_the_quick_makespan_is_the_simulated_one(name):
         assert makespan(schedule, costs) == pytest.approx(simulate(schedule, costs).makespan, rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-h1", 1), ("zbv", 2)])
+@pytest.mark.parametrize(
+    ("name", "chunks", "recompute"),
+    [
+        ("1f1b", 1, "none"), ("interleaved", 3, "none"), ("zb-h1", 1, "none"), ("zb-h1", 1, "norms"),
+        ("zbv", 2, "none"), ("zbv", 2, "selective"), ("zbv", 2, "full"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("microbatches", [24, 40])
-def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name, chunks, microbatches):
-    variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks)
+def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name, chunks, recompute, microbatches):
+    variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks, recompute=recompute)
     job = replace(JOB_33B, global_batch_size=microbatches)
     pipe = variant_pipeline(job, variant)
     assert pipe.rounds_left_out > 0
     whole = build_schedule(name, num_ranks=4, num_microbatches=microbatches, num_chunks=chunks)
+    if recompute != "none":
+        share = waiting_share(MODEL_33B, recompute)
+        whole = limit_waiting(whole, layers=pipe.placement.layers_per_stage, waiting_share=share)
     costs = stage_costs(job, variant, pipe, DEVICES["h800"], Shares())
     assert pipe.seconds(costs) == pytest.approx(simulate(whole, costs).makespan, rel=0.005)
     for rank, actions in enumerate(whole.ranks):
         layers = [len(pipe.placement.layers(stage)) for stage in whole.stage_map.stages[rank]]
-        live = most = 0
+        most = {"whole": 0, "waiting": 0}
+        live = dict(most)
         for op, _, chunk in actions:
-            live += layers[chunk] * ((op == "F") - (op in "BI"))
-            most = max(most, live)
-        assert max(held.whole for held in pipe.held[rank]) == most
+            live["whole"] += layers[chunk] * ((op == "F") - (op in "BI"))
+            live["waiting"] += layers[chunk] * ((op == "I") - (op == "W"))
+            most = {kind: max(most[kind], live[kind]) for kind in live}
+        assert max(held.whole for held in pipe.held[rank]) == most["whole"]
+        assert max(held.waiting for held in pipe.held[rank]) == most["waiting"]
 
 
 def test_layers_are_placed_as_the_run_places_them():
@@ -78,15 +91,29 @@ def test_layers_are_placed_as_the_run_places_them():
     assert variant_pipeline(JOB_33B, variant).placement == request.layout(8).placement
 
 
-@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20], ids=lambda index: str(CASES[index]))
+@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22], ids=lambda index: str(CASES[index]))
 def test_predicted_memory_is_what_ranks_allocate(ranks, index):
-    """Seven of the 21 layouts of tools/check_plan.py."""
+    """Eight of the 24 layouts of tools/check_plan.py."""
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):
         said = rank_memory(case.job, case.variant, pipe, rank, device_type="cpu", cp_rank=cp_rank)
         for kind in KINDS:
             assert getattr(said, kind) == pytest.approx(counted[kind], rel=ALLOWED), (rank, kind)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zbv", "dualpipev"])
+@pytest.mark.parametrize("recompute", ["norms", "selective", "full"])
+def test_recomputation_saves_no_less_memory_where_weight_gradients_are_postponed(schedule, recompute):
+    chunks = 1 if schedule == "zb-h1" else 2
+    kept = []
+    for name, count, mode in ((schedule, chunks, recompute), ("1f1b", 1, recompute), (schedule, chunks, "none")):
+        variant = Variant(dims=ParallelDims(pp=8, dp=8), schedule=name, chunks=count, recompute=mode)
+        pipe = variant_pipeline(JOB_33B, variant)
+        kept.append(max(rank_memory(JOB_33B, variant, pipe, rank).activations for rank in range(8)))
+    # 1f1b's first rank has 7 of the 62 layers, the largest of zbv 2 x 4; dualpipev holds 2 p + 1 of their 2 p chunks
+    assert kept[0] <= (1.0 if chunks == 1 else 1.25) * kept[1]
+    assert kept[0] < 0.9 * kept[2]
 
 
 def test_keeping_fewer_activations_costs_time():
@@ -99,8 +126,13 @@ def test_keeping_fewer_activations_costs_time():
 
 
 def test_the_quick_estimates_do_not_mislead_the_search():
-    for schedule, chunks, pp in (("1f1b", 1, 8), ("zbv", 2, 8), ("interleaved", 4, 4), ("1f1b", 1, 1)):
-        variant = Variant(dims=ParallelDims(tp=4, pp=pp, dp=16 // pp), schedule=schedule, chunks=chunks)
+    for schedule, chunks, pp, recompute in (
+        ("1f1b", 1, 8, "none"), ("zbv", 2, 8, "none"), ("interleaved", 4, 4, "none"), ("1f1b", 1, 1, "none"),
+        ("zb-h1", 1, 8, "norms"), ("zbv", 2, 8, "selective"), ("dualpipev", 2, 8, "full"),
+    ):  # fmt: skip
+        variant = Variant(
+            dims=ParallelDims(tp=4, pp=pp, dp=16 // pp), schedule=schedule, chunks=chunks, recompute=recompute
+        )
         pipe = variant_pipeline(JOB_33B, variant)
         exact = step_time(JOB_33B, variant, pipe, DEVICES["h800"], Shares()).total
         assert quick_seconds(JOB_33B, variant, DEVICES["h800"], Shares()) == pytest.approx(exact, rel=0.15)

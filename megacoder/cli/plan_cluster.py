@@ -19,7 +19,7 @@ from megacoder.parallel.schedules import simulate
 from megacoder.parallel.schedules.draw import draw
 from megacoder.train.config import RunConfig
 from megacoder.train.planning.devices import Device, Shares, find_device
-from megacoder.train.planning.job import Job
+from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import Memory, rank_memory
 from megacoder.train.planning.scaling import Advice, advise, parse_count
 from megacoder.train.planning.search import RECOMPUTES, Fit, Found, Limits, search, variant_pipeline
@@ -167,13 +167,8 @@ def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[
     variant, reached, dims = fit.variant, fit.throughput, fit.variant.dims
     seconds = None if tokens is None else tokens / reached.tokens_per_second
     pipe = variant_pipeline(job, variant)
-    by_recompute = {
-        recompute: max(
-            rank_memory(job, replace(variant, recompute=recompute), pipe, rank, device_type=device_type).activations
-            for rank in range(dims.pp)
-        )
-        for recompute in RECOMPUTES
-    }
+    by_recompute = {recompute: _activations(job, replace(variant, recompute=recompute), device_type)
+                    for recompute in RECOMPUTES}  # fmt: skip
     return {
         "tp": dims.tp, "cp": dims.cp, "pp": dims.pp, "dp": dims.dp, "schedule": variant.schedule,
         "chunks": variant.chunks, "micro_batch_size": variant.micro_batch_size, "recompute": variant.recompute,
@@ -185,6 +180,14 @@ def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[
         "days": None if seconds is None else seconds / _SECONDS_PER_DAY,
         "device_hours": None if seconds is None else seconds / 3600 * dims.world_size,
     }  # fmt: skip
+
+
+def _activations(job: Job, variant: Variant, device_type: str) -> int:
+    """Of the rank that keeps most."""
+    pipe = variant_pipeline(job, variant)
+    return max(
+        rank_memory(job, variant, pipe, rank, device_type=device_type).activations for rank in range(variant.dims.pp)
+    )
 
 
 def _bytes(memory: Memory) -> dict[str, int]:

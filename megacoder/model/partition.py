@@ -39,7 +39,7 @@ class ExecutionConfig:
     """scheduled: this library's hand-written backward; plain: autograd (slower; for changing the block's code)"""
     recompute: Recompute = "none"
     """what a layer recomputes in its backward instead of keeping: nothing, norms, also its widest tensors, or all.
-    Under zb-h1 and zbv what is recomputed stays until the postponed weight gradients, so that it saves little"""
+    zb-h1, zbv and dualpipev then postpone only the weight gradients for which there is room, and idle more"""
     fp8: bool = False
     """compute the layers' matrix products in fp8, cast from bfloat16; attention, embedding and head do not use fp8"""
     cuda_graph: bool = False

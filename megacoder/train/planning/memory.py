@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 from megacoder.model.config import ModelConfig
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
+from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
 from megacoder.parallel.flat import ALIGNMENT
 from megacoder.parallel.schedules import Placement
 from megacoder.train.planning.job import Job, Variant
@@ -129,9 +129,10 @@ class _Units:
         per_token = kept_bytes_per_token(
             model, variant.recompute, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8
         )  # fmt: skip
+        waiting = waiting_bytes_per_token(model, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8)
         casts = kept_weight_bytes(model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
         return cls(
-            whole=tokens * per_token + casts, waiting=tokens * _waiting_bytes_per_token(job, variant),
+            whole=tokens * per_token + casts, waiting=tokens * waiting,
             head=2 * stream + 4 * variant.rows(job), boundary=stream,
         )  # fmt: skip
 
@@ -170,14 +171,6 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
     if placement.has_embedding(held.stage):
         moments.append(before + stream - layers * freed + space.embedding_backward)
     return max(moments)
-
-
-def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
-    """What a layer's four postponed weight gradients still read: their inputs and output gradients, of all T tokens."""
-    model, tp = job.model, variant.dims.tp
-    heads, kv_heads = model.local_heads(tp)
-    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
-    return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
 
 
 def _master_itemsize(job: Job, shards: int, device_type: str) -> int:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from plan_memory import ALLOWED, CASES, KINDS, measure
 from plan_published import ROWS, START, chosen_variant, fit, predict
 
@@ -11,14 +12,17 @@ from megacoder.cli import plan, plan_cluster
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
+from megacoder.model.replicas import late_parameters
 from megacoder.model.scheduled import waiting_share
+from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.schedules import SCHEDULES, Costs, build_schedule, limit_waiting, makespan, simulate
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.memory import least_memory, rank_memory
+from megacoder.train.planning.memory import least_memory, local_elements, rank_memory
 from megacoder.train.planning.pipelines import pipeline
 from megacoder.train.planning.scaling import advise, parse_count
 from megacoder.train.planning.search import Limits, search, variant_pipeline
@@ -296,6 +300,20 @@ def test_master_weights_are_counted_where_they_are_held(itemsize, dp, device_typ
     memory = rank_memory(job, variant, variant_pipeline(job, variant), 0, device_type=device_type)
     assert memory.optimizer / (memory.weights / itemsize) == pytest.approx(per_weight)
     assert least_memory(job, variant, device_type=device_type) <= memory.total
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("tied", "kv_heads", "tp"), [(True, 4, 1), (True, 2, 4), (False, 4, 2)])
+def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads, tp):
+    model = ModelConfig(vocab_size=500, hidden_size=40, intermediate_size=72, num_hidden_layers=4, head_dim=6,
+                        num_attention_heads=4, num_key_value_heads=kv_heads, tie_word_embeddings=tied)  # fmt: skip
+    variant = Variant(dims=ParallelDims(tp=tp, dp=3), bucket_elements=5000)
+    part = TransformerPart(model, variant.tp, layers=range(3), embedding=embedding, head=head)
+    flat = FlatParameters(
+        part.named_parameters(), dtype=torch.float32, device=torch.device("cpu"), num_shards=3,
+        late=late_parameters(part), bucket_elements=5000,
+    )  # fmt: skip
+    assert local_elements(model, variant, layers=3, embedding=embedding, head=head) == flat.numel
 
 
 def test_a_search_counts_the_memory_of_its_kind_of_device():

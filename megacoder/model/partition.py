@@ -61,12 +61,12 @@ class ExecutionConfig:
 
     def check_sizes(self, model: ModelConfig, *, tp: int = 1, tokens: int | None = None) -> None:
         """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
-        heads, kv_heads = model.local_heads(tp)
+        local = model.local_sizes(tp)
         sizes = {
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size // tp,
-            "num_attention_heads * head_dim": heads * model.head_dim,
-            "(num_attention_heads + 2 num_key_value_heads) * head_dim": (heads + 2 * kv_heads) * model.head_dim,
+            "intermediate_size": local.feed_forward,
+            "num_attention_heads * head_dim": local.attention,
+            "(num_attention_heads + 2 num_key_value_heads) * head_dim": local.qkv,
             "tokens of a microbatch": tokens or 0,
         }
         for name, size in sizes.items():

@@ -87,9 +87,7 @@ def kept_bytes_per_token(
 ) -> float:
     """What one layer keeps of each of this rank's T tokens, by the formula above."""
     stream = 1 / tp.size if tp.sequence_parallel else 1.0
-    heads, kv_heads = model.local_heads(tp.size)
-    d, f = model.hidden_size * stream, model.intermediate_size // tp.size
-    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
+    d, (heads, _, c, hk, f) = model.hidden_size * stream, model.local_sizes(tp.size)
     if recompute == "full":
         return itemsize * d
     if recompute == "selective":
@@ -116,9 +114,7 @@ def waiting_bytes_per_token(
     The inputs and output gradients of its four linears, of all tokens (gathered under sequence parallelism); in fp8
     their casts.
     """
-    heads, kv_heads = model.local_heads(tp.size)
-    d, f = model.hidden_size, model.intermediate_size // tp.size
-    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
+    d, (_, _, c, hk, f) = model.hidden_size, model.local_sizes(tp.size)
     return (1 if fp8 else itemsize) * (4 * d + c + hk + 3 * f)
 
 

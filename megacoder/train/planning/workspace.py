@@ -2,7 +2,8 @@
 
 The order is that of `megacoder.model.scheduled` and of the ops that it calls, line by line, since nothing else says
 what is alive at a time: a tensor lives until its name is bound to another, or its function returns. Whoever changes a
-tensor's lifetime there must change it here; `tools/check_plan.py` compares the two.
+tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
+chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
 
 Legend: B sequences, S tokens of a whole one, T tokens of a microbatch on this rank, N rows of the residual stream,
 D model dim, C fused QKV dim, F feed-forward dim, H query heads, G key-value heads, K head dim, P keys, e bytes an
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from megacoder.ops.attention import BLOCK_ELEMENTS, BLOCK_QUERIES
+from megacoder.model.config import LocalSizes
+from megacoder.ops.attention import block_shape
 from megacoder.ops.cross_entropy import chunk_tokens
-from megacoder.ops.linear import PARTIAL_ELEMENTS
+from megacoder.ops.linear import partial_rows
 from megacoder.parallel.context import ContextParallel
 from megacoder.train.planning.job import Job, Variant
 
@@ -96,7 +98,7 @@ class Workspace:
     def weight_gradients(self) -> int:
         """The peak while postponed weight gradients are computed."""
         dim = self.job.model.hidden_size
-        return self._partial(max(2 * self._ffn_columns, self._qkv_columns), dim)
+        return self._partial(max(2 * self._local.feed_forward, self._local.qkv), dim)
 
     @cached_property
     def head(self) -> int:
@@ -129,9 +131,9 @@ class Workspace:
         tape.take(0 if recompute in ("none", "norms") else 2 * self._ffn)
         tape.take(self._ffn)  # the activation
         self._start_reduce(tape)
-        model, dim, ffn = self.job.model, self.job.model.hidden_size, self._ffn_columns
+        dim, local = self.job.model.hidden_size, self._local
         if not postponed:
-            tape.passing(self._partial(2 * ffn, dim))
+            tape.passing(self._partial(2 * local.feed_forward, dim))
         self._end_reduce(tape)
         tape.take(self.stream)  # the gradient of the stream between attention and feed-forward
         if recompute in ("norms", "selective"):
@@ -145,12 +147,12 @@ class Workspace:
         self._attention_backward(tape)
         tape.give(self._whole_keys)
         if not postponed:
-            tape.passing(self._partial(dim, self._heads * model.head_dim))
+            tape.passing(self._partial(dim, local.attention))
         tape.take(self._qkv)
         self._start_reduce(tape)
         tape.give(self.stream)  # of the reduction before, whose name this one takes
         if not postponed:
-            tape.passing(self._partial(self._qkv_columns, dim))
+            tape.passing(self._partial(local.qkv, dim))
         self._end_reduce(tape)
         tape.take(self.stream)
         return tape.most
@@ -229,8 +231,8 @@ class Workspace:
     def _score_block(self, queries: int, keys: int) -> "_ScoreBlock":
         """The last block of a CPU's attention, which is the largest (see `megacoder.ops.attention`)."""
         e, together = self.job.itemsize, self.variant.micro_batch_size * self._heads
-        rows = min(queries, BLOCK_QUERIES[torch.float32 if e == FP32 else torch.bfloat16])
-        heads = min(together, max(1, BLOCK_ELEMENTS // (rows * keys)))
+        rows, heads = block_shape(queries, keys, torch.float32 if e == FP32 else torch.bfloat16)
+        heads = min(together, heads)
         keys_before = keys - rows if rows < queries else keys if heads < together else 0
         dim = self.job.model.head_dim
         return _ScoreBlock(
@@ -266,7 +268,7 @@ class Workspace:
         """A weight gradient in bf16, where the device cannot add a product to fp32."""
         if self.device_type != "cpu" or self.job.itemsize == FP32:
             return 0
-        return min(rows, max(1, PARTIAL_ELEMENTS // columns)) * columns * self.job.itemsize
+        return min(rows, partial_rows(columns)) * columns * self.job.itemsize
 
     @property
     def _shares_tokens(self) -> bool:
@@ -290,29 +292,25 @@ class Workspace:
     def _normed(self) -> int:
         return self.stream + self._statistics
 
+    @cached_property
+    def _local(self) -> LocalSizes:
+        return self.job.model.local_sizes(self.variant.dims.tp)
+
     @property
     def _heads(self) -> int:
-        return self.job.model.num_attention_heads // self.variant.dims.tp
+        return self._local.heads
 
     @property
     def _kv_heads(self) -> int:
-        return max(1, self.job.model.num_key_value_heads // self.variant.dims.tp)
-
-    @property
-    def _qkv_columns(self) -> int:
-        return (self._heads + 2 * self._kv_heads) * self.job.model.head_dim
-
-    @property
-    def _ffn_columns(self) -> int:
-        return self.job.model.intermediate_size // self.variant.dims.tp
+        return self._local.kv_heads
 
     @property
     def _qkv(self) -> int:
-        return self.job.itemsize * self.variant.tokens(self.job) * self._qkv_columns
+        return self.job.itemsize * self.variant.tokens(self.job) * self._local.qkv
 
     @property
     def _ffn(self) -> int:
-        return self.job.itemsize * self.variant.tokens(self.job) * self._ffn_columns
+        return self.job.itemsize * self.variant.tokens(self.job) * self._local.feed_forward
 
     @property
     def _own_key_elements(self) -> int:

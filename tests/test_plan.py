@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from megacoder.train.planning.search import Limits, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
 from megacoder.train.planning.work import layer_times, shard_link
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL_33B = PRESETS["33b"].model
 JOB_33B = Job(model=MODEL_33B, seq_length=4096, global_batch_size=512)
 
@@ -251,6 +253,30 @@ def test_advice_needs_no_model(capsys):
 def test_bad_input_is_one_line(words, message):
     with pytest.raises(ConfigError, match=message):
         plan_cluster.main(words)
+
+
+def test_what_a_run_does_and_the_plan_leaves_out_is_said(tmp_path, capsys):
+    text = (EXAMPLES / "pretrain_1.3b.toml").read_text()
+    path, words = tmp_path / "run.toml", ["--devices", "8", "--schedule", "1f1b", "--top", "1"]
+    path.write_text(text + "\n[execution]\ncuda_graph = true\nfp8 = true\n")
+    plan.main(["--model", str(path), *words])
+    shown = capsys.readouterr().out
+    assert "Not counted: execution.cuda_graph = true: the graph keeps its memory" in shown
+    assert "Not counted: execution.fp8 = true: give --fp8" in shown
+    path.write_text(text)
+    plan.main(["--model", str(path), *words, "--json"])
+    assert json.loads(capsys.readouterr().out)["not_counted"] == []
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
+def test_fp8_casts_are_counted(recompute):
+    variants = [Variant(dims=ParallelDims(tp=8, dp=8), recompute=recompute, fp8=fp8) for fp8 in (False, True)]
+    bf16, fp8 = (rank_memory(JOB_33B, variant, variant_pipeline(JOB_33B, variant), 0) for variant in variants)
+    weights = 2 * MODEL_33B.num_layer_matmul_params // 8
+    per_token = 2 * (4 * 7168 + (3 * 19200 + 2 * 56 * 128 + 2 * 8 * 128) // 8)
+    assert fp8.buffers - bf16.buffers <= weights + 4096 * per_token
+    assert fp8.total - bf16.total >= (weights if recompute in ("selective", "full") else 0)
+    assert fp8.buffers > bf16.buffers
 
 
 def test_a_device_can_be_given_as_a_toml_file(tmp_path):

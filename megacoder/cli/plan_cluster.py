@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
     device = find_device(args.device)
     if args.fp8 and device.fp8_tflops is None:
         raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")
-    job, advice = _job(args, tokens)
+    run = load_toml(RunConfig, Path(args.model)) if args.model.endswith(".toml") else None
+    job, advice = _job(args, run, tokens)
     found = search(job, device, Shares(), num_devices=args.devices, limits=_limits(args, job))
     if args.draw is not None and found.fits:
         best = found.fits[0].variant
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         draw(simulate(pipe.schedule, stage_costs(job, best, pipe, device, Shares())), args.draw)
         say(f"wrote {args.draw}" + (f": the first {pipe.schedule.num_microbatches} of {best.microbatches(job)} "
                                     "microbatches" if pipe.rounds_left_out else ""))  # fmt: skip
-    report = _report(args, job, device, found, advice, tokens)
+    report = {**_report(args, job, device, found, advice, tokens), "not_counted": _not_counted(args, run)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -105,10 +106,24 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"no layout of {args.devices} x {device.name} works; {_nearest_miss(found)}")
 
 
-def _job(args: ClusterArgs, tokens: float | None) -> tuple[Job, Advice | None]:
+def _not_counted(args: ClusterArgs, run: RunConfig | None) -> list[str]:
+    """What the run does and the plan leaves out."""
+    if run is None:
+        return []
+    left_out = []
+    if run.execution.cuda_graph:
+        left_out.append(
+            "execution.cuda_graph = true: the graph keeps its memory, so what evaluation and update need comes on top; "
+            "and no time is counted for launching kernels, with or without a graph"
+        )
+    if run.execution.fp8 and not args.fp8:
+        left_out.append("execution.fp8 = true: give --fp8 to plan with it")
+    return left_out
+
+
+def _job(args: ClusterArgs, run: RunConfig | None, tokens: float | None) -> tuple[Job, Advice | None]:
     assert args.model is not None
-    if args.model.endswith(".toml"):
-        run = load_toml(RunConfig, Path(args.model))
+    if run is not None:
         model, length, batch = run.model, run.data.stream.seq_length, run.global_batch_size
     else:
         preset = find_preset(args.model)
@@ -201,6 +216,8 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit{rejected}")
     for row in report["rejected"]:
         print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
+    for left_out in report["not_counted"]:
+        print(f"Not counted: {left_out}")
     if report["advice"] is not None:
         advice = report["advice"]
         print(

@@ -42,7 +42,7 @@ class Memory:
     activations: int
     """kept for backwards, at the peak"""
     buffers: int
-    """temporaries: of a layer's backward, a chunk of logits, what travels between stages"""
+    """temporaries: of a layer's backward with its fp8 casts, a chunk of logits, what travels between stages"""
 
     @property
     def total(self) -> int:

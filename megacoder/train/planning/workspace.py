@@ -5,6 +5,9 @@ what is alive at a time: a tensor lives until its name is bound to another, or i
 tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
 chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
 
+In fp8 a layer's casts are added as if all were alive at once, which is an upper bound of about a percent of a GPU's
+memory.
+
 Legend: B sequences, S tokens of a whole one, T tokens of a microbatch on this rank, N rows of the residual stream,
 D model dim, C fused QKV dim, F feed-forward dim, H query heads, G key-value heads, K head dim, P keys, e bytes an
 element. All of C, F, H, G are this rank's share.
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from megacoder.model.config import LocalSizes
+from megacoder.model.scheduled import waiting_bytes_per_token
 from megacoder.ops.attention import block_shape
 from megacoder.ops.cross_entropy import chunk_tokens
 from megacoder.ops.linear import partial_rows
@@ -79,6 +83,7 @@ class Workspace:
     def forward(self) -> int:
         """The peak of a layer's forward, including what it keeps, without its input."""
         tape = _Tape()
+        tape.take(self._casts(weights=True))
         self._attention_half(tape, adds_residual=True)
         tape.take(self._gathered, 2 * self._ffn, self._ffn)  # the input, gate and up, the activation
         self._reduce(tape)
@@ -122,6 +127,7 @@ class Workspace:
 
     def _backward(self, *, postponed: bool) -> int:
         tape, recompute = _Tape(), self.variant.recompute
+        tape.take(self._casts(weights=recompute not in ("none", "norms")))  # else the forward's are kept
         if recompute == "full":
             self._attention_half(tape, adds_residual=False)
         elif recompute != "none":
@@ -156,6 +162,15 @@ class Workspace:
         self._end_reduce(tape)
         tape.take(self.stream)
         return tape.most
+
+    def _casts(self, *, weights: bool) -> int:
+        """Of the inputs and output gradients of a layer's products, and of its weights, each in both layouts."""
+        if not self.variant.fp8:
+            return 0
+        model, tp = self.job.model, self.variant.tp
+        activations = waiting_bytes_per_token(model, itemsize=self.job.itemsize, tp=tp, fp8=True)
+        cast = self.variant.tokens(self.job) * activations
+        return int(2 * (cast + (model.num_layer_matmul_params // tp.size if weights else 0)))
 
     def _attention_half(self, tape: _Tape, *, adds_residual: bool) -> None:
         tape.take(self.stream if adds_residual else 0, self._normed)

@@ -25,6 +25,7 @@ from megacoder.parallel.schedules.placement import Placement, place_evenly
 from megacoder.parallel.schedules.program import build_program
 from megacoder.parallel.schedules.schedule import ScheduleError
 from megacoder.parallel.schedules.validate import peak_live
+from megacoder.parallel.schedules.waiting import limit_waiting
 from megacoder.parallel.tensor import ALONE
 
 RECOMPUTE = ("none", "selective", "full")
@@ -97,11 +98,14 @@ class Step:
     peak_live: int
 
 
-def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, **execution):
+def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, waiting_share=None, **execution):
     """The last of `times` equal steps; AssertionError unless they give the same bits."""
     schedule = build_schedule(name, num_ranks=world.size, num_microbatches=count)
     placement = placement_of(kind, schedule.stage_map.num_stages)
     config = config_of(sum(placement.layers_per_stage), tied)
+    if waiting_share is not None:
+        layers = placement.layers_per_stage
+        schedule = limit_waiting(schedule, layers=layers, waiting_share=waiting_share)
     held = schedule.stage_map.stages[world.rank]
     stages = build_stages(
         config, ALONE, cp=UNCUT, placement=placement, held=held, execution=ExecutionConfig(**execution)
@@ -175,6 +179,23 @@ def test_either_block_equals_one_process_and_recomputing_changes_no_bit(ranks, n
                 assert [
                     weight for weight in kept.grads if not torch.equal(step.grads[weight], kept.grads[weight])
                 ] == []
+
+
+def steps_of_every_share(world, name):
+    return [
+        train_step(world, name, "uneven", True, 5, dtype=torch.bfloat16, waiting_share=share, recompute=mode)
+        for share, mode in ((None, "none"), (1.4, "norms"), (2.7, "selective"), (16.1, "full"))
+    ]
+
+
+@pytest.mark.parametrize("name", ["zb-h1", "zbv", "dualpipev"])
+def test_computing_weight_gradients_early_changes_no_bit(ranks, name):
+    for steps in ranks.run(2, steps_of_every_share, name):
+        for step in steps[1:]:
+            assert step.losses == steps[0].losses
+            assert [
+                weight for weight, grad in steps[0].grads.items() if not torch.equal(step.grads[weight], grad)
+            ] == []
 
 
 class Alone:

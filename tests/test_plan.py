@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from plan_memory import ALLOWED, CASES, KINDS, measure
 from plan_published import ROWS, START, chosen_variant, fit, predict
 
@@ -11,20 +13,26 @@ from megacoder.cli import plan, plan_cluster
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
+from megacoder.model.replicas import late_parameters
+from megacoder.model.scheduled import waiting_share
+from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
 from megacoder.parallel.schedules.simulate import Costs, makespan, simulate
+from megacoder.parallel.schedules.waiting import limit_waiting
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.memory import least_memory, rank_memory
+from megacoder.train.planning.memory import least_memory, local_elements, rank_memory
 from megacoder.train.planning.pipelines import pipeline
 from megacoder.train.planning.scaling import advise, parse_count
 from megacoder.train.planning.search import Limits, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
 from megacoder.train.planning.work import layer_times, shard_link
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL_33B = PRESETS["33b"].model
 JOB_33B = Job(model=MODEL_33B, seq_length=4096, global_batch_size=512)
 
@@ -51,23 +59,35 @@ def test_the_quick_makespan_is_the_simulated_one(name):
         assert makespan(schedule, costs) == pytest.approx(simulate(schedule, costs).makespan, rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-h1", 1), ("zbv", 2)])
+@pytest.mark.parametrize(
+    ("name", "chunks", "recompute"),
+    [
+        ("1f1b", 1, "none"), ("interleaved", 3, "none"), ("zb-h1", 1, "none"), ("zb-h1", 1, "norms"),
+        ("zbv", 2, "none"), ("zbv", 2, "selective"), ("zbv", 2, "full"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("microbatches", [24, 40])
-def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name, chunks, microbatches):
-    variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks)
+def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name, chunks, recompute, microbatches):
+    variant = Variant(dims=ParallelDims(pp=4, dp=1), schedule=name, chunks=chunks, recompute=recompute)
     job = replace(JOB_33B, global_batch_size=microbatches)
     pipe = variant_pipeline(job, variant)
     assert pipe.rounds_left_out > 0
     whole = build_schedule(name, num_ranks=4, num_microbatches=microbatches, num_chunks=chunks)
+    if recompute != "none":
+        share = waiting_share(MODEL_33B, recompute)
+        whole = limit_waiting(whole, layers=pipe.placement.layers_per_stage, waiting_share=share)
     costs = stage_costs(job, variant, pipe, DEVICES["h800"], Shares())
     assert pipe.seconds(costs) == pytest.approx(simulate(whole, costs).makespan, rel=0.005)
     for rank, actions in enumerate(whole.ranks):
         layers = [len(pipe.placement.layers(stage)) for stage in whole.stage_map.stages[rank]]
-        live = most = 0
+        most = {"whole": 0, "waiting": 0}
+        live = dict(most)
         for op, _, chunk in actions:
-            live += layers[chunk] * ((op == "F") - (op in "BI"))
-            most = max(most, live)
-        assert max(held.whole for held in pipe.held[rank]) == most
+            live["whole"] += layers[chunk] * ((op == "F") - (op in "BI"))
+            live["waiting"] += layers[chunk] * ((op == "I") - (op == "W"))
+            most = {kind: max(most[kind], live[kind]) for kind in live}
+        assert max(held.whole for held in pipe.held[rank]) == most["whole"]
+        assert max(held.waiting for held in pipe.held[rank]) == most["waiting"]
 
 
 def test_layers_are_placed_as_the_run_places_them():
@@ -79,15 +99,29 @@ def test_layers_are_placed_as_the_run_places_them():
     assert variant_pipeline(JOB_33B, variant).placement == request.layout(8).placement
 
 
-@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20], ids=lambda index: str(CASES[index]))
+@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22], ids=lambda index: str(CASES[index]))
 def test_predicted_memory_is_what_ranks_allocate(ranks, index):
-    """Seven of the 21 layouts of tools/check_plan.py."""
+    """Eight of the 24 layouts of tools/check_plan.py."""
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):
         said = rank_memory(case.job, case.variant, pipe, rank, device_type="cpu", cp_rank=cp_rank)
         for kind in KINDS:
             assert getattr(said, kind) == pytest.approx(counted[kind], rel=ALLOWED), (rank, kind)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zbv", "dualpipev"])
+@pytest.mark.parametrize("recompute", ["norms", "selective", "full"])
+def test_recomputation_saves_no_less_memory_where_weight_gradients_are_postponed(schedule, recompute):
+    chunks = 1 if schedule == "zb-h1" else 2
+    kept = []
+    for name, count, mode in ((schedule, chunks, recompute), ("1f1b", 1, recompute), (schedule, chunks, "none")):
+        variant = Variant(dims=ParallelDims(pp=8, dp=8), schedule=name, chunks=count, recompute=mode)
+        pipe = variant_pipeline(JOB_33B, variant)
+        kept.append(max(rank_memory(JOB_33B, variant, pipe, rank).activations for rank in range(8)))
+    # 1f1b's first rank has 7 of the 62 layers, the largest of zbv 2 x 4; dualpipev holds 2 p + 1 of their 2 p chunks
+    assert kept[0] <= (1.0 if chunks == 1 else 1.25) * kept[1]
+    assert kept[0] < 0.9 * kept[2]
 
 
 def test_keeping_fewer_activations_costs_time():
@@ -100,8 +134,13 @@ def test_keeping_fewer_activations_costs_time():
 
 
 def test_the_quick_estimates_do_not_mislead_the_search():
-    for schedule, chunks, pp in (("1f1b", 1, 8), ("zbv", 2, 8), ("interleaved", 4, 4), ("1f1b", 1, 1)):
-        variant = Variant(dims=ParallelDims(tp=4, pp=pp, dp=16 // pp), schedule=schedule, chunks=chunks)
+    for schedule, chunks, pp, recompute in (
+        ("1f1b", 1, 8, "none"), ("zbv", 2, 8, "none"), ("interleaved", 4, 4, "none"), ("1f1b", 1, 1, "none"),
+        ("zb-h1", 1, 8, "norms"), ("zbv", 2, 8, "selective"), ("dualpipev", 2, 8, "full"),
+    ):  # fmt: skip
+        variant = Variant(
+            dims=ParallelDims(tp=4, pp=pp, dp=16 // pp), schedule=schedule, chunks=chunks, recompute=recompute
+        )
         pipe = variant_pipeline(JOB_33B, variant)
         exact = step_time(JOB_33B, variant, pipe, DEVICES["h800"], Shares()).total
         assert quick_seconds(JOB_33B, variant, DEVICES["h800"], Shares()) == pytest.approx(exact, rel=0.15)
@@ -218,6 +257,30 @@ def test_bad_input_is_one_line(words, message):
         plan_cluster.main(words)
 
 
+def test_what_a_run_does_and_the_plan_leaves_out_is_said(tmp_path, capsys):
+    text = (EXAMPLES / "pretrain_1.3b.toml").read_text()
+    path, words = tmp_path / "run.toml", ["--devices", "8", "--schedule", "1f1b", "--top", "1"]
+    path.write_text(text + "\n[execution]\ncuda_graph = true\nfp8 = true\n")
+    plan.main(["--model", str(path), *words])
+    shown = capsys.readouterr().out
+    assert "Not counted: execution.cuda_graph = true: the graph keeps its memory" in shown
+    assert "Not counted: execution.fp8 = true: give --fp8" in shown
+    path.write_text(text)
+    plan.main(["--model", str(path), *words, "--json"])
+    assert json.loads(capsys.readouterr().out)["not_counted"] == []
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
+def test_fp8_casts_are_counted(recompute):
+    variants = [Variant(dims=ParallelDims(tp=8, dp=8), recompute=recompute, fp8=fp8) for fp8 in (False, True)]
+    bf16, fp8 = (rank_memory(JOB_33B, variant, variant_pipeline(JOB_33B, variant), 0) for variant in variants)
+    weights = 2 * MODEL_33B.num_layer_matmul_params // 8
+    per_token = 2 * (4 * 7168 + (3 * 19200 + 2 * 56 * 128 + 2 * 8 * 128) // 8)
+    assert fp8.buffers - bf16.buffers <= weights + 4096 * per_token
+    assert fp8.total - bf16.total >= (weights if recompute in ("selective", "full") else 0)
+    assert fp8.buffers > bf16.buffers
+
+
 def test_a_device_can_be_given_as_a_toml_file(tmp_path):
     path = tmp_path / "board.toml"
     path.write_text("matrix_tflops = 100.0\nmemory_gb = 40.0\nmemory_gb_per_s = 900.0\nnode_gb_per_s = 50.0\n"
@@ -265,6 +328,20 @@ def test_master_weights_are_counted_where_they_are_held(itemsize, dp, device_typ
     memory = rank_memory(job, variant, variant_pipeline(job, variant), 0, device_type=device_type)
     assert memory.optimizer / (memory.weights / itemsize) == pytest.approx(per_weight)
     assert least_memory(job, variant, device_type=device_type) <= memory.total
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("tied", "kv_heads", "tp"), [(True, 4, 1), (True, 2, 4), (False, 4, 2)])
+def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads, tp):
+    model = ModelConfig(vocab_size=500, hidden_size=40, intermediate_size=72, num_hidden_layers=4, head_dim=6,
+                        num_attention_heads=4, num_key_value_heads=kv_heads, tie_word_embeddings=tied)  # fmt: skip
+    variant = Variant(dims=ParallelDims(tp=tp, dp=3), bucket_elements=5000)
+    part = TransformerPart(model, variant.tp, layers=range(3), embedding=embedding, head=head)
+    flat = FlatParameters(
+        part.named_parameters(), dtype=torch.float32, device=torch.device("cpu"), num_shards=3,
+        late=late_parameters(part), bucket_elements=5000,
+    )  # fmt: skip
+    assert local_elements(model, variant, layers=3, embedding=embedding, head=head) == flat.numel
 
 
 def test_a_search_counts_the_memory_of_its_kind_of_device():

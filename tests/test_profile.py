@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.journal import GroupNote, Journal, Operation
 from megacoder.parallel.tensor import TensorParallel
 from megacoder.parallel.world import World
+from megacoder.train.memory_table import kept_activations
 from megacoder.train.op_table import op_table
 from megacoder.train.phases import PhaseClock
 from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilization
@@ -121,6 +123,19 @@ def test_one_process_on_the_runs_own_data(case):
     assert measured.kept_by_formula == 2 * 2 * 32 * kept
     assert memory["activations and workspaces"] > measured.kept_by_formula
     assert memory["whole process"] > memory["weights"]
+
+
+def test_what_waits_for_weight_gradients_is_counted_as_kept(case):
+    mesh = SimpleNamespace(place=SimpleNamespace(pp=0), tp=TensorParallel())
+    kept = []
+    for recompute in ("none", "full"):
+        execution = ExecutionConfig(recompute=recompute)
+        config = case.config("waiting", parallel=ParallelConfig(schedule="zb-h1"), execution=execution)
+        kept.append(kept_activations(
+            config.model, config.layout(1), mesh, execution=execution, dtype=torch.float32, tokens=64
+        ))  # fmt: skip
+    assert kept[0] == 2 * 64 * 4 * (4 * 32 + 64 + 32 + 3 * 48), "inputs and output gradients of all linears"
+    assert kept[1] == 2 * 64 * 4 * 32, "nothing is postponed, and only the layers' inputs are kept"
 
 
 def test_plain_blocks_in_bf16_on_random_tokens(case):

@@ -179,6 +179,19 @@ def request(**changes):
     return LayoutRequest(model=model, **{**settings, **changes})
 
 
+def postponed(**execution):
+    """How many weight gradients wait for a W, by rank."""
+    parallel = ParallelConfig(pp=2, schedule="zb-h1", layers_per_stage=(1, 1))
+    layout = request(parallel=parallel, execution=ExecutionConfig(**execution)).layout(2)
+    return [sum(action.op == "W" for action in actions) for actions in layout.schedule.ranks]
+
+
+def test_layers_that_recompute_postpone_only_the_weight_gradients_that_there_is_room_for():
+    assert postponed() == postponed(block="plain", recompute="full") == [4, 4]
+    assert postponed(recompute="norms") == [1, 4]
+    assert postponed(recompute="full") == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("world_size", "changes", "message"),
     [

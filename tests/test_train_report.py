@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -85,6 +86,23 @@ def test_the_report_fetches_nothing_and_embeds_a_valid_picture(finished):
     texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
     assert "rank 1" in texts
     assert texts[0].startswith("1f1b: 2 ranks, 4 microbatches")
+
+
+def test_the_picture_is_of_what_the_ranks_run(finished, tmp_path):
+    """Weight gradients that would bring back what is recomputed are not drawn as postponed."""
+    copied = shutil.copytree(finished.output, tmp_path / "run")
+    text, shown = (copied / "run.toml").read_text(), []
+    for recompute, layers in (("none", "[1, 1]"), ("full", "[1, 1]"), ("full", "[1, 1, 1]")):
+        changed = text.replace('schedule = "1f1b"', f'schedule = "zb-h1"\nlayers_per_stage = {layers}')
+        (copied / "run.toml").write_text(changed.replace('recompute = "none"', f'recompute = "{recompute}"'))
+        reader, _ = report_of(copied)
+        drawn = [base64.b64decode(source.partition(";base64,")[2]).decode() for source in reader.sources]
+        shown.append((" ".join(reader.texts), drawn))
+    assert "weight" in shown[0][1][0]
+    assert shown[1][1] != shown[0][1]
+    assert "weight" not in shown[1][1][0]
+    assert "Settings have changed since then" in shown[2][0]
+    assert shown[2][1] == []
 
 
 def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):

@@ -105,6 +105,7 @@ class Case:
             ),
             parallel=from_dict(ParallelConfig, table, where=str(self)),
             seq_length=SEQ_LENGTH, global_batch_size=self.sequences, micro_batch_size=MICRO_BATCH,
+            execution=self.execution(),
         )  # fmt: skip
 
     def execution(self) -> ExecutionConfig:

@@ -1,4 +1,4 @@
-"""Measured against planned memory, per rank and kind, in 21 layouts.
+"""Measured against planned memory, per rank and kind, in 24 layouts.
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.
@@ -109,6 +109,9 @@ CASES = [
     _case(4, {"pp": 2, "tp": 2, "schedule": "zbv"}),
     _case(4, {"pp": 2, "schedule": "dualpipev"}, microbatches=8, tied=True),
     _case(4, {"cp": 2, "tp": 2}, recompute="selective", seq_length=128),
+    _case(4, {"pp": 4, "schedule": "zb-h1"}, recompute="selective"),
+    _case(2, {"pp": 2, "schedule": "zbv"}, recompute="full", dtype=BF16),
+    _case(4, {"pp": 2, "tp": 2, "schedule": "dualpipev"}, recompute="norms"),
 ]
 
 
@@ -148,15 +151,15 @@ def check_memory(*, quiet: bool) -> dict[str, Any]:
 def measure(world: World, case: Case) -> tuple[tuple[int, int], dict[str, int]]:
     """((pipeline rank, context parallel rank), bytes by kind) of one rank; all ranks of the case call it."""
     torch.set_num_threads(1)
-    job = case.job
+    job, execution = case.job, ExecutionConfig(recompute=case.recompute)  # type: ignore[arg-type]
     request = LayoutRequest(
         model=job.model, parallel=case.parallel, seq_length=job.seq_length,
-        global_batch_size=job.global_batch_size, micro_batch_size=case.micro_batch_size,
+        global_batch_size=job.global_batch_size, micro_batch_size=case.micro_batch_size, execution=execution,
     )  # fmt: skip
     layout = request.layout(world.size)
     mesh = Mesh(world, layout.dims, sequence_parallel=case.parallel.sequence_parallel)
     engine = Engine(
-        job.model, layout, mesh, execution=ExecutionConfig(recompute=case.recompute),  # type: ignore[arg-type]
+        job.model, layout, mesh, execution=execution,
         bucket_elements=case.parallel.bucket_elements, optimizer=AdamWConfig(), dtype=case.dtype, seed=1,
     )  # fmt: skip
     batches = SyntheticStream(

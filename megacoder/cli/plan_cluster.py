@@ -19,7 +19,7 @@ from megacoder.parallel.schedules.draw import draw
 from megacoder.parallel.schedules.simulate import simulate
 from megacoder.train.config import RunConfig
 from megacoder.train.planning.devices import Device, Shares, find_device
-from megacoder.train.planning.job import Job
+from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import Memory, rank_memory
 from megacoder.train.planning.scaling import Advice, advise, parse_count
 from megacoder.train.planning.search import RECOMPUTES, Fit, Found, Limits, search, variant_pipeline
@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
     device = find_device(args.device)
     if args.fp8 and device.fp8_tflops is None:
         raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")
-    job, advice = _job(args, tokens)
+    run = load_toml(RunConfig, Path(args.model)) if args.model.endswith(".toml") else None
+    job, advice = _job(args, run, tokens)
     found = search(job, device, Shares(), num_devices=args.devices, limits=_limits(args, job))
     if args.draw is not None and found.fits:
         best = found.fits[0].variant
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         draw(simulate(pipe.schedule, stage_costs(job, best, pipe, device, Shares())), args.draw)
         say(f"wrote {args.draw}" + (f": the first {pipe.schedule.num_microbatches} of {best.microbatches(job)} "
                                     "microbatches" if pipe.rounds_left_out else ""))  # fmt: skip
-    report = _report(args, job, device, found, advice, tokens)
+    report = {**_report(args, job, device, found, advice, tokens), "not_counted": _not_counted(args, run)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -105,10 +106,24 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"no layout of {args.devices} x {device.name} works; {_nearest_miss(found)}")
 
 
-def _job(args: ClusterArgs, tokens: float | None) -> tuple[Job, Advice | None]:
+def _not_counted(args: ClusterArgs, run: RunConfig | None) -> list[str]:
+    """What the run does and the plan leaves out."""
+    if run is None:
+        return []
+    left_out = []
+    if run.execution.cuda_graph:
+        left_out.append(
+            "execution.cuda_graph = true: the graph keeps its memory, so what evaluation and update need comes on top; "
+            "and no time is counted for launching kernels, with or without a graph"
+        )
+    if run.execution.fp8 and not args.fp8:
+        left_out.append("execution.fp8 = true: give --fp8 to plan with it")
+    return left_out
+
+
+def _job(args: ClusterArgs, run: RunConfig | None, tokens: float | None) -> tuple[Job, Advice | None]:
     assert args.model is not None
-    if args.model.endswith(".toml"):
-        run = load_toml(RunConfig, Path(args.model))
+    if run is not None:
         model, length, batch = run.model, run.data.stream.seq_length, run.global_batch_size
     else:
         preset = find_preset(args.model)
@@ -167,13 +182,8 @@ def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[
     variant, reached, dims = fit.variant, fit.throughput, fit.variant.dims
     seconds = None if tokens is None else tokens / reached.tokens_per_second
     pipe = variant_pipeline(job, variant)
-    by_recompute = {
-        recompute: max(
-            rank_memory(job, replace(variant, recompute=recompute), pipe, rank, device_type=device_type).activations
-            for rank in range(dims.pp)
-        )
-        for recompute in RECOMPUTES
-    }
+    by_recompute = {recompute: _activations(job, replace(variant, recompute=recompute), device_type)
+                    for recompute in RECOMPUTES}  # fmt: skip
     return {
         "tp": dims.tp, "cp": dims.cp, "pp": dims.pp, "dp": dims.dp, "schedule": variant.schedule,
         "chunks": variant.chunks, "micro_batch_size": variant.micro_batch_size, "recompute": variant.recompute,
@@ -187,6 +197,14 @@ def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[
     }  # fmt: skip
 
 
+def _activations(job: Job, variant: Variant, device_type: str) -> int:
+    """Of the rank that keeps most."""
+    pipe = variant_pipeline(job, variant)
+    return max(
+        rank_memory(job, variant, pipe, rank, device_type=device_type).activations for rank in range(variant.dims.pp)
+    )
+
+
 def _bytes(memory: Memory) -> dict[str, int]:
     return {**{field.name: getattr(memory, field.name) for field in fields(memory)}, "total": memory.total}
 
@@ -198,6 +216,8 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit{rejected}")
     for row in report["rejected"]:
         print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
+    for left_out in report["not_counted"]:
+        print(f"Not counted: {left_out}")
     if report["advice"] is not None:
         advice = report["advice"]
         print(

@@ -2,11 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 
-__all__ = ["ModelConfig"]
+__all__ = ["LocalSizes", "ModelConfig"]
+
+
+class LocalSizes(NamedTuple):
+    """Dims of what one of several tensor-parallel ranks computes in a layer."""
+
+    heads: int
+    """query heads"""
+    kv_heads: int
+    """with fewer of them than ranks, several ranks hold a copy of one"""
+    qkv: int
+    """columns of queries, keys and values together"""
+    attention: int
+    """columns of attention's output, which are those of the queries"""
+    feed_forward: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +109,16 @@ class ModelConfig:
         return 6.0 * self.num_matmul_params + self.attention_flops_per_token(seq_length, causal=causal)
 
     def local_heads(self, tp: int) -> tuple[int, int]:
-        """(H, G) of one of `tp` tensor-parallel ranks: with fewer key-value heads than ranks, several hold a copy."""
+        """(H, G) of one of `tp` tensor-parallel ranks."""
         return self.num_attention_heads // tp, max(1, self.num_key_value_heads // tp)
+
+    def local_sizes(self, tp: int) -> LocalSizes:
+        """Of one of `tp` tensor-parallel ranks."""
+        heads, kv_heads = self.local_heads(tp)
+        return LocalSizes(
+            heads, kv_heads, qkv=(heads + 2 * kv_heads) * self.head_dim, attention=heads * self.head_dim,
+            feed_forward=self.intermediate_size // tp,
+        )  # fmt: skip
 
     def check_tensor_parallel(self, size: int) -> None:
         """ConfigError, with the nearest sizes that work, unless `size` tensor-parallel ranks can share the model."""

@@ -39,7 +39,7 @@ class ExecutionConfig:
     """scheduled: this library's hand-written backward; plain: autograd (slower; for changing the block's code)"""
     recompute: Recompute = "none"
     """what a layer recomputes in its backward instead of keeping: nothing, norms, also its widest tensors, or all.
-    Under zb-h1 and zbv what is recomputed stays until the postponed weight gradients, so that it saves little"""
+    zb-h1, zbv and dualpipev then postpone only the weight gradients for which there is room, and idle more"""
     fp8: bool = False
     """compute the layers' matrix products in fp8, cast from bfloat16; attention, embedding and head do not use fp8"""
     cuda_graph: bool = False
@@ -61,12 +61,12 @@ class ExecutionConfig:
 
     def check_sizes(self, model: ModelConfig, *, tp: int, tokens: int | None = None) -> None:
         """ConfigError where fp8 cannot multiply a rank's share of the matrices, or `tokens` tokens of a microbatch."""
-        heads, kv_heads = model.local_heads(tp)
+        local = model.local_sizes(tp)
         sizes = {
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size // tp,
-            "num_attention_heads * head_dim": heads * model.head_dim,
-            "(num_attention_heads + 2 num_key_value_heads) * head_dim": (heads + 2 * kv_heads) * model.head_dim,
+            "intermediate_size": local.feed_forward,
+            "num_attention_heads * head_dim": local.attention,
+            "(num_attention_heads + 2 num_key_value_heads) * head_dim": local.qkv,
             "tokens of a microbatch": tokens or 0,
         }
         for name, size in sizes.items():

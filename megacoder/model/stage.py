@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from megacoder.model.config import ModelConfig
 from megacoder.model.places import Places
 from megacoder.model.scheduled import (
     Recompute,
@@ -41,7 +42,16 @@ from megacoder.parallel.cross_entropy import head_loss_sum, head_loss_with_grads
 from megacoder.parallel.layers import VocabParallelEmbedding
 from megacoder.parallel.tensor import start_gather
 
-__all__ = ["ForwardOnly", "Microbatch", "ModelStage", "SavedStage", "Stage", "forward_backward", "forward_loss"]
+__all__ = [
+    "ForwardOnly",
+    "Microbatch",
+    "ModelStage",
+    "SavedStage",
+    "Stage",
+    "forward_backward",
+    "forward_loss",
+    "kept_head_bytes_per_row",
+]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,11 @@ class SavedHead:
     summed: Tensor
     """residual stream after the last layer (T, D)"""
     rstd: Tensor
+
+
+def kept_head_bytes_per_row(model: ModelConfig, *, itemsize: int) -> int:
+    """What `SavedHead` takes for each row of the residual stream."""
+    return 2 * itemsize * model.hidden_size + 4
 
 
 @dataclass(slots=True)

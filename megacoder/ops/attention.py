@@ -32,6 +32,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_reference",
+    "block_shape",
     "causal_mask",
 ]
 
@@ -152,6 +153,12 @@ def _backend(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -
     )
 
 
+def block_shape(num_queries: int, num_keys: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(queries, heads) that the blocked path works on together: at most BLOCK_ELEMENTS scores, or one head."""
+    size = min(num_queries, BLOCK_QUERIES.get(dtype, 64))
+    return size, max(1, BLOCK_ELEMENTS // (size * num_keys))
+
+
 class _Block(NamedTuple):
     """Queries that are processed together, and the keys that any of them sees."""
 
@@ -172,13 +179,12 @@ class _Block(NamedTuple):
 
 
 def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Iterator[_Block]:
-    """The blocks, each of at most BLOCK_ELEMENTS scores or one head; of a single sequence where there are documents."""
+    """The blocks (see `block_shape`); each is of a single sequence where there are documents."""
     batch, num_heads, length, _ = q_BHSK.shape
     first_keys_BS = None if documents is None else documents.first_keys_BS
     if first_keys_BS is not None:
         _check(first_keys_BS, batch, range(query_start, query_start + length))
-    size = min(length, BLOCK_QUERIES.get(q_BHSK.dtype, 64))
-    heads = max(1, BLOCK_ELEMENTS // (size * (query_start + length)))
+    size, heads = block_shape(length, query_start + length, q_BHSK.dtype)
     in_turn, together = (1, batch * num_heads) if first_keys_BS is None else (batch, num_heads)
     for sequence in range(in_turn):
         end = (sequence + 1) * together

@@ -27,6 +27,7 @@ __all__ = [
     "for_later",
     "linear_forward",
     "linear_input_grad",
+    "partial_rows",
 ]
 
 Factor = Tensor | Fp8Factor
@@ -97,6 +98,11 @@ def linear_input_grad(grad_out_TO: Factor, weight_OI: Factor) -> Tensor:
     return grad_out_TO @ weight_OI
 
 
+def partial_rows(num_inputs: int) -> int:
+    """Rows of a weight gradient that a CPU computes in bf16 at a time."""
+    return max(1, PARTIAL_ELEMENTS // num_inputs)
+
+
 def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Factor) -> None:
     """grad_weight += grad_out^T x, the sum in fp32."""
     if isinstance(grad_out_TO, Fp8Factor):
@@ -124,7 +130,7 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
     if name == "torch":
         grad_weight_OI += grad_out_TO.t() @ x_TI
         return
-    rows = max(1, PARTIAL_ELEMENTS // x_TI.shape[1])
+    rows = partial_rows(x_TI.shape[1])
     for grad_RI, grad_out_TR in zip(grad_weight_OI.split(rows), grad_out_TO.split(rows, dim=1), strict=True):
         partial_RI = grad_out_TR.t() @ x_TI
         kernels().accumulate(

@@ -12,13 +12,13 @@ bucket's end is padded to a multiple of the number of data-parallel ranks, each 
 bucket. Padding stays zero.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BUCKET_ELEMENTS", "Bucket", "FlatParameters", "FlatSlot", "OwnedRange"]
+__all__ = ["BUCKET_ELEMENTS", "Bucket", "FlatParameters", "FlatSlot", "OwnedRange", "cut_buckets"]
 
 ALIGNMENT = 64
 """Elements; 128 bytes in bf16, so that every view starts on a cache line and a vector load."""
@@ -122,18 +122,29 @@ class FlatParameters:
 
     def _cut(self, numbered: list[tuple[int, tuple[str, nn.Parameter]]], *, late: bool, bucket_elements: int) -> None:
         """Appends buckets for these parameters, each with its index in the order given."""
-        slots: list[FlatSlot] = []
-        start = end = self.numel
-        first_use = 0
-        for index, (name, param) in numbered:
-            first_use = first_use if slots else index
-            slots.append(FlatSlot(name, param, end))
-            end += _round_up(param.numel(), ALIGNMENT)
-            if end - start >= bucket_elements or index == numbered[-1][0]:
-                end = start + _round_up(end - start, ALIGNMENT * self.num_shards)
-                self.buckets.append(Bucket(slots=tuple(slots), start=start, stop=end, late=late, first_use=first_use))
-                slots, start = [], end
-        self.numel = end
+        sizes = [param.numel() for _, (_, param) in numbered]
+        remaining = iter(numbered)
+        for starts, elements in cut_buckets(sizes, num_shards=self.num_shards, bucket_elements=bucket_elements):
+            members = [(start, *next(remaining)) for start in starts]
+            slots = [FlatSlot(name, param, self.numel + start) for start, _, (name, param) in members]
+            stop = self.numel + elements
+            self.buckets.append(
+                Bucket(slots=tuple(slots), start=self.numel, stop=stop, late=late, first_use=members[0][1])
+            )
+            self.numel = stop
+
+
+def cut_buckets(
+    sizes: Sequence[int], *, num_shards: int, bucket_elements: int = BUCKET_ELEMENTS
+) -> Iterator[tuple[list[int], int]]:
+    """The buckets of parameters of so many elements: (where each of its parameters starts in it, its elements)."""
+    starts, end = list[int](), 0
+    for index, size in enumerate(sizes):
+        starts.append(end)
+        end += _round_up(size, ALIGNMENT)
+        if end >= bucket_elements or index == len(sizes) - 1:
+            yield starts, _round_up(end, ALIGNMENT * num_shards)
+            starts, end = [], 0
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -27,7 +27,14 @@ from megacoder.parallel.buckets import BucketTraffic
 from megacoder.parallel.collectives import all_reduce_sum, group_rank
 from megacoder.parallel.flat import Bucket, FlatParameters
 
-__all__ = ["Zero1AdamW"]
+__all__ = ["Zero1AdamW", "master_dtype"]
+
+
+def master_dtype(weights: torch.dtype, num_shards: int, device_type: str) -> torch.dtype | None:
+    """Of the master weights beside the weights: int16 where these are their upper half, None where all of them."""
+    if weights == torch.float32 and num_shards == 1:  # the slices of several ranks are not contiguous
+        return None
+    return torch.int16 if weights == torch.bfloat16 and device_type == "cpu" else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +81,9 @@ class Zero1AdamW:
         self.norm_group = group if norm_group is None else norm_group
         self.traffic = BucketTraffic(flat, group)
         self.num_updates = 0
-        # In fp32 a single rank's weights are its master copy. With several ranks a rank's slices are not contiguous.
-        self._is_own_master = flat.weight.dtype == torch.float32 and flat.num_shards == 1
+        self._master_dtype = master_dtype(flat.weight.dtype, flat.num_shards, flat.weight.device.type)
+        self._is_split = self._master_dtype == torch.int16
         self._parts = list(self._cut(sorted(counted_elsewhere, key=lambda part: part.start)))
-        self._is_split = flat.weight.dtype == torch.bfloat16 and flat.weight.device.type == "cpu"
         self._master = self._first_master()
         self.exp_avg = torch.zeros_like(self._master, dtype=torch.float32)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -107,7 +113,7 @@ class Zero1AdamW:
 
     def held(self) -> list[Tensor]:
         """The memory that this rank's state takes beside weights and gradients."""
-        return [*([] if self._is_own_master else [self._master]), self.exp_avg, self.exp_avg_sq]
+        return [*([] if self._master_dtype is None else [self._master]), self.exp_avg, self.exp_avg_sq]
 
     def gradients(self) -> Tensor:
         """This rank's slices of the gradient sums over all ranks, copied, laid out as `state()`; `step` may follow."""
@@ -130,10 +136,9 @@ class Zero1AdamW:
 
     def _first_master(self) -> Tensor:
         """The initial `_master`, when the weights are as they were drawn."""
-        if self._is_own_master:
+        if self._master_dtype is None:
             return self.flat.weight
-        dtype = torch.int16 if self._is_split else torch.float32
-        master = self.flat.weight.new_zeros(self._parts[-1].local.stop, dtype=dtype)
+        master = self.flat.weight.new_zeros(self._parts[-1].local.stop, dtype=self._master_dtype)
         if not self._is_split:
             for part in self._parts:
                 master[part.local] = self.flat.weight[part.flat]

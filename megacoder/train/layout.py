@@ -10,6 +10,7 @@ from functools import cached_property
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.scheduled import Recompute, waiting_share
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import ParallelDims
@@ -19,9 +20,10 @@ from megacoder.parallel.schedules.program import Program, build_program, check_p
 from megacoder.parallel.schedules.schedule import Schedule, forwards_only
 from megacoder.parallel.schedules.simulate import Costs
 from megacoder.parallel.schedules.validate import check_schedule
+from megacoder.parallel.schedules.waiting import limit_waiting
 from megacoder.parallel.tensor import TensorParallel
 
-__all__ = ["Layout", "LayoutRequest", "layer_costs"]
+__all__ = ["Layout", "LayoutRequest", "layer_costs", "limited_share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,19 @@ class LayoutRequest:
         except ConfigError as error:
             raise ConfigError(f"{error}; {self._advice(dims, world_size)}") from None
         schedule = self._schedule(dims, self.global_batch_size // (dims.dp * self.micro_batch_size))
-        check_schedule(schedule)
         costs = layer_costs(self.model, self.seq_length)
-        return Layout(dims=dims, schedule=schedule, placement=self._place(schedule, costs), layer_costs=costs)
+        placement = self._place(schedule, costs)
+        share = self._limited_share(dims)
+        if share is not None:
+            schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=share)
+        check_schedule(schedule)
+        return Layout(dims=dims, schedule=schedule, placement=placement, layer_costs=costs)
+
+    def _limited_share(self, dims: ParallelDims) -> float | None:
+        if self.execution.block == "plain":  # nothing waits there
+            return None
+        tp = TensorParallel(size=dims.tp, sequence_parallel=self.parallel.sequence_parallel)
+        return limited_share(self.model, self.execution.recompute, tp=tp, fp8=self.execution.fp8)
 
     def _schedule(self, dims: ParallelDims, num_microbatches: int) -> Schedule:
         parallel = self.parallel
@@ -154,6 +166,14 @@ class Layout:
             forward=tuple(a + b for a, b in zip(layers, head, strict=True)),
             input_grad=tuple(layers), weight_grad=tuple(layers),
         )  # fmt: skip
+
+
+def limited_share(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel, fp8: bool) -> float | None:
+    """The `waiting_share` within which a schedule's weight gradients are postponed; None: all are, as it says.
+
+    Limited where layers recompute: who recomputes wants memory rather than a shorter bubble.
+    """
+    return None if recompute == "none" else waiting_share(model, recompute, tp=tp, fp8=fp8)
 
 
 def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:

@@ -185,12 +185,6 @@ class Trainer:
                 "(schedule.warmup_steps or warmup_tokens), so the learning rate never reaches schedule.peak_lr = "
                 f"{config.schedule.peak_lr:g}"
             )
-        recompute = config.execution.recompute
-        if recompute in ("selective", "full") and schedule.name in ("zb-h1", "zbv") and layout.dims.pp > 1:
-            say(
-                f'execution.recompute = "{recompute}" saves little memory under {schedule.name}, which keeps what is '
-                "recomputed for the postponed weight gradients; another parallel.schedule saves more"
-            )
 
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""

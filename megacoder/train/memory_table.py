@@ -16,7 +16,7 @@ from torch.profiler import profile
 from megacoder.core.memory import peak_process_memory
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
+from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.schedules.validate import peak_live
 from megacoder.train.engine import Engine
@@ -61,11 +61,12 @@ def kept_activations(
         return None
     schedule, rank = layout.schedule, mesh.place.pp
     num_layers = sum(len(layout.placement.layers(stage)) for stage in schedule.stage_map.stages[rank])
-    live = peak_live(schedule.ranks[rank]) / schedule.num_chunks
     recompute, fp8 = execution.recompute, execution.fp8
     per_token = kept_bytes_per_token(model, recompute, itemsize=dtype.itemsize, tp=mesh.tp, fp8=fp8)
-    weights = kept_weight_bytes(model, recompute, tp=mesh.tp, fp8=fp8)
-    return int(live * num_layers * (tokens * per_token + weights))
+    whole = tokens * per_token + kept_weight_bytes(model, recompute, tp=mesh.tp, fp8=fp8)
+    waiting = tokens * waiting_bytes_per_token(model, itemsize=dtype.itemsize, tp=mesh.tp, fp8=fp8)
+    live = peak_live(schedule.ranks[rank], waiting_share=waiting / whole) / schedule.num_chunks
+    return int(live * num_layers * whole)
 
 
 def largest_growth(recorded: profile) -> int:

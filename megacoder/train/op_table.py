@@ -107,7 +107,7 @@ class _Case:
     @property
     def width(self) -> int:
         """F."""
-        return self.model.intermediate_size // self.tp.size
+        return self.model.local_sizes(self.tp.size).feed_forward
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device)

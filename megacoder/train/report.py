@@ -2,18 +2,18 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
-from megacoder.core.errors import MegacoderError
+from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.core.files import write_text
 from megacoder.core.html import Series, line_chart, page, paragraph, picture, section, tiles, value_table
 from megacoder.data.blend import blend_counts, blend_table
 from megacoder.parallel.schedules.draw import picture_of
-from megacoder.parallel.schedules.generators import build_schedule
 from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
@@ -157,9 +157,14 @@ def _schedule(config: RunConfig, reader: CheckpointReader | None) -> str:
         return section(title, paragraph(text + " No pipeline, so no schedule to draw."))
     microbatches = config.global_batch_size // (config.micro_batch_size * sizes["dp"])
     drawn = min(microbatches, _DRAWN_MICROBATCHES_PER_RANK * pp)
-    schedule = build_schedule(
-        config.parallel.schedule, num_ranks=pp, num_microbatches=drawn, num_chunks=config.parallel.chunks
-    )
+    shorter = replace(
+        config, parallel=replace(config.parallel, tp=sizes["tp"], cp=sizes["cp"], pp=pp, dp=sizes["dp"]),
+        global_batch_size=drawn * config.micro_batch_size * sizes["dp"],
+    )  # fmt: skip
+    try:
+        schedule = shorter.layout(math.prod(sizes.values())).schedule
+    except ConfigError:
+        return section(title, paragraph(text + " Settings have changed since then, so there is no schedule to draw."))
     share = 1 / schedule.num_chunks
     costs = Costs.uniform(schedule.stage_map.num_stages, forward=share, input_grad=share, weight_grad=share)
     more = f" The first {drawn} of {microbatches:,} microbatches of a step." if drawn < microbatches else ""

@@ -5,5 +5,6 @@
     program = build_program(schedule)  # program; what a runner executes
 
 Read in this order: `schedule` (the types and the two dependency rules), `generators`, `validate`, `simulate`,
-`program`; beside them `placement` (layers to stages) and `draw` with its `picture`. Nothing here imports torch.
+`program`; beside them `placement` (layers to stages), `waiting` (which weight gradients are postponed) and `draw` with
+its `picture`. Nothing here imports torch.
 """

@@ -1,20 +1,29 @@
 """Bytes that each rank of a pipeline needs, by kind.
 
-Weights, gradients and optimizer state follow the flat buffers' own arithmetic (`megacoder.parallel.flat`), exact to the
-byte except for which parameters share a bucket. Activations are what layers keep under
-`megacoder.model.scheduled.Recompute`, times the most microbatches that the schedule holds on this rank. Buffers are the
-temporaries of one layer's backward or a chunk of logits, and what travels between stages: the peak of everything
-together less the peak of the activations, which may be at another moment.
+Weights, gradients and optimizer state are exact: the model's own parameters, made without memory, cut into buckets as
+the flat buffers are. Activations are what layers keep under `megacoder.model.scheduled.Recompute`, times the most
+microbatches that the schedule holds on this rank. Buffers are the temporaries of one layer's backward or a chunk of
+logits, and what travels between stages: the peak of everything together less the peak of the activations, which may be
+at another moment.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import groupby
 from typing import Self
 
+import torch
+
 from megacoder.model.config import ModelConfig
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
-from megacoder.parallel.flat import ALIGNMENT
+from megacoder.model.replicas import late_parameters
+from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
+from megacoder.model.stage import kept_head_bytes_per_row
+from megacoder.model.transformer import TransformerPart
+from megacoder.parallel.context import UNCUT
+from megacoder.parallel.flat import cut_buckets
 from megacoder.parallel.schedules.placement import Placement
+from megacoder.parallel.tensor import TensorParallel
+from megacoder.parallel.zero import master_dtype
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.pipelines import Held, Pipeline
 from megacoder.train.planning.workspace import Workspace
@@ -34,7 +43,7 @@ class Memory:
     activations: int
     """kept for backwards, at the peak"""
     buffers: int
-    """temporaries: of a layer's backward, a chunk of logits, what travels between stages"""
+    """temporaries: of a layer's backward with its fp8 casts, a chunk of logits, what travels between stages"""
 
     @property
     def total(self) -> int:
@@ -76,42 +85,34 @@ def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> fl
 
 def local_elements(model: ModelConfig, variant: Variant, *, layers: int, embedding: bool, head: bool) -> int:
     """Elements of the flat buffers of a rank with so many layers, padding included."""
-    tp, dim = variant.dims.tp, model.hidden_size
-    heads, kv_heads = model.local_heads(tp)
-    qkv = (heads + 2 * kv_heads) * model.head_dim * dim
-    others = [
-        heads * model.head_dim * dim,
-        2 * model.intermediate_size // tp * dim,
-        model.intermediate_size // tp * dim,
+    parameters = [
+        entry
+        for is_layer, group in _parameters(model, variant.tp, embedding=embedding, head=head)
+        for entry in group * (layers if is_layer else 1)
     ]
-    table = model.padded_vocab_size // tp * dim
-    shares_tokens = tp > 1 and variant.sequence_parallel
-    copies_heads = model.num_key_value_heads < tp
-    ready: list[int] = []
-    late: list[int] = []
-    if embedding or (head and model.tie_word_embeddings):
-        (late if model.tie_word_embeddings and embedding != head else ready).append(table)
-    for _ in range(layers):
-        (late if shares_tokens else ready).append(dim)
-        (late if copies_heads else ready).append(qkv)
-        ready += others[:1]
-        (late if shares_tokens else ready).append(dim)
-        ready += others[1:]
-    if head:
-        (late if shares_tokens else ready).append(dim)
-        ready += [] if model.tie_word_embeddings else [table]
     shards = variant.dims.dp * variant.dims.cp
-    return sum(sum(_buckets(sizes, shards=shards, bucket_elements=variant.bucket_elements)) for sizes in (ready, late))
+    return sum(
+        elements
+        for is_late in (False, True)
+        for _, elements in cut_buckets(
+            [size for size, late in parameters if late == is_late],
+            num_shards=shards, bucket_elements=variant.bucket_elements,
+        )
+    )  # fmt: skip
 
 
-def _buckets(sizes: Sequence[int], *, shards: int, bucket_elements: int) -> Iterator[int]:
-    """As `FlatParameters` cuts them."""
-    filled = 0
-    for index, size in enumerate(sizes):
-        filled += _round_up(size, ALIGNMENT)
-        if filled >= bucket_elements or index == len(sizes) - 1:
-            yield _round_up(filled, ALIGNMENT * shards)
-            filled = 0
+@lru_cache(maxsize=256)
+def _parameters(
+    model: ModelConfig, tp: TensorParallel, *, embedding: bool, head: bool
+) -> tuple[tuple[bool, tuple[tuple[int, bool], ...]], ...]:
+    """(elements, whether its gradient is late) of the parameters in order, those of a layer once, beside True."""
+    with torch.device("meta"):
+        part = TransformerPart(model, tp, cp=UNCUT, layers=(0,), embedding=embedding, head=head)
+    late = {id(param) for param in late_parameters(part)}
+    grouped = groupby(part.named_parameters(), key=lambda named: named[0].startswith("layers."))
+    return tuple(
+        (is_layer, tuple((param.numel(), id(param) in late) for _, param in group)) for is_layer, group in grouped
+    )
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,11 @@ class _Units:
         per_token = kept_bytes_per_token(
             model, variant.recompute, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8
         )  # fmt: skip
+        waiting = waiting_bytes_per_token(model, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8)
         casts = kept_weight_bytes(model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
         return cls(
-            whole=tokens * per_token + casts, waiting=tokens * _waiting_bytes_per_token(job, variant),
-            head=2 * stream + 4 * variant.rows(job), boundary=stream,
+            whole=tokens * per_token + casts, waiting=tokens * waiting,
+            head=variant.rows(job) * kept_head_bytes_per_row(model, itemsize=job.itemsize), boundary=stream,
         )  # fmt: skip
 
     def kept(self, held: Held) -> float:
@@ -172,20 +174,7 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
     return max(moments)
 
 
-def _waiting_bytes_per_token(job: Job, variant: Variant) -> float:
-    """What a layer's four postponed weight gradients still read: their inputs and output gradients, of all T tokens."""
-    model, tp = job.model, variant.dims.tp
-    heads, kv_heads = model.local_heads(tp)
-    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
-    return float(job.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size // tp + hk + c))
-
-
 def _master_itemsize(job: Job, shards: int, device_type: str) -> int:
-    """Bytes of a master weight beside the weights, as `Zero1AdamW` holds them."""
-    if job.itemsize == 4:
-        return 0 if shards == 1 else 4
-    return 2 if device_type == "cpu" else 4
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
+    """Bytes of a master weight beside the weights."""
+    dtype = master_dtype(torch.float32 if job.itemsize == 4 else torch.bfloat16, shards, device_type)
+    return 0 if dtype is None else dtype.itemsize

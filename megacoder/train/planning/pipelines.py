@@ -21,6 +21,7 @@ from megacoder.parallel.schedules.placement import Placement, place_by_cost
 from megacoder.parallel.schedules.program import Exchange, Program, Send
 from megacoder.parallel.schedules.schedule import Op, Schedule, StageMap, StageTensor
 from megacoder.parallel.schedules.simulate import Costs, makespan
+from megacoder.parallel.schedules.waiting import limit_waiting
 from megacoder.train.layout import Layout, layer_costs
 
 __all__ = ["Held", "Pipeline", "pipeline"]
@@ -84,21 +85,43 @@ class Pipeline:
 
 
 @lru_cache(maxsize=4096)
-def pipeline(name: str, *, ranks: int, chunks: int, microbatches: int, model: ModelConfig, seq_length: int) -> Pipeline:
-    """The pipeline of `microbatches`; ConfigError if there are more stages than layers for them."""
+def pipeline(
+    name: str,
+    *,
+    ranks: int,
+    chunks: int,
+    microbatches: int,
+    model: ModelConfig,
+    seq_length: int,
+    limited_share: float | None = None,
+) -> Pipeline:
+    """The pipeline of `microbatches`; ConfigError if there are more stages than layers for them.
+
+    `limited_share` is that of `megacoder.train.layout`.
+    """
     left_out = max(0, microbatches // ranks - (_ROUNDS if ranks > 1 else 1))
     few = microbatches - left_out * ranks
-    short = _build(name, ranks, chunks, few, model, seq_length)
+    short = _build(name, ranks, chunks, few, model, seq_length, limited_share)
     if not left_out:
         return short
-    longer = _build(name, ranks, chunks, few + ranks, model, seq_length)
+    longer = _build(name, ranks, chunks, few + ranks, model, seq_length, limited_share)
     return Pipeline(short.layout, longer, left_out)
 
 
 @lru_cache(maxsize=4096)
-def _build(name: str, ranks: int, chunks: int, microbatches: int, model: ModelConfig, seq_length: int) -> Pipeline:
+def _build(
+    name: str,
+    ranks: int,
+    chunks: int,
+    microbatches: int,
+    model: ModelConfig,
+    seq_length: int,
+    limited_share: float | None,
+) -> Pipeline:
     schedule = build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=chunks)
     placement = _place(schedule.stage_map, model, seq_length)
+    if limited_share is not None:
+        schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=limited_share)
     costs = layer_costs(model, seq_length)
     return Pipeline(Layout(dims=ParallelDims(pp=ranks), schedule=schedule, placement=placement, layer_costs=costs))
 

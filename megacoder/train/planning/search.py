@@ -14,6 +14,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import Recompute
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import Axis, ParallelDims
+from megacoder.train.layout import limited_share
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import Memory, least_memory, rank_memory
@@ -140,6 +141,7 @@ def variant_pipeline(job: Job, variant: Variant) -> Pipeline:
     return pipeline(
         variant.schedule, ranks=variant.dims.pp, chunks=variant.chunks, microbatches=variant.microbatches(job),
         model=job.model, seq_length=job.seq_length,
+        limited_share=limited_share(job.model, variant.recompute, tp=variant.tp, fp8=variant.fp8),
     )  # fmt: skip
 
 

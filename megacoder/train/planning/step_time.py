@@ -8,6 +8,7 @@ during the last microbatch's backward and weights arrive during the first one's 
 from dataclasses import dataclass
 
 from megacoder.parallel.schedules.simulate import Costs
+from megacoder.train.layout import limited_share
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import local_elements
@@ -73,9 +74,18 @@ def quick_seconds(job: Job, variant: Variant, device: Device, shares: Shares) ->
     head = head_seconds(job, variant, device, shares)
     work = job.model.num_hidden_layers * (layer.forward + layer.input_grad + layer.weight_grad) + head
     p, microbatches = variant.dims.pp, variant.microbatches(job)
-    fill = {"zb-h1": 1 / 3, "zbv": 1 / 6, "dualpipev": 1 / 6}.get(variant.schedule, 1 / variant.chunks)
     hops = 2 * variant.chunks * (p - 1) * (boundary_seconds(job, variant, device, shares) if p > 1 else 0.0)
-    return (microbatches + (p - 1) * fill) * work / p + hops
+    return (microbatches + (p - 1) * _fill(job, variant)) * work / p + hops
+
+
+def _fill(job: Job, variant: Variant) -> float:
+    """Idle time per pipeline rank but one, in microbatches."""
+    ends = {"zb-h1": (1 / 3, 1.0), "zbv": (1 / 6, 2 / 3), "dualpipev": (1 / 6, 2 / 3)}
+    if variant.schedule not in ends:
+        return 1 / variant.chunks
+    postponed, at_once = ends[variant.schedule]  # all weight gradients
+    share = limited_share(job.model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
+    return postponed if share is None else postponed + (at_once - postponed) * max(0.0, 1 - 1 / share)
 
 
 def throughput(job: Job, variant: Variant, device: Device, seconds: float) -> Throughput:

@@ -61,9 +61,8 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
     """Of one layer."""
     model, dims, e = job.model, variant.dims, job.itemsize
     tokens, rows = variant.tokens(job), variant.rows(job)
-    tp, dim, ffn = dims.tp, model.hidden_size, model.intermediate_size // variant.dims.tp
-    heads, kv_heads = model.local_heads(tp)
-    hk, c = heads * model.head_dim, (heads + 2 * kv_heads) * model.head_dim
+    tp, dim = dims.tp, model.hidden_size
+    _, kv_heads, c, hk, ffn = model.local_sizes(tp)
     rate = _product_rate(variant, device, shares)
 
     def product(inner: int, outer: int) -> float:

@@ -2,7 +2,11 @@
 
 The order is that of `megacoder.model.scheduled` and of the ops that it calls, line by line, since nothing else says
 what is alive at a time: a tensor lives until its name is bound to another, or its function returns. Whoever changes a
-tensor's lifetime there must change it here; `tools/check_plan.py` compares the two.
+tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
+chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
+
+In fp8 a layer's casts are added as if all were alive at once, which is an upper bound of about a percent of a GPU's
+memory.
 
 Legend: B sequences, S tokens of a whole one, T tokens of a microbatch on this rank, N rows of the residual stream,
 D model dim, C fused QKV dim, F feed-forward dim, H query heads, G key-value heads, K head dim, P keys, e bytes an
@@ -15,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from megacoder.ops.attention import BLOCK_ELEMENTS, BLOCK_QUERIES
+from megacoder.model.config import LocalSizes
+from megacoder.model.scheduled import waiting_bytes_per_token
+from megacoder.ops.attention import block_shape
 from megacoder.ops.cross_entropy import chunk_tokens
-from megacoder.ops.linear import PARTIAL_ELEMENTS
+from megacoder.ops.linear import partial_rows
 from megacoder.parallel.context import ContextParallel
 from megacoder.train.planning.job import Job, Variant
 
@@ -77,6 +83,7 @@ class Workspace:
     def forward(self) -> int:
         """The peak of a layer's forward, including what it keeps, without its input."""
         tape = _Tape()
+        tape.take(self._casts(weights=True))
         self._attention_half(tape, adds_residual=True)
         tape.take(self._gathered, 2 * self._ffn, self._ffn)  # the input, gate and up, the activation
         self._reduce(tape)
@@ -96,7 +103,7 @@ class Workspace:
     def weight_gradients(self) -> int:
         """The peak while postponed weight gradients are computed."""
         dim = self.job.model.hidden_size
-        return self._partial(max(2 * self._ffn_columns, self._qkv_columns), dim)
+        return self._partial(max(2 * self._local.feed_forward, self._local.qkv), dim)
 
     @cached_property
     def head(self) -> int:
@@ -120,6 +127,7 @@ class Workspace:
 
     def _backward(self, *, postponed: bool) -> int:
         tape, recompute = _Tape(), self.variant.recompute
+        tape.take(self._casts(weights=recompute not in ("none", "norms")))  # else the forward's are kept
         if recompute == "full":
             self._attention_half(tape, adds_residual=False)
         elif recompute != "none":
@@ -129,9 +137,9 @@ class Workspace:
         tape.take(0 if recompute in ("none", "norms") else 2 * self._ffn)
         tape.take(self._ffn)  # the activation
         self._start_reduce(tape)
-        model, dim, ffn = self.job.model, self.job.model.hidden_size, self._ffn_columns
+        dim, local = self.job.model.hidden_size, self._local
         if not postponed:
-            tape.passing(self._partial(2 * ffn, dim))
+            tape.passing(self._partial(2 * local.feed_forward, dim))
         self._end_reduce(tape)
         tape.take(self.stream)  # the gradient of the stream between attention and feed-forward
         if recompute in ("norms", "selective"):
@@ -145,15 +153,24 @@ class Workspace:
         self._attention_backward(tape)
         tape.give(self._whole_keys)
         if not postponed:
-            tape.passing(self._partial(dim, self._heads * model.head_dim))
+            tape.passing(self._partial(dim, local.attention))
         tape.take(self._qkv)
         self._start_reduce(tape)
         tape.give(self.stream)  # of the reduction before, whose name this one takes
         if not postponed:
-            tape.passing(self._partial(self._qkv_columns, dim))
+            tape.passing(self._partial(local.qkv, dim))
         self._end_reduce(tape)
         tape.take(self.stream)
         return tape.most
+
+    def _casts(self, *, weights: bool) -> int:
+        """Of the inputs and output gradients of a layer's products, and of its weights, each in both layouts."""
+        if not self.variant.fp8:
+            return 0
+        model, tp = self.job.model, self.variant.tp
+        activations = waiting_bytes_per_token(model, itemsize=self.job.itemsize, tp=tp, fp8=True)
+        cast = self.variant.tokens(self.job) * activations
+        return int(2 * (cast + (model.num_layer_matmul_params // tp.size if weights else 0)))
 
     def _attention_half(self, tape: _Tape, *, adds_residual: bool) -> None:
         tape.take(self.stream if adds_residual else 0, self._normed)
@@ -229,8 +246,8 @@ class Workspace:
     def _score_block(self, queries: int, keys: int) -> "_ScoreBlock":
         """The last block of a CPU's attention, which is the largest (see `megacoder.ops.attention`)."""
         e, together = self.job.itemsize, self.variant.micro_batch_size * self._heads
-        rows = min(queries, BLOCK_QUERIES[torch.float32 if e == FP32 else torch.bfloat16])
-        heads = min(together, max(1, BLOCK_ELEMENTS // (rows * keys)))
+        rows, heads = block_shape(queries, keys, torch.float32 if e == FP32 else torch.bfloat16)
+        heads = min(together, heads)
         keys_before = keys - rows if rows < queries else keys if heads < together else 0
         dim = self.job.model.head_dim
         return _ScoreBlock(
@@ -266,7 +283,7 @@ class Workspace:
         """A weight gradient in bf16, where the device cannot add a product to fp32."""
         if self.device_type != "cpu" or self.job.itemsize == FP32:
             return 0
-        return min(rows, max(1, PARTIAL_ELEMENTS // columns)) * columns * self.job.itemsize
+        return min(rows, partial_rows(columns)) * columns * self.job.itemsize
 
     @property
     def _shares_tokens(self) -> bool:
@@ -290,29 +307,25 @@ class Workspace:
     def _normed(self) -> int:
         return self.stream + self._statistics
 
+    @cached_property
+    def _local(self) -> LocalSizes:
+        return self.job.model.local_sizes(self.variant.dims.tp)
+
     @property
     def _heads(self) -> int:
-        return self.job.model.num_attention_heads // self.variant.dims.tp
+        return self._local.heads
 
     @property
     def _kv_heads(self) -> int:
-        return max(1, self.job.model.num_key_value_heads // self.variant.dims.tp)
-
-    @property
-    def _qkv_columns(self) -> int:
-        return (self._heads + 2 * self._kv_heads) * self.job.model.head_dim
-
-    @property
-    def _ffn_columns(self) -> int:
-        return self.job.model.intermediate_size // self.variant.dims.tp
+        return self._local.kv_heads
 
     @property
     def _qkv(self) -> int:
-        return self.job.itemsize * self.variant.tokens(self.job) * self._qkv_columns
+        return self.job.itemsize * self.variant.tokens(self.job) * self._local.qkv
 
     @property
     def _ffn(self) -> int:
-        return self.job.itemsize * self.variant.tokens(self.job) * self._ffn_columns
+        return self.job.itemsize * self.variant.tokens(self.job) * self._local.feed_forward
 
     @property
     def _own_key_elements(self) -> int:

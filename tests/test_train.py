@@ -356,6 +356,22 @@ def test_a_folder_of_another_run_is_refused(case, alone):
     train(case.config("alone", log_every=2, eval_every=100))  # finished: nothing to do, and nothing to refuse
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["valid"], r"dataset 1 of data.train has 10 documents and [\d,]+ tokens, but the run began with 40 and "),
+        (["train", "valid"], "data.train has 2 datasets, but the run began with 1; put them back"),
+    ],
+)
+def test_a_run_does_not_resume_on_other_data_and_keeps_its_settings(case, alone, names, message):
+    config, before = case.config("alone"), (alone / "run.toml").read_bytes()
+    data = dataclasses.replace(config.data, train=tuple(case.folder / name for name in names))
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, data=data))
+    assert (alone / "run.toml").read_bytes() == before
+    train(config)
+
+
 def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
     falling = ScheduleConfig(peak_lr=1e-2, warmup_steps=2)
     constant = dataclasses.replace(falling, kind="constant")

@@ -10,6 +10,7 @@ from ranks import RankFailed
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.world import World
 from megacoder.train import run_folder
+from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
@@ -134,6 +136,29 @@ def test_a_run_resumes_in_another_layout(ranks, case, alone):
     assert state.keys() == expected.keys()
     for key, tensor in state.items():
         assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+def moved(config, folder):
+    """With the data of `config` in another folder, and another held-out set."""
+    folder.mkdir()
+    for path in [*config.data.train[0].parent.glob("train.*"), config.data.tokenizer]:
+        path.rename(folder / path.name)
+    data = dataclasses.replace(
+        config.data, train=(folder / "train",), valid=folder / "train", tokenizer=folder / "tokenizer"
+    )
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_resumes_after_its_data_has_moved(ranks, tmp_path, alone, size):
+    config = config_of(make_case(tmp_path), "run", tied=False)
+    ranks.run(size, run_to, config, 2)
+    there = moved(config, tmp_path / "there")
+    ranks.run(size, run, there)
+    assert load_toml(RunConfig, config.output / "run.toml") == there
+    state, expected = state_of(config.output), state_of(alone[False])
+    for key, tensor in expected.items():
+        assert (state[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
 
 
 def start_apart(world, config):

@@ -42,10 +42,11 @@ __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_f
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
-    "steps", "schedule",
+    "steps", "schedule", "data.train", "data.valid", "data.tokenizer",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
-execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees."""
+execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees;
+data may have moved, and the checkpoint's data position says whether it is the same (`check_order`)."""
 
 STOPPED = "stopped"
 """A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""
@@ -69,8 +70,6 @@ class RunFolder:
         self._newest = self._open_newest()
         if self._newest is not None:
             _check_goes_on(self._newest, config, old)
-        if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
-            write_text(config.output / RUN_TOML, to_toml(config))
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -97,23 +96,29 @@ class RunFolder:
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest complete checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
-        A new run gets the weights of `init_from`, where that is given.
+        A new run gets the weights of `init_from`, where that is given. The run's settings are written last: data of
+        another order than the checkpoint's is refused here, and leaves them as they were.
         """
-        reader = self._newest
-        if reader is None:
-            if self._start is not None:
-                self._start_from(self._start, engine)
-            return 0
+        step = 0
+        if self._newest is not None:
+            step = self._go_on_from(self._newest, engine, batches, guard)
+        elif self._start is not None:
+            self._start_from(self._start, engine)
+        self._newest = self._start = None  # closes their files
+        if self.mesh.world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
+            write_text(self.config.output / RUN_TOML, to_toml(self.config))
+        return step
+
+    def _go_on_from(self, reader: CheckpointReader, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
+        batches.load_state_dict(reader.state["data"])  # first, since it may refuse
         optimizer = engine.optimizer
         held = optimizer.state()
         with failing_together(self.mesh.world):
             reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
         optimizer.publish_master(held["weight"])
         optimizer.num_updates = reader.state["num_updates"]
-        batches.load_state_dict(reader.state["data"])
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
-        self._newest = None  # closes its files
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
-from megacoder.core.errors import MegacoderError
+from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.core.files import write_text
 from megacoder.core.html import Series, line_chart, page, paragraph, picture, section, tiles, value_table
 from megacoder.data.blend import blend_counts, blend_table
@@ -30,8 +30,10 @@ _DRAWN_MICROBATCHES_PER_RANK = 4
 def write_run_report(run: Path, path: Path) -> int:
     """Writes a report on the run in folder `run` to `path`; returns the last step logged there.
 
-    Raises MegacoderError where no step has been logged there.
+    Raises MegacoderError where no step has been logged there, ConfigError where `run` is a file.
     """
+    if run.is_file():
+        raise ConfigError(f"{run} is a file; expected the folder of a run, the `output` of its settings")
     config, rows = load_toml(RunConfig, run / RUN_TOML), read_metrics(run / METRICS)
     if not rows:
         raise MegacoderError(f"{run}: no step has been logged yet; train first")

@@ -56,7 +56,7 @@ def recipes(tmp_path_factory):
         instruct = dataclasses.replace(
             longer, output=case.folder / "instruct", init_from=longer.output, steps=100,
             data=dataclasses.replace(
-                longer.data, valid=None, conversations=ConversationConfig(train=(data,), format=SHORT),
+                longer.data, valid=(), conversations=ConversationConfig(train=(data,), format=SHORT),
                 stream=StreamConfig(seq_length=128, document_masks=True, fim=FimConfig(rate=0.0)),
             ),
             schedule=ScheduleConfig(kind="cosine", peak_lr=5e-3, warmup_steps=5),

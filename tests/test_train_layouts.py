@@ -25,6 +25,7 @@ from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
+HELD_OUT_SETS = {"held_out_loss/short-valid", "held_out_loss/valid"}
 FP8 = ExecutionConfig(fp8=True)
 
 LAYOUTS = {
@@ -59,12 +60,12 @@ def case(tmp_path_factory):
 
 
 def config_of(case, output, *, tied, document_masks=True, **changes):
-    """Tied runs are on short documents, which do not see each other."""
+    """Tied runs are on short documents, which do not see each other, and have a second held-out set."""
     config = case.config(output, steps=4, checkpoint_every=2, eval_every=2, **changes)
     model, data = dataclasses.replace(config.model, tie_word_embeddings=tied), config.data
     if tied:
         data = dataclasses.replace(
-            data, train=(case.folder / "short-train",), valid=case.folder / "short-valid",
+            data, train=(case.folder / "short-train",), valid=(case.folder / "short-valid", case.folder / "valid"),
             stream=dataclasses.replace(data.stream, document_masks=document_masks),
         )  # fmt: skip
     return dataclasses.replace(config, model=model, data=data)
@@ -92,7 +93,7 @@ def check_same(found, expected):
     assert len(rows) == len(expected_rows)
     for row, other in zip(rows, expected_rows, strict=True):
         assert row.keys() == other.keys()
-        for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss"}:
+        for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss", *HELD_OUT_SETS}:
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
     state, other_state = state_of(found), state_of(expected)
     assert state.keys() == other_state.keys()
@@ -144,7 +145,7 @@ def moved(config, folder):
     for path in [*config.data.train[0].parent.glob("train.*"), config.data.tokenizer]:
         path.rename(folder / path.name)
     data = dataclasses.replace(
-        config.data, train=(folder / "train",), valid=folder / "train", tokenizer=folder / "tokenizer"
+        config.data, train=(folder / "train",), valid=(folder / "train",), tokenizer=folder / "tokenizer"
     )
     return dataclasses.replace(config, data=data)
 

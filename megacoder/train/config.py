@@ -40,8 +40,9 @@ class DataConfig:
     """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes"""
     fim_rates: tuple[float, ...] = ()
     """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
-    valid: Path | None = None
-    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
+    valid: tuple[Path, ...] = ()
+    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps; of several prefixes, the held-out
+    loss is the mean, and each loss is logged under the last part of its prefix"""
     tokenizer: Path
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -66,6 +67,8 @@ class DataConfig:
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
+        if len(set(self.valid)) < len(self.valid):
+            raise ConfigError(f"data.valid = {list(map(str, self.valid))}: names a dataset twice")
         if not self.train and not self.conversations.train:
             raise ConfigError("data.train = []: name at least one dataset")
 
@@ -119,7 +122,7 @@ class RunConfig:
     eval_every: int = 100
     """steps between held-out losses; also measured after the first and the last step"""
     eval_batches: int = 8
-    """global batches per held-out loss"""
+    """global batches per held-out loss, of each dataset in data.valid"""
     log_every: int = 1
     """steps between lines in metrics.jsonl"""
     timeout_seconds: float = 600.0

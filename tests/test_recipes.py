@@ -44,7 +44,8 @@ def recipes(tmp_path_factory):
         train(base)
 
         longer = dataclasses.replace(
-            base, output=case.folder / "long", init_from=base.output, steps=10, global_batch_size=4,
+            base, output=case.folder / "long", init_from=base.output, init_optimizer=True, steps=10,
+            global_batch_size=4,
             model=dataclasses.replace(model, rope_theta=100_000.0, rope_factor=4.0, max_position_embeddings=128),
             data=dataclasses.replace(base.data, stream=dataclasses.replace(base.data.stream, seq_length=128)),
             schedule=ScheduleConfig(kind="constant", peak_lr=1e-3, warmup_steps=0),

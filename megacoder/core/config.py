@@ -139,7 +139,7 @@ def to_toml(config: Any) -> str:
 
 
 def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str) -> None:
-    """ConfigError naming the first setting in which two configs of one class differ; `free` ones may, by dotted name."""
+    """ConfigError naming the first setting in which two configs of one class differ; `free` names, dotted, may."""
     difference = next(_differences(old, new, free, prefix=""), None)
     if difference is not None:
         key, was, now = difference

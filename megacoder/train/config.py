@@ -41,8 +41,8 @@ class DataConfig:
     fim_rates: tuple[float, ...] = ()
     """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
     valid: tuple[Path, ...] = ()
-    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps; of several prefixes, the held-out
-    loss is the mean, and each loss is logged under the last part of its prefix"""
+    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps, or several prefixes: the loss
+    is then their mean, and that of each is logged, too, under the last part of its prefix"""
     tokenizer: Path
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -105,7 +105,9 @@ class RunConfig:
     """seed of the initial weights; the data order has its own, data.stream.seed"""
     init_from: Path | None = None
     """start from these weights instead of random ones: a checkpoint, a run, or the output of `megacoder checkpoint
-    import`. Optimizer, schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
+    import`. Schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
+    init_optimizer: bool = False
+    """start from the optimizer's state in `init_from`, too: AdamW's moments, and the number of updates they are of"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses GPUs if there are any"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -136,6 +138,8 @@ class RunConfig:
         check_at_least(self, 0, "data_workers")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
+        if self.init_optimizer and self.init_from is None:
+            raise ConfigError("init_optimizer = true without init_from, which names the run whose optimizer goes on")
         check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):

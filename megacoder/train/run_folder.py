@@ -96,8 +96,9 @@ class RunFolder:
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest complete checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
-        A new run gets the weights of `init_from`, where that is given. The run's settings are written last: data of
-        another order than the checkpoint's is refused here, and leaves them as they were.
+        A new run gets the weights of `init_from`, where that is given, and with `init_optimizer` the optimizer's state.
+        The run's settings are written last: data of another order than the checkpoint's is refused here, and leaves
+        them as they were.
         """
         step = 0
         if self._newest is not None:
@@ -111,21 +112,13 @@ class RunFolder:
 
     def _go_on_from(self, reader: CheckpointReader, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         batches.load_state_dict(reader.state["data"])  # first, since it may refuse
-        optimizer = engine.optimizer
-        held = optimizer.state()
-        with failing_together(self.mesh.world):
-            reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
-        optimizer.publish_master(held["weight"])
-        optimizer.num_updates = reader.state["num_updates"]
+        self._read(reader, engine, with_optimizer=True)
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        state = {"weight": engine.optimizer.state()["weight"]}
-        with failing_together(self.mesh.world):
-            reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
-        engine.optimizer.publish_master(state["weight"])
+        self._read(reader, engine, with_optimizer=self.config.init_optimizer)
         if self.mesh.world.is_first:
             there, here = model_of(reader), self.config.model
             changes = [
@@ -133,7 +126,18 @@ class RunFolder:
                 for name in ("max_position_embeddings", "rope_factor", "rope_theta")
                 if getattr(here, name) != getattr(there, name)
             ]
-            say(f"weights of {reader.folder}, step {reader.step}{''.join(changes)}")
+            what = "weights and optimizer state" if self.config.init_optimizer else "weights"
+            say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
+
+    def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> None:
+        optimizer = engine.optimizer
+        held = optimizer.state()
+        wanted = held if with_optimizer else {"weight": held["weight"]}
+        with failing_together(self.mesh.world):
+            reader.read_all(state_fragments(engine.model, optimizer.owned, wanted, copies=True))
+        optimizer.publish_master(held["weight"])
+        if with_optimizer:
+            optimizer.num_updates = reader.state["num_updates"]
 
     def save(self, step: int, engine: Engine, batches: Prefetcher, guard: Guard) -> float:
         """Starts a checkpoint, on disk after the next `save` or `finish`; returns the seconds that training waited."""
@@ -208,7 +212,7 @@ def load_weights(model: Transformer, reader: CheckpointReader) -> None:
 
 
 def open_start(config: RunConfig) -> CheckpointReader | None:
-    """The checkpoint that a new run takes its weights from, if any; ConfigError if it is of another model."""
+    """The checkpoint that a new run starts from, if any; ConfigError if it is of another model or lacks moments."""
     if config.init_from is None or step_folders(config.output / CHECKPOINTS):
         return None
     reader = CheckpointReader(config.init_from)
@@ -216,7 +220,17 @@ def open_start(config: RunConfig) -> CheckpointReader | None:
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
         advice="set the same in this run's [model]",
     )  # fmt: skip
+    if config.init_optimizer and not _has_moments(reader):
+        raise ConfigError(
+            f"init_optimizer = true: {reader.folder} holds weights alone, without AdamW's moments; leave it out, or "
+            "name the checkpoint of a run in init_from"
+        )
     return reader
+
+
+def _has_moments(reader: CheckpointReader) -> bool:
+    """Whether a run could resume from the checkpoint."""
+    return {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}
 
 
 def state_fragments(
@@ -254,7 +268,7 @@ def _check_goes_on(reader: CheckpointReader, config: RunConfig, old: RunConfig |
     the model is compared with the checkpoint's: an old checkpoint may have settings that no longer exist.
     """
     output, where = str(config.output), f"{reader.folder / MANIFEST}: state.config"
-    if not {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}:
+    if not _has_moments(reader):
         raise ConfigError(
             f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can "
             f"resume; choose another output, and start from these weights with init_from = {output!r}"
@@ -273,7 +287,8 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
 
     A constant rate can be extended, or made to fall, at any time; three stages only until the first has ended.
     """
-    advice = f"choose another output, and start from these weights with init_from = {str(config.output)!r}"
+    start = f"init_from = {str(config.output)!r}, init_optimizer = true"
+    advice = f"choose another output, and go on from this run's state with {start}"
     if config.steps < step:
         raise ConfigError(f"steps = {config.steps}: the run in {config.output} has done {step} already; {advice}")
     if config.data.compat == "megatron" and config.data.megatron.num_samples is None and config.steps != old.steps:

@@ -34,9 +34,10 @@ class HeldOut:
             self.batches[name] = [stream.next_batch() for _ in range(config.eval_batches)]
 
     def losses(self, engine: Engine) -> dict[str, float]:
-        """Nats per token over all ranks, by the names in a run's metrics: HELD_OUT_LOSS, and one for each of several."""
-        losses = {f"{HELD_OUT_LOSS}/{name}": self._loss(engine, batches) for name, batches in self.batches.items()}
-        return {HELD_OUT_LOSS: statistics.fmean(losses.values()), **(losses if len(losses) > 1 else {})}
+        """Nats per token over all ranks, by their names in metrics: HELD_OUT_LOSS, and one for each of several sets."""
+        sets = {f"{HELD_OUT_LOSS}/{name}": self._loss(engine, batches) for name, batches in self.batches.items()}
+        mean = statistics.fmean(sets.values())
+        return {HELD_OUT_LOSS: mean, **sets} if len(sets) > 1 else {HELD_OUT_LOSS: mean}
 
     def _loss(self, engine: Engine, batches: Sequence[Batch]) -> float:
         total, num_tokens = 0.0, 0.0

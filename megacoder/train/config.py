@@ -15,6 +15,7 @@ from megacoder.core.config import check_at_least, check_seconds
 from megacoder.core.errors import ConfigError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
+from megacoder.data.skipping import Steps, parse_steps
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -49,6 +50,9 @@ class DataConfig:
     """order, packing and fill-in-the-middle"""
     conversations: ConversationConfig = field(default_factory=ConversationConfig)
     """conversations for `megacoder sft`, which makes `train` and `valid` from them"""
+    skip_steps: tuple[str, ...] = ()
+    """"A:B" leaves out the data of steps A to B, so that step A gets what step B + 1 would have got, and so on; each of
+    several counts steps as they are under those before it"""
     compat: Literal["none", "megatron"] = "none"
     """megatron: serve a Megatron-LM run's samples in that run's order, with the settings in `megatron`"""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
@@ -67,10 +71,17 @@ class DataConfig:
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
+        if self.left_out and self.compat == "megatron":
+            raise ConfigError('data.skip_steps with compat = "megatron", whose order has as many samples as the run')
         if len(set(self.valid)) < len(self.valid):
             raise ConfigError(f"data.valid = {list(map(str, self.valid))}: names a dataset twice")
         if not self.train and not self.conversations.train:
             raise ConfigError("data.train = []: name at least one dataset")
+
+    @property
+    def left_out(self) -> tuple[Steps, ...]:
+        """`skip_steps`, read."""
+        return tuple(parse_steps("data.skip_steps", text) for text in self.skip_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.skipping import data_step
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
@@ -42,11 +43,12 @@ __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_f
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
-    "steps", "schedule", "data.train", "data.valid", "data.tokenizer",
+    "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
-execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees;
-data may have moved, and the checkpoint's data position says whether it is the same (`check_order`)."""
+execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `skip_steps` may differ if
+`_check_same_past` agrees. Data may have moved: the checkpoint's data position says whether it is the same
+(`check_order`)."""
 
 STOPPED = "stopped"
 """A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""
@@ -297,6 +299,11 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
             f"samples depends on their number; {advice}"
         )
     for past in range(1, step + 1):
+        if data_step(past, old.data.left_out) != data_step(past, config.data.left_out):
+            raise ConfigError(
+                f"data.skip_steps = {list(config.data.skip_steps)}: the run in {config.output} has done {step} steps, "
+                f"and step {past} would have had other data; move its checkpoints from step {past} on away, or {advice}"
+            )
         was, now = old.learning_rate(past), config.learning_rate(past)
         if was != now:
             changed = ["schedule"] if old.schedule != config.schedule else []

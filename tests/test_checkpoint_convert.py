@@ -20,6 +20,7 @@ from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
+from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
@@ -226,14 +227,34 @@ def start_and_gather(world, config, folder):
     trainer.batches.close()
 
 
-def test_a_run_starts_from_another_in_any_layout_with_fresh_moments(ranks, case, capsys):
-    config = config_of(case, "from", init_from=case.folder / "run", parallel=ParallelConfig(tp=2, pp=2))
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_a_run_starts_from_another_in_any_layout_with_fresh_moments_or_those(ranks, case, with_optimizer):
+    config = config_of(
+        case, f"from-{with_optimizer}", init_from=case.folder / "run", init_optimizer=with_optimizer,
+        parallel=ParallelConfig(tp=2, pp=2), global_batch_size=4, optimizer=AdamWConfig(weight_decay=0.0),
+    )  # fmt: skip
     ranks.run(4, start_and_gather, config, case.folder)
     found, expected = state_of(config.output), state_of(case.folder / "run")
     assert found.keys() == expected.keys()
     for (kind, name), tensor in found.items():
-        assert torch.equal(tensor, expected[kind, name] if kind == "weight" else torch.zeros_like(tensor)), name
-    assert CheckpointReader(config.output).state["num_updates"] == 0
+        kept = with_optimizer or kind == "weight"
+        assert torch.equal(tensor, expected[kind, name] if kept else torch.zeros_like(tensor)), name
+    reader = CheckpointReader(config.output)
+    assert (reader.step, reader.state["num_updates"]) == (0, 2 if with_optimizer else 0)
+    assert reader.state["data"]["windows"] == 0
+
+
+def test_an_optimizer_needs_a_checkpoint_with_moments(folder, case, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="init_optimizer = true without init_from, which names the run whose"):
+        config_of(case, "none", init_optimizer=True)
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    start = load_toml(RunConfig, tmp_path / "start" / "train.toml")
+    config = dataclasses.replace(
+        config_of(case, "weights-alone"), model=start.model, init_from=start.init_from, init_optimizer=True
+    )
+    with pytest.raises(ConfigError, match=r"step-00000000 holds weights alone, without AdamW's moments; leave it out"):
+        Trainer(config, ALONE)
+    assert not config.output.exists()
 
 
 def test_a_change_of_rope_at_the_start_is_reported(case, capsys):

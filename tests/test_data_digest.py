@@ -52,6 +52,12 @@ def test_digests_do_not_depend_on_ranks(case, capsys, variant):
     assert digests(case, capsys, *words, steps="4:5") == {step: alone[step] for step in ("4", "5")}
 
 
+def test_data_that_are_left_out_show(case, capsys):
+    whole = digests(case, capsys, steps="1:9")
+    expected = {str(step): whole[str(step + 3 * (step > 1))] for step in range(1, 7)}
+    assert digests(case, capsys, "--data.skip-steps", "2:3", "2", "--dp", "2") == expected
+
+
 def test_every_setting_shows(case, capsys):
     seen = [tuple(digests(case, capsys, *words_of(case, variant)).values()) for variant in VARIANTS]
     assert len(set(seen)) == len(VARIANTS)

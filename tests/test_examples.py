@@ -55,11 +55,11 @@ def test_recipes_have_the_published_figures_and_follow_each_other(size):
     assert (first.global_batch_size, first.schedule.peak_lr) == (preset.global_batch_size, preset.peak_lr)
     assert first.steps * first.global_batch_size * 4096 == pytest.approx(2e12, rel=1e-5)
     assert (first.schedule.kind, first.schedule.warmup_steps, first.data.stream.fim.rate) == ("three_stage", 2000, 0.5)
-    assert second.init_from == first.output
+    assert (second.init_from, second.init_optimizer, second.schedule.warmup_steps) == (first.output, True, 0)
     assert (second.model.rope_theta, second.model.rope_factor) == (100_000.0, 4.0)
     assert (second.steps, second.global_batch_size, second.data.stream.seq_length) == (1000, 512, 16_384)
     assert second.learning_rate(1) == second.learning_rate(1000) == pytest.approx(0.1 * preset.peak_lr)
-    assert third.init_from == second.output
+    assert (third.init_from, third.init_optimizer) == (second.output, False)
     assert third.model == second.model
     assert third.schedule.peak_lr == 1e-5
     assert third.steps * third.global_batch_size * 16_384 == pytest.approx(2e9, rel=0.05)

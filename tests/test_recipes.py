@@ -44,7 +44,8 @@ def recipes(tmp_path_factory):
         train(base)
 
         longer = dataclasses.replace(
-            base, output=case.folder / "long", init_from=base.output, steps=10, global_batch_size=4,
+            base, output=case.folder / "long", init_from=base.output, init_optimizer=True, steps=10,
+            global_batch_size=4,
             model=dataclasses.replace(model, rope_theta=100_000.0, rope_factor=4.0, max_position_embeddings=128),
             data=dataclasses.replace(base.data, stream=dataclasses.replace(base.data.stream, seq_length=128)),
             schedule=ScheduleConfig(kind="constant", peak_lr=1e-3, warmup_steps=0),
@@ -56,7 +57,7 @@ def recipes(tmp_path_factory):
         instruct = dataclasses.replace(
             longer, output=case.folder / "instruct", init_from=longer.output, steps=100,
             data=dataclasses.replace(
-                longer.data, valid=None, conversations=ConversationConfig(train=(data,), format=SHORT),
+                longer.data, valid=(), conversations=ConversationConfig(train=(data,), format=SHORT),
                 stream=StreamConfig(seq_length=128, document_masks=True, fim=FimConfig(rate=0.0)),
             ),
             schedule=ScheduleConfig(kind="cosine", peak_lr=5e-3, warmup_steps=5),

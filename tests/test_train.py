@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.main import main
-from megacoder.core.config import load_toml, to_toml
+from megacoder.core.config import from_dict, load_toml, to_dict, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.ops.adamw import AdamWConfig
@@ -28,6 +29,7 @@ from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 from megacoder.train.step import threads_of_a_rank
+from megacoder.train.validation import set_names
 
 TIMES = {"tokens_per_second", "tflops", "memory_gib", "checkpoint_seconds"}
 
@@ -161,6 +163,79 @@ def test_tensorboard_reads_the_log(alone):
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     rows = read_metrics(alone / "metrics.jsonl")
     assert logged == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def three_sets(case, alone):
+    """The run with two more held-out sets, of which one has the name of the first."""
+    other = case.folder / "other"
+    other.mkdir()
+    for path in case.folder.glob("train.*"):
+        (other / path.with_stem("valid").name).write_bytes(path.read_bytes())
+    config = case.config("three-sets")
+    sets = (case.folder / "valid", other / "valid", case.folder / "train")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid=sets))
+    train(config)
+    return config
+
+
+def test_each_held_out_set_has_a_loss_and_their_mean_is_the_held_out_loss(case, alone, three_sets, capfd):
+    first = f"{case.folder.name}/valid"
+    names = [f"held_out_loss/{name}" for name in (first, "other/valid", "train")]
+    rows = [row for row in read_metrics(three_sets.output / "metrics.jsonl") if "held_out_loss" in row]
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    for row, other in zip(rows, [row for row in curve(alone) if "held_out_loss" in row], strict=True):
+        losses = [row[name] for name in names]
+        assert row["held_out_loss"] == pytest.approx(sum(losses) / 3)
+        assert losses[0] == other["held_out_loss"], "a single set is logged under that name alone"
+        assert losses[1] == losses[2] < losses[0], "those trained on"
+    assert not any("/" in key for row in curve(alone) for key in row)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(three_sets.output / "tensorboard"))
+    events.Reload()
+    for name in ("held_out_loss", *names):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in rows])
+    capfd.readouterr()
+    repeated = dataclasses.replace(three_sets, output=case.folder / "said", steps=1)
+    train(repeated)
+    (row,) = read_metrics(repeated.output / "metrics.jsonl")
+    said = ", ".join(f"{name.partition('/')[2]} {row[name]:.4f}" for name in names)
+    assert f"step 1: held-out loss {row['held_out_loss']:.4f} ({said})\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["data/heldout"], ["heldout"]),
+        (["data/python", "more/java"], ["python", "java"]),
+        (["python/heldout", "java/heldout", "go"], ["python/heldout", "java/heldout", "go"]),
+        (["a/x/y", "b/x/y", "a/y"], ["a/x/y", "b/x/y", "a/y"]),
+        (["x/a/b", "a/b", "/b"], ["x/a/b", "a/b", "//b"]),
+        ([], []),
+    ],
+)
+def test_held_out_sets_are_named_by_what_tells_their_paths_apart(prefixes, names):
+    assert set_names(list(map(Path, prefixes))) == names
+
+
+def test_one_held_out_set_needs_no_brackets_and_none_is_named_twice(case):
+    table = to_dict(case.config("sets"))
+    table["data"]["valid"] = "data/heldout"
+    assert from_dict(RunConfig, table, where="run.toml").data.valid == (Path("data/heldout"),)
+    table["data"]["valid"] = ["data/heldout", "./data/heldout"]
+    with pytest.raises(ConfigError, match=r"data.valid = \['data/heldout', 'data/heldout'\]: names a dataset twice"):
+        from_dict(RunConfig, table, where="run.toml")
+
+
+def test_the_report_shows_each_held_out_set(three_sets, case):
+    main(["report", str(three_sets.output), "--out", str(case.folder / "sets.html")])
+    text = (case.folder / "sets.html").read_text()
+    row = read_metrics(three_sets.output / "metrics.jsonl")[-1]
+    for name in (f"{case.folder.name}/valid", "other/valid"):
+        assert f">{name}</text>" in text
+        assert re.search(rf">{name}</td>.*{row[f'held_out_loss/{name}']:.3f} at 8</td>", text)
 
 
 def test_the_same_seed_gives_the_same_bits(case, alone):
@@ -356,6 +431,22 @@ def test_a_folder_of_another_run_is_refused(case, alone):
     train(case.config("alone", log_every=2, eval_every=100))  # finished: nothing to do, and nothing to refuse
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["valid"], r"dataset 1 of data.train has 10 documents and [\d,]+ tokens, but the run began with 40 and "),
+        (["train", "valid"], "data.train has 2 datasets, but the run began with 1; put them back"),
+    ],
+)
+def test_a_run_does_not_resume_on_other_data_and_keeps_its_settings(case, alone, names, message):
+    config, before = case.config("alone"), (alone / "run.toml").read_bytes()
+    data = dataclasses.replace(config.data, train=tuple(case.folder / name for name in names))
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, data=data))
+    assert (alone / "run.toml").read_bytes() == before
+    train(config)
+
+
 def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
     falling = ScheduleConfig(peak_lr=1e-2, warmup_steps=2)
     constant = dataclasses.replace(falling, kind="constant")
@@ -481,8 +572,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
     ],
 )
 def test_settings_out_of_range_are_refused(case, changes, message):
-    from megacoder.core.config import from_dict, to_dict
-
     table = to_dict(case.config("x"))
     for key, value in changes.items():
         if isinstance(value, dict):

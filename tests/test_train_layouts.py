@@ -10,19 +10,27 @@ from ranks import RankFailed
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
+from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.world import World
 from megacoder.train import run_folder
+from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
+from megacoder.train.schedule import ScheduleConfig
+from megacoder.train.step import load_tokenizer, open_stream
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
+HELD_OUT_SETS = {"held_out_loss/short-valid", "held_out_loss/valid"}
 FP8 = ExecutionConfig(fp8=True)
 
 LAYOUTS = {
@@ -57,12 +65,12 @@ def case(tmp_path_factory):
 
 
 def config_of(case, output, *, tied, document_masks=True, **changes):
-    """Tied runs are on short documents, which do not see each other."""
+    """Tied runs are on short documents, which do not see each other, and have a second held-out set."""
     config = case.config(output, steps=4, checkpoint_every=2, eval_every=2, **changes)
     model, data = dataclasses.replace(config.model, tie_word_embeddings=tied), config.data
     if tied:
         data = dataclasses.replace(
-            data, train=(case.folder / "short-train",), valid=case.folder / "short-valid",
+            data, train=(case.folder / "short-train",), valid=(case.folder / "short-valid", case.folder / "valid"),
             stream=dataclasses.replace(data.stream, document_masks=document_masks),
         )  # fmt: skip
     return dataclasses.replace(config, model=model, data=data)
@@ -90,7 +98,7 @@ def check_same(found, expected):
     assert len(rows) == len(expected_rows)
     for row, other in zip(rows, expected_rows, strict=True):
         assert row.keys() == other.keys()
-        for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss"}:
+        for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss", *HELD_OUT_SETS}:
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
     state, other_state = state_of(found), state_of(expected)
     assert state.keys() == other_state.keys()
@@ -134,6 +142,95 @@ def test_a_run_resumes_in_another_layout(ranks, case, alone):
     assert state.keys() == expected.keys()
     for key, tensor in state.items():
         assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+
+
+CONTINUED = {"one process": (1, ParallelConfig()), **{name: LAYOUTS[name] for name in ("tp=2 pp=2", "cp=2 dp=2")}}
+
+
+def continued_config(case, output, **changes):
+    """What goes on from the run of one process with its optimizer, under another batch size, decay and data."""
+    config = config_of(
+        case, output, tied=False, init_from=case.folder / "alone-False", init_optimizer=True, global_batch_size=4,
+        micro_batch_size=1, optimizer=AdamWConfig(weight_decay=0.3, beta2=0.9),
+        schedule=ScheduleConfig(kind="constant", peak_lr=3e-3, warmup_steps=0), **changes,
+    )  # fmt: skip
+    stream = dataclasses.replace(config.data.stream, fim=FimConfig(rate=1.0), seed=7)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, stream=stream))
+
+
+@pytest.fixture(scope="module")
+def continued(case, alone):
+    """(losses, weights and moments) of torch's AdamW on the plain model in fp64, from the same checkpoint."""
+    config, reader = continued_config(case, "by-hand"), CheckpointReader(alone[False])
+
+    def filled(kind):
+        model = Transformer(config.model).double()
+        for piece in weight_pieces(model):
+            piece.view.data.copy_(reader.read_tensor(piece.hf_name, kind))
+        return model
+
+    model, first, second = map(filled, ("weight", "exp_avg", "exp_avg_sq"))
+    groups = [[param for param in model.parameters() if (param.dim() > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.3}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=3e-3, betas=(0.9, 0.9), eps=config.optimizer.eps,
+    )  # fmt: skip
+    for param, exp_avg, exp_avg_sq in zip(model.parameters(), first.parameters(), second.parameters(), strict=True):
+        step = torch.tensor(float(reader.state["num_updates"]))
+        optimizer.state[param] = {"step": step, "exp_avg": exp_avg.data, "exp_avg_sq": exp_avg_sq.data}
+    stream, losses = open_stream(config, load_tokenizer(config), dp_rank=0, dp_size=1), []
+    for _ in range(config.steps):
+        batch = stream.next_batch()
+        loss = model.loss(batch.tokens, batch.labels) / (batch.labels >= 0).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    kinds = {"weight": model, "exp_avg": first, "exp_avg_sq": second}  # the moments were updated in place
+    state = {(kind, piece.hf_name): piece.view for kind, part in kinds.items() for piece in weight_pieces(part)}
+    return losses, state
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_run_that_starts_with_anothers_optimizer_continues_its_updates(ranks, case, continued, name):
+    size, parallel = CONTINUED[name]
+    config = continued_config(case, f"continued-{name}", parallel=parallel)
+    ranks.run(size, run, config)
+    losses, expected = continued
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert (rows[0]["step"], rows[0]["lr"]) == (1, 3e-3)
+    state = state_of(config.output)
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+    assert CheckpointReader(config.output).state["num_updates"] == 4 + 4
+    ranks.run(size, run, dataclasses.replace(config, steps=5))  # resumes, and does not start from the other run again
+    assert CheckpointReader(config.output).state["num_updates"] == 4 + 5
+
+
+def moved(config, folder):
+    """With the data of `config` in another folder, and another held-out set."""
+    folder.mkdir()
+    for path in [*config.data.train[0].parent.glob("train.*"), config.data.tokenizer]:
+        path.rename(folder / path.name)
+    data = dataclasses.replace(
+        config.data, train=(folder / "train",), valid=(folder / "train",), tokenizer=folder / "tokenizer"
+    )
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_resumes_after_its_data_has_moved(ranks, tmp_path, alone, size):
+    config = config_of(make_case(tmp_path), "run", tied=False)
+    ranks.run(size, run_to, config, 2)
+    there = moved(config, tmp_path / "there")
+    ranks.run(size, run, there)
+    assert load_toml(RunConfig, config.output / "run.toml") == there
+    state, expected = state_of(config.output), state_of(alone[False])
+    for key, tensor in expected.items():
+        assert (state[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
 
 
 def start_apart(world, config):

@@ -124,6 +124,15 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     assert "2.000" in reader.texts
 
 
+def test_a_file_instead_of_the_runs_folder_is_refused(finished, capsys):
+    toml = finished.output / "run.toml"
+    with pytest.raises(SystemExit):
+        main(["report", str(toml)])
+    assert capsys.readouterr().err == (
+        f"megacoder: {toml} is a file; expected the folder of a run, the `output` of its settings\n"
+    )
+
+
 def test_a_chart_of_zeros_starts_at_zero_with_room_for_labels():
     lines = [Series(name, [(1.0, 0.0), (2.0, 0.0)]) for name in ("0%", "50% PSM", "100% PSM")]
     chart = ET.fromstring(line_chart(lines, y_label="lines filled in exactly, %"))

@@ -41,7 +41,7 @@ class Case:
         settings: dict[str, object] = {
             "output": self.folder / output,
             "data": DataConfig(
-                train=(self.folder / "train",), valid=self.folder / "valid", tokenizer=self.folder / "tokenizer",
+                train=(self.folder / "train",), valid=(self.folder / "valid",), tokenizer=self.folder / "tokenizer",
                 stream=StreamConfig(seq_length=32, num_streams=16),
             ),
             "model": ModelConfig(

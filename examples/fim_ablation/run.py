@@ -77,7 +77,7 @@ class Options:
 def main() -> None:
     options = parse_args(Options, None, prog="examples/fim_ablation/run.py")
     base = load_toml(RunConfig, options.base)
-    if base.data.valid is None:
+    if not base.data.valid:
         raise ConfigError(f"{options.base}: sets no data.valid, on which the completion loss is measured")
     configs = {name: variant_config(base, name, options) for name in options.variants}
     results = {}

@@ -1,7 +1,6 @@
 """`megacoder data digest RUN.toml`: a digest of the tokens that each step of a run sees, on any number of ranks."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml, parse_args, parse_known_args
 from megacoder.core.errors import ConfigError
 from megacoder.data.digest import step_digests
+from megacoder.data.skipping import parse_steps
 from megacoder.train.config import RunConfig
 from megacoder.train.step import load_tokenizer, open_stream
 
@@ -38,11 +38,7 @@ class DigestConfig:
 
     def range(self) -> tuple[int, int]:
         """(A, B)."""
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.steps)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
-            raise ConfigError(f"steps {self.steps!r}: expected A:B with 1 <= A <= B, such as 1:10")
-        return first, last
+        return parse_steps("steps", self.steps)
 
 
 def main(argv: Sequence[str]) -> None:

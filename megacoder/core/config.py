@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,12 +139,11 @@ def to_toml(config: Any) -> str:
 
 
 def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str) -> None:
-    """ConfigError naming the first setting in which two configs of one class differ; `free` fields may differ."""
-    for field in dataclasses.fields(old):  # type: ignore[arg-type]
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and field.name not in free:
-            key, was, now = _first_difference(field.name, before, after)
-            raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {advice}")
+    """ConfigError naming the first setting in which two configs of one class differ; `free` names, dotted, may."""
+    difference = next(_differences(old, new, free, prefix=""), None)
+    if difference is not None:
+        key, was, now = difference
+        raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {advice}")
 
 
 def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:
@@ -181,13 +180,15 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
-    if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-        for field in dataclasses.fields(before):
-            was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now:
-                return _first_difference(f"{name}.{field.name}", was, now)
-    return name, before, after
+def _differences(old: Any, new: Any, free: Collection[str], *, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(old):
+        name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if before == after or name in free:
+            continue
+        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+            yield from _differences(before, after, free, prefix=f"{name}.")
+        else:
+            yield name, before, after
 
 
 def _shown(value: Any) -> str:

@@ -8,16 +8,13 @@ from hashlib import sha256
 
 import torch
 
-from megacoder.data.conversation_stream import ConversationStream
-from megacoder.data.megatron_stream import MegatronStream
-from megacoder.data.stream import Batch, TokenStream
+from megacoder.data.prefetch import ResumableBatches
+from megacoder.data.stream import Batch
 
 __all__ = ["step_digest", "step_digests"]
 
 
-def step_digests(
-    ranks: Sequence[TokenStream | MegatronStream | ConversationStream], *, skip: int, steps: int
-) -> Iterator[str]:
+def step_digests(ranks: Sequence[ResumableBatches], *, skip: int, steps: int) -> Iterator[str]:
     """The digests of `steps` steps after `skip` others, from the streams of all ranks, which advance together."""
     for step in range(skip + steps):
         first_window = ranks[0].windows

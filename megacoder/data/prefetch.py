@@ -20,6 +20,10 @@ __all__ = ["Prefetcher", "ResumableBatches"]
 class ResumableBatches(Protocol):
     """One rank's endless batches, which can resume from a state."""
 
+    @property
+    def windows(self) -> int:
+        """Windows that all ranks together have been served."""
+
     def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
         """The next step's batch; `num_threads` tasks of `threads` make it together."""
 

@@ -220,7 +220,12 @@ def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
                 "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
                 "choose another output, and start from the run's weights with init_from"
             )
-        if key == "datasets" and len(order[key]) == len(state["order"].get(key, ())):
+        if key == "datasets" and key in order and key in state["order"]:
+            if len(order[key]) != len(state["order"][key]):
+                raise ConfigError(
+                    f"data.train has {len(order[key])} datasets, but the run began with {len(state['order'][key])}; "
+                    "put them back, or start a new run"
+                )
             for number, (here, there) in enumerate(zip(order[key], state["order"][key], strict=True), start=1):
                 if here != there:
                     raise ConfigError(

@@ -15,6 +15,7 @@ from megacoder.core.config import check_at_least, check_seconds
 from megacoder.core.errors import ConfigError
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.megatron_stream import MegatronConfig
+from megacoder.data.skipping import Steps, parse_steps
 from megacoder.data.stream import StreamConfig
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -40,14 +41,18 @@ class DataConfig:
     """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes"""
     fim_rates: tuple[float, ...] = ()
     """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
-    valid: Path | None = None
-    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps"""
+    valid: tuple[Path, ...] = ()
+    """prefix of the held-out .bin/.idx, whose loss is measured every `eval_every` steps, or several prefixes: the loss
+    is then their mean, and that of each is logged, too, under the last part of its prefix"""
     tokenizer: Path
     """tokenizer folder"""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """order, packing and fill-in-the-middle"""
     conversations: ConversationConfig = field(default_factory=ConversationConfig)
     """conversations for `megacoder sft`, which makes `train` and `valid` from them"""
+    skip_steps: tuple[str, ...] = ()
+    """"A:B" leaves out the data of steps A to B, so that step A gets what step B + 1 would have got, and so on; each of
+    several counts steps as they are under those before it"""
     compat: Literal["none", "megatron"] = "none"
     """megatron: serve a Megatron-LM run's samples in that run's order, with the settings in `megatron`"""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
@@ -66,8 +71,17 @@ class DataConfig:
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
+        if self.left_out and self.compat == "megatron":
+            raise ConfigError('data.skip_steps with compat = "megatron", whose order has as many samples as the run')
+        if len(set(self.valid)) < len(self.valid):
+            raise ConfigError(f"data.valid = {list(map(str, self.valid))}: names a dataset twice")
         if not self.train and not self.conversations.train:
             raise ConfigError("data.train = []: name at least one dataset")
+
+    @property
+    def left_out(self) -> tuple[Steps, ...]:
+        """`skip_steps`, read."""
+        return tuple(parse_steps("data.skip_steps", text) for text in self.skip_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +116,9 @@ class RunConfig:
     """seed of the initial weights; the data order has its own, data.stream.seed"""
     init_from: Path | None = None
     """start from these weights instead of random ones: a checkpoint, a run, or the output of `megacoder checkpoint
-    import`. Optimizer, schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
+    import`. Schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
+    init_optimizer: bool = False
+    """start from the optimizer's state in `init_from`, too: AdamW's moments, and the number of updates they are of"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses GPUs if there are any"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -119,7 +135,7 @@ class RunConfig:
     eval_every: int = 100
     """steps between held-out losses; also measured after the first and the last step"""
     eval_batches: int = 8
-    """global batches per held-out loss"""
+    """global batches per held-out loss, of each dataset in data.valid"""
     log_every: int = 1
     """steps between lines in metrics.jsonl"""
     timeout_seconds: float = 600.0
@@ -133,6 +149,8 @@ class RunConfig:
         check_at_least(self, 0, "data_workers")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
+        if self.init_optimizer and self.init_from is None:
+            raise ConfigError("init_optimizer = true without init_from, which names the run whose optimizer goes on")
         check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):

@@ -41,7 +41,7 @@ from megacoder.train.step import (
     run_step,
     start_ranks,
 )
-from megacoder.train.validation import HeldOut
+from megacoder.train.validation import HeldOut, describe_losses
 
 __all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
 
@@ -90,7 +90,7 @@ class Trainer:
         with failing_together(world):
             stream = open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
             self.batches = Prefetcher(stream, workers=config.data_workers)
-            self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid is not None else None
+            self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
 
         self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
@@ -131,7 +131,7 @@ class Trainer:
         held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
         if log is not None:
             if held_out:
-                say(f"step {self.step}: held-out loss {held_out[HELD_OUT_LOSS]:.4f}")
+                say(f"step {self.step}: held-out loss {describe_losses(held_out)}")
             metrics = self._metrics(result, seconds)
             bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
             if self.step % config.log_every == 0 or self._held_out_is_due():
@@ -225,7 +225,7 @@ class Trainer:
         if self.held_out is None or not self._held_out_is_due():
             return {}
         self.world.journal.at("held-out loss")
-        return {HELD_OUT_LOSS: self.held_out.loss(self.engine)}
+        return self.held_out.losses(self.engine)
 
     def _owed_held_out(self) -> dict[str, float]:
         """The loss that was due when the run was interrupted, if the line of that step lacks it."""

@@ -25,13 +25,17 @@ Rows = list[dict[str, Any]]
 
 _DRAWN_MICROBATCHES_PER_RANK = 4
 """A step may have thousands; the picture shows how it begins and ends."""
+_SETS_PER_CHART = 4
+"""Of held-out sets: as many as have colors of their own and room for their names."""
 
 
 def write_run_report(run: Path, path: Path) -> int:
     """Writes a report on the run in folder `run` to `path`; returns the last step logged there.
 
-    Raises MegacoderError where no step has been logged there.
+    Raises MegacoderError where no step has been logged there, ConfigError where `run` is a file.
     """
+    if run.is_file():
+        raise ConfigError(f"{run} is a file; expected the folder of a run, the `output` of its settings")
     config, rows = load_toml(RunConfig, run / RUN_TOML), read_metrics(run / METRICS)
     if not rows:
         raise MegacoderError(f"{run}: no step has been logged yet; train first")
@@ -49,6 +53,23 @@ def loss_chart(rows: Rows) -> str:
     """Training and held-out loss over steps."""
     lines = [_series("training", rows, "loss"), _series("held out", rows, HELD_OUT_LOSS)]
     return line_chart([line for line in lines if line.points], y_label="loss, nats per token")
+
+
+def _held_out_sets(rows: Rows) -> list[str]:
+    """Where a run has several held-out sets: a chart of their losses and what became of each of them."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{HELD_OUT_LOSS}/"))
+    lines = [line for key in keys if (line := _series(key.partition("/")[2], rows, key)).points]
+    charts = [
+        line_chart(lines[first : first + _SETS_PER_CHART], y_label="held-out loss")
+        for first in range(0, len(lines), _SETS_PER_CHART)
+    ]
+    table = []
+    for line in lines:
+        lowest = min(line.points, key=lambda point: point[1])
+        shown = (line.points[0], lowest, line.points[-1])
+        table.append([line.name, *(f"{loss:.3f} at {step:,}" for step, loss in shown)])
+    columns = ["held-out set", "first loss, at step", "lowest", "last"]
+    return [*charts, value_table(columns, table)] if lines else []
 
 
 def speed_chart(rows: Rows) -> str:
@@ -92,6 +113,7 @@ def _learning(rows: Rows) -> str:
     return section(
         "Learning",
         loss_chart(rows),
+        *_held_out_sets(rows),
         _chart("learning rate", rows, "lr", "learning rate"),
         _chart("gradient norm", rows, "grad_norm", "norm of the gradient before clipping"),
         value_table(columns, left_out, caption="the last 50")

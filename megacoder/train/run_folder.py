@@ -25,6 +25,7 @@ from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.skipping import data_step
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
@@ -42,10 +43,12 @@ __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_f
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
-    "steps", "schedule",
+    "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
-execution), or what becomes of a run that goes wrong. `steps` and `schedule` may differ if `_check_same_past` agrees."""
+execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `skip_steps` may differ if
+`_check_same_past` agrees. Data may have moved: the checkpoint's data position says whether it is the same
+(`check_order`)."""
 
 STOPPED = "stopped"
 """A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""
@@ -69,8 +72,6 @@ class RunFolder:
         self._newest = self._open_newest()
         if self._newest is not None:
             _check_goes_on(self._newest, config, old)
-        if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
-            write_text(config.output / RUN_TOML, to_toml(config))
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -97,30 +98,29 @@ class RunFolder:
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest complete checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
-        A new run gets the weights of `init_from`, where that is given.
+        A new run gets the weights of `init_from`, where that is given, and with `init_optimizer` the optimizer's state.
+        The run's settings are written last: data of another order than the checkpoint's is refused here, and leaves
+        them as they were.
         """
-        reader = self._newest
-        if reader is None:
-            if self._start is not None:
-                self._start_from(self._start, engine)
-            return 0
-        optimizer = engine.optimizer
-        held = optimizer.state()
-        with failing_together(self.mesh.world):
-            reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
-        optimizer.publish_master(held["weight"])
-        optimizer.num_updates = reader.state["num_updates"]
-        batches.load_state_dict(reader.state["data"])
+        step = 0
+        if self._newest is not None:
+            step = self._go_on_from(self._newest, engine, batches, guard)
+        elif self._start is not None:
+            self._start_from(self._start, engine)
+        self._newest = self._start = None  # closes their files
+        if self.mesh.world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
+            write_text(self.config.output / RUN_TOML, to_toml(self.config))
+        return step
+
+    def _go_on_from(self, reader: CheckpointReader, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
+        batches.load_state_dict(reader.state["data"])  # first, since it may refuse
+        self._read(reader, engine, with_optimizer=True)
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
-        self._newest = None  # closes its files
         return reader.step
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        state = {"weight": engine.optimizer.state()["weight"]}
-        with failing_together(self.mesh.world):
-            reader.read_all(state_fragments(engine.model, engine.optimizer.owned, state, copies=True))
-        engine.optimizer.publish_master(state["weight"])
+        self._read(reader, engine, with_optimizer=self.config.init_optimizer)
         if self.mesh.world.is_first:
             there, here = model_of(reader), self.config.model
             changes = [
@@ -128,7 +128,18 @@ class RunFolder:
                 for name in ("max_position_embeddings", "rope_factor", "rope_theta")
                 if getattr(here, name) != getattr(there, name)
             ]
-            say(f"weights of {reader.folder}, step {reader.step}{''.join(changes)}")
+            what = "weights and optimizer state" if self.config.init_optimizer else "weights"
+            say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
+
+    def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> None:
+        optimizer = engine.optimizer
+        held = optimizer.state()
+        wanted = held if with_optimizer else {"weight": held["weight"]}
+        with failing_together(self.mesh.world):
+            reader.read_all(state_fragments(engine.model, optimizer.owned, wanted, copies=True))
+        optimizer.publish_master(held["weight"])
+        if with_optimizer:
+            optimizer.num_updates = reader.state["num_updates"]
 
     def save(self, step: int, engine: Engine, batches: Prefetcher, guard: Guard) -> float:
         """Starts a checkpoint, on disk after the next `save` or `finish`; returns the seconds that training waited."""
@@ -203,7 +214,7 @@ def load_weights(model: Transformer, reader: CheckpointReader) -> None:
 
 
 def open_start(config: RunConfig) -> CheckpointReader | None:
-    """The checkpoint that a new run takes its weights from, if any; ConfigError if it is of another model."""
+    """The checkpoint that a new run starts from, if any; ConfigError if it is of another model or lacks moments."""
     if config.init_from is None or step_folders(config.output / CHECKPOINTS):
         return None
     reader = CheckpointReader(config.init_from)
@@ -211,7 +222,17 @@ def open_start(config: RunConfig) -> CheckpointReader | None:
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
         advice="set the same in this run's [model]",
     )  # fmt: skip
+    if config.init_optimizer and not _has_moments(reader):
+        raise ConfigError(
+            f"init_optimizer = true: {reader.folder} holds weights alone, without AdamW's moments; leave it out, or "
+            "name the checkpoint of a run in init_from"
+        )
     return reader
+
+
+def _has_moments(reader: CheckpointReader) -> bool:
+    """Whether a run could resume from the checkpoint."""
+    return {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}
 
 
 def state_fragments(
@@ -249,7 +270,7 @@ def _check_goes_on(reader: CheckpointReader, config: RunConfig, old: RunConfig |
     the model is compared with the checkpoint's: an old checkpoint may have settings that no longer exist.
     """
     output, where = str(config.output), f"{reader.folder / MANIFEST}: state.config"
-    if not {"exp_avg", "exp_avg_sq"} <= {kind for kind, _ in reader.tensors()}:
+    if not _has_moments(reader):
         raise ConfigError(
             f"output = {output!r}: its checkpoint {reader.folder.name} holds weights alone, from which no run can "
             f"resume; choose another output, and start from these weights with init_from = {output!r}"
@@ -268,7 +289,8 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
 
     A constant rate can be extended, or made to fall, at any time; three stages only until the first has ended.
     """
-    advice = f"choose another output, and start from these weights with init_from = {str(config.output)!r}"
+    start = f"init_from = {str(config.output)!r}, init_optimizer = true"
+    advice = f"choose another output, and go on from this run's state with {start}"
     if config.steps < step:
         raise ConfigError(f"steps = {config.steps}: the run in {config.output} has done {step} already; {advice}")
     if config.data.compat == "megatron" and config.data.megatron.num_samples is None and config.steps != old.steps:
@@ -277,6 +299,11 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
             f"samples depends on their number; {advice}"
         )
     for past in range(1, step + 1):
+        if data_step(past, old.data.left_out) != data_step(past, config.data.left_out):
+            raise ConfigError(
+                f"data.skip_steps = {list(config.data.skip_steps)}: the run in {config.output} has done {step} steps, "
+                f"and step {past} would have had other data; move its checkpoints from step {past} on away, or {advice}"
+            )
         was, now = old.learning_rate(past), config.learning_rate(past)
         if was != now:
             changed = ["schedule"] if old.schedule != config.schedule else []

@@ -58,7 +58,7 @@ def prepared_run(config: RunConfig) -> RunConfig:
     return replace(
         config,
         data=replace(
-            data, train=(made / "train",), valid=made / "valid" if data.conversations.valid else None,
+            data, train=(made / "train",), valid=(made / "valid",) if data.conversations.valid else (),
             tokenizer=folder / "tokenizer",
         ),
     )  # fmt: skip
@@ -87,10 +87,10 @@ def _prepare(config: RunConfig, run: RunConfig) -> None:
     )
     if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has reported already
         _say(trained, config)
-    if run.data.valid is not None:
-        prepare_conversations(conversations.valid, run.data.valid, tokenizer, conversations, seq_length=seq_length)
+    for valid in run.data.valid:
+        prepare_conversations(conversations.valid, valid, tokenizer, conversations, seq_length=seq_length)
     _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
-    for prefix in filter(None, (run.data.train[0], run.data.valid)):
+    for prefix in (*run.data.train, *run.data.valid):
         open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # fails here if windows are too short
 
 

@@ -20,7 +20,9 @@ from megacoder.core.memory import keep_freed_memory
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_stream import MegatronStream
+from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.sidecar import open_dataset
+from megacoder.data.skipping import SkippingStream
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.collectives import broadcast_from_first
@@ -141,10 +143,14 @@ def open_conversations(
     )  # fmt: skip
 
 
-def open_stream(
-    config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
-) -> TokenStream | MegatronStream | ConversationStream:
+def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> ResumableBatches:
     """The training tokens of one data-parallel rank; ConfigError for conversations that are not prepared."""
+    whole = _open_whole(config, tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+    left_out = config.data.left_out
+    return SkippingStream(whole, left_out, global_batch_size=config.global_batch_size) if left_out else whole
+
+
+def _open_whole(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> ResumableBatches:
     data = config.data
     if data.conversations.train:
         if not data.train:

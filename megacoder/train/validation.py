@@ -1,46 +1,79 @@
-"""Held-out loss during training: the same windows every time, plain next-token prediction, no fill-in-the-middle."""
+"""Held-out losses during training: the same windows every time, plain next-token prediction, no fill-in-the-middle.
+
+Each held-out set has a loss of its own, so that one language getting worse does not hide behind the others. Of several
+sets, the held-out loss is the mean of theirs, each counting the same however many tokens it has.
+"""
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
-from megacoder.core.errors import ConfigError
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.fim import FimConfig
 from megacoder.data.sidecar import open_dataset
-from megacoder.data.stream import TokenStream
+from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.mesh import Mesh
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
+from megacoder.train.metrics_log import HELD_OUT_LOSS
 from megacoder.train.step import open_conversations
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "describe_losses", "set_names"]
 
 
 class HeldOut:
-    """The first `eval_batches` global batches of the held-out data, split over the data-parallel ranks."""
+    """The first `eval_batches` global batches of each set in `data.valid`, split over the data-parallel ranks."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
-        if config.data.valid is None:
-            raise ConfigError("data.valid is not set, so there is no held-out loss to measure")
-        stream: TokenStream | ConversationStream
-        if config.data.conversations.valid:
-            stream = open_conversations(
-                config, config.data.valid, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp
-            )
-        else:
-            plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
-            stream = TokenStream(
-                [open_dataset(config.data.valid, tokenizer)], tokenizer, plain,
-                global_batch_size=config.global_batch_size, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp,
-            )  # fmt: skip
         self.micro_batch_size = config.micro_batch_size
-        self.batches = [stream.next_batch() for _ in range(config.eval_batches)]
+        self.batches: dict[str, list[Batch]] = {}
+        for name, prefix in zip(set_names(config.data.valid), config.data.valid, strict=True):
+            stream = _open(config, prefix, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
+            self.batches[name] = [stream.next_batch() for _ in range(config.eval_batches)]
 
-    def loss(self, engine: Engine) -> float:
-        """Mean loss over all ranks' tokens, nats."""
+    def losses(self, engine: Engine) -> dict[str, float]:
+        """Nats per token over all ranks, by their names in metrics: HELD_OUT_LOSS, and one for each of several sets."""
+        sets = {f"{HELD_OUT_LOSS}/{name}": self._loss(engine, batches) for name, batches in self.batches.items()}
+        mean = statistics.fmean(sets.values())
+        return {HELD_OUT_LOSS: mean, **sets} if len(sets) > 1 else {HELD_OUT_LOSS: mean}
+
+    def _loss(self, engine: Engine, batches: Sequence[Batch]) -> float:
         total, num_tokens = 0.0, 0.0
-        for batch in self.batches:
+        for batch in batches:
             part = engine.evaluate(engine.microbatches(batch, self.micro_batch_size))
             sums = engine.sum_losses(part)
             total, num_tokens = total + sums[0], num_tokens + sums[1]
         return total / max(1.0, num_tokens)
+
+
+def set_names(prefixes: Sequence[Path]) -> list[str]:
+    """What the sets are called: each the last part of its path, or as many of the last parts as no other set has."""
+
+    def last(depth: int) -> list[str]:
+        return ["/".join(prefix.parts[-depth:]) for prefix in prefixes]
+
+    depths = range(1, 1 + max((len(prefix.parts) for prefix in prefixes), default=0))
+    return [
+        next(names[number] for names in map(last, depths) if names.count(names[number]) == 1)
+        for number in range(len(prefixes))
+    ]
+
+
+def describe_losses(losses: dict[str, float]) -> str:
+    """`HeldOut.losses` for a person to read."""
+    sets = [f"{name.partition('/')[2]} {loss:.4f}" for name, loss in losses.items() if name != HELD_OUT_LOSS]
+    return f"{losses[HELD_OUT_LOSS]:.4f}" + (f" ({', '.join(sets)})" if sets else "")
+
+
+def _open(
+    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
+) -> TokenStream | ConversationStream:
+    if config.data.conversations.valid:
+        return open_conversations(config, prefix, tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+    plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
+    return TokenStream(
+        [open_dataset(prefix, tokenizer)], tokenizer, plain,
+        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size,
+    )  # fmt: skip

@@ -90,7 +90,7 @@ def run_config(
     return RunConfig(
         output=places.run,
         data=DataConfig(
-            train=(places.train_data,), valid=places.heldout_data, tokenizer=places.tokenizer, stream=stream
+            train=(places.train_data,), valid=(places.heldout_data,), tokenizer=places.tokenizer, stream=stream
         ),
         model=replace(recipe.model, vocab_size=vocab_size),
         schedule=ScheduleConfig(kind="three_stage", peak_lr=recipe.peak_lr, warmup_steps=max(1, min(50, steps // 10))),

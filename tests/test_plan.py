@@ -17,6 +17,7 @@ from megacoder.model.replicas import late_parameters
 from megacoder.model.scheduled import waiting_share
 from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
@@ -336,7 +337,7 @@ def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads,
     model = ModelConfig(vocab_size=500, hidden_size=40, intermediate_size=72, num_hidden_layers=4, head_dim=6,
                         num_attention_heads=4, num_key_value_heads=kv_heads, tie_word_embeddings=tied)  # fmt: skip
     variant = Variant(dims=ParallelDims(tp=tp, dp=3), bucket_elements=5000)
-    part = TransformerPart(model, variant.tp, layers=range(3), embedding=embedding, head=head)
+    part = TransformerPart(model, variant.tp, cp=UNCUT, layers=range(3), embedding=embedding, head=head)
     flat = FlatParameters(
         part.named_parameters(), dtype=torch.float32, device=torch.device("cpu"), num_shards=3,
         late=late_parameters(part), bucket_elements=5000,

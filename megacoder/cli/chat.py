@@ -1,4 +1,4 @@
-"""`megacoder chat`: a conversation in the published template, on the terminal or from a pipe."""
+"""`megacoder chat`: a conversation in the format that the model was tuned with, on the terminal or from a pipe."""
 
 import io
 import sys
@@ -8,11 +8,18 @@ from pathlib import Path
 
 import torch
 
-from megacoder.cli.model_folder import ComputeDtype, answer_room, load_model, prompt_room, share_model
+from megacoder.cli.model_folder import (
+    ComputeDtype,
+    answer_room,
+    chat_format_of,
+    load_model,
+    prompt_room,
+    share_model,
+)
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
-from megacoder.evaluate.chat import Turn, chat_tokens
+from megacoder.data.chat_format import ChatFormat, Message
 from megacoder.evaluate.generate import Sampling, generate
 from megacoder.evaluate.stops import StopStrings
 from megacoder.parallel.collectives import broadcast_from_first
@@ -58,13 +65,14 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp)
+    chat = ChatFormat(chat_format_of(args.model, tokenizer=args.tokenizer), tokenizer)
     longest = answer_room(model, args.max_new_tokens, otherwise=512)
     room = prompt_room(model, longest)
-    system: list[Turn] = [] if args.system is None else [("system", args.system)]
-    turns: list[Turn] = []
+    system: list[Message] = [] if args.system is None else [("system", args.system)]
+    turns: list[Message] = []
     for number, said in enumerate(_shared_turns(tp, model.lm_head.weight.device)):
         turns.append(("user", said))
-        while len(tokens := chat_tokens(tokenizer, [*system, *turns])) > room and len(turns) > 1:
+        while len(tokens := chat.prompt([*system, *turns])) > room and len(turns) > 1:
             turns = turns[2:]
             if tp.rank == 0:
                 say("the conversation no longer fits into the model: its first turns are forgotten")
@@ -75,12 +83,12 @@ def main(argv: Sequence[str]) -> None:
             model,
             [tokens],
             max_new_tokens=longest,
-            stop_ids={tokenizer.eot_id, tokenizer.eos_id},
+            stop_ids={chat.end_id, tokenizer.eos_id},
             sampling=sampling,
             names=[str(number)],
             watcher=lambda _, new, streamed=streamed: streamed.add(new[-1]),  # type: ignore[misc]
         )
-        turns.append(("assistant", streamed.finish().removesuffix("\n")))
+        turns.append(("assistant", chat.answer(streamed.finish())))
         print(flush=True)
 
 

@@ -45,7 +45,7 @@ class EvalArgs:
     language: Optional[str] = None
     """language of the programs; if unset, what the data says, else python"""
     instruct: bool = False
-    """ask through the chat template and take the answer's code block"""
+    """ask in the format that the model was tuned with and take the answer's code block"""
     shots: Optional[Path] = None
     """file of worked examples; pal needs one"""
     retrieval: bool = False
@@ -216,8 +216,9 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
         )
     assert args.model is not None
     from megacoder.checkpoint.huggingface import read_config
-    from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, not needed to score a file
+    from megacoder.cli.model_folder import chat_format_of, is_checkpoint, load_model  # imports torch
     from megacoder.core.device import probe
+    from megacoder.data.chat_format import FormatConfig
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
@@ -228,7 +229,10 @@ def _source(args: EvalArgs, benchmark: Benchmark, tp: "TensorParallel | None") -
         if architectures != ["LlamaForCausalLM"]:
             return TransformersSource(args.model, decoding, device=probe().device_type)
     model, tokenizer = load_model(args.model, args.dtype, tokenizer=args.tokenizer, tp=tp or ALONE)
-    return LocalSource(model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
+    return LocalSource(
+        model=model, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size,
+        format=chat_format_of(args.model, tokenizer=args.tokenizer) if args.instruct else FormatConfig(),
+    )  # fmt: skip
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

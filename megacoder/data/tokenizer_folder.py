@@ -16,10 +16,11 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 
-__all__ = ["TokenizerFiles", "has_tokenizer", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "chat_template_in", "has_tokenizer", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TEMPLATE = "chat_template.jinja"
+_BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 """Further files of some folders; copied unchanged."""
 
 
@@ -44,6 +45,16 @@ def has_tokenizer(folder: Path) -> bool:
     return True
 
 
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template that transformers finds in `folder`, if any; FormatError where a file is damaged."""
+    if (folder / _TEMPLATE).is_file():
+        return _read(folder / _TEMPLATE)
+    found = _settings(folder / _SETTINGS).get("chat_template") if (folder / _SETTINGS).is_file() else None
+    if isinstance(found, list):  # several, by name
+        found = next((one["template"] for one in found if one["name"] == "default"), None)
+    return found
+
+
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
 
@@ -62,7 +73,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
         )
         definition = backend.to_str(pretty=True)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    if "chat_template.jinja" not in files:
+    if _TEMPLATE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     return TokenizerFiles(files=files, ids=ids, vocab_size=backend.get_vocab_size(with_added_tokens=True))

@@ -26,6 +26,7 @@ from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
+from megacoder.train.report import write_run_report
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 from megacoder.train.step import threads_of_a_rank
 
@@ -553,11 +554,38 @@ def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])
-def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
+def test_a_damaged_line_of_metrics_is_named_left_in_place_and_out_of_what_is_read(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(FormatError, match=r"metrics\.jsonl:2: "):
-        read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n{"step": 4}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4]
+    named = f"{path}:2: not a line of metrics; it stays there, and its step is left out\n"
+    assert capsys.readouterr().err == named
+    log = MetricsLog(tmp_path, resume_step=3, amend={"held_out_loss": 2.0})
+    log.write(4, {"loss": 1.0})
+    log.close()
+    assert path.read_bytes() == (
+        b'{"step": 1}\n' + line + b'\n{"step": 3, "held_out_loss": 2.0}\n{"step": 4, "loss": 1.0}\n'
+    )
+    assert capsys.readouterr().err == named
+
+
+def test_a_run_with_damaged_metrics_resumes_and_reports(tmp_path, capfd):
+    case = make_case(tmp_path)
+    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    train(case.config("run", steps=4, checkpoint_every=4, schedule=constant))
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = b"\0" * 512 + b"\n", b'{"step": 3, "loss": 4.\n'
+    path.write_bytes(b"".join(lines))
+    capfd.readouterr()
+    train(case.config("run", steps=8, checkpoint_every=4, schedule=constant))
+    named = f"{path}:2: not a line of metrics, nor 1 more line; it stays there, and its step is left out"
+    assert capfd.readouterr().err.splitlines().count(named) == 1
+    assert path.read_bytes().splitlines(keepends=True)[:4] == lines
+    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5, 6, 7, 8]
+    capfd.readouterr()
+    assert write_run_report(tmp_path / "run", tmp_path / "report.html") == 8
+    assert capfd.readouterr().err == f"{named}\n"
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,9 @@ class Trainer:
         if not self._held_out_is_due():
             return {}
         lacks = self.world.is_first and any(
-            HELD_OUT_LOSS not in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
+            HELD_OUT_LOSS not in row
+            for row in read_metrics(self.config.output / METRICS, quiet=True)  # the log names what is damaged
+            if row["step"] == self.step
         )
         return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 

@@ -16,7 +16,7 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 
-__all__ = ["TokenizerFiles", "chat_template_in", "has_tokenizer", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "chat_template_in", "num_tokenizer_ids", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
@@ -36,13 +36,10 @@ class TokenizerFiles:
     """ids, control tokens included"""
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether `folder` has a tokenizer.json; FormatError where it is damaged."""
+def num_tokenizer_ids(folder: Path) -> int | None:
+    """How many ids the tokenizer.json of `folder` gives, None if it has none; FormatError where it is damaged."""
     path = folder / _DEFINITION
-    if not path.exists():
-        return False
-    _parsed(_read(path), path)
-    return True
+    return _num_ids(_parsed(_read(path), path)) if path.exists() else None
 
 
 def chat_template_in(folder: Path) -> str | None:
@@ -76,7 +73,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     if _TEMPLATE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
-    return TokenizerFiles(files=files, ids=ids, vocab_size=backend.get_vocab_size(with_added_tokens=True))
+    return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
 
 
 def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
@@ -84,6 +81,11 @@ def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exceptions
         raise FormatError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _num_ids(backend: tokenizers.Tokenizer) -> int:
+    """Ids from 0 to the highest, of which some may have no token."""
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _read(path: Path) -> str:

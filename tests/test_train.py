@@ -1,6 +1,7 @@
 """The training loop: the same run for any number of ranks, resumed equals uninterrupted, stops cleanly."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -15,11 +16,13 @@ import pytest
 import torch
 from train_cases import make_case
 
+from megacoder.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.main import main
 from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.data.conversations import ConversationConfig
+from megacoder.data.sidecar import fingerprint
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
@@ -551,6 +554,34 @@ def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
         lines.write('{"step": 4, "lo')  # a crash in the middle of a line
     MetricsLog(tmp_path, resume_step=2).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_dataset_replaced_by_one_of_the_same_size_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    train(case.config("run", steps=3, schedule=constant))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    tokens = tmp_path / "train.bin"
+    content = tokens.read_bytes()
+    before = fingerprint(tmp_path / "train")
+    tokens.write_bytes(content[2:4] + content[2:])  # one token is another
+    now = fingerprint(tmp_path / "train")
+    with pytest.raises(ConfigError) as raised:
+        train(case.config("run", steps=4, schedule=constant))
+    assert before != now
+    assert str(raised.value) == (
+        f"{tmp_path / 'train'} is another dataset (fingerprint {now}) than the one that {checkpoint} was trained on "
+        f"({before}); put that one back, or choose another output"
+    )
+    del raised
+    gc.collect()  # the refused run's lock
+    manifest = read_manifest(checkpoint / MANIFEST)
+    del manifest.state["fingerprints"]  # as before there were any
+    (checkpoint / MANIFEST).write_bytes(encode_manifest(manifest))
+    train(case.config("run", steps=4, schedule=constant))
+    tokens.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"another dataset .fingerprint {before}"):
+        train(case.config("run", steps=5, schedule=constant))
 
 
 @pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])

@@ -25,6 +25,7 @@ from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.sidecar import fingerprint
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
@@ -71,6 +72,10 @@ class RunFolder:
             _check_goes_on(self._newest, config, old)
         if world.is_first:  # every rank has read the old file by now, since they have agreed on a checkpoint
             write_text(config.output / RUN_TOML, to_toml(config))
+        self._fingerprints: list[str] = []
+        with failing_together(world):
+            if world.is_first:
+                self._fingerprints = [fingerprint(prefix) for prefix in config.data.train]
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -111,10 +116,22 @@ class RunFolder:
         optimizer.publish_master(held["weight"])
         optimizer.num_updates = reader.state["num_updates"]
         batches.load_state_dict(reader.state["data"])
+        with failing_together(self.mesh.world):
+            self._check_same_data(reader)
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
         self._newest = None  # closes its files
         return reader.step
+
+    def _check_same_data(self, reader: CheckpointReader) -> None:
+        """ConfigError, on the first rank, if a dataset has been replaced by another of the same size."""
+        there = reader.state.get("fingerprints", self._fingerprints)  # absent from an older checkpoint
+        for prefix, before, now in zip(self.config.data.train, there, self._fingerprints, strict=False):
+            if before != now:
+                raise ConfigError(
+                    f"{prefix} is another dataset (fingerprint {now}) than the one that {reader.folder} was trained on "
+                    f"({before}); put that one back, or choose another output"
+                )
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
         state = {"weight": engine.optimizer.state()["weight"]}
@@ -139,6 +156,7 @@ class RunFolder:
             "num_updates": engine.optimizer.num_updates,
             "data": merge_states([position for position in positions if position is not None]),
             "guard": guard.state_dict(),
+            "fingerprints": self._fingerprints,
             "config": to_dict(self.config),
         }
         optimizer = engine.optimizer

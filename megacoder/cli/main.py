@@ -178,6 +178,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def _end(code: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")  # loaded by ranks
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -226,19 +226,22 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
 
 
-def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch):
-    trainer = Trainer(case.config("signal-in-step"), World(0, 1, 0, torch.device("cpu"), None))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch, capfd, name):
+    trainer = Trainer(case.config(f"{name}-in-step"), World(0, 1, 0, torch.device("cpu"), None))
     forward_backward = trainer.engine.forward_backward
 
     def interrupted(microbatches):
         part = forward_backward(microbatches)
         if trainer.step + 1 == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
         return part
 
     monkeypatch.setattr(trainer.engine, "forward_backward", interrupted)
     with pytest.raises(Interrupted, match="stopped at step 2 "):
         trainer.run()
+    promised = "writing a checkpoint after this step" in capfd.readouterr().err
+    assert promised == (name == "SIGINT"), "SIGTERM may come from torchrun, since another rank has failed"
 
 
 def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):

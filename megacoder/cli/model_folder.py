@@ -80,7 +80,8 @@ def chat_format_of(folder: Path, *, tokenizer: Path | None = None) -> FormatConf
             reader = CheckpointReader(folder)
             recorded = _conversations_of(reader)
             if recorded.get("train"):  # else the format is a default that nothing was tuned with
-                return from_dict(FormatConfig, recorded.get("format", {}), where=f"{reader.folder}: conversations.format")
+                where = f"{reader.folder}: conversations.format"
+                return from_dict(FormatConfig, recorded.get("format", {}), where=where)
             places = [tokenizer or tokenizer_of(reader)]
         for place in filter(None, places):
             template = chat_template_in(place if place.is_dir() else place.parent)

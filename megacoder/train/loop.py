@@ -229,7 +229,8 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.world.is_first and self._stop_asked is None:
+        # torchrun sends SIGTERM also when another rank has failed, and then there will be no checkpoint
+        if name != "SIGTERM" and self.world.is_first and self._stop_asked is None:
             say(f"{name}: writing a checkpoint after this step")
         self._stop_asked = name
         self.world.journal.stop_asked = True

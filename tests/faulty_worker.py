@@ -1,5 +1,6 @@
 """A rank that fails: `faulty_worker.py FAULT RANK STEP PLACE ARGUMENTS...` is `python -m megacoder ARGUMENTS...`, but
-FAULT happens on that rank when its journal is at that step and place ('forward 2', 'reading data').
+FAULT happens on that rank, or on `every` rank, when its journal is at that step and place ('forward 2', 'reading
+data').
 """
 
 import ctypes
@@ -40,7 +41,7 @@ def arm(fault, rank, step, place):
     def at(self, activity_now, microbatch_now=None):
         note(self, activity_now, microbatch_now)
         here = (self.step == int(step), activity_now == activity, str(microbatch_now) == str(microbatch))
-        if os.environ["RANK"] == rank and all(here):
+        if rank in (os.environ["RANK"], "every") and all(here):
             time.sleep(1.5)  # a few beats, so that the others have seen it here
             FAULTS[fault]()
         elif fault == "kill, others blocked" and all(here):

@@ -7,13 +7,13 @@ import torch
 from evaluation_samples import make_model, make_tokenizer
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.evaluate.benchmarks.base import Settings, Task
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.crosscode import CrossCode
 from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
 from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
-from megacoder.evaluate.chat import chat_tokens
 from megacoder.model.huggingface import export_model
 
 LINES = [f"total = total + {number}\n" for number in range(40)]
@@ -95,12 +95,13 @@ def test_a_server_needs_a_tokenizer_only_near_a_limit(monkeypatch):
 
 def test_a_long_question_in_chat_keeps_the_template_whole():
     tokenizer = make_tokenizer()
-    frame = chat_tokens(tokenizer, [("user", "")])
+    chat = ChatFormat(FormatConfig(), tokenizer)
+    frame = chat.prompt([("user", "")])
     model = make_model(tokenizer, max_position_embeddings=len(frame) + 100)
     source = LocalSource(model=model, tokenizer=tokenizer, decoding=Decoding(max_new_tokens=20, chat=True))
     [tokens] = source._prompts([asked(limit=None)])
     assert len(tokens) <= len(frame) + 80
-    kept = next(number for number in range(40) if tokens == chat_tokens(tokenizer, [("user", "".join(LINES[number:]))]))
+    kept = next(number for number in range(40) if tokens == chat.prompt([("user", "".join(LINES[number:]))]))
     assert kept > 0
     assert torch.tensor(tokens)[0] == tokenizer.bos_id
 

@@ -325,6 +325,24 @@ def test_a_damaged_tokenizer_is_refused_at_import(folder, tmp_path, capsys, cont
     assert not (tmp_path / "start").exists()
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_at_import(folder, tmp_path, capsys):
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    highest = max(token["id"] for token in definition["added_tokens"])
+    added = definition["added_tokens"][-1]
+    definition["added_tokens"] += [
+        {**added, "id": number, "content": f"<{number}>"} for number in range(highest + 1, size + 1)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert code == 1
+    assert err == (
+        f"megacoder: {folder}: the tokenizer has {size + 1:,} ids, the model knows {size:,}; use the tokenizer that "
+        "the model was trained with\n"
+    )
+    assert not (tmp_path / "start").exists()
+
+
 def test_an_import_without_a_tokenizer_says_what_to_set(folder, tmp_path, capsys):
     (folder / "tokenizer.json").unlink()
     code, _, err = run(capsys, "import", folder, tmp_path / "start")

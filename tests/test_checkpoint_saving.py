@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import re
 import socket
 import stat
 import sys
@@ -29,7 +30,7 @@ from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, w
 from megacoder.checkpoint.folders import discard, rotate, step_folders, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, Staging, live_bytes, plan_rank_file
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
-from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
+from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter, SaveFailed
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.parallel.world import start_world
 
@@ -149,9 +150,10 @@ def test_a_full_disk_is_one_line_and_touches_no_earlier_checkpoint(tmp_path, ful
     writer = CheckpointWriter(tmp_path, ALONE, SYNC)
     save(writer, 1, tensors)
     full_disk(room)
-    with pytest.raises(CheckpointError, match=r"saving step 2 failed: .*No space left on device; earlier") as caught:
+    with pytest.raises(CheckpointError) as caught:
         save(writer, 2, later)
-    assert "\n" not in str(caught.value)
+    line = r"saving step 2 failed: (.*): No space left on device; the checkpoint needs 0\.000 GB, [\d.,]+ GB are free; "
+    assert re.fullmatch(f"{line}earlier checkpoints are untouched", str(caught.value))[1] == str(tmp_path)
     assert names(tmp_path) == ["latest", "step-00000001"]
     assert_holds(tmp_path, tensors)
     full_disk(None)
@@ -436,7 +438,7 @@ def test_a_rank_writes_no_further_once_another_has_given_up(tmp_path, monkeypatc
             yield view[start : start + 16]
 
     file = rank_file_name(1, 2)
-    with pytest.raises(CheckpointError, match=r"is gone: another rank gave up, .* or this host no longer sees"):
+    with pytest.raises(CheckpointError, match="is gone: another rank gave up, or this host no longer sees"):
         write_part(temporary, file, plan_rank_file(file, fragments), data(), step=1, layout={}, state={})
     assert asked == [0, 16]
 
@@ -466,18 +468,28 @@ def rank_of_two(rank, root, port):
     writer.save(1, [half(rank, 100)], state={"cursor": 1}, layout={"dp": 2})
     writer.save(2, [half(rank, 200)], state={"cursor": 2}, layout={"dp": 2})
     writer.wait()
-    if rank == 1:
-        write = os.write
+    write = os.write
 
-        def to_a_full_disk(descriptor, data):  # ranks speak through pipes, which need no disk
-            return no_space() if stat.S_ISREG(os.fstat(descriptor).st_mode) else write(descriptor, data)
+    def to_a_full_disk(descriptor, data):  # ranks speak through pipes, which need no disk
+        return no_space() if stat.S_ISREG(os.fstat(descriptor).st_mode) else write(descriptor, data)
 
-        os.write = to_a_full_disk
-    writer.save(3, [half(rank, 300)], state={}, layout={"dp": 2})
-    with pytest.raises(CheckpointError, match="No space left" if rank == 1 else "another rank gave up"):
-        writer.wait()
-    if rank == 1:
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    for full, found in (([1], "rank 1"), ([0, 1], "(rank [01]|2 of 2 ranks)")):
+        if rank in full:
+            os.write = to_a_full_disk
+        writer.save(3, [half(rank, 300)], state={}, layout={"dp": 2})
+        with pytest.raises(SaveFailed, match=f"saving step 3 failed on {found}: {root}: No space left"):
+            writer.wait()
         os.write = write
+    if rank == 1:
+        writer_module.write_part = broken
+    writer.save(3, [half(rank, 300)], state={}, layout={"dp": 2})
+    expected = ZeroDivisionError if rank == 1 else SaveFailed
+    with pytest.raises(expected, match="" if rank == 1 else "ZeroDivisionError"):
+        writer.wait()
+    writer_module.write_part = write_part
     other = half(1 - rank, 0)
     other.data.zero_()
     reader = CheckpointReader(root)
@@ -488,6 +500,23 @@ def rank_of_two(rank, root, port):
     sync.save(4, [half(rank, 400)], state={}, layout={"dp": 2})
     assert torch.equal(CheckpointReader(root / "sync").read_tensor("w"), values + 400)
     world.close()
+
+
+def test_ranks_agree_on_the_cause_and_count_those_that_met_it(tmp_path):
+    writer = CheckpointWriter(tmp_path, ALONE, SYNC)
+    gone, full, broken = ("gave up", "it is gone"), ("full", f"{tmp_path}: No space left"), ("other", "x: I/O error")
+    for reports, said in {
+        (
+            gone,
+            full,
+            None,
+            full,
+        ): f"failed on 2 of 4 ranks: {tmp_path}: No space left; the checkpoint needs ",
+        (broken, gone, full): f"failed on rank 2: {tmp_path}: No space left; the checkpoint needs ",
+        (None, gone, broken): "failed on rank 2: x: I/O error; earlier checkpoints are",
+        (None, gone): "failed on rank 1: it is gone; earlier checkpoints are",
+    }.items():
+        assert said in str(writer._failure(reports))
 
 
 def test_two_processes_save_fail_together_and_load(tmp_path):

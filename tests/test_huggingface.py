@@ -154,7 +154,7 @@ def test_the_tokenizer_is_exported_with_the_model(tmp_path):
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path):
     train_tokenizer(["x"], vocab_size=256).save(tmp_path / "tokenizer")
-    with pytest.raises(FormatError, match="has 265 tokens, the model knows 97"):
+    with pytest.raises(FormatError, match="has 265 ids, the model knows 97"):
         export_model(make_model(), tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer")
     assert not (tmp_path / "hf").exists()
 

@@ -21,10 +21,11 @@ from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, FormatError, MegacoderError
 from megacoder.core.files import exclusive
-from megacoder.data.chat_format import ChatFormat, FormatConfig, render, rows_to_messages
+from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
 from megacoder.data.indexed import IndexedDataset
+from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import import_with_tokenizer
@@ -125,8 +126,6 @@ def test_ids_and_labels_equal_those_of_apply_chat_template(kind, exported_tokeni
     assert sum(len(messages) > 3 for messages in samples) > 50, "most have several turns"
     for messages in samples:
         rendered = [{"role": role, "content": content} for role, content in messages]
-        text = theirs.apply_chat_template(rendered, tokenize=False)
-        assert text == theirs.bos_token + render(messages, FormatConfig(kind=kind))
         ids = theirs.apply_chat_template(rendered, tokenize=True, return_dict=False)
         assert joined(ours.segments(messages)) == ids
         labels = labels_by_template(theirs, rendered, ids)
@@ -150,13 +149,16 @@ def test_ids_and_labels_equal_those_of_the_published_script(exported_tokenizer):
 
 
 def test_the_two_chat_formats_differ_as_published():
-    chat, script = FormatConfig(), FormatConfig(kind="script")
+    def render(messages, kind):
+        segments = ChatFormat(FormatConfig(kind=kind), small_tokenizer()).segments(messages)
+        return small_tokenizer().decode(joined(segments)).removeprefix(SPECIAL_TOKENS["bos"])
+
     turn = [("user", " hi \n"), ("assistant", "ho")]
-    assert "Deepseek Coder model, developed by Deepseek Company" in render(turn, chat)
-    assert "refuse to answer\n### Instruction:\n hi \n\n### Response:\nho\n<|EOT|>\n" in render(turn, chat)
-    assert "DeepSeek Coder model, developed by DeepSeek Company" in render(turn, script)
-    assert render(turn, script).endswith("refuse to answer.\n### Instruction:\nhi\n### Response:\nho\n<|EOT|>")
-    own = render([("system", "Be brief."), *turn], chat)
+    assert "Deepseek Coder model, developed by Deepseek Company" in render(turn, "chat")
+    assert "refuse to answer\n### Instruction:\n hi \n\n### Response:\nho\n<|EOT|>\n" in render(turn, "chat")
+    assert "DeepSeek Coder model, developed by DeepSeek Company" in render(turn, "script")
+    assert render(turn, "script").endswith("refuse to answer.\n### Instruction:\nhi\n### Response:\nho\n<|EOT|>")
+    own = render([("system", "Be brief."), *turn], "chat")
     assert own.startswith("Be brief.### Instruction:\n"), "no line break behind a system message of one's own"
 
 

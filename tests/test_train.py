@@ -1,6 +1,7 @@
 """The training loop: the same run for any number of ranks, resumed equals uninterrupted, stops cleanly."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -16,17 +17,20 @@ import pytest
 import torch
 from train_cases import make_case
 
+from megacoder.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.main import main
 from megacoder.core.config import from_dict, load_toml, to_dict, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.data.conversations import ConversationConfig
+from megacoder.data.sidecar import fingerprint
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
+from megacoder.train.report import write_run_report
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 from megacoder.train.step import threads_of_a_rank
 from megacoder.train.validation import set_names
@@ -297,19 +301,22 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
         assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
 
 
-def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch):
-    trainer = Trainer(case.config("signal-in-step"), World(0, 1, 0, torch.device("cpu"), None))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch, capfd, name):
+    trainer = Trainer(case.config(f"{name}-in-step"), World(0, 1, 0, torch.device("cpu"), None))
     forward_backward = trainer.engine.forward_backward
 
     def interrupted(microbatches):
         part = forward_backward(microbatches)
         if trainer.step + 1 == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
         return part
 
     monkeypatch.setattr(trainer.engine, "forward_backward", interrupted)
     with pytest.raises(Interrupted, match="stopped at step 2 "):
         trainer.run()
+    promised = "writing a checkpoint after this step" in capfd.readouterr().err
+    assert promised == (name == "SIGINT"), "SIGTERM may come from torchrun, since another rank has failed"
 
 
 def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
@@ -641,12 +648,67 @@ def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+def test_a_dataset_replaced_by_one_of_the_same_size_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    train(case.config("run", steps=3, schedule=constant))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    tokens = tmp_path / "train.bin"
+    content = tokens.read_bytes()
+    before = fingerprint(tmp_path / "train")
+    tokens.write_bytes(content[2:4] + content[2:])  # one token is another
+    now = fingerprint(tmp_path / "train")
+    with pytest.raises(ConfigError) as raised:
+        train(case.config("run", steps=4, schedule=constant))
+    assert before != now
+    assert str(raised.value) == (
+        f"{tmp_path / 'train'} is another dataset (fingerprint {now}) than the one that {checkpoint} was trained on "
+        f"({before}); put that one back, or choose another output"
+    )
+    del raised
+    gc.collect()  # the refused run's lock
+    manifest = read_manifest(checkpoint / MANIFEST)
+    del manifest.state["fingerprints"]  # as before there were any
+    (checkpoint / MANIFEST).write_bytes(encode_manifest(manifest))
+    train(case.config("run", steps=4, schedule=constant))
+    tokens.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"another dataset .fingerprint {before}"):
+        train(case.config("run", steps=5, schedule=constant))
+
+
 @pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])
-def test_a_damaged_metrics_file_is_named_with_its_line(tmp_path, line):
+def test_a_damaged_line_of_metrics_is_named_left_in_place_and_out_of_what_is_read(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(FormatError, match=r"metrics\.jsonl:2: "):
-        read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n{"step": 4}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4]
+    named = f"{path}:2: not a line of metrics; it stays there, and its step is left out\n"
+    assert capsys.readouterr().err == named
+    log = MetricsLog(tmp_path, resume_step=3, amend={"held_out_loss": 2.0})
+    log.write(4, {"loss": 1.0})
+    log.close()
+    assert path.read_bytes() == (
+        b'{"step": 1}\n' + line + b'\n{"step": 3, "held_out_loss": 2.0}\n{"step": 4, "loss": 1.0}\n'
+    )
+    assert capsys.readouterr().err == named
+
+
+def test_a_run_with_damaged_metrics_resumes_and_reports(tmp_path, capfd):
+    case = make_case(tmp_path)
+    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    train(case.config("run", steps=4, checkpoint_every=4, schedule=constant))
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = b"\0" * 512 + b"\n", b'{"step": 3, "loss": 4.\n'
+    path.write_bytes(b"".join(lines))
+    capfd.readouterr()
+    train(case.config("run", steps=8, checkpoint_every=4, schedule=constant))
+    named = f"{path}:2: not a line of metrics, nor 1 more line; it stays there, and its step is left out"
+    assert capfd.readouterr().err.splitlines().count(named) == 1
+    assert path.read_bytes().splitlines(keepends=True)[:4] == lines
+    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5, 6, 7, 8]
+    capfd.readouterr()
+    assert write_run_report(tmp_path / "run", tmp_path / "report.html") == 8
+    assert capfd.readouterr().err == f"{named}\n"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ FAULTS = {
         NO_ANSWER + "step 3, microbatch 1, forward ",
     ),
     "fail": (("fail", "1", "3", "forward 1"), {}, ""),
+    "fail alike": (("fail", "every", "3", "forward 1"), {"parallel": ParallelConfig(tp=2)}, ""),
 }  # fmt: skip
 
 
@@ -54,6 +55,8 @@ class Ended:
     lines: list[str]
     """of megacoder's ranks"""
     folder: Path
+    exit_codes: set[int]
+    """of the ranks, as torchrun lists them"""
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +88,13 @@ def ended(case):
             processes[name].returncode,
             [line for line in output.splitlines() if line.startswith("megacoder: ")],
             case.folder / name,
+            {int(code) for code in re.findall(r"exitcode +: (-?\d+)", output)},
         )
         for name, output in outputs.items()
     }
 
 
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "fail"])
+@pytest.mark.parametrize("name", [name for name in FAULTS if not name.startswith("fail")])
 def test_one_line_names_the_rank_and_what_it_did(ended, name):
     (_, rank, _, _), _, said = FAULTS[name]
     run, other = ended[name], 1 - int(rank)
@@ -108,9 +112,10 @@ def test_the_waiting_rank_leaves_a_flight_record(ended):
     assert json.loads((folder / "rank-00001.json").read_text())["entries"]
 
 
-def test_a_rank_with_its_own_error_reports_only_that(ended):
-    assert ended["fail"].lines == ["megacoder: the disk is gone"]
-    assert ended["fail"].code != 0
+@pytest.mark.parametrize("name", ["fail", "fail alike"])
+def test_a_rank_with_its_own_error_reports_only_that_and_all_ranks_end_with_its_code(ended, name):
+    assert ended[name].lines == ["megacoder: the disk is gone"]
+    assert ended[name].exit_codes == {1}, "neither that of a lost rank, nor a signal during Python's shutdown"
 
 
 def children(pid):

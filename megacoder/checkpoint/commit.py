@@ -20,10 +20,14 @@ from megacoder.checkpoint.tensor_file import write_tensor_file
 from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path
 
-__all__ = ["await_outcome", "commit", "rank_file_name", "write_part"]
+__all__ = ["GaveUp", "await_outcome", "commit", "rank_file_name", "write_part"]
 
 _LOOK_EVERY = 1 << 26
 """Bytes after which a writing rank checks whether the attempt is over."""
+
+
+class GaveUp(CheckpointError):
+    """The save is over for this rank because another has failed, whose error says why."""
 
 
 def rank_file_name(rank: int, num_ranks: int) -> str:
@@ -43,7 +47,7 @@ def write_part(
 ) -> None:
     """Writes one rank's file, then its part: a manifest of that file alone.
 
-    Stops early, with CheckpointError, where another rank has given up: ranks that wait for this one in the next
+    Stops early, with GaveUp, where another rank has given up: ranks that wait for this one in the next
     collective then wait no longer than a few bytes take to write, so the two time-outs need not match.
     """
     with _noticing_its_end(temporary):
@@ -106,9 +110,9 @@ def _noticing_its_end(temporary: Path) -> Iterator[None]:
     except FileNotFoundError:
         if temporary.exists():
             raise
-        raise CheckpointError(
-            f"{temporary} is gone: another rank gave up, as its own error explains, or this host no longer sees the "
-            "folder that the first rank writes to"
+        raise GaveUp(
+            f"{temporary} is gone: another rank gave up, or this host no longer sees the folder that the first rank "
+            "writes to"
         ) from None
 
 

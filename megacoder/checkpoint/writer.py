@@ -3,15 +3,17 @@
 `save` copies the fragments into host memory and returns; a thread writes them, and the first rank's thread commits
 once every rank's file is complete (`commit.py`). At most one save is in flight: the next one first waits for it, so a
 disk that is too slow slows training instead of filling memory. A failure in the background is raised by the next `save`
-or `wait`, on all ranks, which agree on it by a collective on the main thread; or it is reported there, and the run
-continues without that checkpoint (`on_failure`). No failure touches an earlier checkpoint. A run that stops with a
-different error, the same on every rank, calls `conclude`, so that the save in flight is not lost. Any other end
-abandons that save, and the next start removes what it left.
+or `wait`, where all ranks exchange what failed, on the main thread, and raise the same line about it; or that line is
+reported, and the run continues without that checkpoint (`on_failure`). No failure touches an earlier checkpoint. A run
+that stops with a different error, the same on every rank, calls `conclude`, so that the save in flight is not lost. Any
+other end abandons that save, and the next start removes what it left.
 """
 
+import errno
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,16 +23,24 @@ from typing import Any, Literal
 
 import torch
 
-from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
+from megacoder.checkpoint.commit import GaveUp, await_outcome, commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
 from megacoder.core.config import check_seconds
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
-from megacoder.parallel.collectives import all_reduce_sum, barrier, broadcast_from_first
+from megacoder.parallel.collectives import barrier, broadcast_from_first
 from megacoder.parallel.world import World, gather_json
 
-__all__ = ["CheckpointConfig", "CheckpointWriter"]
+__all__ = ["CheckpointConfig", "CheckpointWriter", "SaveFailed"]
+
+
+class SaveFailed(CheckpointError, AlikeOnAllRanks):
+    """A checkpoint was not saved; the same error on every rank."""
+
+
+class _DiskFull(CheckpointError):
+    """What this rank had to write did not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,7 @@ class CheckpointWriter:
         self._num_saves = 0
         self._staging = Staging()
         self._thread: threading.Thread | None = None
-        self._step = 0  # of the last save begun
+        self._step = self._num_bytes = 0  # of the last save begun
         self._error: Exception | None = None
         self._last_failure: Exception | None = None
         self.num_failures = 0
@@ -87,7 +97,7 @@ class CheckpointWriter:
         """Saves the state after `step` steps; returns the seconds for which it held up training.
 
         Over all ranks the fragments must cover every tensor exactly once. `state` (what the loop needs to resume) and
-        `layout` (for people) are plain JSON values; the first rank's are kept. Raises CheckpointError on all ranks if
+        `layout` (for people) are plain JSON values; the first rank's are kept. Raises SaveFailed on all ranks if
         this save fails (synchronous), or if the one before has failed (asynchronous; this one then does not begin),
         unless `on_failure` is "go_on".
         """
@@ -101,7 +111,7 @@ class CheckpointWriter:
             state=_plain(state, "state"),
         )
         self._num_saves += 1
-        self._step = step
+        self._step, self._num_bytes = step, sum(tensor.num_bytes for tensor in job.plan.stored)
         if self.config.asynchronous:
             staged = self._staging.copy_out(job.plan.fragments)
             job.plan.fragments.clear()  # frees tensors made only for this save before it ends
@@ -152,7 +162,7 @@ class CheckpointWriter:
             try:
                 job.temporary.mkdir()
             except OSError as error:
-                self._error = _describe(job, error)
+                self._error = self._describe(job, error)
         return self._settle(self.config.on_failure)
 
     def _run(self, job: "_Job", data: Iterable[memoryview]) -> None:
@@ -169,7 +179,16 @@ class CheckpointWriter:
             discard(job.temporary)
             if not isinstance(error, Exception):  # Ctrl-C during a synchronous save
                 raise
-            self._error = _describe(job, error)
+            self._error = self._describe(job, error)
+
+    def _describe(self, job: "_Job", error: Exception) -> Exception:
+        """The error with its line for the user; one that is a bug stays as it is."""
+        if not isinstance(error, OSError):
+            return error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _DiskFull(f"{self.root}: {os.strerror(error.errno)}")
+        reason = os.strerror(error.errno) if error.errno else error
+        return CheckpointError(f"{error.filename or job.temporary}: {reason}")
 
     def _rotate(self, step: int) -> None:
         """A checkpoint that cannot be removed does not fail the save, complete by now; the next save tries again."""
@@ -181,25 +200,50 @@ class CheckpointWriter:
     def _settle(self, on_failure: Literal["stop", "go_on"]) -> bool:
         """Whether all ranks did their part; called on the main thread, by all of them at once.
 
-        Where one did not, every rank raises: its own error, or that another rank failed. With `on_failure` "go_on" they
-        continue without this checkpoint instead, unless the error of any rank is a bug.
+        Where one did not, every rank raises the same SaveFailed. With `on_failure` "go_on" they continue without this
+        checkpoint instead, unless the error of any rank is a bug, which that rank raises as it is.
         """
         error, self._error = self._error, None
-        is_bug = error is not None and not isinstance(error, CheckpointError)
-        failures = torch.tensor([error is not None, is_bug], dtype=torch.int32, device=self.world.device)
-        all_reduce_sum(failures, self.world.group)
-        num_failed, num_bugs = failures.tolist()
+        reports = gather_json(None if error is None else _report(error), self.world)
         self._last_failure = None
-        if not num_failed:
+        if not any(reports):
             return True
-        failure = error or CheckpointError("the checkpoint was not saved: another rank failed; see its own error")
-        if num_bugs or on_failure == "stop":
+        failure = self._failure(reports)
+        if error is not None and not isinstance(error, CheckpointError):
+            raise error
+        if on_failure == "stop" or any(report and report[0] == "bug" for report in reports):
             raise failure
         self.num_failures += 1
         self._last_failure = failure
-        if error is not None:
-            say(str(error))
+        if self.world.is_first:
+            say(str(failure))
         return False
+
+    def _failure(self, reports: Sequence[tuple[str, str] | None]) -> SaveFailed:
+        """One line for what failed on all ranks; what failed only because another rank had is not counted."""
+        met = {rank: report for rank, report in enumerate(reports) if report is not None}
+        causes = {rank: report for rank, report in met.items() if report[0] != "gave up"} or met
+        first = min(causes, key=lambda rank: (_KINDS.index(causes[rank][0]), rank))
+        kind, reason = causes[first]
+        alike = [rank for rank, report in causes.items() if report[0] == kind]
+        where = f" on {len(alike)} of {len(reports)} ranks" if len(alike) > 1 else f" on rank {first}"
+        if kind == "full":
+            needed, free = sum(gather_json(self._num_bytes, self.world)), shutil.disk_usage(self.root).free
+            reason += f"; the checkpoint needs {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free"
+        where = where if len(reports) > 1 else ""
+        return SaveFailed(f"saving step {self._step} failed{where}: {reason}; earlier checkpoints are untouched")
+
+
+_KINDS = ("bug", "full", "other", "gave up")
+"""Of errors, the one first that explains the others."""
+
+
+def _report(error: Exception) -> tuple[str, str]:
+    """(kind, line), for the other ranks."""
+    if not isinstance(error, CheckpointError):
+        return "bug", repr(error)
+    kind = "full" if isinstance(error, _DiskFull) else "gave up" if isinstance(error, GaveUp) else "other"
+    return kind, str(error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +270,3 @@ def _plain(value: dict[str, Any], what: str) -> dict[str, Any]:
             "use lists for tuples and strings for keys"
         )
     return copy
-
-
-def _describe(job: _Job, error: Exception) -> Exception:
-    """The error with its line for the user; one that is a bug stays as it is."""
-    if isinstance(error, OSError):
-        reason = f"{error.filename or job.temporary}: {os.strerror(error.errno) if error.errno else error}"
-    elif isinstance(error, CheckpointError):
-        reason = str(error)
-    else:
-        return error
-    return CheckpointError(f"saving step {job.step} failed: {reason}; earlier checkpoints are untouched")

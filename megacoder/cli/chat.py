@@ -1,4 +1,4 @@
-"""`megacoder chat`: a conversation in the published template, on the terminal or from a pipe."""
+"""`megacoder chat`: a conversation in the format that the model was tuned with, on the terminal or from a pipe."""
 
 import io
 import sys
@@ -9,11 +9,18 @@ from pathlib import Path
 import torch
 
 from megacoder.cli.loading import Loading
-from megacoder.cli.model_folder import answer_room, load_model, print_answer, prompt_room, share_model
+from megacoder.cli.model_folder import (
+    answer_room,
+    chat_format_of,
+    load_model,
+    print_answer,
+    prompt_room,
+    share_model,
+)
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
-from megacoder.evaluate.chat import Turn, chat_tokens
+from megacoder.data.chat_format import ChatFormat, Message
 from megacoder.evaluate.sampling import Sampling
 from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.tensor import TensorParallel
@@ -45,23 +52,24 @@ def main(argv: Sequence[str]) -> None:
     if tp is None:
         return
     model, tokenizer = load_model(args.model, args.loading, tp=tp)
+    chat = ChatFormat(chat_format_of(args.model, tokenizer=args.loading.tokenizer), tokenizer)
     longest = answer_room(model, args.max_new_tokens, otherwise=512)
     room = prompt_room(model, longest)
-    system: list[Turn] = [] if args.system is None else [("system", args.system)]
-    turns: list[Turn] = []
+    system: list[Message] = [] if args.system is None else [("system", args.system)]
+    turns: list[Message] = []
     for number, said in enumerate(_shared_turns(tp, model.lm_head.weight.device)):
         turns.append(("user", said))
-        while len(tokens := chat_tokens(tokenizer, [*system, *turns])) > room and len(turns) > 1:
+        while len(tokens := chat.prompt([*system, *turns])) > room and len(turns) > 1:
             turns = turns[2:]
             if tp.rank == 0:
                 say("the conversation no longer fits into the model: its first turns are forgotten")
         if len(tokens) > room:
             raise DataError(f"the turn has {len(tokens)} tokens with its template; the model has room for {room}")
         answer = print_answer(
-            model, tokenizer, tokens, max_new_tokens=longest, stop_ids={tokenizer.eot_id, tokenizer.eos_id},
+            model, tokenizer, tokens, max_new_tokens=longest, stop_ids={chat.end_id, tokenizer.eos_id},
             sampling=args.sampling, name=str(number),
         )  # fmt: skip
-        turns.append(("assistant", answer.removesuffix("\n")))
+        turns.append(("assistant", chat.answer(answer)))
 
 
 def _shared_turns(tp: TensorParallel, device: torch.device) -> Iterator[str]:

@@ -47,7 +47,7 @@ class EvalArgs:
     language: Optional[str] = None
     """language of the programs; if unset, what the data says, else python"""
     instruct: bool = False
-    """ask through the chat template and take the answer's code block"""
+    """ask in the format that the model was tuned with and take the answer's code block"""
     shots: Optional[Path] = None
     """file of worked examples; pal needs one"""
     retrieval: bool = False
@@ -200,8 +200,9 @@ def _open_source(
         )
     assert model is not None
     from megacoder.checkpoint.huggingface import read_config
-    from megacoder.cli.model_folder import is_checkpoint, load_model  # imports torch, not needed to score a file
+    from megacoder.cli.model_folder import chat_format_of, is_checkpoint, load_model  # imports torch
     from megacoder.core.device import probe
+    from megacoder.data.chat_format import FormatConfig
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
@@ -212,7 +213,10 @@ def _open_source(
                 raise ConfigError(f"--tp {tp.size}: {model} is {architectures[0]}, which runs on one process only")
             return TransformersSource(model, decoding, device=probe().device_type)
     loaded, tokenizer = load_model(model, args.loading, tp=tp or ALONE)
-    return LocalSource(model=loaded, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size)
+    return LocalSource(
+        model=loaded, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size,
+        format=chat_format_of(model, tokenizer=args.loading.tokenizer) if args.instruct else FormatConfig(),
+    )  # fmt: skip
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

@@ -1,7 +1,8 @@
 """The `megacoder` command: a table of sub-commands, each a small module that is imported only when it runs.
 
 `python -m megacoder` and the workers that torchrun starts come through here too. An error meant for the user ends as
-one line on stderr; under torchrun as one line per failing rank at most.
+one line on stderr. A rank that has joined others then ends at once, without Python's and torch's shutdown: their
+destructors wait for ranks that are gone, take seconds in which torchrun's SIGTERM arrives, and may abort the process.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megacoder.core.config import nearest
 from megacoder.core.console import say
@@ -73,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RankLost as error:
         if not error.told:
             say(f"megacoder: {error}")
-        sys.stdout.flush()
-        os._exit(error.exit_code)  # torch's destructors may wait for the rank that is lost
+        _end(error.exit_code)
     except MegacoderError as error:
         if isinstance(error, AlikeOnAllRanks) and os.environ.get("LOCAL_RANK", "0") != "0":
             _leave_it_to_the_first(error.exit_code)
@@ -145,11 +146,11 @@ def _leave_it_to_the_first(code: int) -> None:
     have started later, nobody would report the error. After a request to stop, torchrun waits for all ranks.
     """
     if code in (0, INTERRUPTED):
-        sys.exit(code)
+        _end(code)
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(FIRST_RANK_SECONDS)
         return
-    sys.exit(code)
+    _end(code)
 
 
 def _usage() -> str:
@@ -170,6 +171,16 @@ def _print_version(*, verbose: bool) -> None:
             print(f"  {part:<14} {state}")
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     say(f"megacoder: {' '.join(message.split())}")
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    distributed = sys.modules.get("torch.distributed")  # loaded by ranks
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +14,13 @@ from megacoder.checkpoint.huggingface import read_config
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.loading import Loading
+from megacoder.core.config import from_dict
+from megacoder.core.console import say_once
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError, alike_on_all_ranks
+from megacoder.data.chat_format import FormatConfig
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_folder import chat_template_in
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.evaluate.sampling import Sampling
@@ -29,7 +34,8 @@ from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 
 __all__ = [
-    "answer_room", "is_checkpoint", "load_model", "print_answer", "prompt_room", "share_model", "tokenizer_of",
+    "answer_room", "chat_format_of", "is_checkpoint", "load_model", "print_answer", "prompt_room", "share_model",
+    "tokenizer_of",
 ]  # fmt: skip
 
 _DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,6 +67,38 @@ def _load_checkpoint(
     model = Transformer(model_of(reader), tp)
     load_weights(model, reader)
     return model.to(probe().device_type, dtype), Tokenizer.load(found)
+
+
+def chat_format_of(folder: Path, *, tokenizer: Path | None = None) -> FormatConfig:
+    """The format that the model in `folder` was tuned with, by its run or its chat template; else DeepSeek-Coder's.
+
+    `tokenizer` is the tokenizer's folder where it is not the model's own.
+    """
+    with alike_on_all_ranks():
+        places = [folder, tokenizer]
+        if is_checkpoint(folder):
+            reader = CheckpointReader(folder)
+            recorded = _conversations_of(reader)
+            if recorded.get("train"):  # else the format is a default that nothing was tuned with
+                where = f"{reader.folder}: conversations.format"
+                return from_dict(FormatConfig, recorded.get("format", {}), where=where)
+            places = [tokenizer or tokenizer_of(reader)]
+        for place in filter(None, places):
+            template = chat_template_in(place if place.is_dir() else place.parent)
+            if template is not None:
+                found = FormatConfig.from_jinja(template)
+                if found is None:
+                    say_once(f"{place}: a chat template of another form; asking in DeepSeek-Coder's format")
+                return found or FormatConfig()
+    return FormatConfig()
+
+
+def _conversations_of(reader: CheckpointReader) -> dict[str, Any]:
+    """What the run of a checkpoint was tuned on; empty for other runs."""
+    config = reader.state.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    found = data.get("conversations") if isinstance(data, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def is_checkpoint(folder: Path) -> bool:

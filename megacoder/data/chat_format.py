@@ -12,8 +12,12 @@ nothing here, where Hugging Face's tokenizer would insert the control token itse
 Two formats are DeepSeek-Coder's own and differ slightly. `chat` is its tokenizer's template (`chat_template.py`);
 `script` is that of its published fine-tuning script, for one instruction and one answer: it has a different system
 text, strips white space around the instruction, and stops right after the end marker.
+
+A tuned model is asked in the format that it was trained with. Its run records the settings; a Hugging Face folder has
+the template alone, which `from_jinja` reads back. No template is executed: it may come from anywhere.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +26,7 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-__all__ = ["ChatFormat", "FormatConfig", "Segment", "render", "rows_to_messages"]
+__all__ = ["ChatFormat", "FormatConfig", "Message", "Segment", "rows_to_messages"]
 
 _SCRIPT_SYSTEM = (
     "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you "
@@ -77,29 +81,31 @@ class FormatConfig:
     @property
     def jinja(self) -> str:
         """The same format as a Hugging Face chat template."""
-        chosen = self.resolved
         if self.kind == "chat":
             return CHAT_TEMPLATE
-        before, _, behind = (_quoted(part) for part in chosen.instruction.partition("{content}"))
+        chosen = self.resolved
+        before, _, behind = chosen.instruction.partition("{content}")
         content = "message.content | trim" if self.kind == "script" else "message.content"
-        return (
-            "{{- bos_token -}}\n"
-            "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}\n"
-            f"  {{{{- {_quoted(chosen.system)} -}}}}\n"
-            "{%- endif -%}\n"
-            "{%- for message in messages -%}\n"
-            "  {%- if message.role == 'system' -%}\n"
-            "    {{- message.content -}}\n"
-            "  {%- elif message.role == 'user' -%}\n"
-            f"    {{{{- {before} + ({content}) + {behind} -}}}}\n"
-            "  {%- else -%}\n"
-            f"    {{{{- {_quoted(chosen.response)} + message.content + {_quoted(chosen.end + chosen.after)} -}}}}\n"
-            "  {%- endif -%}\n"
-            "{%- endfor -%}\n"
-            "{%- if add_generation_prompt -%}\n"
-            f"  {{{{- {_quoted(chosen.response)} -}}}}\n"
-            "{%- endif -%}\n"
-        )
+        texts = (chosen.system, before, behind, chosen.response, chosen.end + chosen.after)
+        return _jinja(*map(_quoted, texts), content=content)
+
+    @classmethod
+    def from_jinja(cls, template: str) -> "FormatConfig | None":
+        """The format of a template that `jinja` has made, or that has the texts of `chat`; None for any other."""
+        if template == (script := cls(kind="script")).jinja:
+            return script
+        chat = cls()
+        before, _, behind = chat.instruction.partition("{content}")
+        if found := re.fullmatch(_own_template(), template):
+            text = {name: _unquoted(literal) for name, literal in found.groupdict().items()}
+            ending = text["ending"]
+            cut = max((ending.rfind(end) + len(end) for end in SPECIAL_TOKENS.values() if end in ending), default=0)
+            return cls(
+                kind="custom", system=text["system"], instruction=f"{text['before']}{{content}}{text['behind']}",
+                response=text["response"], end=ending[:cut], after=ending[cut:],
+            )  # fmt: skip
+        texts = (chat.system, before, behind, chat.response, chat.end + chat.after)
+        return chat if all(_quoted(text) in template for text in texts) else None
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,29 @@ class ChatFormat:
         self.config, self.tokenizer = config.resolved, tokenizer
         used = (self.config.system, self.config.instruction, self.config.response, self.config.end, self.config.after)
         self._controls = {
-            text: getattr(tokenizer, f"{name}_id")
+            text: tokenizer.control_id(name)
             for name, text in SPECIAL_TOKENS.items()
             if any(text in part for part in used)
         }
+        ending: _Runs = []
+        self._add_format(ending, self.config.end)
+        self._end_text = next((run for run in ending[:1] if isinstance(run, str)), "")
+        self.end_id = next(run for run in ending if isinstance(run, int))
+        """the token after an answer"""
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """Asked and trained segments in turn, asked first, BOS in front; the last is asked and may be empty."""
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """What the model continues with its answer to the last message: `apply_chat_template`'s generation prompt."""
+        return [token for segment in self.segments(messages, asking=True) for token in segment.ids]
+
+    def answer(self, text: str) -> str:
+        """An answer as it appears among messages, given what the model has said before `end_id`."""
+        return text.removesuffix(self._end_text)
+
+    def segments(self, messages: Sequence[Message], *, asking: bool = False) -> list[Segment]:
+        """Asked and trained segments in turn, asked first, BOS in front; the last is asked and may be empty.
+
+        With `asking` it ends with the text before an answer.
+        """
         config, segments = self.config, list[Segment]()
         asked: _Runs = [self.tokenizer.bos_id]
         if all(role != "system" for role, _ in messages):
@@ -144,6 +166,8 @@ class ChatFormat:
                 segments += [Segment(self._ids(asked), False), Segment(self._ids(answer), True)]
                 asked = []
                 self._add_format(asked, config.after)
+        if asking:
+            self._add_format(asked, config.response)
         return [*segments, Segment(self._ids(asked), False)]
 
     def _add_format(self, runs: "_Runs", text: str) -> None:
@@ -170,21 +194,6 @@ def _add_text(runs: _Runs, text: str) -> None:
         runs[-1] = last + text
     elif text:
         runs.append(text)
-
-
-def render(messages: Sequence[Message], config: FormatConfig) -> str:
-    """The text of a conversation, without BOS, as `ChatFormat` tokenizes it."""
-    chosen = config.resolved
-    parts = [] if any(role == "system" for role, _ in messages) else [chosen.system]
-    for role, content in messages:
-        if role == "system":
-            parts.append(content)
-        elif role == "user":
-            text = content.strip() if chosen.kind == "script" else content
-            parts.append(chosen.instruction.replace("{content}", text))
-        else:
-            parts.append(chosen.response + content + chosen.end + chosen.after)
-    return "".join(parts)
 
 
 def rows_to_messages(row: Mapping[str, Any], *, where: str) -> list[Message]:
@@ -232,6 +241,42 @@ def _turn(message: Any, where: str) -> Message:
     return message["role"], message["content"]
 
 
+def _jinja(system: str, before: str, behind: str, response: str, ending: str, *, content: str) -> str:
+    """A template of Jinja literals, and of the expression for what a user says."""
+    return (
+        "{{- bos_token -}}\n"
+        "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}\n"
+        f"  {{{{- {system} -}}}}\n"
+        "{%- endif -%}\n"
+        "{%- for message in messages -%}\n"
+        "  {%- if message.role == 'system' -%}\n"
+        "    {{- message.content -}}\n"
+        "  {%- elif message.role == 'user' -%}\n"
+        f"    {{{{- {before} + ({content}) + {behind} -}}}}\n"
+        "  {%- else -%}\n"
+        f"    {{{{- {response} + message.content + {ending} -}}}}\n"
+        "  {%- endif -%}\n"
+        "{%- endfor -%}\n"
+        "{%- if add_generation_prompt -%}\n"
+        f"  {{{{- {response} -}}}}\n"
+        "{%- endif -%}\n"
+    )
+
+
+def _own_template() -> str:
+    """A regular expression for what `_jinja` makes of a custom format's texts."""
+    names = ("system", "before", "behind", "response", "ending")
+    pattern = re.escape(_jinja(*(f"_{name}_" for name in names), content="message.content"))
+    for name in names:
+        pattern = pattern.replace(f"_{name}_", rf"(?P<{name}>'(?:[^'\\]|\\.)*')", 1)
+        pattern = pattern.replace(f"_{name}_", f"(?P={name})")
+    return pattern
+
+
 def _quoted(text: str) -> str:
     """As a Jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _unquoted(literal: str) -> str:
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), literal[1:-1])

@@ -4,6 +4,7 @@ Megatron's format says nothing about the tokenizer, and ids of another one train
 """
 
 import json
+import os
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +15,10 @@ from megacoder.core.files import write_json
 from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["Sidecar", "checksum", "open_dataset"]
+__all__ = ["Sidecar", "checksum", "fingerprint", "open_dataset"]
+
+_SAMPLES, _PAGE = 16, 4096
+"""Of each file, for `fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,25 @@ def checksum(prefix: Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(prefix: Path) -> str:
+    """A digest of both files' sizes and of pages spread over them: all of a small dataset, milliseconds of a large one.
+
+    Another dataset has another fingerprint, even of as many documents and tokens; a few changed tokens of a large one
+    may not show.
+    """
+    digest = blake2b(digest_size=8)
+    for path in (bin_path(prefix), idx_path(prefix)):
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8, "little"))
+            places = [number * size // _SAMPLES // _PAGE * _PAGE for number in range(_SAMPLES)]
+            for place in places:  # the disk fetches them together
+                os.posix_fadvise(file.fileno(), place, _PAGE, os.POSIX_FADV_WILLNEED)
+            for place in places:
+                digest.update(os.pread(file.fileno(), _PAGE, place))
     return digest.hexdigest()
 
 

@@ -73,7 +73,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
-        self.bos_id, self.eos_id = self._control_id("bos"), self._control_id("eos")
+        self.bos_id, self.eos_id = self.control_id("bos"), self.control_id("eos")
         self.token_bytes = self._byte_table()
         self._check_line_breaks()
 
@@ -133,17 +133,24 @@ class Tokenizer:
         """SHA-256 over everything that decides the ids, in hexadecimal; takes a sixth of a second, the first time."""
         return _digest(json.loads(self._backend.to_str()))
 
+    def control_id(self, name: str) -> int:
+        """The id of a control token by its name in `SPECIAL_TOKENS`; FormatError where the tokenizer lacks it."""
+        index = self._backend.token_to_id(SPECIAL_TOKENS[name])
+        if index is None:
+            raise FormatError(f"no control token {SPECIAL_TOKENS[name]!r}; is this a DeepSeek-Coder tokenizer?")
+        return index
+
     @property
     def fim_hole_id(self) -> int:
-        return self._control_id("fim_hole")
+        return self.control_id("fim_hole")
 
     @property
     def fim_begin_id(self) -> int:
-        return self._control_id("fim_begin")
+        return self.control_id("fim_begin")
 
     @property
     def fim_end_id(self) -> int:
-        return self._control_id("fim_end")
+        return self.control_id("fim_end")
 
     @property
     def pad_id(self) -> int:
@@ -153,7 +160,7 @@ class Tokenizer:
 
     @property
     def eot_id(self) -> int:
-        return self._control_id("eot")
+        return self.control_id("eot")
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.definition,)
@@ -170,12 +177,6 @@ class Tokenizer:
                 f"{file} holds another tokenizer ({there.vocab_size:,} ids, digest {there.digest[:12]}); "
                 "choose another --output, or remove it"
             )
-
-    def _control_id(self, name: str) -> int:
-        index = self._backend.token_to_id(SPECIAL_TOKENS[name])
-        if index is None:
-            raise FormatError(f"no control token {SPECIAL_TOKENS[name]!r}; is this a DeepSeek-Coder tokenizer?")
-        return index
 
     def _byte_table(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}

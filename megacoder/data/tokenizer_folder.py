@@ -16,10 +16,11 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 
-__all__ = ["TokenizerFiles", "has_tokenizer", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "chat_template_in", "num_tokenizer_ids", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TEMPLATE = "chat_template.jinja"
+_BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 """Further files of some folders; copied unchanged."""
 
 
@@ -35,13 +36,20 @@ class TokenizerFiles:
     """ids, control tokens included"""
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether `folder` has a tokenizer.json; FormatError where it is damaged."""
+def num_tokenizer_ids(folder: Path) -> int | None:
+    """How many ids the tokenizer.json of `folder` gives, None if it has none; FormatError where it is damaged."""
     path = folder / _DEFINITION
-    if not path.exists():
-        return False
-    _parsed(_read(path), path)
-    return True
+    return _num_ids(_parsed(_read(path), path)) if path.exists() else None
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template that transformers finds in `folder`, if any; FormatError where a file is damaged."""
+    if (folder / _TEMPLATE).is_file():
+        return _read(folder / _TEMPLATE)
+    found = _settings(folder / _SETTINGS).get("chat_template") if (folder / _SETTINGS).is_file() else None
+    if isinstance(found, list):  # several, by name
+        found = next((one["template"] for one in found if one["name"] == "default"), None)
+    return found
 
 
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
@@ -62,10 +70,10 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
         )
         definition = backend.to_str(pretty=True)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    if "chat_template.jinja" not in files:
+    if _TEMPLATE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
-    return TokenizerFiles(files=files, ids=ids, vocab_size=backend.get_vocab_size(with_added_tokens=True))
+    return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
 
 
 def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
@@ -73,6 +81,11 @@ def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exceptions
         raise FormatError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _num_ids(backend: tokenizers.Tokenizer) -> int:
+    """Ids from 0 to the highest, of which some may have no token."""
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _read(path: Path) -> str:

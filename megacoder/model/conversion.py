@@ -22,9 +22,9 @@ from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
 from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
-from megacoder.data.tokenizer_folder import has_tokenizer
+from megacoder.data.tokenizer_folder import num_tokenizer_ids
 from megacoder.model.config import ModelConfig
-from megacoder.model.huggingface import open_folder, weight_shapes, write_folder
+from megacoder.model.huggingface import check_vocabulary, open_folder, weight_shapes, write_folder
 
 __all__ = ["TOKENIZER", "export_checkpoint", "import_folder", "model_of"]
 
@@ -82,12 +82,15 @@ def import_folder(
     """Makes `folder`, laid out like a run's, from a Hugging Face folder; returns the model.
 
     `files` gives further text files by name, which appear with the rest. Weights become fp32, which changes no value.
-    FormatError as `open_folder`, or where tokenizer.json is damaged; ConfigError where `folder` exists.
+    FormatError as `open_folder`, or where tokenizer.json is damaged or has more ids than the model; ConfigError where
+    `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
     config, _, tensors = open_folder(source)
-    with_tokenizer = has_tokenizer(source)
+    num_ids = num_tokenizer_ids(source)
+    if num_ids is not None:
+        check_vocabulary(num_ids, config, source)
     fragments = [_whole_weight(name, shape) for name, shape in weight_shapes(config).items()]
 
     def stream(wanted: Sequence[Fragment]) -> Iterator[Tensor]:
@@ -100,7 +103,7 @@ def import_folder(
             temporary / CHECKPOINTS, 0, [fragments], stream,
             num_ranks=1, layout={"imported": source.name}, state={"config": {"model": to_dict(config)}},
         )  # fmt: skip
-        if with_tokenizer:
+        if num_ids is not None:
             (temporary / TOKENIZER).mkdir()
             for name in _TOKENIZER_FILES:
                 if (source / name).is_file():

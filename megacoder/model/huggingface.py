@@ -32,8 +32,8 @@ from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = [
-    "config_from_huggingface", "config_to_huggingface", "export_model", "import_model", "import_with_tokenizer",
-    "open_folder", "weight_shapes", "write_folder",
+    "check_vocabulary", "config_from_huggingface", "config_to_huggingface", "export_model", "import_model",
+    "import_with_tokenizer", "open_folder", "weight_shapes", "write_folder",
 ]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +86,7 @@ def write_folder(
     files: dict[str, str] = {}
     if tokenizer_folder is not None:
         tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings)
-        _check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
+        check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
         ids, files = tokenizer.ids, tokenizer.files
     write_model_folder(
         folder,
@@ -158,7 +158,7 @@ def import_with_tokenizer(
     """
     tokenizer = Tokenizer.load(tokenizer_folder or folder)  # first, since the weights take long
     model = import_model(folder, dtype=dtype, device=device, tp=tp)
-    _check_vocabulary(tokenizer.vocab_size, model.config, folder)
+    check_vocabulary(tokenizer.vocab_size, model.config, folder)
     return model, tokenizer
 
 
@@ -255,10 +255,11 @@ def _read(table: dict[str, Any], key: str, where: str, *, default: float | None 
     return value
 
 
-def _check_vocabulary(num_tokens: int, config: ModelConfig, folder: Path) -> None:
-    if num_tokens > config.vocab_size:
+def check_vocabulary(num_ids: int, config: ModelConfig, folder: Path) -> None:
+    """FormatError where the tokenizer in `folder` gives ids that the model does not know."""
+    if num_ids > config.vocab_size:
         raise FormatError(
-            f"{folder}: the tokenizer has {num_tokens} tokens, the model knows {config.vocab_size}; "
+            f"{folder}: the tokenizer has {num_ids:,} ids, the model knows {config.vocab_size:,}; "
             "use the tokenizer that the model was trained with"
         )
 

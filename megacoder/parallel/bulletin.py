@@ -31,6 +31,8 @@ class End:
     """host of the rank that announced it, which prints the line"""
     silent: list[tuple[str, int]]
     """(host, pid) of ranks that did not answer"""
+    code: int
+    """exit code of every rank"""
 
 
 class Bulletin:
@@ -99,4 +101,5 @@ class Bulletin:
 
 def _decode(value: bytes) -> End:
     table = json.loads(value)
-    return End(line=table["line"], host=table["host"], silent=[(host, pid) for host, pid in table["silent"]])
+    silent = [(host, pid) for host, pid in table["silent"]]
+    return End(line=table["line"], host=table["host"], silent=silent, code=table["code"])

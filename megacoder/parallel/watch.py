@@ -32,7 +32,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from megacoder.core.console import say
-from megacoder.core.errors import AlikeOnAllRanks, RankLost
+from megacoder.core.errors import AlikeOnAllRanks, MegacoderError, RankLost
 from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
 from megacoder.parallel.blame import Record, find_loss
@@ -96,8 +96,7 @@ class Watch:
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not stop us before the line is out
                 raise self._conclude(str(error)) from error
             if isinstance(error, Exception) and not isinstance(error, AlikeOnAllRanks):
-                said = f"{type(error).__name__}: {error}".partition("\n")[0]
-                self._announce(f"{self._record().name()} failed: {said}")
+                self._announce_own(error)
             elif error is None:
                 self._bulletin.ask(lambda: self._publish(finished=True), seconds=ANSWER_SECONDS)
         finally:
@@ -105,6 +104,18 @@ class Watch:
             for thread in self._threads:  # a thread that returns from the network during shutdown would abort Python
                 thread.join(ANSWER_SECONDS)
             self._signals.close()
+
+    def _announce_own(self, error: Exception) -> None:
+        """Tells the others to end; raises RankLost where another rank has failed first, as ranks do that read the same
+        broken data: one line is enough. A bug keeps its traceback."""
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        line = f"{self._record().name()} failed: {said}"
+        if not isinstance(error, MegacoderError):
+            self._announce(line, code=1)
+            return
+        end = self._announce(line, code=error.exit_code)
+        if end is not None and (end.line, end.host) != (line, self._host) and end.code != RankLost.exit_code:
+            raise self._tell(end) from error
 
     def _keep_beating(self) -> None:
         """Blocks when the network does; the other thread sees that from `_heard`."""
@@ -179,8 +190,10 @@ class Watch:
             return RankLost(line)
         return self._tell(end)
 
-    def _announce(self, line: str, silent: list[tuple[str, int]] | None = None) -> End | None:
-        end = End(line=line, host=self._host, silent=silent or [])
+    def _announce(
+        self, line: str, silent: list[tuple[str, int]] | None = None, *, code: int = RankLost.exit_code
+    ) -> End | None:
+        end = End(line=line, host=self._host, silent=silent or [], code=code)
         return self._bulletin.ask(lambda: self._bulletin.announce(end), seconds=ANSWER_SECONDS)
 
     def _tell(self, end: End) -> RankLost:
@@ -189,7 +202,9 @@ class Watch:
         told = end.host == self._host
         if not told:
             told = self._bulletin.ask(lambda: self._bulletin.claim(self._host), seconds=ANSWER_SECONDS) is False
-        return RankLost(end.line, told=told)
+        lost = RankLost(end.line, told=told)
+        lost.exit_code = end.code
+        return lost
 
     def _cut_off(self, failure: str) -> RankLost:
         """The error of a rank that cannot reach the store."""

@@ -232,7 +232,9 @@ class Trainer:
         if not self._held_out_is_due():
             return {}
         lacks = self.world.is_first and any(
-            HELD_OUT_LOSS not in row for row in read_metrics(self.config.output / METRICS) if row["step"] == self.step
+            HELD_OUT_LOSS not in row
+            for row in read_metrics(self.config.output / METRICS, quiet=True)  # the log names what is damaged
+            if row["step"] == self.step
         )
         return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 
@@ -242,7 +244,8 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.world.is_first and self._stop_asked is None:
+        # torchrun sends SIGTERM also when another rank has failed, and then there will be no checkpoint
+        if name != "SIGTERM" and self.world.is_first and self._stop_asked is None:
             say(f"{name}: writing a checkpoint after this step")
         self._stop_asked = name
         self.world.journal.stop_asked = True

@@ -1,12 +1,14 @@
 """A run's metrics: one JSON object per line, and the same numbers for TensorBoard.
 
 Only the first rank writes. On resume, lines past the checkpoint's step are dropped first, so that the file holds every
-step once; wall-clock fields aside, two runs of one seed write the same lines.
+step once; wall-clock fields aside, two runs of one seed write the same lines. A line that cannot be read, as after a
+fault of the disk, is no reason to stop a run: it is named, left where it is, and left out of what is read.
 
 Neither file can end a run: what does not fit on a full disk is held back, and written when there is room again. Both
 are written at once, with no thread in between that could fail unnoticed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,9 +21,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from megacoder.core.console import say
-from megacoder.core.errors import FormatError
-from megacoder.core.files import write_text
+from megacoder.core.console import counted, say
+from megacoder.core.files import replacing
 
 __all__ = ["HELD_OUT_LOSS", "METRICS", "MetricsLog", "read_metrics"]
 
@@ -39,10 +40,13 @@ class MetricsLog:
         board = folder / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        kept = [line for line in _read(path) if line.row is None or line.row["step"] <= resume_step]
+        _name_damage(path, kept)
         if amend:
-            kept[-1] |= _plain(amend)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            last, row = next((n, row) for n, line in reversed([*enumerate(kept)]) if (row := line.row) is not None)
+            kept[last] = _Line(json.dumps(row | _plain(amend)).encode())
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(line.text + b"\n" for line in kept))
         self._lines = _Appender(path)
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
         self._events = _Appender(board / name)
@@ -110,21 +114,36 @@ class _Appender:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, *, quiet: bool = False) -> list[dict[str, Any]]:
     """The lines of a metrics file, none if there is no file; a last line cut off by a crash is skipped.
 
-    Raises FormatError with the number of any other line that is not a line of metrics.
+    So is any other line that is not a line of metrics; the first of them is named, unless `quiet`.
     """
+    lines = _read(path)
+    if not quiet:
+        _name_damage(path, lines)
+    return [line.row for line in lines if line.row is not None]
+
+
+class _Line:
+    """A line of a metrics file; `row` is None where it is not a line of metrics."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.row: dict[str, Any] | None = None
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(text)
+            self.row = row | {"step": int(row["step"])}
+
+
+def _read(path: Path) -> list[_Line]:
     if not path.exists():
         return []
-    rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut off
-        try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            raise FormatError(
-                f"{path}:{number}: not a line of metrics; move the file away to continue without it"
-            ) from None
-    return rows
+    return [_Line(text) for text in path.read_bytes().split(b"\n")[:-1]]  # what follows the last one was cut off
+
+
+def _name_damage(path: Path, lines: list[_Line]) -> None:
+    damaged = [number for number, line in enumerate(lines, start=1) if line.row is None]
+    if damaged:
+        more = f", nor {counted(len(damaged) - 1, 'more line', 'more lines')}" if len(damaged) > 1 else ""
+        say(f"{path}:{damaged[0]}: not a line of metrics{more}; it stays there, and its step is left out")

@@ -25,6 +25,7 @@ from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.sidecar import fingerprint
 from megacoder.data.skipping import data_step
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
@@ -72,6 +73,10 @@ class RunFolder:
         self._newest = self._open_newest()
         if self._newest is not None:
             _check_goes_on(self._newest, config, old)
+        self._fingerprints: list[str] = []
+        with failing_together(world):
+            if world.is_first:
+                self._fingerprints = [fingerprint(prefix) for prefix in config.data.train]
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -114,10 +119,22 @@ class RunFolder:
 
     def _go_on_from(self, reader: CheckpointReader, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         batches.load_state_dict(reader.state["data"])  # first, since it may refuse
+        with failing_together(self.mesh.world):
+            self._check_same_data(reader)
         self._read(reader, engine, with_optimizer=True)
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
         return reader.step
+
+    def _check_same_data(self, reader: CheckpointReader) -> None:
+        """ConfigError, on the first rank, if a dataset has been replaced by another of the same size."""
+        there = reader.state.get("fingerprints", self._fingerprints)  # absent from an older checkpoint
+        for prefix, before, now in zip(self.config.data.train, there, self._fingerprints, strict=False):
+            if before != now:
+                raise ConfigError(
+                    f"{prefix} is another dataset (fingerprint {now}) than the one that {reader.folder} was trained on "
+                    f"({before}); put that one back, or choose another output"
+                )
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
         self._read(reader, engine, with_optimizer=self.config.init_optimizer)
@@ -150,6 +167,7 @@ class RunFolder:
             "num_updates": engine.optimizer.num_updates,
             "data": merge_states([position for position in positions if position is not None]),
             "guard": guard.state_dict(),
+            "fingerprints": self._fingerprints,
             "config": to_dict(self.config),
         }
         optimizer = engine.optimizer

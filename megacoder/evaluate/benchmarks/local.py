@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megacoder.core.errors import ConfigError
+from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.tokenizer import Tokenizer, infill_text
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
-from megacoder.evaluate.chat import chat_tokens
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import count_with, infill_prompt
 from megacoder.evaluate.stops import StopStrings
@@ -27,12 +27,15 @@ class LocalSource:
     model: Transformer
     tokenizer: Tokenizer
     decoding: Decoding
+    format: FormatConfig = FormatConfig()  # noqa: RUF009, it is frozen
+    """how `decoding.chat` asks"""
     batch_size: int = 16
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
         asked = zip(requests, self._prompts(requests), strict=True)
         prompts = {(request.task.id, request.sample): tokens for request, tokens in asked}
         ordered = sorted(requests, key=lambda request: len(prompts[request.task.id, request.sample]))
+        end_id = self.tokenizer.eot_id if self._chat is None else self._chat.end_id
         for first in range(0, len(ordered), self.batch_size):
             batch = ordered[first : first + self.batch_size]
             watching = [StopStrings(self.tokenizer, request.stops) for request in batch]
@@ -40,7 +43,7 @@ class LocalSource:
                 self.model,
                 [prompts[request.task.id, request.sample] for request in batch],
                 max_new_tokens=self.decoding.max_new_tokens,
-                stop_ids={self.tokenizer.eos_id, self.tokenizer.eot_id},
+                stop_ids={self.tokenizer.eos_id, end_id},
                 sampling=self.decoding.sampling,
                 batch_size=self.batch_size,
                 names=[f"{request.task.id}/{request.sample}" for request in batch],
@@ -49,8 +52,12 @@ class LocalSource:
             for request, watched in zip(batch, watching, strict=True):
                 yield request, watched.finish()
 
+    @property
+    def _chat(self) -> ChatFormat | None:
+        return ChatFormat(self.format, self.tokenizer) if self.decoding.chat else None
+
     def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
-        tokenizer, chat = self.tokenizer, self.decoding.chat
+        tokenizer, chat = self.tokenizer, self._chat
         room = self.model.config.max_position_embeddings - self.decoding.max_new_tokens
         if room < 8:
             raise ConfigError(
@@ -60,10 +67,10 @@ class LocalSource:
         sides = [(request.task.prompt, request.task.suffix) for request in requests if request.task.suffix is not None]
         if sides:
             return [infill_prompt(tokenizer, before, after, max_tokens=room).tokens for before, after in sides]
-        frame = len(chat_tokens(tokenizer, [("user", "")])) if chat else 1
+        frame = 1 if chat is None else len(chat.prompt([("user", "")]))
         texts = limited_texts(requests, count=count_with(tokenizer), frame=frame, room=room)
-        if chat:
-            return [chat_tokens(tokenizer, [("user", text)]) for text in texts]
+        if chat is not None:
+            return [chat.prompt([("user", text)]) for text in texts]
         return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 
 

@@ -134,9 +134,9 @@ class TokenStream:
         self._order = {
             "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
             "tokenizer": tokenizer.digest,
+            **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             "num_streams": self.num_streams,
             _STRETCHES: self._streams,
-            **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
             **({"fim_rates": list(rates)} if fim_rates else {}),
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
@@ -214,12 +214,12 @@ class TokenStream:
 
 def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
     """ConfigError where `state` belongs to another order of tokens than `order` describes."""
+    if _STRETCHES in order and _STRETCHES not in state["order"]:
+        raise ConfigError(
+            "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
+            "choose another output, and start from the run's weights with init_from"
+        )
     for key in [*order, *(key for key in state["order"] if key not in order)]:
-        if key == _STRETCHES and key not in state["order"]:
-            raise ConfigError(
-                "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
-                "choose another output, and start from the run's weights with init_from"
-            )
         if key == "datasets" and key in order and key in state["order"]:
             if len(order[key]) != len(state["order"][key]):
                 raise ConfigError(

@@ -10,6 +10,7 @@ import transformers
 from data_samples import small_tokenizer, write_jsonl
 from test_sft import conversations, run_config
 
+from megacoder.cli.loading import Loading
 from megacoder.cli.main import main
 from megacoder.cli.model_folder import chat_format_of, load_model
 from megacoder.data.chat_format import ChatFormat, FormatConfig
@@ -17,6 +18,7 @@ from megacoder.data.chat_template import SYSTEM
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
+from megacoder.parallel.tensor import ALONE
 from megacoder.train.sft import sft
 
 OWN = FormatConfig(
@@ -116,11 +118,11 @@ def asked_by(monkeypatch, place: str, words: list[str]) -> list[dict]:
 @pytest.mark.parametrize("kind", ["run", "export"])
 def test_chat_and_eval_ask_in_the_format_and_stop_at_its_end(tuned, tmp_path, monkeypatch, kind):
     folder = tuned["own"][0 if kind == "run" else 1]
-    _, tokenizer = load_model(folder, "stored")
+    _, tokenizer = load_model(folder, Loading(), tp=ALONE)
     ours = ChatFormat(OWN, tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO(" one\ntwo\n"))
     first, second = asked_by(
-        monkeypatch, "megacoder.cli.chat", ["chat", "--model", str(folder), "--max-new-tokens", "3"]
+        monkeypatch, "megacoder.cli.model_folder", ["chat", "--model", str(folder), "--max-new-tokens", "3"]
     )
     assert first["prompts"] == [ours.prompt([("user", "one")])]
     answer = tokenizer.decode(first["answers"][0])

@@ -163,6 +163,16 @@ def test_the_two_chat_formats_differ_as_published():
     assert own.startswith("Be brief.### Instruction:\n"), "no line break behind a system message of one's own"
 
 
+def test_any_control_token_may_separate_turns():
+    tokenizer = small_tokenizer()
+    config = FormatConfig(kind="custom", system="", instruction="<|User|>{content}", response="<|Assistant|>",
+                          end="<|EOT|>", after="")  # fmt: skip
+    asked, answer, _ = ChatFormat(config, tokenizer).segments([("user", "one"), ("assistant", "uno")])
+    user, assistant = (tokenizer.control_id(name) for name in ("user", "assistant"))
+    assert asked.ids == [tokenizer.bos_id, user, *tokenizer.encode("one"), assistant]
+    assert answer.ids == [*tokenizer.encode("uno"), tokenizer.eot_id]
+
+
 def test_every_answer_and_its_end_marker_is_trained_and_nothing_else():
     tokenizer = small_tokenizer()
     messages = [("user", "one"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos")]
@@ -183,7 +193,8 @@ def test_a_control_token_quoted_in_a_message_stays_text():
     ("changes", "message"),
     [
         ({"end": "\n"}, r"end = '\\n': does not end with a control token such as <\|EOT\|>"),
-        ({"instruction": "Q:"}, "has no {content}"),
+        ({"instruction": "Q:"}, "has {content} 0 times"),
+        ({"instruction": "{content}? {content}\n"}, "has {content} 2 times; must have it once"),
         ({"response": "A: "}, "must end with a line break or a control token"),
     ],
 )
@@ -202,7 +213,6 @@ def prepared_from(path, prefix, **options):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "an empty line"),
         ("{", "malformed JSON"),
         ("[1]", "expected a JSON object, not list"),
         ('{"instruction": "a"}', "'output' is missing"),
@@ -213,6 +223,9 @@ def prepared_from(path, prefix, **options):
         ('{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is the assistant's, expected the user's"),
         ('{"messages": [{"role": "user"}]}', "expected role and content"),
+        ('{"instruction": "a \\ud800", "output": "b"}', "message 0, the user's, holds half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\udfff"}]}',
+         "message 1, the assistant's, holds half a surrogate pair"),
     ],
 )
 def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
@@ -223,6 +236,22 @@ def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
     prepared = prepared_from(path, tmp_path / "out", malformed="skip")
     assert (prepared.conversations, prepared.skipped) == (2, 1)
     assert message.split(",")[0] in prepared.first_skipped
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named_or_skipped(tmp_path):
+    texts = pa.array([b"a", b"\xff\xfe", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"instruction": texts, "output": ["x", "y", "z"]}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet: row 1: a text that is not UTF-8"):
+        prepared_from(tmp_path / "data.parquet", tmp_path / "out")
+    prepared = prepared_from(tmp_path / "data.parquet", tmp_path / "out", malformed="skip")
+    assert (prepared.conversations, prepared.skipped) == (2, 1)
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"\n{GOOD}\r\n  \n{GOOD}\n\n")
+    prepared = prepared_from(path, tmp_path / "out")
+    assert (prepared.conversations, prepared.skipped) == (2, 0)
 
 
 @pytest.mark.parametrize("content", ["", "{\n"], ids=["empty", "malformed"])

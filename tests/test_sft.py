@@ -224,8 +224,10 @@ def prepared_from(path, prefix, **options):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is the assistant's, expected the user's"),
         ('{"messages": [{"role": "user"}]}', "expected role and content"),
         ('{"instruction": "a \\ud800", "output": "b"}', "message 0, the user's, holds half a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\udfff"}]}',
-         "message 1, the assistant's, holds half a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\udfff"}]}',
+            "message 1, the assistant's, holds half a surrogate pair",
+        ),
     ],
 )
 def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):

@@ -107,6 +107,16 @@ def test_merged_parts_equal_the_undivided_dataset(made, tmp_path, capsys):
     assert "both.idx: exists; choose another --output" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(DataError, match=r"both\.bin: No space left on device"):
+        merge(MergeConfig(prefixes=(made / "set", made / "set"), output=tmp_path / "both"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_parts_that_do_not_belong_together_are_refused(made, tmp_path):
     train_tokenizer(source_texts(3), vocab_size=600).save(tmp_path / "tokenizer")
     preprocess(config_of(tmp_path, made / "in.jsonl", output="other"))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.native import native
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.data.megatron_order import blending_indices, build_sample_order, normalized, split_range
@@ -132,6 +133,25 @@ def test_any_blend_equals_megatrons(theirs, weights, size):
     assert np.array_equal(ours[1], numbers)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=40), st.integers(0, 400))
+def test_compiled_blends_equal_those_in_python(weights, size):
+    compiled = blending_indices(normalized(weights), size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacoder.data.megatron_order.native", lambda: None)
+        for ours, reference in zip(compiled, blending_indices(normalized(weights), size), strict=True):
+            assert np.array_equal(ours, reference)
+            assert ours.dtype == reference.dtype
+
+
+def test_blends_are_compiled_where_there_is_a_compiler():
+    if native() is None:
+        pytest.skip("the kernels are not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacoder.data.megatron_order.range", lambda *_: pytest.fail("a loop in Python"), raising=False)
+        assert np.bincount(blending_indices([0.5, 0.3, 0.2], 1000)[0]).tolist() == [500, 300, 200]
+
+
 @pytest.mark.parametrize(
     ("split", "number"), [((1.0,), 10), ((969, 30, 1), 10), ((8, 1, 1), 8), ((1, 1), 5), ((0.25, 0.75), 2)]
 )
@@ -223,6 +243,13 @@ def test_masks_are_megatrons_options(datasets):
     assert (masked.labels[ends] == -100).all()
     assert torch.equal(masked.labels[~ends], plain.labels[~ends])
     assert torch.equal(masked.starts[:, 1:], ends[:, :-1])
+
+
+def test_a_long_build_is_announced(datasets, capsys):
+    stream(datasets[:1], num_samples=1000)
+    assert capsys.readouterr().err == ""
+    stream(datasets[:1], num_samples=1 << 20)
+    assert capsys.readouterr().err == "building Megatron's order of 1,048,576 samples\n"
 
 
 def test_samples_that_are_used_up_are_an_error(datasets):

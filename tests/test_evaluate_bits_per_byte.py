@@ -140,5 +140,5 @@ def test_shards_that_cannot_be_read(tmp_path):
         list(read_source_files([tmp_path]))
     broken = pa.array([b"fine", b"\xff"]).view(pa.string())
     pq.write_table(pa.table(dict.fromkeys(SourceFile.__dataclass_fields__, broken)), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: a text from row 0 on is not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.parquet: row 1: a text that is not UTF-8"):
         list(read_source_files([tmp_path]))

@@ -24,7 +24,8 @@ from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
-from megacoder.data.indexed import IndexedDataset
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megacoder.data.packing import best_fit
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
@@ -162,6 +163,16 @@ def test_the_two_chat_formats_differ_as_published():
     assert own.startswith("Be brief.### Instruction:\n"), "no line break behind a system message of one's own"
 
 
+def test_any_control_token_may_separate_turns():
+    tokenizer = small_tokenizer()
+    config = FormatConfig(kind="custom", system="", instruction="<|User|>{content}", response="<|Assistant|>",
+                          end="<|EOT|>", after="")  # fmt: skip
+    asked, answer, _ = ChatFormat(config, tokenizer).segments([("user", "one"), ("assistant", "uno")])
+    user, assistant = (tokenizer.control_id(name) for name in ("user", "assistant"))
+    assert asked.ids == [tokenizer.bos_id, user, *tokenizer.encode("one"), assistant]
+    assert answer.ids == [*tokenizer.encode("uno"), tokenizer.eot_id]
+
+
 def test_every_answer_and_its_end_marker_is_trained_and_nothing_else():
     tokenizer = small_tokenizer()
     messages = [("user", "one"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos")]
@@ -182,7 +193,8 @@ def test_a_control_token_quoted_in_a_message_stays_text():
     ("changes", "message"),
     [
         ({"end": "\n"}, r"end = '\\n': does not end with a control token such as <\|EOT\|>"),
-        ({"instruction": "Q:"}, "has no {content}"),
+        ({"instruction": "Q:"}, "has {content} 0 times"),
+        ({"instruction": "{content}? {content}\n"}, "has {content} 2 times; must have it once"),
         ({"response": "A: "}, "must end with a line break or a control token"),
     ],
 )
@@ -201,7 +213,6 @@ def prepared_from(path, prefix, **options):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "an empty line"),
         ("{", "malformed JSON"),
         ("[1]", "expected a JSON object, not list"),
         ('{"instruction": "a"}', "'output' is missing"),
@@ -212,6 +223,11 @@ def prepared_from(path, prefix, **options):
         ('{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is the assistant's, expected the user's"),
         ('{"messages": [{"role": "user"}]}', "expected role and content"),
+        ('{"instruction": "a \\ud800", "output": "b"}', "message 0, the user's, holds half a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\udfff"}]}',
+            "message 1, the assistant's, holds half a surrogate pair",
+        ),
     ],
 )
 def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
@@ -222,6 +238,22 @@ def test_a_malformed_line_is_named_or_skipped(tmp_path, line, message):
     prepared = prepared_from(path, tmp_path / "out", malformed="skip")
     assert (prepared.conversations, prepared.skipped) == (2, 1)
     assert message.split(",")[0] in prepared.first_skipped
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named_or_skipped(tmp_path):
+    texts = pa.array([b"a", b"\xff\xfe", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"instruction": texts, "output": ["x", "y", "z"]}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet: row 1: a text that is not UTF-8"):
+        prepared_from(tmp_path / "data.parquet", tmp_path / "out")
+    prepared = prepared_from(tmp_path / "data.parquet", tmp_path / "out", malformed="skip")
+    assert (prepared.conversations, prepared.skipped) == (2, 1)
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"\n{GOOD}\r\n  \n{GOOD}\n\n")
+    prepared = prepared_from(path, tmp_path / "out")
+    assert (prepared.conversations, prepared.skipped) == (2, 0)
 
 
 @pytest.mark.parametrize("content", ["", "{\n"], ids=["empty", "malformed"])
@@ -343,7 +375,7 @@ def test_what_a_window_cannot_hold_is_counted_named_and_said(tmp_path, capsys):
     stream = ConversationStream(
         dataset, small_tokenizer(), seq_length=128, seed=1, global_batch_size=1, dp_rank=0, dp_size=1
     )
-    served = [window for epoch in range(3) for window in stream._windows(epoch)]
+    served = [window for epoch in range(3) for window in stream._windows(epoch, 0)]
     assert {number for window in served for number in window} == {0, 2}, "as counted"
 
 
@@ -378,6 +410,74 @@ def test_ranks_serve_the_same_as_one_and_resume_from_a_state(stream_of):
     assert torch.equal(resumed.next_batch().tokens[0], alone.next_batch().tokens[0])
     with pytest.raises(ConfigError, match="seq_length is 256, but"):
         make(seq_length=256).load_state_dict(alone.state_dict())
+
+
+def write_conversations(prefix, lengths):
+    """Each of these tokens in all, its number repeated."""
+    with IndexedDatasetWriter(prefix, dtype=np.dtype(np.uint16)) as writer:
+        for number, length in enumerate(lengths):
+            parts = (1, length - 1, 0)
+            writer.add_document([np.full(part, number, dtype=np.uint16) for part in parts])
+    return IndexedDataset(prefix)
+
+
+def stream_over(dataset, *, batch=1, dp_rank=0, dp_size=1):
+    return ConversationStream(
+        dataset, small_tokenizer(), seq_length=256, seed=1, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size
+    )
+
+
+def test_long_and_short_conversations_are_served_side_by_side(tmp_path):
+    dataset = write_conversations(tmp_path / "out", np.random.default_rng(0).integers(8, 256, 400).tolist())
+    stream = stream_over(dataset)
+    num_windows = len(stream._windows(0, 0))
+    orders = []
+    for _ in range(2):
+        held = [int(stream.next_batch().starts.sum()) for _ in range(num_windows)]
+        halves = [np.mean(held[: num_windows // 2]), np.mean(held[num_windows // 2 :])]
+        assert max(halves) < 1.2 * min(halves), "conversations of a window, early and late in an epoch"
+        orders.append(held)
+    assert orders[0] != orders[1]
+    assert stream.state_dict()["epoch"] == 2
+
+
+def test_lots_are_packed_when_reached_and_any_ranks_resume_within_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacoder.data.conversation_stream._LOT", 16)
+    packed = []
+    monkeypatch.setattr(
+        "megacoder.data.conversation_stream.best_fit", lambda *lot: packed.append(len(lot[0])) or best_fit(*lot)
+    )
+    dataset = write_conversations(tmp_path / "out", np.random.default_rng(0).integers(8, 256, 50).tolist())
+    alone, states, windows = stream_over(dataset), [], []
+    while alone.state_dict()["epoch"] < 2:
+        states.append(alone.state_dict())
+        windows.append(alone.next_batch().tokens[0])
+        assert len(packed) == 1 + alone._packed[1] + 4 * alone._packed[0]
+    assert packed == 2 * [16, 16, 16, 2]
+    first = [set(window.tolist()) for window, state in zip(windows, states, strict=True) if state["epoch"] == 0]
+    pad = small_tokenizer().pad_id
+    assert sorted(number for window in first for number in window - {pad}) == list(range(50)), "each once"
+    for number in range(len(windows) - 4):
+        for rank in range(2):
+            resumed = stream_over(dataset, batch=4, dp_rank=rank, dp_size=2)
+            resumed.load_state_dict(states[number])
+            assert torch.equal(resumed.next_batch().tokens, torch.stack(windows[number + rank : number + 4 : 2]))
+
+
+def test_a_position_from_when_long_conversations_came_first_is_refused(tmp_path):
+    stream = stream_over(write_conversations(tmp_path / "out", [9]))
+    state = stream.state_dict()
+    del state["order"]["lot"], state["lot"]
+    with pytest.raises(ConfigError, match="is of an earlier version, which served long conversations first; choose"):
+        stream.load_state_dict(state)
+
+
+def test_a_dataset_that_holds_no_conversations_is_named(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "out", dtype=np.dtype(np.uint16)) as writer:
+        for sequences in (3, 2):
+            writer.add_document([np.ones(4, dtype=np.uint16)] * sequences)
+    with pytest.raises(DataError, match="out: document 1 has 2 sequences, so it is not a conversation"):
+        stream_over(IndexedDataset(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "blending.h"
 #include "index_check.h"
 #include "kernels.h"
 #include "python_statements.h"
@@ -232,6 +233,11 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("first_falling_offsets", [](Address offsets, int64_t count) {
     return megacoder::first_falling_offsets(at<char>(offsets), count);
   }, nogil);
+  m.def("blending_indices", [](const std::vector<double>& weights, int64_t size, Address datasets, Address numbers) {
+    const py::gil_scoped_release nogil;
+    megacoder::blending_indices(weights.data(), static_cast<int64_t>(weights.size()), size, at<int16_t>(datasets),
+                                at<int64_t>(numbers));
+  });
   m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
         nogil);
 }

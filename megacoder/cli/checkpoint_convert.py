@@ -17,6 +17,7 @@ from megacoder.cli.model_folder import tokenizer_of
 from megacoder.core.config import parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.fim import FimConfig, why_no_fim
 from megacoder.data.stream import StreamConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
@@ -120,9 +121,19 @@ def _why_no_tokenizer(folder: Path) -> str | None:
     return None
 
 
+def _fim(source: Path) -> FimConfig:
+    """The default, or none where the tokenizer of `source` does not allow for it."""
+    try:
+        reason = why_no_fim(Tokenizer.load(source))
+    except FormatError:  # another one will be used
+        reason = None
+    return FimConfig() if reason is None else FimConfig(rate=0.0)
+
+
 def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     """A run of continued pre-training, all settings written out."""
-    stream = StreamConfig(seq_length=min(StreamConfig().seq_length, model.max_position_embeddings))
+    seq_length = min(StreamConfig().seq_length, model.max_position_embeddings)
+    stream = StreamConfig(seq_length=seq_length, fim=_fim(source))
     tokenizer = folder / TOKENIZER if (source / "tokenizer.json").exists() else None
     data = DataConfig(train=(Path("data/train"),), tokenizer=tokenizer or Path("tokenizer"), stream=stream)
     config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model, steps=10_000)  # beyond the warm-up

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.files import is_unicode
 from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -56,8 +57,10 @@ class FormatConfig:
     """custom: text after `end`, not trained"""
 
     def __post_init__(self) -> None:
-        if "{content}" not in self.instruction:
-            raise ConfigError(f"instruction = {self.instruction!r}: has no {{content}}, so no message would appear")
+        if (count := self.instruction.count("{content}")) != 1:
+            raise ConfigError(
+                f"instruction = {self.instruction!r}: has {{content}} {count} times; must have it once, for the message"
+            )
         if not self.end.endswith(tuple(SPECIAL_TOKENS.values())):
             raise ConfigError(
                 f"end = {self.end!r}: does not end with a control token such as {SPECIAL_TOKENS['eot']}, so the "
@@ -127,6 +130,8 @@ class ChatFormat:
             for name, text in SPECIAL_TOKENS.items()
             if any(text in part for part in used)
         }
+        if self.config.response.endswith("\n"):
+            tokenizer.check_splits_lines("a chat format whose answers follow a line break")
         ending: _Runs = []
         self._add_format(ending, self.config.end)
         self._end_text = next((run for run in ending[:1] if isinstance(run, str)), "")
@@ -202,8 +207,14 @@ def rows_to_messages(row: Mapping[str, Any], *, where: str) -> list[Message]:
     DataError, beginning with `where`, for a row that has neither or whose turns do not follow each other.
     """
     messages = row.get("messages")
-    if messages is None:
-        return _pair(row, where)
+    turns = _pair(row, where) if messages is None else _turns(messages, where)
+    for number, (role, content) in enumerate(turns):
+        if not is_unicode(content):
+            raise DataError(f"{where}: message {number}, the {role}'s, holds half a surrogate pair, not valid Unicode")
+    return turns
+
+
+def _turns(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages are {messages!r}, expected a list of turns")
     turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages)]

@@ -20,7 +20,7 @@ from megacoder.core.files import making_dir, write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
-from megacoder.data.jsonl import JsonRows
+from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import read_rows
 from megacoder.data.tokenizer import Tokenizer
 
@@ -163,12 +163,13 @@ class _Lost:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(place, the row or what is wrong with the line)."""
+    """(place, the row or what is wrong with it)."""
     if path.suffix == ".parquet":
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(read_rows(path, _wanted)))
         return
     for number, _, row in JsonRows(path):
-        yield f"{path}:{number}", row
+        if row != EMPTY_LINE:
+            yield f"{path}:{number}", row
 
 
 def _wanted(path: Path, columns: list[str]) -> list[str]:

@@ -30,11 +30,12 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from megacoder.core.config import check_at_least
-from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.permutation import draw_bits, draw_many_bits, key_of
+from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["FillInTheMiddle", "FimConfig", "masked_spans"]
+__all__ = ["FillInTheMiddle", "FimConfig", "masked_spans", "why_no_fim"]
 
 _PATH_COMMENT = re.compile(r"(?:#+|//|--|/\*|\(\*|<!--|[%;']+|REM\b)\s*(.*?)\s*(?:\*/|\*\)|-->)?")
 _PATH_TOKENS = 128  # a path comment is not longer
@@ -82,8 +83,11 @@ class FillInTheMiddle:
     """Transforms files of token ids; holds no state that changes."""
 
     def __init__(self, config: FimConfig, cutter: CharacterCutter, *, seed: int) -> None:
+        """ConfigError where files are to be transformed and the tokenizer does not allow for that."""
         self.config, self.tokenizer, self.seed = config, cutter.tokenizer, seed
         self._cutter = cutter
+        if config.rate > 0 and (reason := why_no_fim(self.tokenizer)) is not None:
+            raise ConfigError(f"fim.rate = {config.rate}: {reason}; set it to 0")
 
     def __call__(self, tokens: np.ndarray, *, epoch: int, file: int) -> np.ndarray:
         """The file as it is seen in `epoch`: `tokens` itself, or its parts with sentinels and EOS, in the same dtype.
@@ -161,6 +165,17 @@ class FillInTheMiddle:
         breaks = np.flatnonzero(self._cutter.breaks_line[head])
         comment = _PATH_COMMENT.fullmatch(self.tokenizer.decode(head[: breaks[0]].tolist())) if len(breaks) else None
         return PurePosixPath(comment[1]).name if comment else ""
+
+
+def why_no_fim(tokenizer: Tokenizer) -> str | None:
+    """What of `tokenizer` does not allow for fill-in-the-middle; None if it does."""
+    try:
+        for name in ("fim_begin", "fim_hole", "fim_end"):
+            tokenizer.control_id(name)
+        tokenizer.check_splits_lines("fill-in-the-middle")
+    except FormatError as error:
+        return str(error)
+    return None
 
 
 def masked_spans(characters: int, *, density: float, span: float, key: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megacoder.core.config import check_at_least, to_dict
+from megacoder.core.console import say_once
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_order import (
@@ -31,6 +32,7 @@ from megacoder.ops.cross_entropy import IGNORE_INDEX
 
 __all__ = ["MegatronConfig", "MegatronStream"]
 
+_LONG_BUILD = 1 << 20  # samples; a hundred million take minutes, most of them for NumPy's shuffle
 _DECISIVE = ("seq_length", "seed", "train_across_documents")
 
 
@@ -76,6 +78,8 @@ class MegatronStream:
         """samples that all ranks together have served, Megatron's included"""
         self._datasets, self._tokenizer = datasets, tokenizer
         total = megatron.num_samples or megatron.consumed_samples + num_samples
+        if total >= _LONG_BUILD:
+            say_once(f"building Megatron's order of {total:,} samples")
         self._blend, sizes = _blend(weights, len(datasets), total)
         self._orders = [
             build_sample_order(

@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 from megacoder.core.console import progress, say
-from megacoder.core.errors import ConfigError
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megacoder.data.sidecar import Sidecar, checksum
 
 __all__ = ["MergeConfig", "merge"]
@@ -33,7 +33,8 @@ class MergeConfig:
 def merge(config: MergeConfig) -> IndexedDataset:
     """Writes the pair, and its description where all parts have one.
 
-    Raises ConfigError for parts of different tokenizers or dtypes, and for an output that exists.
+    Raises ConfigError for parts of different tokenizers or dtypes, and for an output that exists, DataError where it
+    cannot be written; nothing is left of it then.
     """
     if idx_path(config.output).exists():
         raise ConfigError(f"{idx_path(config.output)}: exists; choose another --output, or remove it")
@@ -47,13 +48,16 @@ def merge(config: MergeConfig) -> IndexedDataset:
             raise ConfigError(
                 f"{prefix}: made with the tokenizer {sidecar.tokenizer[:12]}, {first} with {sidecars[0].tokenizer[:12]}"
             )
-    with (
-        progress("merge", sum(part.num_tokens for part in parts)) as bar,
-        IndexedDatasetWriter(config.output, dtype=parts[0].dtype) as writer,
-    ):
-        for part in parts:
-            writer.append(part)
-            bar.update(writer.num_tokens)
+    try:
+        with (
+            progress("merge", sum(part.num_tokens for part in parts)) as bar,
+            IndexedDatasetWriter(config.output, dtype=parts[0].dtype) as writer,
+        ):
+            for part in parts:
+                writer.append(part)
+                bar.update(writer.num_tokens)
+    except OSError as error:
+        raise DataError(f"{error.filename or bin_path(config.output)}: {error.strerror or error}") from None
     _describe(config.output, [sidecar for sidecar in sidecars if sidecar], complete=all(sidecars))
     merged = IndexedDataset(config.output)
     say(f"{config.output}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")

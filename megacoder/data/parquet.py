@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacoder.core.errors import DataError, FormatError
+from megacoder.core.errors import FormatError
 
 if TYPE_CHECKING:  # takes as long to import as the rest, and few need it
     import pyarrow.dataset as ds
@@ -26,20 +26,26 @@ def open_parquet(path: Path, *, page_checksums: bool = False) -> pq.ParquetFile:
     return pq.ParquetFile(path.absolute(), page_checksum_verification=page_checksums)
 
 
-def read_rows(path: Path, choose: Callable[[Path, list[str]], list[str]]) -> Iterator[dict[str, Any]]:
-    """The rows of the file; `choose` picks from the names of its columns, or raises. DataError or FormatError where
-    they cannot be read.
+def read_rows(path: Path, choose: Callable[[Path, list[str]], list[str]]) -> Iterator[dict[str, Any] | str]:
+    """The rows of the file, or what is wrong with a row; `choose` picks from the names of its columns, or raises.
+
+    FormatError where the file cannot be read.
     """
-    done = 0
     try:
         with open_parquet(path) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=choose(path, file.schema_arrow.names)):
-                yield from batch.to_pylist()
-                done += len(batch)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: a text from row {done} on is not UTF-8 ({error.reason})") from None
+                yield from _plain(batch)
     except (OSError, pa.ArrowException) as error:
         raise FormatError(f"{path}: not readable as Parquet: {error}") from None
+
+
+def _plain(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [f"a text that is not UTF-8 ({error.reason})"]
+        return [row for index in range(len(batch)) for row in _plain(batch.slice(index, 1))]
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -2,8 +2,8 @@
 
 A pre-tokenizer splits text into words that are encoded separately, but where it splits depends on the text around. At
 three kinds of places it does not: the two characters there decide. They are before and after a line break, after a
-digit, and between an ASCII letter and ASCII that is not a letter. `Tokenizer` has checked that line breaks are split
-off; whether the other two split is tried here. In source text such a place is never far.
+digit, and between an ASCII letter and ASCII that is not a letter. Which of them a tokenizer splits at is tried here. In
+source text such a place is never far.
 
 So a text of any length is encoded in bounded memory, where `tokenizers` takes 260 bytes a character, and a cut through
 encoded text changes few ids.
@@ -32,13 +32,15 @@ class CuttingPlaces:
     """The places of one tokenizer. Matches of `pattern` in text end at them, except at those before line breaks."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        behind = _LINE_BREAKS
+        behind = line_breaks = _LINE_BREAKS if tokenizer.splits_lines else ""
         if tokenizer.splits("a12=3 4") == ["a", "1", "2", "=", "3", " ", "4"]:
             behind += string.digits
         followers = _splitting_followers(tokenizer)
-        self.pattern = re.compile(f"[{behind}]" + (f"|[A-Za-z](?=[{re.escape(followers)}])" if followers else ""))
+        kinds = [f"[{behind}]"] if behind else []
+        kinds += [f"[A-Za-z](?=[{re.escape(followers)}])"] if followers else []
+        self.pattern = re.compile("|".join(kinds) or "(?!)")
         left = {byte.encode(): _BEHIND for byte in behind} | {byte.encode(): _BETWEEN for byte in string.ascii_letters}
-        right = {byte.encode(): _BETWEEN for byte in followers} | {byte.encode(): _BEFORE for byte in _LINE_BREAKS}
+        right = {byte.encode(): _BETWEEN for byte in followers} | {byte.encode(): _BEFORE for byte in line_breaks}
         ends = [left.get(token[-1:], 0) | _BEFORE for token in tokenizer.token_bytes]
         begins = [right.get(token[:1], 0) | _BEHIND for token in tokenizer.token_bytes]
         self._sides = np.array(ends, dtype=np.uint8) | np.array(begins, dtype=np.uint8) << 4

@@ -26,7 +26,7 @@ from megacoder.data.encoders import EncoderName, fast_encoder
 from megacoder.data.encoding import Piece, encode_in_order
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, idx_path, rename_dataset, token_dtype
 from megacoder.data.sidecar import Sidecar, checksum
-from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer import Tokenizer, say_if_changed
 
 __all__ = ["PreprocessConfig", "preprocess"]
 
@@ -72,6 +72,7 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
             f"--output {str(config.output)!r} is a folder; name a prefix of file names, such as {example}"
         )
     tokenizer = Tokenizer.load(config.tokenizer)
+    say_if_changed(tokenizer, config.tokenizer)
     inputs = find_inputs(config.input)
     described = tuple(_describe(path) for path in inputs)
     finished = _finished(config, tokenizer, described)

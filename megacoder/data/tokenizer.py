@@ -8,6 +8,10 @@ missing and came back as literal characters (u-umlaut decodes to a broken byte);
 text that contains a control token's string became that control id; here `encode` takes every text literally, and
 callers insert control ids explicitly (`bos_id`, `fim_begin_id`, ...).
 
+Other models' tokenizers can be used if they are byte-level BPE, too, such as Llama 3's and Qwen's. Their control tokens
+are those that the tokenizer_config.json beside them names. What needs more than begin, end and padding (fill-in-the-
+middle, chat formats), or lines that tokenize independently, asks for it where it is used.
+
 Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1), its tokenizer.json, llama.cpp's
 LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
 """
@@ -17,7 +21,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,9 @@ from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
 from megacoder.core.processes import interruptible
+from megacoder.data.tokenizer_folder import named_controls
 
-__all__ = ["MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "train_tokenizer"]
+__all__ = ["MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed", "train_tokenizer"]
 
 MIN_VOCAB_SIZE = 256
 """One token for each byte."""
@@ -48,6 +53,13 @@ SPECIAL_TOKENS = {
 }
 """Control tokens by name, in the order of their ids. Bars are U+FF5C and gaps U+2581, except in the ASCII four."""
 
+_DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
+_UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+_PLAIN = " A b\n\n  \tC1.\r\n('中' 👍) "
+"""A text that every tokenizer must give back."""
+_NORMALIZED = ("e\u0301", "\u00e9", "\u212b", "\ufb01", "\u2460", "\u00a0")
+"""Texts that some normal form of Unicode changes."""
+
 
 def infill_text(prefix: str, suffix: str) -> str:
     """The two sides of a hole between control tokens, prefix first, for a tokenizer that recognizes these in text."""
@@ -58,14 +70,18 @@ def infill_text(prefix: str, suffix: str) -> str:
 class Tokenizer:
     """Text to ids and back.
 
-    BOS and EOS must be there, other control tokens only where they are used: other models' tokenizers lack some.
+    EOS must be there, other control tokens only where they are used; where there is no BOS, EOS is in its place.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json.
     """
 
-    def __init__(self, definition: str) -> None:
-        """`definition` is the text of a tokenizer.json. Raises FormatError where that is not such a tokenizer."""
-        self.definition = definition = _with_literal_controls(definition)
+    def __init__(self, definition: str, named: Mapping[str, str] | None = None) -> None:
+        """`definition` is the text of a tokenizer.json, `named` are its bos, eos and pad where it lacks DeepSeek's.
+
+        Raises FormatError where it is not such a tokenizer, or loses text.
+        """
+        self._named = dict(named or {})
+        self.definition = definition = _with_literal_controls(definition, self._named.values())
         try:
             self._backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exceptions
@@ -73,9 +89,15 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
-        self.bos_id, self.eos_id = self.control_id("bos"), self.control_id("eos")
+        ids = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        chosen = self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
+        self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
+        if "eos" not in self._controls:
+            raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
+        self.eos_id = ids[self._controls["eos"]]
+        self.bos_id, self.pad_id = (ids[self._controls.get(name, self._controls["eos"])] for name in ("bos", "pad"))
         self.token_bytes = self._byte_table()
-        self._check_line_breaks()
+        self._check_keeps_text()
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -86,8 +108,9 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
+        named = named_controls(file.parent)
         try:
-            return cls(definition)
+            return cls(definition, named)
         except FormatError as error:
             raise FormatError(f"{file}: {error}") from None
 
@@ -98,7 +121,8 @@ class Tokenizer:
         tokenizer: ids on disk and in models mean nothing without the one that made them.
         """
         self._check_no_other_in(folder / "tokenizer.json")
-        write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG)
+        names = {f"{name}_token": text for name, text in self._controls.items()}
+        write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG | names)
         write_text(
             folder / "tokenizer.json", self._backend.to_str(pretty=True)
         )  # last: it says that the folder is complete
@@ -129,15 +153,32 @@ class Tokenizer:
         return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] if splitter else [text]
 
     @functools.cached_property
+    def splits_lines(self) -> bool:
+        """Whether each line break is a token of its own, so that lines tokenize independently of each other."""
+        pieces = self.splits("x \n\n  y\r\nz")
+        return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
+
+    def check_splits_lines(self, what: str) -> None:
+        """FormatError unless `splits_lines`, which `what` needs."""
+        if not self.splits_lines:
+            raise FormatError(f"the tokenizer's line breaks are not tokens of their own; {what} needs them to be")
+
+    def changed_text(self) -> tuple[str, str] | None:
+        """A text that a normalizer changes, and what it becomes, as with Qwen's NFC; None if none is known."""
+        pairs = ((text, self.decode(self.encode(text))) for text in _NORMALIZED)
+        return next((pair for pair in pairs if pair[0] != pair[1]), None)
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over everything that decides the ids, in hexadecimal; takes a sixth of a second, the first time."""
-        return _digest(json.loads(self._backend.to_str()))
+        ends = {name: self._controls.get(name) for name in ("bos", "eos")}
+        return _digest(json.loads(self._backend.to_str()), {} if set(ends.values()) <= _DEEPSEEKS else ends)
 
     def control_id(self, name: str) -> int:
         """The id of a control token by its name in `SPECIAL_TOKENS`; FormatError where the tokenizer lacks it."""
         index = self._backend.token_to_id(SPECIAL_TOKENS[name])
         if index is None:
-            raise FormatError(f"no control token {SPECIAL_TOKENS[name]!r}; is this a DeepSeek-Coder tokenizer?")
+            raise FormatError(f"the tokenizer has no control token {SPECIAL_TOKENS[name]!r}")
         return index
 
     @property
@@ -153,17 +194,13 @@ class Tokenizer:
         return self.control_id("fim_end")
 
     @property
-    def pad_id(self) -> int:
-        """EOS where there is no padding token, as in DeepSeek-LLM's; nothing here masks by it."""
-        index = self._backend.token_to_id(SPECIAL_TOKENS["pad"])
+    def eot_id(self) -> int:
+        """EOS where nothing but that ends an answer."""
+        index = self._backend.token_to_id(SPECIAL_TOKENS["eot"])
         return self.eos_id if index is None else index
 
-    @property
-    def eot_id(self) -> int:
-        return self.control_id("eot")
-
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
-        return Tokenizer, (self.definition,)
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, str]]]:
+        return Tokenizer, (self.definition, self._named)
 
     def _check_no_other_in(self, file: Path) -> None:
         if not file.exists():
@@ -190,12 +227,24 @@ class Tokenizer:
                 table.append(token.encode() if index in added else bytes([byte_of[character] for character in token]))
             except KeyError:
                 raise FormatError(f"token {token!r} (id {index}) is not byte-level") from None
+        alphabet = {token for index, token in enumerate(table) if index not in added and len(token) == 1}
+        if missing := [byte for byte in _UTF8_BYTES if bytes([byte]) not in alphabet]:
+            raise FormatError(
+                f"no token for {len(missing)} of the bytes of UTF-8, such as {missing[0]:#04x}: characters with them "
+                "would be lost"
+            )
         return table
 
-    def _check_line_breaks(self) -> None:
-        pieces = self.splits("x \n\n  y\r\nz")
-        if [piece for piece in pieces if "\n" in piece or "\r" in piece] != ["\n", "\n", "\r", "\n"]:
-            raise FormatError("its line breaks are not tokens of their own; fill-in-the-middle needs them to be")
+    def _check_keeps_text(self) -> None:
+        if (found := self.decode(self.encode(_PLAIN))) != _PLAIN:
+            raise FormatError(f"text does not come back from its ids: {_PLAIN!r} as {found!r}")
+
+
+def say_if_changed(tokenizer: Tokenizer, path: Path) -> None:
+    """Says which texts the tokenizer in `path` does not take literally, if any."""
+    if (changed := tokenizer.changed_text()) is not None:
+        before, after = map(ascii, changed)
+        say(f"{path}: the tokenizer normalizes text, so that {before} becomes {after}")
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -272,22 +321,21 @@ _HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "add_bos_token": True,
     "add_eos_token": False,
-    "bos_token": SPECIAL_TOKENS["bos"],
-    "eos_token": SPECIAL_TOKENS["eos"],
-    "pad_token": SPECIAL_TOKENS["pad"],
+    **{f"{name}_token": None for name in ("bos", "eos", "pad")},
     "clean_up_tokenization_spaces": False,
     "model_max_length": 16384,
 }
 
 
-def _with_literal_controls(definition: str) -> str:
+def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
     """Marks the control tokens special: `encode_special_tokens` shields text only from those that are.
 
     DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id.
     """
+    known = {*SPECIAL_TOKENS.values(), *named}
     try:
         parsed = json.loads(definition)
-        controls = [token for token in parsed["added_tokens"] if token["content"] in SPECIAL_TOKENS.values()]
+        controls = [token for token in parsed["added_tokens"] if token["content"] in known]
         unmarked = [token for token in controls if not token["special"]]
     except (ValueError, KeyError, TypeError):
         raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
@@ -296,8 +344,10 @@ def _with_literal_controls(definition: str) -> str:
     return json.dumps(parsed, ensure_ascii=False) if unmarked else definition
 
 
-def _digest(parsed: dict[str, Any]) -> str:
+def _digest(parsed: dict[str, Any], ends: dict[str, str | None]) -> str:
     decisive = {key: parsed[key] for key in ("model", "normalizer", "pre_tokenizer")}
+    if ends:
+        decisive["ends"] = ends
     decisive["added_tokens"] = [(token["id"], token["content"]) for token in parsed["added_tokens"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -42,7 +42,9 @@ def read_source_files(paths: Sequence[Path]) -> Iterator[SourceFile]:
     if not paths:
         raise DataError("no held-out data: name Parquet files, or folders of them, as `corpus build` writes them")
     for shard in find_inputs(paths, suffixes=(".parquet",)):
-        for row in read_rows(shard, _wanted):
+        for number, row in enumerate(read_rows(shard, _wanted)):
+            if isinstance(row, str):
+                raise DataError(f"{shard}: row {number}: {row}")
             if not all(isinstance(value, str) for value in row.values()):
                 raise FormatError(f"{shard}: a row whose columns are not all text: {str(row)[:80]}")
             yield SourceFile(**row)

@@ -62,6 +62,7 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
     This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; room that one
     side does not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
     """
+    tokenizer.check_splits_lines("infilling")
     room = max_tokens - SHORTEST_INFILL
     if room < 0:
         size = counted(max_tokens, "token", "tokens")

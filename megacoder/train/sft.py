@@ -18,7 +18,7 @@ from megacoder.core.files import exclusive, making_dir, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, say_if_changed
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
@@ -86,6 +86,7 @@ def _prepare(config: RunConfig, run: RunConfig) -> None:
         conversations.train, run.data.train[0], tokenizer, conversations, seq_length=seq_length
     )
     if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has reported already
+        say_if_changed(tokenizer, config.data.tokenizer)
         _say(trained, config)
     for valid in run.data.valid:
         prepare_conversations(conversations.valid, valid, tokenizer, conversations, seq_length=seq_length)

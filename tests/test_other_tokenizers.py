@@ -1,0 +1,226 @@
+"""Tokenizers of other models: control tokens from their folder, no text lost, what they lack refused where needed."""
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from command_line import run_command
+from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megacoder.core.config import load_toml
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data import places as places_module
+from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.indexed import IndexedDataset
+from megacoder.data.places import CuttingPlaces
+from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
+from megacoder.evaluate.prompts import infill_prompt
+from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface import export_model
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer
+from megacoder.parallel.world import World
+from megacoder.train.config import RunConfig
+from megacoder.train.loop import Trainer
+from megacoder.train.metrics_log import read_metrics
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+"""The published split of its tokenizer; Qwen's differs in the number of digits."""
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A folder as Llama 3's: its names and its split; the settings name tokens as text."""
+    return write_folder(
+        tmp_path_factory.mktemp("llama3"), LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+        bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder as Qwen's: NFC, no BOS, and settings that hold tokens as objects."""
+    ends = {name: {"__type": "AddedToken", "content": text, "special": True}
+            for name, text in (("eos_token", "<|endoftext|>"), ("pad_token", "<|pad|>"))}  # fmt: skip
+    return write_folder(
+        tmp_path_factory.mktemp("qwen"), LLAMA3.replace("{1,3}", ""), ["<|endoftext|>", "<|im_start|>", "<|pad|>"],
+        normalizer=normalizers.NFC(), bos_token=None, **ends,
+    )  # fmt: skip
+
+
+def write_folder(folder, split, controls, *, normalizer=None, **settings):
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(source_texts(6), trainer)
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in controls])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_the_folder_names_the_control_tokens(llama3, qwen):
+    tokenizer = Tokenizer.load(llama3)
+    ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    assert [tokenizer.token_bytes[index] for index in ids] == [
+        b"<|begin_of_text|>", b"<|end_of_text|>", b"<|end_of_text|>"
+    ]  # fmt: skip
+    tokenizer = Tokenizer.load(qwen / "tokenizer.json")
+    ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    assert [tokenizer.token_bytes[index] for index in ids] == [b"<|endoftext|>", b"<|endoftext|>", b"<|pad|>"]
+
+
+@pytest.mark.parametrize("text", [*NASTY_TEXTS, "<|end_of_text|> in a text", source_texts()[0]])
+def test_text_comes_back_and_never_holds_a_control_id(llama3, text):
+    tokenizer = Tokenizer.load(llama3)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
+
+
+@pytest.mark.parametrize("folder", ["llama3", "qwen"])
+def test_texts_are_cut_only_where_no_id_changes(folder, request, monkeypatch):
+    tokenizer = Tokenizer.load(request.getfixturevalue(folder))
+    places = CuttingPlaces(tokenizer)
+    monkeypatch.setattr(places_module, "_PART_CHARACTERS", 7)
+    for text in (*source_texts(4), *NASTY_TEXTS):
+        parts = places.cut(text)
+        assert [index for part in parts for index in tokenizer.encode(part)] == tokenizer.encode(text)
+    assert len(places.cut(source_texts()[0])) > 100
+
+
+def test_a_copy_is_the_same_and_other_ends_are_another_tokenizer(llama3, tmp_path):
+    tokenizer = Tokenizer.load(llama3)
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    tokenizer.save(tmp_path)
+    for other in (copied, Tokenizer.load(tmp_path)):
+        assert (other.bos_id, other.eos_id, other.digest) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.digest)
+    named = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"}
+    assert Tokenizer(tokenizer.definition, named).digest != tokenizer.digest
+    deepseeks = small_tokenizer()
+    assert Tokenizer(deepseeks.definition, {"eos": "<|EOT|>"}).digest == deepseeks.digest
+    assert Tokenizer(deepseeks.definition, {"eos": "<|EOT|>"}).eos_id == deepseeks.eos_id
+
+
+def test_without_a_token_that_ends_a_text_nothing_can_be_trained(llama3, tmp_path):
+    definition = (llama3 / "tokenizer.json").read_text()
+    for named in ({}, {"eos": "<|absent|>"}):
+        with pytest.raises(FormatError, match=r"no control token .*, nor an eos_token of tokenizer_config\.json"):
+            Tokenizer(definition, named)
+    (tmp_path / "tokenizer.json").write_text(definition)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as JSON"):
+        Tokenizer.load(tmp_path)
+
+
+def without(*absent):
+    """The small tokenizer's definition without tokens that have one of these bytes; as in DeepSeek's file, the
+    characters that stand for them are added tokens."""
+    definition = json.loads(small_tokenizer().definition)
+    letters = {_byte_characters()[byte] for byte in absent}
+    model = definition["model"]
+    kept = [token for token in model["vocab"] if not letters & {*token}]
+    model["vocab"] = {token: index for index, token in enumerate(kept)}
+    model["merges"] = [pair for pair in model["merges"] if not letters & {*"".join(pair)}]
+    like = {**definition["added_tokens"][0], "special": False, "normalized": True}
+    definition["added_tokens"] += [{**like, "content": letter} for letter in sorted(letters)]
+    for index, token in enumerate(definition["added_tokens"], start=len(kept)):
+        token["id"] = index
+    definition["post_processor"] = None
+    return json.dumps(definition)
+
+
+def test_bytes_without_a_token_are_refused_unless_no_text_has_them():
+    deepseeks = Tokenizer(without(0xC0, 0xC1, *range(0xF5, 0x100)))
+    assert deepseeks.num_regular_tokens == small_tokenizer().num_regular_tokens - 13
+    for text in NASTY_TEXTS:
+        assert deepseeks.decode(deepseeks.encode(text)) == text
+    with pytest.raises(FormatError, match="no token for 2 of the bytes of UTF-8, such as 0x00: characters with them"):
+        Tokenizer(without(0x00, 0x9F))
+
+
+def test_white_space_that_does_not_come_back_is_refused():
+    definition = json.loads(small_tokenizer().definition)
+    definition["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    with pytest.raises(FormatError, match='text does not come back from its ids: " A b'):
+        Tokenizer(json.dumps(definition))
+
+
+def test_what_is_not_there_is_refused_where_it_is_used(llama3):
+    tokenizer = Tokenizer.load(llama3)
+    with pytest.raises(FormatError, match=r"the tokenizer has no control token '<\|EOT\|>'"):
+        ChatFormat(FormatConfig(), tokenizer)
+    named = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
+    parsed = json.loads(tokenizer.definition)
+    parsed["added_tokens"] += [
+        {**parsed["added_tokens"][0], "id": 903 + number, "content": text}
+        for number, text in enumerate(SPECIAL_TOKENS.values())
+    ]
+    with_controls = Tokenizer(json.dumps(parsed), named)
+    assert with_controls.bos_id == 903, "DeepSeek's come first"
+    for use in (
+        lambda: ChatFormat(FormatConfig(), with_controls),
+        lambda: infill_prompt(with_controls, "a\n", "b\n", max_tokens=64),
+    ):
+        with pytest.raises(FormatError, match="line breaks are not tokens of their own"):
+            use()
+    ChatFormat(FormatConfig(kind="custom", response="<|Assistant|>", after=""), with_controls)
+
+
+def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
+    torch.manual_seed(0)
+    size = Tokenizer.load(llama3).vocab_size
+    model = Transformer(ModelConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    ))  # fmt: skip
+    init_weights(model, seed=0)
+    export_model(model, tmp_path / "source", dtype=torch.float32, tokenizer_folder=llama3)
+    code, _, err = run_command(capsys, "checkpoint", "import", tmp_path / "source", tmp_path / "start")
+    assert (code, "cannot be used" in err) == (0, False), err
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": text} for text in source_texts(4)])
+    preprocess(PreprocessConfig(
+        input=(rows,), tokenizer=tmp_path / "start" / "tokenizer", output=tmp_path / "train", workers=1
+    ))  # fmt: skip
+    assert IndexedDataset(tmp_path / "train").document(0)[-1] == Tokenizer.load(llama3).eos_id
+    start = load_toml(RunConfig, tmp_path / "start" / "train.toml")
+    assert start.data.stream.fim.rate == 0.0, "it has no tokens for it"
+    config = dataclasses.replace(
+        start, output=tmp_path / "run", steps=2, global_batch_size=2, micro_batch_size=1, device="cpu",
+        dtype="float32", data=dataclasses.replace(start.data, train=(tmp_path / "train",)),
+        schedule=dataclasses.replace(start.schedule, warmup_steps=1),
+    )  # fmt: skip
+    Trainer(config, World(0, 1, 0, torch.device("cpu"), None)).run()
+    assert np.isfinite([row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]).all()
+    code, _, err = run_command(capsys, "checkpoint", "export", tmp_path / "run", tmp_path / "out", "--dtype", "fp32")
+    assert code == 0, err
+    assert Tokenizer.load(tmp_path / "out").digest == Tokenizer.load(llama3).digest
+    fim = dataclasses.replace(config.data.stream, fim=dataclasses.replace(config.data.stream.fim, rate=0.5))
+    with pytest.raises(ConfigError, match=r"fim\.rate = 0\.5: the tokenizer has no control token .*; set it to 0"):
+        Trainer(
+            dataclasses.replace(config, output=tmp_path / "other", data=dataclasses.replace(config.data, stream=fim)),
+            World(0, 1, 0, torch.device("cpu"), None),
+        )
+
+
+def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": "e\u0301\n"}])
+    for folder, said in ((qwen, True), (llama3, False)):
+        preprocess(PreprocessConfig(input=(rows,), tokenizer=folder, output=tmp_path / folder.name, workers=1))
+        line = f"{folder}: the tokenizer normalizes text, so that 'e\\u0301' becomes '\\xe9'\n"
+        assert (line in capsys.readouterr().err) == said

@@ -124,7 +124,7 @@ def test_without_a_token_that_ends_a_text_nothing_can_be_trained(llama3, tmp_pat
             Tokenizer(definition, named)
     (tmp_path / "tokenizer.json").write_text(definition)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as JSON"):
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as a JSON object"):
         Tokenizer.load(tmp_path)
 
 

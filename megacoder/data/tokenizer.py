@@ -33,9 +33,10 @@ from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
 from megacoder.core.processes import interruptible
-from megacoder.data.tokenizer_folder import named_controls
 
-__all__ = ["MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed", "train_tokenizer"]
+__all__ = [
+    "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed", "token_text", "train_tokenizer",
+]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
 """One token for each byte."""
@@ -108,7 +109,7 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
-        named = named_controls(file.parent)
+        named = _named_controls(file.parent / "tokenizer_config.json")
         try:
             return cls(definition, named)
         except FormatError as error:
@@ -121,7 +122,7 @@ class Tokenizer:
         tokenizer: ids on disk and in models mean nothing without the one that made them.
         """
         self._check_no_other_in(folder / "tokenizer.json")
-        names = {f"{name}_token": text for name, text in self._controls.items()}
+        names = {f"{name}_token": self._controls.get(name) for name in ("bos", "eos", "pad")}
         write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG | names)
         write_text(
             folder / "tokenizer.json", self._backend.to_str(pretty=True)
@@ -321,10 +322,28 @@ _HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "add_bos_token": True,
     "add_eos_token": False,
-    **{f"{name}_token": None for name in ("bos", "eos", "pad")},
+    "bos_token": SPECIAL_TOKENS["bos"],
+    "eos_token": SPECIAL_TOKENS["eos"],
+    "pad_token": SPECIAL_TOKENS["pad"],
     "clean_up_tokenization_spaces": False,
     "model_max_length": 16384,
 }
+
+
+def token_text(value: Any) -> str | None:
+    """A token as a tokenizer_config.json names it: a string, or an object around one."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _named_controls(path: Path) -> dict[str, str]:
+    """bos, eos and pad as a tokenizer_config.json names them, if it is there; FormatError where it is damaged."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        texts = {name: token_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: not readable as a JSON object: {error}") from None
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _with_literal_controls(definition: str, named: Iterable[str]) -> str:

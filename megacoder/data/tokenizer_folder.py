@@ -15,14 +15,14 @@ from tokenizers import processors
 
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
+from megacoder.data.tokenizer import token_text
 
-__all__ = ["TokenizerFiles", "chat_template_in", "named_controls", "num_tokenizer_ids", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "chat_template_in", "num_tokenizer_ids", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 """Further files of some folders; copied unchanged."""
-_CONTROLS = ("bos", "eos", "pad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     definition = _read(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS)
-    named = _controls(settings)
-    ids = {f"{name}_token_id": backend.token_to_id(named[name]) if name in named else None for name in _CONTROLS}
-    bos, bos_id = named.get("bos"), ids["bos_token_id"]
+    named = {key: token_text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    ids = {f"{key}_id": None if text is None else backend.token_to_id(text) for key, text in named.items()}
+    bos, bos_id = named["bos_token"], ids["bos_token_id"]
     if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
@@ -75,12 +75,6 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
-
-
-def named_controls(folder: Path) -> dict[str, str]:
-    """bos, eos and pad as the tokenizer_config.json of `folder` names them; FormatError where it is damaged."""
-    path = folder / _SETTINGS
-    return _controls(_settings(path)) if path.is_file() else {}
 
 
 def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
@@ -111,10 +105,3 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise FormatError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
-
-
-def _controls(settings: dict[str, Any]) -> dict[str, str]:
-    """Those control tokens that a settings file names, each as a string or as an object around one."""
-    values = {name: settings.get(f"{name}_token") for name in _CONTROLS}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megacoder.cli.main import COMMANDS, main
-from megacoder.core.console import say
+from megacoder.core.console import say, table
 from megacoder.train.loop import Interrupted
 from megacoder.version import __version__
 
@@ -136,6 +136,16 @@ def test_a_line_is_written_at_once_with_its_line_break(told, monkeypatch):
     assert len(written) == 1
     assert "nonsense" in written[0]
     assert written[0].endswith("\n")
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_no_number_of_a_table_is_cut_by_a_narrow_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    table("Layouts", ["tp pp dp", "schedule", "tokens/s", "device-hours"], [["1 1 64", "zbv", "662,784", "53,646"]] * 2)
+    out = capsys.readouterr().out
+    assert all(out.count(word) == 2 for word in ("1 1 64", "662,784", "53,646"))
+    assert ("┃" in out) == (columns == 100)
 
 
 def test_a_command_group_without_a_subcommand_lists_them(capsys):

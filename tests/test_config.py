@@ -85,6 +85,7 @@ def test_toml_round_trip(tmp_path_factory, config):
     ("argv", "message"),
     [
         (["--name", "n", "--stps", "3"], "unknown option '--stps' (did you mean '--steps'?)"),
+        (["--name", "n", "--kind", "b"], "unknown option '--kind' (did you mean '--inner.kind'?)"),
         (["--name", "n", "--inner.kin", "b"], "unknown option '--inner.kin' (did you mean '--inner.kind'?)"),
         (["--name", "n", "--steps", "three"], "three"),
         (["--name", "n", "--inner.kind", "c"], "kind"),

@@ -189,6 +189,14 @@ def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
     assert len({fit.variant.dims for fit in best}) == 3
 
 
+def test_no_fast_layout_is_hidden_behind_variants_of_others():
+    job = replace(JOB_33B, model=find_preset("6.7b").model, global_batch_size=2304)
+    best = search(job, DEVICES["h800"], Shares(), num_devices=60, limits=Limits()).best(5)
+    for dims in (ParallelDims(cp=2, pp=5, dp=6), ParallelDims(tp=2, pp=5, dp=6)):
+        [fastest, *_] = search(job, DEVICES["h800"], Shares(), num_devices=60, limits=Limits(dims=dims)).fits
+        assert dims in {fit.variant.dims for fit in best} or fastest.step.total >= best[-1].step.total
+
+
 def test_sixteen_thousand_ranks():
     job = replace(JOB_33B, global_batch_size=4096)
     found = search(job, DEVICES["h800"], Shares(), num_devices=16_384, limits=Limits(schedules=("1f1b", "zbv")))

@@ -161,8 +161,12 @@ def check_seconds(name: str, value: float) -> None:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that `name` was most probably meant to be, or None."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """The known name that `name` was most probably meant to be, or None; it may have left out an option's group."""
+    known = list(known)
+    grouped = [option for option in known if option.rpartition(".")[2] == name.lstrip("-")]
+    if grouped:
+        return grouped[0]
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 

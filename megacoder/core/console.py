@@ -79,17 +79,26 @@ def counted(number: int, one: str, more: str) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table on stdout; the first column left-aligned, the rest right-aligned."""
+    """Prints a table on stdout; the first column left-aligned, the rest right-aligned.
+
+    On a terminal too narrow for it, where words and numbers would be cut, each row becomes a line of named values.
+    """
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
+    console = Console(width=None if sys.stdout.isatty() else 120)
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*map(escape, row))
-    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+    if Measurement.get(console, console.options.update(width=1 << 16), drawn).minimum > console.width:
+        named = ("  ".join(f"{column} {cell}" for column, cell in zip(columns, row, strict=True)) for row in rows)
+        console.print("\n".join([title, *(f"- {line}" for line in named)]), markup=False, highlight=False)
+        return
+    console.print(drawn)
 
 
 class _Silent:

@@ -26,8 +26,10 @@ __all__ = ["RECOMPUTES", "Fit", "Found", "Limits", "search", "variant_pipeline"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """What is tried. "norms" is not: between "none" and "selective", it seldom is what makes a layout fit."""
 _CHOSEN: tuple[Axis, ...] = ("tp", "cp", "pp")
-_SIMULATED = 24
+_SIMULATED = 36
 """Variants that are simulated; a quick estimate has ordered all of them before."""
+_SIMULATED_FIRST = 3
+"""Of each layout, before more variants of one are: the estimate errs more between layouts than within one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +105,10 @@ def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits
             _too_large(found, variant, least, room, "at least ")
         else:
             promising.append((quick_seconds(job, variant, device, shares), variant))
-    promising.sort(key=lambda entry: entry[0])
     found.num_fitting = len(promising)
-    per_layout: Counter[ParallelDims] = Counter()
-    for _, variant in promising:
+    for variant in _few_of_each_layout_first(promising):
         if len(found.fits) == _SIMULATED:
             break
-        if per_layout[variant.dims] >= _SIMULATED // 4:  # leave room for other layouts
-            continue
         pipe = variant_pipeline(job, variant)
         memory = tuple(
             rank_memory(job, variant, pipe, rank, device_type=device.device_type) for rank in range(variant.dims.pp)
@@ -120,12 +118,20 @@ def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits
             found.num_fitting -= 1
             _too_large(found, variant, most, room)
             continue
-        per_layout[variant.dims] += 1
         step = step_time(job, variant, pipe, device, shares)
         reached = throughput(job, variant, device, step.total)
         found.fits.append(Fit(variant=variant, memory=memory, step=step, throughput=reached))
     found.fits.sort(key=lambda fit: fit.step.total)
     return found
+
+
+def _few_of_each_layout_first(promising: list[tuple[float, Variant]]) -> list[Variant]:
+    """From the fastest estimate on."""
+    seen, first, rest = Counter[ParallelDims](), list[Variant](), list[Variant]()
+    for _, variant in sorted(promising, key=lambda entry: entry[0]):
+        (first if seen[variant.dims] < _SIMULATED_FIRST else rest).append(variant)
+        seen[variant.dims] += 1
+    return first + rest
 
 
 def _too_large(found: Found, variant: Variant, needed: float, room: float, about: str = "") -> None:

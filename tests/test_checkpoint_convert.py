@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 
 import pytest
 import tokenizers
@@ -13,8 +14,12 @@ from command_line import run_command
 from safetensors.torch import load_file, save_file
 from train_cases import make_case
 
+from megacoder.checkpoint import folders
+from megacoder.checkpoint import reader as reader_module
 from megacoder.checkpoint.offline import write_offline
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import load_model
 from megacoder.core.config import load_toml
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
@@ -22,9 +27,11 @@ from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.tensor import TensorParallel
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
+from megacoder.train.run_folder import open_start
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 
@@ -255,6 +262,52 @@ def test_an_optimizer_needs_a_checkpoint_with_moments(folder, case, tmp_path, ca
     with pytest.raises(ConfigError, match=r"step-00000000 holds weights alone, without AdamW's moments; leave it out"):
         Trainer(config, ALONE)
     assert not config.output.exists()
+
+
+def load_while_a_run_saves(world, source, config, loads):
+    """A weight that this rank loads from `source`, where the next checkpoint appears between two ranks' looks."""
+    ready, published = (source / folder / "step-00000007" for folder in ("prepared", "checkpoints"))
+
+    def find_then_publish(path):
+        found = folders.find_checkpoint(path)
+        if ready.exists():
+            ready.rename(published)
+        return found
+
+    def find_when_published(path):
+        while not published.exists():
+            time.sleep(0.01)
+        return folders.find_checkpoint(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "find_checkpoint", find_then_publish if world.is_first else find_when_published)
+        return loads(world, source, config)
+
+
+def load_to_generate(world, source, config):
+    tp = TensorParallel(rank=world.rank, size=world.size, group=world.group)
+    model, _ = load_model(source, Loading(tokenizer=config.data.tokenizer), tp=tp)
+    return float(model.norm.weight[0])
+
+
+def load_to_train(world, source, config):
+    reader = open_start(config, world)
+    return float(reader.read_tensor("model.norm.weight")[0])
+
+
+@pytest.mark.parametrize("loads", [load_to_generate, load_to_train])
+def test_ranks_load_one_checkpoint_of_a_run_that_goes_on(ranks, case, tmp_path, loads):
+    source, before = tmp_path / "live", CheckpointReader(case.folder / "run")
+    shutil.copytree(case.folder / "run", source)
+    wholes = [before.whole(name) for kind, name in before.tensors() if kind == "weight"]
+
+    def sevens(fragments):
+        return (torch.full((fragment.stop,), 7.0) for fragment in fragments)
+
+    write_offline(source / "prepared", 7, [wholes], sevens, num_ranks=1, layout={}, state=before.state)
+    config = config_of(case, "unbegun", init_from=source)
+    expected = float(before.read_tensor("model.norm.weight")[0])
+    assert ranks.run(2, load_while_a_run_saves, source, config, loads) == [expected, expected]
 
 
 def test_a_change_of_rope_at_the_start_is_reported(case, capsys):

@@ -23,8 +23,9 @@ from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.tensor_file import DTYPES, StoredTensor, TensorFile, dtype_name
 from megacoder.core.config import did_you_mean
 from megacoder.core.errors import CheckpointError
+from megacoder.parallel.world import World, failing_together, gather_json
 
-__all__ = ["CHUNK_ELEMENTS", "CheckpointReader", "verify_checkpoint"]
+__all__ = ["CHUNK_ELEMENTS", "CheckpointReader", "open_together", "verify_checkpoint"]
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a streamed tensor held at a time: 16 MiB in fp32, as much as one checksum covers."""
@@ -178,6 +179,18 @@ class CheckpointReader:
             index: Any = (*copy.overlap.inside(target), ...)  # with the ellipsis a 0-d part is a view, too
             stored_tensor = StoredTensor(piece.key, entry.dtype, piece.box.sizes)
             self._file(piece.file).read(stored_tensor, part, targets[copy.target][index])
+
+
+def open_together(path: Path, world: World) -> CheckpointReader:
+    """On every rank the checkpoint that the first one finds at `path`: between two looks a run may publish a newer one.
+
+    Raises AlikeOnAllRanks where any rank cannot open it.
+    """
+    with failing_together(world):
+        found = str(find_checkpoint(path)) if world.is_first else None
+    folder = gather_json(found, world)[0]
+    with failing_together(world):
+        return CheckpointReader(Path(folder))
 
 
 def verify_checkpoint(folder: Path) -> list[str]:

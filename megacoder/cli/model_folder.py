@@ -12,7 +12,7 @@ import torch
 from megacoder.checkpoint.folders import CHECKPOINTS
 from megacoder.checkpoint.huggingface import read_config
 from megacoder.checkpoint.manifest import MANIFEST
-from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.checkpoint.reader import CheckpointReader, open_together
 from megacoder.cli.loading import Loading
 from megacoder.core.config import from_dict
 from megacoder.core.console import say_once
@@ -29,7 +29,7 @@ from megacoder.model.conversion import TOKENIZER, model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.tensor import ALONE, TensorParallel
-from megacoder.parallel.world import start_world
+from megacoder.parallel.world import World, start_world
 from megacoder.train.launch import launch_workers
 from megacoder.train.run_folder import load_weights
 
@@ -45,12 +45,13 @@ def load_model(folder: Path, loading: Loading, *, tp: TensorParallel) -> tuple[T
     """The model and tokenizer of a Hugging Face folder, a run or a checkpoint of any layout; on a GPU if there is one.
 
     A checkpoint's weights are fp32. Its tokenizer is the run's unless given. Where ranks share the model, each loads
-    its part.
+    its part, all of the same checkpoint.
     """
     tokenizer, dtype = loading.tokenizer, _DTYPES[loading.dtype]
     with alike_on_all_ranks():
         if is_checkpoint(folder):
-            return _load_checkpoint(CheckpointReader(folder), dtype or torch.float32, tokenizer, tp)
+            world = World(tp.rank, tp.size, 0, torch.device(probe().device_type), tp.group)
+            return _load_checkpoint(open_together(folder, world), dtype or torch.float32, tokenizer, tp)
         read_config(folder)  # first, so that a folder without a model is reported as such
         if tokenizer is None and not (folder / "tokenizer.json").is_file():
             raise ConfigError(f"{folder}: no tokenizer.json in it; name a folder that has one with --tokenizer")

@@ -18,7 +18,7 @@ from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.checkpoint.manifest import MANIFEST
 from megacoder.checkpoint.rank_file import Fragment
-from megacoder.checkpoint.reader import CheckpointReader
+from megacoder.checkpoint.reader import CheckpointReader, open_together
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import check_same, from_dict, load_toml, to_dict, to_toml
 from megacoder.core.console import say
@@ -33,7 +33,7 @@ from megacoder.model.transformer import Transformer, TransformerPart, WeightPiec
 from megacoder.parallel.collectives import barrier
 from megacoder.parallel.flat import OwnedRange
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.world import failing_together, gather_json
+from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Guard, RunStopped
@@ -64,7 +64,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         world = mesh.world
         self.config, self.mesh = config, mesh
-        self._start = open_start(config)  # first, so that a run with weights of another model leaves no folder
+        self._start = open_start(config, world)  # first, so that a run with weights of another model leaves no folder
         _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
         self._hold()
@@ -231,11 +231,19 @@ def load_weights(model: Transformer, reader: CheckpointReader) -> None:
         piece.view.copy_(piece.shard.part(reader.read_tensor(piece.hf_name)))
 
 
-def open_start(config: RunConfig) -> CheckpointReader | None:
-    """The checkpoint that a new run starts from, if any; ConfigError if it is of another model or lacks moments."""
-    if config.init_from is None or step_folders(config.output / CHECKPOINTS):
+def open_start(config: RunConfig, world: World | None = None) -> CheckpointReader | None:
+    """The checkpoint that a new run starts from, if any; ConfigError if it is of another model or lacks moments.
+
+    The same on all ranks of `world`, which call it at once; without one, this process looks for itself.
+    """
+    if config.init_from is None:
         return None
-    reader = CheckpointReader(config.init_from)
+    has_begun = bool(step_folders(config.output / CHECKPOINTS))
+    if world is not None:
+        has_begun = any(gather_json(has_begun, world))
+    if has_begun:
+        return None
+    reader = CheckpointReader(config.init_from) if world is None else open_together(config.init_from, world)
     check_same(
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
         advice="set the same in this run's [model]",

@@ -176,6 +176,26 @@ def test_commands_stream_sample_and_take_context(folder, tmp_path, capsys, token
     assert with_context.endswith("\n")
 
 
+def test_ids_without_text_are_never_picked(folder, tmp_path, capsys, monkeypatch, tokenizer):
+    import io
+
+    model = make_model(tokenizer, vocab_size=tokenizer.vocab_size + 40)  # as in every DeepSeek model
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.vocab_size :] *= 100
+    export_model(model, tmp_path / "wide", tokenizer_folder=folder)
+    (tmp_path / "gap.py").write_text("x = <FILL>\n")
+    rows = [{"prompt": "def f(x):\n", "suffix": "\n    return y\n", "canonical_solution": "    y = x"}]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.stdin", io.StringIO("say\n"))
+    for command in (
+        ["generate", "--prompt", "def "], ["generate", "--prompt", "def ", "--temperature", "1"],
+        ["infill", str(tmp_path / "gap.py")], ["chat"], ["eval", "infill", "--data", str(tmp_path / "lines.jsonl")],
+    ):  # fmt: skip
+        main([*command, "--model", str(tmp_path / "wide"), "--max-new-tokens", "9"])
+        assert capsys.readouterr().out
+    assert max(generate(model, [[1, 2]], max_new_tokens=9)[0]) >= tokenizer.vocab_size
+
+
 def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenizer):
     import io
 

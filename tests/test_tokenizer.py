@@ -49,6 +49,11 @@ def test_control_tokens_follow_the_regular_ones():
     assert SPECIAL_TOKENS["fim_begin"] == "<\uff5cfim\u2581begin\uff5c>"
 
 
+def test_ids_that_only_the_model_has_are_no_text():
+    tokenizer = small_tokenizer()
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.vocab_size, *tokenizer.encode("b")]) == "ab"
+
+
 @pytest.mark.parametrize("text", [*NASTY_TEXTS, *SPECIAL_TOKENS.values(), *source_texts(4)])
 def test_text_comes_back_and_never_holds_a_control_id(text):
     tokenizer = small_tokenizer()

@@ -163,8 +163,8 @@ def print_answer(
     """Prints what the model continues `prompt` with as it comes, then a line break; returns it. See `generate`."""
     streamed = StopStrings(tokenizer, stops, lambda text: print(text, end="", flush=True))
     generate(
-        model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, names=[name],
-        watcher=lambda _, tokens: streamed.add(tokens[-1]),
+        model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_ids=tokenizer.vocab_size,
+        sampling=sampling, names=[name], watcher=lambda _, tokens: streamed.add(tokens[-1]),
     )  # fmt: skip
     text = streamed.finish()
     print(flush=True)

@@ -137,8 +137,9 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes that `ids` stand for, control tokens as their strings."""
-        return b"".join([self.token_bytes[index] for index in ids])
+        """The exact bytes that `ids` stand for, control tokens as their strings; a model's further ids are no bytes."""
+        table = self.token_bytes
+        return b"".join([table[index] for index in ids if index < len(table)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """`decode_bytes` as text; bytes that are not UTF-8, such as half a character, become U+FFFD."""

@@ -34,6 +34,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
+    num_ids: int | None = None,
     sampling: Sampling | None = None,
     batch_size: int = 32,
     names: Sequence[str] | None = None,
@@ -41,6 +42,7 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its first of `stop_ids` (not included) or `max_new_tokens` of them.
 
+    Ids are picked from the first `num_ids`: a model may have more than its tokenizer (DeepSeek's: 32,256 and 32,022).
     `names` key the random numbers of each sequence, by default its place in the list. Raises DataError for a prompt
     that is empty, holds an id outside the vocabulary, or leaves no room for `max_new_tokens` in the model's
     `max_position_embeddings`.
@@ -53,7 +55,7 @@ def generate(
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
         drawn_by = [str(place) if names is None else names[place] for place in places]
-        picker = _Picker(sampling, drawn_by, max_new_tokens, model.lm_head.weight.device)
+        picker = _Picker(sampling, num_ids, drawn_by, max_new_tokens, model.lm_head.weight.device)
         batch = _Batch(model, places, [prompts[place] for place in places], max_new_tokens, picker)
         batch.run(results, set(stop_ids), watcher)
     return results
@@ -113,14 +115,17 @@ class _Batch:
 class _Picker:
     """Picks next tokens for the sequences of one batch; their random numbers are drawn before the first step."""
 
-    def __init__(self, sampling: Sampling, names: list[str], max_new_tokens: int, device: torch.device) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, num_ids: int | None, names: list[str], max_new_tokens: int, device: torch.device
+    ) -> None:
+        self.sampling, self.num_ids = sampling, num_ids
         if sampling.temperature > 0:
             drawn = [torch.rand(max_new_tokens, generator=keyed_generator(sampling.seed, name)) for name in names]
             self.uniform_BN = torch.stack(drawn).to(device)
 
     def pick(self, logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
         """One id for each row (B,)."""
+        logits_BV = logits_BV[:, : self.num_ids]
         if self.sampling.temperature == 0:
             return logits_BV.argmax(-1)
         probabilities, ids_BV = (logits_BV.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)

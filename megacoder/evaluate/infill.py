@@ -144,8 +144,9 @@ def fill_lines(
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             answers = generate(
-                model, [prompts[index] for index in batch], max_new_tokens=max_new_tokens, stop_ids=stop_ids
-            )
+                model, [prompts[index] for index in batch], max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+                num_ids=tokenizer.vocab_size,
+            )  # fmt: skip
             for index, answer in zip(batch, answers, strict=True):
                 results[index] = score(tasks[index], tokenizer.decode(answer))
             bar.update(len(results))

@@ -90,7 +90,8 @@ def retrieval(
     rows = []
     for depth in depths:
         cases = [_planted(tokenizer, length, depth, seed=f"{seed}/{depth}/{trial}") for trial in range(trials)]
-        answers = generate(model, [prompt for prompt, _ in cases], max_new_tokens=_DIGITS, batch_size=1)
+        prompts = [prompt for prompt, _ in cases]
+        answers = generate(model, prompts, max_new_tokens=_DIGITS, num_ids=tokenizer.vocab_size, batch_size=1)
         found = sum(
             tokenizer.decode(answer).startswith(number) for answer, (_, number) in zip(answers, cases, strict=True)
         )

@@ -44,6 +44,7 @@ class LocalSource:
                 [prompts[request.task.id, request.sample] for request in batch],
                 max_new_tokens=self.decoding.max_new_tokens,
                 stop_ids={self.tokenizer.eos_id, end_id},
+                num_ids=self.tokenizer.vocab_size,
                 sampling=self.decoding.sampling,
                 batch_size=self.batch_size,
                 names=[f"{request.task.id}/{request.sample}" for request in batch],

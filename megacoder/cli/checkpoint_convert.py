@@ -52,7 +52,10 @@ class ReshardArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArgs:
-    """Writes a folder that transformers, vLLM and llama.cpp load, tokenizer and chat template included."""
+    """Writes a folder that transformers and vLLM load, tokenizer and chat template included.
+
+    For llama.cpp, tools/convert_gguf.py converts it.
+    """
 
     src: Positional[Path]
     """a checkpoint, or a run, an imported folder or a folder of checkpoints: then its newest complete one"""

@@ -1,6 +1,7 @@
 """The transformer to and from a Hugging Face folder, `LlamaForCausalLM`, without a changed bit.
 
-`transformers`, vLLM and llama.cpp load what `export_model` writes; `import_model` reads what they and DeepSeek publish.
+`transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
+`import_model` reads what they and DeepSeek publish.
 Names are already Hugging Face's (`weight_pieces`). Two things differ: the vocabulary's padding is not exported, and
 RoPE has several spellings. transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both
 are written. A reader that misses the scaling silently produces garbage, so anything not understood is refused here.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_samples import make_model, make_tokenizer
+from evaluation_samples import make_model, make_tokenizer, source_files, write_shard
 from test_generate import SHAPES, by_transformers, make_long_case, make_prompts
 from test_generate import make_model as random_model
 
@@ -17,6 +17,7 @@ from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.evaluate.generate import generate
+from megacoder.evaluate.prompts import completion_prompt
 from megacoder.evaluate.repository import dependency_context
 from megacoder.evaluate.sampling import Sampling
 from megacoder.evaluate.stops import StopStrings
@@ -194,6 +195,58 @@ def test_ids_without_text_are_never_picked(folder, tmp_path, capsys, monkeypatch
         main([*command, "--model", str(tmp_path / "wide"), "--max-new-tokens", "9"])
         assert capsys.readouterr().out
     assert max(generate(model, [[1, 2]], max_new_tokens=9)[0]) >= tokenizer.vocab_size
+
+
+def test_ids_that_end_a_models_texts_are_kept_through_import_and_export(folder, tmp_path, capsys, tokenizer):
+    def written(model):
+        main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "9"])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    prompt = completion_prompt(tokenizer, "def ", max_tokens=99).tokens
+    free = generate(import_model(folder), [prompt], max_new_tokens=9)[0]
+    end = next(token for token in free[2:] if token not in free[:2])
+    expected = tokenizer.decode(free[: free.index(end)])
+    assert written(folder).startswith(expected)
+    for name, value in (("generation_config.json", [tokenizer.eos_id, end]), ("config.json", end)):
+        model = tmp_path / f"with {name}"
+        shutil.copytree(folder, model)
+        settings = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(settings | {"eos_token_id": value}))
+        main(["checkpoint", "import", str(model), str(model / "imported")])
+        main(["checkpoint", "export", str(model / "imported"), str(model / "again"), "--dtype", "fp32"])
+        capsys.readouterr()
+        for kept in (model, model / "imported", model / "again"):
+            assert written(kept) == expected
+        for file in ("generation_config.json", "config.json"):
+            assert json.loads((model / "again" / file).read_text())["eos_token_id"] == [tokenizer.eos_id, end]
+    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": "2"}))
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(model), "--prompt", "def "])
+    assert "config.json: eos_token_id = '2': expected a number or a list of numbers" in capsys.readouterr().err
+
+
+def test_every_command_ends_where_the_model_does(folder, tmp_path, capsys, monkeypatch, tokenizer):
+    import io
+
+    model, gap = shutil.copytree(folder, tmp_path / "model"), tmp_path / "gap.py"
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(tokenizer.vocab_size))}))
+    gap.write_text("x = <FILL>\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("say\n"))
+    for command in (
+        ["generate", "--prompt", "x"], ["infill", str(gap)], ["infill", str(gap), "--line", "1"],
+        ["chat", "--system", "x"],
+    ):  # fmt: skip
+        main([*command, "--model", str(model)])
+        assert capsys.readouterr().out == "\n"
+    data, row = tmp_path / "lines.jsonl", {"prompt": "def f(x):\n", "suffix": "\n", "canonical_solution": "    y = x"}
+    data.write_text(json.dumps(row) + "\n")
+    main(["eval", "infill", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")])
+    assert '"completion": ""' in (tmp_path / "out" / "completions.jsonl").read_text()
+    write_shard(tmp_path / "0.parquet", source_files())
+    rows = tmp_path / "rows.jsonl"
+    main(["eval", "infill", "--data", str(tmp_path / "0.parquet"), "--model", str(model), "--out", str(rows)])
+    assert {json.loads(line)["completion"] for line in rows.read_text().splitlines()} == {""}
 
 
 def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenizer):

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         if len(tokens) > room:
             raise DataError(f"the turn has {len(tokens)} tokens with its template; the model has room for {room}")
         answer = print_answer(
-            model, tokenizer, tokens, max_new_tokens=longest, stop_ids={chat.end_id, tokenizer.eos_id},
+            model, tokenizer, tokens, max_new_tokens=longest, stop_ids={chat.end_id, *tokenizer.end_ids},
             sampling=args.sampling, name=str(number),
         )  # fmt: skip
         turns.append(("assistant", chat.answer(answer)))

@@ -54,6 +54,6 @@ def main(argv: Sequence[str]) -> None:
         if args.samples > 1:
             print(f"--- {sample + 1}")
         print_answer(
-            model, tokenizer, prompt.tokens, max_new_tokens=longest, stop_ids={tokenizer.eos_id}, stops=args.stop,
+            model, tokenizer, prompt.tokens, max_new_tokens=longest, stop_ids=tokenizer.end_ids, stops=args.stop,
             sampling=args.sampling, name=str(sample),
         )  # fmt: skip

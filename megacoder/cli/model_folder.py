@@ -20,7 +20,7 @@ from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError, alike_on_all_ranks
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in
+from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.evaluate.sampling import Sampling
@@ -44,8 +44,8 @@ _DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(folder: Path, loading: Loading, *, tp: TensorParallel) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, a run or a checkpoint of any layout; on a GPU if there is one.
 
-    A checkpoint's weights are fp32. Its tokenizer is the run's unless given. Where ranks share the model, each loads
-    its part, all of the same checkpoint.
+    A checkpoint's weights are fp32. Its tokenizer is the run's unless given; its `end_ids` are completed. Where ranks
+    share the model, each loads its part, all of the same checkpoint.
     """
     tokenizer, dtype = loading.tokenizer, _DTYPES[loading.dtype]
     with alike_on_all_ranks():
@@ -56,7 +56,9 @@ def load_model(folder: Path, loading: Loading, *, tp: TensorParallel) -> tuple[T
         if tokenizer is None and not (folder / "tokenizer.json").is_file():
             raise ConfigError(f"{folder}: no tokenizer.json in it; name a folder that has one with --tokenizer")
         device = probe().device_type
-        return import_with_tokenizer(folder, dtype=dtype, device=device, tp=tp, tokenizer_folder=tokenizer)
+        model, loaded = import_with_tokenizer(folder, dtype=dtype, device=device, tp=tp, tokenizer_folder=tokenizer)
+        loaded.end_ids.update(end_ids_in(folder))
+        return model, loaded
 
 
 def _load_checkpoint(
@@ -67,7 +69,9 @@ def _load_checkpoint(
         raise ConfigError(f"{reader.folder}: no tokenizer beside this checkpoint; give one with --tokenizer")
     model = Transformer(model_of(reader), tp)
     load_weights(model, reader)
-    return model.to(probe().device_type, dtype), Tokenizer.load(found)
+    loaded = Tokenizer.load(found)
+    loaded.end_ids.update(end_ids_in(found))
+    return model.to(probe().device_type, dtype), loaded
 
 
 def chat_format_of(folder: Path, *, tokenizer: Path | None = None) -> FormatConfig:

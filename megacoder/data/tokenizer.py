@@ -73,7 +73,7 @@ class Tokenizer:
 
     EOS must be there, other control tokens only where they are used; where there is no BOS, EOS is in its place.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
-    string's), `definition` is its tokenizer.json.
+    string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
     """
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None) -> None:
@@ -97,6 +97,7 @@ class Tokenizer:
             raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
         self.eos_id = ids[self._controls["eos"]]
         self.bos_id, self.pad_id = (ids[self._controls.get(name, self._controls["eos"])] for name in ("bos", "pad"))
+        self.end_ids = {self.eos_id}
         self.token_bytes = self._byte_table()
         self._check_keeps_text()
 

@@ -17,9 +17,18 @@ from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
 from megacoder.data.tokenizer import token_text
 
-__all__ = ["TokenizerFiles", "chat_template_in", "num_tokenizer_ids", "read_tokenizer_files"]
+__all__ = [
+    "GENERATION",
+    "TokenizerFiles",
+    "chat_template_in",
+    "end_ids_in",
+    "num_tokenizer_ids",
+    "read_tokenizer_files",
+]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+"""Names the ids that end a text, as config.json may."""
 _TEMPLATE = "chat_template.jinja"
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 """Further files of some folders; copied unchanged."""
@@ -31,8 +40,8 @@ class TokenizerFiles:
 
     files: dict[str, str]
     """name -> text"""
-    ids: dict[str, int | None]
-    """bos_token_id, eos_token_id, pad_token_id"""
+    ids: dict[str, int | list[int] | None]
+    """bos_token_id, eos_token_id (a list where several ids end a text), pad_token_id"""
     vocab_size: int
     """ids, control tokens included"""
 
@@ -53,6 +62,21 @@ def chat_template_in(folder: Path) -> str | None:
     return found
 
 
+def end_ids_in(folder: Path) -> list[int]:
+    """The ids that end a text according to a model folder's configurations; FormatError where one is damaged.
+
+    A model may end on others than its tokenizer names, as instruction-tuned ones do.
+    """
+    ids: dict[int, None] = {}
+    for path in (folder / GENERATION, folder / "config.json"):
+        named = _settings(path).get("eos_token_id") if path.is_file() else None
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(index) is int for index in listed):
+            raise FormatError(f"{path}: eos_token_id = {named!r}: expected a number or a list of numbers")
+        ids |= dict.fromkeys(listed)
+    return list(ids)
+
+
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
 
@@ -63,8 +87,9 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS)
     named = {key: token_text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-    ids = {f"{key}_id": None if text is None else backend.token_to_id(text) for key, text in named.items()}
-    bos, bos_id = named["bos_token"], ids["bos_token_id"]
+    bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
+    ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *end_ids_in(folder)]))
+    bos = named["bos_token"]
     if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
@@ -74,6 +99,8 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     if _TEMPLATE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
+    eos_ids = ends[0] if len(ends) == 1 else ends or None
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
 
 

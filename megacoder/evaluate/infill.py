@@ -137,7 +137,7 @@ def fill_lines(
     room = model.config.max_position_embeddings - max_new_tokens
     room = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     prompts = [infill_prompt(tokenizer, task.prefix, task.suffix, max_tokens=room).tokens for task in tasks]
-    stop_ids = {tokenizer.eos_id, *tokenizer.encode("\n")}
+    stop_ids = {*tokenizer.end_ids, *tokenizer.encode("\n")}
     results: dict[int, InfillResult] = {}
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
     with progress("infill", len(tasks), quiet=quiet) as bar:

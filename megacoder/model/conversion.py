@@ -3,9 +3,10 @@
 Training writes fp32 master weights and moments, in any layout; a Hugging Face folder holds the weights alone. A
 checkpoint names its model in its state, as part of the run's configuration. `import_folder` makes a folder like a
 run's: `checkpoints/` with one checkpoint of step 0, of weights alone, and `tokenizer/` beside it where the source has
-one.
+one. The ids that end a text go with the tokenizer, which runs that start from the model, and exports, take over.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
 from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
-from megacoder.data.tokenizer_folder import num_tokenizer_ids
+from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, num_tokenizer_ids
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import check_vocabulary, open_folder, weight_shapes, write_folder
 
@@ -88,7 +89,7 @@ def import_folder(
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
     config, _, tensors = open_folder(source)
-    num_ids = num_tokenizer_ids(source)
+    num_ids, end_ids = num_tokenizer_ids(source), end_ids_in(source)
     if num_ids is not None:
         check_vocabulary(num_ids, config, source)
     fragments = [_whole_weight(name, shape) for name, shape in weight_shapes(config).items()]
@@ -108,6 +109,8 @@ def import_folder(
             for name in _TOKENIZER_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, temporary / TOKENIZER / name)
+            if end_ids:
+                (temporary / TOKENIZER / GENERATION).write_text(json.dumps({"eos_token_id": end_ids}) + "\n")
         for name, text in files(config).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return config

@@ -83,7 +83,7 @@ def write_folder(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
             "transformers refuses to load such a model"
         )
-    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
     if tokenizer_folder is not None:
         tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings)

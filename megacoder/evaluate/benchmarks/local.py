@@ -43,7 +43,7 @@ class LocalSource:
                 self.model,
                 [prompts[request.task.id, request.sample] for request in batch],
                 max_new_tokens=self.decoding.max_new_tokens,
-                stop_ids={self.tokenizer.eos_id, end_id},
+                stop_ids={end_id, *self.tokenizer.end_ids},
                 num_ids=self.tokenizer.vocab_size,
                 sampling=self.decoding.sampling,
                 batch_size=self.batch_size,

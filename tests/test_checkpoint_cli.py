@@ -12,6 +12,8 @@ from checkpoint_cases import (
 )
 from command_line import run_command
 
+from megacoder.checkpoint import folders, reader, tensor_file
+from megacoder.cli import checkpoint as checkpoint_command
 from megacoder.cli.main import main
 
 
@@ -78,6 +80,42 @@ def test_verify_names_a_latest_that_names_nothing(root, capsys, content):
     assert run(capsys, "verify", root)[0] == 0
     (root / "latest").unlink()
     assert run(capsys, "verify", root)[0] == 0
+
+
+MOMENTS = {
+    "before it is opened": (checkpoint_command, "verify_checkpoint"),
+    "once its manifest is read": (reader, "folder_faults"),
+    "while its files are looked for": (folders, "size_fault"),
+    "once all its files are there": (tensor_file, "size_fault"),
+    "once latest is read": (folders, "_named_by_latest"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_verify_counts_no_checkpoint_that_the_run_removes_meanwhile(tmp_path, capsys, monkeypatch, moment):
+    def save(step):
+        save_as_ranks(tmp_path, step, lay_out(make_tensors(), tp=1, dp=2, random=random.Random(0)))
+
+    (module, name), removed = MOMENTS[moment], []
+    real = getattr(module, name)
+
+    def remove_meanwhile(*words):
+        found = real(*words) if name == "_named_by_latest" else None
+        if not removed:
+            removed.append("at once, since saving comes here too")
+            save(30)
+            removed[:] = folders.rotate(tmp_path, step=30, keep_last=1, keep_every=None)
+        return found or real(*words)
+
+    save(10)
+    save(20)
+    monkeypatch.setattr(module, name, remove_meanwhile)
+    code, out, err = run(capsys, "verify", tmp_path)
+    assert (code, err) == (0, ""), out
+    assert len(removed) == 2
+    if name != "_named_by_latest":
+        told = "removed meanwhile, by the run that writes here"
+        assert [line.split(": ")[1] for line in out.splitlines()] == [told] * 2
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megacoder.checkpoint import folders
 from megacoder.checkpoint import reader as reader_module
 from megacoder.checkpoint.boxes import Box
+from megacoder.checkpoint.folders import open_checkpoint, rotate
 from megacoder.checkpoint.rank_file import Fragment
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
@@ -182,3 +184,27 @@ def test_a_missing_checkpoint_is_reported(tmp_path):
         CheckpointReader(tmp_path)
     with pytest.raises(CheckpointError, match=r"step-00000004/manifest.json: No such file"):
         CheckpointReader(tmp_path / "step-00000004")
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_called_damaged(tmp_path):
+    for step in (10, 20):
+        save_as_ranks(tmp_path, step, lay_out(make_tensors(), tp=1, dp=2, random=random.Random(0)))
+    reader = CheckpointReader(tmp_path / "step-00000010")
+    rotate(tmp_path, step=20, keep_last=1, keep_every=None)
+    with pytest.raises(CheckpointError, match=r"step-00000010: was removed while it was read.*name a newer one"):
+        reader.read_tensor("matrix")
+
+
+def test_checkpoints_that_a_run_replaces_while_they_are_looked_for_are_found(tmp_path, monkeypatch):
+    def save(step):
+        save_as_ranks(tmp_path, step, lay_out(make_tensors(), tp=1, dp=2, random=random.Random(0)))
+
+    def open_late(folder):
+        if folder.name == "step-00000010":
+            save(20)
+            rotate(tmp_path, step=20, keep_last=1, keep_every=None)
+        return open_checkpoint(folder)
+
+    save(10)
+    monkeypatch.setattr(folders, "open_checkpoint", open_late)
+    assert CheckpointReader(tmp_path).step == 20

@@ -9,6 +9,7 @@ names it for people and scripts: it moves after the rename, and may be behind if
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megacoder.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -59,9 +60,10 @@ def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
     match = _STEP_NAME.fullmatch(folder.name)
     if match and int(match.group(1)) != manifest.step:
         faults.append(f"{folder / MANIFEST}: is of step {manifest.step}, which is not the folder's step")
-    for child in sorted(folder.iterdir()):
-        if child.name != MANIFEST and child.name not in manifest.files:
-            faults.append(f"{child}: not part of the checkpoint; move it elsewhere")
+    with suppress(FileNotFoundError):  # a run has just removed it: its files are among the faults
+        for child in sorted(folder.iterdir()):
+            if child.name != MANIFEST and child.name not in manifest.files:
+                faults.append(f"{child}: not part of the checkpoint; move it elsewhere")
     return [fault for fault in faults if fault is not None]
 
 
@@ -92,7 +94,8 @@ def find_checkpoint(path: Path) -> Path:
     path = checkpoints_in(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of checkpoints")
-    for _, folder in reversed(step_folders(path)):
+    steps = step_folders(path)
+    for _, folder in reversed(steps):
         try:
             open_checkpoint(folder)
         except CheckpointError as error:
@@ -104,6 +107,8 @@ def find_checkpoint(path: Path) -> Path:
                     f"{path / LATEST} names {named!r}; using {folder.name}, which is the newest complete checkpoint"
                 )
             return folder
+    if step_folders(path) != steps:  # a run has saved a newer one meanwhile, and removed these
+        return find_checkpoint(path)
     hint = "; convert a Hugging Face folder with megacoder checkpoint import" if (path / "config.json").exists() else ""
     raise CheckpointError(f"{path}: holds no complete checkpoint{hint}")
 
@@ -113,6 +118,8 @@ def latest_fault(root: Path) -> str | None:
     named = _named_by_latest(root)
     if named is None or named in [folder.name for _, folder in step_folders(root)]:
         return None
+    if named != _named_by_latest(root):  # a run has moved it meanwhile, and removed that checkpoint
+        return latest_fault(root)
     return f"{root / LATEST}: names {named!r}, which is not a checkpoint here; remove the file: readers do not need it"
 
 

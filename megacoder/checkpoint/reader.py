@@ -151,10 +151,19 @@ class CheckpointReader:
             if name not in self._mapped:
                 if len(self._mapped) == _MOST_MAPPED:
                     self._mapped.pop(next(iter(self._mapped)))
-                self._mapped[name] = TensorFile(
-                    self.folder / name, self._manifest.files[name], self._stored[name], self._unchecked[name]
-                )
+                self._mapped[name] = self._map(name)
             return self._mapped[name]
+
+    def _map(self, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.folder / name, self._manifest.files[name], self._stored[name], self._unchecked[name])
+        except CheckpointError:
+            if self.folder.is_dir():
+                raise
+            raise CheckpointError(
+                f"{self.folder}: was removed while it was read, as a run does that keeps only its newest checkpoints; "
+                "name a newer one, or make the run keep more (checkpoint.keep_last)"
+            ) from None
 
     def _entry(self, kind: str, name: str) -> TensorEntry:
         entry = self._manifest.tensors.get((kind, name))

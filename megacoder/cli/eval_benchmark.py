@@ -57,7 +57,7 @@ class EvalArgs:
     max_new_tokens: Optional[int] = None
     """longest answer in tokens; if unset, the benchmark's own"""
     batch_size: int = 16
-    """answers generated at a time"""
+    """answers generated at a time; in bf16 another number rounds otherwise, which changes some answers"""
     limit: Optional[int] = None
     """number of tasks to run, from the first; if unset, all"""
     seconds: Optional[float] = None
@@ -167,7 +167,7 @@ def _resolved(model: Path | None) -> Path | None:
 
 
 _FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
-"""Options that change no result, so that an evaluation may resume with different ones."""
+"""Options that change no result but by rounding, so that an evaluation may resume with different ones."""
 
 
 def _identity(name: str, args: EvalArgs, model: Path | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class EvalInfillArgs:
     max_prompt_tokens: int | None = None
     """longest prompt in tokens, for a model trained on parts of files (data.stream.fim.context_tokens)"""
     batch_size: int = 32
-    """answers generated at a time"""
+    """answers generated at a time; in bf16 another number rounds otherwise, which changes some answers"""
     out: Path | None = None
     """JSONL file to write every line, its truth and the answer to"""
     json: bool = False

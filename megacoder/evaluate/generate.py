@@ -1,10 +1,12 @@
 """Prompts to continuations: batched, with a key-value cache, greedy unless a temperature is given.
 
 Legend: B sequences of one batch, V vocabulary.
-A result depends only on the model, its prompt and its name, not on what else is in its batch: padding is invisible
-(`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, name). Prompts are sorted by
-length before they are batched, so that there is little padding, and a batch shrinks when half of its sequences are
-done. Where ranks share the model (tp), each calls this with the same arguments and gets the same tokens.
+A result depends only on the model, its prompt and its name, not on what else is in its batch, but for rounding: padding
+is invisible (`megacoder.model.kv_cache`), and a sampled sequence draws from a generator keyed by (seed, name). Sums are
+taken in another order in another batch, or with another tp; in bf16 that decides now and then between two tokens, and
+all that follows. Prompts are sorted by length before they are batched, so that there is little padding, and a batch
+shrinks when half of its sequences are done. Where ranks share the model (tp), each calls this with the same arguments
+and gets the same tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -396,6 +396,40 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused_at_import(folder, t
     assert not (tmp_path / "start").exists()
 
 
+def test_damaged_settings_of_a_tokenizer_are_refused_at_import(folder, tmp_path, capsys):
+    (folder / "tokenizer_config.json").write_text("{")
+    code, _, err = run(capsys, "import", folder, tmp_path / "start")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{folder / 'tokenizer_config.json'}: not readable as JSON" in err
+    assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("lacking", [None, "<pad>", "<｜begin▁of▁sentence｜>"])
+def test_a_tokenizer_without_settings_gets_the_usual_ones(folder, tmp_path, capsys, lacking):
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer_config.json").unlink()
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    if lacking:
+        next(token for token in definition["added_tokens"] if token["content"] == lacking)["content"] = "<other>"
+        definition["post_processor"] = None
+        (folder / "tokenizer.json").write_text(json.dumps(definition))
+    for file in ("config.json", "generation_config.json"):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {"eos_token_id": None}))
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    code, _, err = run(capsys, "export", tmp_path / "start", tmp_path / "again")
+    assert code == 0, err
+    ids = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["bos_token_id"] == ids.get("<｜begin▁of▁sentence｜>")
+    assert config["eos_token_id"] == ids["<｜end▁of▁sentence｜>"]
+    assert config["pad_token_id"] == ids.get("<pad>")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == tuple(
+        config[f"{name}_token_id"] for name in ("bos", "eos", "pad")
+    )
+    assert theirs("").input_ids == ([] if config["bos_token_id"] is None else [config["bos_token_id"]])
+
+
 def test_an_import_without_a_tokenizer_says_what_to_set(folder, tmp_path, capsys):
     (folder / "tokenizer.json").unlink()
     code, _, err = run(capsys, "import", folder, tmp_path / "start")

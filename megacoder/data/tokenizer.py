@@ -35,7 +35,8 @@ from megacoder.core.files import write_json, write_text
 from megacoder.core.processes import interruptible
 
 __all__ = [
-    "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed", "token_text", "train_tokenizer",
+    "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed",
+    "token_text", "train_tokenizer",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -124,7 +125,7 @@ class Tokenizer:
         """
         self._check_no_other_in(folder / "tokenizer.json")
         names = {f"{name}_token": self._controls.get(name) for name in ("bos", "eos", "pad")}
-        write_json(folder / "tokenizer_config.json", _HUGGING_FACE_CONFIG | names)
+        write_json(folder / "tokenizer_config.json", HUGGING_FACE_CONFIG | names)
         write_text(
             folder / "tokenizer.json", self._backend.to_str(pretty=True)
         )  # last: it says that the folder is complete
@@ -320,7 +321,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-_HUGGING_FACE_CONFIG = {
+HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "add_bos_token": True,
     "add_eos_token": False,
@@ -330,6 +331,7 @@ _HUGGING_FACE_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": 16384,
 }
+"""tokenizer_config.json of a tokenizer with these control tokens."""
 
 
 def token_text(value: Any) -> str | None:

@@ -15,16 +15,9 @@ from tokenizers import processors
 
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.data.tokenizer import token_text
+from megacoder.data.tokenizer import HUGGING_FACE_CONFIG, token_text
 
-__all__ = [
-    "GENERATION",
-    "TokenizerFiles",
-    "chat_template_in",
-    "end_ids_in",
-    "num_tokenizer_ids",
-    "read_tokenizer_files",
-]
+__all__ = ["GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "read_tokenizer_files"]
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -32,6 +25,7 @@ GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 """Further files of some folders; copied unchanged."""
+_NAMED = ("bos_token", "eos_token", "pad_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +38,6 @@ class TokenizerFiles:
     """bos_token_id, eos_token_id (a list where several ids end a text), pad_token_id"""
     vocab_size: int
     """ids, control tokens included"""
-
-
-def num_tokenizer_ids(folder: Path) -> int | None:
-    """How many ids the tokenizer.json of `folder` gives, None if it has none; FormatError where it is damaged."""
-    path = folder / _DEFINITION
-    return _num_ids(_parsed(_read(path), path)) if path.exists() else None
 
 
 def chat_template_in(folder: Path) -> str | None:
@@ -80,13 +68,14 @@ def end_ids_in(folder: Path) -> list[int]:
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
     """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
 
-    A chat template is added where there is none. Raises FormatError naming the file that is missing or wrong.
+    A chat template is added where there is none, and so are settings. Raises FormatError naming the file that is
+    missing or wrong.
     """
     files = {name: _read(folder / name) for name in _BESIDE if (folder / name).is_file()}
     definition = _read(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
-    settings = _settings(folder / _SETTINGS)
-    named = {key: token_text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
+    named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
     ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *end_ids_in(folder)]))
     bos = named["bos_token"]
@@ -132,3 +121,10 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise FormatError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def _usual_settings(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The settings of tokenizers made here, without the control tokens that this one lacks."""
+    missing = {key for key in _NAMED if backend.token_to_id(str(HUGGING_FACE_CONFIG[key])) is None}
+    missing |= {"add_bos_token"} if "bos_token" in missing else set()
+    return {key: value for key, value in HUGGING_FACE_CONFIG.items() if key not in missing}

@@ -23,7 +23,7 @@ from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
 from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
-from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, num_tokenizer_ids
+from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, read_tokenizer_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import check_vocabulary, open_folder, weight_shapes, write_folder
 
@@ -83,15 +83,16 @@ def import_folder(
     """Makes `folder`, laid out like a run's, from a Hugging Face folder; returns the model.
 
     `files` gives further text files by name, which appear with the rest. Weights become fp32, which changes no value.
-    FormatError as `open_folder`, or where tokenizer.json is damaged or has more ids than the model; ConfigError where
-    `folder` exists.
+    FormatError as `open_folder`, or where the tokenizer's files are damaged or it has more ids than the model;
+    ConfigError where `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
     config, _, tensors = open_folder(source)
-    num_ids, end_ids = num_tokenizer_ids(source), end_ids_in(source)
-    if num_ids is not None:
-        check_vocabulary(num_ids, config, source)
+    with_tokenizer, end_ids = (source / "tokenizer.json").exists(), end_ids_in(source)
+    if with_tokenizer:  # what export would refuse is refused now, not after the training
+        tokenizer = read_tokenizer_files(source, max_length=config.max_position_embeddings)
+        check_vocabulary(tokenizer.vocab_size, config, source)
     fragments = [_whole_weight(name, shape) for name, shape in weight_shapes(config).items()]
 
     def stream(wanted: Sequence[Fragment]) -> Iterator[Tensor]:
@@ -104,7 +105,7 @@ def import_folder(
             temporary / CHECKPOINTS, 0, [fragments], stream,
             num_ranks=1, layout={"imported": source.name}, state={"config": {"model": to_dict(config)}},
         )  # fmt: skip
-        if num_ids is not None:
+        if with_tokenizer:
             (temporary / TOKENIZER).mkdir()
             for name in _TOKENIZER_FILES:
                 if (source / name).is_file():

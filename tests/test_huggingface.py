@@ -174,6 +174,15 @@ def edit_config(folder, **changes):
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}, "rope_scaling": None},
+            "rope_parameters = .*: RoPE of type 'linear' needs a factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor = 0\.5; only heads rotated in full",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": -4}},

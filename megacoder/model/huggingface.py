@@ -229,19 +229,29 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
 def _rope(table: dict[str, Any], where: str) -> dict[str, Any]:
     """rope_theta and factor, from wherever they are written; FormatError where two places contradict each other."""
     found: dict[str, Any] = {"rope_theta": table.get("rope_theta")}
+    _check_rotated(table, where)
     places = {key: table[key] for key in ("rope_parameters", "rope_scaling") if table.get(key) is not None}
     for key, rope in places.items():
         if not isinstance(rope, dict):
             raise FormatError(f"{where}: {key} = {rope!r}: expected an object")
+        _check_rotated(rope, where)
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "linear"):
             raise FormatError(f"{where}: RoPE of type {rope_type!r}; only 'default' and 'linear' can be loaded")
+        if rope_type == "linear" and rope.get("factor") is None:
+            raise FormatError(f"{where}: {key} = {rope!r}: RoPE of type 'linear' needs a factor")
         said = {"rope_theta": rope.get("rope_theta"), "factor": rope.get("factor") if rope_type == "linear" else 1.0}
         for name, value in said.items():
             if None not in (value, found.get(name)) and value != found[name]:
                 raise FormatError(f"{where}: {name} is {found[name]!r} in one place and {value!r} in {key}")
             found[name] = found.get(name) if value is None else value
     return found
+
+
+def _check_rotated(table: dict[str, Any], where: str) -> None:
+    share = table.get("partial_rotary_factor")
+    if share not in (None, 1):
+        raise FormatError(f"{where}: partial_rotary_factor = {share!r}; only heads rotated in full (1.0) can be loaded")
 
 
 def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:

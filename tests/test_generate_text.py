@@ -211,6 +211,7 @@ def test_ids_that_end_a_models_texts_are_kept_through_import_and_export(folder, 
         model = tmp_path / f"with {name}"
         shutil.copytree(folder, model)
         settings = json.loads((model / name).read_text())
+        (model / "generation_config.json").unlink()
         (model / name).write_text(json.dumps(settings | {"eos_token_id": value}))
         main(["checkpoint", "import", str(model), str(model / "imported")])
         main(["checkpoint", "export", str(model / "imported"), str(model / "again"), "--dtype", "fp32"])
@@ -229,8 +230,7 @@ def test_every_command_ends_where_the_model_does(folder, tmp_path, capsys, monke
     import io
 
     model, gap = shutil.copytree(folder, tmp_path / "model"), tmp_path / "gap.py"
-    settings = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(tokenizer.vocab_size))}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(tokenizer.vocab_size))}))
     gap.write_text("x = <FILL>\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("say\n"))
     for command in (

@@ -52,10 +52,12 @@ BOS = "<｜begin▁of▁sentence｜>"
 def publish(folder, size, *, instruct=True, newer=False):
     """A folder as DeepSeek's: bf16 shards, `rope_scaling` and `type` in config.json, Llama's tokenizer class."""
     torch.manual_seed(0)
+    tokenizer = train_tokenizer(SOURCES, vocab_size=280)
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
         num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, max_position_embeddings=16384,
         rms_norm_eps=1e-6, initializer_range=0.1, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eot_id if instruct else tokenizer.eos_id,
         rope_theta=100000.0, rope_scaling={"rope_type": "linear", "factor": 4.0},
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
@@ -65,7 +67,7 @@ def publish(folder, size, *, instruct=True, newer=False):
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
     if not newer:
         keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "initializer_range")  # fmt: skip
+                "num_key_value_heads", "max_position_embeddings", "initializer_range", "eos_token_id")  # fmt: skip
         table = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-06,
             "rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000, "torch_dtype": "bfloat16",
@@ -73,7 +75,6 @@ def publish(folder, size, *, instruct=True, newer=False):
             **{key: getattr(config, key) for key in keys},
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(table))
-    tokenizer = train_tokenizer(SOURCES, vocab_size=280)
     tokenizer.save(folder)
     settings = {
         "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False,

@@ -51,18 +51,19 @@ def chat_template_in(folder: Path) -> str | None:
 
 
 def end_ids_in(folder: Path) -> list[int]:
-    """The ids that end a text according to a model folder's configurations; FormatError where one is damaged.
+    """The ids that end a text according to a model folder's configuration; FormatError where that is damaged.
 
-    A model may end on others than its tokenizer names, as instruction-tuned ones do.
+    A model may end on others than its tokenizer names, as instruction-tuned ones do. As in transformers, what
+    config.json says counts where generation_config.json says nothing.
     """
-    ids: dict[int, None] = {}
     for path in (folder / GENERATION, folder / "config.json"):
         named = _settings(path).get("eos_token_id") if path.is_file() else None
-        listed = named if isinstance(named, list) else [] if named is None else [named]
-        if not all(type(index) is int for index in listed):
-            raise FormatError(f"{path}: eos_token_id = {named!r}: expected a number or a list of numbers")
-        ids |= dict.fromkeys(listed)
-    return list(ids)
+        if named is not None:
+            listed = named if isinstance(named, list) else [named]
+            if not all(type(index) is int for index in listed):
+                raise FormatError(f"{path}: eos_token_id = {named!r}: expected a number or a list of numbers")
+            return listed
+    return []
 
 
 def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:

@@ -234,7 +234,7 @@ class Story:
     def temporaries(self) -> set[str]:
         """Everything in the run's folder but what is meant to be there."""
         meant = re.compile(
-            r"(run\.toml|metrics\.jsonl|tensorboard(/events\.[^/]*)?|flight(/[^/]*\.json)?|checkpoints"
+            r"(\.lock|run\.toml|metrics\.jsonl|tensorboard(/events\.[^/]*)?|flight(/[^/]*\.json)?|checkpoints"
             r"(/latest|/step-\d{8}(/(manifest\.json|rank-\d{5}-of-\d{5}\.safetensors))?)?)"
         )
         walk = os.walk(self.folder)  # which does not mind that folders vanish

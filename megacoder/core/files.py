@@ -18,6 +18,7 @@ from typing import Any
 from megacoder.core.errors import MegacoderError
 
 __all__ = [
+    "LOCK",
     "exclusive",
     "fsync_path",
     "is_unicode",
@@ -29,6 +30,9 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+LOCK = ".lock"
+"""File that is in a folder while a process works in it (`exclusive`); no content."""
 
 _SUFFIX = ".tmp-"
 
@@ -139,19 +143,52 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
 
 @contextmanager
 def exclusive(folder: Path, *, what: str) -> Iterator[None]:
-    """Locks `folder` for this process; MegacoderError if another has. The system unlocks it when a process dies."""
+    """Locks `folder` for this process; MegacoderError if another has. The system unlocks it when a process dies.
+
+    The lock is on a file in it, LOCK, opened for writing: hosts that share the folder over NFS know of no others. The
+    file is removed at the end; a killed process leaves it, unlocked. Who may only read the folder locks nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    if not os.access(folder, os.W_OK):
+        yield
+        return
+    descriptor = _lock(folder, what)
     try:
+        yield
+    finally:
+        if _is_file_of(descriptor, folder / LOCK):  # else the folder was removed, and perhaps made anew by another
+            (folder / LOCK).unlink()
+        os.close(descriptor)
+
+
+def _lock(folder: Path, what: str) -> int:
+    """The descriptor of LOCK in `folder`, locked."""
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if _is_file_of(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
             raise MegacoderError(
                 f"{folder}: another {what} is working here; wait for it, or choose another folder"
             ) from None
-        yield
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise MegacoderError(
+                f"{path}: cannot be locked: {error.strerror or error}; choose a folder on a file system with locks, or "
+                "have it mounted with them (NFS: its lock service; Lustre: -o flock)"
+            ) from None
+        os.close(descriptor)  # its holder has removed it just now
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def fsync_path(path: Path) -> None:

@@ -3,12 +3,12 @@
 import json
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from megacoder.core.errors import ConfigError
-from megacoder.core.files import exclusive, remove_stale_temporaries, write_json
+from megacoder.core.files import LOCK, exclusive, making_dir, remove_stale_temporaries, write_json
 from megacoder.corpus.shards import PARTS, disk_errors
 
 __all__ = ["WORK", "claim_folder", "give_up", "keep_only"]
@@ -27,9 +27,10 @@ def claim_folder(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     else entirely; CorpusError while another build holds the lock.
     """
     identity = json.loads(json.dumps(identity))
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out, what="build"):
+    with ExitStack() as held:
+        with disk_errors(out):
+            held.enter_context(making_dir(out))
+            held.enter_context(exclusive(out, what="build"))
         _check_identity(out, identity)
         for folder in (out, out / WORK, *(out / part for part in PARTS)):
             remove_stale_temporaries(folder)
@@ -55,13 +56,11 @@ def give_up(out: Path, *, keep: bool) -> None:
     shutil.rmtree(out / WORK, ignore_errors=True)
     if not keep:
         (out / _CONFIG).unlink(missing_ok=True)
-        if not any(out.iterdir()):
-            out.rmdir()
 
 
 def _check_identity(out: Path, identity: dict[str, Any]) -> None:
     found = _identity_in(out)
-    others = sorted(child.name for child in out.iterdir() if not child.name.startswith(_CONFIG))
+    others = sorted(child.name for child in out.iterdir() if not child.name.startswith((_CONFIG, LOCK)))
     if found is None:
         if others:
             raise ConfigError(f"{str(out)!r} is not empty and holds no corpus ({others[0]}); choose another --out")

@@ -83,18 +83,17 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     folder = _parts_folder(config)
     try:
         with exclusive(folder, what="preprocess"):
-            try:
-                remove_stale_temporaries(folder)
-                sidecar = _write(config, tokenizer, dict(zip(described, inputs, strict=True)), described)
-                shutil.rmtree(folder)
-            finally:
-                with contextlib.suppress(OSError):  # of no use without parts
-                    folder.rmdir()
+            remove_stale_temporaries(folder)
+            sidecar = _write(config, tokenizer, dict(zip(described, inputs, strict=True)), described)
+        shutil.rmtree(folder)
     except OSError as error:
         where = error.filename or config.output
         raise DataError(
             f"{where}: {error.strerror or error}; finished files are kept, run the same command to resume"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):  # of no use without parts
+            folder.rmdir()
     say(f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text")
     return sidecar
 

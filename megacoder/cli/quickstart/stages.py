@@ -26,7 +26,7 @@ from megacoder.core.config import check_same, from_dict, load_toml, parse_args, 
 from megacoder.core.console import say
 from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.core.errors import CorpusError
-from megacoder.core.files import exclusive, remove_stale_temporaries, write_json, write_text
+from megacoder.core.files import exclusive, making_dir, remove_stale_temporaries, write_json, write_text
 from megacoder.corpus.accounts import REPORT_NAME, CorpusReport, load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
@@ -69,13 +69,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run_quickstart(options: QuickstartOptions) -> None:
     """See `main`; the Python entry."""
-    new = not options.out.exists()
-    with exclusive(options.out, what="quickstart"):
-        try:
-            _run_stages(options, Places(options.out), probe())
-        finally:
-            if new and not any(options.out.iterdir()):  # refused before anything was made
-                options.out.rmdir()
+    with making_dir(options.out), exclusive(options.out, what="quickstart"):
+        _run_stages(options, Places(options.out), probe())
 
 
 def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) -> None:

@@ -340,9 +340,10 @@ def test_a_vocabulary_larger_than_the_tokenizer_needs_weights_to_start_from(case
         Trainer(dataclasses.replace(config, model=model), ALONE)
 
 
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command):
-    (tmp_path / "there").mkdir()
+def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, kind):
+    (tmp_path / "there").mkdir() if kind == "folder" else (tmp_path / "there").symlink_to(tmp_path / "nowhere")
     source = folder if command == "import" else case.folder / "run"
     code, _, err = run(capsys, command, source, tmp_path / "there")
     assert (code, err) == (

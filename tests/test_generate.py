@@ -6,6 +6,7 @@ import torch
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.sampling import Sampling
+from megacoder.model import kv_cache
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
@@ -78,6 +79,26 @@ def test_a_cache_filled_in_pieces_gives_the_hidden_states_of_one_pass():
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in tokens.split([7, 1, 12], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 16])
+def test_padded_prompts_are_read_in_passes_whose_mask_is_small(monkeypatch, columns):
+    model, prompts = make_long_case({})
+    expected = generate(model, prompts, max_new_tokens=40)
+    most, sizes = columns * len(prompts) * (17 + 40), []
+    advance = KVCache.advance
+
+    def measured(cache, count):
+        positions = advance(cache, count)
+        sizes.append((count, cache.mask.numel()))
+        return positions
+
+    monkeypatch.setattr(kv_cache, "_MASK_ELEMENTS", most)
+    monkeypatch.setattr(KVCache, "advance", measured)
+    assert generate(model, prompts, max_new_tokens=40) == expected
+    width = max(columns, 2)
+    assert [count for count, _ in sizes[: 17 // width + 1]] == [width] * (17 // width) + [17 % width]
+    assert columns == 1 or max(size for _, size in sizes) <= most
 
 
 def test_generation_stops_before_a_stop_id_while_others_continue():

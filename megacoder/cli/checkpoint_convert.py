@@ -3,6 +3,7 @@
 Each writes a new folder, completely or not at all, and holds only a chunk of a tensor in memory at a time.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def reshard_main(argv: Sequence[str]) -> None:
 def export_main(argv: Sequence[str]) -> None:
     """Exports one checkpoint."""
     args = parse_args(ExportArgs, argv, prog="megacoder checkpoint export")
-    if args.dst.exists():
+    if os.path.lexists(args.dst):  # a link that leads nowhere, too
         raise ConfigError(f"{args.dst} exists already; choose another folder, or remove it first")
     reader = CheckpointReader(args.src if args.step is None else checkpoint_of_step(args.src, args.step))
     tokenizer = args.tokenizer or tokenizer_of(reader)

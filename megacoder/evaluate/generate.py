@@ -89,7 +89,8 @@ class _Batch:
         done: set[int] = set()
         for step in range(self.max_new_tokens):
             if step == 0:
-                hidden_BD = model(self.tokens_BS, cache=self.cache)[:, -1]
+                for part_BS in self.tokens_BS.split(self.cache.longest_pass, dim=1):
+                    hidden_BD = model(part_BS, cache=self.cache)[:, -1]
             else:
                 decoder = decoder or Decoder(model, self.cache)
                 hidden_BD = decoder.step(next_B)

@@ -7,6 +7,7 @@ one. The ids that end a text go with the tokenizer, which runs that start from t
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def import_folder(
     FormatError as `open_folder`, or where the tokenizer's files are damaged or it has more ids than the model;
     ConfigError where `folder` exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it first")
     config, _, tensors = open_folder(source)
     with_tokenizer, end_ids = (source / "tokenizer.json").exists(), end_ids_in(source)

@@ -16,6 +16,9 @@ from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["KVCache", "LayerCache"]
 
+_MASK_ELEMENTS = 1 << 26
+"""Most elements of a mask, which attention on CPUs turns into fp32. 16 prompts of 16K in one pass would need 4G."""
+
 
 class LayerCache:
     """One layer's keys and values; the `KVCache` says where new columns go and what each token may see."""
@@ -33,7 +36,10 @@ class LayerCache:
 
 
 class KVCache:
-    """The cache of one batch; hand it to `Transformer.forward` with the padded prompts, then with each new token."""
+    """The cache of one batch; hand it to `Transformer.forward` with the padded prompts, then with each new token.
+
+    Prompts may come in several passes (`longest_pass`).
+    """
 
     def __init__(
         self, config: ModelConfig, lengths: Sequence[int], *, capacity: int, like: Tensor, tp: TensorParallel
@@ -51,6 +57,12 @@ class KVCache:
         self._padding_B1 = torch.tensor([[max(lengths) - length] for length in lengths], device=like.device)
         self._padded = min(lengths) != max(lengths)
         self._real_B11P = (self._columns >= self._padding_B1)[:, None, None]
+
+    @property
+    def longest_pass(self) -> int:
+        """Columns to add in one pass so that its mask stays small; at least two, since one is taken for a new token."""
+        capacity = len(self._columns)
+        return max(2, _MASK_ELEMENTS // (capacity * self.num_sequences)) if self._padded else capacity
 
     def advance(self, count: int) -> Tensor:
         """Makes room for `count` more columns; returns the positions (B, count) of their tokens, 0 in the padding."""

@@ -24,10 +24,11 @@ from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.permutation import draw_many_bits, key_of, permute
 
-__all__ = ["MIN_DOCUMENTS", "EndlessDocuments", "Order", "Point"]
+__all__ = ["MIN_DOCUMENTS", "MIN_TOKENS", "EndlessDocuments", "Order", "Point"]
 
-MIN_DOCUMENTS = 8
-"""Least number of documents in a stream's stretch, on average: each end cuts a document in two."""
+MIN_DOCUMENTS, MIN_TOKENS = 8, 8192
+"""What a stream's stretch has at least, on average, one or the other: each end cuts a document in two. More streams mix
+more documents into a batch."""
 MOST_MEASURED = 1 << 24
 _MEASURED_AT_ONCE = 1 << 20
 _KEPT_EPOCHS = 4  # those that streams are in at one time

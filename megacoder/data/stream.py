@@ -10,8 +10,8 @@ So nothing depends on the number of ranks or on how long the run is: rank r of d
 and reads only the streams that those come from. A stream's state is four integers for each dataset, and the state of
 a run is those of all its streams. A batch mixes as many documents as it has windows, without shuffle buffer or index.
 
-Every epoch serves every token once. A dataset with few documents has fewer streams of its own, a power of two again:
-V' of them, of which the run's stream g takes number g mod V'. Otherwise each would have a fraction of a document.
+Every epoch serves every token once. A small dataset has fewer streams of its own, a power of two again: V' of them, of
+which the run's stream g takes number g mod V'. Otherwise each would have a fraction of a short document.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ from megacoder.core.config import check_at_least, to_dict
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.blend import blend_table
 from megacoder.data.cuts import CharacterCutter
-from megacoder.data.endless import MIN_DOCUMENTS, EndlessDocuments, Order
+from megacoder.data.endless import MIN_DOCUMENTS, MIN_TOKENS, EndlessDocuments, Order
 from megacoder.data.fim import FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.packing import BEST_FIT_WINDOWS, BestFit, Concatenated, Packer
@@ -258,8 +258,9 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _num_streams(dataset: IndexedDataset, config: StreamConfig) -> int:
-    """As many as asked for, or fewer, so that each has some documents of every epoch."""
-    most = min(dataset.num_documents // MIN_DOCUMENTS, dataset.num_tokens)
+    """As many as asked for, or fewer, so that each has some documents or many tokens of every epoch."""
+    most = max(dataset.num_documents // MIN_DOCUMENTS, dataset.num_tokens // MIN_TOKENS)
+    most = min(most, dataset.num_tokens)
     if config.packing == "best_fit":  # as many groups
         most = min(most, dataset.num_tokens // (BEST_FIT_WINDOWS * config.seq_length * MIN_DOCUMENTS))
     return min(config.num_streams, 1 << max(0, most.bit_length() - 1))

@@ -118,8 +118,7 @@ class TokenStream:
         self.num_streams = max(self._streams)
         self._shares = [gcd(number, dp_size) for number in self._streams]
         self._blend = blend_table(weights)
-        phases = (stream_phase(stream, self.num_streams, len(self._blend)) for stream in range(self.num_streams))
-        self._phases = list(phases)
+        self._phases = [stream_phase(one, self.num_streams, len(self._blend)) for one in range(self.num_streams)]
         cutter = CharacterCutter(tokenizer)
         self._packers: list[dict[int, Packer]] = []
         for number, (dataset, rate) in enumerate(zip(datasets, rates, strict=True)):
@@ -134,11 +133,17 @@ class TokenStream:
         self._order = {
             "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
             "tokenizer": tokenizer.digest,
+            **self._settings_of_the_order(),
+            **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
+            **({"fim_rates": list(rates)} if fim_rates else {}),
+        }
+
+    def _settings_of_the_order(self) -> dict[str, Any]:
+        config = self.config
+        return {
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             "num_streams": self.num_streams,
             _STRETCHES: self._streams,
-            **({"weights": list(weights), "blend_round": len(self._blend)} if len(datasets) > 1 else {}),
-            **({"fim_rates": list(rates)} if fim_rates else {}),
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
         }
 

@@ -50,16 +50,21 @@ def torch_alone(asked):
     asked(",".join(f"{op}=torch" for op in OPS))
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "no amx", "torch"])
 def backend(request, asked, monkeypatch):
     """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.
 
-    On a CPU those include torch's own flash attention, which serves where our kernels are not built.
+    On a CPU those include torch's own flash attention, which serves where our kernels are not built. A CPU with AMX runs
+    it a third time, with the kernels of CPUs without.
     """
     from megacoder.ops import backends, cpp
 
     on_gpu = torch.cuda.is_available()
-    if request.param == "torch" and on_gpu:
+    if request.param == "no amx":
+        if on_gpu or not cpp.has_amx():
+            pytest.skip("these are the kernels that are chosen here")
+        monkeypatch.setattr(cpp, "has_amx", lambda: False)
+    elif request.param == "torch" and on_gpu:
         asked(",".join(f"{op}=torch" for op in backends.OPS))
     elif request.param == "torch":
         monkeypatch.setattr(cpp, "_cpp", None)

@@ -45,7 +45,21 @@ def test_compiled_kernels_come_first_on_a_cpu():
     if not cpp.is_built():
         pytest.skip("the C++ kernels are not built here")
     for dtype in (torch.float32, torch.bfloat16):
-        assert {candidates(op, "cpu", dtype)[0] for op, names in OPS.items() if "cpp" in names} == {"cpp"}
+        first = {op: candidates(op, "cpu", dtype)[0] for op, names in OPS.items() if "cpp" in names}
+        tiles = {"attention", "weight_grad"} if cpp.has_amx() and dtype == torch.bfloat16 else set()
+        assert first == {op: "amx" if op in tiles else "cpp" for op in first}
+
+
+def test_without_amx_its_kernels_are_left_out_with_a_reason(asked, monkeypatch):
+    monkeypatch.setattr(cpp, "has_amx", lambda: False)
+    asked("")
+    reasons = {state.reason for state in op_states("cpu", torch.bfloat16) if state.backend == "amx"}
+    if cpp.is_built():
+        assert reasons == {"this processor does not have it"}
+        assert candidates("attention", "cpu", torch.bfloat16)[0] == "cpp"
+    asked("attention=amx")
+    with pytest.raises(ConfigError, match="asks for attention=amx: "):
+        candidates("attention", "cpu", torch.bfloat16)
 
 
 def test_the_requested_backend_runs_or_is_refused(asked):

@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 import megacoder
-from megacoder.core.device import cpp_kernels, probe
+from megacoder.core.device import probe
 from megacoder.core.errors import MegacoderError
+from megacoder.core.native import native_state
 from megacoder.model.config import ModelConfig
 
 __all__ = ["CPU_SHAPES", "commit", "machine", "run_tool", "write_record"]
@@ -63,7 +64,7 @@ def machine(**more: str | int) -> dict[str, str | int]:
         "processor": here.device_name, "cores": here.num_cores, "system": platform.platform(),
         **({"driver": _driver(), "cudnn": torch.backends.cudnn.version() or 0} if here.device_type == "cuda" else {}),
         "python": platform.python_version(), "torch": torch.__version__, **more,
-        "megacoder": megacoder.__version__, "commit": commit(), "kernels": cpp_kernels(),
+        "megacoder": megacoder.__version__, "commit": commit(), "kernels": native_state(),
     }  # fmt: skip
 
 

@@ -24,6 +24,16 @@ constexpr int64_t kNormBlock = 1 << 16;  // elements per partial sum of the grad
 // division, then takes four times as long.
 extern const float kLeastExponent, kLargestExponent;
 
+// Uninitialized memory, aligned to cache lines; its owner writes before it reads.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* const data;
+};
+
 template <class T>
 struct TypedKernels {
   void (*rms_norm_forward)(const T*, const T*, const T*, T*, T*, float*, int64_t, int64_t, float);
@@ -63,6 +73,32 @@ namespace baseline { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 namespace avx512_bf16 { const Kernels& kernels(); }
+
+// kernels_amx.cpp. Not in the table: an op that cannot use them takes another backend.
+namespace amx {
+
+// Rows of K values, by sequence, head and token; strides in elements.
+struct HeadRows {
+  const bf16* at;
+  int64_t batch, head, token;
+  const bf16* of(int64_t sequence, int64_t in_head, int64_t row) const {
+    return at + sequence * batch + in_head * head + row * token;
+  }
+};
+
+struct AttentionShape {
+  int64_t batch, heads, groups, queries, keys, dim, start;  // `start`: token of the first query; the first key is token 0
+  float scale;
+};
+
+bool available();  // to be asked before any of the others is called
+void weight_grad(float*, const bf16*, const bf16*, int64_t, int64_t, int64_t);
+void attention_forward(bf16*, float*, const HeadRows&, const HeadRows&, const HeadRows&, const int64_t*,
+                       const AttentionShape&);
+void attention_backward(bf16*, bf16*, bf16*, const HeadRows&, const HeadRows&, const HeadRows&, const HeadRows&,
+                        const HeadRows&, const float*, const int64_t*, const AttentionShape&);
+
+}  // namespace amx
 #endif
 
 }  // namespace megacoder

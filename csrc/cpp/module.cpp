@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "blending.h"
@@ -60,12 +61,44 @@ void typed(bool is_bf16, Body body) {
   else body(table.fp32, static_cast<float*>(nullptr));
 }
 
+#ifdef MEGACODER_X86
+using Rows = std::array<int64_t, 4>;   // address, strides by sequence, head and token
+using Shape = std::array<int64_t, 7>;  // sequences, query heads, key-value heads, queries, keys, head dim, first query
+
+megacoder::amx::HeadRows rows(const Rows& of) { return {at<bf16>(of[0]), of[1], of[2], of[3]}; }
+
+megacoder::amx::AttentionShape sized(const Shape& of, float scale) {
+  return {of[0], of[1], of[2], of[3], of[4], of[5], of[6], scale};
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "Fused CPU kernels; addresses in, nothing out (csrc/cpp/kernels.inc). Counts over strings (text_counts.h).";
+  m.attr("interface") = 1;  // raised with that of megacoder/core/native.py
   m.attr("isa") = table.isa;
   const py::call_guard<py::gil_scoped_release> nogil;
+#ifdef MEGACODER_X86
+  m.attr("amx") = megacoder::amx::available();
+  m.def("weight_grad", [](Address total, Address grad, Address x, int64_t tokens, int64_t outputs, int64_t inputs) {
+    megacoder::amx::weight_grad(at<float>(total), at<bf16>(grad), at<bf16>(x), tokens, outputs, inputs);
+  }, nogil);
+  m.def("tile_attention", [](Address out, Address lse, const Rows& q, const Rows& k, const Rows& v, Address first_keys,
+                             const Shape& shape, float scale) {
+    megacoder::amx::attention_forward(at<bf16>(out), at<float>(lse), rows(q), rows(k), rows(v), at<int64_t>(first_keys),
+                                      sized(shape, scale));
+  }, nogil);
+  m.def("tile_attention_backward", [](Address grad_q, Address grad_k, Address grad_v, const Rows& grad_out, const Rows& q,
+                                      const Rows& k, const Rows& v, const Rows& out, Address lse, Address first_keys,
+                                      const Shape& shape, float scale) {
+    megacoder::amx::attention_backward(at<bf16>(grad_q), at<bf16>(grad_k), at<bf16>(grad_v), rows(grad_out), rows(q),
+                                       rows(k), rows(v), rows(out), at<float>(lse), at<int64_t>(first_keys),
+                                       sized(shape, scale));
+  }, nogil);
+#else
+  m.attr("amx") = false;
+#endif
 
   m.def("rms_norm_forward", [](bool b, Address x, Address residual, Address weight, Address summed, Address out,
                                Address rstd, int64_t rows, int64_t dim, float eps) {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megacoder.core.native import native_state
 from megacoder.core.processes import num_cores
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "CUDA_MAJOR",
     "LAUNCHERS_VERSION",
     "Machine",
-    "cpp_kernels",
     "cuda_kernels",
     "describe_parts",
     "faster_dtype",
@@ -77,16 +77,6 @@ def faster_dtype(machine: Machine, *, rows: int = 2048, width: int = 512, trials
     return min(best, key=lambda dtype: best[dtype])
 
 
-def cpp_kernels() -> str:
-    """Which compiled CPU kernels run here, or why none do."""
-    try:
-        return f"{importlib.import_module('megacoder._cpp').isa}"
-    except ModuleNotFoundError:
-        return "not built; the torch paths are used"
-    except ImportError as error:
-        return f"not loadable ({error}); the torch paths are used"
-
-
 def cuda_kernels() -> str:
     """Whether compiled CUDA kernels run here, or why none do."""
     if not CUDA_LIBRARY.exists():
@@ -118,7 +108,7 @@ def describe_parts() -> list[tuple[str, str]]:
     return [
         ("torch", torch.__version__),
         ("device", f"{machine.device_name} ({machine.num_devices} x {machine.device_type}, {machine.num_cores} cores)"),
-        ("C++ kernels", cpp_kernels()),
+        ("C++ kernels", native_state()),
         ("CUDA kernels", cuda_kernels()),
         ("transformers", "installed" if importlib.util.find_spec("transformers") else "not installed (optional)"),
     ]

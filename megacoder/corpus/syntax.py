@@ -151,7 +151,7 @@ def _left_out(code: bytes, grammar: str, enough: float, function_lines: float) -
 
 @functools.cache
 def _recognizer(grammar: str) -> Any:
-    made = getattr(native(), "Recognizer", None)  # None where nothing is compiled, or what is compiled is older
+    made = getattr(native(), "Recognizer", None)  # None where nothing is compiled
     language = tree_sitter_language_pack.get_binding(grammar)  # type: ignore[arg-type]
     return None if made is None else made(language, FUNCTION_WORDS)
 

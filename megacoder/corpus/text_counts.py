@@ -89,5 +89,5 @@ def _count_letters(text: str) -> int:
 
 
 def _kernel(name: str) -> Callable[[str], tuple[Any, ...]] | None:
-    """None where nothing is compiled, or what is compiled is older than this function."""
+    """None where nothing is compiled."""
     return getattr(native(), name, None)

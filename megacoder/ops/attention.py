@@ -10,7 +10,7 @@ Scores of one block of queries against the keys before it go through batched GEM
 between them; memory stays at BLOCK_ELEMENTS scores for any length. The backward recomputes the scores. Keys that no
 query of a block sees are skipped, so that packing short documents into long sequences costs less, not more. Masks and
 dtypes that no fused kernel supports (`megacoder.ops.fused_attention`) take the blocked path too, with torch instead of
-our fused pass.
+our fused pass. On processors with AMX, bf16 has a fused kernel of our own instead (`megacoder.ops.tile_attention`).
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacoder.ops import fused_attention as fused
+from megacoder.ops import tile_attention
 from megacoder.ops.backends import backend
 from megacoder.ops.cpp import address, kernels
 from megacoder.ops.fused_attention import DocumentMask
@@ -85,6 +86,9 @@ def attention_forward(
     name = _backend(q_BHSK, query_start, documents)
     if name == "cudnn":
         return fused.cudnn_forward(q_BHSK, k_BGPK, v_BGPK)
+    if name == "amx":
+        first_keys_BS = _first_keys(q_BHSK, query_start, documents)
+        return tile_attention.forward(q_BHSK, k_BGPK, v_BGPK, query_start=query_start, first_keys_BS=first_keys_BS)
     if name in fused.FLASH:
         fused.choose_flash(name)
         k, v = _for_flash(heads, k_BGPK, v_BGPK)
@@ -119,6 +123,11 @@ def attention_backward(
     if name == "cudnn":
         grad_q, grad_k, grad_v = fused.cudnn_backward(grad_out_BHSK, q_BHSK, k_BGRK, v_BGRK, out_BHSK, lse_BHS)
         return grad_q, _like(k_BGPK, grad_k), _like(v_BGPK, grad_v)
+    if name == "amx":
+        return tile_attention.backward(
+            grad_out_BHSK, q_BHSK, k_BGPK, v_BGPK, out_BHSK, lse_BHS,
+            query_start=query_start, first_keys_BS=_first_keys(q_BHSK, query_start, documents),
+        )  # fmt: skip
     if name in fused.FLASH:
         fused.choose_flash(name)
         k, v = _for_flash(heads, k_BGRK, v_BGRK)
@@ -181,9 +190,7 @@ class _Block(NamedTuple):
 def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Iterator[_Block]:
     """The blocks (see `block_shape`); each is of a single sequence where there are documents."""
     batch, num_heads, length, _ = q_BHSK.shape
-    first_keys_BS = None if documents is None else documents.first_keys_BS
-    if first_keys_BS is not None:
-        _check(first_keys_BS, batch, range(query_start, query_start + length))
+    first_keys_BS = _first_keys(q_BHSK, query_start, documents)
     size, heads = block_shape(length, query_start + length, q_BHSK.dtype)
     in_turn, together = (1, batch * num_heads) if first_keys_BS is None else (batch, num_heads)
     for sequence in range(in_turn):
@@ -202,8 +209,12 @@ def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) ->
                 )  # fmt: skip
 
 
-def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
-    """ValueError for what would send a kernel outside its buffers."""
+def _first_keys(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Tensor | None:
+    """What `documents` says of these queries (B, S); ValueError for what would send a kernel outside its buffers."""
+    if documents is None:
+        return None
+    first_keys_BS, batch = documents.first_keys_BS, len(q_BHSK)
+    places = range(query_start, query_start + q_BHSK.shape[2])
     if first_keys_BS.shape != (batch, len(places)):
         raise ValueError(f"first keys of {batch} x {len(places)} queries have shape {list(first_keys_BS.shape)}")
     own_S = torch.arange(places.start, places.stop, device=first_keys_BS.device)
@@ -212,6 +223,7 @@ def _check(first_keys_BS: Tensor, batch: int, places: range) -> None:
         sequence, query = outside.nonzero()[0].tolist()
         first, own = int(first_keys_BS[sequence, query]), places[query]
         raise ValueError(f"the first key of token {own} of sequence {sequence} is {first}; it must be from 0 to {own}")
+    return first_keys_BS
 
 
 def _softmax_(scores_NQP: Tensor, block: _Block, scale: float, backend_name: str) -> Tensor:

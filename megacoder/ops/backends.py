@@ -22,6 +22,7 @@ from torch import Tensor
 from megacoder.core.config import did_you_mean
 from megacoder.core.device import cuda_kernels
 from megacoder.core.errors import ConfigError
+from megacoder.core.native import native_state
 from megacoder.ops import cpp
 
 __all__ = ["OPS", "OpState", "asked_for", "backend", "candidates", "op_states", "parse_choices", "triton_module"]
@@ -33,8 +34,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "rope": ("cpp", "triton", "torch"),
     "swiglu": ("cpp", "triton", "torch"),
     "cross_entropy": ("cpp", "triton", "torch"),
-    "attention": ("cpp", "cudnn", "flash3", "flash4", "flash", "torch"),
-    "weight_grad": ("cpp", "cublas", "apex", "torch"),
+    "attention": ("amx", "cpp", "cudnn", "flash3", "flash4", "flash", "torch"),
+    "weight_grad": ("amx", "cpp", "cublas", "apex", "torch"),
     "few_rows": ("cpp", "torch"),
     "decode": ("cpp", "torch"),
     "adamw": ("cpp", "cuda", "torch"),
@@ -60,7 +61,11 @@ class _Backend:
 
 
 def _no_cpp() -> str | None:
-    return None if cpp.is_built() else "not built (see megacoder --version --verbose)"
+    return None if cpp.is_built() else native_state()
+
+
+def _no_amx() -> str | None:
+    return _no_cpp() or (None if cpp.has_amx() else "this processor does not have it")
 
 
 def _no_triton() -> str | None:
@@ -124,6 +129,7 @@ def _on(device_type: str, dtypes: tuple[torch.dtype, ...]) -> Callable[[str, tor
 
 _BACKENDS = {
     "cpp": _Backend(_no_cpp, _on("cpu", STORAGE_DTYPES), "fused C++ for CPUs (csrc/cpp)"),
+    "amx": _Backend(_no_amx, _on("cpu", (torch.bfloat16,)), "C++ for CPUs that multiply tiles (csrc/cpp)"),
     "triton": _Backend(_no_triton, _triton_takes, "Triton (csrc/triton)"),
     "cuda": _Backend(_no_cuda, _on("cuda", STORAGE_DTYPES), "CUDA C++ (csrc/cuda)"),
     "cudnn": _Backend(_no_cudnn, _on("cuda", HALF_DTYPES), "cuDNN's attention, through torch"),

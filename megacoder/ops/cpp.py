@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megacoder.core.native import native
 
-__all__ = ["address", "is_built", "kernels"]
+__all__ = ["address", "has_amx", "is_built", "kernels"]
 
 _cpp = native()
 _CPU = torch.device("cpu")
@@ -19,6 +19,11 @@ _CPU = torch.device("cpu")
 def is_built() -> bool:
     """Whether the kernels are built, so that `kernels` may be called."""
     return _cpp is not None
+
+
+def has_amx() -> bool:
+    """Whether they are, and this processor multiplies tiles of bf16 (csrc/cpp/kernels_amx.cpp)."""
+    return _cpp is not None and bool(_cpp.amx)
 
 
 def kernels() -> ModuleType:

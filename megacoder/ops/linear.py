@@ -130,6 +130,14 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
     if name == "torch":
         grad_weight_OI += grad_out_TO.t() @ x_TI
         return
+    if name == "amx":
+        grad_out_TO, x_TI = grad_out_TO.contiguous(), x_TI.contiguous()
+        tokens, outputs, inputs = *grad_out_TO.shape, x_TI.shape[1]
+        kernels().weight_grad(
+            address(grad_weight_OI, torch.float32, outputs, inputs), address(grad_out_TO, torch.bfloat16),
+            address(x_TI, torch.bfloat16, tokens, inputs), tokens, outputs, inputs,
+        )  # fmt: skip
+        return
     rows = partial_rows(x_TI.shape[1])
     for grad_RI, grad_out_TR in zip(grad_weight_OI.split(rows), grad_out_TO.split(rows, dim=1), strict=True):
         partial_RI = grad_out_TR.t() @ x_TI

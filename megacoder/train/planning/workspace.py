@@ -5,6 +5,8 @@ what is alive at a time: a tensor lives until its name is bound to another, or i
 tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
 chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
 
+Of the CPU kernels on tiles (AMX), which read and add in place, the few MB that each thread has for itself are not counted.
+
 In fp8 a layer's casts are added as if all were alive at once, which is an upper bound of about a percent of a GPU's
 memory.
 
@@ -22,6 +24,7 @@ import torch
 from megacoder.model.config import LocalSizes
 from megacoder.model.scheduled import waiting_bytes_per_token
 from megacoder.ops.attention import block_shape
+from megacoder.ops.backends import candidates
 from megacoder.ops.cross_entropy import chunk_tokens
 from megacoder.ops.linear import partial_rows
 from megacoder.parallel.context import ContextParallel
@@ -186,7 +189,7 @@ class Workspace:
         """Leaves attention's output and the log-sum-exp of its scores."""
         for queries, keys in self._spans:
             out, lse = self._per_head(queries), FP32 * self.variant.micro_batch_size * self._heads * queries
-            if self.device_type == "cpu":
+            if self._blocked("attention"):
                 copies, block = out + self._copied_keys(keys), self._score_block(queries, keys)
                 tape.take(copies, out, lse)
                 tape.passing(block.scores, block.scores_before)
@@ -210,7 +213,7 @@ class Workspace:
             query, key = self._per_head(queries), self._per_head(keys)
             shared = e * batch * self._kv_heads * keys * model.head_dim  # a gradient of keys in their own heads
             wide = FP32 * query // e
-            if self.device_type == "cpu":
+            if self._blocked("attention"):
                 lse, block = FP32 * batch * self._heads * queries, self._score_block(queries, keys)
                 copies = query + self._copied_keys(keys) + query
                 tape.take(copies)  # with heads in front of tokens
@@ -225,6 +228,8 @@ class Workspace:
                         tape.take(shared)
                     tape.give(2 * key)
                 tape.give(copies, lse, 2 * block.scores)
+            elif self.device_type == "cpu":
+                tape.take(query + 2 * shared)
             else:  # kernels sum the queries' gradient in fp32
                 tape.take(query + 2 * key)
                 tape.passing(wide)
@@ -237,6 +242,11 @@ class Workspace:
             tape.take(2 * summed)  # in the order of ranks, in two steps
             tape.take(own_keys)
             tape.give(2 * summed, summed, before)
+
+    def _blocked(self, op: str) -> bool:
+        """Whether it runs in blocks between which tensors are kept: on CPUs, unless their kernel works on tiles."""
+        dtype = torch.float32 if self.job.itemsize == FP32 else torch.bfloat16
+        return self.device_type == "cpu" and candidates(op, "cpu", dtype)[0] != "amx"
 
     def _copied_keys(self, keys: int) -> int:
         """Keys and values as a CPU's attention reads them: one for each query head, heads in front of tokens."""
@@ -281,7 +291,7 @@ class Workspace:
 
     def _partial(self, rows: int, columns: int) -> int:
         """A weight gradient in bf16, where the device cannot add a product to fp32."""
-        if self.device_type != "cpu" or self.job.itemsize == FP32:
+        if self.job.itemsize == FP32 or not self._blocked("weight_grad"):
             return 0
         return min(rows, partial_rows(columns)) * columns * self.job.itemsize
 

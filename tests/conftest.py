@@ -54,8 +54,8 @@ def torch_alone(asked):
 def backend(request, asked, monkeypatch):
     """Runs a test once with the kernels that are chosen here, and once on the torch paths that replace them.
 
-    On a CPU those include torch's own flash attention, which serves where our kernels are not built. A CPU with AMX runs
-    it a third time, with the kernels of CPUs without.
+    On a CPU those include torch's own flash attention, which serves where our kernels are not built. CPUs with AMX run
+    it a third time, with the kernels of those without.
     """
     from megacoder.ops import backends, cpp
 

@@ -1,4 +1,4 @@
-"""Attention on processors that multiply tiles of bf16 (csrc/cpp/amx_attention.inc): one kernel each for both directions.
+"""Attention on CPUs that multiply tiles of bf16 (csrc/cpp/amx_attention.inc): a kernel each way, scores never stored.
 
 Queries, keys and values are read where they are, as rows of fused projections, and shared heads are not copied. Legend:
 that of `megacoder.ops.attention`. The kernels see addresses and strides, so dtype and layout are checked here.
@@ -20,10 +20,8 @@ def forward(
     First keys outside that range would be read: they must have been checked.
     """
     batch, heads, length, dim = q_BHSK.shape
-    out_BSHK, lse_BHS = (
-        q_BHSK.new_empty(batch, length, heads, dim),
-        q_BHSK.new_empty(q_BHSK.shape[:3], dtype=torch.float32),
-    )
+    out_BSHK = q_BHSK.new_empty(batch, length, heads, dim)
+    lse_BHS = q_BHSK.new_empty(batch, heads, length, dtype=torch.float32)
     first_keys_BS = None if first_keys_BS is None else first_keys_BS.contiguous()
     read = [_readable(t) for t in (q_BHSK, k_BGPK, v_BGPK)]
     kernels().tile_attention(

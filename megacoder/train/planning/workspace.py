@@ -5,7 +5,7 @@ what is alive at a time: a tensor lives until its name is bound to another, or i
 tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
 chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
 
-Of the CPU kernels on tiles (AMX), which read and add in place, the few MB that each thread has for itself are not counted.
+CPU kernels on tiles (AMX) read and add in place; the few MB that each of their threads has for itself are not counted.
 
 In fp8 a layer's casts are added as if all were alive at once, which is an upper bound of about a percent of a GPU's
 memory.

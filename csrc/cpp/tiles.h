@@ -8,6 +8,9 @@
 #pragma once
 
 #include <immintrin.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "kernels.h"
 
@@ -21,6 +24,14 @@ constexpr int64_t kTileValues = kTile * kStep;
 constexpr int64_t kPanelValues = 2 * kTileValues;  // of one step
 
 inline int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
+
+#ifdef _OPENMP
+inline int64_t thread_number() { return omp_get_thread_num(); }
+inline int64_t num_threads() { return omp_get_num_threads(); }
+#else
+inline int64_t thread_number() { return 0; }
+inline int64_t num_threads() { return 1; }
+#endif
 
 // gcc does not know that the intrinsics that load tiles and their configuration read memory: to be called between
 // writing it and loading it.
@@ -101,6 +112,41 @@ inline void pack_rows(bf16* tile, const bf16* source, int64_t stride, int64_t ro
   store_tile(tile, row);
 }
 
+// `panels` panels of rows as left factors; a panel's steps follow each other.
+inline void pack_left(bf16* packed, const bf16* source, int64_t stride, int64_t rows, int64_t terms, int64_t panels) {
+  const int64_t steps = panels_of(terms);
+  for (int64_t panel = 0; panel < panels; ++panel)
+    for (int64_t step = 0; step < steps; ++step)
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t row = panel * kPanel + half * kTile;
+        pack_rows<false>(packed + (panel * steps + step) * kPanelValues + half * kTileValues,
+                         source + row * stride + step * kStep, stride, rows - row, terms - step * kStep);
+      }
+}
+
+// `rows` as columns of a right factor, their columns being its terms; a panel's steps follow each other.
+inline void pack_columns(bf16* packed, const bf16* source, int64_t stride, int64_t rows, int64_t terms) {
+  const int64_t steps = panels_of(terms);
+  for (int64_t panel = 0; panel < panels_of(rows); ++panel)
+    for (int64_t step = 0; step < steps; ++step)
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t row = panel * kPanel + half * kTile;
+        pack_rows<true>(packed + (panel * steps + step) * kPanelValues + half * kTileValues,
+                        source + row * stride + step * kStep, stride, rows - row, terms - step * kStep);
+      }
+}
+
+// A right factor whose terms are rows of `source`; a panel of its columns has `room` steps.
+inline void pack_right(bf16* packed, const bf16* source, int64_t stride, int64_t terms, int64_t columns, int64_t room) {
+  for (int64_t step = 0; step < panels_of(terms); ++step)
+    for (int64_t panel = 0; panel < panels_of(columns); ++panel)
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t column = panel * kPanel + half * kTile;
+        pack_terms<false>(packed + (panel * room + step) * kPanelValues + half * kTileValues,
+                          source + step * kStep * stride + column, stride, terms - step * kStep, columns - column);
+      }
+}
+
 // A left factor in memory: packed, or rows of a matrix whose terms are its columns.
 struct Left {
   const bf16* at;
@@ -158,6 +204,14 @@ inline void add_product(float* out, int64_t stride, int64_t rows, int64_t column
   product<true>(whole, kPanel, left, right, steps);
   for (int64_t part = 0; part < 2 * rows; ++part)
     _mm512_mask_storeu_ps(out + part / 2 * stride + part % 2 * kTile, mask[part % 2], _mm512_load_ps(whole + part * kTile));
+}
+
+// A row of sums as bf16, times `factor`.
+inline void write_row(bf16* out, const float* values, int64_t count, float factor) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += kTile)
+    _mm256_mask_storeu_epi16(out + i, first_of_16(count - i),
+                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(values + i), by)));
 }
 
 }  // namespace amx

@@ -25,7 +25,7 @@ def pretend(monkeypatch, module):
 
 
 def test_kernels_of_these_sources_are_used(monkeypatch):
-    module = types.SimpleNamespace(interface=native.INTERFACE, isa="avx2", amx=False)
+    module = types.SimpleNamespace(interface=native.INTERFACE, isa="avx2", has_amx=lambda: False)
     pretend(monkeypatch, module)
     assert native.native() is module
     assert native.native_state() == "avx2"

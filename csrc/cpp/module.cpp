@@ -80,7 +80,10 @@ PYBIND11_MODULE(_cpp, m) {
   m.attr("isa") = table.isa;
   const py::call_guard<py::gil_scoped_release> nogil;
 #ifdef MEGACODER_X86
-  m.attr("amx") = megacoder::amx::available();
+  m.def("has_amx", [] {  // not at import: it asks the system for larger signal frames
+    static const bool available = megacoder::amx::available();
+    return available;
+  });
   m.def("weight_grad", [](Address total, Address grad, Address x, int64_t tokens, int64_t outputs, int64_t inputs) {
     megacoder::amx::weight_grad(at<float>(total), at<bf16>(grad), at<bf16>(x), tokens, outputs, inputs);
   }, nogil);
@@ -97,7 +100,7 @@ PYBIND11_MODULE(_cpp, m) {
                                        sized(shape, scale));
   }, nogil);
 #else
-  m.attr("amx") = false;
+  m.def("has_amx", [] { return false; });
 #endif
 
   m.def("rms_norm_forward", [](bool b, Address x, Address residual, Address weight, Address summed, Address out,

@@ -27,7 +27,7 @@ def native() -> ModuleType | None:
 def native_state() -> str:
     """Which compiled CPU kernels run here, or why none do."""
     if module := native():
-        return f"{module.isa}{' and amx' if module.amx else ''}"
+        return f"{module.isa}{' and amx' if module.has_amx() else ''}"
     try:
         importlib.import_module("megacoder._cpp")
     except ModuleNotFoundError:

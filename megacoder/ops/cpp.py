@@ -23,7 +23,7 @@ def is_built() -> bool:
 
 def has_amx() -> bool:
     """Whether they are, and this processor multiplies tiles of bf16 (csrc/cpp/kernels_amx.cpp)."""
-    return _cpp is not None and bool(_cpp.amx)
+    return _cpp is not None and bool(_cpp.has_amx())
 
 
 def kernels() -> ModuleType:

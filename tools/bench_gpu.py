@@ -39,9 +39,10 @@ from megacoder.core.errors import ConfigError
 from megacoder.core.rates import known_peak
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.presets import PRESETS
 
 SHAPES = {
-    "1.3b": ModelConfig(),
+    "1.3b": PRESETS["1.3b"].model,
     "tiny": ModelConfig(
         vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64,

@@ -50,6 +50,7 @@ def _model(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab:
     return ModelConfig(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=hidden // heads, vocab_size=vocab,
+        max_position_embeddings=8192,
     )  # fmt: skip
 
 

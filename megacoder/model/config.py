@@ -26,7 +26,10 @@ class LocalSizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Pre-RMSNorm, SwiGLU, RoPE, grouped queries, no biases (arXiv:2401.14196, Table 2). Defaults: the 1.3B model."""
+    """Pre-RMSNorm, SwiGLU, RoPE, grouped queries, no biases (arXiv:2401.14196, Table 2).
+
+    Defaults: the 1.3B model as it is pre-trained, before it is extended to 16,384 positions.
+    """
 
     vocab_size: int = 32256
     """ids the tokenizer can produce; the weights have `padded_vocab_size` rows"""
@@ -44,11 +47,11 @@ class ModelConfig:
     """dim K of a head; H * K need not equal hidden_size"""
     rms_norm_eps: float = 1e-6
     """added under the square root of RMSNorm"""
-    rope_theta: float = 100000.0
-    """RoPE base"""
+    rope_theta: float = 10000.0
+    """RoPE base; DeepSeek-Coder's 16K models use 100,000"""
     rope_factor: float = 1.0
     """linear position interpolation: positions are divided by this; DeepSeek-Coder's 16K models use 4"""
-    max_position_embeddings: int = 16384
+    max_position_embeddings: int = 4096
     """longest sequence the model is meant for"""
     tie_word_embeddings: bool = False
     """share the embedding's weights with the head"""

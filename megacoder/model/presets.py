@@ -1,7 +1,9 @@
 """The paper's models by name, with their training batch size and learning rate, and small models of the same kind.
 
-Shapes are those of the published `config.json` files without long-context RoPE: pre-training uses 4,096 positions;
-`examples/long_context_*.toml` extend them. Sources: arXiv:2401.14196, Table 2 and section 3; arXiv:2401.02954 for v1.5.
+Shapes and RoPE are those of the published `config.json` files, of models that were extended to 16,384 positions (v1.5
+was not). Batch, rate and `seq_length` are those of pre-training, which has 4,096 positions and an unscaled RoPE of base
+10,000: `examples/pretrain_*.toml` have that RoPE, `examples/long_context_*.toml` the one of the presets. Sources:
+arXiv:2401.14196, Table 2 and section 3; arXiv:2401.02954 for v1.5.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ class Preset:
 
     model: ModelConfig
     seq_length: int = 4096
-    """tokens of a training sequence"""
+    """tokens of a sequence in pre-training"""
     global_batch_size: int | None = None
     """sequences of an update"""
     peak_lr: float | None = None
@@ -27,23 +29,21 @@ class Preset:
 
 
 def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **more: object) -> ModelConfig:
-    settings = {"rope_theta": 100000.0 if hidden > 512 else 10000.0, **more}
     return ModelConfig(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, **settings,  # type: ignore[arg-type]
+        num_attention_heads=heads, num_key_value_heads=kv_heads, **more,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
+_LONG = {"rope_theta": 100000.0, "rope_factor": 4.0, "max_position_embeddings": 16384}
 _TINY = {"head_dim": 16, "vocab_size": 512, "max_position_embeddings": 512, "init_std": 0.02}
 
 PRESETS: dict[str, Preset] = {
-    "1.3b": Preset(model=_llama(2048, 5504, 24, 16, 16), global_batch_size=1024, peak_lr=5.3e-4),
-    "5.7b": Preset(model=_llama(4096, 11008, 32, 32, 1)),
-    "6.7b": Preset(model=_llama(4096, 11008, 32, 32, 32), global_batch_size=2304, peak_lr=4.2e-4),
-    "33b": Preset(model=_llama(7168, 19200, 62, 56, 8), global_batch_size=3840, peak_lr=3.5e-4),
-    "v1.5-7b": Preset(
-        model=_llama(4096, 11008, 30, 32, 32, vocab_size=102400, rope_theta=10000.0, max_position_embeddings=4096)
-    ),
+    "1.3b": Preset(model=_llama(2048, 5504, 24, 16, 16, **_LONG), global_batch_size=1024, peak_lr=5.3e-4),
+    "5.7b": Preset(model=_llama(4096, 11008, 32, 32, 1, **_LONG)),
+    "6.7b": Preset(model=_llama(4096, 11008, 32, 32, 32, **_LONG), global_batch_size=2304, peak_lr=4.2e-4),
+    "33b": Preset(model=_llama(7168, 19200, 62, 56, 8, **_LONG), global_batch_size=3840, peak_lr=3.5e-4),
+    "v1.5-7b": Preset(model=_llama(4096, 11008, 30, 32, 32, vocab_size=102400)),
     "tiny": Preset(model=_llama(64, 176, 4, 4, 4, **_TINY), seq_length=128, global_batch_size=16, peak_lr=3e-3),
     "tiny-gqa": Preset(model=_llama(64, 176, 6, 4, 2, **_TINY), seq_length=128, global_batch_size=16, peak_lr=3e-3),
 }

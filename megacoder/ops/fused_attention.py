@@ -1,6 +1,8 @@
 """The attention kernels behind torch's ops, cuDNN's and FlashAttention's, with forward and backward called by hand.
 
-torch includes version 2 of FlashAttention; 3 and 4 are packages whose kernels it can put behind the same ops.
+torch includes version 2 of FlashAttention; 3 and 4 are packages whose kernels it can put behind the same ops. There is
+no FlexAttention: in half precision these two cover causal masks, grouped queries, packed documents and parts of
+sequences.
 
 Autograd would keep (out, lse) between forward and backward, so these are all that is taken and returned; there is no
 dropout here, so there are no random states either. Layouts are those of `megacoder.ops.attention`: B sequences, S

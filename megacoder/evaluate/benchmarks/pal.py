@@ -15,7 +15,7 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.evaluate.benchmarks import math_answers
 from megacoder.evaluate.benchmarks.base import ProgramBenchmark, Task
 
-__all__ = ["Pal", "question_and_answer"]
+__all__ = ["Pal", "question_and_answer", "set_of"]
 
 _OPENING, _DEFINITION, _CLOSING = "```python\n", "def solution():\n", "```"
 _JUDGE = """
@@ -70,33 +70,40 @@ def question_and_answer(row: dict[str, Any], number: int) -> tuple[str, str]:
 
     DataError for a row that fits none of them, or has an empty answer.
     """
-    question, answer = _parts(row, number)
+    _, question, answer = _parts(row, number)
     if not str(answer).strip():
         raise DataError(f"row {number}: an empty answer, with which nothing can be compared: {str(row)[:60]}")
     answer = math_answers.normalized(answer)
     return question.strip(), math_answers.normalized(answer) if "problem" in row else answer  # MATH's twice, as there
 
 
-def _parts(row: dict[str, Any], number: int) -> tuple[str, object]:
+def set_of(row: dict[str, Any]) -> str:
+    """Which of the seven sets a row is of; empty for another with a question and an answer."""
+    return _parts(row, 0)[0]
+
+
+def _parts(row: dict[str, Any], number: int) -> tuple[str, str, object]:
+    """(set, question, answer as it is written)."""
     match row:
         case {"question": str(question), "answer": str(answer)} if "####" in answer:
-            return question, answer.rsplit("####", 1)[1]
+            return "gsm8k", question, answer.rsplit("####", 1)[1]
         case {"problem": str(question), "solution": str(solution)}:
-            return question, _boxed(solution)
+            return "math", question, _boxed(solution)
         case {"input": str(question), "target": target}:
-            return question, target
+            return "gsm-hard" if "code" in row else "mawps", question, target
         case {"Body": str(body), "Question": str(question), "Answer": answer}:
             body = body.strip()
-            return f"{body if body.endswith('.') else body + '.'} {question.strip()}", answer
+            return "svamp", f"{body if body.endswith('.') else body + '.'} {question.strip()}", answer
         case {"body": str(body), "question": str(question), "answer": str(answer)}:
-            return f"{body.strip()} {question.strip()}", re.sub(r"\(.*?\)", "", answer)
+            return "asdiv", f"{body.strip()} {question.strip()}", re.sub(r"\(.*?\)", "", answer)
         case {"question": str(question), "answer": answer, "table": str()}:
             try:
-                return _table_question(question, row), _table_answer(str(answer), str(row.get("ans_type", "")))
+                value = _table_answer(str(answer), str(row.get("ans_type", "")))
             except (ValueError, ZeroDivisionError):
                 raise DataError(f"row {number}: answer {answer!r} is not a number, as ans_type says") from None
+            return "tabmwp", _table_question(question, row), value
         case {"question": str(question), "answer": answer}:
-            return question, answer
+            return "", question, answer
     raise DataError(f"row {number}: no question and answer of a known set in its fields {sorted(row)}")
 
 

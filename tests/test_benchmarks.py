@@ -25,7 +25,7 @@ from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
-from megacoder.evaluate.benchmarks.pal import question_and_answer
+from megacoder.evaluate.benchmarks.pal import question_and_answer, set_of
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_check_uncalled
 from megacoder.evaluate.benchmarks.scoring import pass_at_k
@@ -575,6 +575,7 @@ def test_right_and_wrong_answers_in_each_language(language):
         ("humaneval --data d.jsonl --model x --samples 3", "--samples 3: greedy answers are all the same"),
         ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: must be at least 1"),
         ("humaneval --data d.jsonl --endpoint http://localhost:1/v1 --top-p 2", "top_p = 2.0: must be above 0"),
+        ("humaneval --data d.jsonl --endpoint http://localhost:1/v1 --top-k 5", "--top-k 5: OpenAI's interface has no"),
         ("humaneval --data d.jsonl --model x --tp 0", "--tp 0: must be at least 1"),
         (
             "humaneval --data d.jsonl --completions a.jsonl --tp 2",
@@ -662,12 +663,48 @@ def test_scoring_answers_imports_nothing_slow(tmp_path, capsys):
 
 
 def test_published_scores_are_those_of_the_paper():
-    def published(name, language="python", retrieval=False):
-        return published_scores(name, language=language, instruct=False, retrieval=retrieval)
-
-    assert published("humaneval", language="java")["33B base"] == {"": 51.9}
-    assert published("humaneval", language="lua") == {}
-    assert published("crosscode", language="cs", retrieval=True) == {"6.7B base": {"": 16.23}}
-    assert published("leetcode") == {}
-    for scores in published("ds1000").values():
+    assert published_scores("humaneval", language="java")["33B base"] == {"": 51.9}
+    assert published_scores("humaneval", language="cpp")["5.7B base"] == {"": 45.3}
+    assert published_scores("humaneval", language="lua") == {}
+    assert published_scores("crosscode", language="cs", retrieval=True) == {"6.7B base": {"": 16.23}}
+    assert published_scores("leetcode") == {}
+    assert published_scores("pal", subset="tabmwp")["6.7B base"] == {"": 67.9}
+    assert published_scores("pal", subset="") == {}
+    for scores in published_scores("ds1000").values():
         assert set(scores) == {"Matplotlib", "Numpy", "Pandas", "Pytorch", "Scipy", "Sklearn", "Tensorflow", ""}
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "pal", "infill", "crosscode", "ds1000"])
+@pytest.mark.parametrize("kind", ["base", "instruct"])
+def test_models_are_compared_with_those_of_their_kind(name, kind):
+    found = published_scores(name, language="python", subset="gsm8k", instruct=kind == "instruct")
+    assert all(model.endswith(kind) for model in found)
+    assert found or kind == "instruct"
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"question": "q", "answer": "so #### 3"}, "gsm8k"), ({"problem": "p", "solution": "s", "level": "1"}, "math"),
+        ({"input": "q", "code": "c", "target": 3.0}, "gsm-hard"), ({"input": "q", "target": 3, "type": "t"}, "mawps"),
+        ({"Body": "b", "Question": "q", "Answer": 3.0}, "svamp"),
+        ({"body": "b", "question": "q", "answer": "3 (m)", "formula": "f"}, "asdiv"),
+        ({"question": "q", "answer": "3", "table": "t"}, "tabmwp"), ({"question": "q", "answer": "3"}, ""),
+    ],
+)  # fmt: skip
+def test_maths_sets_are_told_apart_by_their_fields(row, name):
+    assert set_of(row) == name
+
+
+def test_scores_of_maths_stand_beside_those_of_the_set(tmp_path, capsys):
+    data = write(tmp_path / "pal.jsonl", [{"question": "How many?", "answer": "Two. #### 2", "idx": 0}])
+    answer = "```python\ndef solution():\n  return 2\n```"
+    answers = write(tmp_path / "a.jsonl", [{"task_id": "0", "completion": answer}])
+    words = ["eval", "pal", "--data", data, "--completions", answers]
+    (tmp_path / "shots.md").write_text("Question: none\n")
+    code, out, err = run(capsys, *words, "--shots", tmp_path / "shots.md")
+    assert code == 0, err
+    assert "43.2%" in out
+    code, out, err = run(capsys, *words, "--instruct")
+    assert code == 0, err
+    assert "DeepSeek-Coder" not in out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from command_line import run_command
 from data_samples import small_tokenizer, write_jsonl
 from test_sft import conversations, run_config
 
@@ -138,3 +139,41 @@ def test_chat_and_eval_ask_in_the_format_and_stop_at_its_end(tuned, tmp_path, mo
     assert prompt[:begin] == ours.prompt([("user", "")])[:begin]
     assert prompt[-1] == tokenizer.control_id("assistant")
     assert seen["stop_ids"] == {tokenizer.eos_id}
+
+
+def test_a_tuned_model_keeps_its_format_with_another_tokenizer_folder(tuned, tmp_path, capsys):
+    run, exported = tuned["own"]
+    base = tmp_path / "base"
+    shutil.copytree(tuned["chat"][1], base)
+    (base / "chat_template.jinja").write_text("{{ 1 }}")
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": SPECIAL_TOKENS["eot"]}))
+    main(["checkpoint", "export", str(run), str(tmp_path / "with-base"), "--tokenizer", str(base)])
+    for file in ("tokenizer_config.json", "config.json", "generation_config.json", "tokenizer.json"):
+        made, own = (json.loads((folder / file).read_text()) for folder in (tmp_path / "with-base", exported))
+        assert made == own, file
+    assert chat_format_of(tmp_path / "with-base") == OWN
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "with-base")
+    assert (theirs.chat_template, theirs.eos_token) == (OWN.jinja, SPECIAL_TOKENS["eos"])
+
+    definition = (base / "tokenizer.json").read_text().replace(SPECIAL_TOKENS["eos"], "<absent>")
+    (base / "tokenizer.json").write_text(definition)
+    capsys.readouterr()
+    code, _, err = run_command(capsys, "checkpoint", "export", run, tmp_path / "other", "--tokenizer", base)
+    assert code == 1
+    assert f"tokenizer.json: no token {SPECIAL_TOKENS['eos']!r}, which ends the model's answers" in err
+
+
+def test_answers_asked_for_in_another_format_are_not_reused(tuned, tmp_path, capsys):
+    model = tmp_path / "imported"
+    main(["checkpoint", "import", str(tuned["own"][1]), str(model)])
+    row = {"task_id": "1", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1)\n"}
+    data = write_jsonl(tmp_path / "tasks.jsonl", [row])
+    words = ["eval", "humaneval", "--instruct", "--data", data, "--model", model, "--max-new-tokens", "3"]
+    words += ["--out", tmp_path / "out"]
+    for _ in range(2):
+        assert run_command(capsys, *words)[0] == 0
+    settings = model / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": FORMATS["script"].jinja}))
+    code, _, err = run_command(capsys, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "settings.json: made with chat_format = " in err

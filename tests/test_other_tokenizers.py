@@ -20,6 +20,7 @@ from megacoder.data.indexed import IndexedDataset
 from megacoder.data.places import CuttingPlaces
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
+from megacoder.data.tokenizer_folder import chat_template_in
 from megacoder.evaluate.prompts import infill_prompt
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
@@ -210,6 +211,10 @@ def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
     code, _, err = run_command(capsys, "checkpoint", "export", tmp_path / "run", tmp_path / "out", "--dtype", "fp32")
     assert code == 0, err
     assert Tokenizer.load(tmp_path / "out").digest == Tokenizer.load(llama3).digest
+    assert chat_template_in(tmp_path / "out") is None, "DeepSeek-Coder's has control tokens that are not there"
+    (tmp_path / "start" / "tokenizer" / "chat_template.jinja").write_text("{{ 1 }}")
+    run_command(capsys, "checkpoint", "export", tmp_path / "run", tmp_path / "asked")
+    assert chat_template_in(tmp_path / "asked") == "{{ 1 }}", "the one that came with the model"
     fim = dataclasses.replace(config.data.stream, fim=dataclasses.replace(config.data.stream.fim, rate=0.5))
     with pytest.raises(ConfigError, match=r"fim\.rate = 0\.5: the tokenizer has no control token .*; set it to 0"):
         Trainer(

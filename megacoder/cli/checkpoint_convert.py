@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from megacoder.checkpoint.folders import checkpoint_of_step, checkpoints_in
 from megacoder.checkpoint.reader import CheckpointReader
-from megacoder.cli.model_folder import tokenizer_of
+from megacoder.cli.model_folder import tokenizer_of, tuned_format_of
 from megacoder.core.config import parse_args, to_toml
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
@@ -67,7 +67,7 @@ class ExportArgs:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype of the exported weights; the master weights are fp32"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; if unset, the run's"""
+    """folder with tokenizer.json; if unset, the run's; a tuned model keeps the chat format of its run"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,9 @@ def export_main(argv: Sequence[str]) -> None:
     reader = CheckpointReader(args.src if args.step is None else checkpoint_of_step(args.src, args.step))
     tokenizer = args.tokenizer or tokenizer_of(reader)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    config = export_checkpoint(reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer)
+    config = export_checkpoint(
+        reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer, chat=tuned_format_of(reader)
+    )  # fmt: skip
     without = "" if tokenizer is not None else "; no tokenizer: give one with --tokenizer"
     say(f"{args.dst}: step {reader.step}, {config.num_params:,} parameters in {args.dtype}{without}")
 

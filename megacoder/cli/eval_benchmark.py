@@ -19,6 +19,7 @@ from megacoder.core.files import write_json
 from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings, Task
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
+from megacoder.evaluate.benchmarks.pal import set_of
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.scoring import Notes, Summary, collect, judge, summarize
 from megacoder.evaluate.sampling import Sampling
@@ -87,6 +88,8 @@ class EvalArgs:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.loading.tp > 1 and self.model is None:
             raise ConfigError(f"--tp {self.loading.tp}: only a --model can be shared by processes, not {given[0]}")
+        if self.endpoint is not None and self.sampling.top_k > 0:
+            raise ConfigError(f"--top-k {self.sampling.top_k}: OpenAI's interface has no such option; use --top-p")
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigError(f"--seconds {self.seconds}: must be positive")
         if self.samples > 1 and self.sampling.temperature == 0 and self.completions is None:
@@ -137,7 +140,7 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     if args.json:
         print(json.dumps(asdict(summary)))
     else:
-        _print(name, summary, benchmark.settings)
+        _print(name, summary, benchmark.settings, tasks[0])
 
 
 def _load(name: str, args: EvalArgs) -> tuple[Benchmark, list[Task]]:
@@ -180,6 +183,10 @@ def _identity(name: str, args: EvalArgs, model: Path | None) -> dict[str, Any]:
         contents["model"] = model_content(model)
     if (folder := args.loading.tokenizer) is not None:
         contents["tokenizer"] = file_content(folder / "tokenizer.json", option="--tokenizer")
+    if args.instruct and model is not None and not _for_transformers(model):
+        from megacoder.cli.model_folder import chat_format_of
+
+        options["chat_format"] = chat_format_of(model, tokenizer=args.loading.tokenizer).resolved
     fixed = {option: str(value) for option, value in options.items() if option not in _FREE}
     return {"benchmark": name, "protocol": BENCHMARKS[name].protocol, **fixed, "contents": contents}
 
@@ -199,24 +206,32 @@ def _open_source(
             args.endpoint, decoding, model=args.api_model, tokenizer=args.loading.tokenizer, workers=args.workers
         )
     assert model is not None
-    from megacoder.checkpoint.huggingface import read_config
-    from megacoder.cli.model_folder import chat_format_of, is_checkpoint, load_model  # imports torch
+    from megacoder.cli.model_folder import chat_format_of, load_model  # imports torch
     from megacoder.core.device import probe
     from megacoder.data.chat_format import FormatConfig
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
-    if (model / "config.json").is_file() and not is_checkpoint(model):
-        architectures = read_config(model).get("architectures") or ["none named"]
-        if architectures != ["LlamaForCausalLM"]:
-            if tp is not None:
-                raise ConfigError(f"--tp {tp.size}: {model} is {architectures[0]}, which runs on one process only")
-            return TransformersSource(model, decoding, device=probe().device_type)
+    if (other := _for_transformers(model)) is not None:
+        if tp is not None:
+            raise ConfigError(f"--tp {tp.size}: {model} is {other}, which runs on one process only")
+        return TransformersSource(model, decoding, device=probe().device_type)
     loaded, tokenizer = load_model(model, args.loading, tp=tp or ALONE)
     return LocalSource(
         model=loaded, tokenizer=tokenizer, decoding=decoding, batch_size=args.batch_size,
         format=chat_format_of(model, tokenizer=args.loading.tokenizer) if args.instruct else FormatConfig(),
     )  # fmt: skip
+
+
+def _for_transformers(model: Path) -> str | None:
+    """The architecture of a Hugging Face folder that only transformers can run; None for what runs here."""
+    from megacoder.checkpoint.huggingface import read_config
+    from megacoder.cli.model_folder import is_checkpoint  # imports torch
+
+    if is_checkpoint(model) or not (model / "config.json").is_file():
+        return None
+    architectures = read_config(model).get("architectures") or ["none named"]
+    return None if architectures == ["LlamaForCausalLM"] else str(architectures[0])
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:
@@ -232,10 +247,13 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
     )  # fmt: skip
 
 
-def _print(name: str, summary: Summary, settings: Settings) -> None:
-    """Scores by group, with published ones beside them."""
+def _print(name: str, summary: Summary, settings: Settings, first: Task) -> None:
+    """Scores by group, with published ones beside them where there are any; `first` tells the sets of pal apart."""
     language = short_name(settings.language)
-    known = published_scores(name, language=language, instruct=settings.instruct, retrieval=settings.retrieval)
+    known = published_scores(
+        name, language=language, subset=set_of(first.row) if name == "pal" else "", instruct=settings.instruct,
+        retrieval=settings.retrieval,
+    )  # fmt: skip
     metrics = list(summary.scores[""])
     groups = sorted(summary.scores, key=lambda group: (group == "", group))
     rows = [

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ from megacoder.train.run_folder import load_weights
 
 __all__ = [
     "answer_room", "chat_format_of", "is_checkpoint", "load_model", "print_answer", "prompt_room", "share_model",
-    "tokenizer_of",
+    "tokenizer_of", "tuned_format_of",
 ]  # fmt: skip
 
 _DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,10 +82,8 @@ def chat_format_of(folder: Path, *, tokenizer: Path | None = None) -> FormatConf
         places = [folder, tokenizer]
         if is_checkpoint(folder):
             reader = CheckpointReader(folder)
-            recorded = _conversations_of(reader)
-            if recorded.get("train"):  # else the format is a default that nothing was tuned with
-                where = f"{reader.folder}: conversations.format"
-                return from_dict(FormatConfig, recorded.get("format", {}), where=where)
+            if (tuned := tuned_format_of(reader)) is not None:
+                return tuned
             places = [tokenizer or tokenizer_of(reader)]
         for place in filter(None, places):
             template = chat_template_in(place if place.is_dir() else place.parent)
@@ -98,12 +95,14 @@ def chat_format_of(folder: Path, *, tokenizer: Path | None = None) -> FormatConf
     return FormatConfig()
 
 
-def _conversations_of(reader: CheckpointReader) -> dict[str, Any]:
-    """What the run of a checkpoint was tuned on; empty for other runs."""
+def tuned_format_of(reader: CheckpointReader) -> FormatConfig | None:
+    """The format of the conversations that the run of a checkpoint was tuned on; None for other runs."""
     config = reader.state.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     found = data.get("conversations") if isinstance(data, dict) else None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not found.get("train"):  # its format is a default then, used for nothing
+        return None
+    return from_dict(FormatConfig, found.get("format", {}), where=f"{reader.folder}: conversations.format")
 
 
 def is_checkpoint(folder: Path) -> bool:

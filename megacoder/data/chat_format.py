@@ -82,6 +82,11 @@ class FormatConfig:
         return self
 
     @property
+    def end_token(self) -> str:
+        """The control token that ends an answer."""
+        return next(token for token in SPECIAL_TOKENS.values() if self.resolved.end.endswith(token))
+
+    @property
     def jinja(self) -> str:
         """The same format as a Hugging Face chat template."""
         if self.kind == "chat":

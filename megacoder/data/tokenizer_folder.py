@@ -14,8 +14,9 @@ import tokenizers
 from tokenizers import processors
 
 from megacoder.core.errors import FormatError
+from megacoder.data.chat_format import FormatConfig
 from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.data.tokenizer import HUGGING_FACE_CONFIG, token_text
+from megacoder.data.tokenizer import HUGGING_FACE_CONFIG, SPECIAL_TOKENS, token_text
 
 __all__ = ["GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "read_tokenizer_files"]
 
@@ -66,19 +67,26 @@ def end_ids_in(folder: Path) -> list[int]:
     return []
 
 
-def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
+def read_tokenizer_files(folder: Path, *, max_length: int, chat: FormatConfig | None = None) -> TokenizerFiles:
     """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
 
-    A chat template is added where there is none, and so are settings. Raises FormatError naming the file that is
-    missing or wrong.
+    Settings are added where there are none. The chat template is that of `chat`, the format that a model was tuned
+    with, whose end marker then ends a text. Without `chat` it is the folder's own or, where its control tokens are
+    there, DeepSeek-Coder's. Raises FormatError naming the file that is missing or wrong.
     """
-    files = {name: _read(folder / name) for name in _BESIDE if (folder / name).is_file()}
+    beside = _BESIDE if chat is None else ()  # they say how the folder's own model ends a text and is asked
+    files = {name: _read(folder / name) for name in beside if (folder / name).is_file()}
     definition = _read(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
+    if chat is not None:
+        settings |= {"chat_template": chat.jinja, "eos_token": chat.end_token}
+        if backend.token_to_id(chat.end_token) is None:
+            raise FormatError(f"{folder / _DEFINITION}: no token {chat.end_token!r}, which ends the model's answers")
     named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
-    ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *end_ids_in(folder)]))
+    more_ends = end_ids_in(folder) if chat is None else []
+    ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *more_ends]))
     bos = named["bos_token"]
     if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
         backend.post_processor = processors.TemplateProcessing(
@@ -86,7 +94,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int) -> TokenizerFiles:
         )
         definition = backend.to_str(pretty=True)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    if _TEMPLATE not in files:
+    if _TEMPLATE not in files and backend.token_to_id(SPECIAL_TOKENS["eot"]) is not None:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     eos_ids = ends[0] if len(ends) == 1 else ends or None

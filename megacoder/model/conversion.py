@@ -24,6 +24,7 @@ from megacoder.checkpoint.reader import CHUNK_ELEMENTS, CheckpointReader
 from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
+from megacoder.data.chat_format import FormatConfig
 from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, read_tokenizer_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import check_vocabulary, open_folder, weight_shapes, write_folder
@@ -68,12 +69,16 @@ def export_checkpoint(
     *,
     dtype: torch.dtype,
     tokenizer_folder: Path | None,
+    chat: FormatConfig | None = None,
 ) -> ModelConfig:
-    """Writes a checkpoint's weights as a Hugging Face folder; returns the model. Errors as `export_model`."""
+    """Writes a checkpoint's weights as a Hugging Face folder; returns the model. Errors as `export_model`.
+
+    `chat` is the format that the model was tuned with; None for other models.
+    """
     config = model_of(reader)
     write_folder(
         folder, config, lambda name: reader.stream([reader.whole(name)]),
-        dtype=dtype, tokenizer_folder=tokenizer_folder,
+        dtype=dtype, tokenizer_folder=tokenizer_folder, chat=chat,
     )  # fmt: skip
     return config
 

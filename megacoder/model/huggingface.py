@@ -26,6 +26,7 @@ from megacoder.checkpoint.rank_file import bytes_of
 from megacoder.checkpoint.reader import CHUNK_ELEMENTS
 from megacoder.checkpoint.tensor_file import StoredTensor, dtype_name
 from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.chat_format import FormatConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.model.config import ModelConfig
@@ -74,8 +75,12 @@ def write_folder(
     *,
     dtype: torch.dtype,
     tokenizer_folder: Path | None,
+    chat: FormatConfig | None = None,
 ) -> None:
-    """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,)."""
+    """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,).
+
+    `chat` is the format of a model that was tuned with one.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
     if config.hidden_size % config.num_attention_heads:
@@ -86,7 +91,7 @@ def write_folder(
     ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
     if tokenizer_folder is not None:
-        tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings)
+        tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings, chat=chat)
         check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
         ids, files = tokenizer.ids, tokenizer.files
     write_model_folder(

@@ -18,7 +18,7 @@ from megacoder.core.files import exclusive, making_dir, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, say_if_changed
+from megacoder.data.tokenizer import Tokenizer, say_if_changed
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
@@ -140,8 +140,7 @@ def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = source / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
-    end = next(token for token in SPECIAL_TOKENS.values() if chat.resolved.end.endswith(token))
-    settings |= {"chat_template": chat.jinja, "eos_token": end}
+    settings |= {"chat_template": chat.jinja, "eos_token": chat.end_token}
     write_json(folder / "tokenizer_config.json", settings)
     temporary = folder / "tokenizer.json.part"
     shutil.copyfile(source / "tokenizer.json", temporary)

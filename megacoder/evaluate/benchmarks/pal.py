@@ -7,7 +7,7 @@ published prompt file, given with --shots. As in the published harness, an answe
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,12 +77,12 @@ def question_and_answer(row: dict[str, Any], number: int) -> tuple[str, str]:
     return question.strip(), math_answers.normalized(answer) if "problem" in row else answer  # MATH's twice, as there
 
 
-def set_of(row: dict[str, Any]) -> str:
+def set_of(row: Mapping[str, Any]) -> str:
     """Which of the seven sets a row is of; empty for another with a question and an answer."""
     return _parts(row, 0)[0]
 
 
-def _parts(row: dict[str, Any], number: int) -> tuple[str, str, object]:
+def _parts(row: Mapping[str, Any], number: int) -> tuple[str, str, object]:
     """(set, question, answer as it is written)."""
     match row:
         case {"question": str(question), "answer": str(answer)} if "####" in answer:
@@ -107,7 +107,7 @@ def _parts(row: dict[str, Any], number: int) -> tuple[str, str, object]:
     raise DataError(f"row {number}: no question and answer of a known set in its fields {sorted(row)}")
 
 
-def _table_question(question: str, row: dict[str, Any]) -> str:
+def _table_question(question: str, row: Mapping[str, Any]) -> str:
     """A question of TabMWP, with its table and, where it has them, the table's title and the choices."""
     title = f'regarding "{row["table_title"]}" ' if row.get("table_title") else ""
     choices = f" Please select from the following options: {row['choices']}" if row.get("choices") else ""

@@ -7,7 +7,8 @@ dropout here, so there are no random states either. Layouts are those of `megaco
 queries, P keys, H query heads, G key-value heads, K head dim.
 
 The kernels read lse by its address alone, as if it were packed, so every backward packs it first: context parallelism
-passes halves of longer ones.
+passes halves of longer ones. cuDNN's backward gets the output and its gradient packed, too: torch keeps a plan for each
+shape and strides of q, k and v, and the plan has the strides that the output and its gradient had in its first call.
 
 Packed documents go to FlashAttention as one ragged (varlen) batch: every piece of a document that has queries here is a
 sequence of its own, whose last query is aligned to its last key. No key outside a document is read, let alone masked.
@@ -166,9 +167,14 @@ def cudnn_backward(
     lengths = q_BHSK.shape[2], k_BGSK.shape[2]
     no_dropout = torch.empty((), dtype=torch.int64, device=q_BHSK.device)
     return _cudnn_backward(
-        grad_out_BHSK, q_BHSK, k_BGSK, v_BGSK, out_BHSK, lse_BHS.contiguous()[..., None],
+        _packed(grad_out_BHSK), q_BHSK, k_BGSK, v_BGSK, _packed(out_BHSK), lse_BHS.contiguous()[..., None],
         no_dropout, no_dropout, None, None, None, *lengths, 0.0, True,
     )  # fmt: skip
+
+
+def _packed(heads_BHSK: Tensor) -> Tensor:
+    """The same values as `cudnn_forward` lays them out: (B, S, H, K) contiguous."""
+    return heads_BHSK.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def flash_forward(

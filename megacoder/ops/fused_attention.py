@@ -67,7 +67,12 @@ class DocumentMask:
 
         ValueError where the first keys are not those of consecutive documents.
         """
-        return self.known_pieces or Pieces.of(self.first_keys_BS.cpu(), self.query_start, self.first_keys_BS.device)
+        return self.known_pieces or Pieces.of(self.host_first_keys_BS, self.query_start, self.first_keys_BS.device)
+
+    @cached_property
+    def host_first_keys_BS(self) -> Tensor:
+        """The first keys on the host; unless the pieces are known, they cost one wait for the device, too."""
+        return self.first_keys_BS.cpu() if self.known_pieces is None else self.known_pieces.first_keys_BS
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +85,13 @@ class Pieces:
     """int32 (pieces + 1,): cu_seqlens of the keys"""
     max_queries: int
     max_keys: int
-    key_starts: list[int]
-    """of each sequence, the first key that any of its queries sees"""
+    first_keys_BS: Tensor
+    """what they were computed from, on the host"""
+
+    @cached_property
+    def key_starts(self) -> list[int]:
+        """Of each sequence, the first key that any of its queries sees."""
+        return self.first_keys_BS[:, 0].tolist()
 
     @classmethod
     def of(cls, first_keys: Tensor, query_start: int, device: torch.device) -> "Pieces":
@@ -107,7 +117,7 @@ class Pieces:
         key_ends = torch.cat([num_keys.new_zeros(1), num_keys.cumsum(0)])
         return cls(
             query_ends.to(device, torch.int32), key_ends.to(device, torch.int32),
-            int((stops - starts).max()), int(num_keys.max()), first_keys[:, 0].tolist(),
+            int((stops - starts).max()), int(num_keys.max()), first_keys,
         )  # fmt: skip
 
     def seen(self, keys_BGPK: Tensor, num_keys: int) -> Tensor:

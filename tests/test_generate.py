@@ -12,6 +12,7 @@ from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.tensor import TensorParallel
 
 SHAPES = {
     "all heads": {"num_key_value_heads": 4},
@@ -124,6 +125,22 @@ def test_samples_are_a_function_of_seed_and_place():
     greedy = generate(model, prompts, max_new_tokens=20)
     assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1.0, top_p=1e-6)) == greedy
     assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1e-4)) == greedy
+
+
+def sample_on_ranks(world, seeds):
+    """Each rank with a seed of its own, as if it rounded otherwise; ends by stop ids, which ranks must see at once."""
+    tp = TensorParallel(rank=world.rank, size=world.size, group=world.group)
+    model = Transformer(make_model(vocab_size=96).config, tp)
+    init_weights(model, seed=3)
+    sampling = Sampling(temperature=1.0, seed=seeds[world.rank])
+    prompts = make_prompts([4, 9, 4], vocab=96)
+    return generate(model, prompts, max_new_tokens=20, stop_ids=range(12), sampling=sampling)
+
+
+def test_ranks_that_share_a_model_take_the_tokens_that_the_first_one_draws(ranks):
+    expected, _ = ranks.run(2, sample_on_ranks, (5, 5))
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert ranks.run(2, sample_on_ranks, (5, 6)) == [expected, expected]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

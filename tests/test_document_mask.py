@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacoder.ops import fused_attention
-from megacoder.ops.attention import causal_mask
+from megacoder.ops import attention, fused_attention
+from megacoder.ops.attention import attention_backward, attention_forward, causal_mask
 from megacoder.ops.fused_attention import DocumentMask, Pieces, cudnn_backward, flash_backward
 
 
@@ -89,3 +89,55 @@ def test_kernels_that_read_lse_by_its_address_get_it_packed(kernel, batch, monke
         documents = DocumentMask(first_keys, 0, pieces) if "packed" in kernel else None
         flash_backward(*[heads] * 5, lse, documents)
     assert received[0].is_contiguous()
+
+
+def test_cudnns_backward_gets_output_and_gradient_packed_from_a_context_parallel_rank(monkeypatch):
+    """Where they are halves of longer ones, and as `megacoder profile` makes them: torch keeps one plan for both."""
+    batch, length, heads, dim = 2, 16, 3, 8
+    received = []
+
+    def of_torch(grad_out, q, k, v, out, *rest):
+        received.append((grad_out, out))
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    monkeypatch.setattr(fused_attention, "_cudnn_backward", of_torch)
+    monkeypatch.setattr(attention, "_backend", lambda *_: "cudnn")
+    grad, out = torch.randn(2, batch, length, heads, dim)
+    q, lse = torch.randn(batch, heads, length, dim), torch.randn(batch, heads, length)
+    half = slice(0, length // 2)
+    halves = grad[:, half], out[:, half]
+    copies = [part.clone() for part in halves]
+    for grad_half, out_half in (halves, copies):
+        attention_backward(grad_half, q[:, :, half], q[:, :, half], q[:, :, half], out_half, lse[:, :, half])
+    for pair in received:
+        for found, expected in zip(pair, copies, strict=True):
+            assert torch.equal(found, expected.transpose(1, 2))
+            assert found.stride() == (length // 2 * heads * dim, dim, heads * dim, 1)
+    assert [found.data_ptr() for found in received[1]] == [part.data_ptr() for part in copies], "copied without need"
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: refuses what would wait for it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("__int__", "__bool__", "__float__", "item", "tolist", "cpu", "nonzero"):
+            raise AssertionError(f"{func.__name__} waits for the device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_blocks_of_documents_known_on_the_host_wait_for_no_device(asked):
+    asked("attention=torch")
+    length = 200
+    first_keys = torch.stack([first_keys_of(own, 0, length) for own in ([70, 130], [5])])
+    q, k, v, grad = torch.randn(4, 2, 3, length, 16)
+    results = []
+    for mask in (
+        DocumentMask(first_keys),
+        DocumentMask(first_keys.as_subclass(OnDevice), 0, Pieces.of(first_keys, 0, torch.device("cpu"))),
+    ):
+        out, lse = attention_forward(q, k, v, documents=mask)
+        grads = attention_backward(grad.transpose(1, 2), q, k, v, out, lse, documents=mask)
+        results.append([tensor.as_subclass(torch.Tensor) for tensor in (out, lse, *grads)])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)

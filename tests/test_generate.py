@@ -1,5 +1,7 @@
 """Greedy generation equals transformers' token for token; cache, padding and the rest of the batch change nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
+from megacoder.model.presets import find_preset
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 SHAPES = {
     "all heads": {"num_key_value_heads": 4},
@@ -124,6 +128,30 @@ def test_samples_are_a_function_of_seed_and_place():
     greedy = generate(model, prompts, max_new_tokens=20)
     assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1.0, top_p=1e-6)) == greedy
     assert generate(model, prompts, max_new_tokens=20, sampling=Sampling(temperature=1e-4)) == greedy
+
+
+def sample_on_ranks(world, seeds):
+    """Each rank with a seed of its own, as if it rounded otherwise; ends by stop ids, which ranks must see at once."""
+    tp = TensorParallel(rank=world.rank, size=world.size, group=world.group)
+    model = Transformer(make_model(vocab_size=96).config, tp)
+    init_weights(model, seed=3)
+    sampling = Sampling(temperature=1.0, seed=seeds[world.rank])
+    prompts = make_prompts([4, 9, 4], vocab=96)
+    return generate(model, prompts, max_new_tokens=20, stop_ids=range(12), sampling=sampling)
+
+
+def test_ranks_that_share_a_model_take_the_tokens_that_the_first_one_draws(ranks):
+    expected, _ = ranks.run(2, sample_on_ranks, (5, 5))
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert ranks.run(2, sample_on_ranks, (5, 6)) == [expected, expected]
+
+
+def test_passes_over_padded_prompts_hold_few_scores_on_a_gpu():
+    config = dataclasses.replace(find_preset("33b").model, num_hidden_layers=1)
+    like = torch.empty(0, device="meta")  # stands for a GPU
+    cache = KVCache(config, [15_000, *[16_000] * 15], capacity=16_384, like=like, tp=ALONE)
+    assert cache.longest_pass == 2**28 // (56 * 16 * 16_384)
+    assert KVCache(config, [16_000] * 16, capacity=16_384, like=like, tp=ALONE).longest_pass == 16_384
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

@@ -32,6 +32,7 @@ from megacoder.train.planning.scaling import advise, parse_count
 from megacoder.train.planning.search import Limits, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
 from megacoder.train.planning.work import layer_times, shard_link
+from megacoder.train.planning.workspace import Workspace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL_33B = PRESETS["33b"].model
@@ -285,9 +286,24 @@ def test_fp8_casts_are_counted(recompute):
     bf16, fp8 = (rank_memory(JOB_33B, variant, variant_pipeline(JOB_33B, variant), 0) for variant in variants)
     weights = 2 * MODEL_33B.num_layer_matmul_params // 8
     per_token = 2 * (4 * 7168 + (3 * 19200 + 2 * 56 * 128 + 2 * 8 * 128) // 8)
-    assert fp8.buffers - bf16.buffers <= weights + 4096 * per_token
+    product = 4 * (2 * 19200 // 8) * 7168
+    assert fp8.buffers - bf16.buffers <= weights + 4096 * per_token + product
     assert fp8.total - bf16.total >= (weights if recompute in ("selective", "full") else 0)
     assert fp8.buffers > bf16.buffers
+
+
+@pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
+def test_a_layers_fp8_weight_gradients_are_whole_in_fp32_before_they_are_added(recompute):
+    """Those of the head are not, which does not run in fp8."""
+    dims = ParallelDims(tp=1)
+    bf16, fp8 = (
+        Workspace(job=JOB_33B, variant=Variant(dims=dims, recompute=recompute, fp8=fp8)) for fp8 in (False, True)
+    )
+    product = 4 * 2 * 19200 * 7168
+    assert (bf16.weight_gradients, fp8.weight_gradients) == (0, product)
+    while_added = fp8.backward - fp8.backward_input
+    assert product / 4 < while_added <= product, "the peak of a postponed backward may be at another moment"
+    assert (fp8.head, fp8.embedding_backward) == (bf16.head, bf16.embedding_backward)
 
 
 def test_a_device_can_be_given_as_a_toml_file(tmp_path):

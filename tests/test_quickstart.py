@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from train_cases import functions
 
-from megacoder.cli.quickstart.options import QuickstartOptions
-from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, steps_within
-from megacoder.core.device import Machine, faster_dtype
+from megacoder.cli.quickstart import recipe
+from megacoder.cli.quickstart.options import Places, QuickstartOptions
+from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, seconds_per_step, steps_within
+from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.core.errors import ConfigError
+from megacoder.parallel.flat import FlatParameters
 from megacoder.train.metrics_log import read_metrics
 
 
@@ -55,6 +58,24 @@ def finished(sources, tmp_path_factory):
 
 def curve(out):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(out / "run" / "metrics.jsonl")]
+
+
+def test_the_memory_of_timing_a_microbatch_is_free_before_ranks_start(tmp_path, monkeypatch):
+    """What PyTorch's allocator keeps of it on a GPU is returned, once nothing holds it."""
+    held, alive = [], []
+
+    def recorded(*args, **kwargs):
+        flat = FlatParameters(*args, **kwargs)
+        held.extend(map(weakref.ref, (flat.weight, flat.grad)))
+        return flat
+
+    monkeypatch.setattr(recipe, "FlatParameters", recorded)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append([tensor() is not None for tensor in held]))
+    config = recipe.run_config(
+        SMALL, Places(tmp_path), steps=1, nproc=2, dtype=torch.float32, vocab_size=512, seed=1
+    )  # fmt: skip
+    assert seconds_per_step(config, probe(), nproc=2) > 0
+    assert alive == [[False, False]]
 
 
 def test_every_stage_leaves_its_output(finished):

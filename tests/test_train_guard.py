@@ -26,6 +26,7 @@ from megacoder.ops import adamw
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.dims import ParallelDims
+from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.tensor import TensorParallel
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
@@ -300,9 +301,18 @@ def test_a_save_in_flight_is_finished_when_the_guard_ends_the_run(case, monkeypa
         return note(**seen)
 
     monkeypatch.setattr(trainer.guard, "note", noted)
+    checkpoints, activities = trainer.folder.checkpoints, []
+    conclude = checkpoints.conclude
+
+    def concluded():
+        activities.append(trainer.world.journal.activity)
+        conclude()
+
+    monkeypatch.setattr(checkpoints, "conclude", concluded)
     lose_from(trainer, 3)
     with pytest.raises(RunStopped, match="2 updates in a row"):
         trainer.run()
+    assert activities == [CHECKPOINT], "else a GPU's watchdog takes a long save for a hang"
     said = capfd.readouterr().err
     assert "finishing the checkpoint of step 2, which was being written" in said
     assert ("saving step 2 failed" in said) == fails

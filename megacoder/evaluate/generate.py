@@ -6,7 +6,8 @@ is invisible (`megacoder.model.kv_cache`), and a sampled sequence draws from a g
 taken in another order in another batch, or with another tp; in bf16 that decides now and then between two tokens, and
 all that follows. Prompts are sorted by length before they are batched, so that there is little padding, and a batch
 shrinks when half of its sequences are done. Where ranks share the model (tp), each calls this with the same arguments
-and gets the same tokens.
+and gets the same tokens: those that the first rank draws, since a GPU may round a sum of probabilities differently each
+time.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,6 +23,8 @@ from megacoder.model.decode import Decoder
 from megacoder.model.init import keyed_generator
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.collectives import broadcast_from_first
+from megacoder.parallel.tensor import TensorParallel
 
 __all__ = ["Watcher", "generate"]
 
@@ -57,7 +60,7 @@ def generate(
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
         drawn_by = [str(place) if names is None else names[place] for place in places]
-        picker = _Picker(sampling, num_ids, drawn_by, max_new_tokens, model.lm_head.weight.device)
+        picker = _Picker(sampling, num_ids, drawn_by, max_new_tokens, model.lm_head.weight.device, model.tp)
         batch = _Batch(model, places, [prompts[place] for place in places], max_new_tokens, picker)
         batch.run(results, set(stop_ids), watcher)
     return results
@@ -119,18 +122,29 @@ class _Picker:
     """Picks next tokens for the sequences of one batch; their random numbers are drawn before the first step."""
 
     def __init__(
-        self, sampling: Sampling, num_ids: int | None, names: list[str], max_new_tokens: int, device: torch.device
+        self,
+        sampling: Sampling,
+        num_ids: int | None,
+        names: list[str],
+        max_new_tokens: int,
+        device: torch.device,
+        tp: TensorParallel,
     ) -> None:
-        self.sampling, self.num_ids = sampling, num_ids
+        self.sampling, self.num_ids, self.tp = sampling, num_ids, tp
         if sampling.temperature > 0:
             drawn = [torch.rand(max_new_tokens, generator=keyed_generator(sampling.seed, name)) for name in names]
             self.uniform_BN = torch.stack(drawn).to(device)
 
     def pick(self, logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
-        """One id for each row (B,)."""
+        """One id for each row (B,), the same on all ranks."""
         logits_BV = logits_BV[:, : self.num_ids]
         if self.sampling.temperature == 0:
             return logits_BV.argmax(-1)
+        drawn_B = self._draw(logits_BV, rows, step)
+        broadcast_from_first(drawn_B, self.tp.group)
+        return drawn_B
+
+    def _draw(self, logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
         probabilities, ids_BV = (logits_BV.float() / self.sampling.temperature).softmax(-1).sort(-1, descending=True)
         upto_BV = probabilities.cumsum(-1)
         if self.sampling.top_k:  # top_p then applies to what top_k leaves

@@ -18,6 +18,9 @@ __all__ = ["KVCache", "LayerCache"]
 
 _MASK_ELEMENTS = 1 << 26
 """Most elements of a mask, which attention on CPUs turns into fp32. 16 prompts of 16K in one pass would need 4G."""
+_SCORES = 1 << 28
+"""Most scores of a masked pass on other devices, 1 GB in fp32: whether torch has a fused kernel for a mask with grouped
+queries depends on its version, the dtype and the GPU; where it has none, it holds them all."""
 
 
 class LayerCache:
@@ -56,13 +59,15 @@ class KVCache:
         self._columns = torch.arange(capacity, device=like.device)
         self._padding_B1 = torch.tensor([[max(lengths) - length] for length in lengths], device=like.device)
         self._padded = min(lengths) != max(lengths)
+        on_cpu, num_heads = like.device.type == "cpu", config.local_heads(tp.size)[0]
+        self._most_mask_elements = _MASK_ELEMENTS if on_cpu else _SCORES // num_heads
         self._real_B11P = (self._columns >= self._padding_B1)[:, None, None]
 
     @property
     def longest_pass(self) -> int:
         """Columns to add in one pass so that its mask stays small; at least two, since one is taken for a new token."""
         capacity = len(self._columns)
-        return max(2, _MASK_ELEMENTS // (capacity * self.num_sequences)) if self._padded else capacity
+        return max(2, self._most_mask_elements // (capacity * self.num_sequences)) if self._padded else capacity
 
     def advance(self, count: int) -> Tensor:
         """Makes room for `count` more columns; returns the positions (B, count) of their tokens, 0 in the padding."""

@@ -5,8 +5,8 @@ same pass. On a CPU the master weights of bf16 weights take only 16 more bits ea
 `grad_scale` folds the division by the global number of tokens and the clipping into that pass too.
 
 On a GPU with the compiled kernels, the scalars that change from step to step (`update_scalars`) are computed on the
-device and stay there, including the decision to skip an update: nothing waits for the host between the last backward
-and the new weights.
+device and stay there, including the decision to skip an update: once a step has read its loss and number of tokens,
+which are arguments here, the device computes the norm and the new weights without waiting for the host.
 """
 
 import math

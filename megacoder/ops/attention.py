@@ -190,19 +190,18 @@ class _Block(NamedTuple):
 def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Iterator[_Block]:
     """The blocks (see `block_shape`); each is of a single sequence where there are documents."""
     batch, num_heads, length, _ = q_BHSK.shape
-    first_keys_BS = _first_keys(q_BHSK, query_start, documents)
+    _first_keys(q_BHSK, query_start, documents)  # refuses wrong ones
     size, heads = block_shape(length, query_start + length, q_BHSK.dtype)
-    in_turn, together = (1, batch * num_heads) if first_keys_BS is None else (batch, num_heads)
+    in_turn, together = (1, batch * num_heads) if documents is None else (batch, num_heads)
     for sequence in range(in_turn):
         end = (sequence + 1) * together
         for head in range(end - together, end, heads):
             for first in range(0, length, size):
                 last = min(first + size, length)
                 first_keys_Q, start = None, 0
-                if first_keys_BS is not None:
-                    first_keys_Q = first_keys_BS[sequence, first:last]
-                    start = int(first_keys_Q.min())
-                    first_keys_Q = first_keys_Q - start
+                if documents is not None:
+                    start = int(documents.host_first_keys_BS[sequence, first:last].min())
+                    first_keys_Q = documents.first_keys_BS[sequence, first:last] - start
                 yield _Block(
                     slice(head, min(head + heads, end)), slice(first, last), slice(start, query_start + last),
                     query_start + first + 1 - start, first_keys_Q,
@@ -210,10 +209,11 @@ def _blocks(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) ->
 
 
 def _first_keys(q_BHSK: Tensor, query_start: int, documents: DocumentMask | None) -> Tensor | None:
-    """What `documents` says of these queries (B, S); ValueError for what would send a kernel outside its buffers."""
+    """What `documents` says of these queries (B, S), on the host; ValueError for what would send a kernel outside its
+    buffers."""
     if documents is None:
         return None
-    first_keys_BS, batch = documents.first_keys_BS, len(q_BHSK)
+    first_keys_BS, batch = documents.host_first_keys_BS, len(q_BHSK)
     places = range(query_start, query_start + q_BHSK.shape[2])
     if first_keys_BS.shape != (batch, len(places)):
         raise ValueError(f"first keys of {batch} x {len(places)} queries have shape {list(first_keys_BS.shape)}")

@@ -9,7 +9,8 @@ dropout here, so there are no random states either. Layouts are those of `megaco
 queries, P keys, H query heads, G key-value heads, K head dim.
 
 The kernels read lse by its address alone, as if it were packed, so every backward packs it first: context parallelism
-passes halves of longer ones.
+passes halves of longer ones. cuDNN's backward gets the output and its gradient packed, too: torch keeps a plan for each
+shape and strides of q, k and v, and the plan has the strides that the output and its gradient had in its first call.
 
 Packed documents go to FlashAttention as one ragged (varlen) batch: every piece of a document that has queries here is a
 sequence of its own, whose last query is aligned to its last key. No key outside a document is read, let alone masked.
@@ -68,7 +69,12 @@ class DocumentMask:
 
         ValueError where the first keys are not those of consecutive documents.
         """
-        return self.known_pieces or Pieces.of(self.first_keys_BS.cpu(), self.query_start, self.first_keys_BS.device)
+        return self.known_pieces or Pieces.of(self.host_first_keys_BS, self.query_start, self.first_keys_BS.device)
+
+    @cached_property
+    def host_first_keys_BS(self) -> Tensor:
+        """The first keys on the host; unless the pieces are known, they cost one wait for the device, too."""
+        return self.first_keys_BS.cpu() if self.known_pieces is None else self.known_pieces.first_keys_BS
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +87,13 @@ class Pieces:
     """int32 (pieces + 1,): cu_seqlens of the keys"""
     max_queries: int
     max_keys: int
-    key_starts: list[int]
-    """of each sequence, the first key that any of its queries sees"""
+    first_keys_BS: Tensor
+    """what they were computed from, on the host"""
+
+    @cached_property
+    def key_starts(self) -> list[int]:
+        """Of each sequence, the first key that any of its queries sees."""
+        return self.first_keys_BS[:, 0].tolist()
 
     @classmethod
     def of(cls, first_keys: Tensor, query_start: int, device: torch.device) -> "Pieces":
@@ -108,7 +119,7 @@ class Pieces:
         key_ends = torch.cat([num_keys.new_zeros(1), num_keys.cumsum(0)])
         return cls(
             query_ends.to(device, torch.int32), key_ends.to(device, torch.int32),
-            int((stops - starts).max()), int(num_keys.max()), first_keys[:, 0].tolist(),
+            int((stops - starts).max()), int(num_keys.max()), first_keys,
         )  # fmt: skip
 
     def seen(self, keys_BGPK: Tensor, num_keys: int) -> Tensor:
@@ -168,9 +179,14 @@ def cudnn_backward(
     lengths = q_BHSK.shape[2], k_BGSK.shape[2]
     no_dropout = torch.empty((), dtype=torch.int64, device=q_BHSK.device)
     return _cudnn_backward(
-        grad_out_BHSK, q_BHSK, k_BGSK, v_BGSK, out_BHSK, lse_BHS.contiguous()[..., None],
+        _packed(grad_out_BHSK), q_BHSK, k_BGSK, v_BGSK, _packed(out_BHSK), lse_BHS.contiguous()[..., None],
         no_dropout, no_dropout, None, None, None, *lengths, 0.0, True,
     )  # fmt: skip
+
+
+def _packed(heads_BHSK: Tensor) -> Tensor:
+    """The same values as `cudnn_forward` lays them out: (B, S, H, K) contiguous."""
+    return heads_BHSK.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def flash_forward(

@@ -32,6 +32,7 @@ from megacoder.model.conversion import model_of
 from megacoder.model.transformer import Transformer, TransformerPart, WeightPiece, weight_pieces
 from megacoder.parallel.collectives import barrier
 from megacoder.parallel.flat import OwnedRange
+from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
@@ -180,6 +181,7 @@ class RunFolder:
 
         If a restart would only end the same way, the folder is marked so that the run does not start again.
         """
+        self.mesh.world.journal.at(CHECKPOINT)  # the save in flight may take longer than a step may
         self.checkpoints.conclude()
         if self.mesh.world.is_first and not stopped.restart_helps:
             path = self.config.output / STOPPED

@@ -107,24 +107,33 @@ def run_config(
 
 
 def seconds_per_step(config: RunConfig, machine: Machine, *, nproc: int) -> float:
-    """Time of one update on one of `nproc` ranks, from a few microbatches run here with a rank's share of the cores."""
-    device = torch.device(machine.device_type)
+    """Time of one update on one of `nproc` ranks, from a few microbatches run here with a rank's share of the cores.
+
+    The memory that this took on a GPU is returned: the ranks, which are other processes, need it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, machine.num_cores // nproc))
     try:
-        model = Transformer(config.model)
-        init_weights(model, seed=0)
-        FlatParameters(model.named_parameters(), dtype=getattr(torch, config.dtype), device=device)
-        length = config.data.stream.seq_length
-        tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, length), device=device)
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            forward_backward(model, tokens, tokens).total.item()
-            best = min(best, time.perf_counter() - start)
+        seconds = _seconds_per_microbatch(config, torch.device(machine.device_type))
     finally:
         torch.set_num_threads(threads)
-    return best * config.global_batch_size / (config.micro_batch_size * nproc)
+        torch.cuda.empty_cache()  # without effect where CUDA was not used
+    return seconds * config.global_batch_size / (config.micro_batch_size * nproc)
+
+
+def _seconds_per_microbatch(config: RunConfig, device: torch.device) -> float:
+    """The shortest of a few."""
+    model = Transformer(config.model)
+    init_weights(model, seed=0)
+    FlatParameters(model.named_parameters(), dtype=getattr(torch, config.dtype), device=device)
+    length = config.data.stream.seq_length
+    tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, length), device=device)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        forward_backward(model, tokens, tokens).total.item()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def steps_within(minutes: float, seconds: float, *, overhead: float = 1.2) -> int:

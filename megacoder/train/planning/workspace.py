@@ -106,7 +106,7 @@ class Workspace:
     def weight_gradients(self) -> int:
         """The peak while postponed weight gradients are computed."""
         dim = self.job.model.hidden_size
-        return self._partial(max(2 * self._local.feed_forward, self._local.qkv), dim)
+        return self._layer_partial(max(2 * self._local.feed_forward, self._local.qkv), dim)
 
     @cached_property
     def head(self) -> int:
@@ -142,7 +142,7 @@ class Workspace:
         self._start_reduce(tape)
         dim, local = self.job.model.hidden_size, self._local
         if not postponed:
-            tape.passing(self._partial(2 * local.feed_forward, dim))
+            tape.passing(self._layer_partial(2 * local.feed_forward, dim))
         self._end_reduce(tape)
         tape.take(self.stream)  # the gradient of the stream between attention and feed-forward
         if recompute in ("norms", "selective"):
@@ -156,12 +156,12 @@ class Workspace:
         self._attention_backward(tape)
         tape.give(self._whole_keys)
         if not postponed:
-            tape.passing(self._partial(dim, local.attention))
+            tape.passing(self._layer_partial(dim, local.attention))
         tape.take(self._qkv)
         self._start_reduce(tape)
         tape.give(self.stream)  # of the reduction before, whose name this one takes
         if not postponed:
-            tape.passing(self._partial(local.qkv, dim))
+            tape.passing(self._layer_partial(local.qkv, dim))
         self._end_reduce(tape)
         tape.take(self.stream)
         return tape.most
@@ -294,6 +294,10 @@ class Workspace:
         if self.job.itemsize == FP32 or not self._blocked("weight_grad"):
             return 0
         return min(rows, partial_rows(columns)) * columns * self.job.itemsize
+
+    def _layer_partial(self, rows: int, columns: int) -> int:
+        """The same in a layer, whose fp8 products are whole and in fp32 before they are added."""
+        return FP32 * rows * columns if self.variant.fp8 else self._partial(rows, columns)
 
     @property
     def _shares_tokens(self) -> bool:

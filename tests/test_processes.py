@@ -65,6 +65,7 @@ def test_ignored_and_handled_sigterm_stay_so(answer):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and later, for pytest's own threads
 def test_a_forked_process_ends_on_sigterm():
     with sigterm_as_interrupt():
         child = os.fork()

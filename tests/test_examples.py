@@ -24,6 +24,10 @@ SHAPE = (
 ROPE = ("rope_theta", "rope_factor", "max_position_embeddings")
 
 
+MIX = [("code", 0.87, 0.5), ("english", 0.10, 0.0), ("chinese", 0.03, 0.0)]
+"""Dataset, share of the tokens, rate of fill-in-the-middle (arXiv:2401.14196, sections 2 and 3.1)."""
+
+
 def load(name):
     path = FOLDER / f"{name}.toml"
     return load_toml(RunConfig, path, absent=DEFAULTS if name.startswith("instruct") else None)
@@ -70,7 +74,8 @@ def test_recipes_have_the_published_figures_and_follow_each_other(size):
     preset = PRESETS[size]
     assert (first.global_batch_size, first.schedule.peak_lr) == (preset.global_batch_size, preset.peak_lr)
     assert first.steps * first.global_batch_size * 4096 == pytest.approx(2e12, rel=1e-5)
-    assert (first.schedule.kind, first.schedule.warmup_steps, first.data.stream.fim.rate) == ("three_stage", 2000, 0.5)
+    assert (first.schedule.kind, first.schedule.warmup_steps) == ("three_stage", 2000)
+    assert _mix(first) == _mix(second) == MIX
     assert (second.init_from, second.init_optimizer, second.schedule.warmup_steps) == (first.output, True, 0)
     assert (second.steps, second.global_batch_size, second.data.stream.seq_length) == (1000, 512, 16_384)
     assert second.learning_rate(1) == second.learning_rate(1000) == pytest.approx(0.1 * preset.peak_lr)
@@ -79,6 +84,15 @@ def test_recipes_have_the_published_figures_and_follow_each_other(size):
     assert third.schedule.peak_lr == 1e-5
     assert third.steps * third.global_batch_size * 16_384 == pytest.approx(2e9, rel=0.05)
     assert prepared_run(third).data.tokenizer == third.output / "tokenizer"
+
+
+def _mix(config):
+    data = config.data
+    return [(path.name, *rest) for path, *rest in zip(data.train, data.weights, data.fim_rates, strict=True)]
+
+
+def test_the_5_7b_recipe_reads_the_same_mix():
+    assert _mix(load("pretrain_5.7b")) == MIX
 
 
 def test_continued_pretraining_mixes_as_published():

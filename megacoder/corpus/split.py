@@ -20,9 +20,9 @@ class SplitConfig:
     """How much is held out."""
 
     fraction: float = 0.05
-    """share of the bytes; 0 holds nothing out"""
-    max_bytes: int = 2_000_000
-    """upper limit in bytes, whatever the fraction"""
+    """share of the bytes, up to max_bytes; 0 holds nothing out"""
+    max_bytes: int = 30_000_000
+    """most that is held out, in bytes, however large the corpus; 30 MB are some ten million tokens"""
     seed: int = 0
     """a different seed holds out different repositories"""
 

@@ -141,7 +141,7 @@ class NoTops:
 
 
 def test_document_stages_can_run_after_dedup_and_record_a_detail(repos, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacoder.corpus.build.steps", lambda config: [ExactDedup(), DocumentPass([NoTops()])])
+    monkeypatch.setattr("megacoder.corpus.build.steps", lambda config: [ExactDedup("all"), DocumentPass([NoTops()])])
     monkeypatch.setattr("megacoder.corpus.build.stage_names", lambda config: ["read", "rules", "dedup", "tops"])
     report = build_corpus(config(repos, tmp_path), quiet=True)
     assert report.accounts.dropped["tops"]["a top"].files == 8
@@ -162,18 +162,73 @@ def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     assert not any(row["path"] == "copy.py" for row in kept)
 
 
-def test_without_exact_dedup_a_copy_stays_beside_the_files_that_need_it(tmp_path):
-    for name in "ab":
-        write(tmp_path / "repos" / name / "util.py", CODE.format(name="shared"))
-        write(tmp_path / "repos" / name / "server.py", f"import util\n{CODE.format(name=name)}")
-    options = {"heldout": SplitConfig(fraction=0), "near_dedup": NearDedupConfig(level="none")}
-    report = build_corpus(config(tmp_path / "repos", tmp_path, **options, exact_dedup=False), quiet=True)
-    assert [row["path"] for row in rows(tmp_path / "out", "train")] == ["util.py", "server.py"] * 2
-    assert "dedup" not in report.accounts.dropped
-    with pytest.raises(ConfigError, match="exact_dedup"):
-        build_corpus(config(tmp_path / "repos", tmp_path, **options), quiet=True)
-    report = build_corpus(config(tmp_path / "repos", tmp_path, **options, out=tmp_path / "out2"), quiet=True)
-    assert [row["path"] for row in rows(tmp_path / "out2", "train")] == ["util.py", "server.py", "server.py"]
+@pytest.fixture
+def shared(tmp_path):
+    """Three repositories with a server that needs a module which all have, and a setup that stands alone in all."""
+    for name in "abc":
+        write(tmp_path / "shared" / name / "util.py", CODE.format(name="shared"))
+        write(tmp_path / "shared" / name / "server.py", f"import util\n{CODE.format(name=name)}")
+        write(tmp_path / "shared" / name / "setup.py", CODE.format(name="alone"))
+    return tmp_path / "shared"
+
+
+@pytest.mark.parametrize(
+    ("exact_dedup", "later"),
+    [
+        ("alone", ["util.py", "server.py"]),
+        ("all", ["server.py"]),
+        ("none", ["util.py", "server.py", "setup.py"]),
+    ],
+)
+def test_a_copy_stays_beside_the_files_that_need_it(shared, tmp_path, exact_dedup, later):
+    options = {"heldout": SplitConfig(fraction=0), "exact_dedup": exact_dedup, "shard_bytes": 1}
+    assert CorpusConfig(out=tmp_path).exact_dedup == "alone"
+    report = build_corpus(config(shared, tmp_path, **options), quiet=True)
+    first = ["util.py", "server.py", "setup.py"]
+    assert [(row["repo"], row["path"]) for row in rows(tmp_path / "out", "train")] == [
+        *(("a", path) for path in first), *(("b", path) for path in later), *(("c", path) for path in later),
+    ]  # fmt: skip
+    assert report.accounts.multi_file_samples == {"alone": 3, "all": 1, "none": 3}[exact_dedup]
+    assert ("dedup" in report.accounts.dropped) == (exact_dedup != "none")
+    recorded = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
+    assert all(row["detail"] == f"a/{row['path']}" for row in recorded)
+
+
+@pytest.mark.parametrize("exact_dedup", ["alone", "all", "none"])
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 20])
+def test_no_held_out_text_is_trained_on(shared, tmp_path, exact_dedup, shard_bytes):
+    options = {"heldout": SplitConfig(fraction=0.4), "exact_dedup": exact_dedup, "shard_bytes": shard_bytes}
+    report = build_corpus(config(shared, tmp_path, **options), quiet=True)
+    texts = {
+        part: [row["content"].removeprefix(f"# {row['path']}\n") for row in rows(tmp_path / "out", part)]
+        for part in ("train", "heldout")
+    }
+    assert texts["heldout"]
+    assert not set(texts["heldout"]) & set(texts["train"])
+    if exact_dedup != "all":  # what is trained on keeps its copies, and so its samples
+        assert texts["train"].count(CODE.format(name="shared")) == 2
+        assert texts["heldout"].count(CODE.format(name="shared")) == 0
+        reasons = report.accounts.dropped["held out"]
+        assert {reason: count.files for reason, count in reasons.items()} == {
+            "copy of a training file": 1 if exact_dedup == "alone" else 2
+        }
+
+
+def test_files_held_out_of_one_repository_are_not_trained_on_either(tmp_path):
+    for index in range(8):
+        write(tmp_path / "one" / f"{index}/util.py", CODE.format(name=f"shared{index % 4}"))
+        write(tmp_path / "one" / f"{index}/server.py", f"from . import util\n{CODE.format(name=f'server{index}')}")
+    options = {"heldout": SplitConfig(fraction=0.3), "exact_dedup": "none"}
+    report = build_corpus(
+        config(tmp_path, tmp_path, **options), repositories=[Repository(name="one", root=tmp_path / "one")], quiet=True
+    )
+    assert report.split_unit == "file"
+    train, held = (
+        {row["content"].partition("\n")[2] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout")
+    )
+    assert held
+    assert not held & train
+    assert report.accounts.dropped["held out"]
 
 
 def test_files_whose_group_exceeds_a_sample_are_counted(repos, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """A corpus from repositories, in passes over shards of whole repositories.
 
 *Scan* reads each shard's files, runs the scan stages and writes texts, digests and drops to one Parquet file. The
-*steps* see all shards and drop more files (`stages.py` lists stages and steps), and the held-out part is chosen.
-*Write* orders the files of each repository and writes the samples and the record of every drop.
+*steps* see all shards and drop more files (`stages.py` lists stages and steps). The held-out part is chosen, and
+cleared of copies of what is trained on. *Write* orders the files of each repository and writes the samples and the
+record of every drop.
 
 A shard task is a pure function of its inputs and is marked as done with a key over inputs and configuration, so that
 after a crash the same command resumes where it stopped, and the output is the same for any number of workers.
@@ -19,10 +20,11 @@ from megacoder.core.errors import CorpusError, DataError
 from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
 from megacoder.corpus.benchmarks import read_tests
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.drops import read_drops
+from megacoder.corpus.drops import DropFile, read_drops
 from megacoder.corpus.engines import run_on
 from megacoder.corpus.folder import WORK, claim_folder, give_up, keep_only
 from megacoder.corpus.inputs import Inputs, find_inputs
+from megacoder.corpus.leaks import drop_leaks
 from megacoder.corpus.plan import gather_tables, plan_scans, table_states
 from megacoder.corpus.pool import WorkerPool
 from megacoder.corpus.scan import scan_shard
@@ -35,6 +37,9 @@ from megacoder.corpus.write import WriteTask, write_shard
 from megacoder.data.parquet import read_table
 
 __all__ = ["build_corpus"]
+
+_COLUMNS = {"repository": "repo", "file": "path"}
+"""What is held out as a whole, and the column of a shard that names it."""
 
 
 def build_corpus(
@@ -67,16 +72,21 @@ def build_corpus(
             for index, scan in enumerate(scans)
         ]
         for step in steps(config):
-            found = step(shards, config, run)
-            shards = [shard.without(drops) for shard, drops in zip(shards, found, strict=True)]
-        writes, split_unit = _plan_writes(shards, config)
+            shards = _without(shards, step(shards, config, run))
+        unit, heldout = _hold_out(shards, config)
+        shards = _without(shards, drop_leaks(shards, _COLUMNS[unit], heldout, run))
+        writes = _plan_writes(shards, unit, heldout, config)
         (config.out / REPORT_NAME).unlink(missing_ok=True)  # from here on, shards of an earlier corpus are replaced
         accounts, files = Accounts(dropped={name: {} for name in stage_names(config)}), {}
         for shard_accounts, shard_files in run(write_shard, writes, "writing"):
             accounts.merge(shard_accounts)
             files.update(shard_files)
         report = CorpusReport(
-            key=key, config=identity, split_unit=split_unit, accounts=accounts, files=dict(sorted(files.items()))
+            key=key,
+            config=identity,
+            split_unit=unit if any(heldout) else "none",
+            accounts=accounts,
+            files=dict(sorted(files.items())),
         )
         with disk_errors(config.out):
             save_report(report, config.out)
@@ -117,24 +127,34 @@ def _runner(config: CorpusConfig, pool: WorkerPool, quiet: bool) -> RunTasks:
     return run
 
 
-def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[WriteTask], str]:
-    """The write tasks, and the unit that is held out: repositories, or files where there is only one repository."""
+def _without(shards: Sequence[Shard], drops: Sequence[DropFile | None]) -> list[Shard]:
+    return [shard.without(dropped) for shard, dropped in zip(shards, drops, strict=True)]
+
+
+def _hold_out(shards: Sequence[Shard], config: CorpusConfig) -> tuple[str, list[frozenset[str]]]:
+    """What is held out, repositories, or files where there is only one repository; and the names of each shard's."""
     sizes = _sizes_by("repo", shards)
     if not sizes:
         message = _nothing_left(shards)
         give_up(config.out, keep=(config.out / REPORT_NAME).exists())
         raise CorpusError(message)
-    unit, column = ("repository", "repo") if len(sizes) > 1 else ("file", "path")
-    heldout = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
+    unit = "repository" if len(sizes) > 1 else "file"
+    column = _COLUMNS[unit]
+    chosen = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
+    named = (shard.columns([column], shard.kept())[column].to_pylist() for shard in shards)
+    return unit, [chosen.intersection(names) for names in named]
+
+
+def _plan_writes(
+    shards: Sequence[Shard], unit: str, heldout: Sequence[frozenset[str]], config: CorpusConfig
+) -> list[WriteTask]:
     writes = []
-    for shard in shards:
-        table = shard.columns([column, "size"], shard.kept())
-        units = heldout.intersection(table[column].to_pylist())
+    for shard, units in zip(shards, heldout, strict=True):
         writes.append(
             WriteTask(
                 key=hash_of([shard.key, unit, sorted(units)]),
                 scanned=shard.scanned,
-                size=sum(table["size"].to_pylist()),
+                size=sum(shard.columns(["size"], shard.kept())["size"].to_pylist()),
                 name=shard.name,
                 drops=shard.drops,
                 heldout=units,
@@ -142,7 +162,7 @@ def _plan_writes(shards: Sequence[Shard], config: CorpusConfig) -> tuple[list[Wr
                 config=config,
             )
         )
-    return writes, unit if heldout else "none"
+    return writes
 
 
 def _nothing_left(shards: Sequence[Shard]) -> str:

@@ -24,7 +24,7 @@ from megacoder.corpus.tables import TableColumns
 
 __all__ = ["CorpusConfig"]
 
-FORMAT = 5  # incremented when the same inputs and configuration start to give a different output
+FORMAT = 6  # incremented when the same inputs and configuration start to give a different output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,10 @@ class CorpusConfig:
     ruleset: Literal["paper", "starcoder2"] = "paper"
     """file filters: DeepSeek-Coder's, or StarCoder2's"""
     rules: RuleThresholds = field(default_factory=RuleThresholds)
-    exact_dedup: bool = True
-    """drop files with the same text as an earlier one in any repository; without it, only near-dedup removes copies, as
-    in the paper: whole repositories"""
+    exact_dedup: Literal["alone", "all", "none"] = "alone"
+    """which files with the same text as an earlier one are dropped: those that no file of their repository depends on
+    and that depend on none, so that repositories keep their order and samples (alone); all; or none, as in the paper,
+    where only near-dedup removes copies"""
     near_dedup: NearDedupConfig = field(default_factory=NearDedupConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
     benchmarks: tuple[Path, ...] = ()

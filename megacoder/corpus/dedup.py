@@ -1,5 +1,9 @@
 """Exact duplicates: of files with the same text, the first by repository and path is kept.
 
+A later one is dropped by default only where it stands alone in its repository: as a sample by itself it would teach
+nothing new. Where another file depends on it, or it on another, dropping it would leave a hole in their sample; the
+paper compares whole repositories to avoid that, and files only in languages whose dependencies it does not parse.
+
 Shards hold repositories in name order and files in path order, so "first" is a position, the same for any number of
 workers and any order of the inputs.
 
@@ -10,17 +14,21 @@ from the results, and looks up the names of the kept files in their shards.
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.compute as pc
 
 from megacoder.corpus.config import CorpusConfig
+from megacoder.corpus.dependencies import linked_files, repository_dependencies
 from megacoder.corpus.drops import Drop, DropFile, write_drops
 from megacoder.corpus.names import NameFiles, write_names
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
-from megacoder.corpus.shards import finished, redoing
+from megacoder.corpus.shards import TextReader, finished, redoing
 from megacoder.corpus.steps import RunTasks, Shard, hash_of
 from megacoder.data.parquet import read_table
 
@@ -41,12 +49,15 @@ def digest(text: str) -> bytes:
 
 
 class ExactDedup:
-    """Drops every file whose text equals an earlier file's; a `Step`."""
+    """Drops files whose text equals an earlier file's: all of them, or those that stand alone; a `Step`."""
 
     names = ("dedup",)
 
+    def __init__(self, which: Literal["alone", "all"]) -> None:
+        self._which = which
+
     def __call__(self, shards: Sequence[Shard], config: CorpusConfig, run: RunTasks) -> list[DropFile | None]:
-        """The later copies in each shard, with the name of the first."""
+        """The copies to drop in each shard, with the name of the first."""
         if not shards:
             return []
         counted = run(_list_digests, shards, "dedup: listing")
@@ -65,7 +76,7 @@ class ExactDedup:
         takes = [
             _TakeTask(
                 key=hash_of([key, index]), shard=shard, index=index, names=names,
-                copies=tuple(search.target for search in searches),
+                copies=tuple(search.target for search in searches), which=self._which,
             )
             for index, shard in enumerate(shards)
         ]  # fmt: skip
@@ -135,6 +146,7 @@ class _TakeTask:
     index: int
     names: NameFiles
     copies: tuple[Path, ...]
+    which: Literal["alone", "all"]
 
     @property
     def size(self) -> int:
@@ -142,12 +154,32 @@ class _TakeTask:
 
 
 def _take(task: _TakeTask) -> DropFile | None:
-    """Writes the shard's own copies as drops."""
+    """Writes those of the shard's own copies that are to go as drops."""
     start, end = task.names.starts[task.index : task.index + 2].tolist()
     if start == end:
         return None
     found = np.sort(np.concatenate([read_range(path, COPY, (start, end - 1)) for path in task.copies]))
     rows = (found["key"] - np.uint64(start)).astype(np.int64)
+    if task.which == "alone":
+        alone = ~np.isin(rows, _linked_rows(task.shard, rows))
+        found, rows = found[alone], rows[alone]
     details = tuple(task.names.take(found["first"].astype(np.int64)))
     drop = Drop(stage="dedup", reason="copy of another file", rows=rows, details=details)
     return write_drops(task.shard.beside("dropped-copies"), [drop])
+
+
+def _linked_rows(shard: Shard, copies: np.ndarray) -> list[int]:
+    """The kept rows that depend on another of their repository, or another on them, where `copies` are."""
+    repos, paths, languages = (
+        column.to_pylist() for column in read_table(shard.scanned, ["repo", "path", "language"]).columns
+    )
+    searched, kept, linked = {repos[row] for row in copies.tolist()}, set(shard.kept().tolist()), []
+    with closing(TextReader(shard.scanned)) as texts:
+        for repo, grouped in groupby(range(len(repos)), key=repos.__getitem__):
+            if repo in searched:
+                rows = list(grouped)
+                known = {paths[row]: languages[row] for row in rows if languages[row] is not None}
+                files = [row for row in rows if row in kept]
+                depends_on = repository_dependencies(known, ((paths[row], texts[row]) for row in files))
+                linked += [files[node] for node in linked_files(depends_on)]
+    return linked

@@ -5,7 +5,8 @@ other language one by one. To add a language, write a class with `languages`, `c
 to `RESOLVERS`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from megacoder.corpus.imports.c import CIncludes
@@ -18,7 +19,7 @@ from megacoder.corpus.imports.python import PythonImports
 from megacoder.corpus.imports.ruby import RubyRequires
 from megacoder.corpus.imports.rust import RustModules
 
-__all__ = ["RESOLVERS", "Resolver", "repository_dependencies"]
+__all__ = ["RESOLVERS", "Resolver", "linked_files", "repository_dependencies"]
 
 
 class Resolver(Protocol):
@@ -66,3 +67,8 @@ def repository_dependencies(languages: Mapping[str, str], files: Iterable[tuple[
         targets = resolvers[kind].dependencies(path) if kind is not None else set()
         edges.append({position[target] for target in targets if target in position})
     return edges
+
+
+def linked_files(depends_on: Sequence[AbstractSet[int]]) -> set[int]:
+    """The files that an edge leads from or to."""
+    return {node for needs, targets in enumerate(depends_on) if targets for node in (needs, *targets)}

@@ -89,7 +89,7 @@ class FullReport:
         clusters, level = self.findings.clusters, self.corpus.config["near_dedup"]["level"]
         dropped = self.corpus.accounts.dropped.get("dedup", {}).values()
         exact = f"Files dropped because an earlier one has the same text: {sum(count.files for count in dropped):,}."
-        if not self.corpus.config.get("exact_dedup", True):
+        if self.corpus.config.get("exact_dedup") in ("none", False):  # False: of format 5
             exact = "Single files with the same text were not searched for."
         if level == "none":
             return section("Copies", paragraph(f"{exact} Near copies were not searched for."))

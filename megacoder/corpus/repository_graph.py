@@ -12,7 +12,7 @@ from typing import Any
 from megacoder.core.config import did_you_mean
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.accounts import CorpusReport
-from megacoder.corpus.dependencies import repository_dependencies
+from megacoder.corpus.dependencies import linked_files, repository_dependencies
 from megacoder.corpus.findings import read_part
 from megacoder.corpus.order import dependency_order
 from megacoder.corpus.samples import path_comment
@@ -92,7 +92,7 @@ def _graphs(out: Path, report: CorpusReport, names: Collection[str]) -> list[Dep
 def _graph(name: str, languages: dict[str, str], texts: dict[str, str]) -> DependencyGraph:
     files = sorted(texts.items())
     depends_on = repository_dependencies(dict(sorted(languages.items())), files)
-    linked = sorted({end for node, others in enumerate(depends_on) for other in others for end in (node, other)})
+    linked = sorted(linked_files(depends_on))
     order = dependency_order(linked, depends_on)
     place = {node: index for index, node in enumerate(order)}
     return DependencyGraph(

@@ -10,6 +10,7 @@ from megacoder.corpus.decontamination import Decontamination
 from megacoder.corpus.dedup import ExactDedup
 from megacoder.corpus.documents import Stage
 from megacoder.corpus.generated import GeneratedFiles
+from megacoder.corpus.leaks import HELD_OUT_STAGE
 from megacoder.corpus.licenses import LicenseFilter
 from megacoder.corpus.near_dedup import NearDedup
 from megacoder.corpus.origin import MinifiedFiles, VendoredFiles
@@ -49,8 +50,8 @@ def steps(config: CorpusConfig) -> list[Step]:
     """
     level = config.near_dedup.level
     found: list[Step] = [NearDedup("repository")] if level in ("repository", "both") else []
-    if config.exact_dedup:
-        found.append(ExactDedup())
+    if config.exact_dedup != "none":
+        found.append(ExactDedup(config.exact_dedup))
     if level in ("file", "both"):
         found.append(NearDedup("file"))
     checks: list[Stage] = []
@@ -67,4 +68,4 @@ def stage_names(config: CorpusConfig) -> list[str]:
     """The stages at which a file can be dropped, in order."""
     names = [stage.name for stage in scan_stages(config)]
     names += [name for step in steps(config) for name in step.names]
-    return ["read", *dict.fromkeys(names)]
+    return ["read", *dict.fromkeys(names), HELD_OUT_STAGE]

@@ -9,7 +9,7 @@ from typing import Any
 
 from megacoder.corpus.accounts import Accounts
 from megacoder.corpus.config import CorpusConfig
-from megacoder.corpus.dependencies import repository_dependencies
+from megacoder.corpus.dependencies import linked_files, repository_dependencies
 from megacoder.corpus.documents import Dropped
 from megacoder.corpus.drops import read_drops
 from megacoder.corpus.samples import plan_samples, render, rendered_bytes
@@ -153,5 +153,5 @@ def _plan(
 
     depends_on = repository_dependencies(repo.languages, files())
     paths = [path for _, path, _ in documents]
-    linked = {node for needs, targets in enumerate(depends_on) if targets for node in (needs, *targets)}
-    return plan_samples(paths, sizes, depends_on, config.samples, key=f"{config.seed}:{repo.name}"), linked
+    samples = plan_samples(paths, sizes, depends_on, config.samples, key=f"{config.seed}:{repo.name}")
+    return samples, linked_files(depends_on)

@@ -79,7 +79,7 @@ def test_documents_read_are_those_kept_plus_those_dropped(repos, tmp_path):
     assert accounts.kept.bytes + sum(count.bytes for count in dropped) == sum(on_disk)
     assert {stage: {reason: count.files for reason, count in reasons.items()} for stage, reasons in
             accounts.dropped.items() if reasons} == {
-        "read": {"binary": 1, "language unknown": 1},
+        "read": {"binary": 1, "language not selected": 1},
         "rules": {
             "under 25% letters": 1, "mean line over 100 characters": 1, "empty": 1,
             "data file outside 50 to 5000 characters": 1,
@@ -229,6 +229,21 @@ def test_files_held_out_of_one_repository_are_not_trained_on_either(tmp_path):
     assert held
     assert not held & train
     assert report.accounts.dropped["held out"]
+
+
+def test_natural_language_is_a_corpus_of_its_own_where_it_is_asked_for(repos, tmp_path):
+    text = "What the project does, and what it does not do, said in one long paragraph. " * 3 + "\n"
+    write(repos / "repo0/docs/usage.rst", f"{text}>>> import (\n")
+    write(repos / "README.md", text)  # beside the repositories: does not make their folder one
+    names = ("Markdown", "reStructuredText")
+    report = build_corpus(config(repos, tmp_path, languages=names, heldout=SplitConfig(fraction=0)), quiet=True)
+    train = rows(tmp_path / "out", "train")
+    assert [(row["repo"], row["path"]) for row in train] == [("repo0", "docs/usage.rst"), ("repo2", "README.md")]
+    assert train[1]["content"] == "# README.md\n# readme\n"
+    assert report.accounts.multi_file_samples == 0
+    build_corpus(config(repos, tmp_path, out=tmp_path / "code"), quiet=True)
+    kept = rows(tmp_path / "code", "train") + rows(tmp_path / "code", "heldout")
+    assert not {row["language"] for row in kept} & set(names)
 
 
 def test_files_whose_group_exceeds_a_sample_are_counted(repos, tmp_path, capsys):

@@ -54,6 +54,9 @@ BSD2 = "Redistributions in binary form must reproduce the above copyright notice
         ("a.pp", "unit A;\ninterface\n", "Pascal"),
         ("a.pp", "class a {\n  package { 'x': ensure => present }\n}\n", None),
         ("a.inc", "<?php echo 1;\n", "PHP"),
+        ("a.md", "# A project\n", "Markdown"),
+        ("a.md", "", "Markdown"),
+        ("a.md", ";; Machine description for the VAX\n(define_insn \"add\")\n", None),
         ("a.py", "@interface A\n", "Python"),
     ],
 )  # fmt: skip

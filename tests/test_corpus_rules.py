@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped, run_stages
 from megacoder.corpus.generated import GeneratedFiles, says_generated
-from megacoder.corpus.languages import LANGUAGES, as_comment, language_of
+from megacoder.corpus.languages import CODE_LANGUAGES, LANGUAGES, as_comment, language_of
 from megacoder.corpus.rules import PaperRules, RuleThresholds, alphabetic_share, line_lengths, visible_text
+from megacoder.corpus.starcoder2 import StarCoder2Rules
 from megacoder.corpus.text_counts import line_counts
 
 RULES = PaperRules()
@@ -101,7 +102,8 @@ def test_visible_text_never_fails_or_grows_on_any_markup(markup):
 
 
 def test_the_table_holds_the_papers_87_languages_and_no_extension_twice():
-    assert len(LANGUAGES) == 87
+    assert len(CODE_LANGUAGES) == 87
+    assert LANGUAGES.keys() == CODE_LANGUAGES | {"Markdown", "reStructuredText"}
     keys = [key for row in LANGUAGES.values() for key in (*row.extensions, *(f"/{name}" for name in row.filenames))]
     assert len(keys) == len(set(keys))
 
@@ -110,7 +112,8 @@ def test_the_table_holds_the_papers_87_languages_and_no_extension_twice():
     ("path", "language"),
     [
         ("a/b.py", "Python"), ("A.PY", "Python"), ("Makefile", "Makefile"), ("x/CMakeLists.txt", "CMake"),
-        ("a.tar.gz", None), ("py", None), (".py", None), ("a.d/b", None), ("setup.cu", "CUDA"), ("README.md", None),
+        ("a.tar.gz", None), ("py", None), (".py", None), ("a.d/b", None), ("setup.cu", "CUDA"),
+        ("README.md", "Markdown"), ("docs/index.rst", "reStructuredText"), ("notes.txt", None),
     ],
 )  # fmt: skip
 def test_language_by_file_name(path, language):
@@ -118,9 +121,21 @@ def test_language_by_file_name(path, language):
 
 
 def test_comments_as_languages_write_them():
-    assert [as_comment("a.x", name) for name in ("Python", "C", "HTML", "OCaml")] == [
-        "# a.x", "// a.x", "<!-- a.x -->", "(* a.x *)"
+    assert [as_comment("a.x", name) for name in ("Python", "C", "HTML", "OCaml", "reStructuredText")] == [
+        "# a.x", "// a.x", "<!-- a.x -->", "(* a.x *)", ".. a.x"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [PaperRules(), StarCoder2Rules()])
+@pytest.mark.parametrize("language", ["Markdown", "reStructuredText"])
+def test_paragraphs_of_natural_language_may_be_lines(rules, language):
+    paragraph = "What the project is for, and how to install it. " * 40 + "\n"
+    assert rules.reason(paragraph, language) is None
+    assert rules.reason("它是什么以及如何安装。" * 200 + "\n", language) is None
+    assert rules.reason(paragraph, "Python") == "mean line over 100 characters"
+    assert rules.reason("a " * 50_000 + "a", language) == "a line over 100000 characters"
+    assert rules.reason("| 1 | 2 | 3 |\n" * 9, language) == "under 25% letters"
+    assert rules.reason(" \n", language) == "empty"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from bench_common import commit, machine, write_record
 
 from megacoder.corpus.ambiguous import candidate_languages, settled_language
-from megacoder.corpus.languages import language_of
+from megacoder.corpus.languages import CODE_LANGUAGES, language_of
 from megacoder.corpus.reading import decode
 from megacoder.corpus.rules import PaperRules
 from megacoder.corpus.screening import ScreeningConfig
@@ -114,7 +114,7 @@ def _source_files(repo: Path) -> Iterator[dict[str, Any]]:
     """The repository's files in languages of the paper, up to 1 MiB and in UTF-8."""
     for path in sorted(repo.rglob("*")):
         language = language_of(path.name)
-        if language is None or not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 20:
+        if language not in CODE_LANGUAGES or not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 20:
             continue
         try:
             text = path.read_bytes().decode()

@@ -1,7 +1,7 @@
 """Extensions that several languages share: the text of a file decides which one it is in.
 
 Text decides for these extensions only; for all others the table of `languages.py` decides by name. Patterns are tried
-in order and the first that matches decides; the last row is the default. None stands for a language outside the 87.
+in order and the first that matches decides; the last row is the default. None stands for a language outside the table.
 The patterns are this project's own; each looks for what one language writes on most pages and the others cannot.
 """
 
@@ -93,6 +93,7 @@ _RULES: dict[str, list[tuple[str, str | None]]] = {
     "sig": [(r"\b(?:signature|structure|sig|val|type)\b", "Standard ML"), ("", None)],
     "frm": [(r"\A\s*VERSION[ \t]+\d|^[ \t]*(?:Begin|Attribute)[ \t]", "Visual Basic"), ("", None)],
     "y": [(r"^%%", "Yacc"), ("", None)],
+    "md": [(r"\A\s*(?:;;|\(define_)", None), ("", "Markdown")],  # GCC's machine descriptions
 }
 
 _NEEDED = {_OBJECTIVE_C: ("@", "import"), _CPP_WORDS: ("std::", "virtual", "constexpr", "noexcept", "_cast<")}
@@ -117,7 +118,7 @@ def candidate_languages(path: str, by_name: str | None) -> frozenset[str]:
 
 
 def settled_language(path: str, by_name: str | None, text: str) -> str | None:
-    """The language of a file with this text, None if it is none of the 87."""
+    """The language of a file with this text, None if it is none of the table's."""
     rules = AMBIGUOUS.get(_extension(path))
     if rules is None:
         return by_name

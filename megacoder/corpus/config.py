@@ -11,7 +11,7 @@ from megacoder.core.native import native
 from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.engines import ClusterConfig
-from megacoder.corpus.languages import LANGUAGES
+from megacoder.corpus.languages import CODE_LANGUAGES, LANGUAGES
 from megacoder.corpus.licenses import check_names
 from megacoder.corpus.near_config import NearDedupConfig
 from megacoder.corpus.privacy import Handling, check_secrets_available
@@ -40,7 +40,8 @@ class CorpusConfig:
     """number of processes, 0: one per core; the output does not depend on it"""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     languages: tuple[str, ...] = ()
-    """keep only these languages; without any, all 87 of the paper"""
+    """keep only these languages; without any, all 87 of the paper; Markdown and reStructuredText, natural language, are
+    kept only where named"""
     max_file_bytes: int = 1 << 20
     """larger files are dropped unread"""
     max_repo_bytes: int | None = None
@@ -99,7 +100,7 @@ class CorpusConfig:
     def selection(self) -> Selection:
         """What is read of each repository, and how."""
         return Selection(
-            languages=frozenset(self.languages if self.languages else LANGUAGES),
+            languages=frozenset(self.languages) or CODE_LANGUAGES,
             max_file_bytes=self.max_file_bytes,
             max_repo_bytes=self.max_repo_bytes,
             fallback_encoding=self.fallback_encoding,

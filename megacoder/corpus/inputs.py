@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megacoder.core.errors import ConfigError, CorpusError
 from megacoder.corpus.archives import Archive, archive_stem
-from megacoder.corpus.languages import DATA_LANGUAGES, language_of
+from megacoder.corpus.languages import BESIDE_CODE, language_of
 from megacoder.corpus.sources import Repository, Source
 from megacoder.corpus.tables import is_table
 
@@ -108,7 +108,7 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _is_source(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file(follow_symlinks=False) and language_of(entry.name) not in {None, *DATA_LANGUAGES}
+    return entry.is_file(follow_symlinks=False) and language_of(entry.name) not in {None, *BESIDE_CODE}
 
 
 def _by_name(parts: Mapping[Path, int]) -> dict[str, list[Path]]:

@@ -1,13 +1,16 @@
-"""The 87 languages of DeepSeek-Coder's corpus, told apart by file name.
+"""The 87 languages of DeepSeek-Coder's corpus, and two kinds of text beside code, told apart by file name.
 
-The names are Table 1's (arXiv 2401.14196). The paper's own table of extensions is unpublished; this one gives every
-extension to one language, so that a lookup reads no content. Extensions that several languages share (`.h`, `.m`,
-`.pl`, `.v`, ...) are settled by content, in `ambiguous.py`; this table has what they mean by name alone.
+The names are Table 1's (arXiv 2401.14196); Markdown and reStructuredText are on the list in DeepSeek-Coder's
+repository. The paper's own table of extensions is unpublished; this one gives every extension to one language, so that
+a lookup reads no content. Extensions that several languages share (`.h`, `.m`, `.pl`, `.v`, ...) are settled by
+content, in `ambiguous.py`; this table has what they mean by name alone.
 """
 
 from dataclasses import dataclass
 
-__all__ = ["DATA_LANGUAGES", "LANGUAGES", "Language", "as_comment", "language_of"]
+__all__ = [
+    "BESIDE_CODE", "CODE_LANGUAGES", "LANGUAGES", "TEXT_LANGUAGES", "Language", "as_comment", "language_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,11 @@ _TABLE: dict[str, tuple[str, tuple[str, str]]] = {
     "Zig": ("zig", _SLASHES),
 }
 
+_TEXTS: dict[str, tuple[str, tuple[str, str]]] = {
+    "Markdown": ("md markdown mdown mkd", _TAGS),
+    "reStructuredText": ("rst", (".. ", "")),
+}
+
 _FILENAMES = {
     "CMake": "cmakelists.txt",
     "Dockerfile": "dockerfile containerfile",
@@ -139,11 +147,17 @@ LANGUAGES: dict[str, Language] = {
         filenames=tuple(_FILENAMES.get(name, "").split()),
         comment=comment,
     )
-    for name, (extensions, comment) in _TABLE.items()
+    for name, (extensions, comment) in (_TABLE | _TEXTS).items()
 }
 """By name."""
 
-DATA_LANGUAGES = frozenset({"JSON", "YAML"})
+TEXT_LANGUAGES = frozenset(_TEXTS)
+"""Natural language, read only where asked for by name: as a corpus of its own, it is mixed with code by weight."""
+
+CODE_LANGUAGES = frozenset(_TABLE)
+"""The paper's 87."""
+
+BESIDE_CODE = frozenset({"JSON", "YAML", *_TEXTS})
 """Languages whose files alone do not make a folder a repository."""
 
 _BY_EXTENSION = {extension: row.name for row in LANGUAGES.values() for extension in row.extensions}

@@ -10,12 +10,12 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megacoder.corpus.ambiguous import candidate_languages, settled_language
 from megacoder.corpus.documents import Document, Dropped
-from megacoder.corpus.languages import LANGUAGES, language_of
+from megacoder.corpus.languages import CODE_LANGUAGES, language_of
 
 __all__ = ["NOT_WALKED", "Selection", "decode", "make_document", "make_drop", "name_reason", "within_cap"]
 
@@ -45,7 +45,7 @@ _TEXT_CODEC = re.compile(
 class Selection:
     """Which files are read, and how."""
 
-    languages: frozenset[str] = field(default_factory=lambda: frozenset(LANGUAGES))
+    languages: frozenset[str] = CODE_LANGUAGES
     max_file_bytes: int = 1 << 20
     """larger files are not read"""
     max_repo_bytes: int | None = None

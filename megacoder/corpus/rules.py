@@ -4,6 +4,8 @@ All thresholds count characters, not bytes, and are strict as in section 2.1 of 
 line of exactly 100 characters is kept. What the paper leaves open is decided here: a line ends at LF, CR or CRLF and
 its end is not counted; alphabetic is `str.isalpha`; an empty file has no alphabetic share and gets a reason of its own;
 visible text of HTML is that outside tags, comments, scripts and styles, white space collapsed as in a browser.
+The paper publishes no filters for its natural language; Markdown and reStructuredText, whose lines may be paragraphs,
+are limited as StarCoder2 limits Markdown (arXiv 2402.19173): the letters, and no line of 100,000 characters.
 
 Lines and letters are counted in one pass (`text_counts.py`).
 """
@@ -15,12 +17,15 @@ from dataclasses import dataclass
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped
+from megacoder.corpus.languages import TEXT_LANGUAGES
 from megacoder.corpus.text_counts import LineCounts, line_counts
 
 __all__ = [
     "PaperRules", "RuleThresholds", "alphabetic_share", "data_size", "html_visible_text", "line_lengths",
-    "visible_text", "xml_declaration",
+    "markup_line", "visible_text", "xml_declaration",
 ]  # fmt: skip
+
+_MAX_LINE_OF_MARKUP = 100_000
 
 # What is never closed extends to the end of the text, as in a browser, so that no place is scanned twice.
 _REST_OF_TAG = r"""(?:[^>=]++|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z))|=)*+(?:>|\Z)"""
@@ -78,7 +83,8 @@ class PaperRules:
         if not text or text.isspace():
             return "empty"
         counts = line_counts(text)
-        reason = line_lengths(counts, limits) or alphabetic_share(counts, len(text), limits)
+        reason = markup_line(text) if language in TEXT_LANGUAGES else line_lengths(counts, limits)
+        reason = reason or alphabetic_share(counts, len(text), limits)
         if reason is None and language != "XSLT":
             reason = xml_declaration(text)
         if reason is None and language == "HTML":
@@ -95,6 +101,12 @@ def line_lengths(counts: LineCounts, limits: RuleThresholds) -> str | None:
     if counts.longest > limits.max_line:
         return f"a line over {limits.max_line} characters"
     return None
+
+
+def markup_line(text: str) -> str | None:
+    """Drops markup with a line that is too long even where a line may be a paragraph; only LF ends a line."""
+    longest = max(map(len, text.split("\n")))
+    return f"a line over {_MAX_LINE_OF_MARKUP} characters" if longest > _MAX_LINE_OF_MARKUP else None
 
 
 def alphabetic_share(counts: LineCounts, size: int, limits: RuleThresholds) -> str | None:

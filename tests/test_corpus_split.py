@@ -55,6 +55,12 @@ def test_the_target_is_met_and_no_large_repository_fills_it():
     assert len(choose_heldout(sizes, SplitConfig(fraction=0.05, max_bytes=2500))) == 2
 
 
+def test_of_a_large_corpus_30_megabytes_are_held_out():
+    sizes = {f"repo{index}": 1_000_000 for index in range(1000)}
+    assert len(choose_heldout(sizes, SplitConfig())) == 30
+    assert len(choose_heldout(dict(list(sizes.items())[:200]), SplitConfig())) == 10
+
+
 def test_the_smallest_is_held_out_if_all_exceed_the_target():
     assert choose_heldout({"a": 100, "b": 90, "c": 110}, SplitConfig(fraction=0.05)) == {"b"}
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.documents import Document, Dropped, Stage, run_stages
-from megacoder.corpus.drops import Drop, DropFile, write_drops
-from megacoder.corpus.shards import TextReader, finished, redoing
+from megacoder.corpus.drops import Drop, DropFile, write_drops_once
+from megacoder.corpus.shards import TextReader
 from megacoder.corpus.steps import RunTasks, Shard
 
 __all__ = ["DocumentPass", "check_shard"]
@@ -49,11 +49,7 @@ class DocumentPass:
 
 def check_shard(task: _CheckTask) -> DropFile | None:
     """What the stages drop from one shard; the result is kept for a later call with the same shard."""
-    if (done := finished(task.target, task.shard.key)) is None:
-        with redoing(task.target, task.shard.key) as done:
-            drops = write_drops(task.target, _check(task))
-            done["drops"] = drops and drops.key
-    return DropFile(path=task.target, key=done["drops"]) if done["drops"] else None
+    return write_drops_once(task.target, task.shard.key, lambda: _check(task))
 
 
 def _check(task: _CheckTask) -> list[Drop]:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.dependencies import linked_files, repository_dependencies
-from megacoder.corpus.drops import Drop, DropFile, write_drops
+from megacoder.corpus.drops import Drop, DropFile, write_drops_once
 from megacoder.corpus.names import NameFiles, write_names
 from megacoder.corpus.runs import key_ranges, read_range, write_runs
 from megacoder.corpus.shards import TextReader, finished, redoing
@@ -154,18 +154,21 @@ class _TakeTask:
 
 
 def _take(task: _TakeTask) -> DropFile | None:
-    """Writes those of the shard's own copies that are to go as drops."""
+    """Writes those of the shard's own copies that are to go as drops; the result is kept for a later call."""
+    return write_drops_once(task.shard.beside("dropped-copies"), task.key, lambda: _choose(task))
+
+
+def _choose(task: _TakeTask) -> list[Drop]:
     start, end = task.names.starts[task.index : task.index + 2].tolist()
     if start == end:
-        return None
+        return []
     found = np.sort(np.concatenate([read_range(path, COPY, (start, end - 1)) for path in task.copies]))
     rows = (found["key"] - np.uint64(start)).astype(np.int64)
     if task.which == "alone":
         alone = ~np.isin(rows, _linked_rows(task.shard, rows))
         found, rows = found[alone], rows[alone]
     details = tuple(task.names.take(found["first"].astype(np.int64)))
-    drop = Drop(stage="dedup", reason="copy of another file", rows=rows, details=details)
-    return write_drops(task.shard.beside("dropped-copies"), [drop])
+    return [Drop(stage="dedup", reason="copy of another file", rows=rows, details=details)]
 
 
 def _linked_rows(shard: Shard, copies: np.ndarray) -> list[int]:

@@ -1,7 +1,7 @@
 """What steps drop from shards, in files: however much is dropped, the main process holds only the files' names."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacoder.corpus.shards import writing
+from megacoder.corpus.shards import finished, redoing, writing
 from megacoder.data.parquet import read_table
 
-__all__ = ["Drop", "DropFile", "read_drops", "write_drops"]
+__all__ = ["Drop", "DropFile", "read_drops", "write_drops", "write_drops_once"]
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -49,6 +49,15 @@ def write_drops(path: Path, drops: Sequence[Drop]) -> DropFile | None:
         pq.write_table(pa.concat_tables(parts), file, compression="zstd")
     with path.open("rb") as written:
         return DropFile(path=path, key=hashlib.file_digest(written, "sha256").hexdigest()[:32])
+
+
+def write_drops_once(path: Path, key: str, find: Callable[[], Sequence[Drop]]) -> DropFile | None:
+    """`write_drops` of what `find` returns, unless done with the same `key`."""
+    if (done := finished(path, key)) is None:
+        with redoing(path, key) as done:
+            drops = write_drops(path, find())
+            done["drops"] = drops and drops.key
+    return DropFile(path=path, key=done["drops"]) if done["drops"] else None
 
 
 def read_drops(paths: Sequence[Path]) -> Iterator[tuple[int, str, str, str | None]]:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from megacoder.corpus.drops import Drop, DropFile, write_drops
 from megacoder.corpus.runs import write_runs
-from megacoder.corpus.steps import RunTasks, Shard
+from megacoder.corpus.shards import finished, redoing
+from megacoder.corpus.steps import RunTasks, Shard, hash_of
 
 __all__ = ["HELD_OUT_STAGE", "drop_leaks"]
 
@@ -26,6 +27,8 @@ _DIGEST = np.dtype([("key", "<u8"), ("low", "<u8")])
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
+    key: str
+    """changes when any shard or choice does"""
     shard: Shard
     column: str
     """names the unit that is held out: a repository or a path"""
@@ -37,11 +40,6 @@ class _Task:
     @property
     def size(self) -> int:
         return self.shard.size
-
-    @property
-    def found(self) -> Path:
-        """The digests that the task finds."""
-        return self.shard.beside("digests-found")
 
     def rows(self, *, heldout: bool) -> tuple[np.ndarray, np.ndarray]:
         """Rows and digests of the kept files that are held out, or of those that are not."""
@@ -59,10 +57,11 @@ def drop_leaks(
     if not any(heldout):
         return [None] * len(shards)
     held, leaked = (shards[0].scanned.with_name(name) for name in ("digests-held-out", "digests-leaked"))
+    key = hash_of([[shard.key for shard in shards], column, [sorted(units) for units in heldout]])
 
     def tasks(known: Path) -> list[_Task]:
         return [
-            _Task(shard=shard, column=column, heldout=units, known=known)
+            _Task(key=key, shard=shard, column=column, heldout=units, known=known)
             for shard, units in zip(shards, heldout, strict=True)
         ]
 
@@ -77,14 +76,21 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
 
 
 def _list_held_out(task: _Task) -> Path:
-    write_runs(task.found, [task.rows(heldout=True)[1]])
-    return task.found
+    """Writes the digests of the held-out files."""
+    target = task.shard.beside("digests-held-out")
+    if finished(target, task.key) is None:
+        with redoing(target, task.key):
+            write_runs(target, [task.rows(heldout=True)[1]])
+    return target
 
 
 def _list_trained(task: _Task) -> Path:
     """Writes those of the known digests that training files have."""
-    write_runs(task.found, [np.intersect1d(task.rows(heldout=False)[1], np.fromfile(task.known, _DIGEST))])
-    return task.found
+    target = task.shard.beside("digests-trained")
+    if finished(target, task.key) is None:
+        with redoing(target, task.key):
+            write_runs(target, [np.intersect1d(task.rows(heldout=False)[1], np.fromfile(task.known, _DIGEST))])
+    return target
 
 
 def _take(task: _Task) -> DropFile | None:

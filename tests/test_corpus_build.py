@@ -459,13 +459,17 @@ def _alive(pid):
         return False
 
 
-def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_path):
+def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_path, monkeypatch):
     build_corpus(config(repos, tmp_path), quiet=True)
     before = tree(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"samples\.order = 'topo', not 'path'"):
         build_corpus(config(repos, tmp_path, samples=SampleConfig(order="path")), quiet=True)
     with pytest.raises(ConfigError, match=r"max_repo_bytes = None, not 5000"):
         build_corpus(config(repos, tmp_path, max_repo_bytes=5000), quiet=True)
+    ours = ".".join(map(str, sys.version_info[:2]))
+    monkeypatch.setattr("sys.version_info", (3, 99, 0))  # its parser may judge Python files otherwise
+    with pytest.raises(ConfigError, match=rf"python = '{ours}', not '3\.99'"):
+        build_corpus(config(repos, tmp_path), quiet=True)
     assert tree(tmp_path / "out") == before
 
 

@@ -1,6 +1,7 @@
 """The options of a corpus build, and which of them decide the output."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +112,8 @@ class CorpusConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all options but the output folder, the workers and the cluster.
 
-        Whether the recognizer is compiled is part of it: without it, a few more files are screened out as broken.
+        The parsers are part of it. Without the compiled recognizer, a few more files are screened out as broken, and Python
+        files are judged by the grammar of the Python that runs: 3.11 refuses what 3.12 added, 3.14 takes `except A, b:`.
         """
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(
@@ -119,4 +121,5 @@ class CorpusConfig:
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
-        return plain | {"input": inputs, **chosen, "format": FORMAT, "recognizer": hasattr(native(), "Recognizer")}
+        parsers = {"recognizer": hasattr(native(), "Recognizer"), "python": ".".join(map(str, sys.version_info[:2]))}
+        return plain | {"input": inputs, **chosen, "format": FORMAT, **parsers}

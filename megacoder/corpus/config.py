@@ -112,8 +112,8 @@ class CorpusConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the output, as plain values: all options but the output folder, the workers and the cluster.
 
-        The parsers are part of it. Without the compiled recognizer, a few more files are screened out as broken, and Python
-        files are judged by the grammar of the Python that runs: 3.11 refuses what 3.12 added, 3.14 takes `except A, b:`.
+        The parsers are part of it. Without the compiled recognizer, a few more files are screened out as broken; and
+        Python files are judged by the Python that runs: 3.11 refuses what 3.12 added, and 3.14 takes `except A, b:`.
         """
         plain = {name: value for name, value in to_dict(self).items() if name not in ("out", "workers", "cluster")}
         inputs = sorted(

@@ -1,7 +1,9 @@
 """The planner: its arithmetic against the parts that run, its search, and the command."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from plan_memory import ALLOWED, CASES, KINDS, measure
 from plan_published import ROWS, START, chosen_variant, fit, predict
 
 from megacoder.cli import plan, plan_cluster
+from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
@@ -23,13 +26,14 @@ from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
 from megacoder.parallel.schedules.simulate import Costs, makespan, simulate
 from megacoder.parallel.schedules.waiting import limit_waiting
+from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import least_memory, local_elements, rank_memory
 from megacoder.train.planning.pipelines import pipeline
 from megacoder.train.planning.scaling import advise, parse_count
-from megacoder.train.planning.search import Limits, search, variant_pipeline
+from megacoder.train.planning.search import RECOMPUTES, Limits, estimate, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
 from megacoder.train.planning.work import layer_times, shard_link
 from megacoder.train.planning.workspace import Workspace
@@ -101,9 +105,9 @@ def test_layers_are_placed_as_the_run_places_them():
     assert variant_pipeline(JOB_33B, variant).placement == request.layout(8).placement
 
 
-@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22], ids=lambda index: str(CASES[index]))
+@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22, 25, 26, 27], ids=lambda index: str(CASES[index]))
 def test_predicted_memory_is_what_ranks_allocate(ranks, index):
-    """Eight of the 24 layouts of tools/check_plan.py."""
+    """Eleven of the 28 layouts of tools/check_plan.py."""
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):
@@ -126,13 +130,26 @@ def test_recomputation_saves_no_less_memory_where_weight_gradients_are_postponed
     assert kept[0] < 0.9 * kept[2]
 
 
-def test_keeping_fewer_activations_costs_time():
-    variants = [Variant(dims=ParallelDims(tp=8, dp=8), recompute=r) for r in ("none", "selective", "full")]
-    pipes = [variant_pipeline(JOB_33B, variant) for variant in variants]
-    kept = [rank_memory(JOB_33B, v, p, 0).activations for v, p in zip(variants, pipes, strict=True)]
-    times = [step_time(JOB_33B, v, p, DEVICES["h800"], Shares()).total for v, p in zip(variants, pipes, strict=True)]
-    assert kept[0] > kept[1] > kept[2]
-    assert times[0] < times[1] < times[2]
+@pytest.mark.parametrize(
+    ("dims", "schedule", "chunks"),
+    [
+        (ParallelDims(tp=8, dp=8), "1f1b", 1), (ParallelDims(tp=2, pp=8, dp=4), "1f1b", 1),
+        (ParallelDims(tp=2, pp=8, dp=4), "interleaved", 4), (ParallelDims(tp=2, pp=8, dp=4), "zb-h1", 1),
+        (ParallelDims(cp=2, pp=8, dp=4), "zbv", 2), (ParallelDims(pp=8, dp=8), "dualpipev", 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keeping_fewer_activations_costs_time(dims, schedule, chunks):
+    """Which the search relies on: of these it tries less recomputation first, and no more than is needed."""
+    variants = [Variant(dims=dims, schedule=schedule, chunks=chunks, recompute=mode) for mode in RECOMPUTES]
+    estimates = [estimate(JOB_33B, variant, DEVICES["h800"], Shares()) for variant in variants]
+    kept = [(entry.largest.activations, entry.largest.total) for entry in estimates]
+    times = [entry.step.total for entry in estimates]
+    quick = [quick_seconds(JOB_33B, variant, DEVICES["h800"], Shares()) for variant in variants]
+    assert all(more[0] > less[0] and more[1] > less[1] for more, less in pairwise(kept))
+    assert times == sorted(times)
+    assert quick == sorted(quick)
+    assert len(set(times)) == len(RECOMPUTES) == 4
 
 
 def test_the_quick_estimates_do_not_mislead_the_search():
@@ -186,16 +203,38 @@ def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
     assert all(fit.largest.total < 82e9 and fit.variant.dims.world_size == 64 for fit in found.fits)
     assert {"tp spans nodes", "does not fit into memory"} <= found.reasons.keys() == found.examples.keys()
     assert sum(found.reasons.values()) + found.num_fitting == found.num_tried
-    best = found.best(3)
-    assert len({fit.variant.dims for fit in best}) == 3
+    assert len({fit.variant.dims for fit in found.fits}) == len(found.fits) > 3
 
 
-def test_no_fast_layout_is_hidden_behind_variants_of_others():
+@pytest.mark.parametrize(
+    ("devices", "layouts"),
+    [
+        (60, (ParallelDims(cp=2, pp=5, dp=6), ParallelDims(tp=2, pp=5, dp=6))),
+        (64, (ParallelDims(pp=2, dp=32), ParallelDims(dp=64))),
+    ],
+)
+def test_no_fast_layout_is_hidden_behind_variants_of_others(devices, layouts):
     job = replace(JOB_33B, model=find_preset("6.7b").model, global_batch_size=2304)
-    best = search(job, DEVICES["h800"], Shares(), num_devices=60, limits=Limits()).best(5)
-    for dims in (ParallelDims(cp=2, pp=5, dp=6), ParallelDims(tp=2, pp=5, dp=6)):
-        [fastest, *_] = search(job, DEVICES["h800"], Shares(), num_devices=60, limits=Limits(dims=dims)).fits
-        assert dims in {fit.variant.dims for fit in best} or fastest.step.total >= best[-1].step.total
+    best = search(job, DEVICES["h800"], Shares(), num_devices=devices, limits=Limits()).fits[:5]
+    for dims in layouts:
+        [fastest] = search(job, DEVICES["h800"], Shares(), num_devices=devices, limits=Limits(dims=dims)).fits
+        [shown] = [fit for fit in best if fit.variant.dims == dims]
+        assert shown.step.total <= 1.001 * fastest.step.total
+
+
+@pytest.mark.parametrize(("schedule", "pp"), [("1f1b", 1), ("zbv", 4)])
+def test_a_layout_recomputes_no_more_than_it_must(schedule, pp):
+    dims = ParallelDims(tp=4, pp=pp, dp=16 // pp)
+    chunks = 2 if schedule == "zbv" else 1
+    variants = [
+        Variant(dims=dims, schedule=schedule, chunks=chunks, micro_batch_size=2, recompute=mode) for mode in RECOMPUTES
+    ]
+    needed = [estimate(JOB_33B, variant, DEVICES["h800"], Shares()).largest.total / 1e9 for variant in variants]
+    limits = Limits(dims=dims, schedules=(schedule,), micro_batch_sizes=(2,))
+    for mode, gigabytes in zip(RECOMPUTES, needed, strict=True):
+        device = replace(DEVICES["h800"], memory_gb=gigabytes + 0.01, reserved_gb=0.0)
+        [fit] = search(JOB_33B, device, Shares(), num_devices=16, limits=limits).fits
+        assert fit.variant.recompute == mode
 
 
 def test_sixteen_thousand_ranks():
@@ -278,6 +317,109 @@ def test_what_a_run_does_and_the_plan_leaves_out_is_said(tmp_path, capsys):
     path.write_text(text)
     plan.main(["--model", str(path), *words, "--json"])
     assert json.loads(capsys.readouterr().out)["not_counted"] == []
+
+
+def planned(path, capsys, *words):
+    """What the command says of a run's own layout, as JSON and in words."""
+    words = ["--model", str(path), "--schedule", "1f1b", "--top", "2", *words]
+    plan.main([*words, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    plan.main(words)
+    return report, capsys.readouterr().out
+
+
+def run_file(tmp_path, more="", **changes):
+    text = (EXAMPLES / "pretrain_1.3b.toml").read_text()
+    head, _, _ = text.partition("[parallel]")
+    for name, value in changes.items():
+        head = re.sub(rf"^{name} = .*$", f"{name} = {value}", head, flags=re.MULTILINE)
+    (tmp_path / "run.toml").write_text(f"{head}\n{more}")
+    return tmp_path / "run.toml"
+
+
+def test_the_layout_of_a_run_is_shown_among_the_fastest(tmp_path, capsys):
+    path = run_file(tmp_path, "[parallel]\ntp = 2\n[execution]\nrecompute = 'full'\n", micro_batch_size=4)
+    report, shown = planned(path, capsys, "--devices", "8")
+    own, fastest = report["configured"], report["layouts"][0]
+    assert own["fits"]
+    assert own["reason"] is None
+    layout = own["layout"]
+    assert (layout["tp"], layout["dp"], layout["micro_batch_size"], layout["recompute"]) == (2, 4, 4, "full")
+    job = Job(model=load_toml(RunConfig, path).model, seq_length=4096, global_batch_size=report["global_batch_size"])
+    variant = Variant(dims=ParallelDims(tp=2, dp=4), micro_batch_size=4, recompute="full")
+    said = estimate(job, variant, DEVICES["h800"], Shares())
+    assert (layout["step_seconds"], layout["memory"]["total"]) == (said.step.total, said.largest.total)
+    assert not any(row["as_configured"] for row in report["layouts"])
+    assert shown.count("│ 2 1 1 4 * ") == 2, "in both tables"
+    longer = layout["step_seconds"] / fastest["step_seconds"] - 1
+    assert f"* as configured in {path}: a step takes {longer:.1%} longer than the fastest one found" in shown
+    _, shown = planned(path, capsys, "--devices", "8", "--tp", "8")
+    assert "than the fastest one found" in shown
+    assert "│ 2 1 1 4 * " in shown, "options that choose among layouts leave it"
+
+
+def test_the_layout_of_a_run_is_shown_once_where_it_is_the_fastest(tmp_path, capsys):
+    report, _ = planned(run_file(tmp_path), capsys, "--devices", "8")
+    best = report["layouts"][0]
+    parallel = "[parallel]\n" + "".join(f"{axis} = {best[axis]}\n" for axis in ("tp", "cp", "pp"))
+    path = run_file(
+        tmp_path, f"{parallel}[execution]\nrecompute = '{best['recompute']}'\n",
+        micro_batch_size=best["micro_batch_size"],
+    )  # fmt: skip
+    report, shown = planned(path, capsys, "--devices", "8")
+    assert [row["as_configured"] for row in report["layouts"]] == [True, False]
+    assert report["configured"]["layout"] == report["layouts"][0]
+    assert shown.count(" * ") == 2
+    assert f"* as configured in {path}: the fastest layout that was found" in shown
+
+
+@pytest.mark.parametrize(
+    ("devices", "parallel", "changes", "reason"),
+    [
+        (8, "tp = 3", {}, "tp=3,dp=2 needs 6 ranks, there are 8; nearest that work on 8 ranks: "),
+        (1, "pp = 2", {}, "pp=2 needs 2 ranks, there is 1; nearest that work on 1 rank: dp=1"),
+        (8, "dp = 3", {}, "dp=3 needs 3 ranks, there are 8; nearest"),
+        (8, "tp = 8", {"global_batch_size": 1023, "micro_batch_size": 2}, "global_batch_size = 1023 is not a multiple"),
+        (8, "pp = 2\nlayers_per_stage = [20, 3]", {}, "places 23 layers of 24; nearest that works: [12, 12]"),
+    ],
+)
+def test_a_layout_of_a_run_that_does_not_work_is_one_line(tmp_path, capsys, devices, parallel, changes, reason):
+    path = run_file(tmp_path, f"[parallel]\n{parallel}\n", **changes)
+    report, shown = planned(path, capsys, "--devices", str(devices))
+    assert not report["configured"]["fits"]
+    assert report["configured"]["layout"] is None
+    assert reason in report["configured"]["reason"]
+    [line] = [line for line in shown.splitlines() if line.startswith(f"As configured in {path}: ")]
+    assert reason in line
+    assert " * " not in shown
+
+
+def test_a_layout_of_a_run_that_does_not_fit_is_shown_last_with_the_reason(tmp_path, capsys):
+    path = run_file(tmp_path, "[parallel]\nschedule = 'gpipe'\npp = 2\n", micro_batch_size=8)
+    report, shown = planned(path, capsys, "--devices", "8")
+    own = report["configured"]
+    assert not own["fits"]
+    assert own["layout"]["memory"]["total"] > 81.9e9
+    gigabytes = f"{own['layout']['memory']['total'] / 1e9:.2f} GB of 81.90"
+    assert own["reason"] == f"does not fit into memory, {gigabytes} on its most loaded rank"
+    assert f"* as configured in {path}: {own['reason']}\n" in shown
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert ["*" in row for row in rows] == [False, False, True] * 2
+
+
+def test_a_preset_configures_no_layout(capsys):
+    plan.main(["--model", "1.3b", "--devices", "8", "--schedule", "1f1b", "--top", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["configured"] is None
+
+
+def test_dtype_and_plain_blocks_are_those_of_the_run(tmp_path, capsys):
+    path = run_file(tmp_path, "[execution]\nblock = 'plain'\n", dtype="'float32'")
+    report, shown = planned(path, capsys, "--devices", "8")
+    assert report["dtype"] == "float32"
+    assert report["configured"]["layout"]["memory"]["weights"] == pytest.approx(4 * report["parameters"], rel=0.01)
+    assert 'Not counted: execution.block = "plain": ' in shown
+    report, _ = planned(path, capsys, "--devices", "8", "--dtype", "bfloat16")
+    assert report["configured"]["layout"]["memory"]["weights"] == pytest.approx(2 * report["parameters"], rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])

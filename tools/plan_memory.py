@@ -1,4 +1,4 @@
-"""Measured against planned memory, per rank and kind, in 24 layouts.
+"""Measured against planned memory, per rank and kind, in 28 layouts.
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.
@@ -68,14 +68,17 @@ class Case:
         )  # fmt: skip
 
     @property
-    def variant(self) -> Variant:
-        parallel = self.parallel
-        chunks = {"zbv": 2, "dualpipev": 2, "interleaved": parallel.chunks or 2}.get(parallel.schedule, 1)
-        return Variant(
-            dims=parallel.dims(self.ranks), schedule=parallel.schedule, chunks=chunks,
-            micro_batch_size=self.micro_batch_size, recompute=self.recompute,  # type: ignore[arg-type]
-            sequence_parallel=parallel.sequence_parallel, bucket_elements=parallel.bucket_elements,
+    def request(self) -> LayoutRequest:
+        job = self.job
+        return LayoutRequest(
+            model=job.model, parallel=self.parallel, seq_length=job.seq_length,
+            global_batch_size=job.global_batch_size, micro_batch_size=self.micro_batch_size,
+            execution=ExecutionConfig(recompute=self.recompute),  # type: ignore[arg-type]
         )  # fmt: skip
+
+    @property
+    def variant(self) -> Variant:
+        return Variant.of(self.request, self.request.check(self.ranks))
 
     def __str__(self) -> str:
         name = f"{self.variant}, {str(self.dtype).removeprefix('torch.')}"
@@ -112,6 +115,10 @@ CASES = [
     _case(4, {"pp": 4, "schedule": "zb-h1"}, recompute="selective"),
     _case(2, {"pp": 2, "schedule": "zbv"}, recompute="full", dtype=BF16),
     _case(4, {"pp": 2, "tp": 2, "schedule": "dualpipev"}, recompute="norms"),
+    _case(2, {"tp": 2}, recompute="norms"),
+    _case(4, {"pp": 4, "schedule": "zb-h1"}, recompute="norms", dtype=BF16),
+    _case(2, {"pp": 2, "schedule": "gpipe", "layers_per_stage": (3, 1)}, recompute="norms", microbatches=9),
+    _case(4, {"cp": 2, "tp": 2}, recompute="norms", seq_length=128),
 ]
 
 
@@ -151,15 +158,11 @@ def check_memory(*, quiet: bool) -> dict[str, Any]:
 def measure(world: World, case: Case) -> tuple[tuple[int, int], dict[str, int]]:
     """((pipeline rank, context parallel rank), bytes by kind) of one rank; all ranks of the case call it."""
     torch.set_num_threads(1)
-    job, execution = case.job, ExecutionConfig(recompute=case.recompute)  # type: ignore[arg-type]
-    request = LayoutRequest(
-        model=job.model, parallel=case.parallel, seq_length=job.seq_length,
-        global_batch_size=job.global_batch_size, micro_batch_size=case.micro_batch_size, execution=execution,
-    )  # fmt: skip
+    job, request = case.job, case.request
     layout = request.layout(world.size)
     mesh = Mesh(world, layout.dims, sequence_parallel=case.parallel.sequence_parallel)
     engine = Engine(
-        job.model, layout, mesh, execution=execution,
+        job.model, layout, mesh, execution=request.execution,
         bucket_elements=case.parallel.bucket_elements, optimizer=AdamWConfig(), dtype=case.dtype, seed=1,
     )  # fmt: skip
     batches = SyntheticStream(

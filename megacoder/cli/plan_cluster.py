@@ -1,6 +1,7 @@
 """`megacoder plan --model 33b --device h800 --devices 512`: layouts that fit, how fast they are, why others do not.
 
-With `--tokens 2T` also the days and device-hours of the run, and what batch and learning rate the scaling law of
+Given the TOML file of a run, the layout that the file configures is shown among them, or why it does not work. With
+`--tokens 2T` also the days and device-hours of the run, and what batch and learning rate the scaling law of
 DeepSeek-LLM gives for it; without `--model` that advice alone, for every preset.
 """
 
@@ -20,9 +21,9 @@ from megacoder.parallel.schedules.simulate import simulate
 from megacoder.train.config import RunConfig
 from megacoder.train.planning.devices import Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.memory import Memory, rank_memory
+from megacoder.train.planning.memory import Memory, memory_by_rank, most_loaded
 from megacoder.train.planning.scaling import Advice, advise, parse_count
-from megacoder.train.planning.search import RECOMPUTES, Fit, Found, Limits, search, variant_pipeline
+from megacoder.train.planning.search import RECOMPUTES, Estimate, Found, Limits, estimate, search, variant_pipeline
 from megacoder.train.planning.step_time import stage_costs
 
 __all__ = ["ClusterArgs", "main"]
@@ -36,7 +37,7 @@ class ClusterArgs:
     """Layouts of a model on a cluster, which need not be at hand: memory, time, and why others are rejected."""
 
     model: str | None = None
-    """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, tiny, tiny-gqa, or the TOML file of a run"""
+    """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, tiny, tiny-gqa, or the TOML file of a run, whose own layout is shown, too"""
     device: str = "h800"
     """h800, h100, h200, a100, cpu, or a TOML file that describes one"""
     devices: int = 8
@@ -61,8 +62,8 @@ class ClusterArgs:
     """only layouts with this recomputation"""
     fp8: bool = False
     """compute the layers' matrix products in fp8"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of weights and activations"""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """dtype of weights and activations; if unset, the run's, or bfloat16"""
     top: int = 5
     """number of layouts to show"""
     draw: Path | None = None
@@ -97,7 +98,8 @@ def main(argv: Sequence[str]) -> None:
         draw(simulate(pipe.schedule, stage_costs(job, best, pipe, device, Shares())), args.draw)
         say(f"wrote {args.draw}" + (f": the first {pipe.schedule.num_microbatches} of {best.microbatches(job)} "
                                     "microbatches" if pipe.rounds_left_out else ""))  # fmt: skip
-    report = {**_report(args, job, device, found, advice, tokens), "not_counted": _not_counted(args, run)}
+    own = None if run is None else _as_configured(args, run, job, device)
+    report = {**_report(args, job, device, found, own, advice, tokens), "not_counted": _not_counted(args, run)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -116,9 +118,21 @@ def _not_counted(args: ClusterArgs, run: RunConfig | None) -> list[str]:
             "execution.cuda_graph = true: the graph keeps its memory, so what evaluation and update need comes on top; "
             "and no time is counted for launching kernels, with or without a graph"
         )
+    if run.execution.block == "plain":
+        left_out.append('execution.block = "plain": memory and time are those of the scheduled block')
     if run.execution.fp8 and not args.fp8:
         left_out.append("execution.fp8 = true: give --fp8 to plan with it")
     return left_out
+
+
+def _as_configured(args: ClusterArgs, run: RunConfig, job: Job, device: Device) -> Estimate | str:
+    """The run's own layout, or why it has none on so many devices. Options for all layouts hold for it, too."""
+    request = replace(run.layout_request, seq_length=job.seq_length, global_batch_size=job.global_batch_size)
+    try:
+        variant = replace(Variant.of(request, request.check(args.devices)), fp8=args.fp8)
+        return estimate(job, variant, device, Shares())
+    except ConfigError as error:
+        return str(error)
 
 
 def _job(args: ClusterArgs, run: RunConfig | None, tokens: float | None) -> tuple[Job, Advice | None]:
@@ -133,12 +147,9 @@ def _job(args: ClusterArgs, run: RunConfig | None, tokens: float | None) -> tupl
     batch = args.batch if args.batch is not None else batch or (advice.batch_sequences if advice else 0)
     if not batch and args.batch is None:
         raise ConfigError(f"the batch of {args.model} is unpublished; give --batch, or --tokens for the law's")
-    return (
-        Job(
-            model=model, seq_length=length, global_batch_size=batch, itemsize=2 if args.dtype == "bfloat16" else 4
-        ),
-        advice,
-    )  # fmt: skip
+    dtype = args.dtype or ("auto" if run is None else run.dtype)
+    itemsize = 4 if dtype == "float32" else 2
+    return Job(model=model, seq_length=length, global_batch_size=batch, itemsize=itemsize), advice
 
 
 def _limits(args: ClusterArgs, job: Job) -> Limits:
@@ -163,13 +174,25 @@ def _limits(args: ClusterArgs, job: Job) -> Limits:
 
 
 def _report(
-    args: ClusterArgs, job: Job, device: Device, found: Found, advice: Advice | None, tokens: float | None
+    args: ClusterArgs,
+    job: Job,
+    device: Device,
+    found: Found,
+    own: Estimate | str | None,
+    advice: Advice | None,
+    tokens: float | None,
 ) -> dict[str, Any]:
+    own_variant = own.variant if isinstance(own, Estimate) else None
     return {
         "model": args.model, "parameters": job.model.num_params, "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size, "device": device.name, "devices": args.devices,
-        "memory_gb": device.memory_gb - device.reserved_gb, "tried": found.num_tried, "fitting": found.num_fitting,
-        "layouts": [_layout(job, fit, tokens, device.device_type) for fit in found.best(args.top)],
+        "dtype": "float32" if job.itemsize == 4 else "bfloat16", "memory_gb": device.room / 1e9,
+        "tried": found.num_tried, "fitting": found.num_fitting,
+        "layouts": [
+            {**_layout(job, fit, tokens, device), "as_configured": fit.variant == own_variant}
+            for fit in found.fits[: args.top]
+        ],
+        "configured": None if own is None else _configured(job, own, tokens, device),
         "rejected": [
             {"reason": reason, "layouts": count, "example": found.examples[reason]}
             for reason, count in found.reasons.most_common()
@@ -178,11 +201,22 @@ def _report(
     }  # fmt: skip
 
 
-def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[str, Any]:
+def _configured(job: Job, own: Estimate | str, tokens: float | None, device: Device) -> dict[str, Any]:
+    """The run's own layout, or the reason why it does not work, or both if it does not fit."""
+    if isinstance(own, str):
+        return {"fits": False, "reason": own, "layout": None}
+    needed, reason = own.largest.total, None
+    if needed > device.room:
+        reason = f"does not fit into memory, {needed / 1e9:.2f} GB of {device.room / 1e9:.2f} on its most loaded rank"
+    layout = {**_layout(job, own, tokens, device), "as_configured": True}
+    return {"fits": reason is None, "reason": reason, "layout": layout}
+
+
+def _layout(job: Job, fit: Estimate, tokens: float | None, device: Device) -> dict[str, Any]:
     variant, reached, dims = fit.variant, fit.throughput, fit.variant.dims
     seconds = None if tokens is None else tokens / reached.tokens_per_second
     pipe = variant_pipeline(job, variant)
-    by_recompute = {recompute: _activations(job, replace(variant, recompute=recompute), device_type)
+    by_recompute = {recompute: _activations(job, replace(variant, recompute=recompute), device)
                     for recompute in RECOMPUTES}  # fmt: skip
     return {
         "tp": dims.tp, "cp": dims.cp, "pp": dims.pp, "dp": dims.dp, "schedule": variant.schedule,
@@ -197,12 +231,10 @@ def _layout(job: Job, fit: Fit, tokens: float | None, device_type: str) -> dict[
     }  # fmt: skip
 
 
-def _activations(job: Job, variant: Variant, device_type: str) -> int:
-    """Of the rank that keeps most."""
+def _activations(job: Job, variant: Variant, device: Device) -> int:
+    """Of the most loaded rank."""
     pipe = variant_pipeline(job, variant)
-    return max(
-        rank_memory(job, variant, pipe, rank, device_type=device_type).activations for rank in range(variant.dims.pp)
-    )
+    return most_loaded(memory_by_rank(job, variant, pipe, device_type=device.device_type)).activations
 
 
 def _bytes(memory: Memory) -> dict[str, int]:
@@ -210,8 +242,17 @@ def _bytes(memory: Memory) -> dict[str, int]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    if report["layouts"]:
-        _print_layouts(report)
+    rows, own = list(report["layouts"]), report["configured"]
+    if own is not None and own["layout"] is not None and not any(row["as_configured"] for row in rows):
+        rows.append(own["layout"])
+        if own["fits"]:
+            rows.sort(key=lambda row: row["step_seconds"])
+    if rows:
+        _print_times(report, rows)
+        _print_memory(report, rows)
+    if own is not None:
+        mark = "As" if own["layout"] is None else "* as"
+        print(f"{mark} configured in {report['model']}: {own['reason'] or _compared(own['layout'], report['layouts'])}")
     rejected = "; not the others:" if report["rejected"] else ""
     print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit{rejected}")
     for row in report["rejected"]:
@@ -227,30 +268,46 @@ def _print(report: dict[str, Any]) -> None:
         )
 
 
-def _print_layouts(report: dict[str, Any]) -> None:
-    with_days = any(row["days"] is not None for row in report["layouts"])
+def _compared(own: dict[str, Any], layouts: Sequence[dict[str, Any]]) -> str:
+    """The run's own layout with the fastest one found."""
+    if not layouts:
+        return "fits"
+    if layouts[0]["as_configured"]:
+        return "the fastest layout that was found"
+    longer = own["step_seconds"] / layouts[0]["step_seconds"] - 1
+    return f"a step takes {abs(longer):.1%} {'longer' if longer >= 0 else 'less'} than the fastest one found"
+
+
+def _print_times(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    with_days = any(row["days"] is not None for row in rows)
     table(
         f"{report['model']} ({report['parameters']:,} parameters), {report['global_batch_size']:,} x "
-        f"{report['seq_length']:,} tokens a step, on {report['devices']:,} x {report['device']}",
+        f"{report['seq_length']:,} tokens a step, on {report['devices']:,} x {report['device']} in {report['dtype']}",
         ["tp cp pp dp", "schedule", "micro", "recompute", "step s", "tokens/s", "MFU full", "causal",
          *(["days", "device-hours"] if with_days else [])],
-        [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
-          _schedule_name(row),
+        [[_axes(row), _schedule_name(row),
           str(row["micro_batch_size"]), row["recompute"], f"{row['step_seconds']:.2f}",
           f"{row['tokens_per_second']:,.0f}", f"{row['mfu_full']:.1%}", f"{row['mfu_causal']:.1%}",
           *([f"{row['days']:,.1f}", f"{row['device_hours']:,.0f}"] if with_days else [])]
-         for row in report["layouts"]],
+         for row in rows],
     )  # fmt: skip
+
+
+def _print_memory(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
     table(
         f"GB on the most loaded rank, out of {report['memory_gb']:.0f} without what is reserved; at the right, "
         "activations by recomputation",
-        ["tp cp pp dp", *kinds, "none", "selective", "full"],
-        [[" ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp")),
-          *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
+        ["tp cp pp dp", *kinds, *RECOMPUTES],
+        [[_axes(row), *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
           *(f"{size / 1e9:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
-         for row in report["layouts"]],
+         for row in rows],
     )  # fmt: skip
+
+
+def _axes(row: dict[str, Any]) -> str:
+    sizes = " ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp"))
+    return f"{sizes} *" if row["as_configured"] else sizes
 
 
 def _schedule_name(row: dict[str, Any]) -> str:

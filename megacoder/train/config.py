@@ -183,11 +183,15 @@ class RunConfig:
         tokens = self.global_batch_size * self.data.stream.seq_length
         return learning_rate(step, self.steps, self.schedule, tokens_per_step=tokens)
 
-    def layout(self, world_size: int) -> Layout:
-        """The layout of `world_size` ranks; ConfigError, with the nearest layouts that work, if this is not one."""
-        request = LayoutRequest(
+    @property
+    def layout_request(self) -> LayoutRequest:
+        """What its layout depends on."""
+        return LayoutRequest(
             model=self.model, parallel=self.parallel, seq_length=self.data.stream.seq_length,
             global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size,
             execution=self.execution,
         )  # fmt: skip
-        return request.layout(world_size)
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of `world_size` ranks; ConfigError, with the nearest layouts that work, if this is not one."""
+        return self.layout_request.layout(world_size)

@@ -7,6 +7,7 @@ sizes divide over tp, sequences over cp, layers over the pipeline's stages, and 
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
@@ -43,24 +44,13 @@ class LayoutRequest:
 
     def layout(self, world_size: int) -> "Layout":
         """The layout on `world_size` ranks; ConfigError with the reason and the nearest that work if there is none."""
-        dims = self.parallel.dims(world_size)
-        self._schedule(dims, 1)  # an error in the schedule, or in the batch alone, is one in every layout
-        if self.global_batch_size % self.micro_batch_size:
-            raise ConfigError(
-                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = "
-                f"{self.micro_batch_size}"
-            )
-        if world_size == 1 < dims.world_size:
-            needed = dims.world_size
+        needed = self.parallel.dims(world_size).world_size
+        if world_size == 1 < needed:
+            dims = self.check(needed)
             raise ConfigError(
                 f"{dims} needs {needed} ranks, only one was started; start them with --nproc {needed} or torchrun"
             )
-        try:
-            if dims.world_size != world_size:
-                raise ConfigError(f"{dims} needs {dims.world_size} ranks, there are {world_size}")
-            self._check_sizes(dims)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; {self._advice(dims, world_size)}") from None
+        dims = self.check(world_size)
         schedule = self._schedule(dims, self.global_batch_size // (dims.dp * self.micro_batch_size))
         costs = layer_costs(self.model, self.seq_length)
         placement = self._place(schedule, costs)
@@ -69,6 +59,24 @@ class LayoutRequest:
             schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=share)
         check_schedule(schedule)
         return Layout(dims=dims, schedule=schedule, placement=placement, layer_costs=costs)
+
+    def check(self, world_size: int) -> ParallelDims:
+        """The sizes of the axes on `world_size` ranks; ConfigError as of `layout`, which checks the placement, too."""
+        dims = self.parallel.dims(world_size)
+        self._schedule(dims, 1)  # an error in the schedule, or in the batch alone, is one in every layout
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = "
+                f"{self.micro_batch_size}"
+            )
+        try:
+            if dims.world_size != world_size:
+                there = "is 1" if world_size == 1 else f"are {world_size}"
+                raise ConfigError(f"{dims} needs {dims.world_size} ranks, there {there}")
+            self._check_sizes(dims)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {self._advice(dims, world_size)}") from None
+        return dims
 
     def _limited_share(self, dims: ParallelDims) -> float | None:
         if self.execution.block == "plain":  # nothing waits there
@@ -120,7 +128,8 @@ class LayoutRequest:
     def _advice(self, dims: ParallelDims, world_size: int) -> str:
         nearest = dims.nearest(world_size, works=self._works)
         if nearest:
-            return f"nearest that work on {world_size} ranks: {'; '.join(map(str, nearest))}"
+            ranks = counted(world_size, "rank", "ranks")
+            return f"nearest that work on {ranks}: {'; '.join(map(str, nearest))}"
         try:
             self._check_sizes(ParallelDims())
         except ConfigError:  # what fails on a single rank fails on any number

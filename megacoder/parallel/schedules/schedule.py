@@ -82,7 +82,7 @@ class StageMap:
     def num_chunks(self) -> int:
         return len(self.stages[0])
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return self.num_ranks * self.num_chunks
 

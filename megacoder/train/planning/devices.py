@@ -54,6 +54,11 @@ class Device:
                 f"{self.memory_gb}"
             )
 
+    @property
+    def room(self) -> float:
+        """Bytes for a rank."""
+        return (self.memory_gb - self.reserved_gb) * 1e9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:

@@ -1,13 +1,16 @@
 """What is to be planned, and one way to lay it out: the two records that everything else here works on."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import Recompute
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import BUCKET_ELEMENTS
+from megacoder.parallel.schedules.generators import build_schedule
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.train.layout import LayoutRequest
 
 __all__ = ["Job", "Variant"]
 
@@ -55,6 +58,20 @@ class Variant:
     stage_per_node: bool = False
     """whether a node's devices hold one pipeline stage of several replicas (this library's hold one replica's ranks)"""
     bucket_elements: int = BUCKET_ELEMENTS
+    layers_per_stage: tuple[int, ...] | None = None
+    """if unset, placed by cost"""
+
+    @classmethod
+    def of(cls, request: LayoutRequest, dims: ParallelDims) -> Self:
+        """As a run asks for it; `dims` are those that `request.check` returned."""
+        parallel, execution = request.parallel, request.execution
+        schedule = build_schedule(parallel.schedule, num_ranks=1, num_microbatches=1, num_chunks=parallel.chunks)
+        return cls(
+            dims=dims, schedule=parallel.schedule, chunks=schedule.num_chunks,
+            micro_batch_size=request.micro_batch_size, recompute=execution.recompute, fp8=execution.fp8,
+            sequence_parallel=parallel.sequence_parallel, bucket_elements=parallel.bucket_elements,
+            layers_per_stage=parallel.layers_per_stage,
+        )  # fmt: skip
 
     @property
     def tp(self) -> TensorParallel:

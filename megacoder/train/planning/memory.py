@@ -7,6 +7,7 @@ logits, and what travels between stages: the peak of everything together less th
 at another moment.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import groupby
@@ -28,7 +29,7 @@ from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.pipelines import Held, Pipeline
 from megacoder.train.planning.workspace import Workspace
 
-__all__ = ["Memory", "least_memory", "local_elements", "rank_memory"]
+__all__ = ["Memory", "least_memory", "local_elements", "memory_by_rank", "most_loaded", "rank_memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,16 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_by_rank(job: Job, variant: Variant, pipe: Pipeline, *, device_type: str = "cuda") -> tuple[Memory, ...]:
+    """Of every pipeline rank."""
+    return tuple(rank_memory(job, variant, pipe, rank, device_type=device_type) for rank in range(variant.dims.pp))
+
+
+def most_loaded(memories: Iterable[Memory]) -> Memory:
+    """Of the rank that needs most."""
+    return max(memories, key=lambda memory: memory.total)
 
 
 def rank_memory(

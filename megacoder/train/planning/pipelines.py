@@ -17,7 +17,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.pipeline import confirmations
 from megacoder.parallel.schedules.generators import build_schedule
-from megacoder.parallel.schedules.placement import Placement, place_by_cost
+from megacoder.parallel.schedules.placement import Placement, place_by_cost, place_explicitly
 from megacoder.parallel.schedules.program import Exchange, Program, Send
 from megacoder.parallel.schedules.schedule import Op, Schedule, StageMap, StageTensor
 from megacoder.parallel.schedules.simulate import Costs, makespan
@@ -94,17 +94,20 @@ def pipeline(
     model: ModelConfig,
     seq_length: int,
     limited_share: float | None = None,
+    layers_per_stage: tuple[int, ...] | None = None,
 ) -> Pipeline:
-    """The pipeline of `microbatches`; ConfigError if there are more stages than layers for them.
+    """The pipeline of `microbatches`; ConfigError if its stages cannot hold the layers.
 
     `limited_share` is that of `megacoder.train.layout`.
     """
     left_out = max(0, microbatches // ranks - (_ROUNDS if ranks > 1 else 1))
+    if name == "gpipe":  # which holds more with every microbatch
+        left_out = 0
     few = microbatches - left_out * ranks
-    short = _build(name, ranks, chunks, few, model, seq_length, limited_share)
+    short = _build(name, ranks, chunks, few, model, seq_length, limited_share, layers_per_stage)
     if not left_out:
         return short
-    longer = _build(name, ranks, chunks, few + ranks, model, seq_length, limited_share)
+    longer = _build(name, ranks, chunks, few + ranks, model, seq_length, limited_share, layers_per_stage)
     return Pipeline(short.layout, longer, left_out)
 
 
@@ -117,9 +120,15 @@ def _build(
     model: ModelConfig,
     seq_length: int,
     limited_share: float | None,
+    layers_per_stage: tuple[int, ...] | None,
 ) -> Pipeline:
     schedule = build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=chunks)
-    placement = _place(schedule.stage_map, model, seq_length)
+    if layers_per_stage is None:
+        placement = _place(schedule.stage_map, model, seq_length)
+    else:
+        placement = place_explicitly(
+            model.num_hidden_layers, layers_per_stage, num_stages=schedule.stage_map.num_stages
+        )  # fmt: skip
     if limited_share is not None:
         schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=limited_share)
     costs = layer_costs(model, seq_length)

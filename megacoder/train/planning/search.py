@@ -1,13 +1,18 @@
 """Every layout of a job on a number of devices: those that fit, the fastest first, and why the others are rejected.
 
-All layouts are checked against memory and ordered by a quick estimate of their time; the first of those that fit are
-then simulated, action by action, and their memory counted rank by rank. Tensor parallel groups stay within a node:
-across nodes they are slower than any alternative.
+All layouts are checked against a lower bound of their memory and ordered by a quick estimate of their time. The
+schedules of the first are simulated, action by action. Then their memory is counted rank by rank, which takes several
+times as long: from the fastest on, until one way to run each layout fits. Ways that differ only in what they recompute
+count as one: less recomputation is faster and needs more memory, so more of it is tried only where less does not fit.
+Tensor parallel groups stay within a node: across nodes they are slower than any alternative.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from itertools import count
+from typing import get_args
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
@@ -17,19 +22,22 @@ from megacoder.parallel.dims import Axis, ParallelDims
 from megacoder.train.layout import limited_share
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.memory import Memory, least_memory, rank_memory
+from megacoder.train.planning.memory import Memory, least_memory, memory_by_rank, most_loaded
 from megacoder.train.planning.pipelines import Pipeline, pipeline
 from megacoder.train.planning.step_time import StepTime, Throughput, quick_seconds, step_time, throughput
 
-__all__ = ["RECOMPUTES", "Fit", "Found", "Limits", "search", "variant_pipeline"]
+__all__ = ["RECOMPUTES", "Estimate", "Found", "Limits", "estimate", "search", "variant_pipeline"]
 
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
-"""What is tried. "norms" is not: between "none" and "selective", it seldom is what makes a layout fit."""
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+"""From the fastest to the one that keeps least."""
 _CHOSEN: tuple[Axis, ...] = ("tp", "cp", "pp")
-_SIMULATED = 36
-"""Variants that are simulated; a quick estimate has ordered all of them before."""
-_SIMULATED_FIRST = 3
-"""Of each layout, before more variants of one are: the estimate errs more between layouts than within one."""
+_SIMULATED = 72
+"""Ways to run a layout that are simulated; a quick estimate has ordered all of them before."""
+_SIMULATED_FIRST = 2
+"""Of each layout with each schedule, before more ways to run one are: the estimate errs more between those than within,
+and all the numbers of chunks of `interleaved` would crowd out the others."""
+_POSTPONING = ("zb-h1", "zbv", "dualpipev")
+"""Schedules whose weight gradients wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +62,8 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """A layout that fits."""
+class Estimate:
+    """What a layout needs and how fast it is."""
 
     variant: Variant
     memory: tuple[Memory, ...]
@@ -66,15 +74,15 @@ class Fit:
     @property
     def largest(self) -> Memory:
         """Of the rank that needs most."""
-        return max(self.memory, key=lambda memory: memory.total)
+        return most_loaded(self.memory)
 
 
 @dataclass(kw_only=True)
 class Found:
     """What a search found."""
 
-    fits: list[Fit] = field(default_factory=list)
-    """simulated ones, fastest first"""
+    fits: list[Estimate] = field(default_factory=list)
+    """the fastest of each layout (tp, cp, pp) that was simulated, fastest first"""
     num_fitting: int = 0
     """of all that were tried"""
     num_tried: int = 0
@@ -85,52 +93,76 @@ class Found:
     least_needed: float = float("inf")
     """bytes of that nearest miss"""
 
-    def best(self, count: int) -> list[Fit]:
-        """The fastest variants of the `count` fastest layouts (tp, cp, pp)."""
-        chosen: dict[ParallelDims, Fit] = {}
-        for fit in self.fits:
-            chosen.setdefault(fit.variant.dims, fit)
-        return list(chosen.values())[:count]
-
 
 def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits: Limits) -> Found:
     """All layouts on `num_devices` ranks."""
     found = Found()
-    room = (device.memory_gb - device.reserved_gb) * 1e9
     promising: list[tuple[float, Variant]] = []
     for variant in _variants(job, device, found, num_devices, limits):
         found.num_tried += 1
         least = least_memory(job, variant, device_type=device.device_type)
-        if least > room:
-            _too_large(found, variant, least, room, "at least ")
+        if least > device.room:
+            _too_large(found, variant, least, device.room, "at least ")
         else:
             promising.append((quick_seconds(job, variant, device, shares), variant))
     found.num_fitting = len(promising)
-    for variant in _few_of_each_layout_first(promising):
-        if len(found.fits) == _SIMULATED:
-            break
-        pipe = variant_pipeline(job, variant)
-        memory = tuple(
-            rank_memory(job, variant, pipe, rank, device_type=device.device_type) for rank in range(variant.dims.pp)
-        )
-        most = max(part.total for part in memory)
-        if most > room:
-            found.num_fitting -= 1
-            _too_large(found, variant, most, room)
-            continue
-        step = step_time(job, variant, pipe, device, shares)
-        reached = throughput(job, variant, device, step.total)
-        found.fits.append(Fit(variant=variant, memory=memory, step=step, throughput=reached))
-    found.fits.sort(key=lambda fit: fit.step.total)
+    ways = _few_of_each_kind_first(promising)
+    for start in range(0, len(ways), _SIMULATED):
+        if not found.fits:
+            _simulate(job, device, shares, ways[start : start + _SIMULATED], found)
     return found
 
 
-def _few_of_each_layout_first(promising: list[tuple[float, Variant]]) -> list[Variant]:
-    """From the fastest estimate on."""
-    seen, first, rest = Counter[ParallelDims](), list[Variant](), list[Variant]()
+def _simulate(job: Job, device: Device, shares: Shares, ways: Iterable[list[Variant]], found: Found) -> None:
+    """Adds the fastest variants that fit, one of each layout. A way lists variants, each faster than the next."""
+    queue: list[tuple[float, int, StepTime, Iterator[Variant], Variant]] = []
+    order = count()  # of equally fast ones
+
+    def simulate_next(way: Iterator[Variant]) -> None:
+        if (variant := next(way, None)) is not None:
+            step = step_time(job, variant, variant_pipeline(job, variant), device, shares)
+            heappush(queue, (step.total, next(order), step, way, variant))
+
+    for way in ways:
+        simulate_next(iter(way))
+    fitting = set[ParallelDims]()
+    while queue:
+        _, _, step, way, variant = heappop(queue)
+        if variant.dims in fitting:
+            continue
+        estimated = _estimate(job, variant, device, step)
+        if estimated.largest.total <= device.room:
+            fitting.add(variant.dims)
+            found.fits.append(estimated)
+            continue
+        found.num_fitting -= 1
+        _too_large(found, variant, estimated.largest.total, device.room)
+        simulate_next(way)
+
+
+def estimate(job: Job, variant: Variant, device: Device, shares: Shares) -> Estimate:
+    """Of one variant, whether or not it fits; ConfigError if its stages cannot hold the layers."""
+    step = step_time(job, variant, variant_pipeline(job, variant), device, shares)
+    return _estimate(job, variant, device, step)
+
+
+def _estimate(job: Job, variant: Variant, device: Device, step: StepTime) -> Estimate:
+    memory = memory_by_rank(job, variant, variant_pipeline(job, variant), device_type=device.device_type)
+    return Estimate(
+        variant=variant, memory=memory, step=step, throughput=throughput(job, variant, device, step.total)
+    )  # fmt: skip
+
+
+def _few_of_each_kind_first(promising: list[tuple[float, Variant]]) -> list[list[Variant]]:
+    """Variants that differ only in what they recompute, together; from the fastest estimate on."""
+    ways: dict[Variant, list[Variant]] = {}
     for _, variant in sorted(promising, key=lambda entry: entry[0]):
-        (first if seen[variant.dims] < _SIMULATED_FIRST else rest).append(variant)
-        seen[variant.dims] += 1
+        ways.setdefault(replace(variant, recompute="none"), []).append(variant)
+    seen, first, rest = Counter[tuple[ParallelDims, str]](), list[list[Variant]](), list[list[Variant]]()
+    for way in ways.values():
+        kind = way[0].dims, way[0].schedule
+        (first if seen[kind] < _SIMULATED_FIRST else rest).append(way)
+        seen[kind] += 1
     return first + rest
 
 
@@ -144,10 +176,12 @@ def _too_large(found: Found, variant: Variant, needed: float, room: float, about
 
 def variant_pipeline(job: Job, variant: Variant) -> Pipeline:
     """Its schedule with its layers."""
+    share = None
+    if variant.schedule in _POSTPONING:
+        share = limited_share(job.model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
     return pipeline(
         variant.schedule, ranks=variant.dims.pp, chunks=variant.chunks, microbatches=variant.microbatches(job),
-        model=job.model, seq_length=job.seq_length,
-        limited_share=limited_share(job.model, variant.recompute, tp=variant.tp, fp8=variant.fp8),
+        model=job.model, seq_length=job.seq_length, limited_share=share, layers_per_stage=variant.layers_per_stage,
     )  # fmt: skip
 
 

@@ -286,7 +286,7 @@ def _print_times(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None
         ["tp cp pp dp", "schedule", "micro", "recompute", "step s", "tokens/s", "MFU full", "causal",
          *(["days", "device-hours"] if with_days else [])],
         [[_axes(row), _schedule_name(row),
-          str(row["micro_batch_size"]), row["recompute"], f"{row['step_seconds']:.2f}",
+          str(row["micro_batch_size"]), row["recompute"], f"{row['step_seconds']:.4g}",
           f"{row['tokens_per_second']:,.0f}", f"{row['mfu_full']:.1%}", f"{row['mfu_causal']:.1%}",
           *([f"{row['days']:,.1f}", f"{row['device_hours']:,.0f}"] if with_days else [])]
          for row in rows],

@@ -113,21 +113,21 @@ def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits
     return found
 
 
-def _simulate(job: Job, device: Device, shares: Shares, ways: Iterable[list[Variant]], found: Found) -> None:
+def _simulate(job: Job, device: Device, shares: Shares, ways: Iterable[Iterable[Variant]], found: Found) -> None:
     """Adds the fastest variants that fit, one of each layout. A way lists variants, each faster than the next."""
     queue: list[tuple[float, int, StepTime, Iterator[Variant], Variant]] = []
     order = count()  # of equally fast ones
 
-    def simulate_next(way: Iterator[Variant]) -> None:
-        if (variant := next(way, None)) is not None:
+    def simulate_next(rest: Iterator[Variant]) -> None:
+        if (variant := next(rest, None)) is not None:
             step = step_time(job, variant, variant_pipeline(job, variant), device, shares)
-            heappush(queue, (step.total, next(order), step, way, variant))
+            heappush(queue, (step.total, next(order), step, rest, variant))
 
     for way in ways:
         simulate_next(iter(way))
     fitting = set[ParallelDims]()
     while queue:
-        _, _, step, way, variant = heappop(queue)
+        _, _, step, rest, variant = heappop(queue)
         if variant.dims in fitting:
             continue
         estimated = _estimate(job, variant, device, step)
@@ -137,7 +137,7 @@ def _simulate(job: Job, device: Device, shares: Shares, ways: Iterable[list[Vari
             continue
         found.num_fitting -= 1
         _too_large(found, variant, estimated.largest.total, device.room)
-        simulate_next(way)
+        simulate_next(rest)
 
 
 def estimate(job: Job, variant: Variant, device: Device, shares: Shares) -> Estimate:

@@ -1,7 +1,7 @@
 """The training loop: batches in, updates out, everything else around that.
 
 One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
-is one small all-reduce per step of (loss sum, tokens, asked to stop).
+is one small all-reduce per step of (loss sum, tokens, asked to stop, a checkpoint is due by the first rank's clock).
 
 A stop signal is answered at the end of the step, on every rank: checkpoint, then exit. What went wrong in a step (an
 update that was skipped, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`, which may end the
@@ -100,6 +100,7 @@ class Trainer:
         if world.is_first:
             self._introduce(layout)
         self._checkpoint_seconds = 0.0
+        self._last_saved = time.monotonic()
         self._stop_asked: str | None = None
 
     def run(self) -> None:
@@ -137,15 +138,14 @@ class Trainer:
             if self.step % config.log_every == 0 or self._held_out_is_due():
                 log.write(self.step, {**metrics, **held_out})
                 self._checkpoint_seconds = 0.0
-        if interrupted:
+        if result.saves:
             self._checkpoint()
+        if interrupted:
             self.folder.finish()
             raise Interrupted(
                 f"stopped at step {self.step} with a checkpoint; the same command resumes the run",
                 signal_name=self._stop_asked,
             )
-        if config.ends_with_checkpoint(self.step):
-            self._checkpoint()
 
     @contextmanager
     def _metrics_log(self) -> Iterator[MetricsLog | None]:
@@ -192,6 +192,7 @@ class Trainer:
         result = run_step(
             self.engine, self.batches, self.config, number,
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
+            save_is_due=self._save_is_due,
         )  # fmt: skip
         reason = self.guard.note(
             loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
@@ -238,9 +239,17 @@ class Trainer:
         )
         return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 
+    def _save_is_due(self) -> bool:
+        """By the clock of the first rank, which decides for all of them."""
+        minutes = self.config.checkpoint_minutes
+        if minutes is None or not self.world.is_first or self.folder.checkpoints.is_writing:
+            return False
+        return time.monotonic() - self._last_saved >= 60.0 * minutes
+
     def _checkpoint(self) -> None:
         self.world.journal.at(CHECKPOINT)
         self._checkpoint_seconds += self.folder.save(self.step, self.engine, self.batches, self.guard)
+        self._last_saved = time.monotonic()
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -43,7 +43,7 @@ from megacoder.train.metrics_log import METRICS
 __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
-    "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
+    "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches", "log_every",
     "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
     "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
 }  # fmt: skip

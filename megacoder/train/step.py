@@ -70,6 +70,8 @@ class StepResult:
     """whether the update was skipped"""
     stop: bool
     """a rank was asked to stop"""
+    saves: bool
+    """a checkpoint is to follow"""
 
 
 def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
@@ -188,11 +190,13 @@ def run_step(
     limits: Limits = Limits(),  # noqa: B008, it is frozen
     replicas: ReplicaCheck | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
+    save_is_due: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
-    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` says
-    so on any rank. It is called as late as ranks can still agree on the answer, so that a signal costs no further step.
+    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` or
+    `save_is_due` says so on any rank. They are called as late as ranks can still agree on the answer, which travels with
+    the loss, so that a signal costs no further step.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
@@ -200,9 +204,10 @@ def run_step(
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
     journal.at(UPDATE)
-    loss_sum, counted, stop = engine.sum_losses(part, stop_asked())
+    loss_sum, counted, stop, save = engine.sum_losses(part, stop_asked(), save_is_due())
+    saves = stop > 0 or save > 0 or config.ends_with_checkpoint(number)
     if replicas is not None:
-        replicas.maybe_compare(number, saves=stop > 0 or config.ends_with_checkpoint(number))
+        replicas.maybe_compare(number, saves=saves)
         journal.at(UPDATE)
     loss = loss_sum / counted if counted else math.nan  # no token is trained: the update is skipped
     num_updates = engine.optimizer.num_updates
@@ -214,5 +219,5 @@ def run_step(
     )
     return StepResult(
         loss=loss, num_tokens=int(counted), grad_norm=grad_norm,
-        skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0,
+        skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0, saves=saves,
     )  # fmt: skip

@@ -148,6 +148,24 @@ class RunFolder:
             ]
             what = "weights and optimizer state" if self.config.init_optimizer else "weights"
             say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
+            self._name_repeated_data(reader)
+
+    def _name_repeated_data(self, reader: CheckpointReader) -> None:
+        """One line if the run that `reader` is of began with documents that this one begins with, too.
+
+        Their order depends on the seed and on the dataset's place among several.
+        """
+        seed, theirs = self.config.data.stream.seed, reader.state.get("config", {}).get("data", {})
+        if theirs.get("stream", {}).get("seed") != seed:
+            return
+        there = reader.state.get("fingerprints", [])
+        pairs = zip(self.config.data.train, self._fingerprints, there, strict=False)
+        again = [str(prefix) for prefix, ours, other in pairs if ours == other]
+        if again:
+            say(
+                f"data.stream.seed = {seed}, as in the run that these weights come from: {', '.join(again)} will be "
+                "read in the same order from its beginning; another seed starts with other documents"
+            )
 
     def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> None:
         optimizer = engine.optimizer

@@ -137,7 +137,7 @@ class RunConfig:
     eval_every: int = 100
     """steps between held-out losses; also measured after the first and the last step"""
     eval_batches: int = 8
-    """global batches per held-out loss, of each dataset in data.valid"""
+    """global batches per held-out loss, of each dataset in data.valid; fewer if they would read a token twice"""
     log_every: int = 1
     """steps between lines in metrics.jsonl"""
     timeout_seconds: float = 600.0

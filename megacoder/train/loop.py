@@ -90,7 +90,7 @@ class Trainer:
         with failing_together(world):
             stream = open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
             self.batches = Prefetcher(stream, workers=config.data_workers)
-            self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
+        self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
 
         self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
@@ -170,13 +170,16 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _introduce(self, layout: Layout) -> None:
-        """One line about the run, one about where it resumes, and one for each setting that may not do what it says."""
+        """A line each about the run, what is held out, where it resumes, and settings that may not do what they say."""
         config, schedule = self.config, layout.schedule
         pipeline = f" ({schedule.name})" if layout.dims.pp > 1 else ""
         say(
             f"{config.model.num_params / 1e6:,.1f}M parameters in {config.dtype}, {layout.dims}{pipeline}, "
             f"{config.steps:,} steps of {config.global_batch_size:,} x {config.data.stream.seq_length:,} tokens"
         )
+        if self.held_out is not None:
+            sizes = [f"{tokens:,} tokens of {name}" for name, tokens in self.held_out.num_tokens.items()]
+            say(f"each held-out loss is of {', '.join(sizes)}")
         if self.step:
             say(f"resuming from step {self.step}")
         if config.warmup_steps >= config.steps:

@@ -136,12 +136,12 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def open_conversations(
-    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
+    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int, epochs: int | None = None
 ) -> ConversationStream:
     """A rank's windows of what `megacoder.train.sft.prepare` has written to `prefix`."""
     return ConversationStream(
         IndexedDataset(prefix), tokenizer, seq_length=config.data.stream.seq_length, seed=config.data.stream.seed,
-        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size,
+        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size, epochs=epochs,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ update that was skipped, replicas that differ) is judged by `megacoder.train.gua
 run; the run's folder then says whether it may be started again.
 """
 
+import math
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ import torch
 from megacoder.core.console import ProgressBar, progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
+from megacoder.core.rates import known_peak
 from megacoder.data.prefetch import Prefetcher
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
@@ -29,7 +31,7 @@ from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
-from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics
+from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
@@ -41,6 +43,7 @@ from megacoder.train.step import (
     run_step,
     start_ranks,
 )
+from megacoder.train.utilization import CONVENTIONS, device_name, utilization
 from megacoder.train.validation import HeldOut, describe_losses
 
 __all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
@@ -99,6 +102,7 @@ class Trainer:
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if world.is_first:
             self._introduce(layout)
+        self._peak = known_peak(device_name(world.device), getattr(torch, config.dtype))
         self._checkpoint_seconds = 0.0
         self._last_saved = time.monotonic()
         self._stop_asked: str | None = None
@@ -134,7 +138,10 @@ class Trainer:
             if held_out:
                 say(f"step {self.step}: held-out loss {describe_losses(held_out)}")
             metrics = self._metrics(result, seconds)
-            bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            if self._peak is not None:
+                speed += f"  {metrics[f'{MFU}/causal attention']:.1%} MFU (causal attention)"
+            bar.update(self.step, f"loss {result.loss:.3f}  {speed}")
             if self.step % config.log_every == 0 or self._held_out_is_due():
                 log.write(self.step, {**metrics, **held_out})
                 self._checkpoint_seconds = 0.0
@@ -206,9 +213,7 @@ class Trainer:
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""
-        length = self.config.data.stream.seq_length
-        flops = self.config.model.training_flops_per_token(length, causal=True)
-        sequence_tokens = self.config.global_batch_size * length
+        sequence_tokens = self.config.global_batch_size * self.config.data.stream.seq_length
         return {
             "loss": result.loss,
             "lr": self.config.learning_rate(self.step),
@@ -218,8 +223,21 @@ class Trainer:
             "memory_gib": peak_memory(self.world.device) / 2**30,
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
-            "tflops": flops * sequence_tokens / seconds / 1e12,
+            **self._utilization(sequence_tokens / seconds),
         }
+
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """TFLOP/s of a device in each convention, and its share of the device's peak where that is known."""
+        used = [
+            utilization(
+                self.config.model, self.config.data.stream.seq_length, convention=convention,
+                tokens_per_second=tokens_per_second, num_devices=self.world.size,
+                device_peak=math.nan if self._peak is None else self._peak.flops,
+            )
+            for convention in CONVENTIONS
+        ]  # fmt: skip
+        shares = {} if self._peak is None else {f"{MFU}/{use.convention}": use.mfu for use in used}
+        return {f"{DEVICE_TFLOPS}/{use.convention}": use.device_flops / 1e12 for use in used} | shares
 
     def _held_out_is_due(self) -> bool:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)

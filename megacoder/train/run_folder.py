@@ -43,9 +43,9 @@ from megacoder.train.metrics_log import METRICS
 __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
-    "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
-    "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
+    "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches",
+    "log_every", "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals",
+    "data_workers", "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
 execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `skip_steps` may differ if

@@ -1,7 +1,8 @@
 """The training loop: batches in, updates out, everything else around that.
 
 One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
-is one small all-reduce per step of (loss sum, tokens, asked to stop, a checkpoint is due by the first rank's clock).
+is one small all-reduce per step of (loss sum, tokens, asked to stop, a checkpoint is due by the first rank's clock), at
+times with every rank's seconds.
 
 A stop signal is answered at the end of the step, on every rank: checkpoint, then exit. What went wrong in a step (an
 update that was skipped, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`, which may end the
@@ -32,6 +33,7 @@ from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
+from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
@@ -99,11 +101,13 @@ class Trainer:
         self.engine = make_engine(config, layout, mesh)
         self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
+        self.pace = Pace(mesh)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if world.is_first:
             self._introduce(layout)
         self._peak = known_peak(device_name(world.device), getattr(torch, config.dtype))
         self._checkpoint_seconds = 0.0
+        self._paces: dict[str, float] = {}
         self._last_saved = time.monotonic()
         self._stop_asked: str | None = None
 
@@ -145,6 +149,7 @@ class Trainer:
             if self.step % config.log_every == 0 or self._held_out_is_due():
                 log.write(self.step, {**metrics, **held_out})
                 self._checkpoint_seconds = 0.0
+                self._paces = {}
         if result.saves:
             self._checkpoint()
         if interrupted:
@@ -202,8 +207,13 @@ class Trainer:
         result = run_step(
             self.engine, self.batches, self.config, number,
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
-            save_is_due=self._save_is_due,
+            save_is_due=self._save_is_due, pace=self.pace,
         )  # fmt: skip
+        paces, slow = self.pace.compare(result.seconds)
+        self._paces |= paces
+        if self.world.is_first:
+            for line in slow:
+                say(f"step {number}: {line}")
         reason = self.guard.note(
             loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
         )
@@ -224,6 +234,7 @@ class Trainer:
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
             **self._utilization(sequence_tokens / seconds),
+            **self._paces,
         }
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:

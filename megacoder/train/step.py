@@ -33,6 +33,7 @@ from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
+from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 
 __all__ = [
@@ -72,6 +73,8 @@ class StepResult:
     """a rank was asked to stop"""
     saves: bool
     """a checkpoint is to follow"""
+    seconds: tuple[float, ...]
+    """of every rank in the step before, without waiting, if that was measured (see `megacoder.train.pace`)"""
 
 
 def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
@@ -191,20 +194,28 @@ def run_step(
     replicas: ReplicaCheck | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
     save_is_due: Callable[[], bool] = lambda: False,
+    pace: Pace | None = None,
 ) -> StepResult:
     """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
     `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` or
-    `save_is_due` says so on any rank. They are called as late as ranks can still agree on the answer, which travels with
-    the loss, so that a signal costs no further step.
+    `save_is_due` says so on any rank. They are called as late as ranks can still agree on the answer, which travels
+    with the loss, so that a signal costs no further step.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
+    if pace is not None:
+        pace.begin(number)
     journal.at(DATA)
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
+    if pace is not None:
+        pace.computed()
     journal.at(UPDATE)
-    loss_sum, counted, stop, save = engine.sum_losses(part, stop_asked(), save_is_due())
+    others = [] if pace is None else pace.report()
+    loss_sum, counted, stop, save, *seconds = engine.sum_losses(part, stop_asked(), save_is_due(), *others)
+    if pace is not None:
+        pace.read()
     saves = stop > 0 or save > 0 or config.ends_with_checkpoint(number)
     if replicas is not None:
         replicas.maybe_compare(number, saves=saves)
@@ -220,4 +231,5 @@ def run_step(
     return StepResult(
         loss=loss, num_tokens=int(counted), grad_norm=grad_norm,
         skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0, saves=saves,
+        seconds=tuple(seconds),
     )  # fmt: skip

@@ -55,11 +55,11 @@ def many(tmp_path_factory):
     return write(tmp_path_factory.mktemp("many") / "set", [[[number] * int(n)] for number, n in enumerate(lengths)])
 
 
-def stream(dataset, *, batch=8, dp_rank=0, dp_size=1, seq_length=64, weights=(), fim_rates=(), **config):
+def stream(dataset, *, batch=8, dp_rank=0, dp_size=1, seq_length=64, weights=(), fim_rates=(), epochs=None, **config):
     config = StreamConfig(seq_length=seq_length, **config)
     return TokenStream(
         dataset if isinstance(dataset, list) else [dataset], small_tokenizer(), config,
-        global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size, weights=weights, fim_rates=fim_rates,
+        global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size, weights=weights, fim_rates=fim_rates, epochs=epochs,
     )  # fmt: skip
 
 
@@ -505,3 +505,25 @@ def test_datasets_of_a_blend_are_dealt_and_cut_independently(numbered):
     one = stream([numbered, numbered], weights=[1, 1], num_streams=1, batch=40, fim=NO_FIM)
     tokens = one.next_batch().tokens
     assert not torch.equal(tokens[0::2], tokens[1::2])
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": "best_fit", "document_masks": True}], ids=["cut", "best_fit"])
+@pytest.mark.parametrize("dp_size", [1, 3, 4])
+def test_a_single_epoch_serves_every_token_once_and_then_padding(numbered, options, dp_size):
+    bos, pad = small_tokenizer().bos_id, small_tokenizer().pad_id
+    options = {"batch": 12, "seq_length": 16, "fim": NO_FIM, **options}
+    served, endless = Counter(), ranks(numbered, 1, **options)
+    streams = [stream(numbered, dp_rank=rank, dp_size=dp_size, epochs=1, **options) for rank in range(dp_size)]
+    for step in itertools.count():
+        tokens, labels = global_batch(streams).split(16, dim=1)
+        if (labels == -100).all():
+            break
+        if step == 0:
+            assert torch.equal(tokens, global_batch(endless).split(16, dim=1)[0])
+        known = tokens[tokens != bos]
+        served.update(known[known != pad].tolist())
+    stored = Counter(token for number in range(numbered.num_documents) for token in numbered.document(number).tolist())
+    del stored[pad]  # which ends documents, too
+    assert served == stored
+    assert (tokens == pad).all()
+    assert (global_batch(streams)[:, 16:] == -100).all()

@@ -41,6 +41,10 @@ def test_every_recipe_is_there():
 def test_example(name):
     config = load(name)
     size = name.rpartition("_")[2]
+    assert config.checkpoint_minutes in (5, 10)
+    assert config.checkpoint.keep_every == config.checkpoint_every, "a curve of the run"
+    if name.startswith("long_context"):
+        assert config.data.stream.seed != load(f"pretrain_{size}").data.stream.seed, "it begins with other documents"
     if name == "pretrain_13m":
         assert size == f"{config.model.num_params / 1e6:.0f}m"
         assert config.layout(1).schedule.num_microbatches == 2 * config.layout(2).schedule.num_microbatches

@@ -137,7 +137,7 @@ def test_slurm_signals_ahead_of_time_and_the_job_queues_itself_again(case, envir
     assert log.read_text() == "requeue 7\n"
 
 
-def test_slurm_does_not_requeue_finished_or_invalid_jobs(case, environment):
+def test_slurm_requeues_a_job_that_ends_at_once_but_not_a_finished_one(case, environment):
     toml, log = case.toml("done"), case.folder / "done.log"
     more = {"GPUS_PER_NODE": "1", "SLURM_STUB_LOG": str(log)}
     code, said = finish(start("slurm.sh", environment, "train", toml, "--model.vocab-size", "999", **more))
@@ -145,10 +145,48 @@ def test_slurm_does_not_requeue_finished_or_invalid_jobs(case, environment):
     times = said.count("megacoder: model.vocab_size = 999, but the tokenizer")
     assert times in (1, 2), "once on each host, unless the other's end came first"
     assert not read_metrics(case.folder / "done" / "metrics.jsonl")
+    assert log.read_text() == "requeue 7\n", "the script cannot tell a mistake in the settings from a fault"
     code, said = finish(start("slurm.sh", environment, "train", toml, "--steps", "3", **more))
     assert code == 0, said
     check_trained(case.folder / "done", steps=3, layout={"pp": 1, "dp": 2})
-    assert not log.exists()
+    assert log.read_text() == "requeue 7\n"
+
+
+def test_slurm_requeues_after_progress_and_three_times_in_a_row_without(tmp_path, environment):
+    """`srun` is a stub here that leaves behind what a run would have, and fails."""
+    output, log, stubs = tmp_path / "run", tmp_path / "scontrol.log", tmp_path / "stubs"
+    stubs.mkdir()
+    log.touch()
+    for name, text in {
+        "python": f"""printf 'output = "{output}"\\nsteps = 8\\n'""",
+        "srun": f"""case "$*" in *check_environment*) exit 0;; esac; cd {output}; eval "$LEAVES"; exit 1""",
+    }.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stubs / name).chmod(0o755)
+    path = f"{stubs}:{environment['PATH']}"
+
+    def requeued(leaves, *, job="7"):
+        before = len(log.read_text().splitlines())
+        more = {"PATH": path, "LEAVES": leaves, "SLURM_STUB_LOG": str(log), "SLURM_JOB_ID": job}
+        code, said = finish(start("slurm.sh", environment, "train", "run.toml", **more))
+        assert code == 1
+        return len(log.read_text().splitlines()) - before, said
+
+    def logs(*steps):
+        return "".join(f"""echo '{{"step": {step}, "loss": 1}}' {'>>' if n else '>'} metrics.jsonl; """
+                       for n, step in enumerate(steps))  # fmt: skip
+
+    assert [requeued(":") for _ in range(3)] == [(1, "")] * 3
+    left = f"see {output}/logs/7\n"
+    assert requeued(":") == (0, f"not requeued: the job has ended four times in a row without progress; {left}")
+    assert requeued(":", job="8") == (1, ""), "another job counts anew"
+    assert requeued(logs(1, 2, 3)) == (1, ""), "a fault before the first checkpoint"
+    assert [requeued(logs(1, 2, 3)) for _ in range(3)] == [(1, "")] * 3, "no further than before"
+    assert requeued(logs(1, 2))[0] == 0
+    assert requeued(logs(*range(1, 12))) == (1, "")
+    assert requeued("mkdir -p checkpoints/step-00000004; " + logs(1, 2)) == (1, "")
+    assert requeued("touch stopped") == (0, f"not requeued: {output}/stopped says why the run has ended\n")
+    assert requeued("rm stopped; mkdir checkpoints/step-00000008") == (0, "")
 
 
 def step_processes(pid):

@@ -26,7 +26,8 @@ from megacoder.parallel.world import World
 from megacoder.train.memory_table import kept_activations
 from megacoder.train.op_table import op_table
 from megacoder.train.phases import PhaseClock
-from megacoder.train.profile import CONVENTIONS, ProfileConfig, profile_on, utilization
+from megacoder.train.profile import ProfileConfig, profile_on
+from megacoder.train.utilization import CONVENTIONS, utilization
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 QUICK = ProfileConfig(steps=2, warmup=1, ops=False)

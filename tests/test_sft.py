@@ -421,10 +421,25 @@ def write_conversations(prefix, lengths):
     return IndexedDataset(prefix)
 
 
-def stream_over(dataset, *, batch=1, dp_rank=0, dp_size=1):
+def stream_over(dataset, *, batch=1, dp_rank=0, dp_size=1, epochs=None):
     return ConversationStream(
-        dataset, small_tokenizer(), seq_length=256, seed=1, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size
-    )
+        dataset, small_tokenizer(), seq_length=256, seed=1, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size,
+        epochs=epochs,
+    )  # fmt: skip
+
+
+def test_a_single_epoch_serves_every_conversation_once(tmp_path):
+    """As an evaluation reads them."""
+    dataset = write_conversations(tmp_path / "out", np.random.default_rng(0).integers(8, 256, 30).tolist())
+    streams = [stream_over(dataset, batch=4, dp_rank=rank, dp_size=2, epochs=1) for rank in range(2)]
+    served = []
+    for _ in range(20):
+        for batch in (stream.next_batch() for stream in streams):
+            served += batch.tokens[batch.starts].tolist()
+    pad = small_tokenizer().pad_id
+    assert sorted(number for number in served if number != pad) == list(range(30))
+    assert (batch.labels == -100).all()
+    assert (batch.tokens == pad).all()
 
 
 def test_long_and_short_conversations_are_served_side_by_side(tmp_path):

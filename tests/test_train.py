@@ -22,6 +22,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.main import main
 from megacoder.core.config import from_dict, load_toml, to_dict, to_toml
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
+from megacoder.core.rates import Peak
 from megacoder.data.conversations import ConversationConfig
 from megacoder.data.sidecar import fingerprint
 from megacoder.ops.adamw import AdamWConfig
@@ -33,9 +34,10 @@ from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.report import write_run_report
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 from megacoder.train.step import threads_of_a_rank
+from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
-TIMES = {"tokens_per_second", "tflops", "memory_gib", "checkpoint_seconds"}
+TIMES = {"tokens_per_second", "tflops_per_device", "memory_gib", "checkpoint_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def case(tmp_path_factory):
 def curve(folder):
     """Everything that is logged but times."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key.partition("/")[0] not in TIMES} for row in rows]
 
 
 def launch(toml, *arguments, nproc=2):
@@ -193,7 +195,7 @@ def test_each_held_out_set_has_a_loss_and_their_mean_is_the_held_out_loss(case, 
         assert row["held_out_loss"] == pytest.approx(sum(losses) / 3)
         assert losses[0] == other["held_out_loss"], "a single set is logged under that name alone"
         assert losses[1] == losses[2] < losses[0], "those trained on"
-    assert not any("/" in key for row in curve(alone) for key in row)
+    assert not any("/" in key for row in curve(alone) for key in row), "a single set's loss has no name"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -731,6 +733,33 @@ def test_optimizer_settings_out_of_range_are_refused(setting):
 def test_the_beginning_of_a_run_cannot_be_changed_afterwards(case, alone):
     with pytest.raises(ConfigError, match=r"was made with init_from = None, not '.*alone'; choose another output"):
         train(case.config("alone", init_from=alone, steps=9))
+
+
+@pytest.mark.parametrize("seed", [1234, 4321])
+def test_data_that_the_weights_have_begun_with_are_named_if_they_come_again(case, alone, capfd, seed):
+    config = case.config(f"from-alone-{seed}", init_from=alone, steps=1)
+    stream = dataclasses.replace(config.data.stream, seed=seed)
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, stream=stream)))
+    named = (
+        f"data.stream.seed = 1234, as in the run that these weights come from: {case.folder / 'train'} will be read in "
+        "the same order from its beginning; another seed starts with other documents"
+    )
+    assert capfd.readouterr().err.count(named) == (seed == 1234)
+
+
+def test_the_use_of_the_device_is_logged_by_convention(case, alone, monkeypatch):
+    monkeypatch.setattr("megacoder.train.loop.known_peak", lambda name, dtype: Peak(1e12, "here"))
+    config = case.config("used", steps=1)
+    train(config)
+    (row,) = read_metrics(config.output / "metrics.jsonl")
+    for convention in CONVENTIONS:
+        used = utilization(
+            config.model, 32, convention=convention, tokens_per_second=row["tokens_per_second"], num_devices=1,
+            device_peak=1e12,
+        )  # fmt: skip
+        assert row[f"tflops_per_device/{convention}"] == pytest.approx(used.device_flops / 1e12)
+        assert row[f"mfu/{convention}"] == pytest.approx(used.mfu)
+    assert not any(key.startswith("mfu") for key in read_metrics(alone / "metrics.jsonl")[0]), "no peak is known"
 
 
 def test_a_run_introduces_itself_and_reports_held_out_losses(case, capfd):

@@ -2,8 +2,10 @@
 
 import base64
 import dataclasses
+import json
 import re
 import shutil
+import statistics
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -69,6 +71,10 @@ def test_the_report_shows_the_logged_metrics(finished, capsys):
     assert f"{rows[-1]['held_out_loss']:.3f}" in reader.texts
     assert "The newest complete one is of step 6." in shown
     assert "No update was skipped." in shown
+    for convention in ("full attention (PaLM)", "causal attention"):
+        median = statistics.median(row[f"tflops_per_device/{convention}"] for row in rows)
+        assert f"TFLOP/s per device, {convention}, median {median:,.3g} " in f"{shown} "
+    assert "MFU" not in shown, "nobody knows this device's peak"
     assert "tp 1" in shown
     assert "pp 2" in shown
     assert re.search(r"dataset target share .* 75\.00% 75\.00% 1,152 .* 25\.00% 25\.00% 384", shown), shown
@@ -120,6 +126,14 @@ def test_a_run_that_has_only_begun_and_one_that_went_wrong(finished, tmp_path):
     reader, _ = report_of(tmp_path, "--out", str(tmp_path / "other.html"))
     shown = " ".join(reader.texts)
     assert "2 1 not finite not finite" in shown
+    assert "TFLOP/s of all devices, causal attention, median 1 " in shown, "as an older version has logged it"
+    used = {"mfu/causal attention": 0.5, "tflops_per_device/causal attention": 2}
+    rows = [{**json.loads(line), **used} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], *map(json.dumps, rows)]) + "\n")
+    reader, _ = report_of(tmp_path, "--out", str(tmp_path / "other.html"))
+    shown = " ".join(reader.texts)
+    assert "TFLOP/s per device, causal attention, median 2 MFU, causal attention, median 50.0% " in shown
+    assert "of all devices" not in shown
     assert shown.count("Known from the first checkpoint on.") == 2
     assert "2.000" in reader.texts
 

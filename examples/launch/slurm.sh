@@ -2,7 +2,8 @@
 # Any run under Slurm; give the --nodes that the run needs on the command line of sbatch.
 #   sbatch examples/launch/slurm.sh train examples/pretrain_6.7b.toml
 # Five minutes before the time limit Slurm sends SIGUSR1: the run writes a checkpoint and ends, and the job requeues
-# itself. A node that fails requeues the job too; either way the run resumes from the last checkpoint.
+# itself. So it does after a fault, and a node that fails requeues it, too; each time the run resumes from the last
+# checkpoint. A job that makes no progress is requeued three times in a row, then it stays down.
 #SBATCH --job-name=megacoder
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -23,18 +24,32 @@ settings=$(python -m megacoder "$what" "$run" "$@" --print-config)
 output=$(sed -n 's/^output = "\(.*\)"$/\1/p' <<< "$settings")
 last=$output/checkpoints/step-$(printf %08d "$(sed -n 's/^steps = \(.*\)$/\1/p' <<< "$settings")")
 newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort | tail -n 1; }
+logged() { tail -n 1 "$output/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*/\1/p' || true; }
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # srun passes it on
-srun bash examples/launch/check_environment.sh "$output"
-mkdir -p "$output/logs"
-before=$(newest)
+mkdir -p "$output/logs/$SLURM_JOB_ID"
+before=$(newest) step=$(logged)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-# Slurm's signal reaches every process of the step, but only the ranks handle it: torchrun must ignore it.
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+# Slurm's signal reaches every process of the step, but only the ranks handle it: torchrun must ignore it. With
+# --max-restarts 0 all nodes end together and start anew with the job, so that none has to join again, for which
+# multi_node.sh sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
+srun bash examples/launch/check_environment.sh "$output" &&
+  srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   --log-dir "$output/logs/$SLURM_JOB_ID" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@" || failed=$?
-# Requeue only if this job has made progress, so that a mistake in the settings is not retried forever.
-if [ ! -e "$last" ] && [ "$(newest)" != "$before" ]; then
+# A newer checkpoint is progress, and so is a step that was never logged before: a fault may come ahead of the first
+# checkpoint. (SLURM_RESTART_COUNT would count the requeues after progress, too, of which two weeks have many.)
+idle=$output/logs/$SLURM_JOB_ID/ended-without-progress
+if [ "$(newest)" != "$before" ] || [ "$(logged)" -gt "${step:-0}" ] 2>/dev/null; then
+  rm -f "$idle"
+else
+  date >> "$idle"
+fi
+if [ -e "$output/stopped" ]; then
+  echo "not requeued: $output/stopped says why the run has ended"
+elif [ -e "$idle" ] && [ "$(wc -l < "$idle")" -gt 3 ]; then
+  echo "not requeued: the job has ended four times in a row without progress; see $output/logs/$SLURM_JOB_ID"
+elif [ ! -e "$last" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "${failed:-0}"

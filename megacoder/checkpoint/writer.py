@@ -52,7 +52,7 @@ class CheckpointConfig:
     keep_last: int = 3
     """number of newest checkpoints to keep"""
     keep_every: int | None = None
-    """also keep checkpoints whose step is a multiple of this"""
+    """also keep checkpoints whose step is a multiple of this; a run writes one at each of these steps"""
     on_failure: Literal["stop", "go_on"] = "stop"
     """what the run does when a save fails, as on a full disk; the last save of a run must succeed"""
     timeout_seconds: float = 1800.0
@@ -122,6 +122,11 @@ class CheckpointWriter:
             self._run(job, live_bytes(job.plan.fragments))
             self._settle(self.config.on_failure)
         return time.perf_counter() - begin
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still busy with the last save; the first one is until all of it is on disk."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises its failure, on all ranks, whatever `on_failure` says."""

@@ -41,14 +41,17 @@ class ConversationStream:
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        epochs: int | None = None,
     ) -> None:
-        """ConfigError where no answer of the dataset begins within `seq_length` tokens."""
+        """Endless, or after `epochs` without conversations; ConfigError where no answer of the dataset begins within
+        `seq_length` tokens."""
         check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         self._dataset, self._pad_id, self._size, self._seed = dataset, tokenizer.pad_id, seq_length, seed
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self.windows = 0
         """windows that all ranks together have served"""
         self._epoch, self._lot, self._next = 0, 0, 0
+        self._epochs = epochs
         asked_first, lengths = _measure(dataset)
         self._lengths = np.minimum(lengths, seq_length)
         """int64 (conversations,): tokens that a window holds of each"""
@@ -97,7 +100,9 @@ class ConversationStream:
         self._epoch, self._lot, self._next = state["epoch"], state["lot"], state["next"]
 
     def _take(self) -> list[int]:
-        """The conversations of the next window."""
+        """The conversations of the next window; none after the last epoch."""
+        if self._epoch == self._epochs:
+            return []
         windows = self._windows(self._epoch, self._lot)
         taken = windows[self._next]
         self._next += 1

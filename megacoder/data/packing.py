@@ -15,6 +15,8 @@ with long pieces are made first. Free space is padded, as a document of its own 
 each other, so that a packer can resume inside one without the ones before; it holds the group's tokens in memory, which
 is why a group is small. Stretches end between pieces.
 
+A packer is endless unless it is given a number of `epochs`: after their last token it pads, without labels.
+
 Legend: S tokens of a window.
 """
 
@@ -58,9 +60,12 @@ class Packer(Protocol):
 class Concatenated:
     """Concatenate and cut. Its position: epoch, place of the document, file in it, token in the file as served."""
 
-    def __init__(self, source: EndlessDocuments, stream: int, *, across_documents: bool) -> None:
+    def __init__(
+        self, source: EndlessDocuments, stream: int, *, across_documents: bool, pad_id: int, epochs: int | None = None
+    ) -> None:
         """With `across_documents` the last token of a document has the next document's first token as its label."""
         self._source, self._stream, self._across_documents = source, stream, across_documents
+        self._pad_id, self._epochs = pad_id, epochs
         self.order = Order(source)
         self._enter(0)
         self.move(0, *self._begin)
@@ -80,6 +85,10 @@ class Concatenated:
         starts[0] = True
         while True:
             ids, offset = self._current(), self._offset
+            if ids is None:
+                tokens[filled:], labels[max(0, filled - 1) :] = self._pad_id, IGNORE_INDEX
+                starts[filled : filled + 1] = True
+                return
             at_edge = self._leapt or (self._opens and offset == 0)
             if filled:  # the label of the token before
                 known = self._across_documents and not self._leapt
@@ -108,13 +117,16 @@ class Concatenated:
         file = int(np.searchsorted(ends, point.offset, side="right"))
         return point.place, file, point.offset - int(ends[file - 1] if file else 0)
 
-    def _current(self) -> np.ndarray:
-        """The ids of the file under the cursor, after moving to the next one that has any left."""
+    def _current(self) -> np.ndarray | None:
+        """The ids of the file under the cursor, after moving to the next one that has any left; None at the end."""
         ids = self._ids
         while ids is None or self._offset == len(ids):
             if ids is not None:
                 self._file, self._offset, ids = self._file + 1, 0, None
             if (self._place, self._file, self._offset) >= self._end:
+                if self._epoch + 1 == self._epochs:
+                    self._ids = None
+                    return None
                 cut = self._end[1:] != (0, 0)
                 self._enter(self._epoch + 1)
                 self._place, self._file, self._offset = self._begin
@@ -151,8 +163,11 @@ class Concatenated:
 class BestFit:
     """Best-fit decreasing. Its position: epoch and place of the group's first document, piece in it, window."""
 
-    def __init__(self, source: EndlessDocuments, stream: int, *, seq_length: int, pad_id: int) -> None:
+    def __init__(
+        self, source: EndlessDocuments, stream: int, *, seq_length: int, pad_id: int, epochs: int | None = None
+    ) -> None:
         self._source, self._stream, self._size, self._pad_id = source, stream, seq_length, pad_id
+        self._epochs = epochs
         self.order = Order(source)
         start, _ = self._stretch(0)
         self.move(0, *start, 0)
@@ -193,13 +208,15 @@ class BestFit:
         return (start.place, start.offset // self._size), (stop.place, stop.offset // self._size)
 
     def _group(self) -> tuple[list[int], list[list[tuple[np.ndarray, int, int]]]]:
-        """Where the next group begins, and this one's windows as pieces."""
+        """Where the next group begins, and this one's windows as pieces; after the last piece, a window of none."""
         size = self._size
         pieces: list[tuple[np.ndarray, int, int]] = []
         epoch, place, piece = self._first
         (_, end), total = self._stretch(epoch), 0
         while total < BEST_FIT_WINDOWS * size:
             if (place, piece) >= end:
+                if epoch + 1 == self._epochs:
+                    break
                 epoch += 1
                 (place, piece), end = self._stretch(epoch)
                 continue
@@ -208,7 +225,7 @@ class BestFit:
             pieces += [(ids, at, min(at + size, len(ids))) for at in range(piece * size, stop, size)]
             total += max(0, stop - piece * size)
             place, piece = place + 1, 0
-        windows = best_fit([stop - start for _, start, stop in pieces], size)
+        windows = best_fit([stop - start for _, start, stop in pieces], size) or [[]]
         key = key_of(self._source.seed, self._stream, epoch, place, piece)
         order = permute(np.arange(len(windows)), len(windows), seed=key, epoch=0)
         return [epoch, place, piece], [[pieces[piece] for piece in windows[window]] for window in order.tolist()]

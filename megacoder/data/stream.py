@@ -86,7 +86,7 @@ class Batch:
 
 
 class TokenStream:
-    """Serves the windows of one data-parallel rank, step after step, without end.
+    """Serves the windows of one data-parallel rank, step after step, without end unless there are `epochs`.
 
     Where `dp_size` divides V each rank reads 1/dp of the streams; otherwise ranks share streams, and each steps over
     the others' windows in them.
@@ -103,10 +103,12 @@ class TokenStream:
         fim_rates: Sequence[float] = (),
         dp_rank: int,
         dp_size: int,
+        epochs: int | None = None,
     ) -> None:
         """`weights` are the datasets' shares of the tokens, `fim_rates` replace `config.fim.rate`, one per dataset.
 
-        Without weights, shares are proportional to the datasets' sizes.
+        Without weights, shares are proportional to the datasets' sizes. After `epochs` of a dataset, its windows are
+        padding without labels.
         """
         check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         weights, rates = _per_dataset(datasets, weights=weights, fim_rates=fim_rates, config=config)
@@ -128,7 +130,7 @@ class TokenStream:
                 add_bos=config.add_bos, num_streams=self._streams[number],
             )  # fmt: skip
             own = range(dp_rank % self._shares[number], self._streams[number], self._shares[number])
-            self._packers.append({stream: _packer(source, stream, config, tokenizer) for stream in own})
+            self._packers.append({stream: _packer(source, stream, config, tokenizer, epochs) for stream in own})
         self._prepare()
         self._order = {
             "datasets": [[dataset.num_documents, dataset.num_tokens] for dataset in datasets],
@@ -271,10 +273,13 @@ def _num_streams(dataset: IndexedDataset, config: StreamConfig) -> int:
     return min(config.num_streams, 1 << max(0, most.bit_length() - 1))
 
 
-def _packer(source: EndlessDocuments, stream: int, config: StreamConfig, tokenizer: Tokenizer) -> Packer:
+def _packer(
+    source: EndlessDocuments, stream: int, config: StreamConfig, tokenizer: Tokenizer, epochs: int | None
+) -> Packer:
+    pad_id = tokenizer.pad_id
     if config.packing == "best_fit":
-        return BestFit(source, stream, seq_length=config.seq_length, pad_id=tokenizer.pad_id)
-    return Concatenated(source, stream, across_documents=config.train_across_documents)
+        return BestFit(source, stream, seq_length=config.seq_length, pad_id=pad_id, epochs=epochs)
+    return Concatenated(source, stream, across_documents=config.train_across_documents, pad_id=pad_id, epochs=epochs)
 
 
 def _per_dataset(

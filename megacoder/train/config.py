@@ -125,6 +125,8 @@ class RunConfig:
     """dtype of weights and activations; auto measures which is faster here. Gradients and optimizer state are fp32"""
     checkpoint_every: int = 200
     """steps between checkpoints; one more is written at the end"""
+    checkpoint_minutes: float | None = None
+    """also write one when so many minutes have passed since the last one, unless that is still being written"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """how checkpoints are written and kept"""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -135,7 +137,7 @@ class RunConfig:
     eval_every: int = 100
     """steps between held-out losses; also measured after the first and the last step"""
     eval_batches: int = 8
-    """global batches per held-out loss, of each dataset in data.valid"""
+    """global batches per held-out loss, of each dataset in data.valid; fewer if they would read a token twice"""
     log_every: int = 1
     """steps between lines in metrics.jsonl"""
     timeout_seconds: float = 600.0
@@ -151,6 +153,10 @@ class RunConfig:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
         if self.init_optimizer and self.init_from is None:
             raise ConfigError("init_optimizer = true without init_from, which names the run whose optimizer goes on")
+        if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
+            raise ConfigError(
+                f"checkpoint_minutes = {self.checkpoint_minutes}: must be positive; omit it to save by steps alone"
+            )
         check_seconds("timeout_seconds", self.timeout_seconds)
         for name in self.stop_signals:
             if not name.startswith("SIG") or not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP"):
@@ -170,8 +176,9 @@ class RunConfig:
         return self.max_grad_norm or math.inf
 
     def ends_with_checkpoint(self, step: int) -> bool:
-        """Whether a checkpoint follows step `step` (1 .. steps)."""
-        return step % self.checkpoint_every == 0 or step == self.steps
+        """Whether a checkpoint follows step `step` (1 .. steps), whatever the clock says."""
+        milestone = self.checkpoint.keep_every
+        return step == self.steps or any(step % every == 0 for every in (self.checkpoint_every, milestone) if every)
 
     @property
     def warmup_steps(self) -> float:

@@ -1,13 +1,15 @@
 """The training loop: batches in, updates out, everything else around that.
 
 One loop for every layout: the engine computes (see `megacoder.train.engine`), and what the ranks tell each other here
-is one small all-reduce per step of (loss sum, tokens, asked to stop).
+is one small all-reduce per step of (loss sum, tokens, asked to stop, a checkpoint is due by the first rank's clock), at
+times with every rank's seconds.
 
 A stop signal is answered at the end of the step, on every rank: checkpoint, then exit. What went wrong in a step (an
 update that was skipped, replicas that differ) is judged by `megacoder.train.guard` and `.replicas`, which may end the
 run; the run's folder then says whether it may be started again.
 """
 
+import math
 import os
 import signal
 import time
@@ -21,6 +23,7 @@ import torch
 from megacoder.core.console import ProgressBar, progress, say
 from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
+from megacoder.core.rates import known_peak
 from megacoder.data.prefetch import Prefetcher
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
@@ -29,7 +32,8 @@ from megacoder.parallel.world import World, failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
-from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MetricsLog, read_metrics
+from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
+from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.run_folder import RunFolder, open_start
 from megacoder.train.step import (
@@ -41,6 +45,7 @@ from megacoder.train.step import (
     run_step,
     start_ranks,
 )
+from megacoder.train.utilization import CONVENTIONS, device_name, utilization
 from megacoder.train.validation import HeldOut, describe_losses
 
 __all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
@@ -90,16 +95,20 @@ class Trainer:
         with failing_together(world):
             stream = open_stream(config, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
             self.batches = Prefetcher(stream, workers=config.data_workers)
-            self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
+        self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
 
         self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
         self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
+        self.pace = Pace(mesh)
         self.replicas = ReplicaCheck(self.engine, config.guard.compare_replicas_every, since=self.step)
         if world.is_first:
             self._introduce(layout)
+        self._peak = known_peak(device_name(world.device), getattr(torch, config.dtype))
         self._checkpoint_seconds = 0.0
+        self._paces: dict[str, float] = {}
+        self._last_saved = time.monotonic()
         self._stop_asked: str | None = None
 
     def run(self) -> None:
@@ -133,19 +142,22 @@ class Trainer:
             if held_out:
                 say(f"step {self.step}: held-out loss {describe_losses(held_out)}")
             metrics = self._metrics(result, seconds)
-            bar.update(self.step, f"loss {result.loss:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            if self._peak is not None:
+                speed += f"  {metrics[f'{MFU}/causal attention']:.1%} MFU (causal attention)"
+            bar.update(self.step, f"loss {result.loss:.3f}  {speed}")
             if self.step % config.log_every == 0 or self._held_out_is_due():
                 log.write(self.step, {**metrics, **held_out})
                 self._checkpoint_seconds = 0.0
-        if interrupted:
+                self._paces = {}
+        if result.saves:
             self._checkpoint()
+        if interrupted:
             self.folder.finish()
             raise Interrupted(
                 f"stopped at step {self.step} with a checkpoint; the same command resumes the run",
                 signal_name=self._stop_asked,
             )
-        if config.ends_with_checkpoint(self.step):
-            self._checkpoint()
 
     @contextmanager
     def _metrics_log(self) -> Iterator[MetricsLog | None]:
@@ -170,13 +182,16 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _introduce(self, layout: Layout) -> None:
-        """One line about the run, one about where it resumes, and one for each setting that may not do what it says."""
+        """A line each about the run, what is held out, where it resumes, and settings that may not do what they say."""
         config, schedule = self.config, layout.schedule
         pipeline = f" ({schedule.name})" if layout.dims.pp > 1 else ""
         say(
             f"{config.model.num_params / 1e6:,.1f}M parameters in {config.dtype}, {layout.dims}{pipeline}, "
             f"{config.steps:,} steps of {config.global_batch_size:,} x {config.data.stream.seq_length:,} tokens"
         )
+        if self.held_out is not None:
+            sizes = [f"{tokens:,} tokens of {name}" for name, tokens in self.held_out.num_tokens.items()]
+            say(f"each held-out loss is of {', '.join(sizes)}")
         if self.step:
             say(f"resuming from step {self.step}")
         if config.warmup_steps >= config.steps:
@@ -192,7 +207,13 @@ class Trainer:
         result = run_step(
             self.engine, self.batches, self.config, number,
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
+            save_is_due=self._save_is_due, pace=self.pace,
         )  # fmt: skip
+        paces, slow = self.pace.compare(result.seconds)
+        self._paces |= paces
+        if self.world.is_first:
+            for line in slow:
+                say(f"step {number}: {line}")
         reason = self.guard.note(
             loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
         )
@@ -202,9 +223,7 @@ class Trainer:
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""
-        length = self.config.data.stream.seq_length
-        flops = self.config.model.training_flops_per_token(length, causal=True)
-        sequence_tokens = self.config.global_batch_size * length
+        sequence_tokens = self.config.global_batch_size * self.config.data.stream.seq_length
         return {
             "loss": result.loss,
             "lr": self.config.learning_rate(self.step),
@@ -214,8 +233,22 @@ class Trainer:
             "memory_gib": peak_memory(self.world.device) / 2**30,
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
-            "tflops": flops * sequence_tokens / seconds / 1e12,
+            **self._utilization(sequence_tokens / seconds),
+            **self._paces,
         }
+
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """TFLOP/s of a device in each convention, and its share of the device's peak where that is known."""
+        used = [
+            utilization(
+                self.config.model, self.config.data.stream.seq_length, convention=convention,
+                tokens_per_second=tokens_per_second, num_devices=self.world.size,
+                device_peak=math.nan if self._peak is None else self._peak.flops,
+            )
+            for convention in CONVENTIONS
+        ]  # fmt: skip
+        shares = {} if self._peak is None else {f"{MFU}/{use.convention}": use.mfu for use in used}
+        return {f"{DEVICE_TFLOPS}/{use.convention}": use.device_flops / 1e12 for use in used} | shares
 
     def _held_out_is_due(self) -> bool:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)
@@ -238,9 +271,17 @@ class Trainer:
         )
         return self._maybe_held_out() if any(gather_json(lacks, self.world)) else {}
 
+    def _save_is_due(self) -> bool:
+        """By the clock of the first rank, which decides for all of them."""
+        minutes = self.config.checkpoint_minutes
+        if minutes is None or not self.world.is_first or self.folder.checkpoints.is_writing:
+            return False
+        return time.monotonic() - self._last_saved >= 60.0 * minutes
+
     def _checkpoint(self) -> None:
         self.world.journal.at(CHECKPOINT)
         self._checkpoint_seconds += self.folder.save(self.step, self.engine, self.batches, self.guard)
+        self._last_saved = time.monotonic()
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

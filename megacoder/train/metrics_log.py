@@ -24,12 +24,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from megacoder.core.console import counted, say
 from megacoder.core.files import replacing
 
-__all__ = ["HELD_OUT_LOSS", "METRICS", "MetricsLog", "read_metrics"]
+__all__ = ["DEVICE_TFLOPS", "HELD_OUT_LOSS", "METRICS", "MFU", "MetricsLog", "read_metrics"]
 
 METRICS = "metrics.jsonl"
 """In a run's folder."""
 HELD_OUT_LOSS = "held_out_loss"
 """In the lines of steps after which it was measured."""
+DEVICE_TFLOPS, MFU = "tflops_per_device", "mfu"
+"""With a slash and the convention's name; MFU only where the device's peak is known. Older versions wrote `tflops`, of
+all devices together, with causal attention."""
 
 
 class MetricsLog:

@@ -3,9 +3,6 @@
 Nothing of the run is written: no folder, no checkpoint. After the steps the model is freed, and each rank measures the
 limits of its device and the ops at the run's shapes. All ranks do so at the same time, so that ranks of one machine
 share memory and cores as they do in a step.
-
-Utilization counts model FLOPs: 6 per weight and token plus attention's, in both conventions in use and always with the
-convention's name. Recomputation takes time but its FLOPs do not count.
 """
 
 import gc
@@ -21,7 +18,6 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from megacoder.core.console import progress
-from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import replacing, why_not_writable
 from megacoder.core.rates import Peak, copy_rate, known_peak, matrix_rate
@@ -29,7 +25,6 @@ from megacoder.core.timing import timer_for
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import Batch
 from megacoder.data.synthetic import SyntheticStream
-from megacoder.model.config import ModelConfig
 from megacoder.parallel.journal import Listener
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
@@ -48,11 +43,9 @@ from megacoder.train.memory_table import (
 from megacoder.train.op_table import OpRow, op_table
 from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
 from megacoder.train.step import Batches, load_tokenizer, make_engine, open_stream, resolve_dtype, run_step, start_ranks
+from megacoder.train.utilization import CONVENTIONS, Utilization, device_name, utilization
 
-__all__ = ["CONVENTIONS", "Phase", "Profile", "ProfileConfig", "Utilization", "profile", "profile_on"]
-
-CONVENTIONS = {"full attention (PaLM)": False, "causal attention": True}
-"""How the products of attention are counted: all of them, or the half that a causal mask leaves."""
+__all__ = ["Phase", "Profile", "ProfileConfig", "profile", "profile_on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +88,6 @@ class Phase:
     """per step, mean over steps and ranks"""
     slowest_seconds: float
     """of the rank with the most, mean over steps"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Utilization:
-    """Model FLOPs in one convention of counting attention."""
-
-    convention: str
-    flops_per_token: float
-    device_flops: float
-    """FLOP/s of each device"""
-    mfu: float
-    """share of the peak"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,14 +297,13 @@ def _summary(
     """All ranks' figures as one."""
     steps = [[StepTimes(**step) for step in rank["steps"]] for rank in ranks]
     step_seconds = max(mean(step.seconds for step in rank) for rank in steps)
-    device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else probe().device_name
     measured = mean(rank["matrix_flops"] for rank in ranks)
-    peak = known_peak(device_name, getattr(torch, config.dtype))
+    peak = known_peak(device_name(world.device), getattr(torch, config.dtype))
     if peak is None:
         peak = Peak(measured, f"the {config.dtype} matrix rate measured here")
     tokens_per_second = config.global_batch_size * config.data.stream.seq_length / step_seconds
     return Profile(
-        run=_describe(config, options, layout, device_name),
+        run=_describe(config, options, layout, world),
         steps=options.steps, step_seconds=step_seconds,
         phases=_phases(steps), operations=_operations(steps),
         tokens_per_second=tokens_per_second, peak=Peak(peak.flops * world.size, peak.source),
@@ -344,16 +324,6 @@ def _summary(
     )  # fmt: skip
 
 
-def utilization(
-    model: ModelConfig, seq_length: int, *, convention: str, tokens_per_second: float, num_devices: int,
-    device_peak: float,
-) -> Utilization:  # fmt: skip
-    """Arithmetic alone; `tokens_per_second` is that of all devices."""
-    per_token = model.training_flops_per_token(seq_length, causal=CONVENTIONS[convention])
-    flops = per_token * tokens_per_second / num_devices
-    return Utilization(convention=convention, flops_per_token=per_token, device_flops=flops, mfu=flops / device_peak)
-
-
 def _phases(ranks: list[list[StepTimes]]) -> list[Phase]:
     found = {phase for steps in ranks for step in steps for phase in step.phases}
     phases = []
@@ -370,13 +340,13 @@ def _operations(ranks: list[list[StepTimes]]) -> dict[str, float]:
     return {name: mean(step.operations.get(name, 0.0) for step in steps) for name in names}
 
 
-def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, device_name: str) -> dict[str, Any]:
+def _describe(config: RunConfig, options: ProfileConfig, layout: Layout, world: World) -> dict[str, Any]:
     return {
         "parameters": config.model.num_params,
         "layout": str(layout.dims),
         "schedule": layout.schedule.name if layout.dims.pp > 1 else None,
         "ranks": layout.dims.world_size,
-        "device": device_name,
+        "device": device_name(world.device),
         "dtype": config.dtype,
         "block": config.execution.block,
         "recompute": config.execution.recompute,

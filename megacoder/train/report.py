@@ -16,7 +16,9 @@ from megacoder.data.blend import blend_counts, blend_table
 from megacoder.parallel.schedules.draw import picture_of
 from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
-from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
+from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, read_metrics
+from megacoder.train.pace import SLOWEST_RATIO
+from megacoder.train.utilization import CONVENTIONS
 from megacoder.version import __version__
 
 __all__ = ["loss_chart", "speed_chart", "write_run_report"]
@@ -95,10 +97,24 @@ def _headline(rows: Rows) -> str:
         ("loss", f"{losses[-1]:.3f}" if losses else "not finite"),
         *([("held-out loss", f"{held_out[-1]:.3f}")] if held_out else []),
         ("tokens/s, median", f"{speed:,.0f}"),
-        ("TFLOP/s, median", f"{statistics.median(row['tflops'] for row in rows):,.3g}"),
+        *_utilization(rows),
         ("updates skipped", f"{rows[-1].get('skipped_updates', 0):,}"),
     ]
     return tiles(items)
+
+
+def _utilization(rows: Rows) -> list[tuple[str, str]]:
+    """Medians of what the lines say about the use of the devices, each with its convention."""
+    labels = {f"{DEVICE_TFLOPS}/{name}": f"TFLOP/s per device, {name}, median" for name in CONVENTIONS}
+    labels |= {f"{MFU}/{name}": f"MFU, {name}, median" for name in CONVENTIONS}
+    if not any(key in row for row in rows for key in labels):
+        labels = {"tflops": "TFLOP/s of all devices, causal attention, median"}
+    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in labels}
+    return [
+        (labels[key], f"{statistics.median(values):{'.1%' if key.startswith(MFU) else ',.3g'}}")
+        for key, values in found.items()
+        if values
+    ]
 
 
 def _learning(rows: Rows) -> str:
@@ -123,10 +139,12 @@ def _learning(rows: Rows) -> str:
 
 
 def _machine(rows: Rows) -> str:
+    compared = any(SLOWEST_RATIO in row for row in rows)
     return section(
         "Speed and memory",
         speed_chart(rows),
         _chart("memory", rows, "memory_gib", "peak GiB of the first rank: tensors on a GPU, else its process"),
+        *([_chart("slowest rank", rows, SLOWEST_RATIO, "slowest rank's own time / median")] if compared else []),
     )
 
 

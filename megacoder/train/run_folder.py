@@ -43,9 +43,9 @@ from megacoder.train.metrics_log import METRICS
 __all__ = ["RunFolder", "check_same_run", "load_weights", "open_start", "state_fragments"]
 
 FREE_TO_CHANGE = {
-    "output", "device", "checkpoint_every", "checkpoint", "eval_every", "eval_batches", "log_every",
-    "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals", "data_workers",
-    "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
+    "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches",
+    "log_every", "execution", "micro_batch_size", "parallel", "timeout_seconds", "guard", "stop_signals",
+    "data_workers", "steps", "schedule", "data.train", "data.valid", "data.tokenizer", "data.skip_steps",
 }  # fmt: skip
 """Settings that may differ when a run resumes: they change nothing (any more), rounding alone (device, layout,
 execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `skip_steps` may differ if
@@ -148,6 +148,24 @@ class RunFolder:
             ]
             what = "weights and optimizer state" if self.config.init_optimizer else "weights"
             say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
+            self._name_repeated_data(reader)
+
+    def _name_repeated_data(self, reader: CheckpointReader) -> None:
+        """One line if the run that `reader` is of began with documents that this one begins with, too.
+
+        Their order depends on the seed and on the dataset's place among several.
+        """
+        seed, theirs = self.config.data.stream.seed, reader.state.get("config", {}).get("data", {})
+        if theirs.get("stream", {}).get("seed") != seed:
+            return
+        there = reader.state.get("fingerprints", [])
+        pairs = zip(self.config.data.train, self._fingerprints, there, strict=False)
+        again = [str(prefix) for prefix, ours, other in pairs if ours == other]
+        if again:
+            say(
+                f"data.stream.seed = {seed}, as in the run that these weights come from: {', '.join(again)} will be "
+                "read in the same order from its beginning; another seed starts with other documents"
+            )
 
     def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> None:
         optimizer = engine.optimizer

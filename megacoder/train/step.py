@@ -33,6 +33,7 @@ from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
 from megacoder.train.layout import Layout
+from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 
 __all__ = [
@@ -70,6 +71,10 @@ class StepResult:
     """whether the update was skipped"""
     stop: bool
     """a rank was asked to stop"""
+    saves: bool
+    """a checkpoint is to follow"""
+    seconds: tuple[float, ...]
+    """of every rank in the step before, without waiting, if that was measured (see `megacoder.train.pace`)"""
 
 
 def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
@@ -134,12 +139,12 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def open_conversations(
-    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
+    config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int, epochs: int | None = None
 ) -> ConversationStream:
     """A rank's windows of what `megacoder.train.sft.prepare` has written to `prefix`."""
     return ConversationStream(
         IndexedDataset(prefix), tokenizer, seq_length=config.data.stream.seq_length, seed=config.data.stream.seed,
-        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size,
+        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size, epochs=epochs,
     )  # fmt: skip
 
 
@@ -188,21 +193,32 @@ def run_step(
     limits: Limits = Limits(),  # noqa: B008, it is frozen
     replicas: ReplicaCheck | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
+    save_is_due: Callable[[], bool] = lambda: False,
+    pace: Pace | None = None,
 ) -> StepResult:
     """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
 
-    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` says
-    so on any rank. It is called as late as ranks can still agree on the answer, so that a signal costs no further step.
+    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` or
+    `save_is_due` says so on any rank. They are called as late as ranks can still agree on the answer, which travels
+    with the loss, so that a signal costs no further step.
     """
     journal = engine.mesh.world.journal
     journal.begin_step(number)
+    if pace is not None:
+        pace.begin(number)
     journal.at(DATA)
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
+    if pace is not None:
+        pace.computed()
     journal.at(UPDATE)
-    loss_sum, counted, stop = engine.sum_losses(part, stop_asked())
+    others = [] if pace is None else pace.report()
+    loss_sum, counted, stop, save, *seconds = engine.sum_losses(part, stop_asked(), save_is_due(), *others)
+    if pace is not None:
+        pace.read()
+    saves = stop > 0 or save > 0 or config.ends_with_checkpoint(number)
     if replicas is not None:
-        replicas.maybe_compare(number, saves=stop > 0 or config.ends_with_checkpoint(number))
+        replicas.maybe_compare(number, saves=saves)
         journal.at(UPDATE)
     loss = loss_sum / counted if counted else math.nan  # no token is trained: the update is skipped
     num_updates = engine.optimizer.num_updates
@@ -214,5 +230,6 @@ def run_step(
     )
     return StepResult(
         loss=loss, num_tokens=int(counted), grad_norm=grad_norm,
-        skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0,
+        skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0, saves=saves,
+        seconds=tuple(seconds),
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 Each held-out set has a loss of its own, so that one language getting worse does not hide behind the others. Of several
 sets, the held-out loss is the mean of theirs, each counting the same however many tokens it has.
+
+No token counts twice: after one pass of a set its windows are padded, and batches of padding alone are left out.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ from megacoder.data.fim import FimConfig
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import Batch, TokenStream
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.metrics_log import HELD_OUT_LOSS
@@ -24,14 +28,32 @@ __all__ = ["HeldOut", "describe_losses", "set_names"]
 
 
 class HeldOut:
-    """The first `eval_batches` global batches of each set in `data.valid`, split over the data-parallel ranks."""
+    """The first `eval_batches` global batches of each set in `data.valid`, fewer of a set with fewer tokens, split over
+    the data-parallel ranks."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
+        """All ranks make one at the same time."""
         self.micro_batch_size = config.micro_batch_size
         self.batches: dict[str, list[Batch]] = {}
-        for name, prefix in zip(set_names(config.data.valid), config.data.valid, strict=True):
-            stream = _open(config, prefix, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
-            self.batches[name] = [stream.next_batch() for _ in range(config.eval_batches)]
+        with failing_together(mesh.world):
+            for name, prefix in zip(set_names(config.data.valid), config.data.valid, strict=True):
+                stream = _open(config, prefix, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
+                self.batches[name] = [stream.next_batch() for _ in range(config.eval_batches)]
+        self.num_tokens: dict[str, int] = {}
+        """that an evaluation predicts, over all ranks"""
+        self._leave_out_padding(mesh)
+
+    def _leave_out_padding(self, mesh: Mesh) -> None:
+        """Leaves out batches without labels on any rank, which is for all ranks to find out together."""
+        ours = {
+            name: [int((batch.labels != IGNORE_INDEX).sum()) for batch in batches]
+            for name, batches in self.batches.items()
+        }
+        replicas = [counts for counts in gather_json(ours if mesh.speaks_for_replica else None, mesh.world) if counts]
+        for name, batches in self.batches.items():
+            sums = [sum(counts) for counts in zip(*(replica[name] for replica in replicas), strict=True)]
+            self.batches[name] = [batch for batch, tokens in zip(batches, sums, strict=True) if tokens]
+            self.num_tokens[name] = sum(sums)
 
     def losses(self, engine: Engine) -> dict[str, float]:
         """Nats per token over all ranks, by their names in metrics: HELD_OUT_LOSS, and one for each of several sets."""
@@ -70,10 +92,11 @@ def describe_losses(losses: dict[str, float]) -> str:
 def _open(
     config: RunConfig, prefix: Path, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int
 ) -> TokenStream | ConversationStream:
+    """One pass of a set."""
     if config.data.conversations.valid:
-        return open_conversations(config, prefix, tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+        return open_conversations(config, prefix, tokenizer, dp_rank=dp_rank, dp_size=dp_size, epochs=1)
     plain = dataclasses.replace(config.data.stream, fim=FimConfig(rate=0.0))
     return TokenStream(
         [open_dataset(prefix, tokenizer)], tokenizer, plain,
-        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size,
+        global_batch_size=config.global_batch_size, dp_rank=dp_rank, dp_size=dp_size, epochs=1,
     )  # fmt: skip

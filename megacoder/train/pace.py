@@ -1,0 +1,114 @@
+"""Finds ranks that compute more slowly than others, as one on a throttled GPU: in a step all wait for the slowest.
+
+Of every `MEASURED_EVERY`-th step each rank takes the time from its beginning to its last backward, less what it has
+waited for others. On a GPU both are marks in the stream, which cost microseconds and wait for nothing: they are read
+after the loss has been, when the stream has passed them. Each rank's seconds travel with the loss of the step after,
+so that no collective is added. Only some steps are measured since tensor parallelism has thousands of collectives.
+
+A rank is compared with those that hold the same pipeline stages: others have other work.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from megacoder.core.timing import Timer, timer_for
+from megacoder.parallel.mesh import Mesh
+from megacoder.parallel.world import gather_json
+
+__all__ = ["MEASURED_EVERY", "SLOWEST_RANK", "SLOWEST_RATIO", "ComputeClock", "Pace"]
+
+MEASURED_EVERY = 10
+"""Steps from one that is measured to the next."""
+SLOW, IN_A_ROW = 1.2, 3
+"""A rank whose time is so many times its peers' median, in so many measured steps in a row, is named."""
+SLOWEST_RANK, SLOWEST_RATIO = "slowest_rank", "slowest_rank_ratio"
+"""In a line of metrics after a measured step: the rank with the largest ratio to its peers' median, and that ratio."""
+
+
+class ComputeClock:
+    """A listener of the journal: the time of one rank, less what it spends in collectives, sends and receives."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._marks: list[Any] = []
+
+    def begin(self) -> None:
+        self._marks = [self._timer.mark()]
+
+    def end(self) -> None:
+        self._marks.append(self._timer.mark())
+
+    def at(self, activity: str) -> None:
+        """See `megacoder.parallel.journal.Listener`."""
+
+    def entered(self, operation: str) -> None:
+        self._marks.append(self._timer.mark())
+
+    def left(self) -> None:
+        self._marks.append(self._timer.mark())
+
+    def seconds(self) -> float:
+        """Between `begin` and `end`; the device must have passed both."""
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        return sum(self._timer.seconds(first, last) for first, last in pairs)
+
+
+class Pace:
+    """What ranks need for a step, compared; every rank makes one and makes the same calls."""
+
+    def __init__(self, mesh: Mesh, *, every: int = MEASURED_EVERY) -> None:
+        self.every = every
+        self._journal, self._rank = mesh.world.journal, mesh.world.rank
+        self._clock = ComputeClock(timer_for(mesh.world.device))
+        stages = gather_json(mesh.place.pp, mesh.world)
+        self._peers = [[rank for rank, pp in enumerate(stages) if pp == mine] for mine in stages]
+        self._has_peers = len(stages) > len(set(stages))
+        self._is_measured = False
+        self._seconds: float | None = None
+        self._slow: dict[int, int] = defaultdict(int)
+        """by rank: measured steps in a row in which it was slow"""
+
+    def begin(self, step: int) -> None:
+        """The step begins."""
+        self._is_measured = self._has_peers and step % self.every == 0
+        if self._is_measured:
+            self._journal.listener = self._clock
+            self._clock.begin()
+
+    def computed(self) -> None:
+        """Its last backward is done, as far as this rank is concerned."""
+        if self._is_measured:
+            self._clock.end()
+            self._journal.listener = None
+
+    def report(self) -> list[float]:
+        """To be summed over ranks with the loss: every rank's seconds of the step before, if that was measured."""
+        if self._seconds is None:
+            return []
+        return [self._seconds if rank == self._rank else 0.0 for rank in range(len(self._peers))]
+
+    def read(self) -> None:
+        """The device has passed what `computed` marked."""
+        self._seconds = self._clock.seconds() if self._is_measured else None
+
+    def compare(self, seconds: Sequence[float]) -> tuple[dict[str, float], list[str]]:
+        """(for the log, lines for people) from the sums of all `report`s; nothing of steps that were not measured."""
+        if not seconds:
+            return {}, []
+        ratios = [
+            own / max(1e-9, statistics.median_low([seconds[peer] for peer in peers]))
+            for own, peers in zip(seconds, self._peers, strict=True)
+        ]
+        lines = []
+        for rank, ratio in enumerate(ratios):
+            self._slow[rank] = self._slow[rank] + 1 if ratio > SLOW else 0
+            if self._slow[rank] == IN_A_ROW:
+                lines.append(
+                    f"rank {rank} is slow, in {IN_A_ROW} measured steps in a row: it computes for {ratio:.2f} times as "
+                    "long as the median of ranks with the same work, and all wait for it; its device may be throttled, "
+                    "or its host busy"
+                )
+        slowest = max(range(len(ratios)), key=ratios.__getitem__)
+        return {SLOWEST_RANK: slowest, SLOWEST_RATIO: ratios[slowest]}, lines

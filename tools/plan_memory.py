@@ -23,6 +23,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.stage import Microbatch
 from megacoder.ops.adamw import AdamWConfig
+from megacoder.ops.backends import candidates
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.world import World
@@ -33,10 +34,11 @@ from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import rank_memory
 from megacoder.train.planning.search import variant_pipeline
 
-__all__ = ["ALLOWED", "CASES", "KINDS", "Case", "check_memory", "measure"]
+__all__ = ["CASES", "KINDS", "Case", "allowed", "check_memory", "measure"]
 
-ALLOWED = 0.05
-"""Largest relative error of a rank's bytes of a kind."""
+ALLOWED, ALLOWED_ON_TILES = 0.05, 0.15
+"""Largest relative error of a rank's bytes of a kind; of buffers where attention works on tiles (AMX). It then holds so
+little that oneDNN's own memory shows, which is not planned: 38 kB for the products of these tiny models."""
 KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
 
 
@@ -122,6 +124,12 @@ CASES = [
 ]
 
 
+def allowed(kind: str) -> float:
+    """Largest relative error of a rank's bytes of this kind, here."""
+    on_tiles = candidates("attention", "cpu", torch.bfloat16)[0] == "amx"
+    return ALLOWED_ON_TILES if kind == "buffers" and on_tiles else ALLOWED
+
+
 def check_memory(*, quiet: bool) -> dict[str, Any]:
     """All cases; prints a table unless `quiet`."""
     rows = []
@@ -143,7 +151,7 @@ def check_memory(*, quiet: bool) -> dict[str, Any]:
                 say(f"{case}: " + ", ".join(f"{k} {v['error']:+.1%}" for k, v in row["kinds"].items()))
     largest = {kind: max(abs(row["kinds"][kind]["error"]) for row in rows) for kind in KINDS}
     result = {
-        "layouts": rows, "largest_error": largest, "holds": all(largest[kind] <= ALLOWED for kind in KINDS),
+        "layouts": rows, "largest_error": largest, "holds": all(largest[kind] <= allowed(kind) for kind in KINDS),
     }  # fmt: skip
     if not quiet:
         table(

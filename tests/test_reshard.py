@@ -16,6 +16,7 @@ import pytest
 import reshard_parity
 import torch
 from checkpoint_cases import blank, no_flush, save_as_ranks  # noqa: F401
+from layout_parity import BUCKET_ELEMENTS
 from reshard_parity import Pair, measure, random_pairs
 
 from megacoder.checkpoint.boxes import Box
@@ -31,7 +32,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 def fragments_of(case):
     """What each rank of a layout holds, without data."""
     request = case.request()
-    parallel = dataclasses.replace(request.parallel, bucket_elements=reshard_parity.BUCKET_ELEMENTS)
+    parallel = dataclasses.replace(request.parallel, bucket_elements=BUCKET_ELEMENTS)
     layout = request.layout(case.world_size)
     return [rank_fragments(request.model, parallel, layout, rank, KINDS) for rank in range(case.world_size)]
 

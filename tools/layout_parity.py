@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,6 +111,10 @@ class Case:
     def execution(self) -> ExecutionConfig:
         """How layers run."""
         return from_dict(ExecutionConfig, {"block": self.block, "recompute": self.recompute}, where=str(self))
+
+    def check(self) -> None:
+        """ConfigError unless the library takes it."""
+        self.request().layout(self.world_size)
 
     def __str__(self) -> str:
         words = []
@@ -248,8 +252,8 @@ def share(batch: Batch, mesh: Mesh) -> Batch:
     return Batch(tokens=batch.tokens[rows], labels=batch.labels[rows], starts=starts)
 
 
-def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> Trained:
-    """Trains on this rank; returns what it holds."""
+def make_engine(world: World, case: Case, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Engine, Mesh]:
+    """This rank's share of the model, drawn from `seed`."""
     request = case.request()
     layout = request.layout(world.size)
     world = World(
@@ -258,15 +262,23 @@ def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> T
     mesh = Mesh(world, layout.dims, sequence_parallel=request.parallel.sequence_parallel)
     engine = Engine(
         request.model, layout, mesh,
-        execution=case.execution(), bucket_elements=BUCKET_ELEMENTS,
-        optimizer=OPTIMIZER, dtype=getattr(torch, dtype), seed=seed,
+        execution=case.execution(), bucket_elements=BUCKET_ELEMENTS, optimizer=OPTIMIZER, dtype=dtype, seed=seed,
     )  # fmt: skip
+    return engine, mesh
+
+
+def train_case(world: World, case: Case, steps: int, seed: int, dtype: str) -> Trained:
+    """Trains on this rank; returns what it holds."""
+    return train(*make_engine(world, case, seed, getattr(torch, dtype)), batches(case, steps, seed))
+
+
+def train(engine: Engine, mesh: Mesh, global_batches: Iterable[Batch]) -> Trained:
+    """An update on this rank's share of each."""
     losses, norms, gradients = [], [], []
-    for batch in batches(case, steps, seed):
+    for batch in global_batches:
         part = engine.forward_backward(engine.microbatches(share(batch, mesh), MICRO_BATCH))
         loss, num_tokens = engine.sum_losses(part)
-        mean = engine.optimizer.gradients() / num_tokens
-        gradients.append(list(slices(engine, mean)))
+        gradients.append(list(slices(engine, engine.optimizer.gradients() / num_tokens)))
         norms.append(engine.update(lr=1e-3, num_tokens=int(num_tokens), max_grad_norm=1.0))
         losses.append(loss / num_tokens)
     return Trained(losses, norms, gradients, list(slices(engine, engine.optimizer.state()["weight"])))
@@ -331,9 +343,14 @@ def _ratio(error: float, size: float) -> float:
     return math.inf if math.isnan(error) or size == 0.0 else error / size
 
 
+def pipelines(sizes: Iterable[int]) -> tuple[tuple[int, str], ...]:
+    """No pipeline, or every schedule on so many stages."""
+    return ((1, "1f1b"), *((pp, schedule) for pp in sizes for schedule in SCHEDULES))
+
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 4),
-    "pipeline": ((1, "1f1b"), *((pp, schedule) for pp in (2, 4) for schedule in SCHEDULES)),
+    "pipeline": pipelines((2, 4)),
     "dp": (1, 2),
     "cp": (1, 2),
     "sequence_parallel": (False, True),
@@ -353,6 +370,11 @@ the last of four ranks has none; four sequences are fewer microbatches than stag
 Row = dict[str, Any]
 
 
+def draw_row(draw: random.Random, choices: Mapping[str, Sequence[Any]] = CHOICES) -> Row:
+    """One of each, all alike."""
+    return {key: draw.choice(values) for key, values in choices.items()}
+
+
 def case_of(row: Row) -> Case:
     """The case of one choice each."""
     pp, schedule = row["pipeline"]
@@ -362,8 +384,7 @@ def case_of(row: Row) -> Case:
 def works(case: Case, world: int) -> bool:
     """Whether the library takes it on at most `world` ranks."""
     try:
-        case.execution()
-        case.request().layout(case.world_size)
+        case.check()
     except ConfigError:
         return False
     return case.world_size <= world
@@ -372,7 +393,7 @@ def works(case: Case, world: int) -> bool:
 def random_cases(count: int, *, seed: int, world: int) -> list[Case]:
     """Layouts of `world` ranks that work, drawn alike from all CHOICES."""
     draw = random.Random(seed)
-    drawn = (case_of({key: draw.choice(values) for key, values in CHOICES.items()}) for _ in itertools.count())
+    drawn = (case_of(draw_row(draw)) for _ in itertools.count())
     return list(itertools.islice((case for case in drawn if case.world_size == world and works(case, world)), count))
 
 
@@ -389,7 +410,7 @@ def pairwise_cases(world: int = 16, seed: int = 0) -> list[Case]:
     while missing:
         (one, first), (other, second) = min(missing, key=repr)
         fixed = {one: first, other: second}
-        rows = [{**{key: draw.choice(values) for key, values in CHOICES.items()}, **fixed} for _ in range(100)]
+        rows = [{**draw_row(draw), **fixed} for _ in range(100)]
         rows = [row for row in rows if works(case_of(row), world)]
         if not rows:
             missing.remove(((one, first), (other, second)))
@@ -416,8 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         raise ConfigError('no layouts; give --layouts "tp=2,pp=2" ..., --random 20 or --pairwise')
     for case in cases:  # what cannot work is said before anything runs
-        case.request().layout(case.world_size)
-        case.execution()
+        case.check()
     torch.set_num_threads(1)
     rows = []
     with RankPool() as pool:

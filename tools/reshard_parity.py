@@ -21,21 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import layout_parity
 import torch
 from bench_common import run_tool
 from layout_parity import (
-    BUCKET_ELEMENTS,
-    MICRO_BATCH,
-    OPTIMIZER,
     Case,
     Slice,
     Trained,
     batches,
     case_of,
     compare,
+    draw_row,
+    make_engine,
     one_process,
-    share,
+    pipelines,
     slices,
+    train,
     works,
 )
 from ranks import RankFailed, RankPool
@@ -44,8 +45,6 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.config import parse_args
 from megacoder.core.errors import ConfigError
-from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.schedules.generators import SCHEDULES
 from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.run_folder import state_fragments
@@ -56,21 +55,9 @@ STEPS = 2
 """Updates before the change, and as many after it."""
 MODEL = ("kv_heads", "tied", "layers", "vocab", "packed", "sequences")
 """What both layouts of a pair have in common."""
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "tp": (1, 2, 4),
-    "pipeline": ((1, "1f1b"), *((pp, schedule) for pp in range(2, 9) for schedule in SCHEDULES)),
-    "dp": (1, 2, 3, 4, 6),
-    "cp": (1, 2),
-    "sequence_parallel": (False, True),
-    "block": ("scheduled", "plain"),
-    "recompute": ("none", "norms", "selective", "full"),
-    "kv_heads": (1, 2, 4),
-    "tied": (False, True),
-    "layers": (8, 7),
-    "vocab": (93, 40),
-    "packed": (False, True),
-    "sequences": (24,),
-}
+CHOICES = {key: values for key, values in layout_parity.CHOICES.items() if key != "shared_memory"} | {
+    "pipeline": pipelines(range(2, 9)), "dp": (1, 2, 3, 4, 6), "sequences": (24,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,36 +127,11 @@ def _random_pair(draw: random.Random) -> Pair:
     while len(cases) < 2:
         world = draw.randint(1, 8)
         for _ in range(1000):
-            case = case_of({**{key: draw.choice(values) for key, values in CHOICES.items()}, **model})
+            case = case_of({**draw_row(draw, CHOICES), **model})
             if case.world_size == world and works(case, world):
                 cases.append(case)
                 break
     return Pair(*cases)
-
-
-def make_engine(world: World, case: Case, seed: int) -> tuple[Engine, Mesh]:
-    """This rank's share of the model, drawn from `seed`."""
-    request = case.request()
-    layout = request.layout(world.size)
-    mesh = Mesh(world, layout.dims, sequence_parallel=request.parallel.sequence_parallel)
-    engine = Engine(
-        request.model, layout, mesh,
-        execution=case.execution(), bucket_elements=BUCKET_ELEMENTS, optimizer=OPTIMIZER, dtype=torch.float32,
-        seed=seed,
-    )  # fmt: skip
-    return engine, mesh
-
-
-def train(engine: Engine, mesh: Mesh, case: Case, seed: int, first: int) -> Trained:
-    """STEPS updates from number `first` on."""
-    losses, norms, gradients = [], [], []
-    for batch in list(batches(case, first + STEPS, seed))[first:]:
-        part = engine.forward_backward(engine.microbatches(share(batch, mesh), MICRO_BATCH))
-        loss, num_tokens = engine.sum_losses(part)
-        gradients.append(list(slices(engine, engine.optimizer.gradients() / num_tokens)))
-        norms.append(engine.update(lr=1e-3, num_tokens=int(num_tokens), max_grad_norm=1.0))
-        losses.append(loss / num_tokens)
-    return Trained(losses, norms, gradients, list(slices(engine, engine.optimizer.state()["weight"])))
 
 
 def state_of(engine: Engine) -> dict[str, list[Slice]]:
@@ -180,7 +142,7 @@ def state_of(engine: Engine) -> dict[str, list[Slice]]:
 def save_case(world: World, case: Case, seed: int, root: Path) -> dict[str, list[Slice]]:
     """Trains and saves on this rank; returns what it then has in memory."""
     engine, mesh = make_engine(world, case, seed)
-    train(engine, mesh, case, seed, 0)
+    train(engine, mesh, batches(case, STEPS, seed))
     engine.optimizer.traffic.wait_all()
     writer = CheckpointWriter(root, world, CheckpointConfig())
     optimizer = engine.optimizer
@@ -198,7 +160,7 @@ def load_case(world: World, case: Case, seed: int, root: Path) -> tuple[dict[str
     reader.read_all(state_fragments(engine.model, optimizer.owned, held, copies=True))
     optimizer.publish_master(held["weight"])
     optimizer.num_updates = reader.state["num_updates"]
-    return state_of(engine), train(engine, mesh, case, seed, STEPS)
+    return state_of(engine), train(engine, mesh, list(batches(case, 2 * STEPS, seed))[STEPS:])
 
 
 def measure(pool: RankPool, pair: Pair, *, seed: int) -> Report:
@@ -261,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not pairs:
         raise ConfigError('no pairs; give --pairs "tp=2 > dp=2" ... or --random 30')
     for case in (case for pair in pairs for case in (pair.first, pair.second)):
-        case.request().layout(case.world_size)
-        case.execution()
+        case.check()
     torch.set_num_threads(1)
     reports = []
     with RankPool() as pool:

@@ -1,8 +1,10 @@
 """The benchmarks' own machinery: ranks that answer, fail and exit; contenders that train; correct summaries."""
 
 import dataclasses
+import json
 
 import pytest
+from bench_common import append_record, write_record
 from bench_gpu import largest_batch
 from bench_parallel import Record, summary
 from bench_ranks import Answer, ContenderFailed, Ranks
@@ -118,3 +120,15 @@ def test_ranks_that_sleep_are_measured(ranks):
     for row in rows:
         assert row["seconds"] > 4 * 3 * 0.004  # no rank can have slept less
         assert 0 < row["idle"] < 1
+
+
+def test_records_name_the_options_but_no_paths(tmp_path):
+    options = Options(ranks=2, out=tmp_path / "out.json")
+    write_record(tmp_path / "out.json", machine={"cores": 2}, options=options, results=[1])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["machine"], written["results"]) == ({"cores": 2}, [1])
+    assert (written["options"]["ranks"], "out" in written["options"]) == ("2", False)
+    for result in (1, 2):
+        append_record(tmp_path / "out.jsonl", ops="torch", options={"batch": 8, "out": tmp_path}, result=result)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines == [{"ops": "torch", "options": {"batch": 8}, "result": result} for result in (1, 2)]

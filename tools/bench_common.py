@@ -19,7 +19,7 @@ from megacoder.core.errors import MegacoderError
 from megacoder.core.native import native_state
 from megacoder.model.config import ModelConfig
 
-__all__ = ["CPU_SHAPES", "commit", "machine", "run_tool", "write_record"]
+__all__ = ["CPU_SHAPES", "append_record", "commit", "machine", "record_of", "run_tool", "write_record"]
 
 CPU_SHAPES = {
     "101M": ModelConfig(
@@ -77,11 +77,22 @@ def _driver() -> str:
         return "unknown"
 
 
-def write_record(path: Path, *, machine: dict[str, Any], options: Any, results: Any) -> None:
-    """One JSON file: who measured, with which options (a dataclass; its paths say nothing elsewhere), what."""
+def record_of(*, machine: dict[str, Any], options: Any, results: Any) -> dict[str, Any]:
+    """Who measured, with which options (a dataclass; its paths say nothing elsewhere), what."""
     chosen = {key: str(value) for key, value in asdict(options).items() if not isinstance(value, Path)}
-    record = {"machine": machine, "options": chosen, "results": results}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    return {"machine": machine, "options": chosen, "results": results}
+
+
+def write_record(path: Path, **parts: Any) -> None:
+    """One JSON file of `record_of` these."""
+    path.write_text(json.dumps(record_of(**parts), indent=2) + "\n")
+
+
+def append_record(path: Path, **parts: Any) -> None:
+    """One line of JSON more, of these members; from the options, paths are left out."""
+    parts["options"] = {key: value for key, value in parts["options"].items() if not isinstance(value, Path)}
+    with path.open("a") as lines:
+        lines.write(json.dumps(parts) + "\n")
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:

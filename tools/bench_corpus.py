@@ -11,7 +11,6 @@ pair alternate. Contenders do equal work; where their decisions may differ, the 
 do. Results go to tools/results/corpus_cpu.json.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -26,12 +25,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_common import commit, machine, write_record
+from bench_common import commit, machine, run_tool, write_record
+from tyro.conf import Positional
 
+from megacoder.core.config import parse_args
 from megacoder.corpus.ambiguous import candidate_languages, settled_language
 from megacoder.corpus.languages import CODE_LANGUAGES, language_of
 from megacoder.corpus.reading import decode
@@ -63,12 +64,24 @@ TOP_TEN = ("Java", "Python", "C++", "TypeScript", "PHP", "C#", "JavaScript", "HT
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """As given on the command line."""
+    """The corpus pipeline beside its peers."""
 
-    folder: Path
-    megabytes: int
-    repeats: int
-    peers: Path
+    what: Positional[Literal["stages", "scale", "alarms"]]
+    """see the module"""
+    folder: Path = Path("/tmp/bench-corpus")
+    """what corpus_sources.py filled"""
+    megabytes: int = 320
+    """size of the sample"""
+    repeats: int = 3
+    """runs of each contender"""
+    peers: Path = Path("/tmp/venv-corpus-peers/bin/python")
+    """interpreter of the peers' environment"""
+    only: str = ""
+    """pairs whose name contains this"""
+    files: int = 3000
+    """of a language, at most, for alarms"""
+    sizes: tuple[int, ...] = (100, 300, 1000, 2000, 5000)
+    """megabytes, for scale"""
 
 
 _MOST_OF_ONE = 0.1  # of a sample's bytes that one repository may fill
@@ -143,12 +156,12 @@ def run(job: str, python: Path, table: Path, tree: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def stages(options: Options, only: str) -> None:
+def stages(options: Options) -> None:
     """Every pair of `PAIRS` in turns."""
     table, tree = sample(options.folder, options.megabytes)
     whole = sum(len(text.encode()) for text in pq.read_table(table, columns=["text"])["text"].to_pylist()) / 1e6
     for name, (ours, theirs, wanted) in PAIRS.items():
-        if only and only not in name:
+        if options.only not in name:
             continue
         runs: dict[str, list[dict[str, Any]]] = {ours: [], theirs: []}
         for _ in range(options.repeats):
@@ -180,11 +193,11 @@ def _same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool | None:
     return ours["digest"] == theirs["digest"] if "digest" in ours and "digest" in theirs else None
 
 
-def scale(options: Options, sizes: list[int]) -> None:
+def scale(options: Options) -> None:
     """Whole builds of growing corpora: real files again and again, in each copy with names of its own."""
     table, _ = sample(options.folder, options.megabytes)
     points = []
-    for megabytes in sizes:
+    for megabytes in options.sizes:
         source = options.folder / f"grown-{megabytes}"
         files = grow(table, source, megabytes)
         with tempfile.TemporaryDirectory(dir=options.folder) as out:
@@ -274,11 +287,11 @@ def grow(table: Path, target: Path, megabytes: int) -> int:
     return files
 
 
-def alarms(options: Options, most: int) -> None:
+def alarms(options: Options) -> None:
     """Of released sources, how many the syntax screen would drop, for the ten languages with the largest shares.
 
     Clean are files of packages that people install, outside the folders of tests, where parsers keep what must not
-    parse, and only those that the paper's rules keep. At most `most` files a language, drawn by hash.
+    parse, and only those that the paper's rules keep. At most `--files` of a language, drawn by hash.
     """
     config, rules = ScreeningConfig(), PaperRules()
     found: dict[str, dict[str, Any]] = {}
@@ -295,7 +308,7 @@ def alarms(options: Options, most: int) -> None:
         if text is None or language not in TOP_TEN or rules.reason(text, language):
             continue
         row = found.setdefault(language, {"files": 0, "dropped": 0, "first_dropped": []})
-        if row["files"] == most:
+        if row["files"] == options.files:
             continue
         limit = config.max_share(language)
         parsed = parse(text, language, name, enough=limit)
@@ -329,24 +342,9 @@ def _versions(peers: Path) -> dict[str, str | int]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stages", "scale", "alarms"])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-corpus"), help="what corpus_sources.py filled")
-    parser.add_argument("--megabytes", type=int, default=320, help="size of the sample")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", type=Path, default=Path("/tmp/venv-corpus-peers/bin/python"))
-    parser.add_argument("--only", default="", help="pairs whose name contains this")
-    parser.add_argument("--files", type=int, default=3000, help="files of a language, at most, for alarms")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 2000, 5000], help="megabytes")
-    args = parser.parse_args()
-    options = Options(folder=args.folder, megabytes=args.megabytes, repeats=args.repeats, peers=args.peers)
-    if args.what == "stages":
-        stages(options, args.only)
-    elif args.what == "scale":
-        scale(options, args.sizes)
-    else:
-        alarms(options, args.files)
+    options = parse_args(Options, None, prog="bench_corpus.py")
+    {"stages": stages, "scale": scale, "alarms": alarms}[options.what](options)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

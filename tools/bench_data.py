@@ -9,11 +9,11 @@ Parts that this run does not measure are kept in the results file, with their ow
 
 import importlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine
+from bench_common import machine, record_of
 from data_parts.corpus import prepared
 
 from megacoder.core.config import parse_args
@@ -64,16 +64,13 @@ def main() -> None:
     options = parse_args(Options, None, prog="bench_data.py")
     corpus = prepared(options.corpus, megabytes=options.megabytes)
     say(f"{corpus.folder}: {corpus.num_documents:,} documents, {corpus.text_bytes / 1e6:.1f} MB")
-    chosen = {key: str(value) for key, value in asdict(options).items() if not isinstance(value, Path)}
     for part in options.parts:
         rows = importlib.import_module(PARTS[part]).measure(options, corpus)
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         shown = [[name, *(_shown(row.get(column, "")) for column in columns)] for name, row in rows.items()]
         table(f"{part}, {options.threads} threads", ["", *(column.replace("_", " ") for column in columns)], shown)
         if options.out is not None:
-            record = {
-                "machine": machine(**corpus.described()), "options": chosen, "results": rows,
-            }  # fmt: skip
+            record = record_of(machine=machine(**corpus.described()), options=options, results=rows)
             add_record(options.out, part, record)
 
 

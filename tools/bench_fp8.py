@@ -7,7 +7,6 @@ each against the fp64 product of the same casts, next to the error of the casts 
 testing.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import machine
+from bench_common import append_record, machine
 from bench_gpu import SHAPES
 from torch import Tensor
 
@@ -57,10 +56,8 @@ def main() -> None:
           [[row["what"], row["shape"], str(row["ms"]), f"{row['bytes'] / row['ms'] * 1e3 / copy:.0%}"]
            for row in casts])  # fmt: skip
     if options.out is not None:
-        asked = {key: value for key, value in asdict(options).items() if not isinstance(value, Path)}
         result = {"copy_bytes_per_second": round(copy), "products": products, "casts": casts}
-        with options.out.open("a") as lines:
-            lines.write(json.dumps({"machine": machine(), "options": asked, "result": result}) + "\n")
+        append_record(options.out, machine=machine(), options=asdict(options), result=result)
 
 
 def _sizes(options: Options) -> tuple[int, dict[str, tuple[int, int]]]:

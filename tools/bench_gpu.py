@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import machine
+from bench_common import append_record, machine
 from contenders.one_gpu import Contender, Data, Step, build
 
 from megacoder.core.config import parse_args
@@ -280,9 +280,8 @@ def main() -> None:
     rows = [[key, str(value)] for key, value in result.items()]
     table(_name(asked), ["figure", "value"], rows)
     if options.out is not None:
-        row = {"machine": here, "ops": os.environ.get("MEGACODER_OPS", ""), "options": asked, "result": result}
-        with options.out.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        ops = os.environ.get("MEGACODER_OPS", "")
+        append_record(options.out, machine=here, ops=ops, options=asked, result=result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ torch.compile, written idiomatically, which may choose what it keeps and overwri
 fused kernel, on the same bytes except the bf16 copy. Times are medians of many calls with device events.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_common import machine
+from bench_common import append_record, machine
 from bench_gpu import SHAPES
 from torch import Tensor
 
@@ -127,10 +126,8 @@ def main() -> None:
           f"{row.get('compiled_microseconds', '')}"] for row in rows],
     )  # fmt: skip
     if options.out is not None:
-        asked = {key: value for key, value in asdict(options).items() if not isinstance(value, Path)}
         result = {"copy_bytes_per_second": round(copy), "matrix_flops": round(matrix), "rows": rows}
-        with options.out.open("a") as lines:
-            lines.write(json.dumps({"machine": machine(), "options": asked, "result": result}) + "\n")
+        append_record(options.out, machine=machine(), options=asdict(options), result=result)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ build files; for JavaScript and TypeScript, the TypeScript compiler (Debian's no
 Debian packages in folders of the packages' names (`apt-get source`); missing packages are skipped.
 """
 
-import argparse
 import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine
+from bench_common import machine, run_tool
 from import_truth import python_ast, syntax
 
+from megacoder.core.config import parse_args
 from megacoder.core.files import write_json
 from megacoder.corpus.dependencies import repository_dependencies
 from megacoder.corpus.documents import Document
@@ -38,34 +39,37 @@ JAVA: dict[str, list[str]] = {
 C = {
     # project: folders that its build gives as -I, relative to its root
     "redis": [
-        "src",
-        "deps/hiredis",
-        "deps/linenoise",
-        "deps/lua/src",
-        "deps/hdr_histogram",
-        "deps/jemalloc/include",
+        "src", "deps/hiredis", "deps/linenoise", "deps/lua/src", "deps/hdr_histogram", "deps/jemalloc/include",
         "deps/jemalloc/test/include",
     ],
     "leveldb": ["", "include"],
     "curl": ["include", "lib", "src", "tests/libtest", "tests/server", "tests/unit"],
     "libgit2": [
-        "include",
-        "src/libgit2",
-        "src/util",
-        "src/cli",
-        "tests/clar",
-        "tests/libgit2",
-        "deps/pcre",
-        "deps/ntlmclient",
-        "deps/http-parser",
-        "deps/zlib",
+        "include", "src/libgit2", "src/util", "src/cli", "tests/clar", "tests/libgit2", "deps/pcre", "deps/ntlmclient",
+        "deps/http-parser", "deps/zlib",
     ],
     "re2": [""],
     "fmtlib": ["include", "test", "test/gtest"],
-}
+}  # fmt: skip
 GO = ("golang-github-spf13-cobra", "restic", "gh", "golang-golang-x-tools")
 JAVASCRIPT = ("eslint", "node-express", "node-webpack")
 TYPESCRIPT = ("node-babel7", "node-ajv", "node-got")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Import edges beside those of independent resolvers."""
+
+    projects: Path | None = None
+    """folder of Debian sources"""
+    typescript: Path | None = None
+    """folder of the typescript package"""
+    output: Path | None = None
+    """JSON file to write"""
+    show: int = 0
+    """edges to print of those missed, and of those too many"""
+    python: bool = True
+    """also the packages installed here"""
 
 
 def read(root: Path, languages: set[str], prefix: str = "") -> dict[str, str]:
@@ -92,7 +96,7 @@ def compared(
         for edge in sorted(edges)[:show]:
             print(f"  {sign}: {edge[0]} -> {edge[1]}", file=sys.stderr)
     both = len(ours & truth)
-    rates = {"recall": round(both / max(len(truth), 1), 4), "precision": round(both / max(len(ours), 1), 4)}
+    rates = rates_of(both, len(truth), len(ours))
     counts = {"files": len(files), "truth": len(truth), "found": len(ours), "both": both}
     print(f"{language:12}{project:44}", *(f"{name} {value}" for name, value in (counts | rates).items()))
     return {"language": language, "project": project, **counts, **rates}
@@ -112,26 +116,27 @@ def python_rows(show: int) -> list[dict[str, Any]]:
 
 
 def project_rows(projects: Path, typescript: Path | None, show: int) -> list[dict[str, Any]]:
+    def there(names: Iterable[str]) -> list[Path]:
+        return [projects / name for name in names if (projects / name).is_dir()]
+
     rows = []
-    for name, trees in JAVA.items():
-        if (projects / name).is_dir():
-            files = read(projects / name, {"Java"})
-            rows.append(compared(_versioned(projects / name), "Java", files, syntax.java_edges(files, trees), show))
-    for name, folders in C.items():
-        if (projects / name).is_dir():
-            files = read(projects / name, {"C", "C++"})
-            rows.append(compared(_versioned(projects / name), "C/C++", files, syntax.c_edges(files, folders), show))
-    for name in (name for name in GO if (projects / name).is_dir()):
-        files = read(projects / name, {"Go"})
-        modules = {
-            str(path.relative_to(projects / name)): path.read_text() for path in (projects / name).rglob("go.mod")
-        }
-        rows.append(compared(_versioned(projects / name), "Go", files, syntax.go_edges(files, modules), show))
+    for project in there(JAVA):
+        files = read(project, {"Java"})
+        truth = syntax.java_edges(files, JAVA[project.name])
+        rows.append(compared(_versioned(project), "Java", files, truth, show))
+    for project in there(C):
+        files = read(project, {"C", "C++"})
+        rows.append(compared(_versioned(project), "C/C++", files, syntax.c_edges(files, C[project.name]), show))
+    for project in there(GO):
+        files = read(project, {"Go"})
+        modules = {str(path.relative_to(project)): path.read_text() for path in project.rglob("go.mod")}
+        rows.append(compared(_versioned(project), "Go", files, syntax.go_edges(files, modules), show))
     for language, names in (("JavaScript", JAVASCRIPT), ("TypeScript", TYPESCRIPT)):
-        for name in (name for name in names if typescript and (projects / name).is_dir()):
-            files = read(projects / name, {"JavaScript", "TypeScript", "JSON"})
-            truth = typescript_edges(projects / name, files, typescript)
-            rows.append(compared(_versioned(projects / name), language, files, truth, show))
+        for project in there(names if typescript else ()):
+            files = read(project, {"JavaScript", "TypeScript", "JSON"})
+            rows.append(
+                compared(_versioned(project), language, files, typescript_edges(project, files, typescript), show)
+            )
     return rows
 
 
@@ -153,26 +158,23 @@ def _versioned(project: Path) -> str:
     return f"{name} {version.strip('()')}"
 
 
+def rates_of(both: int, truth: int, found: int) -> dict[str, float]:
+    return {"recall": round(both / max(truth, 1), 4), "precision": round(both / max(found, 1), 4)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--projects", type=Path, help="folder of Debian sources")
-    parser.add_argument("--typescript", type=Path, help="folder of the typescript package")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--show", type=int, default=0, help="edges to print of those missed, and of those too many")
-    parser.add_argument("--no-python", action="store_true")
-    args = parser.parse_args()
-    rows = [] if args.no_python else python_rows(args.show)
-    rows += project_rows(args.projects, args.typescript, args.show) if args.projects else []
+    options = parse_args(Options, None, prog="check_imports.py")
+    rows = python_rows(options.show) if options.python else []
+    rows += project_rows(options.projects, options.typescript, options.show) if options.projects else []
     totals = {}
     for language in dict.fromkeys(row["language"] for row in rows):
         mine = [row for row in rows if row["language"] == language]
         both, truth, found = (sum(row[key] for row in mine) for key in ("both", "truth", "found"))
-        rates = {"recall": round(both / max(truth, 1), 4), "precision": round(both / max(found, 1), 4)}
-        totals[language] = {"projects": len(mine), "edges": truth, **rates}
+        totals[language] = {"projects": len(mine), "edges": truth, **rates_of(both, truth, found)}
         print(f"{language:12}", totals[language])
-    if args.output:
-        write_json(args.output, {"machine": machine(), "totals": totals, "projects": rows})
+    if options.output:
+        write_json(options.output, {"machine": machine(), "totals": totals, "projects": rows})
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

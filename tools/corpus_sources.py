@@ -7,12 +7,17 @@ package lists are not touched: apt works in folders of its own. Packages are nam
 get different files; a benchmark's record gives the number of files and bytes.
 """
 
-import argparse
 import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+
+from bench_common import run_tool
+from tyro.conf import Positional
+
+from megacoder.core.config import parse_args
 
 __all__ = ["gather"]
 
@@ -30,6 +35,14 @@ PYPI = """
     matplotlib==3.8.2 requests==2.31.0 requests==2.32.0 pytest==7.4.0 pytest==7.4.3 ansible==8.7.0 botocore==1.34.0
     transformers==4.36.0 transformers==4.36.2 twisted==23.10.0 salt==3006.5
 """.split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Options:
+    """Gathers source code of Debian and PyPI."""
+
+    folder: Positional[Path]
+    """where to; what is there is kept"""
 
 
 def gather(folder: Path) -> None:
@@ -91,10 +104,8 @@ def _debian(package: str, apt: list[str], archives: Path, repos: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    gather(parser.parse_args().folder)
+    gather(parse_args(Options, None, prog="corpus_sources.py").folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

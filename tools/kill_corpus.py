@@ -6,18 +6,37 @@ The corpus is the planted one. Every trial has a folder of its own and different
 other repositories. Exits with 1 if any output file, including `corpus.json` with its counts, differs by a byte.
 """
 
-import argparse
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from bench_common import run_tool
 from planted_corpus import plant
 
+from megacoder.core.config import parse_args
+
 _BOMB_BYTES = 300 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Kills corpus builds, and compares what comes of them."""
+
+    kills: int = 20
+    """how many"""
+    scratch: Path
+    """folder for the corpora; what is there is removed"""
+    input: Path | None = None
+    """repositories; by default the planted corpus"""
+    shard_bytes: int = 20_000
+    """as for the build"""
+    seed: int = 0
+    """of the moments"""
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -25,10 +44,11 @@ def tree(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def command(args: argparse.Namespace, out: Path, workers: int) -> list[str]:
+def command(options: Options, out: Path, workers: int) -> list[str]:
     """One build."""
-    words = [sys.executable, "-m", "megacoder", "corpus", "build", "--input", str(args.input), "--out", str(out)]
-    return [*words, "--benchmarks", str(args.tests), "--shard-bytes", str(args.shard_bytes), "--workers", str(workers)]
+    repos, tests = options.input or options.scratch / "repos", options.scratch / "tests.jsonl"
+    words = [sys.executable, "-m", "megacoder", "corpus", "build", "--input", str(repos), "--out", str(out)]
+    return [*words, "--benchmarks", str(tests), "--shard-bytes", str(options.shard_bytes), "--workers", str(workers)]
 
 
 def until_begun(process: subprocess.Popen[bytes], out: Path) -> None:
@@ -47,27 +67,20 @@ def until_end(process: subprocess.Popen[bytes], out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for the corpora; what is there is removed")
-    parser.add_argument("--input", type=Path, help="repositories; by default the planted corpus")
-    parser.add_argument("--shard-bytes", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    shutil.rmtree(args.scratch, ignore_errors=True)
-    args.scratch.mkdir(parents=True)
-    plant(args.scratch, bomb_bytes=_BOMB_BYTES)
-    args.tests, args.input = args.scratch / "tests.jsonl", args.input or args.scratch / "repos"
+    options = parse_args(Options, None, prog="kill_corpus.py")
+    shutil.rmtree(options.scratch, ignore_errors=True)
+    options.scratch.mkdir(parents=True)
+    plant(options.scratch, bomb_bytes=_BOMB_BYTES)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(args, args.scratch / "whole", 1), **quiet)  # type: ignore[call-overload]
-    seconds = until_end(process, args.scratch / "whole")
-    expected = tree(args.scratch / "whole")
-    rng = random.Random(args.seed)
+    process = subprocess.Popen(command(options, options.scratch / "whole", 1), **quiet)  # type: ignore[call-overload]
+    seconds = until_end(process, options.scratch / "whole")
+    expected = tree(options.scratch / "whole")
+    rng = random.Random(options.seed)
     killed = different = 0
-    while killed < args.kills:
-        out = args.scratch / "killed"
+    while killed < options.kills:
+        out = options.scratch / "killed"
         shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen(command(args, out, rng.choice([1, 2])), **quiet)  # type: ignore[call-overload]
+        process = subprocess.Popen(command(options, out, rng.choice([1, 2])), **quiet)  # type: ignore[call-overload]
         until_begun(process, out)
         time.sleep(rng.uniform(0, seconds))
         process.kill()
@@ -75,7 +88,7 @@ def main() -> None:
             continue  # it had ended: no kill
         killed += 1
         left = len(list((out / "work").glob("*")))
-        subprocess.run(command(args, out, rng.choice([1, 2])), check=True, **quiet)  # type: ignore[call-overload]
+        subprocess.run(command(options, out, rng.choice([1, 2])), check=True, **quiet)  # type: ignore[call-overload]
         same = tree(out) == expected
         different += not same
         print(f"kill {killed}: {left} files of work were there; {'identical' if same else 'DIFFERENT'}", flush=True)
@@ -84,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

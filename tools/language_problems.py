@@ -81,8 +81,12 @@ class _Dialect:
         """A body that gives one value."""
         return f"    return {self.literal(value)};\n{self.closing}"
 
-    def call(self, name: str, arguments: tuple[Value, ...]) -> str:
-        return f"{name}({', '.join(map(self.literal, arguments))})"
+    def checks(self, problem: _Problem, form: str) -> str:
+        """A line for each case, of a call and what it must give."""
+        return "".join(
+            form.format(f"{problem.name}({', '.join(map(self.literal, given))})", self.literal(result))
+            for given, result in problem.cases
+        )
 
     def typed(self, problem: _Problem) -> str:
         return ", ".join(f"{self.types[kind]} {name}" for name, kind in problem.parameters.items())
@@ -98,9 +102,8 @@ class _Cpp(_Dialect):
         return f"std::vector<long>({{{inside}}})"
 
     def test(self, problem: _Problem) -> str:
-        lines = [f"    assert({self.call(problem.name, given)} == {self.literal(result)});\n"
-                 for given, result in problem.cases]  # fmt: skip
-        return f"}}\nint main() {{\n{''.join(lines)}}}\n"
+        lines = self.checks(problem, "    assert({} == {});\n")
+        return f"}}\nint main() {{\n{lines}}}\n"
 
 
 class _Java(_Dialect):
@@ -122,11 +125,8 @@ class _Java(_Dialect):
 
     def test(self, problem: _Problem) -> str:
         same = {"int": "{} == {}", "bool": "{} == {}", "str": "{}.equals({})", "ints": "Arrays.equals({}, {})"}
-        lines = [
-            f"    assert({same[problem.returns].format(self.call(problem.name, given), self.literal(result))});\n"
-            for given, result in problem.cases
-        ]
-        return f"    }}\n    public static void main(String[] args) {{\n{''.join(lines)}    }}\n}}\n"
+        lines = self.checks(problem, f"    assert({same[problem.returns]});\n")
+        return f"    }}\n    public static void main(String[] args) {{\n{lines}    }}\n}}\n"
 
 
 class _JavaScript(_Dialect):
@@ -140,9 +140,7 @@ class _JavaScript(_Dialect):
         return f"[{inside}]"
 
     def test(self, problem: _Problem) -> str:
-        lines = [f"assert.deepEqual({self.call(problem.name, given)}, {self.literal(result)});\n"
-                 for given, result in problem.cases]  # fmt: skip
-        return "const assert = require('node:assert');\n" + "".join(lines)
+        return "const assert = require('node:assert');\n" + self.checks(problem, "assert.deepEqual({}, {});\n")
 
 
 class _Perl(_Dialect):
@@ -160,13 +158,10 @@ class _Perl(_Dialect):
         return f"[{inside}]"
 
     def test(self, problem: _Problem) -> str:
-        lines = [
-            f"same({self.call(problem.name, given)}, {self.literal(result)});\n" for given, result in problem.cases
-        ]
         spread = "join(',', map { ref $_ ? @$_ : $_ } $_)"
         return (
             f"sub same {{\n    my($given, $wanted) = map {{ {spread} }} @_;\n    exit 1 if $given ne $wanted;\n}}\n"
-            + ("".join(lines))
+            + self.checks(problem, "same({}, {});\n")
         )
 
 
@@ -211,9 +206,8 @@ class _Rust(_Dialect):
         return f"vec![{inside}]"
 
     def test(self, problem: _Problem) -> str:
-        lines = [f"    assert_eq!({self.call(problem.name, given)}, {self.literal(result)});\n"
-                 for given, result in problem.cases]  # fmt: skip
-        return f"}}\n\nfn main() {{\n{''.join(lines)}}}\n"
+        lines = self.checks(problem, "    assert_eq!({}, {});\n")
+        return f"}}\n\nfn main() {{\n{lines}}}\n"
 
 
 _DIALECTS: dict[str, _Dialect] = {

@@ -1,6 +1,10 @@
 """Tensors, layouts and checkpoints written by simulated ranks, shared by the checkpoint tests."""
 
+import errno
+import hashlib
 import itertools
+import json
+import os
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.commit import commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import temporary_for
 from megacoder.checkpoint.rank_file import Fragment, live_bytes, plan_rank_file
+from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.parallel.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
@@ -21,6 +26,31 @@ def no_flush():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield
+
+
+def no_space(*_, **__):
+    """In the place of what writes: the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def flip_a_byte(path):
+    """The last one."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def state_of(path):
+    """(kind, name) -> tensor of the newest checkpoint there."""
+    reader = CheckpointReader(path)
+    return {key: reader.read_tensor(key[1], key[0]) for key in reader.tensors()}
+
+
+def sealed(table):
+    """The bytes of a manifest of these members, sealed as only a program that means to would."""
+    members = [f'"{key}":{json.dumps(item, separators=(",", ":"))},\n' for key, item in table.items()]
+    body = ("{" + "".join(members)).encode()
+    return body + b'"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
 def make_tensors(shapes=SHAPES, seed=0, kinds=("weight", "exp_avg", "exp_avg_sq")):

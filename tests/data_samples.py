@@ -1,10 +1,13 @@
-"""Texts and a tokenizer that the tests of the data path share; trained once per test run, in well under a second."""
+"""Texts, datasets and a tokenizer that the tests of the data path share; trained once per test run, in a second."""
 
 import functools
 import json
 import sysconfig
 from pathlib import Path
 
+import numpy as np
+
+from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer, train_tokenizer
 
 NASTY_TEXTS = [
@@ -36,3 +39,17 @@ def small_tokenizer() -> Tokenizer:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_dataset(prefix: Path, documents, dtype=np.uint16) -> IndexedDataset:
+    """`documents` are lists of sequences, which are lists of ids."""
+    with IndexedDatasetWriter(prefix, dtype=dtype) as writer:
+        for sequences in documents:
+            writer.add_document([np.array(sequence, dtype=dtype) for sequence in sequences])
+    return IndexedDataset(prefix)
+
+
+def write_texts(prefix: Path, texts, tokenizer: Tokenizer) -> IndexedDataset:
+    """Each text a document of one sequence, which EOS ends."""
+    documents = ([[*tokenizer.encode(text), tokenizer.eos_id]] for text in texts)
+    return write_dataset(prefix, documents, dtype=token_dtype(tokenizer.vocab_size))

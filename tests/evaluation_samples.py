@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiny_models
 import torch
 
 from megacoder.data.tokenizer import Tokenizer, train_tokenizer
 from megacoder.evaluate.held_out import SourceFile
 from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig, adamw_
 from megacoder.ops.cross_entropy import IGNORE_INDEX
@@ -57,9 +57,7 @@ def make_model(tokenizer: Tokenizer, **changes) -> Transformer:
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0,
         "max_position_embeddings": 320, "init_std": 0.05,
     }  # fmt: skip
-    model = Transformer(ModelConfig(**(sizes | changes)))
-    init_weights(model, seed=0)
-    return model
+    return tiny_models.make_model(ModelConfig(**(sizes | changes)))
 
 
 def overfit(model: Transformer, examples: list[tuple[list[int], list[int]]], *, steps: int) -> None:

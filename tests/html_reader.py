@@ -16,7 +16,7 @@ class Reader(html.parser.HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        pass
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

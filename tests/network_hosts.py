@@ -1,7 +1,10 @@
 """Several hosts on one machine: network namespaces with their own addresses, names and links."""
 
+import contextlib
 import os
+import random
 import shutil
+import socket
 import subprocess
 import uuid
 from pathlib import Path
@@ -72,3 +75,12 @@ def need_namespaces():
     if subprocess.run(["ip", "netns", "add", probe], check=False, capture_output=True).returncode:
         pytest.skip("may not make network namespaces: needs root and CAP_SYS_ADMIN")
     subprocess.run(["ip", "netns", "del", probe], check=True)
+
+
+def free_port() -> int:
+    """One that nobody has, and that the system gives to nobody who asks for any, as tests beside this one do."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from checkpoint_cases import (
+    flip_a_byte,
     lay_out,
     make_tensors,
     no_flush,  # noqa: F401
@@ -57,13 +58,11 @@ def test_verify_says_that_all_is_well(root, capsys):
 
 def test_verify_names_each_bad_file_and_exits_with_1(root, capsys):
     path = root / "step-00000010" / "rank-00001-of-00002.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    flip_a_byte(path)
     (root / "step-00000020" / "rank-00000-of-00002.safetensors").unlink()
     code, out, err = run(capsys, "verify", root)
     assert code == 1
-    assert f"{path}: bytes 0 to {len(content)} are not what was written" in out
+    assert f"{path}: bytes 0 to {path.stat().st_size} are not what was written" in out
     assert f"{root / 'step-00000020' / 'rank-00000-of-00002.safetensors'}: No such file" in out
     listed = "damaged, as listed above; restore those files, or move the checkpoints that hold them away"
     assert err == f"megacoder: {root}: {listed}\n"

@@ -4,7 +4,6 @@
 """
 
 import builtins
-import hashlib
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from checkpoint_cases import no_flush, save_as_ranks  # noqa: F401
+from checkpoint_cases import no_flush, save_as_ranks, sealed  # noqa: F401
 from layout_parity import Case
 from test_reshard import KINDS, filled, fragments_of
 
@@ -95,13 +94,6 @@ def leaves(value, path=()):
             yield from leaves(item, (*path, key))
     else:
         yield path, value
-
-
-def sealed(table):
-    """The bytes of a manifest of these members, sealed as only a program that means to would."""
-    members = [f'"{key}":{json.dumps(item, separators=(",", ":"))},\n' for key, item in table.items()]
-    body = ("{" + "".join(members)).encode()
-    return body + b'"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
 def changed(table, path, value):

@@ -1,6 +1,5 @@
 """Every byte counts: whatever is changed, removed or added, verifying and loading both name the file."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from checkpoint_cases import (
     make_tensors,
     no_flush,  # noqa: F401
     save_as_ranks,
+    sealed,
 )
 
 from megacoder.checkpoint import manifest as manifest_module
@@ -65,14 +65,12 @@ def assert_refused(folder, path, message=""):
 
 
 def edit(folder, change):
-    """Changes the parsed manifest and seals it again, as only a program that means to would."""
+    """Changes the parsed manifest and seals it again."""
     path = folder / "manifest.json"
     table = json.loads(path.read_bytes())
     del table["sha256"]
     change(table)
-    members = [f'"{key}":{json.dumps(value, separators=(",", ":"))},\n' for key, value in table.items()]
-    body = ("{" + "".join(members)).encode()
-    path.write_bytes(body + b'"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n')
+    path.write_bytes(sealed(table))
 
 
 def test_the_formats_example_equals_what_is_written(folder):

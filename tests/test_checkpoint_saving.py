@@ -4,7 +4,6 @@ import ast
 import errno
 import os
 import re
-import socket
 import stat
 import sys
 import threading
@@ -17,9 +16,11 @@ from checkpoint_cases import (
     ALONE,
     make_tensors,
     no_flush,  # noqa: F401
+    no_space,
     save_as_ranks,
     whole_fragments,
 )
+from network_hosts import free_port
 
 import megacoder
 from megacoder.checkpoint import commit as commit_module
@@ -31,7 +32,7 @@ from megacoder.checkpoint.folders import discard, rotate, step_folders, temporar
 from megacoder.checkpoint.rank_file import Fragment, Staging, live_bytes, plan_rank_file
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter, SaveFailed
-from megacoder.core.errors import CheckpointError, ConfigError
+from megacoder.core.errors import CheckpointError
 from megacoder.parallel.world import start_world
 
 SYNC, ASYNC = CheckpointConfig(asynchronous=False), CheckpointConfig()
@@ -222,14 +223,6 @@ def test_state_that_json_would_change_is_refused(tmp_path, state, message):
     with pytest.raises(CheckpointError, match=message):
         writer.save(1, [], state=state, layout={})
     assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"keep_last": 0}, {"keep_every": 0}, {"timeout_seconds": 0.0}, {"timeout_seconds": float("nan")}]
-)
-def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        CheckpointConfig(**wrong)
 
 
 # Order and durability
@@ -443,10 +436,6 @@ def test_a_rank_writes_no_further_once_another_has_given_up(tmp_path, monkeypatc
     assert asked == [0, 16]
 
 
-def no_space(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def rank_of_two(rank, root, port):
     """Two real ranks: saves that succeed, that one of them cannot finish, and a load of the other's half."""
     os.environ |= {
@@ -506,12 +495,7 @@ def test_ranks_agree_on_the_cause_and_count_those_that_met_it(tmp_path):
     writer = CheckpointWriter(tmp_path, ALONE, SYNC)
     gone, full, broken = ("gave up", "it is gone"), ("full", f"{tmp_path}: No space left"), ("other", "x: I/O error")
     for reports, said in {
-        (
-            gone,
-            full,
-            None,
-            full,
-        ): f"failed on 2 of 4 ranks: {tmp_path}: No space left; the checkpoint needs ",
+        (gone, full, None, full): f"failed on 2 of 4 ranks: {tmp_path}: No space left; the checkpoint needs ",
         (broken, gone, full): f"failed on rank 2: {tmp_path}: No space left; the checkpoint needs ",
         (None, gone, broken): "failed on rank 2: x: I/O error; earlier checkpoints are",
         (None, gone): "failed on rank 1: it is gone; earlier checkpoints are",
@@ -520,10 +504,7 @@ def test_ranks_agree_on_the_cause_and_count_those_that_met_it(tmp_path):
 
 
 def test_two_processes_save_fail_together_and_load(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(rank_of_two, args=(tmp_path, port), nprocs=2)
+    torch.multiprocessing.spawn(rank_of_two, args=(tmp_path, free_port()), nprocs=2)
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002", "sync"]
     assert names(tmp_path / "sync") == ["latest", "step-00000004"]
     assert verify_checkpoint(tmp_path / "step-00000002") == []

@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
+from command_line import refusal, run_command, wait_until
+from corpus_cases import read_rows, read_tree, write
 
-from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, CorpusError, FormatError, MegacoderError
 from megacoder.corpus import shards
 from megacoder.corpus.accounts import load_report
@@ -29,11 +28,6 @@ from megacoder.corpus.sources import Repository
 from megacoder.corpus.split import SplitConfig
 
 CODE = "def {name}():\n    return '{name} is the name of this function'\n"
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.fixture
@@ -61,14 +55,6 @@ def config(repos, tmp_path, **options):
     return CorpusConfig(**({"input": (repos,), "out": tmp_path / "out", "workers": 1, "shard_bytes": 600} | options))
 
 
-def tree(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
-def rows(out, part):
-    return [row for path in sorted((out / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
 def test_documents_read_are_those_kept_plus_those_dropped(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path), quiet=True)
     accounts, out = report.accounts, tmp_path / "out"
@@ -87,7 +73,7 @@ def test_documents_read_are_those_kept_plus_those_dropped(repos, tmp_path):
         "dedup": {"copy of another file": 8},
     }  # fmt: skip
     # the records agree with the counts, and every file is in exactly one of the three parts
-    recorded = rows(out, "dropped")
+    recorded = read_rows(out, "dropped")
     assert Counter((row["stage"], row["reason"]) for row in recorded) == Counter(
         {
             (stage, reason): count.files
@@ -95,7 +81,7 @@ def test_documents_read_are_those_kept_plus_those_dropped(repos, tmp_path):
             for reason, count in reasons.items()
         }
     )
-    kept = rows(out, "train") + rows(out, "heldout")
+    kept = read_rows(out, "train") + read_rows(out, "heldout")
     listed = [(row["repo"], row["path"]) for row in kept + recorded]
     assert sorted(listed) == sorted(
         (path.relative_to(repos).parts[0], "/".join(path.relative_to(repos).parts[1:]))
@@ -113,7 +99,7 @@ def test_a_copy_names_the_kept_file_for_any_split_of_the_digests(repos, tmp_path
     near = NearDedupConfig(level="none")
     build_corpus(config(repos, tmp_path, near_dedup=near, shard_bytes=1, workers=1), quiet=True)
     texts = {str(path.relative_to(repos)): path.read_bytes() for path in repos.rglob("*") if path.is_file()}
-    copies = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
+    copies = [row for row in read_rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
     assert len(copies) == 8
     for row in copies:
         name = f"{row['repo']}/{row['path']}"
@@ -122,7 +108,7 @@ def test_a_copy_names_the_kept_file_for_any_split_of_the_digests(repos, tmp_path
 
 def test_samples_are_contiguous_ordered_and_carry_path_comments(repos, tmp_path):
     build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0)), quiet=True)
-    train = rows(tmp_path / "out", "train")
+    train = read_rows(tmp_path / "out", "train")
     ids = [row["sample"] for row in train]
     assert len(set(ids)) == sum(1 for before, after in zip([None, *ids], ids, strict=False) if before != after)
     sample = [row for row in train if row["sample"] == "repo3/00001"]
@@ -146,18 +132,18 @@ def test_document_stages_can_run_after_dedup_and_record_a_detail(repos, tmp_path
     report = build_corpus(config(repos, tmp_path), quiet=True)
     assert report.accounts.dropped["tops"]["a top"].files == 8
     assert report.accounts.seen.files == sum(path.is_file() for path in repos.rglob("*"))
-    recorded = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "tops"]
+    recorded = [row for row in read_rows(tmp_path / "out", "dropped") if row["stage"] == "tops"]
     assert [(row["repo"], row["detail"]) for row in recorded] == [
         (f"repo{index}", f"repo{index}") for index in range(8)
     ]
     assert not any(
-        row["path"].endswith("top.py") for part in ("train", "heldout") for row in rows(tmp_path / "out", part)
+        row["path"].endswith("top.py") for part in ("train", "heldout") for row in read_rows(tmp_path / "out", part)
     )
 
 
 def test_duplicates_keep_the_first_in_name_order(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
-    kept = rows(tmp_path / "out", "train") + rows(tmp_path / "out", "heldout")
+    kept = read_rows(tmp_path / "out", "train") + read_rows(tmp_path / "out", "heldout")
     assert [row["repo"] for row in kept if row["path"] == "setup.py"] == ["repo0"]
     assert not any(row["path"] == "copy.py" for row in kept)
 
@@ -185,12 +171,12 @@ def test_a_copy_stays_beside_the_files_that_need_it(shared, tmp_path, exact_dedu
     assert CorpusConfig(out=tmp_path).exact_dedup == "alone"
     report = build_corpus(config(shared, tmp_path, **options), quiet=True)
     first = ["util.py", "server.py", "setup.py"]
-    assert [(row["repo"], row["path"]) for row in rows(tmp_path / "out", "train")] == [
+    assert [(row["repo"], row["path"]) for row in read_rows(tmp_path / "out", "train")] == [
         *(("a", path) for path in first), *(("b", path) for path in later), *(("c", path) for path in later),
     ]  # fmt: skip
     assert report.accounts.multi_file_samples == {"alone": 3, "all": 1, "none": 3}[exact_dedup]
     assert ("dedup" in report.accounts.dropped) == (exact_dedup != "none")
-    recorded = [row for row in rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
+    recorded = [row for row in read_rows(tmp_path / "out", "dropped") if row["stage"] == "dedup"]
     assert all(row["detail"] == f"a/{row['path']}" for row in recorded)
 
 
@@ -200,7 +186,7 @@ def test_no_held_out_text_is_trained_on(shared, tmp_path, exact_dedup, shard_byt
     options = {"heldout": SplitConfig(fraction=0.4), "exact_dedup": exact_dedup, "shard_bytes": shard_bytes}
     report = build_corpus(config(shared, tmp_path, **options), quiet=True)
     texts = {
-        part: [row["content"].removeprefix(f"# {row['path']}\n") for row in rows(tmp_path / "out", part)]
+        part: [row["content"].removeprefix(f"# {row['path']}\n") for row in read_rows(tmp_path / "out", part)]
         for part in ("train", "heldout")
     }
     assert texts["heldout"]
@@ -224,7 +210,8 @@ def test_files_held_out_of_one_repository_are_not_trained_on_either(tmp_path):
     )
     assert report.split_unit == "file"
     train, held = (
-        {row["content"].partition("\n")[2] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout")
+        {row["content"].partition("\n")[2] for row in read_rows(tmp_path / "out", part)}
+        for part in ("train", "heldout")
     )
     assert held
     assert not held & train
@@ -237,19 +224,18 @@ def test_natural_language_is_a_corpus_of_its_own_where_it_is_asked_for(repos, tm
     write(repos / "README.md", text)  # beside the repositories: does not make their folder one
     names = ("Markdown", "reStructuredText")
     report = build_corpus(config(repos, tmp_path, languages=names, heldout=SplitConfig(fraction=0)), quiet=True)
-    train = rows(tmp_path / "out", "train")
+    train = read_rows(tmp_path / "out", "train")
     assert [(row["repo"], row["path"]) for row in train] == [("repo0", "docs/usage.rst"), ("repo2", "README.md")]
     assert train[1]["content"] == "# README.md\n# readme\n"
     assert report.accounts.multi_file_samples == 0
     build_corpus(config(repos, tmp_path, out=tmp_path / "code"), quiet=True)
-    kept = rows(tmp_path / "code", "train") + rows(tmp_path / "code", "heldout")
+    kept = read_rows(tmp_path / "code", "train") + read_rows(tmp_path / "code", "heldout")
     assert not {row["language"] for row in kept} & set(names)
 
 
 def test_files_whose_group_exceeds_a_sample_are_counted(repos, tmp_path, capsys):
     build_corpus(config(repos, tmp_path, samples=SampleConfig(max_bytes=100)), quiet=True)
-    main(["corpus", "report", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
+    _, printed, _ = run_command(capsys, "corpus", "report", tmp_path / "out")
     assert "0 of several files" in printed
     assert "24 files are samples by themselves" in printed
     assert "samples.max_bytes = 100" in printed
@@ -257,7 +243,7 @@ def test_files_whose_group_exceeds_a_sample_are_counted(repos, tmp_path, capsys)
 
 def test_held_out_repositories_are_complete(repos, tmp_path):
     report = build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
-    train, held = ({row["repo"] for row in rows(tmp_path / "out", part)} for part in ("train", "heldout"))
+    train, held = ({row["repo"] for row in read_rows(tmp_path / "out", part)} for part in ("train", "heldout"))
     assert report.split_unit == "repository"
     assert held == {name for name, row in report.accounts.repositories.items() if row.heldout.files}
     assert held
@@ -267,7 +253,7 @@ def test_held_out_repositories_are_complete(repos, tmp_path):
 
 def test_a_single_repository_is_split_by_file(repos, tmp_path):
     report = build_corpus(config(repos / "repo0", tmp_path, heldout=SplitConfig(fraction=0.3)), quiet=True)
-    train, held = (rows(tmp_path / "out", part) for part in ("train", "heldout"))
+    train, held = (read_rows(tmp_path / "out", part) for part in ("train", "heldout"))
     assert report.split_unit == "file"
     assert len(train) + len(held) == 5
     assert held
@@ -279,19 +265,19 @@ def test_a_single_repository_is_split_by_file(repos, tmp_path):
 
 def test_the_output_is_the_same_for_any_workers_input_order_and_place(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
-    expected = tree(tmp_path / "out")
+    expected = read_tree(tmp_path / "out")
     parts = [path for path in expected if path.startswith("train/")]
     assert len(parts) > 2
     halves = [tmp_path / "half0", tmp_path / "half1"]
     build_corpus(config(repos, tmp_path, out=tmp_path / "out2", workers=2), quiet=True)
-    assert tree(tmp_path / "out2") == expected
+    assert read_tree(tmp_path / "out2") == expected
     for index, repo in enumerate(sorted(repos.iterdir())):
         halves[index % 2].mkdir(exist_ok=True)
         repo.rename(halves[index % 2] / repo.name)
     for out, inputs in (("out3", halves), ("out4", halves[::-1])):
         build_corpus(config(repos, tmp_path, out=tmp_path / out, input=tuple(inputs)), quiet=True)
-    assert tree(tmp_path / "out3") == tree(tmp_path / "out4")
-    assert {path: data for path, data in tree(tmp_path / "out3").items() if path.endswith(".parquet")} == {
+    assert read_tree(tmp_path / "out3") == read_tree(tmp_path / "out4")
+    assert {path: data for path, data in read_tree(tmp_path / "out3").items() if path.endswith(".parquet")} == {
         path: data for path, data in expected.items() if path.endswith(".parquet")
     }
 
@@ -314,7 +300,7 @@ build_corpus(CorpusConfig(input=(Path(sys.argv[1]),), out=Path(sys.argv[2]), wor
 
 def test_after_kill_9_the_same_command_gives_the_same_output(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
-    expected = tree(tmp_path / "out")
+    expected = read_tree(tmp_path / "out")
     out = tmp_path / "killed"
     ended = []
     while not ended or ended[-1] == -signal.SIGKILL:  # sixteen writes take each run further than the one before
@@ -323,7 +309,7 @@ def test_after_kill_9_the_same_command_gives_the_same_output(repos, tmp_path):
         ended.append(subprocess.run([sys.executable, "-c", KILLED, str(repos), str(out), "16"], timeout=60).returncode)
     assert ended[-1] == 0
     assert len(ended) > 3
-    assert tree(out) == expected
+    assert read_tree(out) == expected
 
 
 def test_finished_shards_are_not_done_again(repos, tmp_path, monkeypatch):
@@ -334,9 +320,9 @@ def test_finished_shards_are_not_done_again(repos, tmp_path, monkeypatch):
     monkeypatch.setattr("megacoder.corpus.scan.parquet_writer", _fail)
     report = build_corpus(config(repos, tmp_path), quiet=True)
     monkeypatch.setattr("megacoder.corpus.write.parquet_writer", _fail)
-    before = tree(tmp_path / "out")
+    before = read_tree(tmp_path / "out")
     assert build_corpus(config(repos, tmp_path), quiet=True) == report
-    assert tree(tmp_path / "out") == before
+    assert read_tree(tmp_path / "out") == before
 
 
 def _fail(*args, **kwargs):
@@ -351,15 +337,15 @@ def test_changed_inputs_are_built_again_and_leave_no_stale_shard(repos, tmp_path
     write(repos / "repo0/new.py", CODE.format(name="new"))
     build_corpus(config(repos, tmp_path), quiet=True)
     build_corpus(config(repos, tmp_path, out=tmp_path / "fresh"), quiet=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert read_tree(tmp_path / "out") == read_tree(tmp_path / "fresh")
 
 
 def test_a_missing_output_file_is_made_again(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
-    expected = tree(tmp_path / "out")
+    expected = read_tree(tmp_path / "out")
     next((tmp_path / "out/train").glob("*.parquet")).unlink()
     build_corpus(config(repos, tmp_path), quiet=True)
-    assert tree(tmp_path / "out") == expected
+    assert read_tree(tmp_path / "out") == expected
 
 
 ORPHANS = """
@@ -381,10 +367,10 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         [sys.executable, str(tmp_path / "orphans.py"), str(tmp_path / "pids")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    _wait(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
     parent.kill()
     parent.wait()
-    _wait(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
+    wait_until(lambda: not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir()))
 
 
 COMMAND = """
@@ -414,7 +400,7 @@ def test_sigterm_ends_a_command_with_its_workers_and_one_line(tmp_path, send):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    _wait(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
     send(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (143, "megacoder: terminated\n")
@@ -445,13 +431,6 @@ def test_results_come_in_the_order_of_the_tasks_and_every_pass_in_the_same_proce
         assert pool.run(_process, [0], done=print) == [os.getpid()]  # one task is not worth a process
 
 
-def _wait(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def _alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -461,7 +440,7 @@ def _alive(pid):
 
 def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_path, monkeypatch):
     build_corpus(config(repos, tmp_path), quiet=True)
-    before = tree(tmp_path / "out")
+    before = read_tree(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"samples\.order = 'topo', not 'path'"):
         build_corpus(config(repos, tmp_path, samples=SampleConfig(order="path")), quiet=True)
     with pytest.raises(ConfigError, match=r"max_repo_bytes = None, not 5000"):
@@ -470,14 +449,14 @@ def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_pat
     monkeypatch.setattr("sys.version_info", (3, 99, 0))  # its parser may judge Python files otherwise
     with pytest.raises(ConfigError, match=rf"python = '{ours}', not '3\.99'"):
         build_corpus(config(repos, tmp_path), quiet=True)
-    assert tree(tmp_path / "out") == before
+    assert read_tree(tmp_path / "out") == before
 
 
 def test_a_build_that_wrote_nothing_allows_other_options(repos, tmp_path):
     write(tmp_path / "rows.jsonl", '{"content": "x = 1"}\n')
     with pytest.raises(ConfigError, match="known to hold the repo"):  # met before any task has ended
         build_corpus(config(repos, tmp_path, input=(tmp_path / "rows.jsonl",)), quiet=True)
-    assert list(tree(tmp_path / "out")) == ["config.json"]
+    assert list(read_tree(tmp_path / "out")) == ["config.json"]
     build_corpus(config(repos, tmp_path, seed=3), quiet=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["seed"] == 3
     with pytest.raises(ConfigError, match="seed = 3, not 0"):
@@ -500,7 +479,7 @@ def test_a_folder_with_something_else_in_it_is_refused(repos, tmp_path):
     write(tmp_path / "out/thesis.tmp-1", "do not delete")
     with pytest.raises(ConfigError, match=r"not empty.*thesis"):
         build_corpus(config(repos, tmp_path), quiet=True)
-    assert list(tree(tmp_path / "out")) == ["thesis.tmp-1"]
+    assert list(read_tree(tmp_path / "out")) == ["thesis.tmp-1"]
 
 
 def test_one_build_at_a_time(repos, tmp_path):
@@ -518,10 +497,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(repos, tmp_path, monkey
         with pytest.raises(CorpusError, match="No space left on device; free some space") as caught:
             build_corpus(config(repos, tmp_path), quiet=True)
     assert "\n" not in str(caught.value)
-    assert sorted(tree(tmp_path / "out")) == ["config.json"]
+    assert sorted(read_tree(tmp_path / "out")) == ["config.json"]
     build_corpus(config(repos, tmp_path), quiet=True)
     build_corpus(config(repos, tmp_path, out=tmp_path / "fresh"), quiet=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert read_tree(tmp_path / "out") == read_tree(tmp_path / "fresh")
 
 
 def test_a_build_that_drops_everything_gives_reasons_and_leaves_nothing(tmp_path):
@@ -535,13 +514,13 @@ def test_a_build_that_drops_everything_gives_reasons_and_leaves_nothing(tmp_path
 
 def test_empty_inputs_leave_a_finished_corpus_unchanged(repos, tmp_path):
     build_corpus(config(repos, tmp_path), quiet=True)
-    before = tree(tmp_path / "out")
+    before = read_tree(tmp_path / "out")
     for path in repos.rglob("*"):
         if path.is_file():
             path.write_text("")
     with pytest.raises(CorpusError, match="nothing is left"):
         build_corpus(config(repos, tmp_path), quiet=True)
-    assert tree(tmp_path / "out") == before
+    assert read_tree(tmp_path / "out") == before
 
 
 def test_no_files_at_all(tmp_path):
@@ -556,7 +535,9 @@ def test_repositories_can_be_given(repos, tmp_path):
     assert list(report.accounts.repositories) == ["a", "b"]
     with pytest.raises(ConfigError, match="two repositories are called 'a'"):
         build_corpus(config(repos, tmp_path), repositories=[given[1], given[1]], quiet=True)
-    paths = {row["path"] for part in ("train", "heldout") for row in rows(tmp_path / "out", part) if row["repo"] == "b"}
+    paths = {
+        row["path"] for part in ("train", "heldout") for row in read_rows(tmp_path / "out", part) if row["repo"] == "b"
+    }
     assert "b/pkg/top.py" in paths
 
 
@@ -593,23 +574,15 @@ def test_a_report_reads_back_and_a_damaged_one_is_named(repos, tmp_path):
 
 
 def test_the_commands(repos, tmp_path, capsys):
-    build = ["corpus", "build", "--input", str(repos), "--out", str(tmp_path / "out"), "--workers", "1"]
-    main(build)
-    built = capsys.readouterr()
-    assert "rules: empty" in built.out
-    assert "Ruby" in built.out
-    main(["corpus", "report", str(tmp_path / "out")])
-    assert capsys.readouterr().out == built.out
-    main(["corpus", "report", str(tmp_path / "out"), "--json"])
-    assert json.loads(capsys.readouterr().out)["seen"] == json.loads((tmp_path / "out/corpus.json").read_text())["seen"]
-    for argv, says in [
-        ([*build, "--order", "path"], "samples.order = 'topo', not 'path'"),
-        (["corpus", "build", "--input", str(tmp_path / "nowhere"), "--out", "x"], "no such folder"),
-        (["corpus", "report", str(tmp_path)], "no finished corpus"),
-    ]:
-        with pytest.raises(SystemExit) as stopped:
-            main(argv)
-        assert stopped.value.code
-        error = capsys.readouterr().err.splitlines()
-        assert len(error) == 1
-        assert says in error[0]
+    build = ["corpus", "build", "--input", repos, "--out", tmp_path / "out", "--workers", 1]
+    code, built, _ = run_command(capsys, *build)
+    assert code == 0
+    assert "rules: empty" in built
+    assert "Ruby" in built
+    report = ["corpus", "report", tmp_path / "out"]
+    assert run_command(capsys, *report)[1] == built
+    seen = json.loads((tmp_path / "out/corpus.json").read_text())["seen"]
+    assert json.loads(run_command(capsys, *report, "--json")[1])["seen"] == seen
+    assert "samples.order = 'topo', not 'path'" in refusal(capsys, *build, "--order", "path", code=2)
+    assert "no such folder" in refusal(capsys, "corpus", "build", "--input", tmp_path / "nowhere", "--out", "x")
+    assert "no finished corpus" in refusal(capsys, "corpus", "report", tmp_path)

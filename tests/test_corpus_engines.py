@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import run_command, wait_until
+from corpus_cases import read_tree, write
 from network_hosts import ROOT, Hosts, need_namespaces
 
-from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, CorpusError
 from megacoder.corpus import engines
 from megacoder.corpus.build import build_corpus
@@ -24,20 +25,13 @@ LIMIT = 240
 WORDS = "one two three four five six seven eight nine ten eleven twelve"
 
 
-def tree(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture
 def repos(tmp_path):
     for repo in range(12):
         for place in range(3):
-            path = tmp_path / "repos" / f"repo{repo:02d}" / f"part{place}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [
-                f"def call_{repo if place else 0}_{place}_{i}(value):\n    return value + {i}\n" for i in range(40)
-            ]
-            path.write_text("".join(lines))
+            name = f"call_{repo if place else 0}_{place}"
+            text = "".join(f"def {name}_{i}(value):\n    return value + {i}\n" for i in range(40))
+            write(tmp_path / "repos" / f"repo{repo:02d}" / f"part{place}.py", text)
     return tmp_path / "repos"
 
 
@@ -70,10 +64,10 @@ def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch, tmp_path, 
 
 def test_no_cluster_is_one_line(tmp_path, repos, capsys):
     pytest.importorskip("ray")
-    command = ["corpus", "build", "--input", str(repos), "--out", str(tmp_path / "out"), "--engine", "ray"]
-    with pytest.raises(SystemExit):
-        main([*command, "--ray-address", "127.0.0.1:1"])
-    assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+    words = ["corpus", "build", "--input", repos, "--out", tmp_path / "out", "--engine", "ray"]
+    code, _, err = run_command(capsys, *words, "--ray-address", "127.0.0.1:1")
+    assert code
+    assert "no Ray cluster at '127.0.0.1:1'" in err
 
 
 def test_a_build_on_two_ray_hosts_survives_the_death_of_one(tmp_path, repos):
@@ -103,10 +97,8 @@ def test_a_build_on_two_ray_hosts_survives_the_death_of_one(tmp_path, repos):
                 **environment,
             )  # fmt: skip
             running.append(driver)
-            deadline = time.monotonic() + LIMIT
             work = tmp_path / "ray" / "work"
-            while not list(work.glob("scanned-*.json")) and time.monotonic() < deadline and driver.poll() is None:
-                time.sleep(0.02)
+            wait_until(lambda: list(work.glob("scanned-*.json")) or driver.poll() is not None, LIMIT)
             assert driver.poll() is None, driver.stderr.read()
             for pid in hosts.pids(2):
                 with contextlib.suppress(ProcessLookupError):
@@ -120,7 +112,7 @@ def test_a_build_on_two_ray_hosts_survives_the_death_of_one(tmp_path, repos):
                         os.kill(pid, signal.SIGKILL)
             for process in running:
                 process.wait(timeout=LIMIT)
-    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    assert read_tree(tmp_path / "ray") == read_tree(tmp_path / "local")
 
 
 def test_results_come_in_order_and_the_first_error_ends_the_run(tmp_path):
@@ -179,6 +171,6 @@ def test_every_kind_of_task_reaches_slurm_as_data(tmp_path, slurm, repos):
             benchmarks=(tmp_path / "bench.jsonl",), workers=1, cluster=ClusterConfig(engine=engine),
         )  # fmt: skip
         report = build_corpus(config, quiet=True)
-        trees[engine] = tree(out)
+        trees[engine] = read_tree(out)
     assert {stage for stage, reasons in report.accounts.dropped.items() if reasons} >= {"screening", "decontamination"}
     assert trees["slurm"] == trees["local"]

@@ -20,8 +20,9 @@ def edges(files):
     return {paths[index]: {paths[target] for target in targets} for index, targets in enumerate(found) if targets}
 
 
-def test_java():
-    files = {
+REPOSITORIES = {
+    # languages: {path: text}, {path: paths that it depends on}
+    "java": ({
         "src/com/x/A.java": (
             "/* import com.x.No; */\n// import com.x.No;\npackage com.x;\n\nimport java.util.List;\n"
             "import com.x.sub.B;import com.x.sub.C.Inner;\nimport static com.x.sub.D.value;\nimport com.x.wild.*;\n"
@@ -34,34 +35,113 @@ def test_java():
         "src/com/x/wild/Used.java": "package com.x.wild;\nclass Used {}\n",
         "src/com/x/wild/Unused.java": "package com.x.wild;\nclass Unused {}\n",
         "other/com/x/sub/B.java": "package com.x.sub;\nclass B {}\n",
-    }
-    assert edges(files) == {
+    }, {
         "src/com/x/A.java": {f"src/com/x/{name}.java" for name in ("sub/B", "sub/C", "sub/D", "wild/Used")}
-    }
-
-
-def test_kotlin_and_scala_and_java_import_one_another():
-    files = {
+    }),
+    "kotlin, scala and java": ({
         "a/Main.kt": '@file:JvmName("M")\npackage a\n\nimport b.helper\nimport b.Thing as T\nimport c.J\nfun f() = 1\n',
         "b/Util.kt": "package b\n\nfun <T> List<T>.helper(): Int = 1\n\ninternal data class Thing(val x: Int)\n",
         "c/J.java": "package c;\nimport d.S;\nclass J {}\n",
         "d/S.scala": "package d\n\nimport b.{Thing => T, helper}, c._\n\nobject S extends J {\n  import e.Deep\n}\n",
         "e/all.scala": "package e\ncase class Deep(x: Int)\ntrait Other\n",
-    }
-    assert edges(files) == {
+    }, {
         "a/Main.kt": {"b/Util.kt", "c/J.java"}, "c/J.java": {"d/S.scala"},
         "d/S.scala": {"b/Util.kt", "c/J.java", "e/all.scala"},
-    }  # fmt: skip
-
-
-def test_csharp():
-    files = {
+    }),
+    "c#": ({
         "A.cs": "using X.Models;\nusing static X.Tools.Helper;\nnamespace X.App { class A { Model m; } }",
         "Models/Model.cs": "namespace X.Models;\n\npublic sealed class Model {}\n",
         "Models/Unused.cs": "namespace X.Models { public record Unused(int X); }\n",
         "Tools/Helper.cs": "namespace X.Tools\n{\n    // using X.Models;\n    public static class Helper {}\n}\n",
-    }
-    assert edges(files) == {"A.cs": {"Models/Model.cs", "Tools/Helper.cs"}}
+    }, {"A.cs": {"Models/Model.cs", "Tools/Helper.cs"}}),
+    "go": ({
+        "main.go": 'package tool\nimport (\n"errors"\n"github.com/me/tool/pkg/a"\n"github.com/other/errors"\n)\n',
+        "pkg/a/a.go": 'package a\nimport "github.com/me/tool/pkg/b"\n',
+        "pkg/a/more.go": "package a\n",
+        "pkg/a/a_test.go": 'package a\nimport "github.com/me/tool"\n',
+        "pkg/b/b.go": 'package b\nimport "gopkg.in/lib.v1"\n',
+        "errors/errors.go": "package errors\n",
+        "vendor/gopkg.in/lib.v1/lib.go": "package lib\n",
+    }, {
+        "main.go": {"pkg/a/a.go", "pkg/a/more.go"}, "pkg/a/a.go": {"pkg/b/b.go"}, "pkg/a/a_test.go": {"main.go"},
+        "pkg/b/b.go": {"vendor/gopkg.in/lib.v1/lib.go"},
+    }),
+    "javascript and typescript": ({
+        "packages/app/package.json": '{"name": "app", "main": "./lib/index.js"}',
+        "packages/app/src/index.ts": "import { u } from '@me/lib';\nimport './util.js';\nimport x from './dir';\n",
+        "packages/app/src/util.ts": "import s from '@/shared/s';\nimport '@me/lib/deep';\nimport './data.json';\n",
+        "packages/app/src/data.json": "{}",
+        "packages/app/src/dir/index.tsx": "import fs from 'fs';\nimport '..';\n",
+        "packages/app/src/shared/s.ts": "export default require('../../../..')\n",
+        "packages/lib/package.json": '{"name": "@me/lib", "source": "main.js"}',
+        "packages/lib/main.js": "const a = require('./missing')\n",
+        "packages/lib/deep.d.ts": "import 'app';\n",
+        "broken/package.json": "{",
+    }, {
+        "packages/app/src/index.ts": {
+            "packages/lib/main.js", "packages/app/src/util.ts", "packages/app/src/dir/index.tsx",
+        },
+        "packages/app/src/util.ts": {
+            "packages/app/src/shared/s.ts", "packages/lib/deep.d.ts", "packages/app/src/data.json",
+        },
+        "packages/app/src/dir/index.tsx": {"packages/app/src/index.ts"},
+        "packages/lib/deep.d.ts": {"packages/app/src/index.ts"},
+    }),
+    "rust": ({
+        "Cargo/src/lib.rs": 'pub mod a;\nmod tests { use super::*; }\n#[path = "odd/file.rs"]\nmod odd;\n// mod no;\n',
+        "Cargo/src/no.rs": "",
+        "Cargo/src/odd/file.rs": "",
+        "Cargo/src/a/mod.rs": "mod b;\nuse crate::c::Thing;\nuse self::b::{x, y};\n",
+        "Cargo/src/a/b.rs": "use super::super::c;\nuse super::Item;\nfn f() { crate::a::g() }\n",
+        "Cargo/src/c.rs": "use std::fmt;\n",
+        "my-crate/src/lib.rs": "pub mod deep;\n",
+        "my-crate/src/deep.rs": "",
+        "my-crate/src/main.rs": "use my_crate::deep::Thing;\nuse deep::Thing;\n",
+    }, {
+        "Cargo/src/lib.rs": {"Cargo/src/a/mod.rs", "Cargo/src/odd/file.rs"},
+        "Cargo/src/a/mod.rs": {"Cargo/src/a/b.rs", "Cargo/src/c.rs"},
+        "Cargo/src/a/b.rs": {"Cargo/src/c.rs", "Cargo/src/a/mod.rs"},
+        "my-crate/src/lib.rs": {"my-crate/src/deep.rs"},
+        "my-crate/src/main.rs": {"my-crate/src/deep.rs"},
+    }),
+    "ruby": ({
+        "lib/gem.rb": "require 'json'\nrequire 'gem/version'\nautoload :Core, 'gem/core'\n# require 'gem/no'\n",
+        "lib/gem/version.rb": "=begin\nrequire 'gem/core'\n=end\n",
+        "lib/gem/core.rb": "require_relative 'version'\nrequire_relative '../gem'\nload './x.rb'\n",
+        "lib/gem/no.rb": "",
+        "test/t_test.rb": "require File.expand_path('../helper', __dir__)\nrequire 'gem'\n",
+        "spec/json.rb": "",
+    }, {
+        "lib/gem.rb": {"lib/gem/version.rb", "lib/gem/core.rb"},
+        "lib/gem/core.rb": {"lib/gem/version.rb", "lib/gem.rb"},
+        "test/t_test.rb": {"lib/gem.rb"},
+    }),
+    "php": ({
+        "src/App.php": (
+            "<?php\nnamespace Me;\n\nuse Me\\Model\\{User, Group as G};\nuse Me\\Tool;\nuse Other\\T;\nclass App {}\n"
+        ),
+        "src/Model/User.php": "<?php\nnamespace Me\\Model;\nfinal class User {}\n",
+        "src/Model/All.php": "<?php namespace Me\\Model;\ninterface Group {}\n",
+        "src/Tool.php": "<?php\nnamespace Me;\n// use Me\\Model\\User;\ntrait Tool {}\n",
+        "index.php": "<?php\nrequire_once __DIR__ . '/src/App.php';\ninclude('lib/x.php');\nrequire $file;\n",
+        "lib/x.php": "<?php\nrequire 'y.php';\n",
+        "lib/y.php": "<?php\n",
+    }, {
+        "src/App.php": {"src/Model/User.php", "src/Model/All.php", "src/Tool.php"},
+        "index.php": {"src/App.php", "lib/x.php"},
+        "lib/x.php": {"lib/y.php"},
+    }),
+    "c, includes in comments": ({
+        "a.c": '/*\n#include "old.h"\n*/\n#if 1\n# include "new.h"\n/* an old one:\n#include "old.h" */\n#endif\n',
+        "old.h": '/**/\n#include "new.h"\n/*/\n#include "a.c"\n*/\n',
+        "new.h": "\n",
+    }, {"a.c": {"new.h"}, "old.h": {"new.h"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "expected"), REPOSITORIES.values(), ids=REPOSITORIES)
+def test_imports_resolve_to_files(files, expected):
+    assert edges(files) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,22 +159,6 @@ def test_csharp():
 )  # fmt: skip
 def test_go_import_paths(text, paths):
     assert list(go_imports(text)) == paths
-
-
-def test_go():
-    files = {
-        "main.go": 'package tool\nimport (\n"errors"\n"github.com/me/tool/pkg/a"\n"github.com/other/errors"\n)\n',
-        "pkg/a/a.go": 'package a\nimport "github.com/me/tool/pkg/b"\n',
-        "pkg/a/more.go": "package a\n",
-        "pkg/a/a_test.go": 'package a\nimport "github.com/me/tool"\n',
-        "pkg/b/b.go": 'package b\nimport "gopkg.in/lib.v1"\n',
-        "errors/errors.go": "package errors\n",
-        "vendor/gopkg.in/lib.v1/lib.go": "package lib\n",
-    }
-    assert edges(files) == {
-        "main.go": {"pkg/a/a.go", "pkg/a/more.go"}, "pkg/a/a.go": {"pkg/b/b.go"}, "pkg/a/a_test.go": {"main.go"},
-        "pkg/b/b.go": {"vendor/gopkg.in/lib.v1/lib.go"},
-    }  # fmt: skip
 
 
 GO_TREE = {
@@ -145,99 +209,9 @@ def test_javascript_names(text, names):
     assert javascript_imports(text) == names
 
 
-def test_javascript_and_typescript():
-    files = {
-        "packages/app/package.json": '{"name": "app", "main": "./lib/index.js"}',
-        "packages/app/src/index.ts": "import { u } from '@me/lib';\nimport './util.js';\nimport x from './dir';\n",
-        "packages/app/src/util.ts": "import s from '@/shared/s';\nimport '@me/lib/deep';\nimport './data.json';\n",
-        "packages/app/src/data.json": "{}",
-        "packages/app/src/dir/index.tsx": "import fs from 'fs';\nimport '..';\n",
-        "packages/app/src/shared/s.ts": "export default require('../../../..')\n",
-        "packages/lib/package.json": '{"name": "@me/lib", "source": "main.js"}',
-        "packages/lib/main.js": "const a = require('./missing')\n",
-        "packages/lib/deep.d.ts": "import 'app';\n",
-        "broken/package.json": "{",
-    }
-    assert edges(files) == {
-        "packages/app/src/index.ts": {
-            "packages/lib/main.js", "packages/app/src/util.ts", "packages/app/src/dir/index.tsx",
-        },
-        "packages/app/src/util.ts": {
-            "packages/app/src/shared/s.ts", "packages/lib/deep.d.ts", "packages/app/src/data.json",
-        },
-        "packages/app/src/dir/index.tsx": {"packages/app/src/index.ts"},
-        "packages/lib/deep.d.ts": {"packages/app/src/index.ts"},
-    }  # fmt: skip
-
-
 def test_rust_uses_are_spread_out():
     spread = [["a", "b"], ["a", "c", "d"], ["a", "c", "*"], ["e"]]
     assert list(rust_uses("a::{b as x, c::{d, *}}, e")) == spread
-
-
-def test_rust():
-    files = {
-        "Cargo/src/lib.rs": 'pub mod a;\nmod tests { use super::*; }\n#[path = "odd/file.rs"]\nmod odd;\n// mod no;\n',
-        "Cargo/src/no.rs": "",
-        "Cargo/src/odd/file.rs": "",
-        "Cargo/src/a/mod.rs": "mod b;\nuse crate::c::Thing;\nuse self::b::{x, y};\n",
-        "Cargo/src/a/b.rs": "use super::super::c;\nuse super::Item;\nfn f() { crate::a::g() }\n",
-        "Cargo/src/c.rs": "use std::fmt;\n",
-        "my-crate/src/lib.rs": "pub mod deep;\n",
-        "my-crate/src/deep.rs": "",
-        "my-crate/src/main.rs": "use my_crate::deep::Thing;\nuse deep::Thing;\n",
-    }
-    assert edges(files) == {
-        "Cargo/src/lib.rs": {"Cargo/src/a/mod.rs", "Cargo/src/odd/file.rs"},
-        "Cargo/src/a/mod.rs": {"Cargo/src/a/b.rs", "Cargo/src/c.rs"},
-        "Cargo/src/a/b.rs": {"Cargo/src/c.rs", "Cargo/src/a/mod.rs"},
-        "my-crate/src/lib.rs": {"my-crate/src/deep.rs"},
-        "my-crate/src/main.rs": {"my-crate/src/deep.rs"},
-    }
-
-
-def test_ruby():
-    files = {
-        "lib/gem.rb": "require 'json'\nrequire 'gem/version'\nautoload :Core, 'gem/core'\n# require 'gem/no'\n",
-        "lib/gem/version.rb": "=begin\nrequire 'gem/core'\n=end\n",
-        "lib/gem/core.rb": "require_relative 'version'\nrequire_relative '../gem'\nload './x.rb'\n",
-        "lib/gem/no.rb": "",
-        "test/t_test.rb": "require File.expand_path('../helper', __dir__)\nrequire 'gem'\n",
-        "spec/json.rb": "",
-    }
-    assert edges(files) == {
-        "lib/gem.rb": {"lib/gem/version.rb", "lib/gem/core.rb"},
-        "lib/gem/core.rb": {"lib/gem/version.rb", "lib/gem.rb"},
-        "test/t_test.rb": {"lib/gem.rb"},
-    }
-
-
-def test_php():
-    files = {
-        "src/App.php": (
-            "<?php\nnamespace Me;\n\nuse Me\\Model\\{User, Group as G};\nuse Me\\Tool;\nuse Other\\T;\nclass App {}\n"
-        ),
-        "src/Model/User.php": "<?php\nnamespace Me\\Model;\nfinal class User {}\n",
-        "src/Model/All.php": "<?php namespace Me\\Model;\ninterface Group {}\n",
-        "src/Tool.php": "<?php\nnamespace Me;\n// use Me\\Model\\User;\ntrait Tool {}\n",
-        "index.php": "<?php\nrequire_once __DIR__ . '/src/App.php';\ninclude('lib/x.php');\nrequire $file;\n",
-        "lib/x.php": "<?php\nrequire 'y.php';\n",
-        "lib/y.php": "<?php\n",
-    }
-    assert edges(files) == {
-        "src/App.php": {"src/Model/User.php", "src/Model/All.php", "src/Tool.php"},
-        "index.php": {"src/App.php", "lib/x.php"},
-        "lib/x.php": {"lib/y.php"},
-    }
-
-
-def test_c_includes_in_comments_do_not_count():
-    files = {
-        "a.c": '/*\n#include "old.h"\n*/\n#if 1\n# include "new.h"\n/* an old one:\n#include "old.h" */\n#endif\n',
-        "old.h": '/**/\n#include "new.h"\n/*/\n#include "a.c"\n*/\n',
-        "new.h": "\n",
-    }
-    assert edges(files) == {"a.c": {"new.h"}, "old.h": {"new.h"}}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

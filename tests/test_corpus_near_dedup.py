@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megacoder.core.errors import ConfigError
 from megacoder.corpus import near_dedup
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
@@ -168,17 +167,3 @@ def test_runs_give_back_every_record_once_whatever_the_ranges(tmp_path):
             assert (np.concatenate(parts) == np.sort(records, order="key")).all()
     write_runs(tmp_path / "empty", [records[:0]])
     assert len(read_range(tmp_path / "empty", dtype, (0, 2**64 - 1))) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"similarity": 0.0}, "similarity = 0.0"),
-        ({"num_hashes": 100}, "num_hashes = 100: must be a multiple of 64"),
-        ({"bands": 65, "rows": 4}, "bands x rows = 65 x 4: there are only 256"),
-        ({"ngram": 0}, "ngram = 0"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        NearDedupConfig(**options)

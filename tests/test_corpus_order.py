@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megacoder.core.errors import ConfigError
 from megacoder.corpus.dependencies import RESOLVERS, repository_dependencies
 from megacoder.corpus.imports.c import CIncludes
 from megacoder.corpus.imports.python import PythonImports, python_imports
@@ -242,11 +241,6 @@ def test_rendering():
     assert render("a/b.c", "x\n", "C", "language") == "// a/b.c\nx\n"
     for path, text, style in itertools.product(("a.ml", "é.ml"), ("", "x", "中", "x\n"), ("hash", "language")):
         assert rendered_bytes(path, text, "OCaml", style) == len(render(path, text, "OCaml", style).encode())
-
-
-def test_a_sample_holds_at_least_a_byte():
-    with pytest.raises(ConfigError, match="at least 1"):
-        SampleConfig(max_bytes=0)
 
 
 _LINES = (

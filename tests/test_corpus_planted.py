@@ -1,7 +1,7 @@
 """The planted corpus: every file has its expected outcome, for any shards and workers."""
 
-import pyarrow.parquet as pq
 import pytest
+from corpus_cases import read_rows
 from planted_corpus import plant
 
 from megacoder.corpus import archives
@@ -27,15 +27,11 @@ def config(root, out, **options):
     return CorpusConfig(input=(root / "repos",), out=out, **options)
 
 
-def rows(out, part):
-    return [row for path in sorted((out / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
 def test_every_planted_file_ends_as_it_must_and_none_vanishes(planted, tmp_path):
     root, verdicts = planted
     report = build_corpus(config(root, tmp_path / "out"), quiet=True)
-    kept = rows(tmp_path / "out", "train") + rows(tmp_path / "out", "heldout")
-    dropped = rows(tmp_path / "out", "dropped")
+    kept = read_rows(tmp_path / "out", "train") + read_rows(tmp_path / "out", "heldout")
+    dropped = read_rows(tmp_path / "out", "dropped")
     found = {(row["repo"], row["path"]): None for row in kept}
     found |= {(row["repo"], row["path"]): (row["stage"], row["reason"]) for row in dropped}
     stage, reason = found["bomb", "bomb.tar.gz"]
@@ -64,6 +60,6 @@ def test_shards_change_neither_documents_nor_counts(planted, tmp_path):
     for shard_bytes in (16 << 20, 3000):
         out = tmp_path / str(shard_bytes)
         report = build_corpus(config(root, out, shard_bytes=shard_bytes), quiet=True)
-        found.append((report.accounts, *(rows(out, part) for part in ("train", "heldout", "dropped"))))
+        found.append((report.accounts, *(read_rows(out, part) for part in ("train", "heldout", "dropped"))))
     assert len(list((tmp_path / "3000/train").iterdir())) > 3
     assert found[0] == found[1]

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacoder.core.errors import ConfigError
 from megacoder.corpus.documents import Document, Dropped, run_stages
 from megacoder.corpus.generated import GeneratedFiles, says_generated
 from megacoder.corpus.languages import CODE_LANGUAGES, LANGUAGES, as_comment, language_of
@@ -160,21 +159,3 @@ def test_a_dropped_file_passes_later_stages_untouched():
     assert (first.stage, first.reason, first.size) == ("rules", "under 25% letters", 50)
     assert isinstance(second, Dropped)
     assert second.stage == "generated"
-
-
-@pytest.mark.parametrize(
-    ("limits", "says"),
-    [
-        ({"max_line": 0}, "max_line = 0: must be at least 1"),
-        ({"max_mean_line": 0.5}, "max_mean_line = 0.5: must be at least 1"),
-        ({"max_mean_line": float("nan")}, "max_mean_line = nan"),
-        ({"data_max_chars": -1}, "data_max_chars = -1: must be at least 1"),
-        ({"html_min_visible": -1}, "html_min_visible = -1: must be at least 0"),
-        ({"min_alphabetic": 25.0}, "min_alphabetic = 25.0: must be between 0 and 1"),
-        ({"data_min_chars": 6000}, "data_min_chars = 6000: must be at most data_max_chars = 5000"),
-    ],
-)
-def test_limits_that_no_file_keeps_are_refused(limits, says):
-    with pytest.raises(ConfigError, match=says):
-        RuleThresholds(**limits)
-    RuleThresholds(max_mean_line=1, max_line=1, min_alphabetic=0, html_min_visible=0, data_min_chars=0)

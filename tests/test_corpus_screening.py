@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from megacoder.core.errors import ConfigError
 from megacoder.corpus.compilers import accepts
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.heuristics import HeuristicLimits, modularity, readability
@@ -221,19 +220,6 @@ def test_an_installed_compiler_decides():
     assert accepts("x", "Prolog") is None
     assert reason(broken, "Shell", compilers=True) == "compiler: syntax error"
     assert reason(fine, "Shell", compilers=True) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strict_share": 1.5}, "strict_share = 1.5"),
-        ({"off": ("Pyton",)}, "'Pyton' .did you mean 'Python'.. is not a language that is screened"),
-        ({"usual_share": -0.1}, "usual_share = -0.1"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        ScreeningConfig(**options)
 
 
 def own_lines(node, owner, found):

@@ -4,17 +4,13 @@ import errno
 import os
 
 import pytest
+from corpus_cases import write
 
 from megacoder.core.errors import CorpusError
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.inputs import find_inputs
 from megacoder.corpus.reading import Selection
 from megacoder.corpus.sources import Repository, machine_repositories, walk
-
-
-def write(path, content="x = 1\n"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def read(root, **options):
@@ -83,10 +79,7 @@ def test_unreadable_files_and_folders_have_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse(scandir, "closed"))
     documents, drops = read(tmp_path)
     assert list(documents) == ["a.py"]
-    assert drops == {
-        "secret.py": "unreadable: Permission denied",
-        "closed/": "folder unreadable: Permission denied",
-    }
+    assert drops == {"secret.py": "unreadable: Permission denied", "closed/": "folder unreadable: Permission denied"}
 
 
 def test_a_file_that_grows_past_the_limit_after_the_walk_is_not_read_fully(tmp_path, monkeypatch):

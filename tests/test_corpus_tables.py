@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from command_line import refusal
+from corpus_cases import read_rows, write
 
 from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, CorpusError
@@ -57,10 +59,6 @@ def build(inputs, out, **options):
     return build_corpus(CorpusConfig(input=tuple(inputs), out=out, **options), quiet=True)
 
 
-def rows(out, part="train"):
-    return [row for path in sorted((out / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
 @pytest.fixture
 def small_runs(monkeypatch):
     monkeypatch.setattr(tables, "_RUN_BYTES", 8000)
@@ -70,10 +68,8 @@ def small_runs(monkeypatch):
 def test_the_corpus_does_not_depend_on_how_the_rows_are_spread(tmp_path, small_runs):
     everything = files()
     for repo, name, text in everything:
-        path = tmp_path / "folders" / repo / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        (path.parent / "LICENSE").write_text("SPDX-License-Identifier: MIT")
+        write(tmp_path / "folders" / repo / name, text)
+        write(tmp_path / "folders" / repo / "LICENSE", "SPDX-License-Identifier: MIT")
     build([tmp_path / "folders"], tmp_path / "expected")
     stack(tmp_path / "whole/data/python/a.parquet", everything)
     mixed = random.Random(0).sample(everything, len(everything))
@@ -87,11 +83,11 @@ def test_the_corpus_does_not_depend_on_how_the_rows_are_spread(tmp_path, small_r
         report = build([tmp_path / name], out, shard_bytes=shard_bytes)
         assert (report.accounts.seen.files, report.accounts.kept.files) == (200, 200)
         for part in ("train", "heldout"):
-            ours = rows(out, part)
-            assert ours == rows(tmp_path / "expected", part)
+            ours = read_rows(out, part)
+            assert ours == read_rows(tmp_path / "expected", part)
         assert {row["license"] for row in ours} == {"MIT"}
         assert any(row["path"] == "m1.py" and row["sample"] == before["sample"]
-                   for before, row in zip(rows(out), rows(out)[1:], strict=False))  # fmt: skip
+                   for before, row in zip(read_rows(out), read_rows(out)[1:], strict=False))  # fmt: skip
 
 
 def test_every_bad_row_is_in_the_accounts(tmp_path):
@@ -118,7 +114,7 @@ def test_every_bad_row_is_in_the_accounts(tmp_path):
         "half a surrogate pair, which is no Unicode": 1, "path taken by an earlier file": 1, "binary": 1,
         "language unknown": 1, "over 1000 bytes": 1,
     }  # fmt: skip
-    assert [row["path"] for row in rows(tmp_path / "out")] == ["a.py"]
+    assert [row["path"] for row in read_rows(tmp_path / "out")] == ["a.py"]
 
 
 def test_columns_can_be_named_and_must_be_there(tmp_path):
@@ -141,11 +137,10 @@ def test_a_file_that_is_not_a_table_is_named(tmp_path):
 
 
 def test_a_repository_with_some_tables_stays_a_repository(tmp_path):
-    (tmp_path / "in/repo/pkg").mkdir(parents=True)
-    (tmp_path / "in/repo/pkg/a.py").write_text("x = 1\n")
-    (tmp_path / "in/repo/data.jsonl").write_text("{}\n")
-    (tmp_path / "in/rows/python").mkdir(parents=True)
-    (tmp_path / "in/rows/README.md").write_text("a data set")
+    write(tmp_path / "in/repo/pkg/a.py")
+    write(tmp_path / "in/repo/data.jsonl", "{}\n")
+    write(tmp_path / "in/rows/README.md", "a data set")
+    (tmp_path / "in/rows/python").mkdir()
     jsonl(tmp_path / "in/rows/python/x.jsonl", files()[:1])
     found = find_inputs([tmp_path / "in"])
     assert [source.name for source in found.sources] == ["repo"]
@@ -153,13 +148,11 @@ def test_a_repository_with_some_tables_stays_a_repository(tmp_path):
 
 
 def test_repositories_of_a_table_and_of_a_folder_are_in_one_order(tmp_path):
-    (tmp_path / "in/owner").mkdir(parents=True)
-    (tmp_path / "in/p").mkdir(parents=True)
-    (tmp_path / "in/owner/a.py").write_text("def alone():\n    pass\n")
-    (tmp_path / "in/p/a.py").write_text("def also_alone():\n    pass\n")
+    write(tmp_path / "in/owner/a.py", "def alone():\n    pass\n")
+    write(tmp_path / "in/p/a.py", "def also_alone():\n    pass\n")
     jsonl(tmp_path / "in/x.jsonl", files())
     build([tmp_path / "in"], tmp_path / "out", heldout=SplitConfig(fraction=0), shard_bytes=100_000)
-    repos = [row["repo"] for row in rows(tmp_path / "out")]
+    repos = [row["repo"] for row in read_rows(tmp_path / "out")]
     assert repos == sorted(repos)
     assert {"owner", "repo00", "repo19", "p"} <= set(repos)
     (tmp_path / "in/owner").rename(tmp_path / "in/repo")
@@ -178,7 +171,4 @@ def test_a_build_can_be_described_in_toml(tmp_path, capsys):
     config = load_report(tmp_path / "out").config
     assert (config["languages"], config["samples"]["order"]) == (["Python"], "path")
     for words, says in ((["--config", str(tmp_path / "corpus.toml")], "give --out"), (["--config"], "give the TOML")):
-        with pytest.raises(SystemExit) as ended:
-            main(["corpus", "build", *words])
-        assert ended.value.code == 2
-        assert says in capsys.readouterr().err
+        assert says in refusal(capsys, "corpus", "build", *words, code=2)

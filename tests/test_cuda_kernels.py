@@ -10,14 +10,7 @@ import pytest
 import torch
 
 from megacoder.core.device import CUDA_LIBRARY
-from megacoder.ops.cuda import (
-    ADAMW_SCALARS,
-    adamw_cuda_,
-    adamw_scalars,
-    amax,
-    cast_transpose,
-    sum_of_squares_cuda,
-)
+from megacoder.ops.cuda import ADAMW_SCALARS, adamw_cuda_, adamw_scalars, amax, cast_transpose, sum_of_squares_cuda
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),

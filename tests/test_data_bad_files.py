@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import small_tokenizer, source_texts, write_jsonl
+from checkpoint_cases import no_space
+from command_line import refusal, run_command
+from data_samples import small_tokenizer, source_texts, write_dataset, write_jsonl
 
-from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
 from megacoder.data.inspection import InspectConfig, inspect
 from megacoder.data.merging import MergeConfig, merge
 from megacoder.data.preprocess import PreprocessConfig, preprocess
@@ -84,8 +85,7 @@ def decoded_or_refused(config):
 
 def test_bin_and_idx_are_verified_and_a_missing_checksum_is_reported(made, tmp_path):
     assert inspect(InspectConfig(prefix=made / "set", verify=True))["checksum"] == "as it was written"
-    with IndexedDatasetWriter(tmp_path / "plain", dtype=np.uint16) as writer:
-        writer.add_document([np.arange(3)])
+    write_dataset(tmp_path / "plain", [[[0, 1, 2]]])
     with pytest.raises(DataError, match="no checksum to compare with"):
         inspect(InspectConfig(prefix=tmp_path / "plain", verify=True))
 
@@ -96,22 +96,18 @@ def test_merged_parts_equal_the_undivided_dataset(made, tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
         config = config_of(made, tmp_path / f"{name}.jsonl", document_key="sample", output=tmp_path / name)
         preprocess(config)
-    main(["data", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
+    assert run_command(capsys, "data", "merge", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "both")[0] == 0
     for path in (bin_path, idx_path):
         assert path(tmp_path / "both").read_bytes() == path(made / "set").read_bytes()
     both, whole = Sidecar.read(tmp_path / "both"), Sidecar.read(made / "set")
     for name in ("documents", "sequences", "tokens", "bytes", "tokenizer", "document_key", "checksum"):
         assert getattr(both, name) == getattr(whole, name)
-    with pytest.raises(SystemExit):
-        main(["data", "merge", str(tmp_path / "a"), "--output", str(tmp_path / "both")])
-    assert "both.idx: exists; choose another --output" in capsys.readouterr().err
+    said = refusal(capsys, "data", "merge", tmp_path / "a", "--output", tmp_path / "both", code=2)
+    assert "both.idx: exists; choose another --output" in said
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(made, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("shutil.copyfileobj", no_space)
     with pytest.raises(DataError, match=r"both\.bin: No space left on device"):
         merge(MergeConfig(prefixes=(made / "set", made / "set"), output=tmp_path / "both"))
     assert list(tmp_path.iterdir()) == []
@@ -122,8 +118,7 @@ def test_parts_that_do_not_belong_together_are_refused(made, tmp_path):
     preprocess(config_of(tmp_path, made / "in.jsonl", output="other"))
     with pytest.raises(ConfigError, match=r"other: made with the tokenizer .*set with"):
         merge(MergeConfig(prefixes=(made / "set", tmp_path / "other"), output=tmp_path / "both"))
-    with IndexedDatasetWriter(tmp_path / "wide", dtype=np.int32) as writer:
-        writer.add_document([np.arange(3)])
+    write_dataset(tmp_path / "wide", [[[0, 1, 2]]], np.int32)
     with pytest.raises(ConfigError, match=r"wide: tokens are int32, those of .*set uint16"):
         merge(MergeConfig(prefixes=(made / "set", tmp_path / "wide"), output=tmp_path / "both"))
     with pytest.raises(DataError, match=r"gone.idx: No such file"):
@@ -206,18 +201,21 @@ def test_a_disk_that_fills_up_between_parts_loses_none(made, tmp_path):
 
 
 def test_a_shard_that_vanished_is_named(made, tmp_path, capsys):
-    arguments = ["--tokenizer", str(made / "tokenizer"), "--output", str(tmp_path / "set"), "--input"]
-    with pytest.raises(SystemExit):
-        main(["preprocess", *arguments, str(made / "in.jsonl"), str(tmp_path / "shard-7.jsonl")])
-    assert "shard-7.jsonl: no such file or folder" in capsys.readouterr().err
+    words = [
+        "preprocess",
+        "--tokenizer",
+        made / "tokenizer",
+        "--output",
+        tmp_path / "set",
+        "--input",
+        made / "in.jsonl",
+    ]
+    assert "shard-7.jsonl: no such file or folder" in refusal(capsys, *words, tmp_path / "shard-7.jsonl")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ids_of_another_vocabulary_are_reported_not_decoded(made, tmp_path, capsys):
-    with IndexedDatasetWriter(tmp_path / "set", dtype=np.uint16) as writer:
-        writer.add_document([np.array([1, 60_000])])
-    with pytest.raises(SystemExit):
-        main(["data", "inspect", str(tmp_path / "set"), "--tokenizer", str(made / "tokenizer")])
-    assert "document 0 has ids from 1 to 60000, the tokenizer 1,033" in capsys.readouterr().err
-    main(["data", "inspect", str(tmp_path / "set"), "--json"])
-    assert json.loads(capsys.readouterr().out)["tokens"] == 2
+    write_dataset(tmp_path / "set", [[[1, 60_000]]])
+    said = refusal(capsys, "data", "inspect", tmp_path / "set", "--tokenizer", made / "tokenizer")
+    assert "document 0 has ids from 1 to 60000, the tokenizer 1,033" in said
+    assert json.loads(run_command(capsys, "data", "inspect", tmp_path / "set", "--json")[1])["tokens"] == 2

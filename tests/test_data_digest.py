@@ -2,14 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
-from data_samples import small_tokenizer
+from data_samples import small_tokenizer, write_texts
 from train_cases import make_case
 
 from megacoder.cli.data_digest import main
 from megacoder.core.errors import ConfigError
-from megacoder.data.indexed import IndexedDatasetWriter
 from megacoder.data.sidecar import Sidecar
 from megacoder.train.step import load_tokenizer, open_stream
 
@@ -89,13 +87,9 @@ def test_a_longer_run_reshuffles_megatrons_order(case, capsys):
 def test_a_blend_of_different_tokenizers_is_refused(case, tmp_path):
     """By the digest of the tokenizer that each dataset was made with."""
     tokenizer = small_tokenizer()
-    with IndexedDatasetWriter(tmp_path / "other", dtype=np.uint16) as writer:
-        writer.add_document([np.array([*tokenizer.encode("x = 1\n"), tokenizer.eos_id])])
-    sidecar = Sidecar(
-        documents=1, sequences=1, tokens=writer.num_tokens, bytes=6,
-        tokenizer=tokenizer.digest, text_key="content", inputs=(),
-    )  # fmt: skip
-    sidecar.write(tmp_path / "other")
+    tokens = write_texts(tmp_path / "other", ["x = 1\n"], tokenizer).num_tokens
+    counts = {"documents": 1, "sequences": 1, "tokens": tokens, "bytes": 6}
+    Sidecar(**counts, tokenizer=tokenizer.digest, text_key="content", inputs=()).write(tmp_path / "other")
     words = ["--data.train", str(case.folder / "train"), str(tmp_path / "other")]
     with pytest.raises(ConfigError, match=f"other: made with the tokenizer {tokenizer.digest[:12]}"):
         main([str(case.toml("refused")), "--steps", "1:1", *words])

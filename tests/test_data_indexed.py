@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from data_samples import write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +17,10 @@ from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_pat
 GOLDEN = [[1, 2, 3, 4, 5, 0], [6, 7, 0], [8, 9, 10, 11, 0], [12, 0], [*range(13, 20), 0]]
 
 
-def write(prefix, documents, dtype=np.uint16):
-    """`documents` is a list of documents, each a list of sequences."""
-    with IndexedDatasetWriter(prefix, dtype=dtype) as writer:
-        for sequences in documents:
-            writer.add_document([np.array(sequence, dtype=dtype) for sequence in sequences])
-    return prefix
-
-
 @pytest.fixture
 def golden(tmp_path):
-    return write(tmp_path / "golden", [[document] for document in GOLDEN])
+    write_dataset(tmp_path / "golden", [[document] for document in GOLDEN])
+    return tmp_path / "golden"
 
 
 def test_bytes_equal_megatrons(golden):
@@ -51,7 +45,7 @@ documents_of_sequences = st.lists(st.lists(st.lists(st.integers(0, 127), max_siz
 @settings(max_examples=60, deadline=None)
 @given(documents_of_sequences, st.sampled_from([np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64]))
 def test_data_reads_back_as_written(tmp_path_factory, documents, dtype):
-    dataset = IndexedDataset(write(tmp_path_factory.mktemp("any") / "set", documents, dtype))
+    dataset = write_dataset(tmp_path_factory.mktemp("any") / "set", documents, dtype)
     assert dataset.dtype == dtype
     assert dataset.num_documents == len(documents)
     assert dataset.num_sequences == sum(map(len, documents))
@@ -62,7 +56,7 @@ def test_data_reads_back_as_written(tmp_path_factory, documents, dtype):
 
 
 def test_many_documents_at_once_and_appended_parts_are_the_same_bytes(tmp_path, golden):
-    parts = [IndexedDataset(write(tmp_path / f"part{i}", [[document] for document in GOLDEN[i::2]])) for i in (0, 1)]
+    parts = [write_dataset(tmp_path / f"part{i}", [[document] for document in GOLDEN[i::2]]) for i in (0, 1)]
     with IndexedDatasetWriter(tmp_path / "joined", dtype=np.uint16) as writer:
         for part in parts:
             writer.append(part)

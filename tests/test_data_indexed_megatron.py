@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_parts.megatron import indexed_dataset
+from data_samples import write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -29,12 +30,6 @@ def random_documents(seed, dtype):
         [generator.integers(0, limit, generator.choice([0, 1, 7, 300])).astype(dtype) for _ in range(count)]
         for count in counts
     ]
-
-
-def write_ours(prefix, documents, dtype):
-    with IndexedDatasetWriter(prefix, dtype=dtype) as writer:
-        for sequences in documents:
-            writer.add_document(sequences)
 
 
 def write_theirs(megatron, prefix, documents, dtype):
@@ -62,7 +57,7 @@ def read_by_theirs(megatron, prefix):
 
 
 def check_both_ways(megatron, folder, documents, dtype):
-    write_ours(folder / "ours", documents, dtype)
+    write_dataset(folder / "ours", documents, dtype)
     write_theirs(megatron, folder / "theirs", documents, dtype)
     for path in (bin_path, idx_path):
         assert path(folder / "ours").read_bytes() == path(folder / "theirs").read_bytes()
@@ -95,7 +90,7 @@ def test_any_shape_reads_back_in_both_libraries(megatron, tmp_path_factory, docu
 def test_merged_parts_equal_those_of_megatrons_builder(megatron, tmp_path):
     parts = [tmp_path / f"part{index}" for index in range(3)]
     for seed, part in enumerate(parts):
-        write_ours(part, random_documents(seed, np.uint16), np.uint16)
+        write_dataset(part, random_documents(seed, np.uint16))
     with IndexedDatasetWriter(tmp_path / "ours", dtype=np.uint16) as writer:
         for part in parts:
             writer.append(IndexedDataset(part))

@@ -6,13 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_samples import small_tokenizer
+from data_samples import small_tokenizer, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.fim import FimConfig
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.data.packing import BEST_FIT_WINDOWS, best_fit
 from megacoder.data.stream import StreamConfig, TokenStream
 
@@ -49,12 +48,9 @@ def test_best_fit_lays_every_piece_once_and_wastes_little(lengths):
 def dataset(tmp_path_factory):
     """64 documents, most short, some of several windows; each token tells its document."""
     rng, eos = np.random.default_rng(3), small_tokenizer().eos_id
-    prefix = tmp_path_factory.mktemp("packing") / "set"
-    with IndexedDatasetWriter(prefix, dtype=np.uint16) as writer:
-        for number in range(64):
-            length = int(rng.integers(1, 30)) if number % 8 else int(rng.integers(64, 200))
-            writer.add_document([np.array([*[number] * length, eos], dtype=np.uint16)])
-    return IndexedDataset(prefix)
+    lengths = [int(rng.integers(1, 30)) if number % 8 else int(rng.integers(64, 200)) for number in range(64)]
+    documents = [[[*[number] * length, eos]] for number, length in enumerate(lengths)]
+    return write_dataset(tmp_path_factory.mktemp("packing") / "set", documents)
 
 
 def stream(dataset, **options):
@@ -108,9 +104,8 @@ def test_best_fit_resumes_inside_a_group(dataset):
         second.load_state_dict(first.state_dict())
         for batch in batches[step : step + 4]:
             found = second.next_batch()
-            assert torch.equal(found.tokens, batch.tokens)
-            assert torch.equal(found.labels, batch.labels)
-            assert torch.equal(found.starts, batch.starts)
+            for name in ("tokens", "labels", "starts"):
+                assert torch.equal(getattr(found, name), getattr(batch, name)), name
 
 
 def test_labels_cross_documents_on_request(dataset):
@@ -129,11 +124,8 @@ def test_labels_cross_documents_on_request(dataset):
 
 def test_documents_begin_correctly_without_bos_and_eos(tmp_path):
     """Neither BOS nor EOS, first files that are empty: documents still begin where they begin."""
-    with IndexedDatasetWriter(tmp_path / "set", dtype=np.uint16) as writer:
-        for number in range(8):
-            writer.add_document([np.array(ids, dtype=np.uint16) for ids in ([], [number] * 2, [], [number] * 3)])
-    one = stream(IndexedDataset(tmp_path / "set"), add_bos=False, num_streams=1, seq_length=5, batch=4)
-    resumed = stream(IndexedDataset(tmp_path / "set"), add_bos=False, num_streams=1, seq_length=5, batch=4)
+    documents = write_dataset(tmp_path / "set", [[[], [number] * 2, [], [number] * 3] for number in range(8)])
+    one, resumed = (stream(documents, add_bos=False, num_streams=1, seq_length=5, batch=4) for _ in range(2))
     batch = one.next_batch()
     assert (batch.starts == torch.tensor([True, False, False, False, False])).all()
     assert (batch.labels[:, -1] == -100).all()

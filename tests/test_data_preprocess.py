@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import run_command
-from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
+from command_line import refusal, run_command
+from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_dataset, write_jsonl
 
-from megacoder.cli.main import main
 from megacoder.core.errors import ConfigError, DataError, FormatError, MegacoderError
 from megacoder.core.files import exclusive
 from megacoder.data import preprocess as module
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.sidecar import Sidecar, open_dataset
 from megacoder.data.tokenizer import Tokenizer, train_tokenizer
@@ -112,8 +111,7 @@ def test_another_configuration_is_refused(corpus, change):
 
 
 def test_a_dataset_of_another_program_is_not_overwritten(corpus):
-    with IndexedDatasetWriter(corpus / "out", dtype=np.uint16) as writer:
-        writer.add_document([np.arange(3)])
+    write_dataset(corpus / "out", [[[0, 1, 2]]])
     before = pair(corpus)
     with pytest.raises(ConfigError, match=r"out.idx: made by another program"):
         preprocess(config_of(corpus))
@@ -231,9 +229,8 @@ def test_an_output_without_a_name_is_refused(corpus, output):
 def test_a_folder_is_not_taken_for_a_prefix(corpus, capsys):
     (corpus / "data").mkdir()
     words = ["--input", corpus / "in", "--tokenizer", corpus / "tokenizer", "--output", f"{corpus / 'data'}/"]
-    code, _, err = run_command(capsys, "preprocess", *words)
-    assert (code, err.count("\n")) == (2, 1)
-    assert f"is a folder; name a prefix of file names, such as {corpus / 'data' / 'train'}" in err
+    said = refusal(capsys, "preprocess", *words, code=2)
+    assert f"is a folder; name a prefix of file names, such as {corpus / 'data' / 'train'}" in said
     assert sorted(os.listdir(corpus)) == ["data", "in", "tokenizer"]
 
 
@@ -250,53 +247,40 @@ def test_a_dataset_of_another_tokenizer_is_refused(corpus):
 
 
 def test_the_commands_from_files_to_a_report(corpus, capsys):
-    paths = ["--input", str(corpus / "in"), "--output"]
-    main(["tokenizer", "train", *paths, str(corpus / "tok"), "--vocab-size", "400"])
+    def run(*words):
+        code, out, err = run_command(capsys, *words)
+        assert code == 0, err
+        return out
+
+    paths = ["--input", corpus / "in", "--output"]
+    run("tokenizer", "train", *paths, corpus / "tok", "--vocab-size", 400)
     assert Tokenizer.load(corpus / "tok").num_regular_tokens == 400
-    main(
-        [
-            "preprocess",
-            *paths,
-            str(corpus / "set"),
-            "--tokenizer",
-            str(corpus / "tok"),
-            "--workers",
-            "1",
-            "--encoder",
-            "tokenizers",
-        ]
-    )
-    capsys.readouterr()
-    main(["data", "inspect", str(corpus / "set"), "--tokenizer", str(corpus / "tok"), "--json", "--documents", "2"])
-    report = json.loads(capsys.readouterr().out)
+    made_with = ["--tokenizer", corpus / "tok"]
+    run("preprocess", *paths, corpus / "set", *made_with, "--workers", 1, "--encoder", "tokenizers")
+    report = json.loads(run("data", "inspect", corpus / "set", *made_with, "--json", "--documents", 2))
     assert (report["documents"], report["sequences"], report["dtype"]) == (30, 30, "uint16")
     assert report["tokens_per_document"]["< 2"] == 1  # EOS behind the empty text
     assert sum(report["tokens_per_document"].values()) == 30
     assert list(report["beginnings"]) == ["0", "15"]
     assert report["beginnings"]["15"].startswith(source_texts()[5][:20])
-    main(["data", "inspect", str(corpus / "set"), "--tokenizer", str(corpus / "tok")])
-    assert "--- document 10\n" in capsys.readouterr().out
+    assert "--- document 10\n" in run("data", "inspect", corpus / "set", *made_with)
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_read(corpus, capsys, monkeypatch):
     words = ["tokenizer", "train", "--input", corpus / "in", "--output", corpus / "tok"]
     assert run_command(capsys, *words, "--vocab-size", "400")[0] == 0
     monkeypatch.setattr("megacoder.data.tokenizer_training.sample_texts", None)  # calling it would be a TypeError
-    code, _, err = run_command(capsys, *words, "--vocab-size", "10")
-    assert (code, err) == (2, "megacoder: vocab_size = 10: must be at least 256, one token for each byte\n")
+    said = refusal(capsys, *words, "--vocab-size", "10", code=2)
+    assert said == "megacoder: vocab_size = 10: must be at least 256, one token for each byte\n"
     code, _, err = run_command(capsys, *words, "--vocab-size", "400")
     assert (code, err.count("up to date, 409 ids"), err.count("\n")) == (0, 1, 1)
-    code, _, err = run_command(capsys, *words, "--vocab-size", "500")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "tokenizer.json holds another tokenizer, made with different options (vocab_size); choose another" in err
+    said = refusal(capsys, *words, "--vocab-size", "500", code=2)
+    assert "tokenizer.json holds another tokenizer, made with different options (vocab_size); choose another" in said
     small_tokenizer().save(corpus / "given")
-    code, _, err = run_command(capsys, *words[:-1], corpus / "given")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "tokenizer.json holds another tokenizer (1,033 ids); choose another --output, or remove it" in err
+    said = refusal(capsys, *words[:-1], corpus / "given", code=2)
+    assert "tokenizer.json holds another tokenizer (1,033 ids); choose another --output, or remove it" in said
     (corpus / "tok" / "tokenizer.json").write_text("")
-    code, _, err = run_command(capsys, *words, "--vocab-size", "400")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "not a tokenizer" in err
+    assert "not a tokenizer" in refusal(capsys, *words, "--vocab-size", "400", code=2)
 
 
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
@@ -322,9 +306,8 @@ def test_a_signal_ends_the_training_of_a_tokenizer_and_leaves_nothing(tmp_path, 
 
 
 def test_a_sample_too_small_for_the_vocabulary_is_reported(corpus, capsys):
-    paths = ["--input", str(corpus / "in" / "a.jsonl"), "--output", str(corpus / "tok")]
-    main(["tokenizer", "train", *paths, "--vocab-size", "30000"])
-    assert "the sample yields only" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["tokenizer", "train", "--input", str(corpus / "in" / "b.jsonl"), "--output", str(corpus / "other")])
-    assert "megacoder: no documents in" in capsys.readouterr().err
+    words = ["tokenizer", "train", "--output", corpus / "tok", "--vocab-size", 30_000, "--input"]
+    code, _, err = run_command(capsys, *words, corpus / "in" / "a.jsonl")
+    assert (code, "the sample yields only" in err) == (0, True)
+    words[3] = corpus / "other"
+    assert "megacoder: no documents in" in refusal(capsys, *words, corpus / "in" / "b.jsonl")

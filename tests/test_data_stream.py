@@ -8,13 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_samples import small_tokenizer, source_texts
+from data_samples import small_tokenizer, source_texts, write_dataset
 
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data import endless
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.data.permutation import permute
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.stream import StreamConfig, TokenStream, merge_states
@@ -24,11 +23,8 @@ NO_FIM = FimConfig(rate=0.0)
 
 def write(prefix, documents):
     """`documents` hold lists of ids; EOS is put behind the last sequence of each, as preprocessing does."""
-    with IndexedDatasetWriter(prefix, dtype=np.uint16) as writer:
-        for sequences in documents:
-            ended = [*sequences[:-1], [*sequences[-1], small_tokenizer().eos_id]] if sequences else []
-            writer.add_document([np.array(sequence, dtype=np.uint16) for sequence in ended])
-    return IndexedDataset(prefix)
+    eos = small_tokenizer().eos_id
+    return write_dataset(prefix, [[*ids[:-1], [*ids[-1], eos]] if ids else [] for ids in documents])
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +74,13 @@ def digests(streams, steps):
     return [hashlib.sha256(global_batch(streams).numpy().tobytes()).hexdigest() for _ in range(steps)]
 
 
+def go_on(first, second):
+    """The ranks of `second` from where those of `first` have come to, by way of a checkpoint's JSON."""
+    state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
+    for one in second:
+        one.load_state_dict(state)
+
+
 @pytest.mark.parametrize("num_streams", [2, 8, 1024])
 @pytest.mark.parametrize("dp_size", [2, 4, 8])
 def test_tokens_do_not_depend_on_the_number_of_ranks(sources, dp_size, num_streams):
@@ -98,10 +101,8 @@ def test_a_run_stops_and_resumes_on_any_number_of_ranks(sources, before, after, 
     whole = digests(ranks(sources, 1), steps + 6)
     first = ranks(sources, before)
     assert digests(first, steps) == whole[:steps]
-    state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
     second = ranks(sources, after)
-    for one in second:
-        one.load_state_dict(state)
+    go_on(first, second)
     assert digests(second, 6) == whole[steps:]
 
 
@@ -250,9 +251,7 @@ def test_a_small_dataset_of_a_blend_has_streams_of_its_own(many, numbered, tmp_p
     for dp_size in (2, 8, 32):
         first, second = (ranks([many, numbered, tiny], dp_size, **options) for _ in range(2))
         assert digests(first, 4) == whole[:4]
-        state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
-        for one in second:
-            one.load_state_dict(state)
+        go_on(first, second)
         assert digests(second, 4) == whole[4:]
 
 
@@ -423,11 +422,9 @@ def test_any_number_of_threads_makes_the_same_batches(sources, numbered, num_wor
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_an_error_in_the_background_reaches_the_consumer(tmp_path, workers):
-    tokens = np.arange(64, dtype=np.uint16)
-    tokens[40] = 60_000
-    with IndexedDatasetWriter(tmp_path / "bad", dtype=np.uint16) as writer:
-        writer.add_documents(tokens, [8] * 8, [1] * 8)
-    bad = stream(IndexedDataset(tmp_path / "bad"), batch=1, seq_length=8, num_streams=1, fim=NO_FIM)
+    tokens = np.arange(64).reshape(8, 1, 8)
+    tokens[5, 0, 0] = 60_000
+    bad = stream(write_dataset(tmp_path / "bad", tokens), batch=1, seq_length=8, num_streams=1, fim=NO_FIM)
     with Prefetcher(bad, workers=workers) as ahead:
         for _ in range(2):  # and stays an error
             with pytest.raises(DataError, match="sequence 5 has ids outside"):
@@ -451,9 +448,7 @@ def test_a_blend_resumes_on_any_number_of_ranks(sources, numbered):
     for before, after in ((1, 4), (4, 2), (8, 1)):
         first, second = (ranks([sources, numbered], size, **options) for size in (before, after))
         assert digests(first, 5) == whole[:5]
-        state = json.loads(json.dumps(merge_states([one.state_dict() for one in first])))
-        for one in second:
-            one.load_state_dict(state)
+        go_on(first, second)
         assert digests(second, 4) == whole[5:]
 
 

@@ -1,11 +1,11 @@
 """A decoding step against the model's forward in fp64: grouped heads, padding, odd sizes, both backends."""
 
 import pytest
+import tiny_models
 import torch
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.decode import Decoder
-from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
 
@@ -26,9 +26,7 @@ def make_model(**changes) -> Transformer:
         "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 40, "init_std": 0.1,
     }  # fmt: skip
-    model = Transformer(ModelConfig(**(sizes | changes)))
-    init_weights(model, seed=1)
-    return model
+    return tiny_models.make_model(ModelConfig(**(sizes | changes)), seed=1)
 
 
 def make_cache(model: Transformer, lengths: list[int]) -> KVCache:

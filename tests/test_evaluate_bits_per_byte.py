@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from data_samples import write_dataset, write_texts
 from evaluation_samples import make_model, make_tokenizer, overfit, source_files, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, DataError, FormatError
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megacoder.evaluate.bits_per_byte import measure_bits_per_byte, training_token_counts, unigram_bits, windows
 from megacoder.evaluate.held_out import SourceFile, read_source_files, sample_texts
 from megacoder.model.huggingface import export_model, import_model
@@ -74,11 +74,7 @@ def test_unigram_bits_by_hand():
 
 def test_the_unigram_model_counts_training_text(tmp_path):
     documents = [[*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in DOCUMENTS]
-    with IndexedDatasetWriter(tmp_path / "corpus", dtype=np.dtype("uint16")) as writer:
-        for document in documents:
-            writer.add_document([np.array(document, dtype=np.uint16)])
-    dataset = IndexedDataset(tmp_path / "corpus")
-    counts = training_token_counts(dataset, TOKENIZER)
+    counts = training_token_counts(write_texts(tmp_path / "corpus", DOCUMENTS, TOKENIZER), TOKENIZER)
     assert counts.sum() == sum(map(len, documents)) - 2
     assert counts[TOKENIZER.eos_id] == 0
     result = measure_bits_per_byte(make_model(TOKENIZER), TOKENIZER, DOCUMENTS, token_counts=counts, quiet=True)
@@ -88,10 +84,9 @@ def test_the_unigram_model_counts_training_text(tmp_path):
 
 
 def test_token_counts_of_another_tokenizer_are_refused(tmp_path):
-    with IndexedDatasetWriter(tmp_path / "corpus", dtype=np.dtype("uint16")) as writer:
-        writer.add_document([np.array([TOKENIZER.vocab_size], dtype=np.uint16)])
+    dataset = write_dataset(tmp_path / "corpus", [[[TOKENIZER.vocab_size]]])
     with pytest.raises(DataError, match=f"token {TOKENIZER.vocab_size}, but the tokenizer has"):
-        training_token_counts(IndexedDataset(tmp_path / "corpus"), TOKENIZER)
+        training_token_counts(dataset, TOKENIZER)
 
 
 @pytest.mark.parametrize("window", [1, 321])

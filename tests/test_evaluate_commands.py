@@ -6,12 +6,11 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from command_line import run_command as run
+from data_samples import write_dataset
 from evaluation_samples import make_model, make_tokenizer, overfit, source_files, write_shard
 
-from megacoder.data.indexed import IndexedDatasetWriter
 from megacoder.evaluate.infill import choose_tasks
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.model.huggingface import export_model
@@ -133,8 +132,7 @@ def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys)
 
 
 def test_eval_perplexity(home, capsys):
-    with IndexedDatasetWriter(home / "train", dtype=np.dtype("uint16")) as writer:
-        writer.add_document([np.array([1, 2, 3], dtype=np.uint16)])
+    write_dataset(home / "train", [[[1, 2, 3]]])
     words = ["eval", "perplexity", "--model", home / "model", "--data", home / "heldout", "--train", home / "train"]
     code, out, _ = run(capsys, *words, "--json")
     score = json.loads(out)

@@ -7,20 +7,17 @@ that it is no farther than any other step that rounds the same matrices.
 
 import functools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from test_recompute import num_bytes, tensors_in
-from train_cases import make_case
+from tiny_models import grads_of, make_model, named_grads, tiny_config
+from train_cases import changed, make_case
 
 from megacoder.core.errors import ConfigError
-from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.model.stage import Microbatch, Stage
-from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops import linear
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
@@ -128,13 +125,10 @@ def test_the_three_gemms(tokens, inputs, outputs):
 # The step
 
 
-def tiny(**changes):
-    shape = {
-        "vocab_size": 101, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
-        "init_std": 0.05, "vocab_multiple": 64,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})
+tiny = functools.partial(
+    tiny_config, vocab_size=101, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_key_value_heads=2,
+    head_dim=16, max_position_embeddings=64, init_std=0.05,
+)  # fmt: skip
 
 
 def microbatch(seed=0, batch=4):
@@ -146,9 +140,7 @@ def microbatch(seed=0, batch=4):
 
 def build(config, tp=ALONE):
     """A model of weights that bf16 can hold, in fp32."""
-    model = Transformer(config, tp)
-    init_weights(model, seed=0)
-    return model.bfloat16().float().to(DEVICE)
+    return make_model(config, tp=tp).bfloat16().float().to(DEVICE)
 
 
 def step(precision, *, recompute="none", postponed=False, config=None, tp=ALONE):
@@ -322,11 +314,6 @@ def test_an_update_from_non_finite_gradients_is_skipped(place, bad):
 # Tensor parallelism
 
 
-def parts(model):
-    """[(name, shard, gradient)] of what this rank holds."""
-    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in weight_pieces(model)]
-
-
 def step_on_rank(world, recompute, sequence_parallel, rounds):
     from megacoder.model.replicas import sum_replica_gradients
 
@@ -338,7 +325,7 @@ def step_on_rank(world, recompute, sequence_parallel, rounds):
             patch.setattr(linear, "fp8_product", unrounded_product)
         loss, model, _ = step(FP8, recompute=recompute, tp=tp, config=tiny(intermediate_size=96))
     sum_replica_gradients(model)
-    return loss, parts(model)
+    return loss, grads_of(model)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the ranks of tests are on CPUs")
@@ -353,7 +340,7 @@ def test_two_ranks_equal_one(ranks, sequence_parallel, recompute, rounds):
     _, in_bf16, _ = step(STORED, config=config)
     results = ranks.run(2, step_on_rank, recompute, sequence_parallel, rounds)
     assert [rank_loss for rank_loss, _ in results] == pytest.approx([loss] * 2, rel=2e-3 if rounds else 5e-4)
-    one, plain = ({name: grad for name, _, grad in parts(other)} for other in (model, in_bf16))
+    one, plain = named_grads(model), named_grads(in_bf16)
     for _, own in results:
         for name, shard, grad in own:
             expected, reference = shard.part(one[name]), shard.part(plain[name])
@@ -399,9 +386,8 @@ def test_a_run_in_fp8(tmp_path, asked):
     case = make_case(tmp_path)
     settings = {"dtype": "bfloat16", "device": DEVICE.type, "steps": 4}
     fp8 = case.config("run", execution=ExecutionConfig(fp8=True), **settings)
-    odd = replace(fp8, data=replace(fp8.data, stream=replace(fp8.data.stream, seq_length=12)))
     with pytest.raises(ConfigError, match="tokens of a microbatch = 24 is not a multiple of 16"):
-        train(odd)
+        train(changed(fp8, data={"stream": {"seq_length": 12}}))
     if DEVICE.type == "cpu":
         with pytest.raises(ConfigError, match="needs a GPU that multiplies fp8"):
             train(fp8)

@@ -1,5 +1,6 @@
 """Generation as users see it: stop strings, streaming, chat, a repository as context, models that ranks share."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import refusal, run_command
+from data_samples import write_jsonl
 from evaluation_samples import make_model, make_tokenizer, source_files, write_shard
 from test_generate import SHAPES, by_transformers, make_long_case, make_prompts
 from test_generate import make_model as random_model
 
 from megacoder.cli.chat import _turns
-from megacoder.cli.main import main
-from megacoder.core.errors import ConfigError, DataError
+from megacoder.core.errors import DataError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import completion_prompt
@@ -23,6 +25,20 @@ from megacoder.evaluate.sampling import Sampling
 from megacoder.evaluate.stops import StopStrings
 from megacoder.model.huggingface import export_model, import_model
 from megacoder.parallel.tensor import TensorParallel
+
+HOLE = {"prompt": "def f(x):\n", "suffix": "\n    return y\n", "canonical_solution": "    y = x"}
+
+
+def run(capsys, *words):
+    """What a command prints that must succeed."""
+    code, out, err = run_command(capsys, *words)
+    assert not code, err
+    return out
+
+
+def on_two_ranks(*words):
+    words = [sys.executable, "-m", "megacoder", *map(str, words), "--tp", "2"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +105,6 @@ def test_top_k_draws_from_the_likeliest_by_their_probabilities():
     torch.testing.assert_close(counts / 2000, expected, rtol=0, atol=0.04)
     greedy = generate(model, [prompt], max_new_tokens=6)
     assert generate(model, [prompt], max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1)) == greedy
-    with pytest.raises(ConfigError, match="top_k = -1"):
-        Sampling(top_k=-1)
 
 
 def test_samples_follow_their_names_not_their_places():
@@ -165,42 +179,34 @@ def folder(tmp_path_factory, tokenizer):
 def test_commands_stream_sample_and_take_context(folder, tmp_path, capsys, tokenizer):
     target = repository(tmp_path)
     target.write_text("from shop import sell\n\n<FILL>\n")
-    main(["infill", str(target), "--model", str(folder), "--context", str(tmp_path), "--max-new-tokens", "5"])
-    with_context = capsys.readouterr().out
-    words = ["generate", "--model", str(folder), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "1"]
-    main([*words, "--samples", "2", "--seed", "4"])
-    two = capsys.readouterr().out
-    main([*words, "--samples", "2", "--seed", "4"])
-    assert capsys.readouterr().out == two
+    with_context = run(capsys, "infill", target, "--model", folder, "--context", tmp_path, "--max-new-tokens", 5)
+    words = ["generate", "--model", folder, "--prompt", "def ", "--max-new-tokens", 6, "--temperature", 1]
+    two = run(capsys, *words, "--samples", 2, "--seed", 4)
+    assert run(capsys, *words, "--samples", 2, "--seed", 4) == two
     assert two.startswith("--- 1\n")
     assert "\n--- 2\n" in two
     assert with_context.endswith("\n")
 
 
 def test_ids_without_text_are_never_picked(folder, tmp_path, capsys, monkeypatch, tokenizer):
-    import io
-
     model = make_model(tokenizer, vocab_size=tokenizer.vocab_size + 40)  # as in every DeepSeek model
     with torch.no_grad():
         model.lm_head.weight[tokenizer.vocab_size :] *= 100
     export_model(model, tmp_path / "wide", tokenizer_folder=folder)
     (tmp_path / "gap.py").write_text("x = <FILL>\n")
-    rows = [{"prompt": "def f(x):\n", "suffix": "\n    return y\n", "canonical_solution": "    y = x"}]
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_jsonl(tmp_path / "lines.jsonl", [HOLE])
     monkeypatch.setattr("sys.stdin", io.StringIO("say\n"))
     for command in (
         ["generate", "--prompt", "def "], ["generate", "--prompt", "def ", "--temperature", "1"],
-        ["infill", str(tmp_path / "gap.py")], ["chat"], ["eval", "infill", "--data", str(tmp_path / "lines.jsonl")],
+        ["infill", tmp_path / "gap.py"], ["chat"], ["eval", "infill", "--data", data],
     ):  # fmt: skip
-        main([*command, "--model", str(tmp_path / "wide"), "--max-new-tokens", "9"])
-        assert capsys.readouterr().out
+        assert run(capsys, *command, "--model", tmp_path / "wide", "--max-new-tokens", 9)
     assert max(generate(model, [[1, 2]], max_new_tokens=9)[0]) >= tokenizer.vocab_size
 
 
 def test_ids_that_end_a_models_texts_are_kept_through_import_and_export(folder, tmp_path, capsys, tokenizer):
     def written(model):
-        main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "9"])
-        return capsys.readouterr().out.removesuffix("\n")
+        return run(capsys, "generate", "--model", model, "--prompt", "def ", "--max-new-tokens", 9).removesuffix("\n")
 
     prompt = completion_prompt(tokenizer, "def ", max_tokens=99).tokens
     free = generate(import_model(folder), [prompt], max_new_tokens=9)[0]
@@ -213,45 +219,36 @@ def test_ids_that_end_a_models_texts_are_kept_through_import_and_export(folder, 
         settings = json.loads((model / name).read_text())
         (model / "generation_config.json").unlink()
         (model / name).write_text(json.dumps(settings | {"eos_token_id": value}))
-        main(["checkpoint", "import", str(model), str(model / "imported")])
-        main(["checkpoint", "export", str(model / "imported"), str(model / "again"), "--dtype", "fp32"])
-        capsys.readouterr()
+        run(capsys, "checkpoint", "import", model, model / "imported")
+        run(capsys, "checkpoint", "export", model / "imported", model / "again", "--dtype", "fp32")
         for kept in (model, model / "imported", model / "again"):
             assert written(kept) == expected
         for file in ("generation_config.json", "config.json"):
             assert json.loads((model / "again" / file).read_text())["eos_token_id"] == [tokenizer.eos_id, end]
     (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": "2"}))
-    with pytest.raises(SystemExit):
-        main(["generate", "--model", str(model), "--prompt", "def "])
-    assert "config.json: eos_token_id = '2': expected a number or a list of numbers" in capsys.readouterr().err
+    said = refusal(capsys, "generate", "--model", model, "--prompt", "def ")
+    assert "config.json: eos_token_id = '2': expected a number or a list of numbers" in said
 
 
 def test_every_command_ends_where_the_model_does(folder, tmp_path, capsys, monkeypatch, tokenizer):
-    import io
-
     model, gap = shutil.copytree(folder, tmp_path / "model"), tmp_path / "gap.py"
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(tokenizer.vocab_size))}))
     gap.write_text("x = <FILL>\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("say\n"))
     for command in (
-        ["generate", "--prompt", "x"], ["infill", str(gap)], ["infill", str(gap), "--line", "1"],
-        ["chat", "--system", "x"],
+        ["generate", "--prompt", "x"], ["infill", gap], ["infill", gap, "--line", 1], ["chat", "--system", "x"],
     ):  # fmt: skip
-        main([*command, "--model", str(model)])
-        assert capsys.readouterr().out == "\n"
-    data, row = tmp_path / "lines.jsonl", {"prompt": "def f(x):\n", "suffix": "\n", "canonical_solution": "    y = x"}
-    data.write_text(json.dumps(row) + "\n")
-    main(["eval", "infill", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")])
+        assert run(capsys, *command, "--model", model) == "\n"
+    data = write_jsonl(tmp_path / "lines.jsonl", [HOLE])
+    run(capsys, "eval", "infill", "--data", data, "--model", model, "--out", tmp_path / "out")
     assert '"completion": ""' in (tmp_path / "out" / "completions.jsonl").read_text()
     write_shard(tmp_path / "0.parquet", source_files())
     rows = tmp_path / "rows.jsonl"
-    main(["eval", "infill", "--data", str(tmp_path / "0.parquet"), "--model", str(model), "--out", str(rows)])
+    run(capsys, "eval", "infill", "--data", tmp_path / "0.parquet", "--model", model, "--out", rows)
     assert {json.loads(line)["completion"] for line in rows.read_text().splitlines()} == {""}
 
 
 def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenizer):
-    import io
-
     model_tokens: list[list[int]] = []
     real = generate
 
@@ -261,16 +258,13 @@ def test_chat_answers_every_turn_of_a_pipe(folder, capsys, monkeypatch, tokenize
 
     monkeypatch.setattr("megacoder.cli.model_folder.generate", record)
     monkeypatch.setattr("sys.stdin", io.StringIO("first \\\nline\n\nsecond\n"))
-    main(["chat", "--model", str(folder), "--max-new-tokens", "4", "--system", "x"])
-    assert capsys.readouterr().out.count("\n") >= 2
+    assert run(capsys, "chat", "--model", folder, "--max-new-tokens", 4, "--system", "x").count("\n") >= 2
     assert model_tokens[0] == chat_tokens(tokenizer, [("system", "x"), ("user", "first \nline")])
     assert len(model_tokens) == 2
     assert tokenizer.eot_id in model_tokens[1]
 
 
 def test_chat_skips_a_turn_that_is_not_utf8_and_answers_the_next(capsys, monkeypatch):
-    import io
-
     typed = b"gr\xc3\xb6\xc3\x9fer\ncaf\xe9\nfirst\\\ncaf\xe9\nlast\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert list(_turns()) == ["größer", "last"]
@@ -282,35 +276,26 @@ def test_chat_skips_a_turn_that_is_not_utf8_and_answers_the_next(capsys, monkeyp
 
 def test_a_local_model_and_a_transformers_folder_are_scored(folder, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    rows = [{"prompt": "def f(x):\n", "suffix": "\n    return y\n", "canonical_solution": "    y = x"}]
-    data = tmp_path / "lines.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["eval", "infill", "--data", str(data), "--json", "--max-new-tokens", "4", "--model"]
-    main([*words, str(folder)])
-    ours = json.loads(capsys.readouterr().out)
+    data = write_jsonl(tmp_path / "lines.jsonl", [HOLE])
+    words = ["eval", "infill", "--data", data, "--json", "--max-new-tokens", 4, "--model"]
+    ours = json.loads(run(capsys, *words, folder))
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=1))
     other.save_pretrained(tmp_path / "gpt2")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "gpt2")
-    main([*words, str(tmp_path / "gpt2")])
-    theirs = json.loads(capsys.readouterr().out)
+    theirs = json.loads(run(capsys, *words, tmp_path / "gpt2"))
     for summary in (ours, theirs):
         assert summary["num_tasks"] == 1
         assert set(summary["scores"][""]) == {"exact_match", "edit_similarity"}
 
 
 def test_tp_2_on_the_command_line_prints_once(folder, capsys):
-    words = ["generate", "--model", str(folder), "--prompt", "def ", "--max-new-tokens", "4", "--dtype", "float32"]
-    main(words)
-    two = subprocess.run(
-        [sys.executable, "-m", "megacoder", *words, "--tp", "2"], capture_output=True, text=True, timeout=240
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout == capsys.readouterr().out
+    words = ["generate", "--model", folder, "--prompt", "def ", "--max-new-tokens", 4, "--dtype", "float32"]
+    two = on_two_ranks(*words)
+    assert (two.returncode, two.stdout) == (0, run(capsys, *words)), two.stderr
 
 
 def test_a_missing_model_is_reported_once_by_two_ranks(tmp_path):
-    words = ["generate", "--model", str(tmp_path / "gone"), "--prompt", "def ", "--tp", "2"]
-    done = subprocess.run([sys.executable, "-m", "megacoder", *words], capture_output=True, text=True, timeout=240)
+    done = on_two_ranks("generate", "--model", tmp_path / "gone", "--prompt", "def ")
     assert done.returncode == 1
     assert done.stderr.count(str(tmp_path / "gone")) == 1, done.stderr
 
@@ -326,30 +311,21 @@ def test_two_ranks_chat_like_one(folder):
 
 def test_a_folder_without_a_tokenizer_uses_the_given_one(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
-    words = ["generate", "--prompt", "def ", "--max-new-tokens", "4", "--model"]
-    main([*words, str(tmp_path / "model"), "--tokenizer", str(folder)])
-    given = capsys.readouterr().out
-    main([*words, str(folder)])
-    assert capsys.readouterr().out == given
+    words = ["generate", "--prompt", "def ", "--max-new-tokens", 4, "--model"]
+    given = run(capsys, *words, tmp_path / "model", "--tokenizer", folder)
+    assert run(capsys, *words, folder) == given
 
 
 def test_tp_2_resumes_an_evaluation(folder, tmp_path, capsys):
     prompts = [f"def f(x):\n    {line}\n" for line in ("y = x", "y = x + 1", "y = 2")]
-    rows = [{"prompt": prompt, "suffix": "\n    return y\n", "canonical_solution": "y = x"} for prompt in prompts]
-    data, alone, shared = (tmp_path / name for name in ("lines.jsonl", "alone", "shared"))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["eval", "infill", "--data", str(data), "--max-new-tokens", "5", "--model", str(folder), "--json", "--out"]
-    main([*words, str(alone)])
+    data = write_jsonl(tmp_path / "lines.jsonl", [{**HOLE, "prompt": prompt} for prompt in prompts])
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    words = ["eval", "infill", "--data", data, "--max-new-tokens", 5, "--model", folder, "--json", "--out"]
+    printed = run(capsys, *words, alone)
     shared.mkdir()
     shutil.copy(alone / "settings.json", shared)
     expected = (alone / "completions.jsonl").read_text().splitlines()
     (shared / "completions.jsonl").write_text(expected[1] + "\n" + expected[0][:9])  # as a crash leaves it
-    two = subprocess.run(
-        [sys.executable, "-m", "megacoder", *words, str(shared), "--tp", "2"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout == capsys.readouterr().out
+    two = on_two_ranks(*words, shared)
+    assert (two.returncode, two.stdout) == (0, printed), two.stderr
     assert sorted((shared / "completions.jsonl").read_text().splitlines()) == sorted(expected)

@@ -1,23 +1,22 @@
 """What only a GPU can show: the step through its fused kernels, against float64 and against torch's own bf16."""
 
 import dataclasses
+import functools
 import os
-import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from train_cases import make_case
+from network_hosts import free_port
+from tiny_models import make_model, tiny_config
+from train_cases import losses_of, make_case, stop_in
 
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch, Stage, forward_backward
-from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.attention import (
     DocumentMask,
@@ -38,7 +37,6 @@ from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Interrupted, Trainer, train
-from megacoder.train.metrics_log import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -50,13 +48,10 @@ SHAPES = {
 }
 
 
-def shape_of(**changes):
-    shape = {
-        "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 688, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 512,
-        "init_std": 0.04,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})
+shape_of = functools.partial(
+    tiny_config, vocab_size=1000, hidden_size=512, intermediate_size=688, head_dim=128, max_position_embeddings=512,
+    init_std=0.04, vocab_multiple=ModelConfig().vocab_multiple,
+)  # fmt: skip
 
 
 def batch_of(config):
@@ -70,9 +65,7 @@ def batch_of(config):
 
 
 def built(config):
-    model = Transformer(config)
-    init_weights(model, seed=0)
-    return model.cuda()
+    return make_model(config).cuda()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
@@ -104,8 +97,7 @@ def test_fp32_on_a_gpu_is_fp32_on_a_cpu():
     tokens, labels, starts = batch_of(config)
     grads, losses = [], []
     for device in ("cpu", "cuda"):
-        model = Transformer(config)
-        init_weights(model, seed=0)
+        model = make_model(config)
         flat = FlatParameters(model.named_parameters(), dtype=torch.float32, device=torch.device(device))
         loss = forward_backward(model, tokens.to(device), labels.to(device), starts_BS=starts.to(device))
         losses.append(loss.total.item())
@@ -234,24 +226,17 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("run"))
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def losses_of(case, output, **changes):
+def train_losses(case, output, **changes):
     train(case.config(output, **changes))
-    return [row["loss"] for row in read_metrics(case.folder / output / "metrics.jsonl")]
+    return losses_of(case.folder / output)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_a_run_on_a_gpu_is_the_run_on_a_cpu(case, packed):
-    data = case.config("x").data
-    data = dataclasses.replace(data, stream=dataclasses.replace(data.stream, document_masks=packed))
-    on_cpu = losses_of(case, f"cpu-{packed}", data=data)
-    assert losses_of(case, f"gpu-{packed}", data=data, device="cuda") == pytest.approx(on_cpu, rel=1e-3)
-    assert losses_of(case, f"bf16-{packed}", data=data, device="cuda", dtype="bfloat16") == pytest.approx(
+    data = {"stream": {"document_masks": packed}}
+    on_cpu = train_losses(case, f"cpu-{packed}", data=data)
+    assert train_losses(case, f"gpu-{packed}", data=data, device="cuda") == pytest.approx(on_cpu, rel=1e-3)
+    assert train_losses(case, f"bf16-{packed}", data=data, device="cuda", dtype="bfloat16") == pytest.approx(
         on_cpu, rel=0.05
     )
 
@@ -259,26 +244,19 @@ def test_a_run_on_a_gpu_is_the_run_on_a_cpu(case, packed):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_from_a_graph_is_the_run_without(case, dtype):
     settings = {"device": "cuda", "dtype": dtype}
-    without = losses_of(case, f"launched-{dtype}", **settings)
-    graphed = losses_of(case, f"graphed-{dtype}", execution=ExecutionConfig(cuda_graph=True), **settings)
+    without = train_losses(case, f"launched-{dtype}", **settings)
+    graphed = train_losses(case, f"graphed-{dtype}", execution=ExecutionConfig(cuda_graph=True), **settings)
     assert graphed == pytest.approx(without, rel=1e-3)
 
 
 def test_a_run_on_a_gpu_resumes(case):
     settings = {"device": "cuda", "dtype": "bfloat16"}
-    whole = losses_of(case, "uninterrupted", **settings)
+    whole = train_losses(case, "uninterrupted", **settings)
     trainer = Trainer(case.config("stopped", **settings), World(0, 1, 0, torch.device("cuda", 0), None))
-    update = trainer.update
-
-    def update_and_ask():
-        if trainer.step + 1 == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update()
-
-    trainer.update = update_and_ask
+    stop_in(trainer, 5)
     with pytest.raises(Interrupted, match="stopped at step 5 "):
         trainer.run()
-    assert losses_of(case, "stopped", **settings) == pytest.approx(whole, rel=1e-3)
+    assert train_losses(case, "stopped", **settings) == pytest.approx(whole, rel=1e-3)
 
 
 LAYOUTS = {
@@ -306,7 +284,7 @@ def over_nccl(case):
     return {
         name: (
             [started[name, rank].returncode for rank in range(2)], said[name, 0] + said[name, 1],
-            case.folder / f"nccl-{number}" / "metrics.jsonl",
+            case.folder / f"nccl-{number}",
         )
         for number, name in enumerate(LAYOUTS)
     }  # fmt: skip
@@ -314,13 +292,12 @@ def over_nccl(case):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_ranks_over_nccl_equal_one_process(name, case, over_nccl):
-    codes, said, metrics = over_nccl[name]
+    codes, said, folder = over_nccl[name]
     assert codes == [0, 0], said
     alone = case.folder / "alone"
     if not alone.exists():
         train(case.config("alone", device="cuda"))
-    expected = [row["loss"] for row in read_metrics(alone / "metrics.jsonl")]
-    assert [row["loss"] for row in read_metrics(metrics)] == pytest.approx(expected, rel=2e-5)
+    assert losses_of(folder) == pytest.approx(losses_of(alone), rel=2e-5)
 
 
 def test_every_op_has_a_kernel_here():

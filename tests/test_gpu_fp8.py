@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
+from test_gpu import shape_of
+from tiny_models import make_model
 
-from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.stage import Microbatch, Stage
-from megacoder.model.transformer import Transformer
 from megacoder.ops.backends import candidates
 from megacoder.ops.fp8 import E4M3, E5M2, fp8_cast, fp8_product, largest_magnitude
 from megacoder.ops.linear import FP8, STORED, accumulate_weight_grad, linear_forward, linear_input_grad
@@ -110,20 +109,9 @@ def test_fast_sums_lose_less_than_the_casts(inner):
     assert errors[True] <= 1e-2 or inner > 5504
 
 
-def shape_of(**changes):
-    shape = {
-        "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 688, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 512,
-        "init_std": 0.04,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})
-
-
-def step(precision, *, recompute="none", postponed=False, config=None, length=256):
+def step(precision, *, recompute="none", postponed=False, length=256):
     """(loss, gradients by name, peak bytes of activations)."""
-    config = config or shape_of()
-    model = Transformer(config)
-    init_weights(model, seed=0)
+    model = make_model(shape_of(num_key_value_heads=2))
     FlatParameters(model.named_parameters(), dtype=torch.bfloat16, device=torch.device("cuda"))
     tokens = torch.randint(0, 1000, (4, length + 1), generator=torch.Generator().manual_seed(0)).cuda()
     batch = Microbatch.of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

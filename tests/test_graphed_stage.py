@@ -9,20 +9,18 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_models import make_model, pipeline_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from train_cases import make_case
+from train_cases import changed, make_case
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.stream import Batch
 from megacoder.model import graphed_stage
-from megacoder.model.config import ModelConfig
 from megacoder.model.graphed_stage import WARM_UP, GraphedStage
-from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch, Stage
-from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.config import ParallelConfig
@@ -57,17 +55,12 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def tiny(**changes):
-    shape = {
-        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 16, "init_std": 0.1, "vocab_multiple": 16,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})
+def tiny(num_layers=3, **changes):
+    return pipeline_config(num_layers, hidden_size=24, intermediate_size=40, head_dim=8, **changes)
 
 
 def built(config):
-    model = Transformer(config)
-    init_weights(model, seed=1)
+    model = make_model(config, seed=1)
     return model, FlatParameters(model.named_parameters(), dtype=torch.float32, device=CPU)
 
 
@@ -100,7 +93,7 @@ def play(monkeypatch, grad):
 def test_replays_equal_the_stages_own_steps(recompute, tied, torch_alone, monkeypatch):
     results = []
     for graphed in (False, True):
-        model, flat = built(tiny(tie_word_embeddings=tied))
+        model, flat = built(tiny(tied=tied))
         stage = Stage.whole(model, recompute=recompute)
         recorders = play(monkeypatch, flat.grad)
         runs = GraphedStage(stage=stage) if graphed else stage
@@ -235,18 +228,12 @@ def test_runs_without_a_graph_are_refused(tmp_path):
         graph.check_machine("cpu", torch.float32)
     for parallel, shared in (({"tp": 2}, "tp = 2"), ({"cp": 2}, "cp = 2"), ({"pp": 2}, "2 pipeline stages")):
         request = LayoutRequest(
-            model=tiny(num_hidden_layers=4), parallel=ParallelConfig(**parallel), seq_length=8, global_batch_size=8,
+            model=tiny(4), parallel=ParallelConfig(**parallel), seq_length=8, global_batch_size=8,
             micro_batch_size=2, execution=graph,
         )  # fmt: skip
         with pytest.raises(ConfigError, match=rf"execution.cuda_graph = true: .*{shared}.*nearest .* dp=2"):
             request.layout(2)
     case = make_case(tmp_path)
-    data = case.config("masked").data
-    for masked in (
-        {"stream": dataclasses.replace(data.stream, document_masks=True)},
-        {"conversations": dataclasses.replace(data.conversations, train=(tmp_path / "rows.jsonl",))},
-    ):
+    for masked in ({"stream": {"document_masks": True}}, {"conversations": {"train": (tmp_path / "rows.jsonl",)}}):
         with pytest.raises(ConfigError, match=r"execution.cuda_graph = true with masked documents"):
-            dataclasses.replace(
-                case.config("masked"), data=dataclasses.replace(data, **masked), execution=graph
-            )  # fmt: skip
+            changed(case.config("masked"), data=masked, execution=graph)

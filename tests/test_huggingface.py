@@ -1,11 +1,12 @@
 """An exported folder is the same model in transformers, and comes back without a changed bit."""
 
-import errno
 import json
 import os
 
 import pytest
+import tiny_models
 import torch
+from checkpoint_cases import no_space
 from safetensors.torch import load_file, save_file
 
 from megacoder.checkpoint.huggingface import TensorFolder, write_model_folder
@@ -15,7 +16,6 @@ from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.data.tokenizer import train_tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
-from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 
 SHAPES = {
@@ -32,9 +32,7 @@ def make_model(**changes) -> Transformer:
         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0, "max_position_embeddings": 64, "init_std": 0.2,
     }  # fmt: skip
-    model = Transformer(ModelConfig(**(sizes | changes)))
-    init_weights(model, seed=1)
-    return model
+    return tiny_models.make_model(ModelConfig(**(sizes | changes)), seed=1)
 
 
 @pytest.fixture
@@ -126,15 +124,11 @@ def test_a_failed_export_leaves_the_old_folder(folder, monkeypatch):
     arguments = stored({"a": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="no more"):
         write_model_folder(folder, **{**arguments, "data": no_more})
-    monkeypatch.setattr("os.write", lambda *_: no_space())
+    monkeypatch.setattr("os.write", no_space)
     with pytest.raises(CheckpointError, match="cannot write the model: No space left on device"):
         write_model_folder(folder, **arguments)
     assert load_file(folder / "model.safetensors").keys() == before.keys()
     assert os.listdir(folder.parent) == ["hf"]
-
-
-def no_space():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_the_tokenizer_is_exported_with_the_model(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from checkpoint_cases import no_flush  # noqa: F401
+from command_line import refusal
 from safetensors.torch import load_file
 
 from megacoder.cli.main import main
@@ -200,12 +201,7 @@ def test_unsupported_settings_of_a_published_config_are_refused(tmp_path, capsys
     publish(tmp_path / "published", SIZES["1.3B"])
     path = tmp_path / "published" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command("import", tmp_path / "published", tmp_path / "start")
-    err = capsys.readouterr().err
-    assert stop.value.code == 1
-    assert err.count("\n") == 1
+    err = refusal(capsys, "checkpoint", "import", tmp_path / "published", tmp_path / "start")
     assert str(path) in err
     assert re.search(message, err)
     assert not (tmp_path / "start").exists()

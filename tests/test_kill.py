@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kill_test
 import pytest
+from checkpoint_cases import flip_a_byte
 from kill_test import Broken, Story
 from train_cases import make_case
 
@@ -59,12 +60,6 @@ def test_equal_runs_pass(story):
     assert (story.whole_step, story.repeated) == (4, 0)
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -75,7 +70,7 @@ def flip(path):
         (lambda run: rewrite_log(run, lambda rows: [rows[0], *rows[2:]]), "the log has steps"),
         (lambda run: rewrite_log(run, lambda rows: rows[:3]), r"the log has steps \[1, 2, 3\] .* is of 4"),
         (lambda run: shutil.rmtree(run / "checkpoints" / "step-00000004"), "is of step 2, it was 4"),
-        (lambda run: flip(next(run.glob("checkpoints/step-00000004/*.safetensors"))), "rank-00000-of-00001"),
+        (lambda run: flip_a_byte(next(run.glob("checkpoints/step-00000004/*.safetensors"))), "rank-00000-of-00001"),
         (lambda run: [path.unlink() for path in run.glob("checkpoints/*/manifest.json")], "no whole checkpoint"),
     ],
 )

@@ -1,17 +1,16 @@
 """The launch scripts start ranks that train: on one host, on several, and under a Slurm of stubs."""
 
-import contextlib
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from command_line import wait_until
+from kill_test import descendants
+from network_hosts import free_port
 from train_cases import make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
@@ -56,15 +55,6 @@ def environment(tmp_path_factory):
         "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost[1-2]",
         "SLURM_STUB_LOG": str(folder / "scontrol.log"),
     }  # fmt: skip
-
-
-def free_port():
-    """One that nobody has, and that the system gives to nobody who asks for any, as tests beside this one do."""
-    for port in random.sample(range(20_000, 32_768), 100):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("localhost", port))
-            return port
-    raise OSError("no port is free")
 
 
 def start(script, environment, *words, **more):
@@ -126,9 +116,7 @@ def test_slurm_signals_ahead_of_time_and_the_job_queues_itself_again(case, envir
     folder, log = case.folder / "queued", case.folder / "queued.log"
     words = small_33b(case, "queued", **{"schedule.warmup-steps": 2})
     process = start("slurm_33b_512.sh", environment, *words, GPUS_PER_NODE="1", SLURM_STUB_LOG=str(log))
-    deadline = time.monotonic() + LIMIT
-    while len(read_metrics(folder / "metrics.jsonl")) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3 or process.poll() is not None, LIMIT)
     for pid in step_processes(process.pid) if process.poll() is None else ():
         os.kill(pid, signal.SIGUSR1)
     code, said = finish(process)
@@ -191,20 +179,8 @@ def test_slurm_requeues_after_progress_and_three_times_in_a_row_without(tmp_path
 
 def step_processes(pid):
     """Slurm signals every process of a job's steps, here those below `srun`, and not the script that starts them."""
-    return [
-        below
-        for child in children(pid)
-        if b"srun" in Path(f"/proc/{child}/cmdline").read_bytes()
-        for below in descendants(child)
-    ]
-
-
-def descendants(pid):
-    return [below for child in children(pid) for below in (child, *descendants(child))]
-
-
-def children(pid):
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    step = next(below for below in descendants(pid) if b"srun" in Path(f"/proc/{below}/cmdline").read_bytes())
+    return descendants(step)
 
 
 def test_both_slurm_scripts_of_33b_differ_only_in_nodes():

@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
+from command_line import wait_until
 from network_hosts import Hosts, need_namespaces
-from train_cases import make_case
+from train_cases import losses_of, make_case
 
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.loop import train
@@ -56,10 +57,6 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("multinode"))
 
 
-def losses(folder):
-    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize(
     ("size", "rendezvous", "parallel"),
     [(2, C10D, ParallelConfig()), (2, STATIC, ParallelConfig(tp=2)), (3, C10D, ParallelConfig(pp=3))],
@@ -71,7 +68,7 @@ def test_hosts_compute_the_same_as_one_process(case, tmp_path, size, rendezvous,
     with Hosts(size, tmp_path) as hosts:
         for code, _, text in outputs(torchrun(hosts, rendezvous, "train", str(toml))):
             assert code == 0, text
-    assert losses(case.folder / f"hosts-{size}-{rendezvous}") == pytest.approx(losses(alone.output), rel=1e-5)
+    assert losses_of(case.folder / f"hosts-{size}-{rendezvous}") == pytest.approx(losses_of(alone.output), rel=1e-5)
 
 
 @pytest.mark.parametrize("rendezvous", [C10D, STATIC])
@@ -80,20 +77,17 @@ def test_a_cut_link_ends_both_sides_with_the_reason(case, tmp_path, rendezvous):
     toml = case.toml(name, steps=1_000_000, checkpoint_every=1_000_000, timeout_seconds=4.0)
     with Hosts(2, tmp_path) as hosts:
         runs = torchrun(hosts, rendezvous, "train", str(toml))
-        deadline = time.monotonic() + LIMIT
-        while len(read_metrics(case.folder / name / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: len(read_metrics(case.folder / name / "metrics.jsonl")) >= 3, LIMIT)
         time.sleep(2.0)
         hosts.cut(2)
         (first_code, first, first_text), (second_code, second, second_text) = outputs(runs)
     assert first_code != 0
     assert second_code != 0
-    assert len(first) == 1, first_text
-    assert first[0].startswith("megacoder: rank 1 (host host-2, node 1, pid ")
+    for lines, text in ((first, first_text), (second, second_text)):
+        assert len(lines) == 1, text
+        assert lines[0].startswith("megacoder: rank 1 (host host-2, node 1, pid ")
     assert " has not answered for " in first[0]
     assert "; rank 0 at step " in first[0]
-    assert len(second) == 1, second_text
-    assert second[0].startswith("megacoder: rank 1 (host host-2, node 1, pid ")
     assert ", microbatch " in second[0]
     assert " over ranks 0, 1 failed: Timed out" in second[0]
     assert second[0].endswith(" does not answer either: its host is down or the network is cut")

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import build, tiny
+from test_model import tiny
 from test_parallel_combined import config_of
 from test_parallel_zero import CONFIG, LEARNING_RATES, NUM_SEQUENCES, WORLD_OF_ONE, global_batch
+from tiny_models import make_model
 
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
@@ -45,7 +46,7 @@ class Replica:
 
     def __init__(self, world, *, overlap, bucket_elements, dtype=torch.float32):
         self.world, self.overlap = world, overlap
-        self.model = build(tiny(num_hidden_layers=2))
+        self.model = make_model(tiny(num_hidden_layers=2))
         self.optimizer = optimizer_of(
             self.model, world.group, bucket_elements=bucket_elements, dtype=dtype, num_shards=world.size
         )
@@ -177,7 +178,7 @@ def traced(world, tied):
     """(log of a step, what it says up to the last report, log of the next step's first forward, names by unit)."""
     replica = Replica(world, overlap=True, bucket_elements=1)
     if tied:
-        replica.model = build(tiny(num_hidden_layers=2, tie_word_embeddings=True))
+        replica.model = make_model(tiny(num_hidden_layers=2, tie_word_embeddings=True))
         replica.optimizer = optimizer_of(replica.model, world.group, bucket_elements=1, num_shards=world.size)
     recorder = Recorder(replica.optimizer, replica.model)
     replica.stage = replace(Stage.whole(replica.model), events=recorder)
@@ -366,6 +367,6 @@ def test_a_gradient_that_comes_after_its_bucket_left_is_refused(ranks):
 
 
 def test_buckets_for_another_number_of_ranks_are_refused():
-    flat = FlatParameters(build(tiny()).named_parameters(), dtype=torch.float32, device=CPU, num_shards=2)
+    flat = FlatParameters(make_model(tiny()).named_parameters(), dtype=torch.float32, device=CPU, num_shards=2)
     with pytest.raises(ValueError, match="parameters are cut for 2 data-parallel ranks; there are 1"):
         Zero1AdamW(flat, None, CONFIG)

@@ -5,13 +5,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import grads_of, make_model, named_grads, pipeline_config
 
-from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch
-from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
@@ -24,12 +23,7 @@ from megacoder.parallel.tensor import TensorParallel
 NUM_MICROBATCHES = 3
 
 
-def config_of(num_layers, tied):
-    return ModelConfig(
-        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=4, max_position_embeddings=16, init_std=0.1, vocab_multiple=16,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+config_of = functools.partial(pipeline_config, num_key_value_heads=1)
 
 
 def microbatches():
@@ -40,16 +34,10 @@ def microbatches():
 @functools.cache
 def one_process(config):
     """Loss sums by microbatch and gradients by name, of autograd in fp64."""
-    model = Transformer(config)
-    init_weights(model, seed=3)
-    model.double()
+    model = make_model(config, seed=3).double()
     losses = [model.loss(batch.tokens_BS, batch.labels_BS) for batch in microbatches()]
     sum(losses).backward()
-    return [loss.item() for loss in losses], {name: grad for name, _, grad in grads_of(model)}
-
-
-def grads_of(model):
-    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in weight_pieces(model)]
+    return [loss.item() for loss in losses], named_grads(model)
 
 
 def group_of(rank, dims, axis):

@@ -8,16 +8,16 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import grads_of, llama_of, make_model, named_grads, tiny_config
 
 from megacoder.core.errors import ConfigError
-from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.partition import ExecutionConfig, build_stages
 from megacoder.model.places import position_ids
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
-from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.model.transformer import Transformer
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.context import UNCUT, ContextParallel
@@ -32,15 +32,6 @@ from megacoder.parallel.tensor import ALONE, TensorParallel
 LENGTH = 144
 STARTS = [[0, 18, 36, 37, 100], [0], [0, 71, 72, 73, 143]]
 """Of documents, by sequence: on the edges of chunks and beside them, and longer than any chunk."""
-
-
-def tiny(**changes):
-    shape = {
-        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": LENGTH,
-        "init_std": 0.08, "vocab_multiple": 64,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})
 
 
 def batch_of(config):
@@ -68,26 +59,17 @@ def scheduled(model, tokens, labels, starts):
 STEPS = {"plain": plain, "scheduled": scheduled}
 
 
-def grads_of(model):
-    """[(name, shard, gradient)] of what this rank holds."""
-    pieces = weight_pieces(model)
-    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in pieces]
-
-
 @functools.cache
 def one_process(config, packed):
     """(loss, {name: gradient}) of autograd in fp64."""
-    model = Transformer(config)
-    init_weights(model, seed=0)
+    model = make_model(config).double()
     tokens, labels, starts = batch_of(config)
-    loss = plain(model.double(), tokens, labels, starts if packed else None)
-    return loss, {name: grad for name, _, grad in grads_of(model)}
+    return plain(model, tokens, labels, starts if packed else None), named_grads(model)
 
 
 def step(config, path, packed, dtype, cp=UNCUT, tp=ALONE):
     """(this rank's part of the loss, gradients summed over the context axis)."""
-    model = Transformer(config, tp, cp=cp)
-    init_weights(model, seed=0)
+    model = make_model(config, tp=tp, cp=cp)
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
     tokens, labels, starts = batch_of(config)
     loss = STEPS[path](model, tokens, labels, starts if packed else None)
@@ -111,7 +93,7 @@ def assert_near(grads, expected, tolerance=1e-5):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_step_equals_one_process(ranks, size, kv_heads, packed, path):
-    config = tiny(num_key_value_heads=kv_heads)
+    config = tiny_config(num_key_value_heads=kv_heads)
     expected_loss, expected = one_process(config, packed)
     if size == 1:
         results = [step(config, path, packed, torch.float32)]
@@ -125,7 +107,7 @@ def test_a_step_equals_one_process(ranks, size, kv_heads, packed, path):
 @pytest.mark.parametrize("path", STEPS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, packed, path):
-    config = tiny(num_key_value_heads=2)
+    config = tiny_config(num_key_value_heads=2)
     _, exact = one_process(config, packed)
 
     def error(grads):
@@ -144,11 +126,9 @@ def test_positions_restart_with_each_document():
 @pytest.mark.parametrize("path", STEPS)
 @pytest.mark.usefixtures("backend")
 def test_packed_documents_equal_each_alone(path):
-    config = tiny(num_key_value_heads=2)
+    config = tiny_config(num_key_value_heads=2)
     loss, grads = step(config, path, True, torch.float32)
-    model = Transformer(config)
-    init_weights(model, seed=0)
-    model.double()
+    model = make_model(config).double()
     tokens, labels, _ = batch_of(config)
     alone = 0.0
     for sequence, places in enumerate(STARTS):
@@ -156,26 +136,13 @@ def test_packed_documents_equal_each_alone(path):
             document = slice(sequence, sequence + 1), slice(first, last)
             alone += plain(model, tokens[document], labels[document], None)
     assert loss == pytest.approx(alone, rel=1e-6)
-    assert_near(grads, {name: grad for name, _, grad in grads_of(model)})
+    assert_near(grads, named_grads(model))
 
 
 def test_packed_documents_equal_transformers():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = tiny(num_key_value_heads=2)
-    model = Transformer(config)
-    init_weights(model, seed=0)
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=config.max_position_embeddings, attn_implementation="eager",
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    )  # fmt: skip
-    peer.load_state_dict({piece.hf_name: piece.view for piece in weight_pieces(model)})
-    tokens, labels, starts = batch_of(config)
+    model = make_model(tiny_config(num_key_value_heads=2))
+    peer = llama_of(model)
+    tokens, labels, starts = batch_of(model.config)
     documents = starts.cumsum(1)
     seen = (documents[:, :, None] == documents[:, None]) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
@@ -213,7 +180,7 @@ def step_with_tensor_parallelism(world, config, path, packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, packed, path):
-    config = tiny(num_key_value_heads=kv_heads)
+    config = tiny_config(num_key_value_heads=kv_heads)
     expected_loss, expected = one_process(config, packed)
     results = ranks.run(4, step_with_tensor_parallelism, config, path, packed)
     assert sum(loss for tp_rank, loss, _ in results if tp_rank == 0) == pytest.approx(expected_loss, rel=1e-6)
@@ -253,7 +220,7 @@ def pipeline_step(world, config, name, execution):
     ],
 )
 def test_packed_documents_through_a_pipeline(ranks, name, block, recompute):
-    config = tiny(num_hidden_layers=4, num_key_value_heads=2)
+    config = tiny_config(num_hidden_layers=4, num_key_value_heads=2)
     expected_loss, expected = one_process(config, True)
     results = ranks.run(4, pipeline_step, config, name, ExecutionConfig(block=block, recompute=recompute))
     assert sum(loss for loss, _ in results) == pytest.approx(expected_loss, rel=1e-6)
@@ -287,23 +254,29 @@ def test_a_length_that_ranks_cannot_share_is_refused(length, nearest):
     with pytest.raises(ConfigError, match=message):
         Microbatch.of(tokens, tokens, cp=cp)
     with pytest.raises(ConfigError, match=message):
-        Transformer(tiny(), cp=cp)(tokens)
+        Transformer(tiny_config(), cp=cp)(tokens)
 
 
 def test_uncut_sequences_are_refused_under_context_parallelism():
-    stage, tokens = Stage.whole(Transformer(tiny(), cp=ContextParallel(size=2))), torch.zeros(1, 8, dtype=torch.int64)
+    stage, tokens = (
+        Stage.whole(Transformer(tiny_config(), cp=ContextParallel(size=2))),
+        torch.zeros(1, 8, dtype=torch.int64),
+    )
     with pytest.raises(ValueError, match=r"whose sequences cp = 2 ranks share; use Microbatch\.of"):
         stage.forward(None, Microbatch(tokens, tokens))
 
 
 def test_sequences_longer_than_the_rotary_tables_are_refused():
-    model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, LENGTH + 4, dtype=torch.int64)
+    model, tokens = (
+        Transformer(tiny_config(), cp=ContextParallel(size=2)),
+        torch.zeros(1, LENGTH + 4, dtype=torch.int64),
+    )
     with pytest.raises(ValueError, match=f"sequences of {LENGTH + 4} tokens; the model has {LENGTH} positions"):
         forward_loss(model, tokens, tokens)
 
 
 def test_generation_by_ranks_that_share_sequences_is_refused():
-    model, tokens = Transformer(tiny(), cp=ContextParallel(size=2)), torch.zeros(1, 8, dtype=torch.int64)
+    model, tokens = Transformer(tiny_config(), cp=ContextParallel(size=2)), torch.zeros(1, 8, dtype=torch.int64)
     cache = KVCache(model.config, [8], capacity=9, like=model.norm.weight, tp=ALONE)
     with pytest.raises(ConfigError, match="cp = 2: a cache needs whole sequences; generate with cp = 1"):
         model(tokens, cache=cache)

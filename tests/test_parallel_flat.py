@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import batch_of, build, tiny
+from test_model import batch_of, tiny
+from tiny_models import make_model
 from torch import nn
 
 from megacoder.model.stage import forward_backward
@@ -114,7 +115,7 @@ def test_shards_are_equal_and_own_every_element_once(shapes, num_shards, bucket_
 def test_autograd_and_the_scheduled_step_accumulate_into_the_same_fp32_memory(dtype):
     config = tiny()
     tokens, labels = batch_of(config)
-    model = build(config)
+    model = make_model(config)
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=CPU)
     memory = flat.grad.data_ptr()
 
@@ -148,7 +149,7 @@ def test_gradients_of_bf16_weights_keep_what_bf16_would_lose():
 
 def test_tied_weights_are_in_the_buffer_once():
     config = tiny(tie_word_embeddings=True)
-    model = build(config)
+    model = make_model(config)
     flat = FlatParameters(model.named_parameters(), dtype=torch.float32, device=CPU)
     names = [slot.name for slot in flat.slots]
     assert "embed_tokens.weight" in names
@@ -160,8 +161,9 @@ def test_tied_weights_are_in_the_buffer_once():
 
 
 def test_writing_the_buffer_changes_the_model():
-    model = build(tiny())
+    model = make_model(tiny())
     tokens, labels = batch_of(model.config)
     flat = FlatParameters(model.named_parameters(), dtype=torch.float32, device=CPU)
-    flat.weight.copy_(FlatParameters(build(tiny(), seed=1).named_parameters(), dtype=torch.float32, device=CPU).weight)
-    assert model.loss(tokens, labels).item() == build(tiny(), seed=1).loss(tokens, labels).item()
+    other = make_model(tiny(), seed=1)
+    flat.weight.copy_(FlatParameters(other.named_parameters(), dtype=torch.float32, device=CPU).weight)
+    assert model.loss(tokens, labels).item() == other.loss(tokens, labels).item()

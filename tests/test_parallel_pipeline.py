@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_models import make_model, named_grads, pipeline_config
 
-from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.stage import Microbatch, forward_backward
-from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.model.transformer import Transformer
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.parallel.collectives import sum_with_peer
 from megacoder.parallel.context import UNCUT
@@ -45,14 +45,6 @@ def placement_of(kind, num_stages):
     return place_evenly(num_stages, num_stages) if kind == "even" else Placement(UNEVEN[num_stages])
 
 
-def config_of(num_layers, tied):
-    return ModelConfig(
-        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, max_position_embeddings=16, init_std=0.1, vocab_multiple=16,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
-
-
 def microbatches_of(count, vocab=61):
     """Each with another number of ignored labels, the last with nothing but them."""
     generator = torch.Generator().manual_seed(count)
@@ -70,16 +62,10 @@ def microbatches_of(count, vocab=61):
 @functools.cache
 def oracle(num_layers, tied, count):
     """Loss sums by microbatch, gradients by Hugging Face name."""
-    model = Transformer(config_of(num_layers, tied))
-    init_weights(model, seed=3)
-    model.double()
+    model = make_model(pipeline_config(num_layers, tied), seed=3).double()
     losses = [model.loss(batch.tokens_BS, batch.labels_BS) for batch in microbatches_of(count)]
     sum(losses).backward()
-    return [loss.item() for loss in losses], gradients(model)
-
-
-def gradients(model):
-    return {piece.hf_name: piece.param.grad[piece.start : piece.start + piece.rows] for piece in weight_pieces(model)}
+    return [loss.item() for loss in losses], named_grads(model)
 
 
 def attach(model, dtype=torch.float32):
@@ -102,7 +88,7 @@ def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, 
     """The last of `times` equal steps; AssertionError unless they give the same bits."""
     schedule = build_schedule(name, num_ranks=world.size, num_microbatches=count)
     placement = placement_of(kind, schedule.stage_map.num_stages)
-    config = config_of(sum(placement.layers_per_stage), tied)
+    config = pipeline_config(sum(placement.layers_per_stage), tied)
     if waiting_share is not None:
         layers = placement.layers_per_stage
         schedule = limit_waiting(schedule, layers=layers, waiting_share=waiting_share)
@@ -124,7 +110,7 @@ def train_step(world, name, kind, tied, count, *, dtype=torch.float32, times=1, 
         assert [loss.total.item() for loss in result.outputs] == [loss.total.item() for loss in first_outputs]
     return Step(
         [loss.total.item() for loss in result.outputs], [loss.num_tokens for loss in result.outputs],
-        {name: grad.clone() for name, grad in gradients(model).items()}, result.peak_live,
+        named_grads(model), result.peak_live,
     )  # fmt: skip
 
 
@@ -214,11 +200,11 @@ def test_one_rank_needs_no_process_group(name, tied):
 
 def plain_loop(num_layers, count, dtype=torch.float32):
     """Gradients of the whole model by forward_backward, one microbatch after the other."""
-    model = Transformer(config_of(num_layers, False))
+    model = Transformer(pipeline_config(num_layers, False))
     attach(model, dtype)
     for batch in microbatches_of(count):
         forward_backward(model, batch.tokens_BS, batch.labels_BS)
-    return gradients(model)
+    return named_grads(model)
 
 
 def differing_gradients(world, name, count):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import grads_of, make_model, named_grads, tiny_config
 
 from megacoder.checkpoint.boxes import Box, find_fault
 from megacoder.core.errors import ConfigError
 from megacoder.model import transformer
-from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.plain_stage import PlainStage
 from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
@@ -27,15 +26,6 @@ from megacoder.parallel.zero import Zero1AdamW
 from megacoder.train.run_folder import state_fragments
 
 
-def tiny(**changes):
-    shape = {
-        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": 32,
-        "init_std": 0.08, "vocab_multiple": 64,
-    }  # fmt: skip
-    return ModelConfig(**{**shape, **changes})  # of 4 ranks, the third has 26 of 32 ids, the last padding alone
-
-
 def batch_of(config):
     tokens = torch.randint(0, config.vocab_size, (4, 17), generator=torch.Generator().manual_seed(0))
     labels = tokens[:, 1:].clone()
@@ -44,8 +34,7 @@ def batch_of(config):
 
 
 def build(config, tp=ALONE, dtype=torch.float32, num_shards=1):
-    model = Transformer(config, tp)
-    init_weights(model, seed=0)
+    model = make_model(config, tp=tp)
     return model, FlatParameters(
         model.named_parameters(), dtype=dtype, device=torch.device("cpu"), num_shards=num_shards
     )
@@ -68,12 +57,6 @@ def on_axis(world, *, sequence_parallel):
     return TensorParallel(rank=world.rank, size=world.size, group=world.group, sequence_parallel=sequence_parallel)
 
 
-def grads_of(model):
-    """[(name, shard, gradient)] of what this rank holds."""
-    pieces = weight_pieces(model)
-    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in pieces]
-
-
 def assembled(ranks_parts):
     """{name: whole tensor} of every rank's [(name, shard, part)]; copies must agree, every element be somewhere."""
     wholes = {}
@@ -94,10 +77,8 @@ def assert_near(actual, expected, tolerance=1e-5):
 @functools.cache
 def one_process(config):
     """(loss, {name: gradient}) of autograd in fp64."""
-    model = Transformer(config)
-    init_weights(model, seed=0)
-    loss = plain(model.double(), *batch_of(config))
-    return loss, {name: grad for name, _, grad in grads_of(model)}
+    model = make_model(config).double()
+    return plain(model, *batch_of(config)), named_grads(model)
 
 
 def staged(kind, recompute, model, tokens, labels):
@@ -132,7 +113,7 @@ def step_on_rank(world, config, path, sequence_parallel, dtype):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_equals_one_process(ranks, size, kv_heads, tied, sequence_parallel, path):
-    config = tiny(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    config = tiny_config(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     expected_loss, expected = one_process(config)
     results = ranks.run(size, step_on_rank, config, path, sequence_parallel, torch.float32)
     assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * size, rel=1e-6)
@@ -144,7 +125,7 @@ def test_a_step_equals_one_process(ranks, size, kv_heads, tied, sequence_paralle
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_kind_of_stage_and_recomputation_equals_one_process(ranks, tied, sequence_parallel, path):
-    config = tiny(num_key_value_heads=1, tie_word_embeddings=tied)
+    config = tiny_config(num_key_value_heads=1, tie_word_embeddings=tied)
     expected_loss, expected = one_process(config)
     results = ranks.run(2, step_on_rank, config, path, sequence_parallel, torch.float32)
     assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
@@ -181,7 +162,7 @@ def changed_step_on_rank(world, config, sequence_parallel):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 def test_a_changed_layer_trains_as_in_one_process(ranks, sequence_parallel):
-    config = tiny()
+    config = tiny_config()
     expected_loss, parts = changed_step_on_rank(None, config, False)
     results = ranks.run(2, changed_step_on_rank, config, sequence_parallel)
     assert [loss for loss, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
@@ -191,7 +172,7 @@ def test_a_changed_layer_trains_as_in_one_process(ranks, sequence_parallel):
 @pytest.mark.parametrize("path", [*STEPS, *KINDS_OF_STAGE])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, sequence_parallel, path):
-    config = tiny(num_key_value_heads=2)
+    config = tiny_config(num_key_value_heads=2)
     _, exact = one_process(config)
     alone, _ = build(config, dtype=torch.bfloat16)
     (STEPS | KINDS_OF_STAGE)[path](alone, *batch_of(config))
@@ -219,7 +200,7 @@ def two_microbatches(world, config, chunk_elements):
 
 
 def test_microbatches_add_up_and_chunks_of_tokens_change_nothing(ranks):
-    config = tiny(num_key_value_heads=1)
+    config = tiny_config(num_key_value_heads=1)
     expected_loss, expected = one_process(config)
     results = ranks.run(2, two_microbatches, config, 64 * 7)  # seven tokens a chunk, the last one ragged
     assert [scored for scored, _, _ in results] == pytest.approx([expected_loss] * 2, rel=1e-6)
@@ -262,7 +243,7 @@ def updates_on_rank(world, config, dims, sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize("dims", [ParallelDims(tp=4), ParallelDims(tp=2, dp=2)], ids=str)
 def test_norm_and_weights_after_updates_equal_one_process(ranks, dims, sequence_parallel):
-    config = tiny(num_key_value_heads=1)
+    config = tiny_config(num_key_value_heads=1)
     expected_norms, expected = updates(config, ALONE, World(0, 1, 0, torch.device("cpu"), None))
     results = ranks.run(4, updates_on_rank, config, dims, sequence_parallel)
     for norms, _ in results:
@@ -275,7 +256,7 @@ def test_norm_and_weights_after_updates_equal_one_process(ranks, dims, sequence_
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_first_copies_cover_every_weight_once_and_start_equal(size, kv_heads):
-    config = tiny(num_key_value_heads=kv_heads)
+    config = tiny_config(num_key_value_heads=kv_heads)
     whole = {piece.hf_name: piece.view for piece in weight_pieces(build(config)[0])}
     boxes = {name: [] for name in whole}
     for rank in range(size):
@@ -308,7 +289,7 @@ def laid_out(config, dims, rank):
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_a_checkpoint_holds_every_element_once(kv_heads):
-    config, dims = tiny(num_key_value_heads=kv_heads), ParallelDims(tp=4, dp=2)
+    config, dims = tiny_config(num_key_value_heads=kv_heads), ParallelDims(tp=4, dp=2)
     boxes = {}
     for rank in range(dims.world_size):
         model, optimizer = laid_out(config, dims, rank)
@@ -321,7 +302,7 @@ def test_a_checkpoint_holds_every_element_once(kv_heads):
 
 
 def test_every_rank_reads_all_it_holds():
-    config, dims = tiny(num_key_value_heads=1), ParallelDims(tp=4)
+    config, dims = tiny_config(num_key_value_heads=1), ParallelDims(tp=4)
     whole = {piece.hf_name: piece.view for piece in weight_pieces(build(config)[0])}
     for rank in range(dims.world_size):
         model, optimizer = laid_out(config, dims, rank)
@@ -347,7 +328,7 @@ def label_error(world, config):
 
 
 def test_a_label_of_the_padding_is_refused_on_every_rank(ranks):
-    assert ranks.run(2, label_error, tiny()) == [["label 90 is outside the vocabulary of 90 ids"] * 2] * 2
+    assert ranks.run(2, label_error, tiny_config()) == [["label 90 is outside the vocabulary of 90 ids"] * 2] * 2
 
 
 @pytest.mark.parametrize(
@@ -365,11 +346,11 @@ def test_a_label_of_the_padding_is_refused_on_every_rank(ranks):
 )  # fmt: skip
 def test_a_size_that_cannot_share_the_model_is_refused(size, changes, message):
     with pytest.raises(ConfigError, match=message):
-        Transformer(tiny(**changes), TensorParallel(size=size))
+        Transformer(tiny_config(**changes), TensorParallel(size=size))
 
 
 def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
-    model, _ = build(tiny(), TensorParallel(size=4, sequence_parallel=True))
+    model, _ = build(tiny_config(), TensorParallel(size=4, sequence_parallel=True))
     tokens = torch.zeros(1, 18, dtype=torch.int64)
     for step in STEPS.values():
         with pytest.raises(ConfigError, match=r"tp = 4: 1 x 18 tokens .* nearest sequence lengths that work: 16 or 20"):
@@ -377,7 +358,7 @@ def test_tokens_that_sequence_parallelism_cannot_share_are_refused():
 
 
 def test_logits_of_shared_tokens_are_refused():
-    model, _ = build(tiny(), TensorParallel(size=2, sequence_parallel=True))
+    model, _ = build(tiny_config(), TensorParallel(size=2, sequence_parallel=True))
     message = "logits need all tokens on every rank; generate with sequence_parallel = false"
     with pytest.raises(ConfigError, match=message):
         model.logits(torch.zeros(1, 1, 32))

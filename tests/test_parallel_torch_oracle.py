@@ -6,14 +6,13 @@ torch splits a batch, runs its own autograd stages and moves tensors itself; wei
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import named_grads, pipeline_config
 from torch import nn
 
-from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.partition import build_stages
 from megacoder.model.places import Places
 from megacoder.model.stage import Microbatch
-from megacoder.model.transformer import weight_pieces
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
@@ -23,10 +22,7 @@ from megacoder.parallel.schedules.program import build_program
 from megacoder.parallel.tensor import ALONE
 
 NUM_MICROBATCHES, BATCH, LENGTH = 4, 2, 8
-CONFIG = ModelConfig(
-    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4, max_position_embeddings=16, init_std=0.1, vocab_multiple=16,
-)  # fmt: skip
+CONFIG = pipeline_config(5)
 CLASSES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved": "ScheduleInterleaved1F1B"}
 
 
@@ -66,10 +62,7 @@ def stages_of(schedule, rank):
 
 
 def gradients(stages):
-    return {
-        piece.hf_name: piece.param.grad[piece.start : piece.start + piece.rows].clone()
-        for stage in stages for piece in weight_pieces(stage.model)
-    }  # fmt: skip
+    return {name: grad for stage in stages for name, grad in named_grads(stage.model).items()}
 
 
 def with_torch(world, name, schedule):

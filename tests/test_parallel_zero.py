@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_model import build, tiny
+from test_model import tiny
+from tiny_models import make_model
 from torch import Tensor, nn
 
 from megacoder.model.stage import forward_backward
@@ -56,7 +57,7 @@ class Replica:
 
     def __init__(self, world, *, dtype=torch.float32, seed=0):
         self.world = world
-        self.model = build(tiny(num_hidden_layers=2), seed=seed)
+        self.model = make_model(tiny(num_hidden_layers=2), seed=seed)
         self.flat = FlatParameters(self.model.named_parameters(), dtype=dtype, device=CPU, num_shards=world.size)
         self.optimizer = Zero1AdamW(self.flat, world.group, CONFIG)
 
@@ -97,7 +98,7 @@ def train(world, dtype, micro_batch_size, max_grad_norm):
 
 def train_plainly(max_grad_norm):
     """The same by torch alone: autograd, clip_grad_norm_ and AdamW in fp64, the whole batch at once."""
-    model = build(tiny(num_hidden_layers=2)).double()
+    model = make_model(tiny(num_hidden_layers=2)).double()
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() == 1]
     optimizer = torch.optim.AdamW(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import refusal
 from train_cases import make_case
 
 from megacoder.cli import profile as command
@@ -140,8 +141,8 @@ def test_what_waits_for_weight_gradients_is_counted_as_kept(case):
 
 
 def test_plain_blocks_in_bf16_on_random_tokens(case):
-    config = case.config("plain", dtype="bfloat16", execution=ExecutionConfig(block="plain"))
-    config = replace(config, data=replace(config.data, stream=replace(config.data.stream, document_masks=True)))
+    data = {"stream": {"document_masks": True}}
+    config = case.config("plain", dtype="bfloat16", execution=ExecutionConfig(block="plain"), data=data)
     measured = profile_on(config, replace(QUICK, synthetic=True), ALONE)
     check_sums(measured, config)
     assert measured.kept_by_formula is None
@@ -348,12 +349,7 @@ def test_mistakes_are_one_line(case, tmp_path, capsys, monkeypatch, words, messa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "run.toml").write_text(case.toml("refused").read_text())
-    with pytest.raises(SystemExit) as stop:
-        main(["profile", "run.toml", *words])
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in shown
-    assert shown.count("\n") == 1
+    assert message in refusal(capsys, "profile", "run.toml", *words, code=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run.toml"]
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from tiny_models import make_model, pipeline_config
 
 from megacoder.core.errors import ConfigError
-from megacoder.model.config import ModelConfig
-from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.plain_stage import PlainStage
 from megacoder.model.scheduled import kept_bytes_per_token
 from megacoder.model.stage import Microbatch, Stage
-from megacoder.model.transformer import Transformer
 from megacoder.parallel.flat import FlatParameters
 
 RECOMPUTE = ("none", "selective", "full")
@@ -27,12 +25,10 @@ BYTES_PER_TOKEN = {  # of a layer, e bytes per element
 
 
 def build(dtype):
-    config = ModelConfig(
-        vocab_size=61, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=H,
-        num_key_value_heads=G, head_dim=K, max_position_embeddings=16, init_std=0.1, vocab_multiple=16,
-    )  # fmt: skip
-    model = Transformer(config)
-    init_weights(model, seed=1)
+    config = pipeline_config(
+        LAYERS, hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=G, head_dim=K
+    )
+    model = make_model(config, seed=1)
     return model, FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
 
 

@@ -276,11 +276,7 @@ def test_programs_end_with_the_process_that_started_them():
 
 
 PROGRAMS = {  # right, wrong, and what does not compile
-    "python": (
-        "print(6 * 7)",
-        "assert 6 * 7 == 41",
-        None,
-    ),
+    "python": ("print(6 * 7)", "assert 6 * 7 == 41", None),
     "cpp": (
         '#include <cstdio>\nint main() { printf("42"); }',
         "#include <cassert>\nint main() { assert(1 == 2); }",
@@ -291,86 +287,30 @@ PROGRAMS = {  # right, wrong, and what does not compile
         "class Problem { public static void main(String[] a) { assert a.length == 1; } }",
         "class Problem {",
     ),
-    "js": (
-        "var x = 42",
-        "require('assert')(false)",
-        None,
-    ),
-    "ts": (
-        "console.log(42)",
-        "throw new Error('no')",
-        "let x: number = 'text' +",
-    ),
+    "js": ("var x = 42", "require('assert')(false)", None),
+    "ts": ("console.log(42)", "throw new Error('no')", "let x: number = 'text' +"),
     "cs": (
         "class M { static void Main() { System.Console.Write(42); } }",
         "class M { static void Main() { System.Diagnostics.Debug.Assert(false); } }",
         "class {",
     ),
-    "php": (
-        "<?php echo 42;",
-        "<?php exit(1);",
-        None,
-    ),
-    "sh": (
-        "echo 42",
-        "[ 1 = 2 ]",
-        None,
-    ),
+    "php": ("<?php echo 42;", "<?php exit(1);", None),
+    "sh": ("echo 42", "[ 1 = 2 ]", None),
     "go": (
         'package main_test\nimport ("fmt"; "testing")\nfunc TestIt(t *testing.T) { fmt.Println(42) }',
         'package main_test\nimport "testing"\nfunc TestIt(t *testing.T) { t.Errorf("no") }',
         "package",
     ),
-    "rust": (
-        'fn main() { print!("42"); }',
-        "fn main() { assert!(1 == 2); }",
-        "fn main( {",
-    ),
-    "ruby": (
-        "print 42",
-        "raise 'no'",
-        None,
-    ),
-    "perl": (
-        "print 42",
-        "die 'no'",
-        None,
-    ),
-    "r": (
-        "cat(42)",
-        "stop('no')",
-        None,
-    ),
-    "lua": (
-        "io.write(42)",
-        "error('no')",
-        None,
-    ),
-    "scala": (
-        "object Problem extends App { print(42) }",
-        'object Problem extends App { sys.error("no") }',
-        "object {",
-    ),
-    "swift": (
-        "print(42)",
-        'fatalError("no")',
-        "let =",
-    ),
-    "julia": (
-        "print(42)",
-        'error("no")',
-        None,
-    ),
-    "racket": (
-        "#lang racket\n(display 42)",
-        "#lang racket\n(require rackunit)\n(check-equal? 1 2)",
-        None,
-    ),
-    "d": (
-        "import std.stdio; void main() { write(42); }",
-        "unittest { assert(false); } void main() {}",
-        "void {",
-    ),
+    "rust": ('fn main() { print!("42"); }', "fn main() { assert!(1 == 2); }", "fn main( {"),
+    "ruby": ("print 42", "raise 'no'", None),
+    "perl": ("print 42", "die 'no'", None),
+    "r": ("cat(42)", "stop('no')", None),
+    "lua": ("io.write(42)", "error('no')", None),
+    "scala": ("object Problem extends App { print(42) }", 'object Problem extends App { sys.error("no") }', "object {"),
+    "swift": ("print(42)", 'fatalError("no")', "let ="),
+    "julia": ("print(42)", 'error("no")', None),
+    "racket": ("#lang racket\n(display 42)", "#lang racket\n(require rackunit)\n(check-equal? 1 2)", None),
+    "d": ("import std.stdio; void main() { write(42); }", "unittest { assert(false); } void main() {}", "void {"),
 }
 
 

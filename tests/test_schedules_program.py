@@ -92,20 +92,15 @@ def find(instructions, kind, nth=0):
     ][nth]
 
 
-def test_a_receive_after_its_use_is_rejected():
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, r"rank 0 sends .* before it made it"), (1, r"rank 1 runs F0\.0 before it received its activation")],
+)
+def test_a_transfer_on_the_wrong_side_of_its_action_is_rejected(rank, message):
     program = build_program(build("gpipe", 2, 3))
-    instructions = list(program.ranks[1])
-    instructions[0], instructions[1] = instructions[1], instructions[0]
-    with pytest.raises(ScheduleError, match=r"rank 1 runs F0\.0 before it received its activation"):
-        check_program(edited(program, 1, instructions))
-
-
-def test_a_send_before_its_action_is_rejected():
-    program = build_program(build("gpipe", 2, 3))
-    instructions = list(program.ranks[0])
-    instructions[0], instructions[1] = instructions[1], instructions[0]
-    with pytest.raises(ScheduleError, match=r"rank 0 sends .* before it made it"):
-        check_program(edited(program, 0, instructions))
+    first, second, *rest = program.ranks[rank]
+    with pytest.raises(ScheduleError, match=message):
+        check_program(edited(program, rank, [second, first, *rest]))
 
 
 def test_a_lost_receive_is_a_deadlock_or_a_mismatch():

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
-from data_samples import small_tokenizer, write_jsonl
+from data_samples import small_tokenizer, write_dataset, write_jsonl
 from train_cases import functions
 
 from megacoder.cli import checkpoint_convert
@@ -24,7 +24,7 @@ from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megacoder.data.indexed import IndexedDataset
 from megacoder.data.packing import best_fit
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
@@ -414,11 +414,7 @@ def test_ranks_serve_the_same_as_one_and_resume_from_a_state(stream_of):
 
 def write_conversations(prefix, lengths):
     """Each of these tokens in all, its number repeated."""
-    with IndexedDatasetWriter(prefix, dtype=np.dtype(np.uint16)) as writer:
-        for number, length in enumerate(lengths):
-            parts = (1, length - 1, 0)
-            writer.add_document([np.full(part, number, dtype=np.uint16) for part in parts])
-    return IndexedDataset(prefix)
+    return write_dataset(prefix, [[[number], [number] * (length - 1), []] for number, length in enumerate(lengths)])
 
 
 def stream_over(dataset, *, batch=1, dp_rank=0, dp_size=1, epochs=None):
@@ -488,11 +484,9 @@ def test_a_position_from_when_long_conversations_came_first_is_refused(tmp_path)
 
 
 def test_a_dataset_that_holds_no_conversations_is_named(tmp_path):
-    with IndexedDatasetWriter(tmp_path / "out", dtype=np.dtype(np.uint16)) as writer:
-        for sequences in (3, 2):
-            writer.add_document([np.ones(4, dtype=np.uint16)] * sequences)
+    dataset = write_dataset(tmp_path / "out", [[[1] * 4] * sequences for sequences in (3, 2)])
     with pytest.raises(DataError, match="out: document 1 has 2 sequences, so it is not a conversation"):
-        stream_over(IndexedDataset(tmp_path / "out"))
+        stream_over(dataset)
 
 
 @pytest.fixture(scope="module")

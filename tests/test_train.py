@@ -10,23 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from train_cases import make_case
+from checkpoint_cases import flip_a_byte, state_of
+from command_line import refusal, run_command, wait_until
+from kill_test import descendants
+from train_cases import ALONE, changed, make_case, scalars, stop_in
 
 from megacoder.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from megacoder.checkpoint.reader import CheckpointReader
-from megacoder.cli.main import main
-from megacoder.core.config import from_dict, load_toml, to_dict, to_toml
+from megacoder.core.config import from_dict, load_toml, to_dict
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.core.rates import Peak
-from megacoder.data.conversations import ConversationConfig
 from megacoder.data.sidecar import fingerprint
-from megacoder.ops.adamw import AdamWConfig
-from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -37,6 +35,7 @@ from megacoder.train.step import threads_of_a_rank
 from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
+NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 TIMES = {"tokens_per_second", "tflops_per_device", "memory_gib", "checkpoint_seconds"}
 
 
@@ -51,13 +50,18 @@ def curve(folder):
     return [{key: value for key, value in row.items() if key.partition("/")[0] not in TIMES} for row in rows]
 
 
+def command(toml, *arguments, nproc=2):
+    return [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", str(nproc), *arguments]
+
+
 def launch(toml, *arguments, nproc=2):
-    command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", str(nproc), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    words = command(toml, *arguments, nproc=nproc)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
 
 
-def children(pid):
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+def wait_for_steps(folder):
+    """Until a run has logged three."""
+    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3, 100)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,9 @@ def alone(case):
 
 
 def test_freed_memory_is_given_back_when_the_engine_is_built_and_after_its_first_update(case, monkeypatch):
-    given_back, world = [], World(0, 1, 0, torch.device("cpu"), None)
+    given_back = []
     monkeypatch.setattr("megacoder.train.engine.return_freed_memory", lambda: given_back.append(True))
-    trainer = Trainer(case.config("given-back"), world)
+    trainer = Trainer(case.config("given-back"), ALONE)
     counts = [len(given_back)]
     for _ in range(3):
         trainer.update()
@@ -82,12 +86,10 @@ def test_freed_memory_is_given_back_when_the_engine_is_built_and_after_its_first
 
 def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(case):
     toml = case.toml("orphaned", steps=100_000, checkpoint_every=100_000, eval_every=100_000)
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"], stderr=subprocess.PIPE, text=True
-    )
+    launcher = subprocess.Popen(command(toml), stderr=subprocess.PIPE, text=True)
     output = case.folder / "orphaned"
-    wait_until(lambda: (output / "metrics.jsonl").exists() and len(read_metrics(output / "metrics.jsonl")) > 2)
-    ranks = children(launcher.pid)
+    wait_for_steps(output)
+    ranks = descendants(launcher.pid)
     launcher.kill()
     _, said = launcher.communicate(timeout=60)  # at the end of what the ranks say
     assert "torchrun has exited; the rank stops as on a signal" in said
@@ -96,18 +98,11 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(case):
     assert reached == read_metrics(output / "metrics.jsonl")[-1]["step"]
 
 
-def wait_until(holds, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_all_options_may_change_before_the_first_step(case):
     config = case.config("nothing-done")
-    Trainer(config, World(0, 1, 0, torch.device("cpu"), None)).folder.finish()
+    Trainer(config, ALONE).folder.finish()
     other = case.config("nothing-done", seed=7)
-    trainer = Trainer(other, World(0, 1, 0, torch.device("cpu"), None))
+    trainer = Trainer(other, ALONE)
     assert load_toml(RunConfig, config.output / "run.toml").seed == 7
     trainer.folder.finish()
     train(other)
@@ -116,7 +111,7 @@ def test_all_options_may_change_before_the_first_step(case):
 
 
 def test_a_second_run_in_a_folder_is_refused_on_every_rank(case):
-    trainer = Trainer(case.config("taken"), World(0, 1, 0, torch.device("cpu"), None))
+    trainer = Trainer(case.config("taken"), ALONE)
     done = launch(case.toml("taken"))
     trainer.folder.finish()
     assert done.returncode == 1
@@ -127,12 +122,7 @@ def test_a_second_run_in_a_folder_is_refused_on_every_rank(case):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (
-            RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
-            ),
-            "out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
-        ),
+        (RuntimeError(f"{NO_MEMORY}\nmore"), f"out of memory: {NO_MEMORY}"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory: CUDA out of memory."),
         (MemoryError(), "out of memory"),
     ],
@@ -143,10 +133,7 @@ def test_out_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr("megacoder.train.loop.train", fail)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(case.toml("too-large"))])
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
+    said = refusal(capsys, "train", case.toml("too-large"))
     assert said == f"megacoder: {line}; `megacoder plan` says what a model and its batches need\n"
 
 
@@ -162,13 +149,8 @@ def test_a_run_learns_and_logs(alone):
 
 
 def test_tensorboard_reads_the_log(alone):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(alone / "tensorboard"))
-    events.Reload()
-    logged = [(event.step, event.value) for event in events.Scalars("loss")]
     rows = read_metrics(alone / "metrics.jsonl")
-    assert logged == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
+    assert scalars(alone, "loss") == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +160,7 @@ def three_sets(case, alone):
     other.mkdir()
     for path in case.folder.glob("train.*"):
         (other / path.with_stem("valid").name).write_bytes(path.read_bytes())
-    config = case.config("three-sets")
-    sets = (case.folder / "valid", other / "valid", case.folder / "train")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid=sets))
+    config = case.config("three-sets", data={"valid": (case.folder / "valid", other / "valid", case.folder / "train")})
     train(config)
     return config
 
@@ -197,12 +177,9 @@ def test_each_held_out_set_has_a_loss_and_their_mean_is_the_held_out_loss(case, 
         assert losses[1] == losses[2] < losses[0], "those trained on"
     assert not any("/" in key for row in curve(alone) for key in row), "a single set's loss has no name"
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(three_sets.output / "tensorboard"))
-    events.Reload()
     for name in ("held_out_loss", *names):
-        assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in rows])
+        logged = [value for _, value in scalars(three_sets.output, name)]
+        assert logged == pytest.approx([row[name] for row in rows])
     capfd.readouterr()
     repeated = dataclasses.replace(three_sets, output=case.folder / "said", steps=1)
     train(repeated)
@@ -235,8 +212,8 @@ def test_one_held_out_set_needs_no_brackets_and_none_is_named_twice(case):
         from_dict(RunConfig, table, where="run.toml")
 
 
-def test_the_report_shows_each_held_out_set(three_sets, case):
-    main(["report", str(three_sets.output), "--out", str(case.folder / "sets.html")])
+def test_the_report_shows_each_held_out_set(three_sets, case, capsys):
+    assert run_command(capsys, "report", three_sets.output, "--out", case.folder / "sets.html")[0] == 0
     text = (case.folder / "sets.html").read_text()
     row = read_metrics(three_sets.output / "metrics.jsonl")[-1]
     for name in (f"{case.folder.name}/valid", "other/valid"):
@@ -251,25 +228,15 @@ def test_the_same_seed_gives_the_same_bits(case, alone):
 
 
 def test_two_ranks_under_torchrun_equal_one_process(case, alone):
-    toml = case.toml("two")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "megacoder",
-    ]
-    done = subprocess.run([*command, "train", str(toml)], capture_output=True, text=True, check=False, timeout=200)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = [*torchrun, "megacoder", "train", str(case.toml("two"))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     for ours, reference in zip(curve(case.folder / "two"), curve(alone), strict=True):
         assert ours == {key: pytest.approx(value, rel=2e-5) for key, value in reference.items()}
-    reader, expected = (CheckpointReader(folder / "checkpoints") for folder in (case.folder / "two", alone))
-    for kind, name in expected.tensors():
-        ours, reference = reader.read_tensor(name, kind), expected.read_tensor(name, kind)
-        assert (ours - reference).norm() <= 1e-4 * reference.norm() + 1e-9, (kind, name)
+    found = state_of(case.folder / "two")
+    for key, reference in state_of(alone).items():
+        assert (found[key] - reference).norm() <= 1e-4 * reference.norm() + 1e-9, key
 
 
 def test_microbatches_do_not_change_the_run(case, alone):
@@ -282,15 +249,8 @@ def test_microbatches_do_not_change_the_run(case, alone):
 @pytest.mark.parametrize("stop_at", [2, 4, 5])  # a held-out loss is due in step 4, and measured on resuming
 def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     config = case.config(f"stopped-{stop_at}")
-    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
-    update = trainer.update
-
-    def update_and_ask():
-        if trainer.step + 1 == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update()
-
-    trainer.update = update_and_ask
+    trainer = Trainer(config, ALONE)
+    stop_in(trainer, stop_at)
     with pytest.raises(Interrupted, match=f"stopped at step {stop_at} "):
         trainer.run()
     assert CheckpointReader(config.output / "checkpoints").step == stop_at, "what it says it wrote is on disk by now"
@@ -298,14 +258,13 @@ def test_stopped_and_resumed_equals_uninterrupted(case, alone, stop_at):
     assert [row["step"] for row in curve(config.output)] == list(range(1, stop_at + 1))
     train(config)
     assert curve(config.output) == curve(alone)
-    ours, expected = (CheckpointReader(folder / "checkpoints") for folder in (config.output, alone))
-    for kind, name in expected.tensors():
-        assert torch.equal(ours.read_tensor(name, kind), expected.read_tensor(name, kind))
+    found = state_of(config.output)
+    assert all(torch.equal(found[key], tensor) for key, tensor in state_of(alone).items())
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch, capfd, name):
-    trainer = Trainer(case.config(f"{name}-in-step"), World(0, 1, 0, torch.device("cpu"), None))
+    trainer = Trainer(case.config(f"{name}-in-step"), ALONE)
     forward_backward = trainer.engine.forward_backward
 
     def interrupted(microbatches):
@@ -323,15 +282,8 @@ def test_a_signal_during_a_step_stops_the_run_after_that_step(case, monkeypatch,
 
 def test_a_signal_in_the_last_step_costs_no_held_out_loss(case, alone):
     config = case.config("last-step")
-    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
-    update = trainer.update
-
-    def update_and_ask():
-        if trainer.step + 1 == config.steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update()
-
-    trainer.update = update_and_ask
+    trainer = Trainer(config, ALONE)
+    stop_in(trainer, config.steps)
     trainer.run()
     assert curve(config.output) == curve(alone)
 
@@ -350,7 +302,7 @@ def test_how_a_rank_ended_is_described(code, how):
 
 def test_two_runs_in_one_folder_are_refused(case):
     config = case.config("held")
-    first = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    first = Trainer(config, ALONE)
     with pytest.raises(MegacoderError, match="another run is working here"):
         train(config)
     first.folder.finish()
@@ -370,7 +322,7 @@ def test_auto_dtype_is_recorded_and_kept(case):
 
 def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):
     config = case.config("crashed")
-    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu"), None))
+    trainer = Trainer(config, ALONE)
     update = trainer.update
 
     def crash():
@@ -388,56 +340,44 @@ def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)])
 def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, number, code):
-    name = f"signalled-{number}"
-    toml = case.toml(name, steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2))
-    command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
+    name, settings = f"signalled-{number}", {"steps": 2000, "schedule": {"kind": "constant"}}
+    toml = case.toml(name, **settings)
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True,
+        command(toml), stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup would have had ignored
     )  # fmt: skip
-    metrics = case.folder / name / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_steps(case.folder / name)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == code, stderr
     assert stderr.count("stopped at step") == 1
     step = CheckpointReader(case.folder / name / "checkpoints").step
-    assert step == read_metrics(metrics)[-1]["step"] >= 3
-    resumed = Trainer(
-        case.config(name, steps=2000, schedule=ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)),
-        World(0, 1, 0, torch.device("cpu"), None),
-    )
+    assert step == read_metrics(case.folder / name / "metrics.jsonl")[-1]["step"] >= 3
+    resumed = Trainer(case.config(name, **settings), ALONE)
     assert resumed.step == step
     assert math.isfinite(resumed.update().loss)
 
 
 def test_a_schedulers_signal_reaches_only_ranks_and_torchrun_exits_cleanly(case):
     """As Slurm's --signal does where the job's script has told torchrun to ignore it."""
-    settings = {"steps": 2000, "schedule": ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)}
-    toml = case.toml("told", **settings, stop_signals=("SIGUSR2",))
-    command = [
+    toml = case.toml("told", steps=2000, schedule={"kind": "constant"}, stop_signals=("SIGUSR2",))
+    words = [
         "sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", "2", "--max-restarts", "3", "-m", "megacoder", "train", str(toml),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = case.folder / "told" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for number in [process.pid, *children(process.pid)]:  # as Slurm does: all processes of a step, whatever their group
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(case.folder / "told")
+    for number in [process.pid, *descendants(process.pid)]:  # all of a step, as Slurm does
         os.kill(number, signal.SIGUSR2)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
     assert stderr.count("stopped at step") == 1
-    assert CheckpointReader(case.folder / "told" / "checkpoints").step == read_metrics(metrics)[-1]["step"] >= 3
+    rows = read_metrics(case.folder / "told" / "metrics.jsonl")
+    assert CheckpointReader(case.folder / "told").step == rows[-1]["step"] >= 3
 
 
-def test_a_folder_of_another_run_is_refused(case, alone):
-    with pytest.raises(ConfigError, match=r"optimizer.beta1 = 0.9, not 0.8; choose another output"):
-        train(case.config("alone", optimizer=AdamWConfig(beta1=0.8)))
-    train(case.config("alone", log_every=2, eval_every=100))  # finished: nothing to do, and nothing to refuse
+def test_a_finished_run_has_nothing_to_do_and_nothing_to_refuse(case, alone):
+    train(case.config("alone", log_every=2, eval_every=100))
 
 
 @pytest.mark.parametrize(
@@ -449,21 +389,17 @@ def test_a_folder_of_another_run_is_refused(case, alone):
 )
 def test_a_run_does_not_resume_on_other_data_and_keeps_its_settings(case, alone, names, message):
     config, before = case.config("alone"), (alone / "run.toml").read_bytes()
-    data = dataclasses.replace(config.data, train=tuple(case.folder / name for name in names))
     with pytest.raises(ConfigError, match=message):
-        train(dataclasses.replace(config, data=data))
+        train(changed(config, data={"train": tuple(case.folder / name for name in names)}))
     assert (alone / "run.toml").read_bytes() == before
     train(config)
 
 
 def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
-    falling = ScheduleConfig(peak_lr=1e-2, warmup_steps=2)
-    constant = dataclasses.replace(falling, kind="constant")
-    settings = {"steps": 10, "schedule": falling}
-    train(case.config("long", **settings))
-    train(case.config("extended", steps=4, schedule=constant))
-    train(case.config("extended", steps=8, schedule=constant))
-    train(case.config("extended", **settings))
+    train(case.config("long", steps=10))
+    for changes in ({"steps": 4, "schedule": {"kind": "constant"}}, {"steps": 8, "schedule": {"kind": "constant"}}):
+        train(case.config("extended", **changes))
+    train(case.config("extended", steps=10))
     assert curve(case.folder / "extended") == [
         {**there, **{key: here[key] for key in here.keys() - there.keys()}}  # a held-out loss where a part ended
         for there, here in zip(curve(case.folder / "long"), curve(case.folder / "extended"), strict=True)
@@ -476,10 +412,13 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
     [
         ({"steps": 16}, r"steps = 16 \(was 8\): .* done 8 steps, and the learning rate of step 7 was 0.003162277"),
         ({"steps": 7}, "steps = 7: the run in .* has done 8 already; choose another output, .* init_from = '.*alone'"),
-        ({"schedule": ScheduleConfig(peak_lr=0.02, warmup_steps=2)}, "schedule: .* of step 1 was 0.005, not 0.01;"),
+        ({"schedule": {"peak_lr": 0.02}}, "schedule: .* of step 1 was 0.005, not 0.01;"),
+        ({"optimizer": {"beta1": 0.8}}, "optimizer.beta1 = 0.9, not 0.8; choose another output"),
+        ({"init_from": "alone", "steps": 9}, "was made with init_from = None, not '.*alone'; choose another output"),
     ],
 )
-def test_a_run_whose_past_data_would_change_is_not_extended(case, alone, changes, message):
+def test_a_run_whose_past_would_change_is_refused(case, alone, changes, message):
+    changes = changes | ({"init_from": alone} if "init_from" in changes else {})
     with pytest.raises(ConfigError, match=message):
         train(case.config("alone", **changes))
     assert load_toml(RunConfig, alone / "run.toml").steps == 8
@@ -493,13 +432,6 @@ def test_a_worker_error_is_reported_once_and_stops_the_launcher(case):
     assert "Traceback" not in done.stderr
 
 
-def flip_a_byte(folder):
-    path = max(CheckpointReader(folder).folder.glob("*.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("wrong", ["data", "output", "checkpoint"])
 def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
     output = tmp_path / "run"
@@ -507,7 +439,7 @@ def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
         output.touch()
     elif wrong == "checkpoint":
         shutil.copytree(alone, output)
-        flip_a_byte(output)
+        flip_a_byte(max(CheckpointReader(output).folder.glob("*.safetensors")))
     words = ["--output", str(output)] + ["--data.train", "nothere"] * (wrong == "data")
     done = launch(case.toml(f"wrong-{wrong}"), *words)
     path = {"data": "nothere.idx", "output": str(output), "checkpoint": ".safetensors"}[wrong]
@@ -527,20 +459,12 @@ def test_the_launcher_leaves_signals_as_they_were(case):
 
 
 def test_conversations_go_to_sft(case, capsys):
-    config = case.config("talks")
-    toml = case.folder / "talks.toml"
-    talks = dataclasses.replace(config.data, train=(), conversations=ConversationConfig(train=(Path("talks.jsonl"),)))
-    toml.write_text(to_toml(dataclasses.replace(config, data=talks)))
-    with pytest.raises(SystemExit):
-        main(["train", str(toml)])
-    assert capsys.readouterr().err == f"megacoder: {toml} trains on conversations; use megacoder sft {toml}\n"
-    for words in (["profile", str(toml)], ["data", "digest", str(toml), "--steps", "1:2"]):
-        with pytest.raises(SystemExit):
-            main(words)
-        assert (
-            f"been prepared by megacoder sft; name the run.toml in its output folder, {config.output}"
-            in capsys.readouterr().err
-        )
+    toml = case.toml("talks", data={"train": (), "conversations": {"train": (Path("talks.jsonl"),)}})
+    said = f"megacoder: {toml} trains on conversations; use megacoder sft {toml}\n"
+    assert refusal(capsys, "train", toml, code=2) == said
+    for words in (["profile", toml], ["data", "digest", toml, "--steps", "1:2"]):
+        told = f"been prepared by megacoder sft; name the run.toml in its output folder, {case.folder / 'talks'}"
+        assert told in refusal(capsys, *words, code=2)
 
 
 @pytest.mark.parametrize(
@@ -577,19 +501,13 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_they_start(case):
         ({"timeout_seconds": math.inf}, "timeout_seconds = inf"),
         ({"checkpoint": {"timeout_seconds": math.inf}}, "checkpoint.timeout_seconds = inf"),
         ({"schedule": {"peak_lr": -1.0}}, "peak_lr = -1.0"),
-        ({"data": {"stream": {"seq_length": 128}}}, "seq_length = 128 exceeds model.max_position_embeddings = 64"),
+        ({"model": {"max_position_embeddings": 16}}, "seq_length = 32 exceeds model.max_position_embeddings = 16"),
     ],
 )
 def test_settings_out_of_range_are_refused(case, changes, message):
     table = to_dict(case.config("x"))
     for key, value in changes.items():
-        if isinstance(value, dict):
-            nested = next(iter(value))
-            table[key][nested] = (
-                {**table[key][nested], **value[nested]} if isinstance(value[nested], dict) else value[nested]
-            )
-        else:
-            table[key] = value
+        table[key] = {**table[key], **value} if isinstance(value, dict) else value
     with pytest.raises(ConfigError, match=message):
         from_dict(RunConfig, table, where="run.toml")
 
@@ -604,7 +522,7 @@ def test_without_clipping_large_gradients_count_in_full(case):
 
 
 def test_an_update_without_a_trained_token_is_skipped(case):
-    trainer = Trainer(case.config("nothing-trained"), World(0, 1, 0, torch.device("cpu"), None))
+    trainer = Trainer(case.config("nothing-trained"), ALONE)
     before = [param.clone() for param in trainer.engine.model.parameters()]
     next_batch = trainer.batches.next_batch
 
@@ -652,7 +570,7 @@ def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
 
 def test_a_dataset_replaced_by_one_of_the_same_size_is_refused(tmp_path):
     case = make_case(tmp_path)
-    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    constant = {"kind": "constant"}
     train(case.config("run", steps=3, schedule=constant))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     tokens = tmp_path / "train.bin"
@@ -696,7 +614,7 @@ def test_a_damaged_line_of_metrics_is_named_left_in_place_and_out_of_what_is_rea
 
 def test_a_run_with_damaged_metrics_resumes_and_reports(tmp_path, capfd):
     case = make_case(tmp_path)
-    constant = ScheduleConfig(kind="constant", peak_lr=1e-2, warmup_steps=2)
+    constant = {"kind": "constant"}
     train(case.config("run", steps=4, checkpoint_every=4, schedule=constant))
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -713,33 +631,9 @@ def test_a_run_with_damaged_metrics_resumes_and_reports(tmp_path, capfd):
     assert capfd.readouterr().err == f"{named}\n"
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"beta1": 1.0},
-        {"beta1": 1 - 1e-8},
-        {"beta2": -0.1},
-        {"eps": 0.0},
-        {"eps": 1e-46},
-        {"weight_decay": math.nan},
-        {"weight_decay": -1.0},
-    ],
-)
-def test_optimizer_settings_out_of_range_are_refused(setting):
-    with pytest.raises(ConfigError, match=next(iter(setting))):
-        AdamWConfig(**setting)
-
-
-def test_the_beginning_of_a_run_cannot_be_changed_afterwards(case, alone):
-    with pytest.raises(ConfigError, match=r"was made with init_from = None, not '.*alone'; choose another output"):
-        train(case.config("alone", init_from=alone, steps=9))
-
-
 @pytest.mark.parametrize("seed", [1234, 4321])
 def test_data_that_the_weights_have_begun_with_are_named_if_they_come_again(case, alone, capfd, seed):
-    config = case.config(f"from-alone-{seed}", init_from=alone, steps=1)
-    stream = dataclasses.replace(config.data.stream, seed=seed)
-    train(dataclasses.replace(config, data=dataclasses.replace(config.data, stream=stream)))
+    train(case.config(f"from-alone-{seed}", init_from=alone, steps=1, data={"stream": {"seed": seed}}))
     named = (
         f"data.stream.seed = 1234, as in the run that these weights come from: {case.folder / 'train'} will be read in "
         "the same order from its beginning; another seed starts with other documents"

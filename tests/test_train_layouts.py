@@ -3,24 +3,23 @@
 import dataclasses
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from checkpoint_cases import state_of
+from data_samples import write_texts
 from ranks import RankFailed
-from train_cases import make_case
+from train_cases import ALONE, changed, losses_of, make_case, run, run_to
 
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.data.fim import FimConfig
-from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
-from megacoder.parallel.world import World
 from megacoder.train import run_folder
 from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
@@ -29,7 +28,6 @@ from megacoder.train.metrics_log import read_metrics
 from megacoder.train.schedule import ScheduleConfig
 from megacoder.train.step import load_tokenizer, open_stream
 
-ALONE = World(0, 1, 0, torch.device("cpu"), None)
 HELD_OUT_SETS = {"held_out_loss/short-valid", "held_out_loss/valid"}
 FP8 = ExecutionConfig(fp8=True)
 
@@ -57,23 +55,19 @@ def case(tmp_path_factory):
     case = make_case(tmp_path_factory.mktemp("layouts"))
     tokenizer = Tokenizer.load(case.folder / "tokenizer")
     for name in ("train", "valid"):
-        with IndexedDatasetWriter(case.folder / f"short-{name}", dtype=token_dtype(case.vocab_size)) as writer:
-            for number in range(200):
-                text = f"value_{number} = {number % 7}\n"
-                writer.add_document([np.array([*tokenizer.encode(text), tokenizer.eos_id])])
+        texts = [f"value_{number} = {number % 7}\n" for number in range(200)]
+        write_texts(case.folder / f"short-{name}", texts, tokenizer)
     return case
 
 
 def config_of(case, output, *, tied, document_masks=True, **changes):
     """Tied runs are on short documents, which do not see each other, and have a second held-out set."""
-    config = case.config(output, steps=4, checkpoint_every=2, eval_every=2, **changes)
-    model, data = dataclasses.replace(config.model, tie_word_embeddings=tied), config.data
-    if tied:
-        data = dataclasses.replace(
-            data, train=(case.folder / "short-train",), valid=(case.folder / "short-valid", case.folder / "valid"),
-            stream=dataclasses.replace(data.stream, document_masks=document_masks),
-        )  # fmt: skip
-    return dataclasses.replace(config, model=model, data=data)
+    short = {
+        "train": (case.folder / "short-train",), "valid": (case.folder / "short-valid", case.folder / "valid"),
+        "stream": {"document_masks": document_masks},
+    }  # fmt: skip
+    settings = {"model": {"tie_word_embeddings": tied}, "data": short if tied else {}, **changes}
+    return case.config(output, steps=4, checkpoint_every=2, eval_every=2, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +78,11 @@ def alone(case):
     return {tied: case.folder / f"alone-{tied}" for tied in (False, True)}
 
 
-def run(world, config):
-    Trainer(config, world).run()
-
-
-def state_of(folder):
-    reader = CheckpointReader(folder / "checkpoints")
-    return {key: reader.read_tensor(key[1], key[0]) for key in reader.tensors()}
+def check_state(found, expected, tolerance=1e-4):
+    """Weights and moments, by kind and name."""
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert (tensor - expected[key]).norm() <= tolerance * expected[key].norm(), key
 
 
 def check_same(found, expected):
@@ -100,10 +92,7 @@ def check_same(found, expected):
         assert row.keys() == other.keys()
         for key in row.keys() & {"loss", "grad_norm", "tokens", "held_out_loss", *HELD_OUT_SETS}:
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
-    state, other_state = state_of(found), state_of(expected)
-    assert state.keys() == other_state.keys()
-    for key, tensor in state.items():
-        assert (tensor - other_state[key]).norm() <= 1e-4 * other_state[key].norm(), key
+    check_state(state_of(found), state_of(expected))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied and packed"])
@@ -123,25 +112,12 @@ def test_document_masks_change_training(case, alone):
     assert together[-1]["held_out_loss"] != pytest.approx(apart[-1]["held_out_loss"], rel=1e-4)
 
 
-def run_to(world, config, step):
-    trainer = Trainer(config, world)
-    while trainer.step < step:
-        trainer.update()
-        trainer.step += 1
-    trainer._checkpoint()
-    trainer.folder.finish()
-    trainer.batches.close()
-
-
 def test_a_run_resumes_in_another_layout(ranks, case, alone):
     """Four steps, each by other ranks; only the last writes metrics."""
     layouts = [LAYOUTS[name] for name in ("tp=2 pp=2", "pp=2 dp=2", "tp=4", "pp=2 zbv")]
     for step, (size, parallel) in enumerate(layouts, start=1):
         ranks.run(size, run_to, config_of(case, "moving", tied=True, parallel=parallel), step)
-    state, expected = state_of(case.folder / "moving"), state_of(alone[True])
-    assert state.keys() == expected.keys()
-    for key, tensor in state.items():
-        assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+    check_state(state_of(case.folder / "moving"), state_of(alone[True]))
 
 
 CONTINUED = {"one process": (1, ParallelConfig()), **{name: LAYOUTS[name] for name in ("tp=2 pp=2", "cp=2 dp=2")}}
@@ -149,13 +125,12 @@ CONTINUED = {"one process": (1, ParallelConfig()), **{name: LAYOUTS[name] for na
 
 def continued_config(case, output, **changes):
     """What goes on from the run of one process with its optimizer, under another batch size, decay and data."""
-    config = config_of(
+    return config_of(
         case, output, tied=False, init_from=case.folder / "alone-False", init_optimizer=True, global_batch_size=4,
         micro_batch_size=1, optimizer=AdamWConfig(weight_decay=0.3, beta2=0.9),
-        schedule=ScheduleConfig(kind="constant", peak_lr=3e-3, warmup_steps=0), **changes,
+        schedule=ScheduleConfig(kind="constant", peak_lr=3e-3, warmup_steps=0),
+        data={"stream": {"fim": FimConfig(rate=1.0), "seed": 7}}, **changes,
     )  # fmt: skip
-    stream = dataclasses.replace(config.data.stream, fim=FimConfig(rate=1.0), seed=7)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, stream=stream))
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +173,10 @@ def test_a_run_that_starts_with_anothers_optimizer_continues_its_updates(ranks, 
     config = continued_config(case, f"continued-{name}", parallel=parallel)
     ranks.run(size, run, config)
     losses, expected = continued
-    rows = read_metrics(config.output / "metrics.jsonl")
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
-    assert (rows[0]["step"], rows[0]["lr"]) == (1, 3e-3)
-    state = state_of(config.output)
-    assert state.keys() == expected.keys()
-    for key, tensor in state.items():
-        assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+    assert losses_of(config.output) == pytest.approx(losses, rel=1e-5)
+    first = read_metrics(config.output / "metrics.jsonl")[0]
+    assert (first["step"], first["lr"]) == (1, 3e-3)
+    check_state(state_of(config.output), expected)
     assert CheckpointReader(config.output).state["num_updates"] == 4 + 4
     ranks.run(size, run, dataclasses.replace(config, steps=5))  # resumes, and does not start from the other run again
     assert CheckpointReader(config.output).state["num_updates"] == 4 + 5
@@ -215,10 +187,8 @@ def moved(config, folder):
     folder.mkdir()
     for path in [*config.data.train[0].parent.glob("train.*"), config.data.tokenizer]:
         path.rename(folder / path.name)
-    data = dataclasses.replace(
-        config.data, train=(folder / "train",), valid=(folder / "train",), tokenizer=folder / "tokenizer"
-    )
-    return dataclasses.replace(config, data=data)
+    moved_to = {"train": (folder / "train",), "valid": (folder / "train",), "tokenizer": folder / "tokenizer"}
+    return changed(config, data=moved_to)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -228,9 +198,7 @@ def test_a_run_resumes_after_its_data_has_moved(ranks, tmp_path, alone, size):
     there = moved(config, tmp_path / "there")
     ranks.run(size, run, there)
     assert load_toml(RunConfig, config.output / "run.toml") == there
-    state, expected = state_of(config.output), state_of(alone[False])
-    for key, tensor in expected.items():
-        assert (state[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
+    check_state(state_of(config.output), state_of(alone[False]))
 
 
 def start_apart(world, config):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import wait_until
+from kill_test import descendants
 from train_cases import make_case
 
 from megacoder.core.processes import kill_sibling
@@ -118,27 +120,14 @@ def test_a_rank_with_its_own_error_reports_only_that_and_all_ranks_end_with_its_
     assert ended[name].exit_codes == {1}, "neither that of a lost rank, nor a signal during Python's shutdown"
 
 
-def children(pid):
-    """Processes that `pid` started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return sorted(found)
-
-
 def test_a_rank_killed_from_outside_under_the_launcher(case):
     toml = case.toml("launcher", timeout_seconds=60.0, steps=100_000, checkpoint_every=100_000)
     command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + LIMIT
-    while len(read_metrics(case.folder / "launcher" / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    workers = [pid for pid in children(process.pid) if b"megacoder" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    wait_until(lambda: len(read_metrics(case.folder / "launcher" / "metrics.jsonl")) >= 3, LIMIT)
+    workers = [
+        pid for pid in sorted(descendants(process.pid)) if b"megacoder" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     began = time.monotonic()

@@ -12,14 +12,7 @@ from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.ops.adamw import AdamWConfig
-from megacoder.ops.linear import (
-    STORED,
-    Factor,
-    Precision,
-    accumulate_weight_grad,
-    linear_forward,
-    linear_input_grad,
-)
+from megacoder.ops.linear import STORED, Factor, Precision, accumulate_weight_grad, linear_forward, linear_input_grad
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.world import World

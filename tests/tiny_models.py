@@ -1,0 +1,62 @@
+"""Models of a few thousand weights, what one process makes of them, and transformers' twin of one."""
+
+import torch
+
+from megacoder.model.config import ModelConfig
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.parallel.context import UNCUT
+from megacoder.parallel.tensor import ALONE
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Of four tensor-parallel ranks, the third has 26 of 32 ids, and the last padding alone."""
+    shape = {
+        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": 144, "init_std": 0.08, "vocab_multiple": 64,
+    }  # fmt: skip
+    return ModelConfig(**{**shape, **changes})
+
+
+def pipeline_config(num_layers: int, tied: bool = False, **changes) -> ModelConfig:
+    """Smaller still, for tests of many schedules."""
+    shape = {
+        "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4,
+        "max_position_embeddings": 16, "init_std": 0.1, "vocab_multiple": 16, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    return tiny_config(num_hidden_layers=num_layers, **{**shape, **changes})
+
+
+def make_model(config: ModelConfig, *, seed: int = 0, tp=ALONE, cp=UNCUT) -> Transformer:
+    model = Transformer(config, tp, cp=cp)
+    init_weights(model, seed=seed)
+    return model
+
+
+def grads_of(model) -> list[tuple]:
+    """(name, shard, gradient) of what this rank holds."""
+    pieces = weight_pieces(model)
+    return [(p.hf_name, p.shard, p.param.grad[p.start : p.start + p.rows].clone()) for p in pieces]
+
+
+def named_grads(model) -> dict[str, torch.Tensor]:
+    """The gradients of a whole model, by Hugging Face name."""
+    return {name: grad for name, _, grad in grads_of(model)}
+
+
+def llama_of(model):
+    """transformers' Llama with the same weights, its attention written out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+    )  # fmt: skip
+    rope = {"rope_type": "linear", "factor": config.rope_factor, "rope_theta": config.rope_theta}
+    fields = {name: getattr(config, name) for name in same}
+    peer = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager"))
+    missing, unexpected = peer.load_state_dict({p.hf_name: p.view for p in weight_pieces(model)}, strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    return peer

@@ -72,9 +72,10 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("made", "changes", "said"), [(made, *row) for made, rows in REFUSED.items() for row in rows], ids=str
-)
+ROWS = {f"{made.__name__} {changes}": (made, changes, said) for made, rows in REFUSED.items() for changes, said in rows}
+
+
+@pytest.mark.parametrize(("made", "changes", "said"), ROWS.values(), ids=ROWS)
 def test_settings_out_of_range_are_refused(made, changes, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         made(**changes)

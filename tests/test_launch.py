@@ -103,8 +103,9 @@ def small_33b(case, name, **changes):
     """Words that make the 33B recipe as small as the others here."""
     config = case.config(name)
     settings = {
-        "output": config.output, "data.train": config.data.train[0], "data.valid": config.data.valid[0],
-        "data.tokenizer": config.data.tokenizer, "data.stream.seq-length": 32, "data.stream.num-streams": 16,
+        "output": config.output, "data.train": config.data.train[0], "data.weights": 1.0, "data.fim-rates": 0.5,
+        "data.valid": config.data.valid[0], "data.tokenizer": config.data.tokenizer,
+        "data.stream.seq-length": 32, "data.stream.num-streams": 16,
         "global-batch-size": 8, "micro-batch-size": 2, "eval-batches": 1, "dtype": "float32", "parallel.pp": 2,
         **{f"model.{key}": value for key, value in vars(config.model).items() if key != "tie_word_embeddings"},
         **changes,

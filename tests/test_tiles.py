@@ -30,6 +30,15 @@ def within_poison(tensor):
     return around[2048:-2048].view(tensor.shape)
 
 
+def with_threads(threads, function):
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(kept)
+
+
 def error(actual, expected):
     assert torch.isfinite(actual).all()
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
@@ -45,12 +54,9 @@ def test_weight_gradient(tokens, outputs, inputs):
     expected = before.double() + grad.double().t() @ x.double()
     sums = []
     for threads in (1, 2, 3):
-        kept = torch.get_num_threads()
-        torch.set_num_threads(threads)
         poisoned = torch.full((outputs + 2, inputs), NAN)
         poisoned[1:-1] = before
-        accumulate_weight_grad(poisoned[1:-1], grad, x)
-        torch.set_num_threads(kept)
+        with_threads(threads, lambda total=poisoned[1:-1]: accumulate_weight_grad(total, grad, x))
         assert poisoned[0].isnan().all()
         assert poisoned[-1].isnan().all()
         sums.append(poisoned[1:-1].clone())
@@ -84,14 +90,6 @@ def expected_attention(q, k, v, grad_out, mask):
     return out.detach().transpose(1, 2), lse.detach(), q.grad, k.grad, v.grad
 
 
-def with_threads(threads, function):
-    kept = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    result = function()
-    torch.set_num_threads(kept)
-    return result
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("start", [0, 77])
 @pytest.mark.parametrize(
@@ -103,7 +101,8 @@ def with_threads(threads, function):
         (3, 3, 129, 64),
         (2, 1, 600, 128),
         (1, 1, 1100, 8),
-        (2, 2, 70, 200),
+        (2, 2, 70, 240),
+        (9, 1, 150, 32),
     ],
 )
 def test_attention(heads, groups, length, dim, start, packed):
@@ -131,6 +130,19 @@ def test_attention(heads, groups, length, dim, start, packed):
             assert error(actual, reference) < 5e-3
     assert error(results[1], expected[1]) < 1e-6  # scores are fp32
     assert all(torch.equal(a, b) for a, b in zip(results, with_threads(3, run), strict=True))
+
+
+def test_first_keys_that_are_far_apart_and_in_no_order():
+    q, k, v = fused(1, 2, 1, 1400, 32)
+    q, start = q[:, :, 700:], 700
+    first_keys = torch.randint(0, 701, (1, 700), generator=torch.Generator().manual_seed(0))
+    mask = causal_mask(torch.arange(start, 1400), 1400, first_keys_BS=first_keys)
+    documents = DocumentMask(first_keys, start)
+    grad_out = randn(1, 700, 2, 32)
+    out, lse = attention_forward(q, k, v, query_start=start, documents=documents)
+    grads = attention_backward(grad_out, q, k, v, out, lse, query_start=start, documents=documents)
+    for actual, reference in zip((out, lse, *grads), expected_attention(q, k, v, grad_out, mask), strict=True):
+        assert error(actual, reference) < 5e-3
 
 
 def test_unread_keys_are_not_read_and_have_no_gradient():
@@ -182,6 +194,20 @@ def test_other_dtypes_are_refused():
     q, k, v = fused(1, 1, 1, 8, 16)
     with pytest.raises(ValueError, match=r"needs torch\.bfloat16 on the CPU; got torch\.float32"):
         tile_attention.forward(q, k.float(), v, query_start=0, first_keys_BS=None)
+
+
+@pytest.mark.parametrize(("heads", "groups", "values"), [(3, 2, 2), (4, 4, 2), (2, 4, 4)])
+def test_shapes_that_do_not_fit_are_refused(heads, groups, values):
+    q, k, v = randn(1, heads, 8, 16), randn(1, groups, 8, 16), randn(1, values, 8, 16)
+    with pytest.raises(ValueError, match="these shapes do not fit"):
+        tile_attention.forward(q, k, v, query_start=0, first_keys_BS=None)
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    q, k, v = fused(1, 2, 1, 8, 16)
+    out, lse = attention_forward(q, k, v)
+    with pytest.raises(ValueError, match="gradient of the output, output and queries have shapes"):
+        attention_backward(out[:, :5], q, k, v, out, lse)
 
 
 def test_masks_are_checked_before_the_kernel_sees_them():

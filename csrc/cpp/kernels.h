@@ -73,7 +73,9 @@ namespace baseline { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 namespace avx512_bf16 { const Kernels& kernels(); }
-
+#endif
+#if defined(MEGACODER_X86) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MEGACODER_AMX 1
 // kernels_amx.cpp. Not in the table: an op that cannot use them takes another backend.
 namespace amx {
 

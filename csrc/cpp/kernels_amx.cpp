@@ -3,17 +3,15 @@
 // another pass, storing scores, reading a factor against the order in which it is stored.
 #include "kernels.h"
 
-#ifdef MEGACODER_X86
+#ifdef MEGACODER_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
 #else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what gcc's own intrinsics leave undefined
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what its own intrinsics leave undefined
 #endif
 #include "amx_attention.inc"
 #include "amx_weight_grad.inc"

@@ -61,7 +61,7 @@ void typed(bool is_bf16, Body body) {
   else body(table.fp32, static_cast<float*>(nullptr));
 }
 
-#ifdef MEGACODER_X86
+#ifdef MEGACODER_AMX
 using Rows = std::array<int64_t, 4>;   // address, strides by sequence, head and token
 using Shape = std::array<int64_t, 7>;  // sequences, query heads, key-value heads, queries, keys, head dim, first query
 
@@ -79,7 +79,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.attr("interface") = 1;  // raised with that of megacoder/core/native.py
   m.attr("isa") = table.isa;
   const py::call_guard<py::gil_scoped_release> nogil;
-#ifdef MEGACODER_X86
+#ifdef MEGACODER_AMX
   m.def("has_amx", [] {  // not at import: it asks the system for larger signal frames
     static const bool available = megacoder::amx::available();
     return available;

@@ -28,9 +28,11 @@ inline int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
 #ifdef _OPENMP
 inline int64_t thread_number() { return omp_get_thread_num(); }
 inline int64_t num_threads() { return omp_get_num_threads(); }
+inline int64_t max_threads() { return omp_get_max_threads(); }
 #else
 inline int64_t thread_number() { return 0; }
 inline int64_t num_threads() { return 1; }
+inline int64_t max_threads() { return 1; }
 #endif
 
 // gcc does not know that the intrinsics that load tiles and their configuration read memory: to be called between
@@ -112,27 +114,17 @@ inline void pack_rows(bf16* tile, const bf16* source, int64_t stride, int64_t ro
   store_tile(tile, row);
 }
 
-// `panels` panels of rows as left factors; a panel's steps follow each other.
-inline void pack_left(bf16* packed, const bf16* source, int64_t stride, int64_t rows, int64_t terms, int64_t panels) {
-  const int64_t steps = panels_of(terms);
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t step = 0; step < steps; ++step)
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t row = panel * kPanel + half * kTile;
-        pack_rows<false>(packed + (panel * steps + step) * kPanelValues + half * kTileValues,
-                         source + row * stride + step * kStep, stride, rows - row, terms - step * kStep);
-      }
-}
-
-// `rows` as columns of a right factor, their columns being its terms; a panel's steps follow each other.
-inline void pack_columns(bf16* packed, const bf16* source, int64_t stride, int64_t rows, int64_t terms) {
+// Panels of `rows` whose columns are terms, as left factors, or as columns of a right one; a panel's steps follow each
+// other.
+template <bool right>
+inline void pack_panels(bf16* packed, const bf16* source, int64_t stride, int64_t rows, int64_t terms) {
   const int64_t steps = panels_of(terms);
   for (int64_t panel = 0; panel < panels_of(rows); ++panel)
     for (int64_t step = 0; step < steps; ++step)
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t row = panel * kPanel + half * kTile;
-        pack_rows<true>(packed + (panel * steps + step) * kPanelValues + half * kTileValues,
-                        source + row * stride + step * kStep, stride, rows - row, terms - step * kStep);
+        pack_rows<right>(packed + (panel * steps + step) * kPanelValues + half * kTileValues,
+                         source + row * stride + step * kStep, stride, rows - row, terms - step * kStep);
       }
 }
 

@@ -65,7 +65,7 @@ def _no_cpp() -> str | None:
 
 
 def _no_amx() -> str | None:
-    return _no_cpp() or (None if cpp.has_amx() else "this processor does not have it")
+    return _no_cpp() or (None if cpp.has_amx() else "not offered by this processor and its system")
 
 
 def _no_triton() -> str | None:

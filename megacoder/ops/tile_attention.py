@@ -26,7 +26,7 @@ def forward(
     read = [_readable(t) for t in (q_BHSK, k_BGPK, v_BGPK)]
     kernels().tile_attention(
         address(out_BSHK, torch.bfloat16), address(lse_BHS, torch.float32), *map(_rows, read),
-        address(first_keys_BS, torch.int64, batch, length), _shape(q_BHSK, k_BGPK, query_start), dim**-0.5,
+        address(first_keys_BS, torch.int64, batch, length), _shape(q_BHSK, k_BGPK, v_BGPK, query_start), dim**-0.5,
     )  # fmt: skip
     return out_BSHK, lse_BHS
 
@@ -47,12 +47,15 @@ def backward(
     groups, num_keys = k_BGPK.shape[1:3]
     grad_q_BSHK = q_BHSK.new_empty(batch, length, heads, dim)
     grad_k_BPGK, grad_v_BPGK = k_BGPK.new_empty(2, batch, num_keys, groups, dim)
+    if not grad_out_BHSK.shape == out_BHSK.shape == q_BHSK.shape:
+        shapes = [list(t.shape) for t in (grad_out_BHSK, out_BHSK, q_BHSK)]
+        raise ValueError("gradient of the output, output and queries have shapes {}, {} and {}".format(*shapes))
     lse_BHS, first_keys_BS = lse_BHS.contiguous(), None if first_keys_BS is None else first_keys_BS.contiguous()
     read = [_readable(t) for t in (grad_out_BHSK, q_BHSK, k_BGPK, v_BGPK, out_BHSK)]
     kernels().tile_attention_backward(
         *(address(grad, torch.bfloat16) for grad in (grad_q_BSHK, grad_k_BPGK, grad_v_BPGK)), *map(_rows, read),
         address(lse_BHS, torch.float32, batch, heads, length), address(first_keys_BS, torch.int64, batch, length),
-        _shape(q_BHSK, k_BGPK, query_start), dim**-0.5,
+        _shape(q_BHSK, k_BGPK, v_BGPK, query_start), dim**-0.5,
     )  # fmt: skip
     return grad_q_BSHK.transpose(1, 2), grad_k_BPGK.transpose(1, 2), grad_v_BPGK.transpose(1, 2)
 
@@ -69,6 +72,10 @@ def _rows(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()[:3]
 
 
-def _shape(q_BHSK: Tensor, k_BGPK: Tensor, query_start: int) -> tuple[int, ...]:
+def _shape(q_BHSK: Tensor, k_BGPK: Tensor, v_BGPK: Tensor, query_start: int) -> tuple[int, ...]:
+    """What the kernels take; ValueError for shapes that do not fit each other."""
     batch, heads, length, dim = q_BHSK.shape
+    if k_BGPK.shape != v_BGPK.shape or k_BGPK.shape[::3] != (batch, dim) or heads % k_BGPK.shape[1]:
+        q, k, v = (list(t.shape) for t in (q_BHSK, k_BGPK, v_BGPK))
+        raise ValueError(f"attention of queries {q} to keys {k} and values {v}: these shapes do not fit")
     return batch, heads, k_BGPK.shape[1], length, k_BGPK.shape[2], dim, query_start

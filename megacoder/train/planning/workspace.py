@@ -5,7 +5,8 @@ what is alive at a time: a tensor lives until its name is bound to another, or i
 tensor's lifetime there must change it here; `tools/check_plan.py` compares the two. Sizes are taken from where they are
 chosen: blocks and chunks from the ops, a rank's share of a layer from the model.
 
-CPU kernels on tiles (AMX) read and add in place; the few MB that each of their threads has for itself are not counted.
+CPU kernels on tiles (AMX) read and add in place. What they pack for themselves is not counted: for each thread 14 bytes
+for every key and column of a head in the backward of attention, and 2 bytes for every input of a weight's 2,048 tokens.
 
 In fp8 a layer's casts are added as if all were alive at once, which is an upper bound of about a percent of a GPU's
 memory.
@@ -189,7 +190,7 @@ class Workspace:
         """Leaves attention's output and the log-sum-exp of its scores."""
         for queries, keys in self._spans:
             out, lse = self._per_head(queries), FP32 * self.variant.micro_batch_size * self._heads * queries
-            if self._blocked("attention"):
+            if self.device_type == "cpu" and not self._on_tiles("attention"):
                 copies, block = out + self._copied_keys(keys), self._score_block(queries, keys)
                 tape.take(copies, out, lse)
                 tape.passing(block.scores, block.scores_before)
@@ -213,7 +214,7 @@ class Workspace:
             query, key = self._per_head(queries), self._per_head(keys)
             shared = e * batch * self._kv_heads * keys * model.head_dim  # a gradient of keys in their own heads
             wide = FP32 * query // e
-            if self._blocked("attention"):
+            if self.device_type == "cpu" and not self._on_tiles("attention"):
                 lse, block = FP32 * batch * self._heads * queries, self._score_block(queries, keys)
                 copies = query + self._copied_keys(keys) + query
                 tape.take(copies)  # with heads in front of tokens
@@ -243,10 +244,10 @@ class Workspace:
             tape.take(own_keys)
             tape.give(2 * summed, summed, before)
 
-    def _blocked(self, op: str) -> bool:
-        """Whether it runs in blocks between which tensors are kept: on CPUs, unless their kernel works on tiles."""
+    def _on_tiles(self, op: str) -> bool:
+        """Whether a CPU's kernel for it works on tiles."""
         dtype = torch.float32 if self.job.itemsize == FP32 else torch.bfloat16
-        return self.device_type == "cpu" and candidates(op, "cpu", dtype)[0] != "amx"
+        return candidates(op, "cpu", dtype)[0] == "amx"
 
     def _copied_keys(self, keys: int) -> int:
         """Keys and values as a CPU's attention reads them: one for each query head, heads in front of tokens."""
@@ -291,7 +292,7 @@ class Workspace:
 
     def _partial(self, rows: int, columns: int) -> int:
         """A weight gradient in bf16, where the device cannot add a product to fp32."""
-        if self.job.itemsize == FP32 or not self._blocked("weight_grad"):
+        if self.device_type != "cpu" or self.job.itemsize == FP32 or self._on_tiles("weight_grad"):
             return 0
         return min(rows, partial_rows(columns)) * columns * self.job.itemsize
 

@@ -449,7 +449,7 @@ def test_an_imported_folder_is_not_a_runs_output(folder, case, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 5}, r"state.config was made with seed = 1234, not 5; choose another output"),
+        ({"seed": 5}, r"state.config was made with seed = 1234, not 5; set it back, or choose another output"),
         ({"model": {"rope_theta": 5.0}}, r"state.config.model was made with rope_theta = .*, not 5.0"),
         ({"model": {"tie_word_embeddings": True}}, r"made with tie_word_embeddings = False, not True"),
     ],

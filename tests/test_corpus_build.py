@@ -452,6 +452,24 @@ def test_another_configuration_is_refused_by_the_key_that_differs(repos, tmp_pat
     assert read_tree(tmp_path / "out") == before
 
 
+def test_a_second_corpus_holds_out_the_same_repositories(repos, tmp_path):
+    def held_out(out):
+        rows = load_report(out).accounts.repositories.items()
+        return {name for name, row in rows if row.heldout.files}
+
+    for folder in repos.iterdir():
+        write(folder / "README.md", f"# {folder.name}\n\nWhat this project does, in a few words about {folder.name}.\n")
+    build_corpus(config(repos, tmp_path, heldout=SplitConfig(fraction=0.4)), quiet=True)
+    chosen = held_out(tmp_path / "out")
+    assert chosen
+    like = SplitConfig(like=tmp_path / "out")
+    build_corpus(config(repos, tmp_path, out=tmp_path / "words", languages=("Markdown",), heldout=like), quiet=True)
+    assert held_out(tmp_path / "words") == chosen
+    elsewhere = SplitConfig(like=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"heldout\.like = '.*nowhere': .* holds no finished corpus"):
+        build_corpus(config(repos, tmp_path, out=tmp_path / "more", heldout=elsewhere), quiet=True)
+
+
 def test_a_build_that_wrote_nothing_allows_other_options(repos, tmp_path):
     write(tmp_path / "rows.jsonl", '{"content": "x = 1"}\n')
     with pytest.raises(ConfigError, match="known to hold the repo"):  # met before any task has ended

@@ -173,6 +173,8 @@ def test_slurm_requeues_after_progress_and_three_times_in_a_row_without(tmp_path
     assert [requeued(logs(1, 2, 3)) for _ in range(3)] == [(1, "")] * 3, "no further than before"
     assert requeued(logs(1, 2))[0] == 0
     assert requeued(logs(*range(1, 12))) == (1, "")
+    assert [requeued(logs(*range(1, end))) for end in (6, 12, 8)] == [(1, "")] * 3, "no further than ever"
+    assert requeued(logs(*range(1, 10)))[0] == 0
     assert requeued("mkdir -p checkpoints/step-00000004; " + logs(1, 2)) == (1, "")
     assert requeued("touch stopped") == (0, f"not requeued: {output}/stopped says why the run has ended\n")
     assert requeued("rm stopped; mkdir checkpoints/step-00000008") == (0, "")

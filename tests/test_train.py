@@ -106,7 +106,7 @@ def test_all_options_may_change_before_the_first_step(case):
     assert load_toml(RunConfig, config.output / "run.toml").seed == 7
     trainer.folder.finish()
     train(other)
-    with pytest.raises(ConfigError, match="was made with seed = 7, not 8; choose another output"):
+    with pytest.raises(ConfigError, match="was made with seed = 7, not 8; set it back, or choose another output"):
         train(case.config("nothing-done", seed=8))
 
 
@@ -413,8 +413,8 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
         ({"steps": 16}, r"steps = 16 \(was 8\): .* done 8 steps, and the learning rate of step 7 was 0.003162277"),
         ({"steps": 7}, "steps = 7: the run in .* has done 8 already; choose another output, .* init_from = '.*alone'"),
         ({"schedule": {"peak_lr": 0.02}}, "schedule: .* of step 1 was 0.005, not 0.01;"),
-        ({"optimizer": {"beta1": 0.8}}, "optimizer.beta1 = 0.9, not 0.8; choose another output"),
-        ({"init_from": "alone", "steps": 9}, "was made with init_from = None, not '.*alone'; choose another output"),
+        ({"optimizer": {"beta1": 0.8}}, "optimizer.beta1 = 0.9, not 0.8; set it back, or choose another output"),
+        ({"init_from": "alone", "steps": 9}, "was made with init_from = None, not '.*alone'; set it back, or choose"),
     ],
 )
 def test_a_run_whose_past_would_change_is_refused(case, alone, changes, message):
@@ -629,6 +629,13 @@ def test_a_run_with_damaged_metrics_resumes_and_reports(tmp_path, capfd):
     capfd.readouterr()
     assert write_run_report(tmp_path / "run", tmp_path / "report.html") == 8
     assert capfd.readouterr().err == f"{named}\n"
+
+
+def test_a_smaller_rope_base_than_that_of_the_weights_is_refused(case, alone):
+    theta = load_toml(RunConfig, alone / "run.toml").model.rope_theta
+    with pytest.raises(ConfigError, match=rf"model\.rope_theta = 500\.0, below the {theta} of "):
+        train(case.config("shorter", init_from=alone, steps=1, model={"rope_theta": 500.0}))
+    assert not (case.folder / "shorter").exists()
 
 
 @pytest.mark.parametrize("seed", [1234, 4321])

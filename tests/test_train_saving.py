@@ -57,8 +57,8 @@ def saved_steps(world, config, *, minutes_per_step=1.0):
         (3, None, None, [3, 6, 8]),
         (100, 2.0, None, [3, 6, 8]),  # steps 1 and 2 had taken two minutes when the third was asked
         (2, 3.0, None, [2, 4, 6, 8]),  # any save starts the time anew
-        (100, 3.0, 5, [4, 5, 8]),
-        (100, None, 3, [3, 6, 8]),
+        (5, 3.0, 5, [4, 5, 8]),
+        (4, None, 6, [4, 6, 8]),
     ],
 )
 def test_a_run_saves_by_steps_by_time_and_at_milestones(case, every, minutes, keep_every, saved):
@@ -69,6 +69,11 @@ def test_a_run_saves_by_steps_by_time_and_at_milestones(case, every, minutes, ke
     assert saved_steps(ALONE, config) == saved
     kept = [step for step, _ in step_folders(config.output / "checkpoints")]
     assert kept == [step for step in saved if step == 8 or (keep_every and step % keep_every == 0)]
+
+
+def test_milestones_closer_together_than_checkpoints_are_refused(case):
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_every = 3 is below checkpoint_every = 100: "):
+        case.config("too-many", checkpoint_every=100, checkpoint=CheckpointConfig(keep_every=3))
 
 
 def test_the_first_ranks_clock_decides_and_changes_nothing_that_is_trained(case, alone, ranks):

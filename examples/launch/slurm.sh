@@ -27,7 +27,8 @@ newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort
 logged() { tail -n 1 "$output/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*/\1/p' || true; }
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # srun passes it on
 mkdir -p "$output/logs/$SLURM_JOB_ID"
-before=$(newest) step=$(logged)
+idle=$output/logs/$SLURM_JOB_ID/ended-without-progress furthest=$output/logs/$SLURM_JOB_ID/furthest-step
+before=$(newest) step=$(cat "$furthest" 2>/dev/null || logged)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # Slurm's signal reaches every process of the step, but only the ranks handle it: torchrun must ignore it. With
 # --max-restarts 0 all nodes end together and start anew with the job, so that none has to join again, for which
@@ -37,11 +38,12 @@ srun bash examples/launch/check_environment.sh "$output" &&
   --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   --log-dir "$output/logs/$SLURM_JOB_ID" --redirects 3 --tee 0:3 -m megacoder "$what" "$run" "$@" || failed=$?
-# A newer checkpoint is progress, and so is a step that was never logged before: a fault may come ahead of the first
-# checkpoint. (SLURM_RESTART_COUNT would count the requeues after progress, too, of which two weeks have many.)
-idle=$output/logs/$SLURM_JOB_ID/ended-without-progress
-if [ "$(newest)" != "$before" ] || [ "$(logged)" -gt "${step:-0}" ] 2>/dev/null; then
+# A newer checkpoint is progress, and so is a step that this job had never logged before: a fault may come ahead of the
+# first checkpoint, and each start goes on writing the log where it resumes.
+now=$(logged)
+if [ "$(newest)" != "$before" ] || [ "${now:-0}" -gt "${step:-0}" ]; then
   rm -f "$idle"
+  echo "${now:-0}" > "$furthest"
 else
   date >> "$idle"
 fi

@@ -10,11 +10,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megacoder.core.errors import CorpusError, FormatError
+from megacoder.core.errors import ConfigError, CorpusError, DataError, FormatError
 from megacoder.core.files import write_json
 from megacoder.corpus.documents import Dropped
 
-__all__ = ["Accounts", "CorpusReport", "Count", "RepositoryCount", "corpus_json", "load_report", "save_report"]
+__all__ = [
+    "Accounts",
+    "CorpusReport",
+    "Count",
+    "RepositoryCount",
+    "corpus_json",
+    "heldout_repositories",
+    "load_report",
+    "save_report",
+]
 
 REPORT_NAME = "corpus.json"
 
@@ -186,6 +195,17 @@ def corpus_json(report: CorpusReport) -> dict[str, Any]:
     """The content of `corpus.json`, as plain values."""
     own = {"key": report.key, "config": report.config, "split_unit": report.split_unit, "files": report.files}
     return own | report.accounts.to_plain()
+
+
+def heldout_repositories(out: Path) -> frozenset[str]:
+    """Those of the corpus in `out`; ConfigError where it holds out files of them, or is not there."""
+    try:
+        report = load_report(out)
+    except DataError as error:
+        raise ConfigError(f"heldout.like = {str(out)!r}: {error}") from None
+    if report.split_unit == "file":
+        raise ConfigError(f"heldout.like = {str(out)!r}: it holds out files, not repositories, since it has only one")
+    return frozenset(name for name, row in report.accounts.repositories.items() if row.heldout.files)
 
 
 def load_report(out: Path) -> CorpusReport:

@@ -17,7 +17,14 @@ from typing import Any
 
 from megacoder.core.console import progress, say
 from megacoder.core.errors import CorpusError, DataError
-from megacoder.corpus.accounts import REPORT_NAME, Accounts, CorpusReport, load_report, save_report
+from megacoder.corpus.accounts import (
+    REPORT_NAME,
+    Accounts,
+    CorpusReport,
+    heldout_repositories,
+    load_report,
+    save_report,
+)
 from megacoder.corpus.benchmarks import read_tests
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.drops import DropFile, read_drops
@@ -75,6 +82,9 @@ def build_corpus(
             shards = _without(shards, step(shards, config, run))
         unit, heldout = _hold_out(shards, config)
         shards = _without(shards, drop_leaks(shards, _COLUMNS[unit], heldout, run))
+        if any(heldout) and not _holds(shards, _COLUMNS[unit], heldout):
+            say("nothing is held out: all that was drawn for it are copies of files that are trained on")
+            heldout = [frozenset[str]()] * len(shards)
         writes = _plan_writes(shards, unit, heldout, config)
         (config.out / REPORT_NAME).unlink(missing_ok=True)  # from here on, shards of an earlier corpus are replaced
         accounts, files = Accounts(dropped={name: {} for name in stage_names(config)}), {}
@@ -138,11 +148,24 @@ def _hold_out(shards: Sequence[Shard], config: CorpusConfig) -> tuple[str, list[
         message = _nothing_left(shards)
         give_up(config.out, keep=(config.out / REPORT_NAME).exists())
         raise CorpusError(message)
-    unit = "repository" if len(sizes) > 1 else "file"
+    like = config.heldout.like
+    unit = "repository" if like is not None or len(sizes) > 1 else "file"
     column = _COLUMNS[unit]
-    chosen = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
+    if like is not None:
+        chosen = heldout_repositories(like)
+    else:
+        chosen = choose_heldout(sizes if unit == "repository" else _sizes_by(column, shards), config.heldout)
     named = (shard.columns([column], shard.kept())[column].to_pylist() for shard in shards)
     return unit, [chosen.intersection(names) for names in named]
+
+
+def _holds(shards: Sequence[Shard], column: str, heldout: Sequence[frozenset[str]]) -> bool:
+    """Whether anything is left of `heldout`."""
+    return any(
+        not names.isdisjoint(shard.columns([column], shard.kept())[column].to_pylist())
+        for shard, names in zip(shards, heldout, strict=True)
+        if names
+    )
 
 
 def _plan_writes(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megacoder.core.config import check_at_least, did_you_mean, to_dict
 from megacoder.core.errors import ConfigError
 from megacoder.core.native import native
+from megacoder.corpus.accounts import heldout_repositories
 from megacoder.corpus.benchmarks import fingerprint
 from megacoder.corpus.decontamination import DecontaminationConfig
 from megacoder.corpus.engines import ClusterConfig
@@ -120,6 +121,8 @@ class CorpusConfig:
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )
         chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
+        if self.heldout.like is not None:
+            chosen["heldout"] = {**plain["heldout"], "like": sorted(heldout_repositories(self.heldout.like))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]
         parsers = {"recognizer": hasattr(native(), "Recognizer"), "python": ".".join(map(str, sys.version_info[:2]))}
         return plain | {"input": inputs, **chosen, "format": FORMAT, **parsers}

@@ -8,6 +8,7 @@ becomes the whole held-out set while smaller ones can share it.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
@@ -25,6 +26,8 @@ class SplitConfig:
     """most that is held out, in bytes, however large the corpus; 30 MB are some ten million tokens"""
     seed: int = 0
     """a different seed holds out different repositories"""
+    like: Path | None = None
+    """another corpus of these repositories: what it holds out is held out here, too, and nothing else"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:

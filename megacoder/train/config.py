@@ -153,6 +153,12 @@ class RunConfig:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
         if self.init_optimizer and self.init_from is None:
             raise ConfigError("init_optimizer = true without init_from, which names the run whose optimizer goes on")
+        milestone = self.checkpoint.keep_every
+        if milestone is not None and milestone < self.checkpoint_every:
+            raise ConfigError(
+                f"checkpoint.keep_every = {milestone} is below checkpoint_every = {self.checkpoint_every}: each of "
+                "these steps is saved and kept for good; raise it, or lower checkpoint_every"
+            )
         if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
             raise ConfigError(
                 f"checkpoint_minutes = {self.checkpoint_minutes}: must be positive; omit it to save by steps alone"

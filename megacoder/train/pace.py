@@ -108,7 +108,7 @@ class Pace:
                 lines.append(
                     f"rank {rank} is slow, in {IN_A_ROW} measured steps in a row: it computes for {ratio:.2f} times as "
                     "long as the median of ranks with the same work, and all wait for it; its device may be throttled, "
-                    "or its host busy"
+                    "its host busy, or its data slow to read"
                 )
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
         return {SLOWEST_RANK: slowest, SLOWEST_RATIO: ratios[slowest]}, lines

@@ -234,7 +234,7 @@ def check_same_run(config: RunConfig) -> RunConfig | None:
 def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
     # Rows that pad the vocabulary are in no checkpoint, and another tp may need other ones.
     new = replace(new, model=replace(new.model, vocab_multiple=old.model.vocab_multiple))
-    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice="choose another output")
+    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice="set it back, or choose another output")
 
 
 def _has_begun(output: Path) -> bool:
@@ -268,6 +268,12 @@ def open_start(config: RunConfig, world: World | None = None) -> CheckpointReade
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
         advice="set the same in this run's [model]",
     )  # fmt: skip
+    theta = model_of(reader).rope_theta
+    if config.model.rope_theta < theta:
+        raise ConfigError(
+            f"model.rope_theta = {config.model.rope_theta}, below the {theta} of {reader.folder}: a longer context "
+            "takes a larger base, never a smaller one; set it in this run's [model]"
+        )
     if config.init_optimizer and not _has_moments(reader):
         raise ConfigError(
             f"init_optimizer = true: {reader.folder} holds weights alone, without AdamW's moments; leave it out, or "

@@ -38,7 +38,7 @@ class HeldOut:
         with failing_together(mesh.world):
             for name, prefix in zip(set_names(config.data.valid), config.data.valid, strict=True):
                 stream = _open(config, prefix, tokenizer, dp_rank=mesh.place.dp, dp_size=mesh.dims.dp)
-                self.batches[name] = [stream.next_batch() for _ in range(config.eval_batches)]
+                self.batches[name] = _first_batches(stream, config.eval_batches)
         self.num_tokens: dict[str, int] = {}
         """that an evaluation predicts, over all ranks"""
         self._leave_out_padding(mesh)
@@ -68,6 +68,18 @@ class HeldOut:
             sums = engine.sum_losses(part)
             total, num_tokens = total + sums[0], num_tokens + sums[1]
         return total / max(1.0, num_tokens)
+
+
+def _first_batches(stream: TokenStream | ConversationStream, count: int) -> list[Batch]:
+    """Batches without a label are alike: they are one and the same, so that they take no memory however many."""
+    batches: list[Batch] = []
+    padding: Batch | None = None
+    for _ in range(count):
+        batch = stream.next_batch()
+        if not bool((batch.labels != IGNORE_INDEX).any()):
+            batch = padding = padding or batch
+        batches.append(batch)
+    return batches
 
 
 def set_names(prefixes: Sequence[Path]) -> list[str]:

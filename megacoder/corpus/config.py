@@ -120,7 +120,10 @@ class CorpusConfig:
         inputs = sorted(
             {os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace") for folder in self.input}
         )
-        chosen = {"languages": sorted(set(self.languages)), "allow_licenses": sorted(set(self.allow_licenses))}
+        chosen: dict[str, Any] = {
+            "languages": sorted(set(self.languages)),
+            "allow_licenses": sorted(set(self.allow_licenses)),
+        }
         if self.heldout.like is not None:
             chosen["heldout"] = {**plain["heldout"], "like": sorted(heldout_repositories(self.heldout.like))}
         chosen["benchmarks"] = [f"{path.name} {fingerprint(path)}" for path in self.benchmarks]

@@ -17,9 +17,12 @@ import torch.distributed as dist
 from megacoder.parallel.blame import Record
 from megacoder.parallel.world import connect_store
 
-__all__ = ["Bulletin", "End"]
+__all__ = ["Bulletin", "End", "Looks"]
 
 T = TypeVar("T")
+
+Looks = tuple[dict[int, Record], dict[int, Record]]
+"""All ranks' records, and again a while later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class Bulletin:
         """Whether this rank is the first of `host` to ask; it then prints the announcement there."""
         return self._connection().add(f"claimed/{host}", 1) == 1
 
-    def two_looks(self, seconds: float) -> tuple[dict[int, Record], dict[int, Record]]:
+    def two_looks(self, seconds: float) -> Looks:
         """All records now, and again `seconds` later, or sooner if the end is announced meanwhile."""
         before, deadline = self.records(), time.monotonic() + seconds
         while time.monotonic() < deadline and self.announced() is None:

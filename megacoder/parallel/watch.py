@@ -36,7 +36,7 @@ from megacoder.core.errors import AlikeOnAllRanks, MegacoderError, RankLost
 from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
 from megacoder.parallel.blame import Record, find_loss
-from megacoder.parallel.bulletin import Bulletin, End
+from megacoder.parallel.bulletin import Bulletin, End, Looks
 from megacoder.parallel.collectives import flight_record
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.world import World
@@ -144,10 +144,10 @@ class Watch:
                     self._leave(self._tell(self._end))
             elif self._failed:  # the main thread is about to say why
                 continue
-            elif (self._may_hang() and still > self._timeout + self._margin) or (
-                self._journal.stop_asked and still > self._patience and self._someone_is_silent()
-            ):
+            elif self._may_hang() and still > self._timeout + self._margin:
                 self._leave(self._conclude(f"{self._journal.operation} did not finish in {still:.0f} s"))
+            elif self._journal.stop_asked and still > self._patience and (looks := self._looks_at_silence()):
+                self._leave(self._conclude(f"{self._journal.operation} did not finish in {still:.0f} s", looks))
             elif now - self._heard > max(OUT_OF_TOUCH_SECONDS, self._timeout + self._margin):
                 self._leave(self._cut_off("out of touch"))
 
@@ -157,26 +157,31 @@ class Watch:
         on_gpu = self._world.device.type == "cuda" and journal.step is not None and journal.activity != CHECKPOINT
         return journal.waiting or on_gpu
 
-    def _someone_is_silent(self) -> bool:
-        """Whether some rank does not answer. torchrun asks all ranks to stop when one has died; those that wait for it
-        in NCCL, or for its checkpoint file, do not notice."""
-        looks = self._bulletin.ask(
+    def _looks_at_silence(self) -> Looks | None:
+        """What all ranks have published, twice, if some rank does not answer. torchrun asks all ranks to stop when one
+        has died; those that wait for it in NCCL, or for its checkpoint file, do not notice."""
+        looks = self._look_twice()
+        if looks is None:
+            return None
+        before, after = looks
+        silent = any(after[rank].beat == before[rank].beat and not after[rank].finished for rank in before)
+        return looks if silent else None
+
+    def _look_twice(self) -> Looks | None:
+        return self._bulletin.ask(
             lambda: self._bulletin.two_looks(self._patience), seconds=self._patience + ANSWER_SECONDS
         )
-        if looks is None:
-            return False
-        before, after = looks
-        return any(after[rank].beat == before[rank].beat and not after[rank].finished for rank in before)
 
     def _leave(self, error: RankLost) -> None:
         self._print(error)
         os._exit(error.exit_code)
 
-    def _conclude(self, failure: str) -> RankLost:
-        """The error to raise or print after `failure`: the first announcement, made by this rank if there is none."""
-        looks = self._bulletin.ask(
-            lambda: self._bulletin.two_looks(self._patience), seconds=self._patience + ANSWER_SECONDS
-        )
+    def _conclude(self, failure: str, looks: Looks | None = None) -> RankLost:
+        """The error to raise or print after `failure`: the first announcement, made by this rank if there is none.
+
+        Ranks that were asked to stop are killed after 30 seconds: what they have seen already is given as `looks`.
+        """
+        looks = looks or self._look_twice()
         flight = self._save_flight_record()
         if looks is None:
             return self._cut_off(failure + flight)

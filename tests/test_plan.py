@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_memory import CASES, KINDS, allowed, measure
+from plan_memory import ALLOWED, CASES, KINDS, measure, without_tiles
 from plan_published import ROWS, START, chosen_variant, fit, predict
 
 from megacoder.cli import plan, plan_cluster
@@ -19,6 +19,7 @@ from megacoder.model.presets import PRESETS, find_preset
 from megacoder.model.replicas import late_parameters
 from megacoder.model.scheduled import waiting_share
 from megacoder.model.transformer import TransformerPart
+from megacoder.ops import cpp
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
@@ -111,9 +112,21 @@ def test_predicted_memory_is_what_ranks_allocate(ranks, index):
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):
-        said = rank_memory(case.job, case.variant, pipe, rank, device_type="cpu", cp_rank=cp_rank)
+        with without_tiles():
+            said = rank_memory(case.job, case.variant, pipe, rank, device_type="cpu", cp_rank=cp_rank)
         for kind in KINDS:
-            assert getattr(said, kind) == pytest.approx(counted[kind], rel=allowed(kind)), (rank, kind)
+            assert getattr(said, kind) == pytest.approx(counted[kind], rel=ALLOWED), (rank, kind)
+
+
+@pytest.mark.skipif(not cpp.has_amx(), reason="this processor does not multiply tiles")
+def test_attention_on_tiles_takes_less_memory():
+    case = next(case for case in CASES if case.dtype == torch.bfloat16)
+    pipe = variant_pipeline(case.job, case.variant)
+    on_tiles = rank_memory(case.job, case.variant, pipe, 0, device_type="cpu")
+    with without_tiles():
+        blocked = rank_memory(case.job, case.variant, pipe, 0, device_type="cpu")
+    assert on_tiles.buffers < blocked.buffers
+    assert on_tiles.activations == blocked.activations
 
 
 @pytest.mark.parametrize("schedule", ["zb-h1", "zbv", "dualpipev"])

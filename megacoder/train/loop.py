@@ -35,7 +35,8 @@ from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
-from megacoder.train.run_folder import RunFolder, open_start
+from megacoder.train.resuming import open_start
+from megacoder.train.run_folder import RunFolder
 from megacoder.train.step import (
     StepResult,
     load_tokenizer,

@@ -37,15 +37,8 @@ from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.resuming import open_start
 from megacoder.train.run_folder import RunFolder
-from megacoder.train.step import (
-    StepResult,
-    load_tokenizer,
-    make_engine,
-    open_stream,
-    resolve_dtype,
-    run_step,
-    start_ranks,
-)
+from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
+from megacoder.train.step import StepResult, run_step
 from megacoder.train.utilization import CONVENTIONS, device_name, utilization
 from megacoder.train.validation import HeldOut, describe_losses
 

@@ -6,7 +6,7 @@ that what is measured is what trains.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megacoder.data.stream import Batch
@@ -14,10 +14,10 @@ from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.guard import Limits
-from megacoder.train.pace import Pace
+from megacoder.train.pace import NO_PACE, StepPace
 from megacoder.train.replicas import ReplicaCheck
 
-__all__ = ["Batches", "StepResult", "run_step"]
+__all__ = ["Batches", "Oversight", "StepResult", "run_step"]
 
 
 class Batches(Protocol):
@@ -47,41 +47,43 @@ class StepResult:
     """of every rank in the step before, without waiting, if that was measured (see `megacoder.train.pace`)"""
 
 
-def run_step(
-    engine: Engine,
-    batches: Batches,
-    config: RunConfig,
-    number: int,
-    *,
-    limits: Limits = Limits(),  # noqa: B008, it is frozen
-    replicas: ReplicaCheck | None = None,
-    stop_asked: Callable[[], bool] = lambda: False,
-    save_is_due: Callable[[], bool] = lambda: False,
-    pace: Pace | None = None,
-) -> StepResult:
-    """Step `number`, from 1: one global batch and one optimizer update, which every rank skips beyond `limits`.
+@dataclass(frozen=True, kw_only=True)
+class Oversight:
+    """What training watches in its steps, and a profile does not."""
 
-    `replicas` are compared when they are due, and if the step ends with a checkpoint, as it does when `stop_asked` or
-    `save_is_due` says so on any rank. They are called as late as ranks can still agree on the answer, which travels
-    with the loss, so that a signal costs no further step.
-    """
-    journal = engine.mesh.world.journal
+    limits: Limits = field(default_factory=Limits)
+    """beyond which every rank skips the update"""
+    replicas: ReplicaCheck | None = None
+    """compared when they are due, and if the step ends with a checkpoint"""
+    stop_asked: Callable[[], bool] = lambda: False
+    """on any rank: the step ends with a checkpoint. Called, as is the next one, as late as ranks can still agree on the
+    answer, which travels with the loss, so that a signal costs no further step"""
+    save_is_due: Callable[[], bool] = lambda: False
+    pace: StepPace = NO_PACE
+
+
+_UNWATCHED = Oversight()
+
+
+def run_step(
+    engine: Engine, batches: Batches, config: RunConfig, number: int, *, oversight: Oversight = _UNWATCHED
+) -> StepResult:
+    """Step `number`, from 1: one global batch and one optimizer update."""
+    journal, pace, limits = engine.mesh.world.journal, oversight.pace, oversight.limits
     journal.begin_step(number)
-    if pace is not None:
-        pace.begin(number)
+    pace.begin(number)
     journal.at(DATA)
     microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
     part = engine.forward_backward(microbatches)
-    if pace is not None:
-        pace.computed()
+    pace.computed()
     journal.at(UPDATE)
-    others = [] if pace is None else pace.report()
-    loss_sum, counted, stop, save, *seconds = engine.sum_losses(part, stop_asked(), save_is_due(), *others)
-    if pace is not None:
-        pace.read()
+    loss_sum, counted, stop, save, *seconds = engine.sum_losses(
+        part, oversight.stop_asked(), oversight.save_is_due(), *pace.report()
+    )
+    pace.read()
     saves = stop > 0 or save > 0 or config.ends_with_checkpoint(number)
-    if replicas is not None:
-        replicas.maybe_compare(number, saves=saves)
+    if oversight.replicas is not None:
+        oversight.replicas.maybe_compare(number, saves=saves)
         journal.at(UPDATE)
     loss = loss_sum / counted if counted else math.nan  # no token is trained: the update is skipped
     num_updates = engine.optimizer.num_updates

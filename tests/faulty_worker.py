@@ -52,10 +52,10 @@ def arm(fault, rank, step, place):
 
 def never_fail():
     """Collectives wait for ever, as NCCL's do."""
-    from megacoder.train import step
+    from megacoder.train import setup
 
-    start_world = step.start_world
-    step.start_world = lambda device_type, **settings: start_world(device_type, **{**settings, "timeout_seconds": 1e3})
+    start_world = setup.start_world
+    setup.start_world = lambda device_type, **settings: start_world(device_type, **{**settings, "timeout_seconds": 1e3})
 
 
 if __name__ == "__main__":

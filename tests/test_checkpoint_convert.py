@@ -30,7 +30,7 @@ from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.tensor import TensorParallel
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
-from megacoder.train.run_folder import open_start
+from megacoder.train.resuming import open_start
 
 
 @pytest.fixture(scope="module")

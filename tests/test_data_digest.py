@@ -9,7 +9,7 @@ from train_cases import make_case
 from megacoder.cli.data_digest import main
 from megacoder.core.errors import ConfigError
 from megacoder.data.sidecar import Sidecar
-from megacoder.train.step import load_tokenizer, open_stream
+from megacoder.train.setup import load_tokenizer, open_stream
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from megacoder.parallel.world import World
 from megacoder.train.config import DataConfig
 from megacoder.train.loop import Trainer, train
 from megacoder.train.metrics_log import read_metrics
-from megacoder.train.step import load_tokenizer, open_stream
+from megacoder.train.setup import load_tokenizer, open_stream
 
 RANGES = [
     [], [(1, 1)], [(3, 4)], [(3, 4), (3, 3)], [(5, 6), (2, 2)], [(2, 4), (9, 12), (6, 6)], [(4, 4), (4, 5), (1, 2)],

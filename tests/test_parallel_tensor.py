@@ -23,7 +23,7 @@ from megacoder.parallel.flat import FlatParameters, OwnedRange
 from megacoder.parallel.tensor import ALONE, TensorParallel
 from megacoder.parallel.world import World
 from megacoder.parallel.zero import Zero1AdamW
-from megacoder.train.run_folder import state_fragments
+from megacoder.train.fragments import state_fragments
 
 
 def batch_of(config):

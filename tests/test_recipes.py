@@ -23,9 +23,9 @@ from megacoder.evaluate.long_context import loss_by_position, retrieval
 from megacoder.model.conversion import model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
+from megacoder.train.fragments import load_weights
 from megacoder.train.loop import train
 from megacoder.train.metrics_log import read_metrics
-from megacoder.train.run_folder import load_weights
 from megacoder.train.schedule import ScheduleConfig
 from megacoder.train.sft import prepare
 

@@ -31,7 +31,7 @@ from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.report import write_run_report
 from megacoder.train.schedule import ScheduleConfig, learning_rate
-from megacoder.train.step import threads_of_a_rank
+from megacoder.train.setup import threads_of_a_rank
 from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 

@@ -26,7 +26,7 @@ from megacoder.train.layout import LayoutRequest
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 from megacoder.train.schedule import ScheduleConfig
-from megacoder.train.step import load_tokenizer, open_stream
+from megacoder.train.setup import load_tokenizer, open_stream
 
 HELD_OUT_SETS = {"held_out_loss/short-valid", "held_out_loss/valid"}
 FP8 = ExecutionConfig(fp8=True)

@@ -44,8 +44,8 @@ from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.schedules.generators import SCHEDULES
 from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
+from megacoder.train.fragments import state_fragments
 from megacoder.train.layout import LayoutRequest
-from megacoder.train.run_folder import state_fragments
 
 __all__ = ["Case", "Difference", "compare", "train_case"]
 

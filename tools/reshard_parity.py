@@ -47,7 +47,7 @@ from megacoder.core.config import parse_args
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.world import World
 from megacoder.train.engine import Engine
-from megacoder.train.run_folder import state_fragments
+from megacoder.train.fragments import state_fragments
 
 __all__ = ["Pair", "Report", "measure", "random_pairs"]
 

@@ -33,8 +33,8 @@ from megacoder.evaluate.held_out import read_source_files
 from megacoder.evaluate.infill import choose_tasks, fill_lines, summarize
 from megacoder.model.transformer import Transformer
 from megacoder.train.config import RunConfig
+from megacoder.train.fragments import load_weights
 from megacoder.train.metrics_log import read_metrics
-from megacoder.train.run_folder import load_weights
 
 VARIANTS: dict[str, FimConfig] = {
     "0%": FimConfig(rate=0.0),

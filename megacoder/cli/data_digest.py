@@ -11,7 +11,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.data.digest import step_digests
 from megacoder.data.skipping import parse_steps
 from megacoder.train.config import RunConfig
-from megacoder.train.step import load_tokenizer, open_stream
+from megacoder.train.setup import load_tokenizer, open_stream
 
 __all__ = ["main"]
 

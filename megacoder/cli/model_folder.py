@@ -29,8 +29,8 @@ from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.tensor import ALONE, TensorParallel
 from megacoder.parallel.world import World, start_world
+from megacoder.train.fragments import load_weights
 from megacoder.train.launch import launch_workers
-from megacoder.train.run_folder import load_weights
 
 __all__ = [
     "answer_room", "chat_format_of", "is_checkpoint", "load_model", "print_answer", "prompt_room", "share_model",

@@ -49,6 +49,8 @@ from megacoder.parallel.tensor import ALONE, TensorParallel, start_gather, start
 __all__ = [
     "Recompute",
     "SavedLayer",
+    "Shared",
+    "StreamGrad",
     "WeightGradients",
     "check_layer",
     "grad_of",
@@ -145,6 +147,24 @@ def waiting_share(model: ModelConfig, recompute: Recompute, *, tp: TensorParalle
     return waiting_bytes_per_token(model, itemsize=2, tp=tp, fp8=fp8) / kept
 
 
+class Shared(NamedTuple):
+    """What all layers share in one microbatch's forward or backward."""
+
+    tp: TensorParallel
+    """that of every layer"""
+    rope: RopeTables
+    places: Places
+    precision: Precision = STORED
+
+
+class StreamGrad(NamedTuple):
+    """The gradient of what enters or leaves a layer."""
+
+    values_ND: Tensor
+    amax: Tensor | None = None
+    """its largest magnitude, where that is known and a cast needs it"""
+
+
 class LayerWeights(NamedTuple):
     """A layer's matrices as factors."""
 
@@ -190,7 +210,10 @@ class SavedAttention:
 
 @dataclass(slots=True)
 class SavedLayer:
-    """What one layer's forward keeps for the backward of one microbatch; None for what the backward recomputes."""
+    """What one layer's forward keeps for the backward of one microbatch; None for what the backward recomputes.
+
+    What both halves of a backward read is put here once it is recomputed.
+    """
 
     attn_input: Tensor
     """residual stream before the layer (N, D)"""
@@ -251,22 +274,18 @@ def layer_forward(
     layer: DecoderLayer,
     stream_ND: Tensor,
     residual_ND: Tensor | None,
-    rope: RopeTables,
-    places: Places,
+    shared: Shared,
     *,
     recompute: Recompute = "none",
-    precision: Precision = STORED,
 ) -> tuple[Tensor, Tensor, SavedLayer]:
     """(stream, residual, saved): the layer's output is stream + residual, added inside the next norm."""
-    tp, weights = layer.tp, LayerWeights.of(layer, precision)
-    attn_input, attn_norm, attention, mlp_norm = _attention_half(
-        layer, weights, stream_ND, residual_ND, rope, places, precision
-    )
-    mlp_input_TD, mlp_norm = _enter(mlp_norm, tp, precision)
+    precision, weights = shared.precision, LayerWeights.of(layer, shared.precision)
+    attn_input, attn_norm, attention, mlp_norm = _attention_half(layer, weights, stream_ND, residual_ND, shared)
+    mlp_input_TD, mlp_norm = _enter(mlp_norm, shared)
     gate_up_T2F = linear_forward(mlp_input_TD, weights.gate_up)
     amax = precision.new_amax(gate_up_T2F)
     down_input_TF = precision.input(swiglu_forward(gate_up_T2F, amax=amax), amax)
-    stream_ND = start_reduce(linear_forward(down_input_TF, weights.down), tp).wait()
+    stream_ND = start_reduce(linear_forward(down_input_TF, weights.down), shared.tp).wait()
     saved = SavedLayer(attn_input)
     if recompute == "selective":
         saved.attention = replace(attention, o_input=None)
@@ -281,58 +300,51 @@ def layer_forward(
 
 
 def _attention_half(
-    layer: DecoderLayer,
-    weights: LayerWeights,
-    stream_ND: Tensor,
-    residual_ND: Tensor | None,
-    rope: RopeTables,
-    places: Places,
-    precision: Precision,
+    layer: DecoderLayer, weights: LayerWeights, stream_ND: Tensor, residual_ND: Tensor | None, shared: Shared
 ) -> tuple[Tensor, Normed, SavedAttention, Normed]:
     """From the layer's input through the second norm: (input, first norm, attention, second norm)."""
-    attn, tp = layer.self_attn, layer.tp
-    attn_input, attn_norm = _norm(layer.input_layernorm, tp, precision, stream_ND, residual_ND)
-    qkv_input_TD, attn_norm = _enter(attn_norm, tp, precision)
+    attn, precision, places = layer.self_attn, shared.precision, shared.places
+    attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND, shared)
+    qkv_input_TD, attn_norm = _enter(attn_norm, shared)
     qkv_TC = linear_forward(qkv_input_TD, weights.qkv)
     rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
-    apply_rope_(qkv_TC, rope.cos, rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
+    apply_rope_(qkv_TC, shared.rope.cos, shared.rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
     q, k, v = _heads(layer, qkv_TC, places.batch)
     whole_kv = start_gather_keys(k, v, attn.cp)()
     out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)
     o_input_TI = precision.input(out_BSHK.view(qkv_TC.shape[0], -1))
-    stream_ND = start_reduce(linear_forward(o_input_TI, weights.o), tp).wait()
-    mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, tp, precision, stream_ND, attn_input)
+    stream_ND = start_reduce(linear_forward(o_input_TI, weights.o), shared.tp).wait()
+    mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input, shared)
     kept = for_later(o_input_TI) if precision.fp8 else None
     return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input, kept), mlp_norm
 
 
 def layer_backward(
-    layer: DecoderLayer,
-    grad_ND: Tensor,
-    saved: SavedLayer,
-    rope: RopeTables,
-    places: Places,
-    weight_grads: WeightGradients,
-    *,
-    precision: Precision = STORED,
-    amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the layer's output -> gradient of its input; consumes `saved`.
-
-    `amax` is the largest magnitude of `grad_ND`, where it is known and a cast needs it; that of the input's gradient is
-    returned with it.
-    """
-    attn, mlp, tp = layer.self_attn, layer.mlp, layer.tp
-    attention, attn_norm, mlp_norm, gate_up_T2F = saved.attention, saved.attn_norm, saved.mlp_norm, saved.gate_up
-    weights = saved.weights or LayerWeights.of(layer, precision)
-    if attention is None:
-        _, attn_norm, attention, mlp_norm = _attention_half(
-            layer, weights, saved.attn_input, None, rope, places, precision
+    layer: DecoderLayer, grad: StreamGrad, saved: SavedLayer, shared: Shared, weight_grads: WeightGradients
+) -> StreamGrad:
+    """Gradient of the layer's output -> gradient of its input; consumes `saved`."""
+    if saved.weights is None:
+        saved.weights = LayerWeights.of(layer, shared.precision)
+    if saved.attention is None:
+        _, saved.attn_norm, saved.attention, saved.mlp_norm = _attention_half(
+            layer, saved.weights, saved.attn_input, None, shared
         )
+    grad = _feed_forward_backward(layer, grad, saved, shared, weight_grads)
+    return _attention_backward(layer, grad, saved, shared, weight_grads)
+
+
+def _feed_forward_backward(
+    layer: DecoderLayer, grad: StreamGrad, saved: SavedLayer, shared: Shared, weight_grads: WeightGradients
+) -> StreamGrad:
+    """Gradient of the layer's output -> that of the stream after attention."""
+    mlp, tp, precision, norm = layer.mlp, shared.tp, shared.precision, layer.post_attention_layernorm
+    attention, weights, mlp_norm, gate_up_T2F = saved.attention, saved.weights, saved.mlp_norm, saved.gate_up
+    assert attention is not None
+    assert weights is not None
     if mlp_norm is None:
-        _, mlp_norm = _norm(layer.post_attention_layernorm, tp, precision, attention.mlp_input)
-    grad_TD = precision.grad(start_gather(grad_ND, tp).wait(), amax)
-    mlp_input = _start_entering(mlp_norm, tp, precision)
+        _, mlp_norm = _norm(norm, attention.mlp_input, None, shared)
+    grad_TD = precision.grad(start_gather(grad.values_ND, tp).wait(), grad.amax)
+    mlp_input = _start_entering(mlp_norm, shared)
     grad_act_TF = linear_input_grad(grad_TD, weights.down)
     if gate_up_T2F is None:
         gate_up_T2F = linear_forward(mlp_input(), weights.gate_up)
@@ -345,14 +357,21 @@ def layer_backward(
     assert down_input_TF is not None
     weight_grads.add(mlp.down_proj, grad_TD, down_input_TF)
     weight_grads.add(mlp.gate_up_proj, grad_gate_up_T2F, mlp_input())
-    grad_ND, amax = _norm_backward(
-        layer.post_attention_layernorm, tp, precision, reducing.wait(), attention.mlp_input, mlp_norm.rstd, grad_ND
-    )
+    return _norm_backward(norm, reducing.wait(), attention.mlp_input, mlp_norm.rstd, grad, shared)
 
+
+def _attention_backward(
+    layer: DecoderLayer, grad: StreamGrad, saved: SavedLayer, shared: Shared, weight_grads: WeightGradients
+) -> StreamGrad:
+    """Gradient of the stream after attention -> that of the layer's input."""
+    attn, tp, precision, places = layer.self_attn, shared.tp, shared.precision, shared.places
+    attention, weights, attn_norm, norm = saved.attention, saved.weights, saved.attn_norm, layer.input_layernorm
+    assert attention is not None
+    assert weights is not None
     if attn_norm is None:
-        _, attn_norm = _norm(layer.input_layernorm, tp, precision, saved.attn_input)
-    grad_TD = precision.grad(start_gather(grad_ND, tp).wait(), amax)
-    qkv_input = _start_entering(attn_norm, tp, precision)
+        _, attn_norm = _norm(norm, saved.attn_input, None, shared)
+    grad_TD = precision.grad(start_gather(grad.values_ND, tp).wait(), grad.amax)
+    qkv_input = _start_entering(attn_norm, shared)
     q, k, v = _heads(layer, attention.qkv, places.batch)
     wait_for_kv = start_gather_keys(k, v, attn.cp)
     grad_attn_BSHK = linear_input_grad(grad_TD, weights.o).view(attention.out.shape)
@@ -363,64 +382,54 @@ def layer_backward(
     if o_input_TI is None:
         o_input_TI = precision.input(attention.out.view(len(attention.qkv), -1))
     weight_grads.add(attn.o_proj, grad_TD, o_input_TI)
-    positions_T, amax = places.positions_BL.flatten(), precision.new_amax(grad_ND)
+    positions_T, amax = places.positions_BL.flatten(), precision.new_amax(grad.values_ND)
     grad_qkv_TC = precision.grad(
-        gather_unrotate(grad_q, *wait_for_grad_kv(), rope.cos, rope.sin, positions_T, amax=amax), amax
+        gather_unrotate(grad_q, *wait_for_grad_kv(), shared.rope.cos, shared.rope.sin, positions_T, amax=amax), amax
     )
     reducing = start_reduce(linear_input_grad(grad_qkv_TC, weights.qkv), tp)
     weight_grads.add(attn.qkv_proj, grad_qkv_TC, qkv_input())
-    return _norm_backward(
-        layer.input_layernorm, tp, precision, reducing.wait(), saved.attn_input, attn_norm.rstd, grad_ND
-    )
+    return _norm_backward(norm, reducing.wait(), saved.attn_input, attn_norm.rstd, grad, shared)
 
 
-def _enter(normed: Normed, tp: TensorParallel, precision: Precision) -> tuple[Factor, Normed]:
+def _enter(normed: Normed, shared: Shared) -> tuple[Factor, Normed]:
     """(the input of a column-parallel linear, of all T tokens; what to keep of `normed`)."""
-    x_TD = _start_entering(normed, tp, precision)()
-    if not precision.fp8 or tp.shares_tokens:  # then the N tokens are kept as they are, and gathered again
+    x_TD = _start_entering(normed, shared)()
+    if not shared.precision.fp8 or shared.tp.shares_tokens:  # then the N tokens are kept uncast, and gathered again
         return x_TD, normed
     return x_TD, Normed(for_later(x_TD), normed.rstd)
 
 
-def _start_entering(normed: Normed, tp: TensorParallel, precision: Precision) -> Callable[[], Factor]:
+def _start_entering(normed: Normed, shared: Shared) -> Callable[[], Factor]:
     """Starts to gather a normed input, unless it is cast already; the returned function waits, and casts it once."""
     out = normed.out
     if not isinstance(out, Tensor):
         return lambda: out
-    gathering = start_gather(out, tp)
-    return cache(lambda: precision.input(gathering.wait(), normed.amax))
+    gathering = start_gather(out, shared.tp)
+    return cache(lambda: shared.precision.input(gathering.wait(), normed.amax))
 
 
-def _norm(
-    norm: RMSNorm, tp: TensorParallel, precision: Precision, stream_ND: Tensor, residual_ND: Tensor | None = None
-) -> tuple[Tensor, Normed]:
+def _norm(norm: RMSNorm, stream_ND: Tensor, residual_ND: Tensor | None, shared: Shared) -> tuple[Tensor, Normed]:
     """(stream + residual, its norm); the same bits from the two tensors as from their rounded sum."""
-    amax = _amax_of_stream(tp, precision, stream_ND)
+    amax = _amax_of_stream(stream_ND, shared)
     out, summed, rstd = rms_norm_forward(stream_ND, norm.weight.detach(), norm.eps, residual_TD=residual_ND, amax=amax)
     return summed, Normed(out, rstd, amax)
 
 
 def _norm_backward(
-    norm: RMSNorm,
-    tp: TensorParallel,
-    precision: Precision,
-    grad_out_ND: Tensor,
-    summed_ND: Tensor,
-    rstd: Tensor,
-    grad_residual_ND: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """(gradient of what was normed, its largest magnitude)."""
-    amax = _amax_of_stream(tp, precision, grad_out_ND)
+    norm: RMSNorm, grad_out_ND: Tensor, summed_ND: Tensor, rstd: Tensor, grad_residual: StreamGrad, shared: Shared
+) -> StreamGrad:
+    """The gradient of what was normed."""
+    amax = _amax_of_stream(grad_out_ND, shared)
     grad_ND = rms_norm_backward(
         grad_out_ND, summed_ND, norm.weight.detach(), rstd,
-        grad_weight_D=grad_of(norm.weight), grad_residual_TD=grad_residual_ND, amax=amax,
+        grad_weight_D=grad_of(norm.weight), grad_residual_TD=grad_residual.values_ND, amax=amax,
     )  # fmt: skip
-    return grad_ND, amax
+    return StreamGrad(grad_ND, amax)
 
 
-def _amax_of_stream(tp: TensorParallel, precision: Precision, stream_ND: Tensor) -> Tensor | None:
+def _amax_of_stream(stream_ND: Tensor, shared: Shared) -> Tensor | None:
     """None under sequence parallelism: the cast covers all ranks' tokens, and no rank knows their largest magnitude."""
-    return None if tp.shares_tokens else precision.new_amax(stream_ND)
+    return None if shared.tp.shares_tokens else shared.precision.new_amax(stream_ND)
 
 
 def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

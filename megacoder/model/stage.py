@@ -26,6 +26,8 @@ from megacoder.model.places import Places
 from megacoder.model.scheduled import (
     Recompute,
     SavedLayer,
+    Shared,
+    StreamGrad,
     WeightGradients,
     check_layer,
     grad_of,
@@ -234,44 +236,42 @@ class Stage(ModelStage):
         self, x_TD: Tensor | None, microbatch: Microbatch, *, keep: Callable[[SavedLayer], None]
     ) -> tuple[Tensor, Tensor | None]:
         """(stream, residual), whose sum is the output."""
-        tokens = microbatch.tokens_BS
-        places = microbatch.places_in(self.model)
+        shared = self._shared(microbatch)
         if self.is_first:
             self.events.entering(self.model.embed_tokens)
-            x_TD = self.model.embed_tokens(tokens.flatten())
+            x_TD = self.model.embed_tokens(microbatch.tokens_BS.flatten())
         assert x_TD is not None
         stream_TD, residual_TD = x_TD, None
-        rope, layers = self.model.rope(tokens.device), self.model.decoder_layers()
+        layers = self.model.decoder_layers()
         for index in self.layers:
             self.events.entering(layers[index])
             stream_TD, residual_TD, kept = layer_forward(
-                layers[index], stream_TD, residual_TD, rope, places,
-                recompute=self.recompute, precision=self.precision,
-            )  # fmt: skip
+                layers[index], stream_TD, residual_TD, shared, recompute=self.recompute
+            )
             keep(kept)
         return stream_TD, residual_TD
 
     @torch.no_grad()
     def _backward(self, grad_TD: Tensor | None, saved: SavedStage, weight_grads: WeightGradients) -> Tensor | None:
-        tokens = saved.microbatch.tokens_BS
-        places = saved.microbatch.places_in(self.model)
         if saved.head is not None:
             grad_TD, saved.head = self._norm_backward(saved.head), None
             self._finished_head()
         assert grad_TD is not None
-        rope, layers, amax = self.model.rope(tokens.device), self.model.decoder_layers(), None
+        grad, shared, layers = StreamGrad(grad_TD), self._shared(saved.microbatch), self.model.decoder_layers()
+        del grad_TD  # else the first gradient would live as long as this backward
         for index in reversed(self.layers):
-            grad_TD, amax = layer_backward(
-                layers[index], grad_TD, saved.layers.pop(), rope, places, weight_grads,
-                precision=self.precision, amax=amax,
-            )  # fmt: skip
+            grad = layer_backward(layers[index], grad, saved.layers.pop(), shared, weight_grads)
             weight_grads.then(partial(self.events.finished, layers[index]))
         if not self.is_first:
-            return grad_TD
-        embedding, whole_TD = self.model.embed_tokens, start_gather(grad_TD, self.model.tp).wait()
-        embedding.accumulate_grad(grad_of(embedding.weight), tokens.flatten(), whole_TD)
+            return grad.values_ND
+        embedding, whole_TD = self.model.embed_tokens, start_gather(grad.values_ND, self.model.tp).wait()
+        embedding.accumulate_grad(grad_of(embedding.weight), saved.microbatch.tokens_BS.flatten(), whole_TD)
         self.events.finished(embedding)
         return None
+
+    def _shared(self, microbatch: Microbatch) -> Shared:
+        rope = self.model.rope(microbatch.tokens_BS.device)
+        return Shared(self.model.tp, rope, microbatch.places_in(self.model), self.precision)
 
     def _norm_backward(self, saved: SavedHead) -> Tensor:
         weight = self.model.norm.weight

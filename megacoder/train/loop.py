@@ -35,16 +35,10 @@ from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
-from megacoder.train.run_folder import RunFolder, open_start
-from megacoder.train.step import (
-    StepResult,
-    load_tokenizer,
-    make_engine,
-    open_stream,
-    resolve_dtype,
-    run_step,
-    start_ranks,
-)
+from megacoder.train.resuming import open_start
+from megacoder.train.run_folder import RunFolder
+from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
+from megacoder.train.step import Oversight, StepResult, run_step
 from megacoder.train.utilization import CONVENTIONS, device_name, utilization
 from megacoder.train.validation import HeldOut, describe_losses
 
@@ -204,11 +198,11 @@ class Trainer:
     def update(self) -> StepResult:
         """One global batch and one optimizer step."""
         number = self.step + 1
-        result = run_step(
-            self.engine, self.batches, self.config, number,
+        oversight = Oversight(
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
             save_is_due=self._save_is_due, pace=self.pace,
         )  # fmt: skip
+        result = run_step(self.engine, self.batches, self.config, number, oversight=oversight)
         paces, slow = self.pace.compare(result.seconds)
         self._paces |= paces
         if self.world.is_first:

@@ -11,13 +11,13 @@ A rank is compared with those that hold the same pipeline stages: others have ot
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from megacoder.core.timing import Timer, timer_for
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.world import gather_json
 
-__all__ = ["MEASURED_EVERY", "SLOWEST_RANK", "SLOWEST_RATIO", "ComputeClock", "Pace"]
+__all__ = ["MEASURED_EVERY", "NO_PACE", "SLOWEST_RANK", "SLOWEST_RATIO", "ComputeClock", "Pace", "StepPace"]
 
 MEASURED_EVERY = 10
 """Steps from one that is measured to the next."""
@@ -25,6 +25,40 @@ SLOW, IN_A_ROW = 1.2, 3
 """A rank whose time is so many times its peers' median, in so many measured steps in a row, is named."""
 SLOWEST_RANK, SLOWEST_RATIO = "slowest_rank", "slowest_rank_ratio"
 """In a line of metrics after a measured step: the rank with the largest ratio to its peers' median, and that ratio."""
+
+
+class StepPace(Protocol):
+    """What a step calls as it goes on."""
+
+    def begin(self, step: int) -> None:
+        """The step begins."""
+
+    def computed(self) -> None:
+        """Its last backward is done, as far as this rank is concerned."""
+
+    def report(self) -> list[float]:
+        """To be summed over ranks with the loss: every rank's seconds of the step before, if that was measured."""
+
+    def read(self) -> None:
+        """The device has passed what `computed` marked."""
+
+
+class _NoPace:
+    def begin(self, step: int) -> None:
+        pass
+
+    def computed(self) -> None:
+        pass
+
+    def report(self) -> list[float]:
+        return []
+
+    def read(self) -> None:
+        pass
+
+
+NO_PACE: StepPace = _NoPace()
+"""Measures no step."""
 
 
 class ComputeClock:
@@ -71,26 +105,23 @@ class Pace:
         """by rank: measured steps in a row in which it was slow"""
 
     def begin(self, step: int) -> None:
-        """The step begins."""
+        """See `StepPace`, as for the next three."""
         self._is_measured = self._has_peers and step % self.every == 0
         if self._is_measured:
             self._journal.listener = self._clock
             self._clock.begin()
 
     def computed(self) -> None:
-        """Its last backward is done, as far as this rank is concerned."""
         if self._is_measured:
             self._clock.end()
             self._journal.listener = None
 
     def report(self) -> list[float]:
-        """To be summed over ranks with the loss: every rank's seconds of the step before, if that was measured."""
         if self._seconds is None:
             return []
         return [self._seconds if rank == self._rank else 0.0 for rank in range(len(self._peers))]
 
     def read(self) -> None:
-        """The device has passed what `computed` marked."""
         self._seconds = self._clock.seconds() if self._is_measured else None
 
     def compare(self, seconds: Sequence[float]) -> tuple[dict[str, float], list[str]]:

@@ -42,7 +42,8 @@ from megacoder.train.memory_table import (
 )
 from megacoder.train.op_table import OpRow, op_table
 from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
-from megacoder.train.step import Batches, load_tokenizer, make_engine, open_stream, resolve_dtype, run_step, start_ranks
+from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
+from megacoder.train.step import Batches, run_step
 from megacoder.train.utilization import CONVENTIONS, Utilization, device_name, utilization
 
 __all__ = ["Phase", "Profile", "ProfileConfig", "profile", "profile_on"]

@@ -27,8 +27,8 @@ from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.tensor import TensorParallel
+from megacoder.train.fragments import state_fragments
 from megacoder.train.layout import Layout, LayoutRequest
-from megacoder.train.run_folder import state_fragments
 
 __all__ = ["rank_fragments", "reshard"]
 

@@ -22,8 +22,8 @@ from megacoder.data.tokenizer import Tokenizer, say_if_changed
 from megacoder.parallel.watch import Watch
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
-from megacoder.train.run_folder import check_same_run, open_start
-from megacoder.train.step import open_conversations, start_ranks
+from megacoder.train.resuming import check_same_run, open_start
+from megacoder.train.setup import open_conversations, start_ranks
 
 __all__ = ["DEFAULTS", "prepare", "prepared_run", "sft"]
 

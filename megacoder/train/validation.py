@@ -22,7 +22,7 @@ from megacoder.parallel.world import failing_together, gather_json
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.metrics_log import HELD_OUT_LOSS
-from megacoder.train.step import open_conversations
+from megacoder.train.setup import open_conversations
 
 __all__ = ["HeldOut", "describe_losses", "set_names"]
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
 from megacoder.model.places import Places
-from megacoder.model.scheduled import WeightGradients, layer_backward, layer_forward
+from megacoder.model.scheduled import Shared, StreamGrad, WeightGradients, layer_backward, layer_forward
 from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.flat import FlatParameters
@@ -77,14 +77,14 @@ def _layer(tp: TensorParallel) -> Callable[[], None]:
     model = TransformerPart(config, tp, cp=UNCUT, layers=[0], embedding=False, head=False)
     init_weights(model, seed=0)
     FlatParameters(model.named_parameters(), dtype=torch.float32, device=torch.device("cpu"))
-    layer, rope = model.decoder_layers()[0], model.rope(torch.device("cpu"))
-    places = Places.of((1, NUM_TOKENS), device=torch.device("cpu"))
+    layer, device = model.decoder_layers()[0], torch.device("cpu")
+    shared = Shared(tp, model.rope(device), Places.of((1, NUM_TOKENS), device=device))
     rows = NUM_TOKENS // (tp.size if tp.sequence_parallel else 1)
     stream, residual, grad = (torch.randn(rows, config.hidden_size) for _ in range(3))
 
     @torch.no_grad()
     def run() -> None:
-        _, _, saved = layer_forward(layer, stream, residual, rope, places)
-        layer_backward(layer, grad, saved, rope, places, WeightGradients())
+        _, _, saved = layer_forward(layer, stream, residual, shared)
+        layer_backward(layer, StreamGrad(grad), saved, shared, WeightGradients())
 
     return run

@@ -50,8 +50,8 @@ from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
 from megacoder.model.transformer import Transformer
 from megacoder.train.config import RunConfig
+from megacoder.train.fragments import load_weights
 from megacoder.train.launch import launch_workers
-from megacoder.train.run_folder import load_weights
 
 __all__ = ["main", "run_quickstart"]
 

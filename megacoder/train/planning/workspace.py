@@ -134,23 +134,34 @@ class Workspace:
         tape.take(self._casts(weights=recompute not in ("none", "norms")))  # else the forward's are kept
         if recompute == "full":
             self._attention_half(tape, adds_residual=False)
-        elif recompute != "none":
-            tape.take(self._normed)
+        self._feed_forward_backward(tape, postponed=postponed)
+        self._attention_half_backward(tape, postponed=postponed)
+        return tape.most
+
+    def _feed_forward_backward(self, tape: _Tape, *, postponed: bool) -> None:
+        """Leaves the gradient of the stream after attention, and what postponed weight gradients read."""
+        recompute = self.variant.recompute
+        normed = self._normed if recompute in ("norms", "selective") else 0
+        gate_up = 0 if recompute in ("none", "norms") else 2 * self._ffn
+        tape.take(normed)
         tape.take(self._gathered, self._gathered)  # the output's gradient, the normed input
         tape.take(self._ffn)  # the activation's gradient
-        tape.take(0 if recompute in ("none", "norms") else 2 * self._ffn)
+        tape.take(gate_up)
         tape.take(self._ffn)  # the activation
         self._start_reduce(tape)
-        dim, local = self.job.model.hidden_size, self._local
         if not postponed:
-            tape.passing(self._layer_partial(2 * local.feed_forward, dim))
+            tape.passing(self._layer_partial(2 * self._local.feed_forward, self.job.model.hidden_size))
         self._end_reduce(tape)
-        tape.take(self.stream)  # the gradient of the stream between attention and feed-forward
-        if recompute in ("norms", "selective"):
+        tape.take(self.stream)
+        tape.give(self.stream, self._ffn)  # what was reduced, and the activation's gradient
+        if not postponed:
+            tape.give(normed, self._gathered, self._gathered, gate_up, self._ffn)
+
+    def _attention_half_backward(self, tape: _Tape, *, postponed: bool) -> None:
+        dim, local = self.job.model.hidden_size, self._local
+        if self.variant.recompute in ("norms", "selective"):
             tape.take(self._normed)
-        tape.take(self._gathered)
-        tape.give(0 if postponed else self._gathered)
-        tape.take(self._gathered)
+        tape.take(self._gathered, self._gathered)  # the gradient of the stream, the normed input
         tape.take(self._whole_keys)  # as they arrive
         tape.take(self._per_head(self._queries))  # the gradient of attention's output
         tape.take(self._whole_keys)  # in order
@@ -160,12 +171,10 @@ class Workspace:
             tape.passing(self._layer_partial(dim, local.attention))
         tape.take(self._qkv)
         self._start_reduce(tape)
-        tape.give(self.stream)  # of the reduction before, whose name this one takes
         if not postponed:
             tape.passing(self._layer_partial(local.qkv, dim))
         self._end_reduce(tape)
         tape.take(self.stream)
-        return tape.most
 
     def _casts(self, *, weights: bool) -> int:
         """Of the inputs and output gradients of a layer's products, and of its weights, each in both layouts."""

@@ -118,7 +118,7 @@ def _show_memory(measured: Profile) -> None:
     for row in measured.memory:
         rows.append([row.kind, _size(row.num_bytes), row.how])
         if row.kind == ACTIVATIONS and measured.kept_by_formula is not None:
-            rows.append(["  kept by layers", _size(measured.kept_by_formula), "by formula, until the backward"])
+            rows.append(["  kept for backwards", _size(measured.kept_by_formula), "by formula"])
     table("Memory" + (", of the rank with most" if several else ""), ["kind", "", "what the figure is"], rows)
 
 

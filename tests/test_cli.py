@@ -70,6 +70,28 @@ def test_the_nearest_option_is_named(capsys):
     assert "did you mean '--minutes'?" in run(["quickstart", "--minuts", "3"], capsys)[2]
 
 
+@pytest.mark.parametrize(
+    ("command", "typo", "meant"),
+    [
+        ("train", "--print-confg", "--print-config"), ("train", "--nprocs", "--nproc"),
+        ("train", "--model.hidden-sise", "--model.hidden-size"), ("sft", "--prepareonly", "--prepare-only"),
+    ],
+)  # fmt: skip
+def test_a_typo_is_held_against_a_commands_own_options_and_the_runs_settings(command, typo, meant, capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('output = "o"\n[data]\ntrain = "t"\ntokenizer = "k"\n')
+    assert f"did you mean '{meant}'?" in run([command, str(tmp_path / "run.toml"), typo], capsys)[2]
+
+
+def test_help_on_a_run_tells_of_the_commands_own_options_and_of_the_settings_in_its_file(capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('output = "o"\nsteps = 77\n[data]\ntrain = "t"\ntokenizer = "k"\n')
+    for command, own in (("train", "--print-config"), ("sft", "--prepare-only"), ("profile", "--synthetic")):
+        assert own in run([command, "--help"], capsys)[1]
+        assert "--nproc" in run([command, "--help"], capsys)[1]
+    _, said, _ = run(["train", str(tmp_path / "run.toml"), "--help"], capsys)
+    assert "default: 77" in said
+    assert "--schedule.peak-lr" in said
+
+
 @pytest.mark.parametrize(("word", "hint"), [("quikstart", "quickstart"), ("corpsu", "corpus")])
 def test_an_unknown_command_names_the_nearest(word, hint, capsys):
     code, _, err = run([word], capsys)

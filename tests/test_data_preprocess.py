@@ -216,7 +216,7 @@ def test_input_without_documents_is_refused(corpus):
 
 @pytest.mark.parametrize("workers", [0, -1, 1025])
 def test_numbers_of_workers_that_cannot_be_are_refused(corpus, workers):
-    with pytest.raises(ConfigError, match=rf"workers = {workers}: 1 to 1024"):
+    with pytest.raises(ConfigError, match=rf"workers = {workers}: must be 1 to 1024"):
         config_of(corpus, workers=workers)
 
 

@@ -163,6 +163,7 @@ TORCHRUN_SETS = {
             "WORLD_SIZE = '4' is set, but not RANK: start ranks with torchrun, which sets them all, or unset",
         ),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE = 'four': expected a number, as torchrun sets it"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = '': expected a number"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT = '-1': expected a number"),
         ({"RANK": "4"}, "RANK = 4, but WORLD_SIZE = 4: ranks are counted from 0"),
         ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK = 0, but WORLD_SIZE = 0"),
@@ -185,6 +186,14 @@ def test_torchruns_variables_make_a_launched_rank(monkeypatch):
     assert launched_ranks() == 4
     monkeypatch.delenv("WORLD_SIZE")
     assert launched_ranks() is None
+
+
+@pytest.mark.parametrize("said", ["two", ""])
+def test_a_number_of_torchruns_that_is_none_is_refused_without_a_world_size(monkeypatch, said):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", said)
+    with pytest.raises(ConfigError, match=f"^LOCAL_RANK = '{said}': expected a number"):
+        start_world("cpu")
 
 
 def test_start_world_is_a_world_of_one_without_torchrun(monkeypatch):

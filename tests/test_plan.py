@@ -17,7 +17,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.presets import PRESETS, find_preset
 from megacoder.model.replicas import late_parameters
-from megacoder.model.scheduled import waiting_share
+from megacoder.model.scheduled import kept_weight_bytes, waiting_share
 from megacoder.model.transformer import TransformerPart
 from megacoder.ops import cpp
 from megacoder.parallel.config import ParallelConfig
@@ -27,6 +27,7 @@ from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
 from megacoder.parallel.schedules.simulate import Costs, makespan, simulate
 from megacoder.parallel.schedules.waiting import limit_waiting
+from megacoder.parallel.tensor import TensorParallel
 from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
 from megacoder.train.planning.devices import DEVICES, Device, Shares, find_device
@@ -445,6 +446,16 @@ def test_fp8_casts_are_counted(recompute):
     assert fp8.buffers - bf16.buffers <= weights + 4096 * per_token + product
     assert fp8.total - bf16.total >= (weights if recompute in ("selective", "full") else 0)
     assert fp8.buffers > bf16.buffers
+
+
+def test_fp8_casts_of_key_value_heads_that_ranks_copy_are_counted():
+    """The 5.7B model has one; of eight ranks each holds it."""
+    model = PRESETS["5.7b"].model
+    with torch.device("meta"):
+        part = TransformerPart(model, TensorParallel(size=8), cp=UNCUT, layers=(0,), embedding=False, head=False)
+    held = sum(parameter.numel() for parameter in part.parameters() if parameter.dim() == 2)
+    assert kept_weight_bytes(model, "none", tp=TensorParallel(size=8), fp8=True) == held
+    assert held > model.num_layer_matmul_params // 8
 
 
 @pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])

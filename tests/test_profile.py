@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import refusal
+from plan_memory import ALLOWED, Case, measure
 from train_cases import make_case
 
 from megacoder.cli import profile as command
@@ -120,24 +120,30 @@ def test_one_process_on_the_runs_own_data(case):
     assert 0 <= memory["weights"] - 4 * (model.num_params + padded) <= 4 * alignment
     assert memory["gradients"] == memory["weights"]
     assert memory["moments"] == 2 * memory["weights"]
-    # fp32, D = 32, F = 48, H = 4, K = 8, G = 2, so C = 64: two layers of two sequences of 32 tokens
-    kept = 4 * (4 * 32 + 64 + 32 + 2 * 48) + 4 * 4 + 8
-    assert measured.kept_by_formula == 2 * 2 * 32 * kept
+    # fp32, D = 32, F = 48, H = 4, K = 8, G = 2, so C = 64: two layers and the head, of two sequences of 32 tokens
+    layer, head = 4 * (4 * 32 + 64 + 32 + 2 * 48) + 4 * 4 + 8, 4 * 2 * 32 + 4
+    assert measured.kept_by_formula == 2 * 32 * (2 * layer + head)
     assert memory["activations and workspaces"] > measured.kept_by_formula
     assert memory["whole process"] > memory["weights"]
 
 
 def test_what_waits_for_weight_gradients_is_counted_as_kept(case):
-    mesh = SimpleNamespace(place=SimpleNamespace(pp=0), tp=TensorParallel())
     kept = []
     for recompute in ("none", "full"):
         execution = ExecutionConfig(recompute=recompute)
         config = case.config("waiting", parallel=ParallelConfig(schedule="zb-h1"), execution=execution)
-        kept.append(kept_activations(
-            config.model, config.layout(1), mesh, execution=execution, dtype=torch.float32, tokens=64
-        ))  # fmt: skip
+        kept.append(kept_activations(config.layout_request, config.layout(1), pp_rank=0, itemsize=4))
     assert kept[0] == 2 * 64 * 4 * (4 * 32 + 64 + 32 + 3 * 48), "inputs and output gradients of all linears"
-    assert kept[1] == 2 * 64 * 4 * 32, "nothing is postponed, and only the layers' inputs are kept"
+    head = 64 * (4 * 2 * 32 + 4)
+    assert kept[1] == 2 * 64 * 4 * 32 + head, "nothing is postponed, and only the inputs of layers and head are kept"
+
+
+def test_kept_activations_are_those_of_the_layers_that_each_stage_holds(ranks):
+    case = Case(ranks=2, parallel=ParallelConfig(pp=2, schedule="zbv", layers_per_stage=(2, 1, 1, 0)))
+    layout = case.request.layout(2)
+    for (rank, _), counted in ranks.run(2, measure, case):
+        said = kept_activations(case.request, layout, pp_rank=rank, itemsize=4)
+        assert said == pytest.approx(counted["activations"], rel=ALLOWED)
 
 
 def test_plain_blocks_in_bf16_on_random_tokens(case):
@@ -338,7 +344,8 @@ def test_two_processes_print_one_json(case):
         (["--model.hidden-sise", "8"], "did you mean '--model.hidden-size'?"),
         (["--trace", "run.toml/t.json"], "--trace run.toml/t.json: cannot be written (/"),
         (["--out", "folder"], "--out folder: cannot be written (it is a folder)"),
-        (["--nproc", "two"], "--nproc 'two'"),
+        (["--nproc", "two"], "parsing --nproc: no type matching {None}|INT could be instantiated from ['two']"),
+        (["--nproc", "0"], "--nproc 0: must be at least 1"),
         (["--parallel.tp", "2"], "needs 2 ranks, only one was started"),
         (["--nproc", "2", "--parallel.tp", "4"], "needs 4 ranks, there are 2"),
         (["--data.tokenizer", "nowhere"], "data.tokenizer = 'nowhere': not there; add --synthetic"),

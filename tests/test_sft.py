@@ -599,7 +599,8 @@ def test_under_torchrun_bad_input_is_met_before_ranks_meet(toy, tmp_path, monkey
         broken.write_text(changes["data"] + "\n")
         conversations = dataclasses.replace(run.data.conversations, train=(broken,))
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, conversations=conversations))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("megacoder.train.sft.start_ranks", lambda *_, **__: pytest.fail("ranks meet"))
     for rank in ranks:
         monkeypatch.setenv("RANK", rank)

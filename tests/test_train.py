@@ -478,6 +478,15 @@ def test_a_users_number_of_threads_counts_and_torchruns_does_not(monkeypatch, ra
     assert threads_of_a_rank(8) == threads
 
 
+@pytest.mark.parametrize(("name", "said"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("LOCAL_WORLD_SIZE", "two")])
+def test_torchruns_variables_set_by_hand_to_something_else_are_refused(case, capsys, monkeypatch, name, said):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "1"}
+    for variable, value in (place | {name: said}).items():
+        monkeypatch.setenv(variable, value)
+    told = refusal(capsys, "train", case.toml("by-hand"), code=2)
+    assert told == f"megacoder: {name} = {said!r}: expected a number, as torchrun sets it\n"
+
+
 def test_a_run_within_its_warmup_says_so(case, capfd):
     train(case.config("cold", steps=2, schedule=ScheduleConfig(peak_lr=1e-2, warmup_steps=9)))
     assert "steps = 2: the run ends within the warm-up of 9 steps (" in capfd.readouterr().err

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacoder.checkpoint.reader import CheckpointReader
-from megacoder.core.config import load_toml, parse_args, parse_known_args
+from megacoder.cli.run_words import read_run
 from megacoder.core.errors import ConfigError
 from megacoder.data.digest import step_digests
 from megacoder.data.skipping import parse_steps
-from megacoder.train.config import RunConfig
 from megacoder.train.setup import load_tokenizer, open_stream
 
 __all__ = ["main"]
@@ -20,7 +19,8 @@ PROG = "megacoder data digest RUN.toml --steps A:B [--dp N] [any setting of the 
 
 @dataclass(frozen=True, kw_only=True)
 class DigestConfig:
-    """Prints a SHA-256 per step of the tokens, labels and document starts that all ranks of a run together see."""
+    """Prints a SHA-256 per step of the tokens, labels and document starts that all ranks of a run together see; further
+    options are settings of the run."""
 
     steps: str
     """A:B, from step A through step B, counted from 1 as in the run's log; or a single step"""
@@ -43,14 +43,8 @@ class DigestConfig:
 
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
-    words = list(argv)
-    if "-h" in words or "--help" in words:
-        parse_args(DigestConfig, ["--help"], prog=PROG)
-    if not words or words[0].startswith("-"):
-        raise ConfigError(f"the first argument is the run's TOML file; usage: {PROG}")
-    options, overrides = parse_known_args(DigestConfig, words[1:], prog=PROG)
-    default = load_toml(RunConfig, Path(words[0]), absent={"output": "digest"})
-    config = parse_args(RunConfig, overrides, prog=PROG, default=default, beside=DigestConfig)
+    run = read_run(DigestConfig, argv, prog=PROG, absent=lambda _: {"output": "digest"}, lists_settings=False)
+    options, config = run.options, run.config
     tokenizer = load_tokenizer(config)
     ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=options.dp) for rank in range(options.dp)]
     first, last = options.range()

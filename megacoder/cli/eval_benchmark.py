@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
+from megacoder.core.processes import num_cores
 from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings, Task
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Decoding, FileSource
@@ -63,8 +63,8 @@ class EvalArgs:
     """number of tasks to run, from the first; if unset, all"""
     seconds: Optional[float] = None
     """CPU time a program gets, instead of the published limit"""
-    workers: int = os.cpu_count() or 1
-    """programs run, or requests sent, at a time"""
+    workers: Optional[int] = None
+    """programs run, or requests sent, at a time; if unset, one per core"""
     unsafe: bool = False
     """run programs with your own rights, for machines where no sandbox works"""
     out: Optional[Path] = None
@@ -203,8 +203,9 @@ def _open_source(
         from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 
         return EndpointSource(
-            args.endpoint, decoding, model=args.api_model, tokenizer=args.loading.tokenizer, workers=args.workers
-        )
+            args.endpoint, decoding, model=args.api_model, tokenizer=args.loading.tokenizer,
+            workers=args.workers or num_cores(),
+        )  # fmt: skip
     assert model is not None
     from megacoder.cli.model_folder import chat_format_of, load_model  # imports torch
     from megacoder.core.device import probe
@@ -242,7 +243,7 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
     if missing:
         raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}; install with pip")
     return Sandbox(
-        workers=args.workers, mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible,
+        workers=args.workers or num_cores(), mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible,
         ahead=ahead,
     )  # fmt: skip
 

@@ -1,16 +1,14 @@
 """`megacoder profile RUN.toml`: where the time and memory of a run's steps go, on the ranks that `train` would use."""
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from megacoder.cli.train import take_nproc
-from megacoder.core.config import load_toml, parse_args, parse_known_args
+from megacoder.cli.run_words import RankOptions, read_run
 from megacoder.core.console import say, table
-from megacoder.core.errors import ConfigError
 from megacoder.core.files import write_json
-from megacoder.train.config import RunConfig
+from megacoder.train.launch import launch_workers
 from megacoder.train.memory_table import ACTIVATIONS
 from megacoder.train.op_table import OpRow
 from megacoder.train.phases import COMMUNICATION
@@ -21,29 +19,31 @@ __all__ = ["main", "show"]
 PROG = "megacoder profile RUN.toml [--nproc N] [any setting of the run, as in megacoder train]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(ProfileConfig, RankOptions):
+    __doc__ = ProfileConfig.__doc__
+
+    def __post_init__(self) -> None:
+        ProfileConfig.__post_init__(self)
+        RankOptions.__post_init__(self)
+
+
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the profile's own options and dotted overrides of the run's settings."""
-    words = list(argv)
-    if "-h" in words or "--help" in words:
-        parse_args(ProfileConfig, ["--help"], prog=PROG)
-    if not words or words[0].startswith("-"):
-        raise ConfigError(f"the first argument is the run's TOML file; usage: {PROG}")
-    path = Path(words[0])
-    nproc, arguments = take_nproc(words[1:])
-    options, overrides = parse_known_args(ProfileConfig, arguments, prog=PROG)
-    # a profile writes no folder, and with random tokens needs no data: the file may leave their names out
-    absent = {"output": "profile", **({"data": {"train": "none", "tokenizer": "none"}} if options.synthetic else {})}
-    default = load_toml(RunConfig, path, absent=absent)
-    config = parse_args(RunConfig, overrides, prog=PROG, default=default, beside=ProfileConfig)
-    if nproc is None or "WORLD_SIZE" in os.environ:
-        measured, is_first = profile(config, options)
-        if is_first:
-            _report(measured, options)
-    else:
-        from megacoder.train.launch import launch_workers
+    run = read_run(ProfileOptions, argv, prog=PROG, absent=_absent, lists_settings=False)
+    options = run.options
+    if (nproc := options.ranks_to_start) is not None:
+        run.config.layout(nproc)  # what cannot work is refused before any process starts
+        launch_workers(["profile", *argv], nproc=nproc)
+        return
+    measured, is_first = profile(run.config, options)
+    if is_first:
+        _report(measured, options)
 
-        config.layout(nproc)  # what cannot work is refused before any process starts
-        launch_workers(["profile", str(path), *arguments], nproc=nproc)
+
+def _absent(options: ProfileOptions) -> dict[str, Any]:
+    """A profile writes no folder, and with random tokens needs no data: the file may leave their names out."""
+    return {"output": "profile", **({"data": {"train": "none", "tokenizer": "none"}} if options.synthetic else {})}
 
 
 def _report(measured: Profile, options: ProfileConfig) -> None:
@@ -118,7 +118,7 @@ def _show_memory(measured: Profile) -> None:
     for row in measured.memory:
         rows.append([row.kind, _size(row.num_bytes), row.how])
         if row.kind == ACTIVATIONS and measured.kept_by_formula is not None:
-            rows.append(["  kept by layers", _size(measured.kept_by_formula), "by formula, until the backward"])
+            rows.append(["  kept for backwards", _size(measured.kept_by_formula), "by formula"])
     table("Memory" + (", of the rank with most" if several else ""), ["kind", "", "what the figure is"], rows)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "nearest",
     "parse_args",
     "parse_known_args",
+    "print_help",
     "to_dict",
     "to_toml",
 ]
@@ -83,6 +84,19 @@ def parse_known_args(
             raise
         raise ConfigError(f"{_undraw(drawn.getvalue())}; {_see_help(prog)}") from None
     return config, unknown
+
+
+def print_help(own: type, cls: type[T], *, prog: str, default: T | None = None) -> typing.NoReturn:
+    """Prints the options of two dataclasses, `own` first, whose docstring describes the command; exits with 0.
+
+    `default` has values of `cls` that are shown as its defaults.
+    """
+    import tyro
+
+    fields = [(name, typing.Annotated[part, tyro.conf.arg(name="")]) for name, part in (("own", own), ("cls", cls))]
+    both = dataclasses.make_dataclass("both", fields, namespace={"__doc__": own.__doc__})
+    tyro.cli(both, args=["--help"], prog=prog, default=None if default is None else both(own(), default))
+    sys.exit()
 
 
 def load_toml(cls: type[T], path: Path, *, absent: dict[str, Any] | None = None) -> T:

@@ -38,8 +38,8 @@ class CorpusConfig:
     input: tuple[Path, ...] = ()
     """repositories, archives, tables, or folders of these; without any, Python's library and packages here"""
     columns: TableColumns = field(default_factory=TableColumns)
-    workers: int = 0
-    """number of processes, 0: one per core; the output does not depend on it"""
+    workers: int | None = None
+    """number of processes; if unset, one per core, or as many as fit on a cluster. The output does not depend on it"""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     languages: tuple[str, ...] = ()
     """keep only these languages; without any, all 87 of the paper; Markdown and reStructuredText, natural language, are
@@ -88,8 +88,7 @@ class CorpusConfig:
                 raise ConfigError(f"unknown language {name!r}{hint}")
         if self.columns.license is None:  # a table's own column may hold any names
             check_names(self.allow_licenses)
-        check_at_least(self, 1, "max_file_bytes", "max_repo_bytes", "shard_bytes")
-        check_at_least(self, 0, "workers")
+        check_at_least(self, 1, "max_file_bytes", "max_repo_bytes", "shard_bytes", "workers")
         if self.secrets != "keep":
             check_secrets_available()
         if self.fallback_encoding is not None:

@@ -55,7 +55,7 @@ def run_on(
 ) -> list[Any]:
     """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
 
-    `pool.workers` is how many run at a time, 0: as many as fit; on a cluster the pool itself starts no process. `work`
+    `pool.workers` is how many run at a time, None: as many as fit; on a cluster the pool itself starts no process. `work`
     is a folder for the files that engines exchange. The first error that a task raises stops the run.
     """
     if config.engine == "ray":
@@ -69,7 +69,7 @@ def _run_on_ray(
     config: ClusterConfig,
     function: Callable[[Any], Any],
     tasks: Sequence[Any],
-    workers: int,
+    workers: int | None,
     done: Callable[[Any], Any],
 ) -> list[Any]:
     ray = _extra("ray", "ray")
@@ -126,7 +126,7 @@ def _run_on_slurm(
     config: ClusterConfig,
     function: Callable[[Any], Any],
     tasks: Sequence[Any],
-    workers: int,
+    workers: int | None,
     work: Path,
     done: Callable[[Any], Any],
 ) -> list[Any]:

@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Up to `workers` processes (0: one per core), started when first needed, stopped when the `with` block ends."""
+    """Up to `workers` processes (None: one per core), started when first needed, stopped when the `with` block ends."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int | None) -> None:
         self.workers = workers
-        """as given: 0 leaves the number to the engine"""
+        """as given: None leaves the number to the engine"""
         self._processes: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "WorkerPool":

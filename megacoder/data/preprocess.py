@@ -50,7 +50,7 @@ class PreprocessConfig:
     document_key: str | None = None
     """column or JSON key that is equal in consecutive rows of one document; without it each row is a document"""
     workers: int | None = None
-    """number of encoding processes or threads; None: one per core"""
+    """number of encoding processes or threads; if unset, one per core"""
     encoder: EncoderName = "auto"
     """tokenizers (the reference), fastokens (six times as fast; the extra `fast`), or auto: fastokens if installed"""
 
@@ -58,7 +58,7 @@ class PreprocessConfig:
         if self.output.name in ("", ".."):
             raise ConfigError(f"output = {str(self.output)!r}: expected a prefix of file names, such as data/train")
         if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
-            raise ConfigError(f"workers = {self.workers}: 1 to {_MOST_WORKERS}, or none for one per core")
+            raise ConfigError(f"workers = {self.workers}: must be 1 to {_MOST_WORKERS}; leave it out for one per core")
 
 
 def preprocess(config: PreprocessConfig) -> Sidecar:

@@ -84,8 +84,12 @@ class ModelConfig:
     @property
     def num_layer_matmul_params(self) -> int:
         """Weights of one layer that take part in a matrix product: all but its norms."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        return self.local_matmul_params(1)
+
+    def local_matmul_params(self, tp: int) -> int:
+        """Those of one of `tp` tensor-parallel ranks, some of which may hold a copy of the same key-value head."""
+        local = self.local_sizes(tp)
+        return self.hidden_size * (local.qkv + local.attention + 3 * local.feed_forward)
 
     @property
     def num_matmul_params(self) -> int:

@@ -123,7 +123,7 @@ def kept_bytes_per_token(
 
 def kept_weight_bytes(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool) -> int:
     """Bytes of weight casts that one layer keeps for every microbatch that waits for its backward."""
-    return model.num_layer_matmul_params // tp.size if fp8 and recompute in ("none", "norms") else 0
+    return model.local_matmul_params(tp.size) if fp8 and recompute in ("none", "norms") else 0
 
 
 def waiting_bytes_per_token(

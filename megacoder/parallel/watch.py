@@ -39,7 +39,7 @@ from megacoder.parallel.blame import Record, find_loss
 from megacoder.parallel.bulletin import Bulletin, End, Looks
 from megacoder.parallel.collectives import flight_record
 from megacoder.parallel.journal import CHECKPOINT
-from megacoder.parallel.world import World
+from megacoder.parallel.world import World, from_torchrun
 
 __all__ = ["Watch"]
 
@@ -63,9 +63,9 @@ class Watch:
         self._margin = min(10.0, max(2.0, timeout_seconds / 4))
         self._patience = max(3.0, 3 * self._interval)  # long enough for every living rank to publish
         self._host = socket.gethostname()
-        self._num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        self._num_hosts = from_torchrun("GROUP_WORLD_SIZE", 1)
         if self._num_hosts > 1:  # containers often share a name
-            self._host += f", node {os.environ['GROUP_RANK']}"
+            self._host += f", node {from_torchrun('GROUP_RANK', 0)}"
         self._main, self._agent = threading.get_ident(), os.getppid()
         self._active = world.size > 1 and "MASTER_ADDR" in os.environ  # else there are no peers, or no store
         self._bulletin = Bulletin(world.size, world.attempt)

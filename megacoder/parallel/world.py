@@ -25,6 +25,7 @@ __all__ = [
     "World",
     "connect_store",
     "failing_together",
+    "from_torchrun",
     "gather_json",
     "launched_ranks",
     "new_group",
@@ -85,20 +86,27 @@ def launched_ranks() -> int | None:
     env = os.environ
     if "WORLD_SIZE" not in env:
         return None
-    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-    missing = [name for name in (*numbers, "MASTER_ADDR") if not env.get(name)]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR") if not env.get(name)]
     if missing:
         raise ConfigError(
             f"WORLD_SIZE = {env['WORLD_SIZE']!r} is set, but not {', '.join(missing)}: start ranks with torchrun, "
             "which sets them all, or unset WORLD_SIZE"
         )
-    for name in numbers:
-        if not env[name].isdecimal():
-            raise ConfigError(f"{name} = {env[name]!r}: expected a number, as torchrun sets it")
-    size, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
+    size, rank, *_ = (from_torchrun(name, 0) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
     if rank >= size:
         raise ConfigError(f"RANK = {rank}, but WORLD_SIZE = {size}: ranks are counted from 0")
     return size
+
+
+def from_torchrun(name: str, otherwise: int) -> int:
+    """The number in one of torchrun's environment variables, `otherwise` where it is not set; ConfigError if it is set
+    to anything else."""
+    text = os.environ.get(name)
+    if text is None:
+        return otherwise
+    if not text.isdecimal():
+        raise ConfigError(f"{name} = {text!r}: expected a number, as torchrun sets it")
+    return int(text)
 
 
 def start_world(
@@ -110,7 +118,7 @@ def start_world(
     time-out. ConfigError as `launched_ranks`.
     """
     num_launched = launched_ranks()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = from_torchrun("LOCAL_RANK", 0)
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():

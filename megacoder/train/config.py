@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run. `--nproc N` starts N ranks on this machine; `--print-config` prints all settings as TOML."""
+    """A training run."""
 
     output: Path
     """folder for the run's settings, logs and checkpoints"""

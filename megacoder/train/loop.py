@@ -10,7 +10,6 @@ run; the run's folder then says whether it may be started again.
 """
 
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from megacoder.data.prefetch import Prefetcher
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
-from megacoder.parallel.world import World, failing_together, gather_json
+from megacoder.parallel.world import World, failing_together, gather_json, launched_ranks
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
@@ -62,7 +61,7 @@ def check_inputs(config: RunConfig, *, num_ranks: int | None = None) -> None:
     """AlikeOnAllRanks, before ranks meet, if `num_ranks` (by default those that torchrun started) cannot run this
     layout, or if the tokenizer or the initial weights are not for this model."""
     with alike_on_all_ranks():
-        config.layout(num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
+        config.layout(num_ranks or launched_ranks() or 1)
         load_tokenizer(config)
         open_start(config)
 

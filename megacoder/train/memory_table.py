@@ -2,7 +2,8 @@
 
 Activations are in no tensor whose size could be read. On a GPU they are the allocator's peak less what persists; on a
 CPU, whose allocator counts only under the profiler, the largest growth within a profiled step. Both include
-temporaries, such as the logits of a chunk; the kept part alone follows from a formula and is shown beside.
+temporaries, such as the logits of a chunk; the part that is kept for backwards follows from the layout, as
+`megacoder plan` counts it, and is shown beside.
 """
 
 import itertools
@@ -14,18 +15,16 @@ from torch import Tensor
 from torch.profiler import profile
 
 from megacoder.core.memory import peak_process_memory
-from megacoder.model.config import ModelConfig
-from megacoder.model.partition import ExecutionConfig
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
-from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.schedules.validate import peak_live
 from megacoder.train.engine import Engine
-from megacoder.train.layout import Layout
+from megacoder.train.layout import Layout, LayoutRequest
+from megacoder.train.planning.job import Job, Variant
+from megacoder.train.planning.memory import kept_for_backwards
+from megacoder.train.planning.pipelines import Pipeline
 
 __all__ = ["ACTIVATIONS", "MemoryRow", "kept_activations", "largest_growth", "process_row", "standing_rows"]
 
 ACTIVATIONS = "activations and workspaces"
-"""The kind of memory of which layers keep a part, given by a formula."""
+"""The kind of memory of which a part is kept for backwards, given by a formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +51,16 @@ def standing_rows(engine: Engine) -> list[MemoryRow]:
     ]
 
 
-def kept_activations(
-    model: ModelConfig, layout: Layout, mesh: Mesh, *, execution: ExecutionConfig, dtype: torch.dtype, tokens: int
-) -> int | None:
-    """Peak bytes that this rank's layers keep, for microbatches of `tokens` tokens on this rank, by the formula of
-    `megacoder.model.scheduled.Recompute`; None for plain blocks, where autograd decides."""
-    if execution.block == "plain":
+def kept_activations(request: LayoutRequest, layout: Layout, *, pp_rank: int, itemsize: int) -> int | None:
+    """Peak bytes that a rank keeps for backwards, with elements of `itemsize` bytes, as they are planned; None for
+    plain blocks, where autograd decides."""
+    if request.execution.block == "plain":
         return None
-    schedule, rank = layout.schedule, mesh.place.pp
-    num_layers = sum(len(layout.placement.layers(stage)) for stage in schedule.stage_map.stages[rank])
-    recompute, fp8 = execution.recompute, execution.fp8
-    per_token = kept_bytes_per_token(model, recompute, itemsize=dtype.itemsize, tp=mesh.tp, fp8=fp8)
-    whole = tokens * per_token + kept_weight_bytes(model, recompute, tp=mesh.tp, fp8=fp8)
-    waiting = tokens * waiting_bytes_per_token(model, itemsize=dtype.itemsize, tp=mesh.tp, fp8=fp8)
-    live = peak_live(schedule.ranks[rank], waiting_share=waiting / whole) / schedule.num_chunks
-    return int(live * num_layers * whole)
+    job = Job(
+        model=request.model, seq_length=request.seq_length, global_batch_size=request.global_batch_size,
+        itemsize=itemsize,
+    )  # fmt: skip
+    return kept_for_backwards(job, Variant.of(request, layout.dims), Pipeline(layout), pp_rank)
 
 
 def largest_growth(recorded: profile) -> int:

@@ -17,10 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from megacoder.core.console import counted, say
 from megacoder.core.files import replacing
 
@@ -52,30 +48,19 @@ class MetricsLog:
             temporary.write_bytes(b"".join(line.text + b"\n" for line in kept))
         self._lines = _Appender(path)
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
-        self._events = _Appender(board / name)
-        self._record(Event(file_version="brain.Event:2"))
-        # TensorBoard drops what earlier files have from this step on.
-        self._record(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._events = _Events(board / name, first_step=resume_step + 1)
         if amend:
-            self._record_values(resume_step, amend)
+            self._events.write(resume_step, amend)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, with null for what is not finite, which JSON lacks; TensorBoard gets the numbers by their names."""
         self._lines.append((json.dumps({"step": step, **_plain(values)}) + "\n").encode())
-        self._record_values(step, values)
+        self._events.write(step, values)
 
     def close(self) -> None:
         """Closes both files; reports lines that were lost."""
-        for appender in (self._lines, self._events):
-            appender.close()
-
-    def _record_values(self, step: int, values: dict[str, float]) -> None:
-        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._record(Event(step=step, summary=Summary(value=entries)))
-
-    def _record(self, event: Event) -> None:
-        event.wall_time = time.time()
-        RecordWriter(self._events).write(event.SerializeToString())
+        for file in (self._lines, self._events):
+            file.close()
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:
@@ -114,6 +99,35 @@ class _Appender:
             self.append(b"")
         if self._held:
             say(f"{self._path}: the last {len(self._held) - 1:,} entries did not fit and are lost")
+        self._file.close()
+
+
+class _Events:
+    """TensorBoard's file. Its modules take a fifth of a second to import, and only a rank that logs needs them."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._file = _Appender(path)
+        self._record(Event(file_version="brain.Event:2"))
+        # TensorBoard drops what earlier files have from this step on.
+        self._record(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Each value by its name."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._record(Event(step=step, summary=Summary(value=entries)))
+
+    def _record(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event.wall_time = time.time()
+        RecordWriter(self._file).write(event.SerializeToString())
+
+    def close(self) -> None:
         self._file.close()
 
 

@@ -111,7 +111,7 @@ class Profile:
     memory: list[MemoryRow]
     """largest of all ranks, kind by kind"""
     kept_by_formula: int | None
-    """bytes of activations that layers keep, on the rank with most; None where there is no formula"""
+    """bytes of activations kept for backwards, on the rank with most; None where there is no formula"""
     matrix_flops: float
     """measured rate of a large product, mean over devices"""
     copy_bytes: float
@@ -205,12 +205,11 @@ def _measure_steps(
         if world.device.type == "cpu":
             how = "largest growth of torch's memory in a step"
             memory += [MemoryRow(kind=ACTIVATIONS, num_bytes=growth, how=how), process_row()]
-    tokens = config.micro_batch_size * config.data.stream.seq_length // layout.dims.cp
     return {
         "steps": [asdict(step) for step in clock.steps()],
         "memory": [asdict(row) for row in memory],
         "kept": kept_activations(
-            config.model, layout, mesh, execution=config.execution, dtype=engine.flat.weight.dtype, tokens=tokens
+            config.layout_request, layout, pp_rank=mesh.place.pp, itemsize=engine.flat.weight.itemsize
         ),
         "loss": result.loss,
         "trace": path and str(path),

@@ -23,7 +23,7 @@ from megacoder.data.stream import TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.mesh import Mesh
-from megacoder.parallel.world import World, launched_ranks, start_world
+from megacoder.parallel.world import World, from_torchrun, launched_ranks, start_world
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout
@@ -63,7 +63,7 @@ def start_ranks(config: RunConfig, *, join_seconds: float = 60.0) -> World:
 def threads_of_a_rank(num_cores: int) -> int:
     """This rank's share of the cores, or what OMP_NUM_THREADS says; the 1 that torchrun sets for several ranks is
     ignored, since nobody chose it."""
-    num_ranks, asked = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS", "")
+    num_ranks, asked = max(1, from_torchrun("LOCAL_WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > (num_ranks > 1):
         return int(asked)
     return max(1, num_cores // num_ranks)

@@ -6,7 +6,6 @@ carry both.
 """
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
 from megacoder.data.tokenizer import Tokenizer, say_if_changed
 from megacoder.parallel.watch import Watch
+from megacoder.parallel.world import from_torchrun, launched_ranks
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer, check_inputs
 from megacoder.train.resuming import check_same_run, open_start
@@ -99,7 +99,7 @@ def sft(config: RunConfig) -> None:
     """Runs or resumes `config` on the ranks that torchrun started, or on this process alone."""
     run = prepared_run(config)
     check_inputs(config)
-    if os.environ.get("RANK", "0") == "0":
+    if launched_ranks() is None or from_torchrun("RANK", 0) == 0:
         prepare(config)  # the others wait until this rank joins them, so that a malformed row starts nothing
     world = start_ranks(run, join_seconds=PREPARING_SECONDS)
     with Watch(world, timeout_seconds=config.timeout_seconds, folder=config.output):

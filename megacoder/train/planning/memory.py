@@ -29,7 +29,15 @@ from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.pipelines import Held, Pipeline
 from megacoder.train.planning.workspace import Workspace
 
-__all__ = ["Memory", "least_memory", "local_elements", "memory_by_rank", "most_loaded", "rank_memory"]
+__all__ = [
+    "Memory",
+    "kept_for_backwards",
+    "least_memory",
+    "local_elements",
+    "memory_by_rank",
+    "most_loaded",
+    "rank_memory",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +81,18 @@ def rank_memory(
         embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
     )  # fmt: skip
     space = Workspace(job=job, variant=variant, device_type=device_type, cp_rank=cp_rank)
-    kept, largest = _moments(job, variant, pipe, rank, space)
+    kept = kept_for_backwards(job, variant, pipe, rank)
+    largest = _largest(_Units.of(job, variant), pipe, rank, space)
     return Memory(
         weights=elements * job.itemsize, gradients=elements * 4,
         optimizer=elements // shards * (8 + _master_itemsize(job, shards, device_type)),
         activations=kept, buffers=largest - kept,
     )  # fmt: skip
+
+
+def kept_for_backwards(job: Job, variant: Variant, pipe: Pipeline, rank: int) -> int:
+    """The most that pipeline rank `rank` keeps for backwards at a time."""
+    return int(max(map(_Units.of(job, variant).kept, pipe.held[rank])))
 
 
 def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> float:
@@ -133,10 +147,9 @@ class _Units:
     whole: float
     waiting: float
     head: int
-    boundary: int
 
     @classmethod
-    def of(cls, job: Job, variant: Variant, stream: int) -> Self:
+    def of(cls, job: Job, variant: Variant) -> Self:
         model, tokens = job.model, variant.tokens(job)
         per_token = kept_bytes_per_token(
             model, variant.recompute, itemsize=job.itemsize, tp=variant.tp, fp8=variant.fp8
@@ -145,7 +158,7 @@ class _Units:
         casts = kept_weight_bytes(model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
         return cls(
             whole=tokens * per_token + casts, waiting=tokens * waiting,
-            head=variant.rows(job) * kept_head_bytes_per_row(model, itemsize=job.itemsize), boundary=stream,
+            head=variant.rows(job) * kept_head_bytes_per_row(model, itemsize=job.itemsize),
         )  # fmt: skip
 
     def kept(self, held: Held) -> float:
@@ -153,15 +166,12 @@ class _Units:
         return held.whole * self.whole + held.waiting * self.waiting + held.heads * self.head
 
 
-def _moments(job: Job, variant: Variant, pipe: Pipeline, rank: int, space: Workspace) -> tuple[int, int]:
-    """(peak of what is kept for backwards, peak of that and all temporaries together)."""
-    units = _Units.of(job, variant, space.stream)
-    kept = max(map(units.kept, pipe.held[rank]))
-    largest = max(
-        units.kept(held) + held.boundaries * units.boundary + _during(held, units, pipe.placement, space)
+def _largest(units: _Units, pipe: Pipeline, rank: int, space: Workspace) -> int:
+    """The peak of what is kept for backwards and all temporaries together."""
+    return int(max(
+        units.kept(held) + held.boundaries * space.stream + _during(held, units, pipe.placement, space)
         for held in pipe.held[rank]
-    )
-    return int(kept), int(largest)
+    ))  # fmt: skip
 
 
 def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -> float:
@@ -179,7 +189,7 @@ def _during(held: Held, units: _Units, placement: Placement, space: Workspace) -
     moments = [float(stream if has_head else 0)]
     if layers:
         moments.append(before + (stream if has_head else 0) + step)  # a gradient from another stage is in `boundaries`
-    moments += [before + stream - done * freed + step for done in range(1, layers)[:: max(1, layers - 2)]]
+    moments += [before + stream - done * freed + step for done in {1, layers - 1} if 0 < done < layers]
     if placement.has_embedding(held.stage):
         moments.append(before + stream - layers * freed + space.embedding_backward)
     return max(moments)

@@ -183,7 +183,7 @@ class Workspace:
         model, tp = self.job.model, self.variant.tp
         activations = waiting_bytes_per_token(model, itemsize=self.job.itemsize, tp=tp, fp8=True)
         cast = self.variant.tokens(self.job) * activations
-        return int(2 * (cast + (model.num_layer_matmul_params // tp.size if weights else 0)))
+        return int(2 * (cast + (model.local_matmul_params(tp.size) if weights else 0)))
 
     def _attention_half(self, tape: _Tape, *, adds_residual: bool) -> None:
         tape.take(self.stream if adds_residual else 0, self._normed)

@@ -311,7 +311,7 @@ def test_the_command_without_data(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 100
     for part in ("full attention (PaLM)", "causal attention", "the float32 matrix rate measured here", "of copy",
-                 "swiglu backward", "activations", "other", "kept by layers"):  # fmt: skip
+                 "swiglu backward", "activations", "other", "kept for backwards"):  # fmt: skip
         assert part in shown.out
     assert "wrote t.json; open it" in shown.err
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]

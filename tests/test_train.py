@@ -132,7 +132,7 @@ def test_out_of_memory_is_one_line(error, line, case, monkeypatch, capsys):
     def fail(config):
         raise error
 
-    monkeypatch.setattr("megacoder.train.loop.train", fail)
+    monkeypatch.setattr("megacoder.cli.train.train", fail)
     said = refusal(capsys, "train", case.toml("too-large"))
     assert said == f"megacoder: {line}; `megacoder plan` says what a model and its batches need\n"
 

@@ -18,9 +18,17 @@ from megacoder.model.places import position_ids
 from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer
+from megacoder.ops.attention import attention_backward
 from megacoder.ops.cross_entropy import IGNORE_INDEX
-from megacoder.parallel.collectives import all_reduce_sum
-from megacoder.parallel.context import UNCUT, ContextParallel
+from megacoder.parallel import context
+from megacoder.parallel.collectives import Pending, all_reduce_sum
+from megacoder.parallel.context import (
+    UNCUT,
+    ContextParallel,
+    context_attention_backward,
+    context_attention_forward,
+    gather_keys,
+)
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.pipeline import PipelineRunner
@@ -116,6 +124,40 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, packed, p
     _, alone = step(config, path, packed, torch.bfloat16)
     for _, grads in ranks.run(4, step_on_rank, config, path, packed, torch.bfloat16):
         assert error(grads) <= 2 * error(alone)
+
+
+@pytest.mark.parametrize("path", STEPS)
+def test_gradients_of_keys_and_values_are_sent_unrounded(path, monkeypatch):
+    """In fp32, as the ranks' sums need them; NCCL adds up in the dtype that it is given."""
+    cp, sent = ContextParallel(size=2, group=object()), []
+
+    def reduced(shard, full, group):
+        sent.append(full)
+        return Pending(shard.copy_(full[:2]))
+
+    monkeypatch.setattr(context, "start_reduce_scatter_sum", reduced)
+    generator = torch.Generator().manual_seed(0)
+    k, v, q, grad_out = torch.randn(4, 1, 2, 32, 8, generator=generator).to(torch.bfloat16)
+    q, grad_out = q[:, :, :16], grad_out.view(1, 32, 2, 8)[:, :16]
+    if path == "plain":
+        monkeypatch.setattr(context, "start_gather_keys", lambda *_: lambda: (k.clone(), v.clone()))
+        keys, _ = gather_keys(k[:, :, :16].requires_grad_(), v[:, :, :16], cp)
+        keys.sum().backward()
+    else:
+        out, lse = context_attention_forward(q, k, v, cp, documents=None)
+        context_attention_backward(grad_out, q, k, v, out, lse, cp, documents=None)[1]()
+        halves = [  # places 0 to 7, and 24 to 31
+            attention_backward(
+                grad_out[:, part], q[:, :, part], k[:, :, :stop], v[:, :, :stop], out[:, part], lse[:, :, part],
+                query_start=stop - 8,
+            )[1:]
+            for part, stop in ((slice(0, 8), 8), (slice(8, 16), 32))
+        ]  # fmt: skip
+        expected = torch.stack(halves[1]).float()
+        expected[..., :8, :] += torch.stack(halves[0])
+        both = torch.cat([expected[..., chunk : chunk + 8, :] for chunk in (0, 24, 8, 16)], dim=-2)
+        assert torch.equal(torch.cat(sent[0].chunk(2), dim=-2), both), "the chunks' gradients are added up in fp32"
+    assert [full.dtype for full in sent] == [torch.float32]
 
 
 def test_positions_restart_with_each_document():

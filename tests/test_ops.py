@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megacoder.ops import linear
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
 from megacoder.ops.attention import (
     DocumentMask,
@@ -23,6 +24,7 @@ from megacoder.ops.cross_entropy import (
     softmax_,
 )
 from megacoder.ops.few_rows import FEW, few_rows_linear
+from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
 from megacoder.ops.split_master import join_master, split_master_
@@ -78,6 +80,19 @@ def test_rms_norm(rows, dim, dtype, with_residual):
     expected_grad = wide.grad if residual is None else wide.grad + residual.double()
     assert (grad_h.double() - expected_grad).norm() <= TOLERANCE[dtype] * grad.double().norm() * rstd.max() * 4
     assert_near(grad_weight, 1 + wide_weight.grad, torch.float32, factor=2)
+
+
+def test_rms_norm_of_rows_as_small_as_epsilon():
+    """A row of zeros, and rows whose mean square is about the epsilon that is added to it."""
+    x, weight, grad = randn(4, 96, dtype=torch.float32, scale=1e-3), torch.ones(96), randn(4, 96, dtype=torch.float32)
+    x[0] = 0.0
+    wide = x.double().requires_grad_()
+    expected = rms_norm(wide, weight.double(), 1e-6)
+    expected.backward(grad.double())
+    y, h, rstd = rms_norm_forward(x, weight, 1e-6)
+    assert_near(y, expected.detach(), torch.float32)
+    assert torch.allclose(y[1:].double().pow(2).mean(-1), 1 / (1 + 1e-6 / x[1:].double().pow(2).mean(-1)))
+    assert_near(rms_norm_backward(grad, h, weight, rstd, grad_weight_D=torch.zeros(96)), wide.grad, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -260,6 +275,16 @@ def test_cross_entropy_of_huge_logits_and_of_nothing():
     loss, grad = linear_cross_entropy_with_grads(x, weight, ignored, vocab=4, grad_weight_WD=torch.zeros(4, 4))
     assert (loss.total.item(), loss.num_tokens) == (0.0, 0)
     assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_gradient_is_the_same_in_parts(dtype, monkeypatch):
+    """As of an output head, whose product in bf16 would be too large; here 4, 4 and 2 rows at a time."""
+    monkeypatch.setattr(linear, "PARTIAL_ELEMENTS", 4 * 24)
+    grad, x, total = randn(33, 10, dtype=dtype), randn(33, 24, dtype=dtype, seed=1), randn(10, 24, seed=2).float()
+    expected = total.double() + grad.double().t() @ x.double()
+    accumulate_weight_grad(total, grad, x)
+    assert_near(total, expected, dtype)
 
 
 @pytest.mark.parametrize("label", [-1, 4])

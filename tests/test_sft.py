@@ -617,3 +617,15 @@ def test_warm_up_by_tokens_and_where_a_cosine_ends():
     assert np.isclose(learning_rate(100, 100, ScheduleConfig(kind="cosine", peak_lr=1.0, warmup_steps=5)), 0.1)
     with pytest.raises(ConfigError, match=r"final_share = 1\.5"):
         ScheduleConfig(final_share=1.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_cosine_falls_between_the_warm_up_and_the_last_step_as_torchs_does(share):
+    warmup, total = 10, 90
+    ours = ScheduleConfig(kind="cosine", peak_lr=2.0, warmup_steps=warmup, final_share=share)
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=2.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, eta_min=2.0 * share)
+    for step in range(warmup, total + 1):
+        assert learning_rate(step, total, ours) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        theirs.step()

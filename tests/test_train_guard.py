@@ -104,6 +104,9 @@ def test_a_guard_resumes_from_its_state():
     other = Guard(guard.config, max_grad_norm=0.0)
     other.load_state_dict(guard.state_dict())
     assert (other.limits(), other.state_dict()) == (guard.limits(), guard.state_dict())
+    for resumed in (guard, other):
+        noted(resumed, 3, loss=1.0, grad_norm=0.1)
+    assert other.state_dict() == guard.state_dict(), "what is older than the window is forgotten after a resume, too"
 
 
 def test_a_disabled_guard_is_disabled_in_the_written_config(case):
@@ -165,6 +168,18 @@ def test_an_update_is_skipped_on_every_rank(ranks, case, kind):
     assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert (rows[4]["loss"] is None) == (kind == "nan")
     assert (rows[4]["grad_norm"] is None) == (kind == "nan gradient")
+
+
+def test_the_updates_after_a_skipped_one_have_the_rates_of_their_steps(case):
+    """As logged; a schedule that counted updates would lag, and end the run above its last rate."""
+    trainer, rates = Trainer(case.config("rates", checkpoint_every=8, eval_every=8), ALONE), []
+    spoil(trainer, 1, "nan")
+    step = trainer.engine.optimizer.step
+    trainer.engine.optimizer.step = lambda **settings: (rates.append(settings["lr"]), step(**settings))[1]
+    trainer.run()
+    assert trainer.guard.num_skipped == 1
+    assert rates == [trainer.config.learning_rate(number) for number in range(1, 9)]
+    assert rates == [row["lr"] for row in read_metrics(trainer.config.output / "metrics.jsonl")]
 
 
 def test_a_resumed_run_skips_the_updates_of_the_uninterrupted_one(case):

@@ -1,5 +1,6 @@
 """The training loop: the same run for any number of ranks, resumed equals uninterrupted, stops cleanly."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -17,21 +18,25 @@ import torch
 from checkpoint_cases import flip_a_byte, state_of
 from command_line import refusal, run_command, wait_until
 from kill_test import descendants
-from train_cases import ALONE, changed, make_case, scalars, stop_in
+from train_cases import ALONE, changed, leave, make_case, run_to, scalars, stop_in
 
 from megacoder.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import from_dict, load_toml, to_dict
 from megacoder.core.errors import ConfigError, FormatError, MegacoderError
 from megacoder.core.rates import Peak
-from megacoder.data.sidecar import fingerprint
+from megacoder.data.fim import FimConfig
+from megacoder.data.megatron_stream import MegatronStream
+from megacoder.data.sidecar import fingerprint, open_dataset
+from megacoder.model.transformer import weight_pieces
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.report import write_run_report
+from megacoder.train.run_folder import check_same_run, open_start
 from megacoder.train.schedule import ScheduleConfig, learning_rate
-from megacoder.train.setup import threads_of_a_rank
+from megacoder.train.setup import load_tokenizer, open_stream, threads_of_a_rank
 from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
@@ -424,6 +429,89 @@ def test_a_run_whose_past_would_change_is_refused(case, alone, changes, message)
     assert load_toml(RunConfig, alone / "run.toml").steps == 8
 
 
+def test_the_rate_of_the_last_step_done_is_past(case):
+    config = case.config("seven")
+    run_to(ALONE, config, 7)
+    with pytest.raises(ConfigError, match=r"done 7 steps, and the learning rate of step 7 was 0\.0031.*, not 0\.01;"):
+        train(changed(config, schedule={"kind": "constant"}))
+
+
+def test_megatrons_order_is_for_the_samples_of_all_steps(case):
+    config = case.config(
+        "x", data={"compat": "megatron", "weights": (3.0,), "stream": {"add_bos": False, "fim": FimConfig(rate=0.0)}},
+        steps=50,
+    )  # fmt: skip
+    tokenizer, data = load_tokenizer(config), config.data
+    shares = {"global_batch_size": 8, "dp_rank": 1, "dp_size": 2}
+    planned = MegatronStream(
+        [open_dataset(data.train[0], tokenizer)], tokenizer, data.stream, data.megatron,
+        num_samples=400, weights=[3.0], **shares,
+    )  # fmt: skip
+    ours = open_stream(config, tokenizer, dp_rank=1, dp_size=2)
+    assert ours.state_dict() == planned.state_dict()
+    assert torch.equal(ours.next_batch().tokens, planned.next_batch().tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"global_batch_size": 16},
+        {"max_grad_norm": 0.5},
+        {"dtype": "bfloat16"},
+        {"optimizer": {"weight_decay": 0.2}},
+        {"model": {"rope_theta": 5e4}},
+        {"model": {"tie_word_embeddings": True}},
+        {"data": {"weights": (2.0,)}},
+        {"data": {"fim_rates": (0.25,)}},
+        {"data": {"compat": "megatron"}},
+        {"data": {"stream": {"seed": 7}}},
+        {"data": {"stream": {"seq_length": 16}}},
+        {"data": {"stream": {"document_masks": True}}},
+        {"data": {"stream": {"packing": "best_fit", "document_masks": True}}},
+        {"data": {"stream": {"fim": FimConfig(rate=0.25)}}},
+    ],
+    ids=str,
+)
+def test_a_begun_run_keeps_what_decides_its_updates(case, alone, changes):
+    assert check_same_run(case.config("alone")).steps == 8
+    with pytest.raises(ConfigError, match=r"was made with .*; set it back, or choose another output"):
+        check_same_run(case.config("alone", **changes))
+
+
+def test_weights_start_a_model_that_computes_the_same_with_them(case, alone):
+    """Positions may change; the shapes of weights are not enough, as those of heads of another size show."""
+    longer = {"rope_theta": 5e4, "rope_factor": 2.0, "max_position_embeddings": 128, "vocab_multiple": 64}
+    assert open_start(case.config("longer", init_from=alone, model=longer)).step == 8
+    for model in (
+        {"tie_word_embeddings": True},
+        {"rms_norm_eps": 1e-5},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    ):
+        with pytest.raises(ConfigError, match=f"was made with {next(iter(model))} = "):
+            open_start(case.config("other", init_from=alone, model=model))
+
+
+def test_a_run_that_starts_from_weights_alone_starts_its_optimizer_afresh(case, alone):
+    """Also where the checkpoint has moments."""
+    trainer, reader = Trainer(case.config("fresh", init_from=alone), ALONE), CheckpointReader(alone)
+    optimizer = trainer.engine.optimizer
+    assert (trainer.step, optimizer.num_updates) == (0, 0)
+    assert not optimizer.exp_avg.any()
+    assert not optimizer.exp_avg_sq.any()
+    for piece in weight_pieces(trainer.engine.model):
+        assert torch.equal(piece.view, reader.read_tensor(piece.hf_name)), piece.hf_name
+    leave(trainer, saving=False)
+
+
+def test_only_given_weights_may_have_spare_ids(case, alone):
+    """As DeepSeek-Coder's do; with weights from scratch a larger vocabulary is a mistake, a smaller one always."""
+    for more, init_from, fits in ((0, None, True), (8, alone, True), (8, None, False), (-1, alone, False)):
+        config = case.config("x", init_from=init_from, model={"vocab_size": case.vocab_size + more})
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"set model\.vocab_size to that"):
+            assert load_tokenizer(config).vocab_size == case.vocab_size
+
+
 def test_a_worker_error_is_reported_once_and_stops_the_launcher(case):
     done = launch(case.toml("refused"), "--model.vocab-size", "999")
     assert done.returncode == 2
@@ -564,6 +652,12 @@ def test_three_stage_schedule():
     cosine = ScheduleConfig(kind="cosine", peak_lr=1.0, warmup_steps=0)
     assert learning_rate(100, 100, cosine) == pytest.approx(0.1)
     assert learning_rate(1, 100, ScheduleConfig(kind="constant", peak_lr=0.5, warmup_steps=0)) == 0.5
+
+
+def test_a_warm_up_by_tokens_counts_those_of_global_batches(case):
+    config = case.config("x", schedule={"peak_lr": 1.0, "warmup_tokens": 1000})  # of steps of 8 x 32 tokens
+    assert config.warmup_steps == 1000 / 256
+    assert [config.learning_rate(step) for step in (1, 2, 3, 4)] == pytest.approx([0.256, 0.512, 0.768, 1.0])
 
 
 def test_metrics_past_the_checkpoint_are_dropped(tmp_path):

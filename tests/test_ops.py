@@ -1,6 +1,7 @@
 """Every op's halves against its plain reference in fp64: forward, every gradient, odd sizes, both backends."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -106,6 +107,16 @@ def test_rope_rotates_in_place_and_back(dtype):
     assert torch.equal(rotated[:, 18:], qkv[:, 18:])
     apply_rope_(rotated, cos, sin, positions, num_heads=3, head_dim=6, inverse=True)
     assert_near(rotated, qkv.double(), dtype)
+
+
+def test_angles_of_late_positions_keep_their_phase():
+    """In fp32 the angle of the last of 16K positions would be off by up to 0.001."""
+    length, theta, factor = 16384, 100_000.0, 4.0
+    cos, sin = rope_tables(length, 128, theta=theta, factor=factor)
+    for position, pair in itertools.product((1, 8191, length - 1), (0, 1, 7, 63)):
+        angle = position / factor * theta ** (-2 * pair / 128)
+        assert cos[position, pair].item() == pytest.approx(math.cos(angle), abs=1e-7)
+        assert sin[position, pair].item() == pytest.approx(math.sin(angle), abs=1e-7)
 
 
 def test_linear_scaling_divides_positions():

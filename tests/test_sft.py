@@ -14,7 +14,7 @@ import pytest
 import torch
 import zstandard
 from data_samples import small_tokenizer, write_dataset, write_jsonl
-from train_cases import functions
+from train_cases import ALONE, functions, leave
 
 from megacoder.cli import checkpoint_convert
 from megacoder.cli import sft as command
@@ -36,6 +36,7 @@ from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
 from megacoder.train.sft import DEFAULTS, prepare, prepared_run, sft
+from megacoder.train.step import open_conversations
 
 SCRIPT_PROMPT = """
 You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you only \
@@ -550,6 +551,25 @@ def test_every_layout_gives_the_same_training(ranks, toy, layout):
     shared = prepare(config(f"ranks-{sorted(layout)}", parallel=ParallelConfig(**layout)))
     for losses in ranks.run(2, steps_on, shared):
         assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_conversations_come_in_the_order_of_the_datas_seed(toy):
+    run = prepare(toy[2]("order", stream={"seq_length": 64, "seed": 5}))
+    tokenizer, shares = small_tokenizer(), {"dp_rank": 1, "dp_size": 2}
+    told = ConversationStream(
+        IndexedDataset(run.data.train[0]), tokenizer, seq_length=64, seed=5, global_batch_size=8, **shares
+    )
+    assert open_conversations(run, run.data.train[0], tokenizer, **shares).state_dict() == told.state_dict()
+
+
+def test_held_out_conversations_are_evaluated_once(toy):
+    made = toy[2]("held-out", eval_batches=20)
+    rows = dataclasses.replace(made.data.conversations, valid=made.data.conversations.train)
+    run = prepare(dataclasses.replace(made, data=dataclasses.replace(made.data, conversations=rows)))
+    again = prepare_conversations(rows.valid, toy[0] / "again", small_tokenizer(), rows, seq_length=64)
+    trainer = Trainer(run, ALONE)
+    assert trainer.held_out.num_tokens == {"valid": again.trained_tokens}
+    leave(trainer, saving=False)
 
 
 def test_settings_that_contradict_are_refused(toy):

@@ -28,7 +28,9 @@ from megacoder.core.rates import Peak
 from megacoder.data.fim import FimConfig
 from megacoder.data.megatron_stream import MegatronStream
 from megacoder.data.sidecar import fingerprint, open_dataset
-from megacoder.model.transformer import weight_pieces
+from megacoder.data.stream import TokenStream
+from megacoder.model.init import init_weights
+from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -436,6 +438,19 @@ def test_the_rate_of_the_last_step_done_is_past(case):
         train(changed(config, schedule={"kind": "constant"}))
 
 
+def test_a_run_blends_its_datasets_as_it_is_told(case):
+    data = {"train": (case.folder / "train", case.folder / "valid"), "weights": (3.0, 1.0), "fim_rates": (0.0, 1.0)}
+    config = case.config("x", data=data)
+    tokenizer = load_tokenizer(config)
+    told = TokenStream(
+        [open_dataset(prefix, tokenizer) for prefix in data["train"]], tokenizer, config.data.stream,
+        weights=[3.0, 1.0], fim_rates=[0.0, 1.0], global_batch_size=8, dp_rank=1, dp_size=2,
+    )  # fmt: skip
+    ours = open_stream(config, tokenizer, dp_rank=1, dp_size=2)
+    for _ in range(4):
+        assert torch.equal(ours.next_batch().tokens, told.next_batch().tokens)
+
+
 def test_megatrons_order_is_for_the_samples_of_all_steps(case):
     config = case.config(
         "x", data={"compat": "megatron", "weights": (3.0,), "stream": {"add_bos": False, "fim": FimConfig(rate=0.0)}},
@@ -490,6 +505,15 @@ def test_weights_start_a_model_that_computes_the_same_with_them(case, alone):
     ):
         with pytest.raises(ConfigError, match=f"was made with {next(iter(model))} = "):
             open_start(case.config("other", init_from=alone, model=model))
+
+
+def test_initial_weights_are_of_the_runs_seed(case):
+    config = case.config("seed-7", seed=7)
+    trainer, model = Trainer(config, ALONE), Transformer(config.model)
+    init_weights(model, seed=7)
+    for piece, expected in zip(weight_pieces(trainer.engine.model), weight_pieces(model), strict=True):
+        assert torch.equal(piece.view, expected.view), piece.hf_name
+    leave(trainer, saving=False)
 
 
 def test_a_run_that_starts_from_weights_alone_starts_its_optimizer_afresh(case, alone):

@@ -164,6 +164,7 @@ def test_an_update_is_skipped_on_every_rank(ranks, case, kind):
     for seen, num_updates in ranks.run(2, run_spoilt, config, 5, kind):
         assert seen == [(step == 5, step == 5) for step in range(1, 9)], "(left out, weights as they were) by step"
         assert num_updates == 7
+    assert CheckpointReader(config.output).state["num_updates"] == 7, "which the bias corrections of a resumed run need"
     rows = read_metrics(config.output / "metrics.jsonl")
     assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert (rows[4]["loss"] is None) == (kind == "nan")

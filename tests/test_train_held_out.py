@@ -67,6 +67,15 @@ def test_every_layout_evaluates_the_same_tokens(case, once, ranks, axis):
         assert found == (once[0], pytest.approx(once[1], rel=1e-5), once[2])
 
 
+def test_a_rank_with_padding_alone_evaluates_a_batch_with_the_others(case, once, ranks):
+    """The set has an odd number of windows, of which each of two ranks has one in every batch but the last."""
+    num_windows = math.ceil((once[0] + 10) / 32)
+    assert num_windows % 2 == 1
+    config = case.config("odd", eval_batches=1000, global_batch_size=2, micro_batch_size=1)
+    for found in ranks.run(2, evaluated, config):
+        assert found == (once[0], pytest.approx(once[1], rel=1e-5), num_windows // 2 + 1)
+
+
 def test_a_global_batch_larger_than_the_set_is_filled_with_padding(case, ranks, once):
     config = case.config("large", eval_batches=3, global_batch_size=256, micro_batch_size=32)
     stream = StreamConfig(seq_length=32, num_streams=16, document_masks=True, packing="best_fit")

@@ -17,9 +17,12 @@ from megacoder.data.fim import FimConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
+from megacoder.model.scheduled import waiting_share
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.tensor import TensorParallel
+from megacoder.train import layout as layout_module
 from megacoder.train import run_folder
 from megacoder.train.config import RunConfig
 from megacoder.train.layout import LayoutRequest
@@ -255,6 +258,24 @@ def test_layers_that_recompute_postpone_only_the_weight_gradients_that_there_is_
     assert postponed() == postponed(block="plain", recompute="full") == [4, 4]
     assert postponed(recompute="norms") == [1, 4]
     assert postponed(recompute="full") == [0, 0]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_runs_room_is_reckoned_by_what_its_ranks_keep(case, monkeypatch, sequence_parallel, fp8):
+    """Less under sequence parallelism, whose ranks keep a part of the residual stream, and in fp8."""
+    shares = []
+    monkeypatch.setattr(
+        layout_module, "limit_waiting",
+        lambda schedule, *, waiting_share, **_: (shares.append(waiting_share), schedule)[1],
+    )  # fmt: skip
+    config = case.config(
+        "x", model={"head_dim": 16, "intermediate_size": 64}, execution=ExecutionConfig(recompute="norms", fp8=fp8),
+        parallel=ParallelConfig(tp=2, pp=2, schedule="zb-h1", sequence_parallel=sequence_parallel),
+    )  # fmt: skip
+    config.layout(4)
+    tp = TensorParallel(size=2, sequence_parallel=sequence_parallel)
+    assert shares == [waiting_share(config.model, "norms", tp=tp, fp8=fp8)]
 
 
 @pytest.mark.parametrize(

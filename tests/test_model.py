@@ -104,6 +104,15 @@ def test_weights_are_a_function_of_seed_and_name():
     assert not first.lm_head.weight[config.vocab_size :].any()
 
 
+def test_matrices_are_drawn_with_the_models_deviation_and_norms_are_ones():
+    for piece in weight_pieces(make_model(tiny_config(init_std=0.03))):
+        if piece.view.dim() == 1:
+            assert (piece.view == 1).all(), piece.hf_name
+        else:
+            assert piece.view.std().item() == pytest.approx(0.03, rel=0.1), piece.hf_name
+            assert abs(piece.view.mean().item()) < 0.003, piece.hf_name
+
+
 def test_published_sizes():
     """Parameter counts of DeepSeek-Coder's models (arXiv:2401.14196, Table 2, and their config files)."""
     assert ModelConfig().num_params == 1_346_471_936

@@ -109,8 +109,14 @@ def test_rope_rotates_in_place_and_back(dtype):
     assert_near(rotated, qkv.double(), dtype)
 
 
+def test_a_rotation_in_bf16_rounds_its_result_alone():
+    x, table, positions = randn(9, 3, 16, dtype=torch.bfloat16), rope_tables(40, 16, theta=10000.0), torch.arange(9) * 4
+    unrounded = apply_rope(x.float(), *table, positions)
+    assert torch.equal(apply_rope(x, *table, positions), unrounded.bfloat16())
+
+
 def test_angles_of_late_positions_keep_their_phase():
-    """In fp32 the angle of the last of 16K positions would be off by up to 0.001."""
+    """In fp32 angles of the last of 16K positions would be off by up to 0.0002."""
     length, theta, factor = 16384, 100_000.0, 4.0
     cos, sin = rope_tables(length, 128, theta=theta, factor=factor)
     for position, pair in itertools.product((1, 8191, length - 1), (0, 1, 7, 63)):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoint_cases import no_space, state_of
-from train_cases import ALONE, make_case, run_to, scalars
+from train_cases import ALONE, leave, make_case, run_to, scalars
 
 from megacoder.checkpoint import writer as writer_module
 from megacoder.checkpoint.folders import step_folders
@@ -72,6 +72,13 @@ def test_unclipped_norms_and_small_losses_are_no_spikes():
     unclipped = Guard(GuardConfig(window=8), max_grad_norm=math.inf)
     noted(unclipped, 8, grad_norm=0.01)
     assert unclipped.limits().grad_norm == pytest.approx(0.1), "there is nothing else to hold it back"
+
+
+def test_a_runs_guard_knows_what_is_clipped(case):
+    trainer = Trainer(case.config("clipped", max_grad_norm=0.7, guard=GuardConfig(window=4)), ALONE)
+    noted(trainer.guard, 4, grad_norm=0.01)
+    assert trainer.guard.limits().grad_norm == 0.7
+    leave(trainer, saving=False)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,15 @@ def test_resharded_files_equal_those_of_a_run_in_that_layout(ranks, case, capsys
         assert (offline / file).read_bytes() == (online / file).read_bytes(), file
 
 
+def test_resharding_keeps_a_runs_buckets_and_placement(ranks, case, capsys):
+    parallel = ParallelConfig(pp=2, dp=2, layers_per_stage=(1, 4), bucket_elements=1000)
+    config = config_of(case, "placed", parallel=parallel)
+    ranks.run(4, save_as_is, config, case.folder / "run" / "checkpoints")
+    assert run(capsys, "reshard", config.output, case.folder / "placed-offline", "--pp", 2, "--dp", 2)[0] == 0
+    for file in (config.output / "checkpoints" / "step-00000002").glob("*.safetensors"):
+        assert (case.folder / "placed-offline" / "step-00000002" / file.name).read_bytes() == file.read_bytes(), file
+
+
 def test_an_imported_model_is_resharded_too(folder, tmp_path, capsys):
     assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
     assert run(capsys, "reshard", tmp_path / "start", tmp_path / "many", "--tp", 2, "--pp", 2, "--dp", 2)[0] == 0

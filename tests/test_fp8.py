@@ -18,7 +18,7 @@ from megacoder.core.errors import ConfigError
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.model.stage import Microbatch, Stage
-from megacoder.ops import linear
+from megacoder.ops import linear, rms_norm, rope, swiglu
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fp8 import E4M3, E5M2, SMALLEST, Fp8Factor, fp8_cast, fp8_product, largest_magnitude
@@ -272,6 +272,22 @@ def test_a_layer_keeps_the_bytes_that_are_documented(recompute):
     scales = 4 * {"none": 8, "norms": 6}.get(recompute, 0)  # of four inputs, or two, and four weights
     expected = per_token * batch.tokens_BS.numel() + kept_weight_bytes(config, recompute, fp8=True) + scales
     assert [num_bytes(tensors_in(layer)) for layer in saved.layers] == [expected] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_every_largest_magnitude_begins_at_zero(recompute, monkeypatch, torch_alone):
+    """GPU kernels take the maximum with what is there: one of another tensor would make the scale coarser."""
+    begun = []
+    for op in (rms_norm, rope, swiglu):
+        note = op.note_magnitude
+
+        def noted(values, amax, note=note):
+            begun.append(None if amax is None else amax.item())
+            note(values, amax)
+
+        monkeypatch.setattr(op, "note_magnitude", noted)
+    step(FP8, recompute=recompute)
+    assert set(begun) == {0.0, None}, "None where a result is not cast, as that of the last norm"
 
 
 def learn(precision, steps=40):

@@ -35,8 +35,8 @@ from megacoder.train.config import DataConfig, RunConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
 from megacoder.train.schedule import ScheduleConfig, learning_rate
+from megacoder.train.setup import open_conversations
 from megacoder.train.sft import DEFAULTS, prepare, prepared_run, sft
-from megacoder.train.step import open_conversations
 
 SCRIPT_PROMPT = """
 You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you only \

@@ -38,7 +38,7 @@ from megacoder.train.metrics_log import MetricsLog, read_metrics
 from megacoder.train.report import write_run_report
 from megacoder.train.run_folder import check_same_run, open_start
 from megacoder.train.schedule import ScheduleConfig, learning_rate
-from megacoder.train.setup import load_tokenizer, open_stream, threads_of_a_rank
+from megacoder.train.setup import load_tokenizer, open_stream, resolve_dtype, threads_of_a_rank
 from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
@@ -325,6 +325,12 @@ def test_auto_dtype_is_recorded_and_kept(case):
     with pytest.raises(ConfigError, match=f"dtype = '{recorded}', not '{other}'"):
         train(case.config("auto", dtype=other, steps=1))
     train(config)
+
+
+def test_auto_is_the_dtype_that_a_run_began_with_wherever_it_resumes(case, alone, monkeypatch):
+    monkeypatch.setattr("megacoder.train.setup.faster_dtype", lambda _: torch.bfloat16)
+    dtypes = {name: resolve_dtype(case.config(name, dtype="auto"), ALONE) for name in (alone.name, "not-begun")}
+    assert dtypes == {"alone": "float32", "not-begun": "bfloat16"}
 
 
 def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):

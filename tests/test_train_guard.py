@@ -515,7 +515,7 @@ def test_metrics_wait_for_room(tmp_path, capsys):
         def truncate(self, size):
             self.file.truncate(size)
 
-    files = [(appender, appender._file) for appender in (log._lines, log._events)]
+    files = [(appender, appender._file) for appender in (log._lines, log._events._file)]
     for appender, file in files:
         appender._file = Full(file)
     log.write(2, {"loss": 2.0})

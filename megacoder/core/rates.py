@@ -14,25 +14,25 @@ import torch
 
 from megacoder.core.timing import timer_for
 
-__all__ = ["Peak", "copy_rate", "known_peak", "matrix_rate"]
+__all__ = ["DENSE_BF16_TFLOPS", "Peak", "copy_rate", "known_peak", "matrix_rate"]
 
-DENSE_BF16: tuple[tuple[str, float], ...] = (
-    ("h100 pcie", 756e12),
-    ("h100 nvl", 835e12),
-    ("h100", 989.4e12),
-    ("h200 nvl", 835e12),
-    ("h200", 989.4e12),
-    ("gh200", 989.4e12),
-    ("h800 pcie", 756e12),
-    ("h800", 989.4e12),
-    ("a100", 312e12),
-    ("a800", 312e12),
-    ("l40s", 362e12),
-    ("rtx 4090", 165.2e12),
-    ("rtx 3090", 71e12),
-    ("mi300x", 1307.4e12),
-)
-"""FLOP/s without sparsity, with sums in fp32, by a part of the device's name; the first match counts."""
+DENSE_BF16_TFLOPS = {
+    "h100 pcie": 756.0,
+    "h100 nvl": 835.0,
+    "h100": 989.4,
+    "h200 nvl": 835.0,
+    "h200": 989.4,
+    "gh200": 989.4,
+    "h800 pcie": 756.0,
+    "h800": 989.4,
+    "a100": 312.0,
+    "a800": 312.0,
+    "l40s": 362.0,
+    "rtx 4090": 165.2,
+    "rtx 3090": 71.0,
+    "mi300x": 1307.4,
+}
+"""TFLOP/s without sparsity, with sums in fp32, by a part of the device's name; the first match counts."""
 
 
 LONG_PRODUCT_SECONDS = 0.1
@@ -54,8 +54,8 @@ def known_peak(device_name: str, dtype: torch.dtype) -> Peak | None:
     name = device_name.lower()
     if dtype != torch.bfloat16 or " mig " in name:
         return None
-    flops = next((flops for part, flops in DENSE_BF16 if part in name), None)
-    return None if flops is None else Peak(flops, "dense bf16 by the data sheet")
+    tflops = next((tflops for part, tflops in DENSE_BF16_TFLOPS.items() if part in name), None)
+    return None if tflops is None else Peak(tflops * 1e12, "dense bf16 by the data sheet")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@ sizes divide over tp, sequences over cp, layers over the pipeline's stages, and 
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError
@@ -24,7 +24,7 @@ from megacoder.parallel.schedules.validate import check_schedule
 from megacoder.parallel.schedules.waiting import limit_waiting
 from megacoder.parallel.tensor import TensorParallel
 
-__all__ = ["Layout", "LayoutRequest", "layer_costs", "limited_share"]
+__all__ = ["Layout", "LayoutRequest", "lay_out", "layer_costs", "limited_share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,12 @@ class LayoutRequest:
             )
         dims = self.check(world_size)
         schedule = self._schedule(dims, self.global_batch_size // (dims.dp * self.micro_batch_size))
-        costs = layer_costs(self.model, self.seq_length)
-        placement = self._place(schedule, costs)
-        share = self._limited_share(dims)
-        if share is not None:
-            schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=share)
-        check_schedule(schedule)
-        return Layout(dims=dims, schedule=schedule, placement=placement, layer_costs=costs)
+        layout = lay_out(
+            schedule, dims, self.model, seq_length=self.seq_length, layers_per_stage=self.parallel.layers_per_stage,
+            limited_share=self._limited_share(dims),
+        )  # fmt: skip
+        check_schedule(layout.schedule)
+        return layout
 
     def check(self, world_size: int) -> ParallelDims:
         """The sizes of the axes on `world_size` ranks; ConfigError as of `layout`, which checks the placement, too."""
@@ -89,13 +88,6 @@ class LayoutRequest:
         return build_schedule(
             parallel.schedule, num_ranks=dims.pp, num_microbatches=num_microbatches, num_chunks=parallel.chunks
         )
-
-    def _place(self, schedule: Schedule, costs: LayerCosts) -> Placement:
-        num_layers, stage_map = self.model.num_hidden_layers, schedule.stage_map
-        given = self.parallel.layers_per_stage
-        if given is not None:
-            return place_explicitly(num_layers, given, num_stages=stage_map.num_stages)
-        return place_by_cost(num_layers, stage_map, costs=costs)
 
     def _check_sizes(self, dims: ParallelDims) -> None:
         """ConfigError with the first reason why `dims` cannot work; cheap, so that many can be tried."""
@@ -175,6 +167,31 @@ class Layout:
             forward=tuple(a + b for a, b in zip(layers, head, strict=True)),
             input_grad=tuple(layers), weight_grad=tuple(layers),
         )  # fmt: skip
+
+
+def lay_out(
+    schedule: Schedule,
+    dims: ParallelDims,
+    model: ModelConfig,
+    *,
+    seq_length: int,
+    layers_per_stage: tuple[int, ...] | None,
+    limited_share: float | None,
+) -> Layout:
+    """`schedule` with the layers of its stages, by cost unless given; ConfigError if those cannot hold the layers."""
+    costs = layer_costs(model, seq_length)
+    if layers_per_stage is None:
+        placement = _place_by_cost(model.num_hidden_layers, schedule.stage_map, costs=costs)
+    else:
+        num_stages = schedule.stage_map.num_stages
+        placement = place_explicitly(model.num_hidden_layers, layers_per_stage, num_stages=num_stages)
+    if limited_share is not None:
+        schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=limited_share)
+    return Layout(dims=dims, schedule=schedule, placement=placement, layer_costs=costs)
+
+
+_place_by_cost = lru_cache(maxsize=4096)(place_by_cost)
+"""A search for layouts asks for the same placements again and again."""
 
 
 def limited_share(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel, fp8: bool) -> float | None:

@@ -14,12 +14,23 @@ a step that all ranks end together. Memory is counted in chunks whose activation
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from megacoder.core.config import nearest
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.schedules.schedule import Action, Schedule, StageMap
 
-__all__ = ["SCHEDULES", "build_schedule", "dualpipev", "gpipe", "interleaved", "one_f_one_b", "zb_h1", "zbv"]
+__all__ = [
+    "SCHEDULES",
+    "ScheduleKind",
+    "build_schedule",
+    "dualpipev",
+    "gpipe",
+    "interleaved",
+    "one_f_one_b",
+    "zb_h1",
+    "zbv",
+]
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -121,17 +132,25 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     return _schedule("dualpipev", StageMap.vee(p), num_microbatches, tokens)
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "interleaved": interleaved,
-    "zb-h1": zb_h1,
-    "zbv": zbv,
-    "dualpipev": dualpipev,
+class ScheduleKind(NamedTuple):
+    """A schedule for any number of ranks and microbatches."""
+
+    build: Callable[..., Schedule]
+    num_chunks: int | None
+    """of every rank; None: a choice"""
+    postpones: bool
+    """whether weight gradients wait"""
+
+
+SCHEDULES = {
+    "gpipe": ScheduleKind(gpipe, num_chunks=1, postpones=False),
+    "1f1b": ScheduleKind(one_f_one_b, num_chunks=1, postpones=False),
+    "interleaved": ScheduleKind(interleaved, num_chunks=None, postpones=False),
+    "zb-h1": ScheduleKind(zb_h1, num_chunks=1, postpones=True),
+    "zbv": ScheduleKind(zbv, num_chunks=2, postpones=True),
+    "dualpipev": ScheduleKind(dualpipev, num_chunks=2, postpones=True),
 }
 """Every schedule by the name that users write."""
-
-_NUM_CHUNKS = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "zbv": 2, "dualpipev": 2}
 
 
 def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, num_chunks: int | None = None) -> Schedule:
@@ -146,16 +165,17 @@ def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, num_chun
     for what, value in (("pipeline ranks", num_ranks), ("microbatches", num_microbatches)):
         if value < 1:
             raise ConfigError(f"schedule {name!r} with {value} {what}: needs at least 1")
-    if name == "interleaved":
+    kind = SCHEDULES[name]
+    if kind.num_chunks is None:
         chunks = 2 if num_chunks is None else num_chunks
         if chunks < 2:
-            raise ConfigError(f"schedule 'interleaved' with {chunks} chunks: needs at least 2; with 1 it is '1f1b'")
-        return interleaved(num_ranks, num_microbatches, chunks)
-    if num_chunks is not None and num_chunks != _NUM_CHUNKS[name]:
+            raise ConfigError(f"schedule {name!r} with {chunks} chunks: needs at least 2; with 1 it is '1f1b'")
+        return kind.build(num_ranks, num_microbatches, chunks)
+    if num_chunks not in (None, kind.num_chunks):
         raise ConfigError(
-            f"schedule {name!r} with {num_chunks} chunks: it has {_NUM_CHUNKS[name]}; 'interleaved' takes any number"
+            f"schedule {name!r} with {num_chunks} chunks: it has {kind.num_chunks}; 'interleaved' takes any number"
         )
-    return SCHEDULES[name](num_ranks, num_microbatches)
+    return kind.build(num_ranks, num_microbatches)
 
 
 def _repeat(*phases: tuple[str, int]) -> list[str]:

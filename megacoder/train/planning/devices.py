@@ -10,6 +10,7 @@ from typing import Literal
 
 from megacoder.core.config import load_toml, nearest
 from megacoder.core.errors import ConfigError
+from megacoder.core.rates import DENSE_BF16_TFLOPS
 
 __all__ = ["DEVICES", "Device", "Shares", "find_device"]
 
@@ -79,7 +80,7 @@ class Shares:
 
 
 _H100 = Device(
-    name="h100", matrix_tflops=989.4, fp8_tflops=1978.9, memory_gb=85.9, memory_gb_per_s=3350.0,
+    name="h100", matrix_tflops=DENSE_BF16_TFLOPS["h100"], fp8_tflops=1978.9, memory_gb=85.9, memory_gb_per_s=3350.0,
     node_gb_per_s=450.0, network_gb_per_s=400.0,
 )  # fmt: skip
 
@@ -88,7 +89,7 @@ DEVICES: dict[str, Device] = {
     "h800": replace(_H100, name="h800", node_gb_per_s=200.0),
     "h200": replace(_H100, name="h200", memory_gb=150.8, memory_gb_per_s=4800.0),
     "a100": Device(
-        name="a100", matrix_tflops=312.0, memory_gb=85.9, memory_gb_per_s=2039.0,
+        name="a100", matrix_tflops=DENSE_BF16_TFLOPS["a100"], memory_gb=85.9, memory_gb_per_s=2039.0,
         node_gb_per_s=300.0, network_gb_per_s=200.0,
     ),
     "cpu": Device(

@@ -31,6 +31,7 @@ from megacoder.train.planning.workspace import Workspace
 
 __all__ = [
     "Memory",
+    "elements_of",
     "kept_for_backwards",
     "least_memory",
     "local_elements",
@@ -73,13 +74,7 @@ def rank_memory(
     job: Job, variant: Variant, pipe: Pipeline, rank: int, *, device_type: str = "cuda", cp_rank: int = 0
 ) -> Memory:
     """Of pipeline rank `rank`; its tensor and data parallel peers need the same, other context parallel ones less."""
-    stages, placement = pipe.schedule.stage_map.stages[rank], pipe.placement
-    shards = variant.dims.dp * variant.dims.cp
-    elements = local_elements(
-        job.model, variant,
-        layers=sum(len(placement.layers(stage)) for stage in stages),
-        embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
-    )  # fmt: skip
+    elements, shards = elements_of(job, variant, pipe, rank), variant.dims.dp * variant.dims.cp
     space = Workspace(job=job, variant=variant, device_type=device_type, cp_rank=cp_rank)
     kept = kept_for_backwards(job, variant, pipe, rank)
     largest = _largest(_Units.of(job, variant), pipe, rank, space)
@@ -108,8 +103,17 @@ def least_memory(job: Job, variant: Variant, *, device_type: str = "cuda") -> fl
     return standing + min(live, microbatches) * model.num_hidden_layers / p * variant.tokens(job) * kept
 
 
+def elements_of(job: Job, variant: Variant, pipe: Pipeline, rank: int) -> int:
+    """Elements of the flat buffers of pipeline rank `rank`, padding included."""
+    stages, placement = pipe.schedule.stage_map.stages[rank], pipe.placement
+    return local_elements(
+        job.model, variant, layers=sum(len(placement.layers(stage)) for stage in stages),
+        embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
+    )  # fmt: skip
+
+
 def local_elements(model: ModelConfig, variant: Variant, *, layers: int, embedding: bool, head: bool) -> int:
-    """Elements of the flat buffers of a rank with so many layers, padding included."""
+    """The same of a rank with so many layers."""
     parameters = [
         entry
         for is_layer, group in _parameters(model, variant.tp, embedding=embedding, head=head)

@@ -17,12 +17,11 @@ from megacoder.model.config import ModelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.pipeline import confirmations
 from megacoder.parallel.schedules.generators import build_schedule
-from megacoder.parallel.schedules.placement import Placement, place_by_cost, place_explicitly
+from megacoder.parallel.schedules.placement import Placement
 from megacoder.parallel.schedules.program import Exchange, Program, Send
-from megacoder.parallel.schedules.schedule import Op, Schedule, StageMap, StageTensor
+from megacoder.parallel.schedules.schedule import Op, Schedule, StageTensor
 from megacoder.parallel.schedules.simulate import Costs, makespan
-from megacoder.parallel.schedules.waiting import limit_waiting
-from megacoder.train.layout import Layout, layer_costs
+from megacoder.train.layout import Layout, lay_out
 
 __all__ = ["Held", "Pipeline", "pipeline"]
 
@@ -123,21 +122,11 @@ def _build(
     layers_per_stage: tuple[int, ...] | None,
 ) -> Pipeline:
     schedule = build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=chunks)
-    if layers_per_stage is None:
-        placement = _place(schedule.stage_map, model, seq_length)
-    else:
-        placement = place_explicitly(
-            model.num_hidden_layers, layers_per_stage, num_stages=schedule.stage_map.num_stages
-        )  # fmt: skip
-    if limited_share is not None:
-        schedule = limit_waiting(schedule, layers=placement.layers_per_stage, waiting_share=limited_share)
-    costs = layer_costs(model, seq_length)
-    return Pipeline(Layout(dims=ParallelDims(pp=ranks), schedule=schedule, placement=placement, layer_costs=costs))
-
-
-@lru_cache(maxsize=4096)
-def _place(stage_map: StageMap, model: ModelConfig, seq_length: int) -> Placement:
-    return place_by_cost(model.num_hidden_layers, stage_map, costs=layer_costs(model, seq_length))
+    layout = lay_out(
+        schedule, ParallelDims(pp=ranks), model,
+        seq_length=seq_length, layers_per_stage=layers_per_stage, limited_share=limited_share,
+    )  # fmt: skip
+    return Pipeline(layout)
 
 
 def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:

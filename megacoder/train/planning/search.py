@@ -19,6 +19,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.scheduled import Recompute
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import Axis, ParallelDims
+from megacoder.parallel.schedules.generators import SCHEDULES
 from megacoder.train.layout import limited_share
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
@@ -36,8 +37,6 @@ _SIMULATED = 72
 _SIMULATED_FIRST = 2
 """Of each layout with each schedule, before more ways to run one are: the estimate errs more between those than within,
 and all the numbers of chunks of `interleaved` would crowd out the others."""
-_POSTPONING = ("zb-h1", "zbv", "dualpipev")
-"""Schedules whose weight gradients wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +176,7 @@ def _too_large(found: Found, variant: Variant, needed: float, room: float, about
 def variant_pipeline(job: Job, variant: Variant) -> Pipeline:
     """Its schedule with its layers."""
     share = None
-    if variant.schedule in _POSTPONING:
+    if SCHEDULES[variant.schedule].postpones:
         share = limited_share(job.model, variant.recompute, tp=variant.tp, fp8=variant.fp8)
     return pipeline(
         variant.schedule, ranks=variant.dims.pp, chunks=variant.chunks, microbatches=variant.microbatches(job),
@@ -217,13 +216,12 @@ def _schedules(pp: int, microbatches: int, limits: Limits, *, most_stages: int) 
         yield "1f1b", 1
         return
     for schedule in limits.schedules:
-        if schedule == "interleaved":
-            if microbatches % pp == 0:  # else its visits are uneven, and it holds more
-                yield from ((schedule, chunks) for chunks in limits.chunks if chunks * pp <= most_stages)
-        elif schedule not in ("zbv", "dualpipev"):
-            yield schedule, 1
-        elif 2 * pp <= most_stages:
-            yield schedule, 2
+        fixed = SCHEDULES[schedule].num_chunks
+        if fixed is None and microbatches % pp:  # interleaved's visits would be uneven, and it would hold more
+            continue
+        for chunks in limits.chunks if fixed is None else (fixed,):
+            if chunks * pp <= most_stages:
+                yield schedule, chunks
 
 
 def _layouts(job: Job, device: Device, num_devices: int) -> Iterator[ParallelDims]:

@@ -11,7 +11,7 @@ from megacoder.parallel.schedules.simulate import Costs
 from megacoder.train.layout import limited_share
 from megacoder.train.planning.devices import Device, Shares
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.memory import local_elements
+from megacoder.train.planning.memory import elements_of
 from megacoder.train.planning.pipelines import Pipeline
 from megacoder.train.planning.work import boundary_seconds, head_seconds, layer_times, shard_link
 
@@ -111,8 +111,8 @@ def _whole(
     link = shard_link(variant, device, shares)
     copy = device.memory_gb_per_s * 1e9 * shares.copies
     exchange = update = 0.0
-    for stages in pipe.schedule.stage_map.stages:
-        elements = _elements(job, variant, pipe, stages)
+    for rank, stages in enumerate(pipe.schedule.stage_map.stages):
+        elements = elements_of(job, variant, pipe, rank)
         share = (shards - 1) / shards
         backward = sum(costs.input_grad[stage] + costs.weight_grad[stage] for stage in stages)
         forward = sum(costs.forward[stage] for stage in stages)
@@ -122,11 +122,3 @@ def _whole(
         moved = elements * 4 + elements / shards * (4 + 4 + 3 * 8 + job.itemsize)
         update = max(update, moved / copy)
     return StepTime(pipeline=seconds, exchange=exchange, update=update)
-
-
-def _elements(job: Job, variant: Variant, pipe: Pipeline, stages: tuple[int, ...]) -> int:
-    placement = pipe.placement
-    return local_elements(
-        job.model, variant, layers=sum(len(placement.layers(stage)) for stage in stages),
-        embedding=any(map(placement.has_embedding, stages)), head=any(map(placement.has_head, stages)),
-    )  # fmt: skip

@@ -5,7 +5,7 @@ them from training instead would leave holes: a popular file, held out once, wou
 has it. The held-out part has a size limit, so a task may hold its digests.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,19 +77,21 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
 
 def _list_held_out(task: _Task) -> Path:
     """Writes the digests of the held-out files."""
-    target = task.shard.beside("digests-held-out")
-    if finished(target, task.key) is None:
-        with redoing(target, task.key):
-            write_runs(target, [task.rows(heldout=True)[1]])
-    return target
+    return _listed(task, "digests-held-out", lambda: task.rows(heldout=True)[1])
 
 
 def _list_trained(task: _Task) -> Path:
     """Writes those of the known digests that training files have."""
-    target = task.shard.beside("digests-trained")
+    return _listed(
+        task, "digests-trained", lambda: np.intersect1d(task.rows(heldout=False)[1], np.fromfile(task.known, _DIGEST))
+    )
+
+
+def _listed(task: _Task, name: str, digests: Callable[[], np.ndarray]) -> Path:
+    target = task.shard.beside(name)
     if finished(target, task.key) is None:
         with redoing(target, task.key):
-            write_runs(target, [np.intersect1d(task.rows(heldout=False)[1], np.fromfile(task.known, _DIGEST))])
+            write_runs(target, [digests()])
     return target
 
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megacoder.cli.plan_tables import show_advice, show_layouts
 from megacoder.core.config import load_toml, parse_args
-from megacoder.core.console import say, table
+from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
 from megacoder.model.presets import PRESETS, find_preset
 from megacoder.model.scheduled import Recompute
@@ -79,8 +80,14 @@ def main(argv: Sequence[str]) -> None:
     if args.model is None:
         if tokens is None:
             raise ConfigError("--device and --devices need --model, a preset's name or the TOML file of a run")
-        _print_advice({name: advise(p.model, seq_length=p.seq_length, tokens=tokens) for name, p in PRESETS.items()
-                       if not name.startswith("tiny")}, as_json=args.json)  # fmt: skip
+        by_preset = {
+            name: advise(preset.model, seq_length=preset.seq_length, tokens=tokens)
+            for name, preset in PRESETS.items() if not name.startswith("tiny")
+        }  # fmt: skip
+        if args.json:
+            print(json.dumps({name: asdict(advice) for name, advice in by_preset.items()}, indent=2))
+        else:
+            show_advice(by_preset)
         return
     if args.top < 1 or args.devices < 1:
         raise ConfigError(f"--top {args.top}, --devices {args.devices}: both must be at least 1")
@@ -103,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     if args.json:
         print(json.dumps(report, indent=2))
     else:
-        _print(report)
+        show_layouts(report)
     if not found.fits:
         raise ConfigError(f"no layout of {args.devices} x {device.name} works; {_nearest_miss(found)}")
 
@@ -239,94 +246,6 @@ def _activations(job: Job, variant: Variant, device: Device) -> int:
 
 def _bytes(memory: Memory) -> dict[str, int]:
     return {**{field.name: getattr(memory, field.name) for field in fields(memory)}, "total": memory.total}
-
-
-def _print(report: dict[str, Any]) -> None:
-    rows, own = list(report["layouts"]), report["configured"]
-    if own is not None and own["layout"] is not None and not any(row["as_configured"] for row in rows):
-        rows.append(own["layout"])
-        if own["fits"]:
-            rows.sort(key=lambda row: row["step_seconds"])
-    if rows:
-        _print_times(report, rows)
-        _print_memory(report, rows)
-    if own is not None:
-        mark = "As" if own["layout"] is None else "* as"
-        print(f"{mark} configured in {report['model']}: {own['reason'] or _compared(own['layout'], report['layouts'])}")
-    rejected = "; not the others:" if report["rejected"] else ""
-    print(f"{report['fitting']:,} of {report['tried']:,} layouts and ways to run them fit{rejected}")
-    for row in report["rejected"]:
-        print(f"  {row['layouts']:>6,}  {row['reason']}; {row['example']}")
-    for left_out in report["not_counted"]:
-        print(f"Not counted: {left_out}")
-    if report["advice"] is not None:
-        advice = report["advice"]
-        print(
-            f"The scaling law of DeepSeek-LLM for {advice['tokens']:.3g} tokens: batch {advice['batch_sequences']:,} "
-            f"sequences ({advice['batch_tokens'] / 1e6:.2f}M tokens), learning rate {advice['peak_lr']:.2e}, "
-            f"{advice['steps']:,} steps"
-        )
-
-
-def _compared(own: dict[str, Any], layouts: Sequence[dict[str, Any]]) -> str:
-    """The run's own layout with the fastest one found."""
-    if not layouts:
-        return "fits"
-    if layouts[0]["as_configured"]:
-        return "the fastest layout that was found"
-    longer = own["step_seconds"] / layouts[0]["step_seconds"] - 1
-    return f"a step takes {abs(longer):.1%} {'longer' if longer >= 0 else 'less'} than the fastest one found"
-
-
-def _print_times(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    with_days = any(row["days"] is not None for row in rows)
-    table(
-        f"{report['model']} ({report['parameters']:,} parameters), {report['global_batch_size']:,} x "
-        f"{report['seq_length']:,} tokens a step, on {report['devices']:,} x {report['device']} in {report['dtype']}",
-        ["tp cp pp dp", "schedule", "micro", "recompute", "step s", "tokens/s", "MFU full", "causal",
-         *(["days", "device-hours"] if with_days else [])],
-        [[_axes(row), _schedule_name(row),
-          str(row["micro_batch_size"]), row["recompute"], f"{row['step_seconds']:.4g}",
-          f"{row['tokens_per_second']:,.0f}", f"{row['mfu_full']:.1%}", f"{row['mfu_causal']:.1%}",
-          *([f"{row['days']:,.1f}", f"{row['device_hours']:,.0f}"] if with_days else [])]
-         for row in rows],
-    )  # fmt: skip
-
-
-def _print_memory(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
-    table(
-        f"GB on the most loaded rank, out of {report['memory_gb']:.0f} without what is reserved; at the right, "
-        "activations by recomputation",
-        ["tp cp pp dp", *kinds, *RECOMPUTES],
-        [[_axes(row), *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
-          *(f"{size / 1e9:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
-         for row in rows],
-    )  # fmt: skip
-
-
-def _axes(row: dict[str, Any]) -> str:
-    sizes = " ".join(str(row[axis]) for axis in ("tp", "cp", "pp", "dp"))
-    return f"{sizes} *" if row["as_configured"] else sizes
-
-
-def _schedule_name(row: dict[str, Any]) -> str:
-    if row["pp"] == 1:
-        return "-"
-    return f"interleaved x{row['chunks']}" if row["schedule"] == "interleaved" else str(row["schedule"])
-
-
-def _print_advice(rows: dict[str, Advice], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({name: asdict(advice) for name, advice in rows.items()}, indent=2))
-        return
-    table(
-        "Batch and learning rate by the scaling law of DeepSeek-LLM, beside those of the published models",
-        ["model", "sequences", "published", "learning rate", "published", "steps", "FLOPs"],
-        [[name, f"{advice.batch_sequences:,}", f"{PRESETS[name].global_batch_size or '-'}",
-          f"{advice.peak_lr:.2e}", "-" if PRESETS[name].peak_lr is None else f"{PRESETS[name].peak_lr:.1e}",
-          f"{advice.steps:,}", f"{advice.compute:.2e}"] for name, advice in rows.items()],
-    )  # fmt: skip
 
 
 def _nearest_miss(found: Found) -> str:

@@ -31,14 +31,14 @@ from megacoder.parallel.world import World, failing_together, gather_json, launc
 from megacoder.train.config import RunConfig
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
-from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.pace import Pace
 from megacoder.train.replicas import ReplicaCheck
 from megacoder.train.resuming import open_start
 from megacoder.train.run_folder import RunFolder
 from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
 from megacoder.train.step import Oversight, StepResult, run_step
-from megacoder.train.utilization import CONVENTIONS, device_name, utilization
+from megacoder.train.utilization import device_name, utilization_metrics, utilizations
 from megacoder.train.validation import HeldOut, describe_losses
 
 __all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
@@ -216,7 +216,12 @@ class Trainer:
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""
-        sequence_tokens = self.config.global_batch_size * self.config.data.stream.seq_length
+        seq_length = self.config.data.stream.seq_length
+        sequence_tokens = self.config.global_batch_size * seq_length
+        used = utilizations(
+            self.config.model, seq_length, tokens_per_second=sequence_tokens / seconds, num_devices=self.world.size,
+            device_peak=math.nan if self._peak is None else self._peak.flops,
+        )  # fmt: skip
         return {
             "loss": result.loss,
             "lr": self.config.learning_rate(self.step),
@@ -226,22 +231,9 @@ class Trainer:
             "memory_gib": peak_memory(self.world.device) / 2**30,
             "skipped_updates": self.guard.num_skipped,
             **({"checkpoint_seconds": self._checkpoint_seconds} if self._checkpoint_seconds else {}),
-            **self._utilization(sequence_tokens / seconds),
+            **utilization_metrics(used),
             **self._paces,
         }
-
-    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """TFLOP/s of a device in each convention, and its share of the device's peak where that is known."""
-        used = [
-            utilization(
-                self.config.model, self.config.data.stream.seq_length, convention=convention,
-                tokens_per_second=tokens_per_second, num_devices=self.world.size,
-                device_peak=math.nan if self._peak is None else self._peak.flops,
-            )
-            for convention in CONVENTIONS
-        ]  # fmt: skip
-        shares = {} if self._peak is None else {f"{MFU}/{use.convention}": use.mfu for use in used}
-        return {f"{DEVICE_TFLOPS}/{use.convention}": use.device_flops / 1e12 for use in used} | shares
 
     def _held_out_is_due(self) -> bool:
         due = self.step % self.config.eval_every == 0 or self.step in (1, self.config.steps)

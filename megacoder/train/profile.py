@@ -44,7 +44,7 @@ from megacoder.train.op_table import OpRow, op_table
 from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
 from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
 from megacoder.train.step import Batches, run_step
-from megacoder.train.utilization import CONVENTIONS, Utilization, device_name, utilization
+from megacoder.train.utilization import Utilization, device_name, utilizations
 
 __all__ = ["Phase", "Profile", "ProfileConfig", "profile", "profile_on"]
 
@@ -307,13 +307,10 @@ def _summary(
         steps=options.steps, step_seconds=step_seconds,
         phases=_phases(steps), operations=_operations(steps),
         tokens_per_second=tokens_per_second, peak=Peak(peak.flops * world.size, peak.source),
-        utilization=[
-            utilization(
-                config.model, config.data.stream.seq_length, convention=name, tokens_per_second=tokens_per_second,
-                num_devices=world.size, device_peak=peak.flops,
-            )
-            for name in CONVENTIONS
-        ],
+        utilization=utilizations(
+            config.model, config.data.stream.seq_length, tokens_per_second=tokens_per_second,
+            num_devices=world.size, device_peak=peak.flops,
+        ),
         memory=[
             max((MemoryRow(**row) for row in rows), key=lambda row: row.num_bytes)
             for rows in zip(*(rank["memory"] for rank in ranks), strict=True)

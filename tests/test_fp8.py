@@ -331,7 +331,7 @@ def test_an_update_from_non_finite_gradients_is_skipped(place, bad):
 
 
 def step_on_rank(world, recompute, sequence_parallel, rounds):
-    from megacoder.model.replicas import sum_replica_gradients
+    from megacoder.model.copies import sum_copied_gradients
 
     tp = TensorParallel(rank=world.rank, size=world.size, group=world.group, sequence_parallel=sequence_parallel)
     with pytest.MonkeyPatch.context() as patch:
@@ -340,7 +340,7 @@ def step_on_rank(world, recompute, sequence_parallel, rounds):
             patch.setattr(linear, "fp8_cast", unrounded_cast)
             patch.setattr(linear, "fp8_product", unrounded_product)
         loss, model, _ = step(FP8, recompute=recompute, tp=tp, config=tiny(intermediate_size=96))
-    sum_replica_gradients(model)
+    sum_copied_gradients(model)
     return loss, grads_of(model)
 
 

@@ -12,9 +12,9 @@ from test_parallel_combined import config_of
 from test_parallel_zero import CONFIG, LEARNING_RATES, NUM_SEQUENCES, WORLD_OF_ONE, global_batch
 from tiny_models import make_model
 
+from megacoder.model.copies import counted_elsewhere, late_parameters, sum_copied_gradients
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
-from megacoder.model.replicas import counted_elsewhere, late_parameters, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward
 from megacoder.parallel import buckets
 from megacoder.parallel.dims import ParallelDims
@@ -249,7 +249,7 @@ def layout_run(world, dims, name, tied, sequence_parallel, overlap, bucket_eleme
                 optimizer.traffic.begin_step(len(microbatches))
             runner.run(microbatches)
             early = {bucket for kind, bucket in recorder.log if kind == "reduce"}
-        sum_replica_gradients(model)
+        sum_copied_gradients(model)
         sum_tied_gradients(model, stage_map=schedule.stage_map, group=mesh.group("pp"))
         norms.append(optimizer.step(lr=1e-2, num_tokens=96, max_grad_norm=100.0))
     optimizer.traffic.wait_all()

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from tiny_models import grads_of, make_model, named_grads, pipeline_config
 
+from megacoder.model.copies import sum_copied_gradients
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
-from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims
@@ -62,7 +62,7 @@ def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recomp
     init_weights(model, seed=3)
     FlatParameters(model.named_parameters(), dtype=torch.float32, device=world.device)
     outputs = PipelineRunner(build_program(schedule), stages, pp_group).run(microbatches()).outputs
-    sum_replica_gradients(model)
+    sum_copied_gradients(model)
     sum_tied_gradients(model, stage_map=schedule.stage_map, group=pp_group)
     return num_stages, [loss.total.item() for loss in outputs], grads_of(model)
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from tiny_models import grads_of, llama_of, make_model, named_grads, tiny_config
 
 from megacoder.core.errors import ConfigError
+from megacoder.model.copies import sum_copied_gradients
 from megacoder.model.init import init_weights
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.partition import ExecutionConfig, build_stages
 from megacoder.model.places import position_ids
-from megacoder.model.replicas import sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Transformer
 from megacoder.ops.attention import attention_backward
@@ -81,7 +81,7 @@ def step(config, path, packed, dtype, cp=UNCUT, tp=ALONE):
     flat = FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
     tokens, labels, starts = batch_of(config)
     loss = STEPS[path](model, tokens, labels, starts if packed else None)
-    sum_replica_gradients(model)
+    sum_copied_gradients(model)
     all_reduce_sum(flat.grad, cp.group)
     return loss, grads_of(model)
 

@@ -12,8 +12,8 @@ from tiny_models import grads_of, make_model, named_grads, tiny_config
 from megacoder.checkpoint.boxes import Box, find_fault
 from megacoder.core.errors import ConfigError
 from megacoder.model import transformer
+from megacoder.model.copies import counted_elsewhere, sum_copied_gradients
 from megacoder.model.plain_stage import PlainStage
-from megacoder.model.replicas import counted_elsewhere, sum_replica_gradients
 from megacoder.model.stage import Microbatch, Stage, forward_backward, forward_loss
 from megacoder.model.transformer import Attention, RMSNorm, Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
@@ -101,7 +101,7 @@ def step_on_rank(world, config, path, sequence_parallel, dtype):
     """(loss, gradients, norm of the padding's gradients)."""
     model, flat = build(config, on_axis(world, sequence_parallel=sequence_parallel), dtype)
     loss = (STEPS | KINDS_OF_STAGE)[path](model, *batch_of(config))
-    sum_replica_gradients(model)
+    sum_copied_gradients(model)
     grads = grads_of(model)
     named = sum(grad.double().pow(2).sum() for _, _, grad in grads)
     return loss, grads, (flat.grad.double().pow(2).sum() - named).item() / named.item()
@@ -154,7 +154,7 @@ def changed_step_on_rank(world, config, sequence_parallel):
         tp = ALONE if world is None else on_axis(world, sequence_parallel=sequence_parallel)
         model, _ = build(config, tp)
         loss = staged(PlainStage, "none", model, *batch_of(config))
-        sum_replica_gradients(model)
+        sum_copied_gradients(model)
         with pytest.raises(ConfigError, match=r"does not know, or lack some: self_attn\.q_norm\.weight; set exec"):
             Stage.whole(model)
         return loss, grads_of(model)
@@ -195,7 +195,7 @@ def two_microbatches(world, config, chunk_elements):
         counts = [
             forward_backward(model, *half).num_tokens for half in zip(tokens.split(2), labels.split(2), strict=True)
         ]
-    sum_replica_gradients(model)
+    sum_copied_gradients(model)
     return scored, counts, grads_of(model)
 
 
@@ -222,7 +222,7 @@ def updates(config, tp, replicas):
     norms = []
     for _ in range(2):
         forward_backward(model, tokens, labels)
-        sum_replica_gradients(model)
+        sum_copied_gradients(model)
         norms.append(optimizer.step(lr=1e-2, num_tokens=59, max_grad_norm=0.1))
     return norms, [(piece.hf_name, piece.shard, piece.view.clone()) for piece in weight_pieces(model)]
 

@@ -15,10 +15,10 @@ import torch
 from megacoder.core.memory import return_freed_memory
 from megacoder.data.stream import Batch
 from megacoder.model.config import ModelConfig
+from megacoder.model.copies import counted_elsewhere, late_parameters, sum_copied_gradients
 from megacoder.model.graphed_stage import GraphedStage
 from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
-from megacoder.model.replicas import counted_elsewhere, late_parameters, sum_replica_gradients
 from megacoder.model.stage import ForwardOnly, Microbatch, Stage
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import LossSum, count_labels
@@ -97,7 +97,7 @@ class Engine:
         self.optimizer.traffic.begin_step(len(microbatches))
         outputs = self._training.run(microbatches).outputs
         self.mesh.world.journal.at("sums over ranks")
-        sum_replica_gradients(self.model)
+        sum_copied_gradients(self.model)
         sum_tied_gradients(self.model, stage_map=self.layout.schedule.stage_map, group=self.mesh.group("pp"))
         return self._part(outputs)
 

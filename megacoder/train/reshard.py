@@ -20,8 +20,8 @@ from megacoder.core.config import from_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.conversion import model_of
+from megacoder.model.copies import late_parameters
 from megacoder.model.partition import build_stages
-from megacoder.model.replicas import late_parameters
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.dims import ParallelDims

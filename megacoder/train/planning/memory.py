@@ -16,7 +16,7 @@ from typing import Self
 import torch
 
 from megacoder.model.config import ModelConfig
-from megacoder.model.replicas import late_parameters
+from megacoder.model.copies import late_parameters
 from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
 from megacoder.model.stage import kept_head_bytes_per_row
 from megacoder.model.transformer import TransformerPart

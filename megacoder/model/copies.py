@@ -18,10 +18,10 @@ from megacoder.model.transformer import TransformerPart, WeightPiece, weight_pie
 from megacoder.parallel.collectives import all_reduce_sum
 from megacoder.parallel.flat import FlatParameters
 
-__all__ = ["counted_elsewhere", "late_parameters", "sum_replica_gradients"]
+__all__ = ["counted_elsewhere", "late_parameters", "sum_copied_gradients"]
 
 
-def sum_replica_gradients(model: TransformerPart) -> None:
+def sum_copied_gradients(model: TransformerPart) -> None:
     """Completes the gradients of copies: once per update, after the last backward and before the norm.
 
     One all-reduce for the whole model. A key-value head's gradient is sent at its place in the full weight, with zeros

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
-from megacoder.data import encoders, places
+from megacoder.data import cutting_places, encoders
 from megacoder.data.encoders import fast_encoder, reference_encoder
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 
@@ -148,7 +148,7 @@ def test_a_panic_in_the_check_is_reported(monkeypatch, capsys):
 
 
 def test_long_texts_are_encoded_in_parts_and_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(places, "_PART_CHARACTERS", 100)
+    monkeypatch.setattr(cutting_places, "_PART_CHARACTERS", 100)
     monkeypatch.setattr(encoders, "_REFERENCE_CHARACTERS", 500)
     handed = []
     tokenizer = small_tokenizer()

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError, FormatError
-from megacoder.data import places as places_module
+from megacoder.data import cutting_places
 from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.indexed import IndexedDataset
-from megacoder.data.places import CuttingPlaces
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
 from megacoder.data.tokenizer_folder import chat_template_in
@@ -98,7 +98,7 @@ def test_text_comes_back_and_never_holds_a_control_id(llama3, text):
 def test_texts_are_cut_only_where_no_id_changes(folder, request, monkeypatch):
     tokenizer = Tokenizer.load(request.getfixturevalue(folder))
     places = CuttingPlaces(tokenizer)
-    monkeypatch.setattr(places_module, "_PART_CHARACTERS", 7)
+    monkeypatch.setattr(cutting_places, "_PART_CHARACTERS", 7)
     for text in (*source_texts(4), *NASTY_TEXTS):
         parts = places.cut(text)
         assert [index for part in parts for index in tokenizer.encode(part)] == tokenizer.encode(text)

@@ -14,7 +14,7 @@ from html_reader import Reader
 from train_cases import functions
 
 from megacoder.cli.quickstart import recipe
-from megacoder.cli.quickstart.options import Places
+from megacoder.cli.quickstart.options import Paths
 from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, seconds_per_step, steps_within
 from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.parallel.flat import FlatParameters
@@ -70,7 +70,7 @@ def test_the_memory_of_timing_a_microbatch_is_free_before_ranks_start(tmp_path, 
     monkeypatch.setattr(recipe, "FlatParameters", recorded)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append([tensor() is not None for tensor in held]))
     config = recipe.run_config(
-        SMALL, Places(tmp_path), steps=1, nproc=2, dtype=torch.float32, vocab_size=512, seed=1
+        SMALL, Paths(tmp_path), steps=1, nproc=2, dtype=torch.float32, vocab_size=512, seed=1
     )  # fmt: skip
     assert seconds_per_step(config, probe(), nproc=2) > 0
     assert alive == [[False, False]]

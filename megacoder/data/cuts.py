@@ -2,9 +2,9 @@
 
 A cut may fall inside a token, or change how the text around it tokenizes. Decoding and re-encoding the file would cost
 a hundred times the rest of the data path. But at certain places, as frequent as words, a text can be cut freely (see
-`megacoder.data.places`): only the stretches between two of them that a cut falls into are decoded, cut and encoded
-again, all pieces of a file in one call, with line breaks between them, which must be tokens of their own. The result
-equals encoding each part in full.
+`megacoder.data.cutting_places`): only the stretches between two of them that a cut falls into are decoded, cut and
+encoded again, all pieces of a file in one call, with line breaks between them, which must be tokens of their own. The
+result equals encoding each part in full.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from megacoder.core.errors import DataError
-from megacoder.data.places import CuttingPlaces
+from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["CharacterCutter"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
-from megacoder.data.places import CuttingPlaces
+from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 __all__ = ["BatchEncoder", "EncoderName", "fast_encoder", "reference_encoder"]

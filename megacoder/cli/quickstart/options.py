@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["Places", "QuickstartOptions"]
+__all__ = ["Paths", "QuickstartOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class QuickstartOptions:
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """The parts of the output folder."""
 
     root: Path

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from megacoder.checkpoint.writer import CheckpointConfig
-from megacoder.cli.quickstart.options import Places
+from megacoder.cli.quickstart.options import Paths
 from megacoder.core.device import Machine
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
@@ -77,7 +77,7 @@ def choose_recipe(machine: Machine, minutes: float) -> Recipe:
 
 
 def run_config(
-    recipe: Recipe, places: Places, *, steps: int, nproc: int, dtype: torch.dtype, vocab_size: int, seed: int
+    recipe: Recipe, paths: Paths, *, steps: int, nproc: int, dtype: torch.dtype, vocab_size: int, seed: int
 ) -> RunConfig:
     """The training run, as `megacoder train` reads it."""
     every = max(1, steps // 8)
@@ -88,9 +88,9 @@ def run_config(
         fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context),
     )  # fmt: skip
     return RunConfig(
-        output=places.run,
+        output=paths.run,
         data=DataConfig(
-            train=(places.train_data,), valid=(places.heldout_data,), tokenizer=places.tokenizer, stream=stream
+            train=(paths.train_data,), valid=(paths.heldout_data,), tokenizer=paths.tokenizer, stream=stream
         ),
         model=replace(recipe.model, vocab_size=vocab_size),
         schedule=ScheduleConfig(kind="three_stage", peak_lr=recipe.peak_lr, warmup_steps=max(1, min(50, steps // 10))),

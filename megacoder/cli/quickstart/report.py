@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megacoder.cli.quickstart.options import Places
+from megacoder.cli.quickstart.options import Paths
 from megacoder.core.config import load_toml
 from megacoder.core.device import Machine
 from megacoder.core.files import write_text
@@ -21,12 +21,12 @@ from megacoder.version import __version__
 __all__ = ["write_report"]
 
 
-def write_report(places: Places, machine: Machine, *, nproc: int) -> None:
+def write_report(paths: Paths, machine: Machine, *, nproc: int) -> None:
     """Writes one self-contained file."""
-    config = load_toml(RunConfig, places.run_config)
-    metrics = read_metrics(places.run / "metrics.jsonl")
-    evaluation = json.loads(places.evaluation.read_text(encoding="utf-8"))
-    corpus = load_report(places.corpus)
+    config = load_toml(RunConfig, paths.run_config)
+    metrics = read_metrics(paths.run / "metrics.jsonl")
+    evaluation = json.loads(paths.evaluation.read_text(encoding="utf-8"))
+    corpus = load_report(paths.corpus)
     lead = (
         f"megacoder {__version__}, torch {torch.__version__}, {machine.device_name}, {nproc} processes, "
         f"{config.dtype}, seed {config.seed}"
@@ -36,9 +36,9 @@ def write_report(places: Places, machine: Machine, *, nproc: int) -> None:
         _quality(evaluation),
         _infills(evaluation),
         _training(config, metrics),
-        _data(places, corpus),
+        _data(paths, corpus),
     ]
-    write_text(places.report, page("A code model from this machine's own sources", lead, body))
+    write_text(paths.report, page("A code model from this machine's own sources", lead, body))
 
 
 def _headline(config: RunConfig, metrics: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
@@ -118,9 +118,9 @@ def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     )
 
 
-def _data(places: Places, corpus: CorpusReport) -> str:
+def _data(paths: Paths, corpus: CorpusReport) -> str:
     accounts = corpus.accounts
-    train, heldout = Sidecar.read(places.train_data), Sidecar.read(places.heldout_data)
+    train, heldout = Sidecar.read(paths.train_data), Sidecar.read(paths.heldout_data)
     repositories = sorted(accounts.repositories.items(), key=lambda item: -item[1].kept.bytes)
     tokens = [
         [name, f"{part.documents:,}", f"{part.sequences:,}", f"{part.tokens:,}", f"{part.bytes / part.tokens:.2f}"]

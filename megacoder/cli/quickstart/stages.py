@@ -19,7 +19,7 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.corpus_report import print_report
 from megacoder.cli.eval_infill import print_summary
 from megacoder.cli.eval_perplexity import print_score
-from megacoder.cli.quickstart.options import Places, QuickstartOptions
+from megacoder.cli.quickstart.options import Paths, QuickstartOptions
 from megacoder.cli.quickstart.recipe import choose_recipe, run_config, seconds_per_step, steps_within
 from megacoder.cli.quickstart.report import write_report
 from megacoder.core.config import check_same, from_dict, load_toml, parse_args, to_toml
@@ -70,93 +70,93 @@ def main(argv: Sequence[str]) -> None:
 def run_quickstart(options: QuickstartOptions) -> None:
     """See `main`; the Python entry."""
     with making_dir(options.out), exclusive(options.out, what="quickstart"):
-        _run_stages(options, Places(options.out), probe())
+        _run_stages(options, Paths(options.out), probe())
 
 
-def _run_stages(options: QuickstartOptions, places: Places, machine: Machine) -> None:
-    check_options(places, options)
-    remove_stale_temporaries(places.root)
+def _run_stages(options: QuickstartOptions, paths: Paths, machine: Machine) -> None:
+    check_options(paths, options)
+    remove_stale_temporaries(paths.root)
     say(f"{machine.device_name}: {machine.num_devices} x {machine.device_type}, {machine.num_cores} cores")
 
-    corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, places))
-    if not places.options.exists():  # only now: after a failed start the options may change
-        write_text(places.options, to_toml(options))
+    corpus = _stage("1/7 repositories and corpus", lambda: make_corpus(options, paths))
+    if not paths.options.exists():  # only now: after a failed start the options may change
+        write_text(paths.options, to_toml(options))
     print_report(corpus, max_repositories=8)
-    _stage("2/7 tokenizer", lambda: make_tokenizer(options, places))
-    _stage("3/7 tokens", lambda: make_tokens(options, places))
+    _stage("2/7 tokenizer", lambda: make_tokenizer(options, paths))
+    _stage("3/7 tokens", lambda: make_tokens(options, paths))
     nproc = options.nproc or (machine.num_devices if machine.device_type == "cuda" else 2)
-    config = _stage("4/7 recipe", lambda: make_run_config(options, places, machine, nproc))
-    _stage("5/7 training", lambda: make_training(places, config, nproc))
-    _stage("6/7 export", lambda: make_export(places, config))
-    evaluation = _stage("7/7 evaluation", lambda: make_evaluation(places, config))
-    write_report(places, machine, nproc=nproc)
-    _show(evaluation, places)
+    config = _stage("4/7 recipe", lambda: make_run_config(options, paths, machine, nproc))
+    _stage("5/7 training", lambda: make_training(paths, config, nproc))
+    _stage("6/7 export", lambda: make_export(paths, config))
+    evaluation = _stage("7/7 evaluation", lambda: make_evaluation(paths, config))
+    write_report(paths, machine, nproc=nproc)
+    _show(evaluation, paths)
 
 
-def check_options(places: Places, options: QuickstartOptions) -> None:
+def check_options(paths: Paths, options: QuickstartOptions) -> None:
     """ConfigError if the folder was begun with other options."""
-    if places.options.exists():
-        old = load_toml(QuickstartOptions, places.options)
-        check_same(old, options, where=str(places.options), free={"out"}, advice="choose another --out")
+    if paths.options.exists():
+        old = load_toml(QuickstartOptions, paths.options)
+        check_same(old, options, where=str(paths.options), free={"out"}, advice="choose another --out")
 
 
-def make_corpus(options: QuickstartOptions, places: Places) -> CorpusReport:
+def make_corpus(options: QuickstartOptions, paths: Paths) -> CorpusReport:
     """Filtered, deduplicated, ordered documents.
 
     Once the stages after it have begun the corpus stays as it is, though packages on the machine may come and go.
     """
-    if places.options.exists() and (places.corpus / REPORT_NAME).exists():
-        return load_report(places.corpus)
+    if paths.options.exists() and (paths.corpus / REPORT_NAME).exists():
+        return load_report(paths.corpus)
     limit = int(options.max_repo_megabytes * 1e6)
     # Without --input the sources are installed Python packages; a user's folder may hold any language.
     languages = () if options.input else ("Python",)
     config = CorpusConfig(
-        out=places.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
+        out=paths.corpus, input=options.input, languages=languages, max_repo_bytes=limit, drop_generated=True,
         samples=SampleConfig(oversize="cut"), heldout=SplitConfig(max_bytes=HELD_OUT_BYTES),
     )  # fmt: skip
     report = build_corpus(config)
     if report.accounts.heldout.files == 0:
         raise CorpusError(
-            f"{places.corpus}: too little to hold anything out; give more with --input, or remove {places.root}"
+            f"{paths.corpus}: too little to hold anything out; give more with --input, or remove {paths.root}"
         )
-    choose_tasks(read_source_files([places.corpus / "heldout"]), num_tasks=1)  # raises if there is no line to fill in
+    choose_tasks(read_source_files([paths.corpus / "heldout"]), num_tasks=1)  # raises if there is no line to fill in
     return report
 
 
-def make_tokenizer(options: QuickstartOptions, places: Places) -> None:
+def make_tokenizer(options: QuickstartOptions, paths: Paths) -> None:
     """A BPE of the training documents."""
-    if not (places.tokenizer / "tokenizer.json").exists():
+    if not (paths.tokenizer / "tokenizer.json").exists():
         train_from_files(
             TrainTokenizerConfig(
-                input=(places.corpus / "train",), output=places.tokenizer, vocab_size=options.vocab_size, sample_mb=24
+                input=(paths.corpus / "train",), output=paths.tokenizer, vocab_size=options.vocab_size, sample_mb=24
             )
         )
 
 
-def make_tokens(options: QuickstartOptions, places: Places) -> None:
+def make_tokens(options: QuickstartOptions, paths: Paths) -> None:
     """Indexed binaries of both parts."""
-    for part, prefix in (("train", places.train_data), ("heldout", places.heldout_data)):
+    for part, prefix in (("train", paths.train_data), ("heldout", paths.heldout_data)):
         preprocess(
             PreprocessConfig(
-                input=(places.corpus / part,), tokenizer=places.tokenizer, output=prefix, document_key="sample"
+                input=(paths.corpus / part,), tokenizer=paths.tokenizer, output=prefix, document_key="sample"
             )
         )
 
 
-def make_run_config(options: QuickstartOptions, places: Places, machine: Machine, nproc: int) -> RunConfig:
+def make_run_config(options: QuickstartOptions, paths: Paths, machine: Machine, nproc: int) -> RunConfig:
     """run.toml, made once: with --steps as given, or as many as fit into --minutes on this machine."""
-    if places.run_config.exists():
-        return load_toml(RunConfig, places.run_config)
+    if paths.run_config.exists():
+        return load_toml(RunConfig, paths.run_config)
     with_steps = partial(
-        run_config, choose_recipe(machine, options.minutes), places,
-        nproc=nproc, dtype=faster_dtype(machine), vocab_size=Tokenizer.load(places.tokenizer).vocab_size,
+        run_config, choose_recipe(machine, options.minutes), paths,
+        nproc=nproc, dtype=faster_dtype(machine), vocab_size=Tokenizer.load(paths.tokenizer).vocab_size,
         seed=options.seed,
     )  # fmt: skip
     steps = options.steps
     if steps is None:
         steps = steps_within(options.minutes, seconds_per_step(with_steps(steps=1), machine, nproc=nproc))
     config = with_steps(steps=steps)
-    write_text(places.run_config, to_toml(config))
+    write_text(paths.run_config, to_toml(config))
     say(
         f"{config.model.num_params / 1e6:.1f}M parameters in {config.dtype}, {steps:,} steps of "
         f"{config.global_batch_size} x {config.data.stream.seq_length} tokens on {nproc} processes"
@@ -164,53 +164,53 @@ def make_run_config(options: QuickstartOptions, places: Places, machine: Machine
     return config
 
 
-def make_training(places: Places, config: RunConfig, nproc: int) -> None:
+def make_training(paths: Paths, config: RunConfig, nproc: int) -> None:
     """The run, on `nproc` processes that torchrun's launcher starts."""
-    if _trained_steps(places) < config.steps:
-        launch_workers(["train", str(places.run_config)], nproc=nproc)
+    if _trained_steps(paths) < config.steps:
+        launch_workers(["train", str(paths.run_config)], nproc=nproc)
 
 
-def make_export(places: Places, config: RunConfig) -> None:
+def make_export(paths: Paths, config: RunConfig) -> None:
     """The last checkpoint as a Hugging Face folder in fp32."""
-    if not (places.model / "config.json").exists():
+    if not (paths.model / "config.json").exists():
         model = Transformer(config.model)
-        load_weights(model, CheckpointReader(places.run / CHECKPOINTS))
-        export_model(model, places.model, tokenizer_folder=places.tokenizer)
+        load_weights(model, CheckpointReader(paths.run / CHECKPOINTS))
+        export_model(model, paths.model, tokenizer_folder=paths.tokenizer)
 
 
-def make_evaluation(places: Places, config: RunConfig) -> dict[str, Any]:
+def make_evaluation(paths: Paths, config: RunConfig) -> dict[str, Any]:
     """Scores of the exported model; everything that the report says about quality is computed here."""
-    if places.evaluation.exists():
-        return dict(json.loads(places.evaluation.read_text(encoding="utf-8")))
+    if paths.evaluation.exists():
+        return dict(json.loads(paths.evaluation.read_text(encoding="utf-8")))
     dtype, device = getattr(torch, config.dtype), probe().device_type
-    model, tokenizer = import_with_tokenizer(places.model, dtype=dtype, device=device)
-    held_out = list(read_source_files([places.corpus / "heldout"]))
+    model, tokenizer = import_with_tokenizer(paths.model, dtype=dtype, device=device)
+    held_out = list(read_source_files([paths.corpus / "heldout"]))
     score = measure_bits_per_byte(
         model, tokenizer, sample_texts(held_out),
-        token_counts=training_token_counts(IndexedDataset(places.train_data), tokenizer),
+        token_counts=training_token_counts(IndexedDataset(paths.train_data), tokenizer),
     )  # fmt: skip
     tasks = choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed)
     results = fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
-    frequent_line = most_frequent_line(read_source_files([places.corpus / "train"]))
+    frequent_line = most_frequent_line(read_source_files([paths.corpus / "train"]))
     summary = summarize(results, frequent_line=frequent_line)
-    write_text(places.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
+    write_text(paths.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
     evaluation = {
         "held_out": asdict(score),
         "infill": asdict(summary),
         "most_frequent_line": frequent_line,
         "shown": [_around(result) for result in results[:SHOWN_INFILLS]],
         "largest_logit_difference": largest_logit_difference(
-            import_model(places.model, dtype=torch.float32),
-            places.model,
+            import_model(paths.model, dtype=torch.float32),
+            paths.model,
             tokenizer.encode(held_out[0].content)[: model.config.max_position_embeddings],
         ),
     }
-    write_json(places.evaluation, evaluation)
+    write_json(paths.evaluation, evaluation)
     return evaluation
 
 
-def _trained_steps(places: Places) -> int:
-    checkpoints = places.run / CHECKPOINTS
+def _trained_steps(paths: Paths) -> int:
+    checkpoints = paths.run / CHECKPOINTS
     return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
 
 
@@ -220,7 +220,7 @@ def _around(result: InfillResult, context: int = 6) -> dict[str, Any]:
     return result.row() | {"before": before[-context:], "after": after[:context]}
 
 
-def _show(evaluation: dict[str, Any], places: Places) -> None:
+def _show(evaluation: dict[str, Any], paths: Paths) -> None:
     print()
     for hole in evaluation["shown"]:
         print(f"--- {hole['repo']}/{hole['path']}, line {hole['line']}")
@@ -229,13 +229,13 @@ def _show(evaluation: dict[str, Any], places: Places) -> None:
         print(f"truth | {hole['truth'].rstrip()}")
         print("\n".join(f"      | {line}" for line in hole["after"][:2]))
         print()
-    print_score(from_dict(HeldOutScore, evaluation["held_out"], where=str(places.evaluation)))
-    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(places.evaluation)))
+    print_score(from_dict(HeldOutScore, evaluation["held_out"], where=str(paths.evaluation)))
+    print_summary(from_dict(InfillSummary, evaluation["infill"], where=str(paths.evaluation)))
     difference = evaluation["largest_logit_difference"]
     checked = (
         "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
     )
-    print(f"model:  {places.model}, for transformers ({checked})\nreport: {places.report}")
+    print(f"model:  {paths.model}, for transformers ({checked})\nreport: {paths.report}")
 
 
 def _stage(title: str, make: Callable[[], Any]) -> Any:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import DataError
-from megacoder.data import places as module
-from megacoder.data.places import CuttingPlaces
+from megacoder.data import cutting_places as module
+from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.tokenizer import Tokenizer
 
 PLACES = CuttingPlaces(small_tokenizer())

@@ -1,5 +1,6 @@
 """The whole build: counts that add up, the same output for any workers and order, and every failure."""
 
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from command_line import refusal, run_command, wait_until
 from corpus_cases import read_rows, read_tree, write
 
 from megacoder.core.errors import ConfigError, CorpusError, FormatError, MegacoderError
-from megacoder.corpus import shards
+from megacoder.corpus import scan, shards
 from megacoder.corpus.accounts import load_report
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.check import DocumentPass
@@ -282,6 +283,16 @@ def test_the_output_is_the_same_for_any_workers_input_order_and_place(repos, tmp
     }
 
 
+def test_a_shard_may_be_read_in_any_number_of_parts(repos, tmp_path, monkeypatch):
+    """As one of usual size is: many row groups, of which a few are held at a time."""
+    options = {"shard_bytes": 1 << 20, "near_dedup": NearDedupConfig(level="both", min_words=1)}
+    build_corpus(config(repos, tmp_path, out=tmp_path / "one", **options), quiet=True)
+    monkeypatch.setattr(scan, "parquet_writer", functools.partial(shards.parquet_writer, row_group_bytes=1))
+    monkeypatch.setattr(shards, "_CACHED_ROW_GROUPS", 2)
+    build_corpus(config(repos, tmp_path, out=tmp_path / "many", **options), quiet=True)
+    assert read_tree(tmp_path / "many") == read_tree(tmp_path / "one")
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -338,6 +349,24 @@ def test_changed_inputs_are_built_again_and_leave_no_stale_shard(repos, tmp_path
     build_corpus(config(repos, tmp_path), quiet=True)
     build_corpus(config(repos, tmp_path, out=tmp_path / "fresh"), quiet=True)
     assert read_tree(tmp_path / "out") == read_tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("changed", ["the first of copies", "what is held out"])
+def test_a_shard_is_written_again_where_other_shards_change_it(repos, tmp_path, monkeypatch, changed):
+    """Its files are as they were when an interrupted build wrote it, but what is dropped or held out of it is not."""
+    with monkeypatch.context() as patch:
+        patch.setattr("megacoder.corpus.build.save_report", _fail)
+        with pytest.raises(RuntimeError):
+            build_corpus(config(repos, tmp_path), quiet=True)
+    held = read_rows(tmp_path / "out", "heldout")[0]["repo"]
+    if changed == "the first of copies":
+        write(repos / "repo0/setup.py", CODE.format(name="another"))
+    else:
+        write(repos / held / "zlarge.py", "".join(CODE.format(name=f"function{number}") for number in range(100)))
+    for out in ("out", "fresh"):
+        build_corpus(config(repos, tmp_path, out=tmp_path / out), quiet=True)
+    assert read_tree(tmp_path / "out") == read_tree(tmp_path / "fresh")
+    assert changed != "what is held out" or held not in {row["repo"] for row in read_rows(tmp_path / "out", "heldout")}
 
 
 def test_a_missing_output_file_is_made_again(repos, tmp_path):

@@ -203,9 +203,10 @@ def test_a_bad_benchmark_is_reported_before_anything_is_read_or_written(tmp_path
 
 
 def test_the_stage_names_the_test_and_the_words(tmp_path):
-    stage = Decontamination(benchmarks=(write_benchmark(tmp_path, "a.jsonl"),))
+    benchmarks = (write_benchmark(tmp_path, "a.jsonl"),)
 
-    def run(text):
+    def run(text, **options):
+        stage = Decontamination(benchmarks=benchmarks, config=DecontaminationConfig(**options))
         return stage(Document(repo="r", path="p.py", language="Python", text=text, size=len(text)))
 
     dropped = run(f"# {TEN}\n# assert f of x\n")
@@ -215,6 +216,8 @@ def test_the_stage_names_the_test_and_the_words(tmp_path):
     assert run("assert  F\n of x\n").reason == "a benchmark's string"
     assert not isinstance(run("assert f(of, x)\n"), Dropped)
     assert not isinstance(run("nothing of the kind\n"), Dropped)
+    assert not isinstance(run("assert f of x\n", fields=("prompt",)), Dropped)
+    assert isinstance(run(TEN, fields=("prompt",)), Dropped)
 
 
 def test_a_build_drops_contaminated_files_and_broken_ones(tmp_path):

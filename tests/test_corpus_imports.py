@@ -44,16 +44,24 @@ REPOSITORIES = {
         "c/J.java": "package c;\nimport d.S;\nclass J {}\n",
         "d/S.scala": "package d\n\nimport b.{Thing => T, helper}, c._\n\nobject S extends J {\n  import e.Deep\n}\n",
         "e/all.scala": "package e\ncase class Deep(x: Int)\ntrait Other\n",
+        "f/R.scala": "package f\nimport b.{Thing => T}\nimport _root_.e.Deep\nobject R\n",
+        "run.main.kts": "import b.Thing as T\n",
     }, {
         "a/Main.kt": {"b/Util.kt", "c/J.java"}, "c/J.java": {"d/S.scala"},
-        "d/S.scala": {"b/Util.kt", "c/J.java", "e/all.scala"},
+        "d/S.scala": {"b/Util.kt", "c/J.java", "e/all.scala"}, "f/R.scala": {"b/Util.kt", "e/all.scala"},
+        "run.main.kts": {"b/Util.kt"},
     }),
     "c#": ({
         "A.cs": "using X.Models;\nusing static X.Tools.Helper;\nnamespace X.App { class A { Model m; } }",
         "Models/Model.cs": "namespace X.Models;\n\npublic sealed class Model {}\n",
         "Models/Unused.cs": "namespace X.Models { public record Unused(int X); }\n",
         "Tools/Helper.cs": "namespace X.Tools\n{\n    // using X.Models;\n    public static class Helper {}\n}\n",
-    }, {"A.cs": {"Models/Model.cs", "Tools/Helper.cs"}}),
+        "Old/Models/Model.cs": "namespace X.Models;\n\npublic sealed class Model {}\n",
+        "B.cs": "namespace X;\n\nusing Models;\n\nclass B { Model m; }\n",
+        "C.cs": "using M = X.Models.Model;\n\nclass C { M m; }\n",
+    }, {
+        "A.cs": {"Models/Model.cs", "Tools/Helper.cs"}, "B.cs": {"Models/Model.cs"}, "C.cs": {"Models/Model.cs"},
+    }),
     "go": ({
         "main.go": 'package tool\nimport (\n"errors"\n"github.com/me/tool/pkg/a"\n"github.com/other/errors"\n)\n',
         "pkg/a/a.go": 'package a\nimport "github.com/me/tool/pkg/b"\n',
@@ -65,6 +73,30 @@ REPOSITORIES = {
     }, {
         "main.go": {"pkg/a/a.go", "pkg/a/more.go"}, "pkg/a/a.go": {"pkg/b/b.go"}, "pkg/a/a_test.go": {"main.go"},
         "pkg/b/b.go": {"vendor/gopkg.in/lib.v1/lib.go"},
+    }),
+    "go, second version": ({
+        "tool.go": 'package tool\nimport "github.com/me/tool/v2/a"\n',
+        "tool_test.go": "package tool_test\n",
+        "a/a.go": 'package a\nimport "./inner"\n',
+        "a/inner/i.go": "package inner\n",
+    }, {
+        "tool.go": {"a/a.go"}, "a/a.go": {"a/inner/i.go"},
+    }),
+    "go, its library": ({
+        "src/fmt/print.go": 'package fmt\nimport "os"\n',
+        "src/os/file.go": "package os\n",
+    }, {
+        "src/fmt/print.go": {"src/os/file.go"},
+    }),
+    "javascript, a site": ({
+        "web/pages/p.ts": "import '~/lib/c';\nimport './view.jsx';\nimport './two';\nimport '/q.js';\n",
+        "web/pages/view.tsx": "import 'own/thing';\n",
+        **dict.fromkeys(("web/lib/c.ts", "web/pages/two.ts", "web/pages/two.js", "web/pages/q.js"), ""),
+        "own/package.json": '{"name": "own"}',
+        "own/src/thing.ts": "",
+    }, {
+        "web/pages/p.ts": {"web/lib/c.ts", "web/pages/view.tsx", "web/pages/two.ts", "web/pages/q.js"},
+        "web/pages/view.tsx": {"own/src/thing.ts"},
     }),
     "javascript and typescript": ({
         "packages/app/package.json": '{"name": "app", "main": "./lib/index.js"}',
@@ -87,6 +119,18 @@ REPOSITORIES = {
         "packages/app/src/dir/index.tsx": {"packages/app/src/index.ts"},
         "packages/lib/deep.d.ts": {"packages/app/src/index.ts"},
     }),
+    "javascript, installed packages": ({
+        "app/src/a.ts": "import 'dep';\nimport 'dep/sub?raw';\nimport 'own';\nlet x = 1; // import './b';\n",
+        "app/src/b.js": "",
+        "app/node_modules/dep/package.json": '{"name": "dep", "main": "lib/m.js"}',
+        "app/node_modules/dep/lib/m.js": "",
+        "app/node_modules/dep/sub.js": "",
+        "node_modules/dep/index.js": "",
+        "own/package.json": '{"name": "own"}',
+        "own/index.js": "",
+    }, {
+        "app/src/a.ts": {"app/node_modules/dep/lib/m.js", "app/node_modules/dep/sub.js", "own/index.js"},
+    }),
     "rust": ({
         "Cargo/src/lib.rs": 'pub mod a;\nmod tests { use super::*; }\n#[path = "odd/file.rs"]\nmod odd;\n// mod no;\n',
         "Cargo/src/no.rs": "",
@@ -103,6 +147,31 @@ REPOSITORIES = {
         "Cargo/src/a/b.rs": {"Cargo/src/c.rs", "Cargo/src/a/mod.rs"},
         "my-crate/src/lib.rs": {"my-crate/src/deep.rs"},
         "my-crate/src/main.rs": {"my-crate/src/deep.rs"},
+    }),
+    "rust, several crates": ({
+        "app/src/main.rs": "use lib_core::store::Item;\n",
+        "lib-core/src/lib.rs": "pub mod store;\n",
+        "lib-core/src/store.rs": "use crate::Error;\n",
+        "lib.rs": "mod b;\n",
+        "b.rs": "",
+        "sub/src/lib.rs": "mod a;\nmod b;\n",
+        "sub/src/a.rs": "use crate::b::Thing;\n",
+        "sub/src/b.rs": "",
+    }, {
+        "app/src/main.rs": {"lib-core/src/store.rs"},
+        "lib-core/src/lib.rs": {"lib-core/src/store.rs"}, "lib-core/src/store.rs": {"lib-core/src/lib.rs"},
+        "lib.rs": {"b.rs"}, "sub/src/lib.rs": {"sub/src/a.rs", "sub/src/b.rs"}, "sub/src/a.rs": {"sub/src/b.rs"},
+    }),
+    "ruby, several gems": ({
+        "one/lib/one.rb": "require 'two'\nrequire 'only/here'\nrequire 'both/here'\n",
+        "one/lib/shared.rb": "",
+        "two/lib/two.rb": "require 'shared'\n",
+        "two/lib/shared.rb": "",
+        "two/test/two.rb": "",
+        "two/more/only/here.rb": "",
+        **dict.fromkeys(("one/more/both/here.rb", "two/more/both/here.rb"), ""),
+    }, {
+        "one/lib/one.rb": {"two/lib/two.rb", "two/more/only/here.rb"}, "two/lib/two.rb": {"two/lib/shared.rb"},
     }),
     "ruby": ({
         "lib/gem.rb": "require 'json'\nrequire 'gem/version'\nautoload :Core, 'gem/core'\n# require 'gem/no'\n",
@@ -123,12 +192,17 @@ REPOSITORIES = {
         "src/Model/User.php": "<?php\nnamespace Me\\Model;\nfinal class User {}\n",
         "src/Model/All.php": "<?php namespace Me\\Model;\ninterface Group {}\n",
         "src/Tool.php": "<?php\nnamespace Me;\n// use Me\\Model\\User;\ntrait Tool {}\n",
-        "index.php": "<?php\nrequire_once __DIR__ . '/src/App.php';\ninclude('lib/x.php');\nrequire $file;\n",
+        "index.php": (
+            "<?php\nrequire_once __DIR__ . '/src/App.php';\ninclude('lib/x.php');\nrequire 'inc/deep.php';\n"
+            "require $file;\n# require 'lib/y.php';\n"
+        ),
+        "src/inc/deep.php": "<?php\n",
+        "y.php": "<?php\n",
         "lib/x.php": "<?php\nrequire 'y.php';\n",
         "lib/y.php": "<?php\n",
     }, {
         "src/App.php": {"src/Model/User.php", "src/Model/All.php", "src/Tool.php"},
-        "index.php": {"src/App.php", "lib/x.php"},
+        "index.php": {"src/App.php", "lib/x.php", "src/inc/deep.php"},
         "lib/x.php": {"lib/y.php"},
     }),
     "c, includes in comments": ({
@@ -173,6 +247,14 @@ def test_a_small_go_module_is_known_by_its_internal_package():
     files = {path: GO_TREE[path] for path in ("cmd/tool/main.go", "internal/store/store.go")}
     files["cmd/tool/main.go"] %= "internal/store"
     assert edges(files) == {"cmd/tool/main.go": {"internal/store/store.go"}}
+
+
+def test_a_go_module_is_known_where_three_imports_lead_into_it():
+    files = {f"{name}/{name}.go": f"package {name}\n" for name in ("one", "two", "three")}
+    names = [f'"github.com/me/proj/{name}"\n' for name in ("one", "two", "gone")]
+    assert edges(files | {"main.go": f"package main\nimport (\n{''.join(names)})\n"}) == {}
+    names.append('"github.com/me/proj/three"\n')
+    assert edges(files | {"main.go": f"package main\nimport (\n{''.join(names)})\n"}) == {"main.go": set(files)}
 
 
 def test_a_small_go_module_is_known_where_all_imports_from_it_are_here():

@@ -95,6 +95,8 @@ def test_secrets_are_replaced_or_reason_to_drop():
     dropped = Secrets(handling="drop")(document(text))
     assert isinstance(dropped, Dropped)
     assert (dropped.reason, dropped.detail) == ("holds a secret", "3 (key)")
+    twice = Secrets(handling="redact")(document(f"URL = 'https://me:{GITHUB}@host/x'\n"))
+    assert twice.text == "URL = 'https://me:<KEY>@host/x'\n", "found as a token and as a password"
     clean = document("import hashlib\nhash = '5d41402abc4b2a76b9719d911017c592'\npassword = input()\n")
     assert Secrets(handling="drop")(clean) is clean
 

@@ -116,15 +116,24 @@ def dependencies(paths, path, text, resolver=PythonImports):
         ("tests/test_core.py", "import lone", {"src/lone.py"}),
         ("docs/conf.py", "import deep.x", {"vendor/deep/x.py"}),
         ("pkg/core.py", "import numpy", set()),
+        ("docs/conf.py", "import bound", {"python/bound.py"}),
+        ("docs/conf.py", "import json", set()),  # the standard library's
     ],
 )
 def test_imports_resolve_as_python_would(path, text, targets):
     paths = [
         "pkg/__init__.py", "pkg/core.py", "pkg/typing.py", "pkg/sub/__init__.py", "pkg/sub/a.py", "pkg/sub/b.py",
-        "tests/test_core.py", "tests/helpers.py", "src/lone.py", "docs/conf.py", "vendor/deep/__init__.py",
-        "vendor/deep/x.py", "vendor/deep/x.pyi",
+        "tests/test_core.py", "tests/helpers.py", "src/lone.py", "src/json.py", "python/bound.py",
+        "docs/conf.py", "vendor/deep/__init__.py", "vendor/deep/x.py", "vendor/deep/x.pyi",
     ]  # fmt: skip
     assert dependencies(paths, path, text) == targets
+
+
+def test_the_nearest_package_of_a_name_is_meant():
+    paths = ["a/extra/deep/__init__.py", "b/extra/deep/__init__.py"]
+    for folder in "ab":
+        found = dependencies([*paths, f"{folder}/app/m.py"], f"{folder}/app/m.py", "import deep")
+        assert found == {f"{folder}/extra/deep/__init__.py"}
 
 
 def test_the_standard_library_resolves_within_itself():
@@ -176,6 +185,18 @@ def test_includes():
     )
     assert dependencies(paths, "src/a.c", text, CIncludes) == {"src/a.h", "include/lib/b.h", "src/util/a.h"}
     assert dependencies(paths, "other/x.c", "#include <lib/b.h>", CIncludes) == {"other/include/lib/b.h"}
+
+
+def test_headers_that_several_folders_have_are_those_of_the_include_directory_in_use():
+    paths = ["a/x.h", "b/x.h", "b/y.h", "b/sub/z.h", "a/string.h", "b/poll.h"]
+    text = "#include <x.h>\n#include <y.h>\n#include <sub/z.h>\n"
+    assert dependencies(paths, "a/src/m.c", text, CIncludes) == {"b/x.h", "b/y.h", "b/sub/z.h"}
+    assert dependencies(paths, "a/src/m.c", "#include <x.h>\n", CIncludes) == {"a/x.h"}, "else the nearest"
+    assert dependencies(paths, "a/src/m.c", '#include "string.h"\n#include <poll.h>\n', CIncludes) == set()
+    assert dependencies(paths, "a/src/m.c", '#include "poll.h"\n', CIncludes) == {"b/poll.h"}
+    assert dependencies(paths, "a/m.c", "#include <string.h>\n", CIncludes) == set()
+    assert dependencies(paths, "a/m.c", '#include "string.h"\n', CIncludes) == {"a/string.h"}
+    assert dependencies(paths, "a/m.c", "#include <ub/z.h>\n", CIncludes) == set(), "a folder's whole name"
 
 
 def test_a_dropped_file_is_not_replaced_by_another():

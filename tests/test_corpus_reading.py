@@ -124,6 +124,8 @@ def test_undecodable_bytes_have_a_reason(data, reason):
 def test_a_fallback_encoding_is_used_only_where_none_is_known():
     assert decode("é".encode("latin-1"), "latin-1") == ("é", None)
     assert decode("é".encode(), "latin-1") == ("é", None)
+    declared = "# coding: koi8-r\nпривет\n"
+    assert decode(declared.encode("koi8-r"), "latin-1") == (declared, None)
 
 
 def test_a_document_whose_language_shows_in_its_text_can_be_dropped():
@@ -171,6 +173,7 @@ def test_licence_files_by_name():
 def test_a_choice_of_licences_needs_one_allowed_and_several_need_all():
     assert is_allowed("Apache-2.0 OR GPL-3.0", {"apache-2.0"})
     assert not is_allowed("Apache-2.0 AND GPL-3.0", {"apache-2.0"})
+    assert is_allowed("GPL-2.0 WITH Classpath-exception-2.0", {"gpl-2.0"})
     stage = LicenseFilter(allow=("mit", "none"))
     kept, bare, lost = (
         stage(Document(repo="r", path="a.py", language="Python", text="x", size=1, license=license_))

@@ -198,6 +198,7 @@ def test_readability_at_its_limits():
     short = " ".join(pairs) + " " + words[: 19 * 9] + " "
     assert readability(short * 3, limits) == "over 80% of names with one or two characters"
     assert readability((short + names(generator, 30, 8)) * 3, limits) is None
+    assert readability(" ".join("abcdefghij") * 30, limits) is None, "too few names to judge by them"
     lines = "".join(f"{names(generator, 3, 8)}\n" for _ in range(6))
     repeated = "the same words once more\n"
     assert readability(lines + repeated * 110, limits) is None  # 110 of 116 lines less the first of them: 94%

@@ -50,6 +50,8 @@ def test_the_target_is_met_and_no_large_repository_fills_it():
     assert sum(sizes[name] for name in held) == 5000
     assert "huge" not in held
     assert held != choose_heldout(sizes, SplitConfig(fraction=0.05, seed=1))
+    draws = [choose_heldout(sizes, SplitConfig(fraction=0.05, seed=seed)) for seed in range(200)]
+    assert not any("huge" in draw for draw in draws), "nor where it is drawn first"
     assert len(choose_heldout(sizes, SplitConfig(fraction=0.05, max_bytes=2500))) == 2
 
 

@@ -42,6 +42,8 @@ def test_proportions_that_need_long_rounds_are_rounded():
     assert sum(counts.values()) == MAX_ROUND
     assert counts[2] == 1, "a share below one part of a round is one, not none"
     assert abs(counts[1] / MAX_ROUND - weights[1] / sum(weights)) < 1 / MAX_ROUND
+    for pair in ([10**12 + 39, 10**9 + 7], [10**12 + 39, 10**9 + 400_000]):  # to the nearest whole number
+        assert Counter(blend_table(pair).tolist())[1] == round(MAX_ROUND * pair[1] / sum(pair))
 
 
 @pytest.mark.parametrize("weights", [[0.87, 0.1, 0.03], [1, 1], [1, 2, 4, 8]])

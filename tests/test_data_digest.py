@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from data_samples import small_tokenizer, write_texts
 from train_cases import make_case
 
 from megacoder.cli.data_digest import main
 from megacoder.core.errors import ConfigError
+from megacoder.data.digest import step_digest
 from megacoder.data.sidecar import Sidecar
+from megacoder.data.stream import Batch
 from megacoder.train.setup import load_tokenizer, open_stream
 
 
@@ -48,6 +51,19 @@ def test_digests_do_not_depend_on_ranks(case, capsys, variant):
     for dp in (2, 4, 8):
         assert digests(case, capsys, *words, "--dp", str(dp)) == alone
     assert digests(case, capsys, *words, steps="4:5") == {step: alone[step] for step in ("4", "5")}
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_a_batch_may_begin_at_any_rank(first):
+    """As it does behind batches of another size: the order is that of the windows, not of the ranks."""
+
+    def batch(windows):
+        rows = torch.tensor(windows)[:, None].expand(-1, 5)
+        return Batch(tokens=rows, labels=rows)
+
+    windows = list(range(first, first + 6))
+    ranks = [batch([window for window in windows if window % 3 == rank]) for rank in range(3)]
+    assert step_digest(ranks, first_window=first) == step_digest([batch(windows)], first_window=first)
 
 
 def test_data_that_are_left_out_show(case, capsys):
@@ -121,7 +137,5 @@ def test_the_digested_stream_is_the_runs_stream(case, capsys):
     """The command opens the data as training does."""
     config = case.config("same")
     stream = open_stream(config, load_tokenizer(config), dp_rank=0, dp_size=1)
-    from megacoder.data.digest import step_digest
-
     expected = {str(step): step_digest([stream.next_batch()], first_window=0) for step in range(1, 7)}
     assert digests(case, capsys) == expected

@@ -1,6 +1,7 @@
 """The indexed format: Megatron's bytes, documents of several sequences, and a clear error for every damaged field."""
 
 import hashlib
+import os
 import struct
 
 import numpy as np
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from megacoder.core.errors import DataError, FormatError
 from megacoder.core.native import native
 from megacoder.data import indexed
-from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, token_dtype
+from megacoder.data.indexed import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    rename_dataset,
+    token_dtype,
+)
 
 GOLDEN = [[1, 2, 3, 4, 5, 0], [6, 7, 0], [8, 9, 10, 11, 0], [12, 0], [*range(13, 20), 0]]
 
@@ -67,6 +75,32 @@ def test_many_documents_at_once_and_appended_parts_are_the_same_bytes(tmp_path, 
         assert path(tmp_path / "joined").read_bytes() == path(tmp_path / "at_once").read_bytes()
 
 
+@pytest.mark.parametrize("entries", [1, 2, 4])
+def test_an_index_is_written_in_parts_of_any_size(golden, tmp_path, monkeypatch, entries):
+    whole = write_dataset(tmp_path / "whole", [[document] for document in GOLDEN * 2])
+    monkeypatch.setattr(indexed, "_CHUNK", entries)
+    with IndexedDatasetWriter(tmp_path / "parts", dtype=np.uint16) as writer:
+        for _ in range(2):
+            writer.append(IndexedDataset(golden))
+    assert idx_path(tmp_path / "parts").read_bytes() == idx_path(whole.prefix).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_offsets_are_64_bit_in_files_and_checks(tmp_path, monkeypatch, dtype):
+    """A sparse file of more than 4 GB, with sequences as long as the format allows."""
+    lengths = np.array([2**31 - 1, 2**31 - 1, 3], dtype=np.int32)
+    with IndexedDatasetWriter(tmp_path / "large", dtype=dtype) as writer:
+        writer._bin.truncate(int(lengths.sum(dtype=np.int64)) * writer.dtype.itemsize)
+        writer._lengths.write(lengths.tobytes())
+        writer._offsets.write(np.arange(1, 4).tobytes())
+        writer.num_sequences = writer.num_documents = 3
+    for module in (native(), None):
+        monkeypatch.setattr(indexed, "native", lambda module=module: module)
+        dataset = IndexedDataset(tmp_path / "large")
+        assert (len(dataset.sequence(2)), len(dataset.document(1))) == (3, 2**31 - 1)
+        assert dataset.document_tokens(np.arange(3)).tolist() == lengths.tolist()
+
+
 def test_views_cannot_be_written(golden):
     with pytest.raises(ValueError, match="read-only"):
         IndexedDataset(golden).document(0)[0] = 7
@@ -85,6 +119,27 @@ def test_a_failed_writer_leaves_the_old_pair(golden, tmp_path):
     with pytest.raises(DataError), IndexedDatasetWriter(golden, dtype=np.uint16) as writer:
         writer.add_document([np.arange(9), np.array([-1])])
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
+@pytest.mark.parametrize("how", ["written", "renamed"])
+def test_an_old_index_never_stands_beside_new_tokens(golden, tmp_path, monkeypatch, how):
+    """Whatever the moment of a kill: the old index goes first, the new one comes last."""
+    write_dataset(tmp_path / "other", [[[7, 8, 0]]])
+    taken, replace = [], os.replace
+
+    def watched(source, target):
+        if target == bin_path(golden):
+            assert not idx_path(golden).exists()
+        taken.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    if how == "written":
+        write_dataset(golden, [[[7, 8, 0]]])
+    else:
+        rename_dataset(tmp_path / "other", golden)
+    assert taken == [bin_path(golden), idx_path(golden)]
+    assert IndexedDataset(golden).num_tokens == 3
 
 
 def test_ids_that_do_not_fit_are_refused(tmp_path):

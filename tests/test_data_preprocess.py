@@ -144,6 +144,24 @@ def test_finished_files_are_not_read_again_after_an_error(corpus, monkeypatch):
     assert pair(corpus) == pair(corpus, "clean")
 
 
+@pytest.mark.parametrize("change", ["text_key", "document_key", "tokenizer"])
+def test_parts_of_another_configuration_are_not_used(corpus, change):
+    rows = [{"content": f"x = {number}\n", "other": f"y = {number}\n", "sample": number // 2} for number in range(6)]
+    write_jsonl(corpus / "in" / "a.jsonl", rows)
+    (corpus / "in" / "c.jsonl").write_text("{")
+    with pytest.raises(DataError):
+        preprocess(config_of(corpus))
+    assert any((corpus / "out.parts").glob("*.idx"))
+    write_jsonl(corpus / "in" / "c.jsonl", rows)
+    options = {"text_key": {"text_key": "other"}, "document_key": {"document_key": None}, "tokenizer": {}}[change]
+    if change == "tokenizer":
+        (corpus / "tokenizer" / "tokenizer.json").unlink()
+        train_tokenizer(source_texts(3), vocab_size=600).save(corpus / "tokenizer")
+    preprocess(config_of(corpus, **options))
+    preprocess(config_of(corpus, output="clean", **options))
+    assert pair(corpus) == pair(corpus, "clean")
+
+
 def test_a_damaged_part_is_made_again(corpus):
     (corpus / "in" / "c.jsonl").write_text("{")
     with pytest.raises(DataError):

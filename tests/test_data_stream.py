@@ -13,6 +13,7 @@ from data_samples import small_tokenizer, source_texts, write_dataset
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data import endless
 from megacoder.data.cuts import CharacterCutter
+from megacoder.data.endless import EndlessDocuments
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.permutation import permute
 from megacoder.data.prefetch import Prefetcher
@@ -193,6 +194,21 @@ def test_stretches_of_many_documents_are_as_many_documents_each(numbered, monkey
     """As for datasets whose lengths are too many to add up: still every token once, in equal numbers of documents."""
     by_number = rows_of_epoch(numbered, monkeypatch, most=0)
     assert by_number == rows_of_epoch(numbered, monkeypatch, most=1 << 24)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 36])
+def test_lengths_may_be_added_up_some_at_a_time(numbered, tmp_path, monkeypatch, at_once):
+    """As those of millions of documents are: the stretches are the same."""
+    equal = write(tmp_path / "equal", [[[number] * 7] for number in range(64)])  # stretches end where documents do
+
+    def ends_of_stretches(dataset):
+        cutter = CharacterCutter(small_tokenizer())
+        source = EndlessDocuments(dataset, cutter, NO_FIM, seed=5, add_bos=True, num_streams=8)
+        return [source.stretch(epoch, one) for epoch in range(3) for one in range(8)]
+
+    expected = [ends_of_stretches(dataset) for dataset in (numbered, equal)]
+    monkeypatch.setattr(endless, "_MEASURED_AT_ONCE", at_once)
+    assert [ends_of_stretches(dataset) for dataset in (numbered, equal)] == expected
 
 
 def rows_of_epoch(dataset, monkeypatch, *, most):

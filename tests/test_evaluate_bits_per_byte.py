@@ -25,17 +25,22 @@ DOCUMENTS = sample_texts(source_files())
 
 
 @torch.no_grad()
-def bits_in_one_pass(model, document):
-    tokens = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(document)])
+def bits_in_one_pass(model, tokens, *, counted=1):
+    """Of the tokens from `counted` on."""
+    tokens = torch.tensor(tokens)
     log_probabilities = model.logits(model(tokens[None, :-1]))[0].log_softmax(-1)
-    return -float(log_probabilities.gather(-1, tokens[1:, None]).sum()) / math.log(2)
+    return -float(log_probabilities.gather(-1, tokens[1:, None])[counted - 1 :].sum()) / math.log(2)
+
+
+def with_bos(document):
+    return [TOKENIZER.bos_id, *TOKENIZER.encode(document)]
 
 
 def test_documents_within_the_window_are_read_in_one_pass():
     model = make_model(TOKENIZER, max_position_embeddings=1024)
     result = measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, quiet=True)
     num_bytes = sum(len(document.encode()) for document in DOCUMENTS)
-    expected = sum(bits_in_one_pass(model, document) for document in DOCUMENTS)
+    expected = sum(bits_in_one_pass(model, with_bos(document)) for document in DOCUMENTS)
     assert result.model == pytest.approx(expected / num_bytes, rel=1e-5)
     assert (result.num_documents, result.num_bytes, result.window) == (2, num_bytes, 1024)
     assert result.num_tokens == sum(len(TOKENIZER.encode(document)) for document in DOCUMENTS)
@@ -43,6 +48,15 @@ def test_documents_within_the_window_are_read_in_one_pass():
     xz = lzma.compress("".join(DOCUMENTS).encode(), preset=9)
     assert result.xz == 8 * len(xz) / num_bytes
     assert result.unigram is None
+
+
+def test_overlapping_windows_count_every_token_once():
+    model, expected = make_model(TOKENIZER), 0.0
+    for ids in map(with_bos, DOCUMENTS):
+        for start, stop, counted in windows(len(ids), 32):
+            expected += bits_in_one_pass(model, ids[start : stop + 1], counted=counted - start)
+    result = measure_bits_per_byte(model, TOKENIZER, DOCUMENTS, window=32, quiet=True)
+    assert result.model * result.num_bytes == pytest.approx(expected, rel=1e-5)
 
 
 def test_longer_windows_use_their_context():

@@ -66,6 +66,7 @@ def streamed(tokenizer, text: str, stops: list[str]) -> tuple[str, str, bool]:
         ("a 日本 b", ["本 b"], "a 日"),
         ("xyxyz", ["xyz"], "xy"),
         ("", ["a"], ""),
+        ("return x", ["n", "tur"], "re"),  # both in one token
     ],
 )
 def test_text_ends_before_the_first_stop_and_is_shown_once(tokenizer, text, stops, expected):
@@ -114,6 +115,13 @@ def test_samples_follow_their_names_not_their_places():
     ba = generate(model, [prompts[0], prompts[0]], max_new_tokens=9, sampling=sampling, names=["b", "a"])
     assert ab == ba[::-1]
     assert ab[0] != ab[1]
+    long, short = make_prompts([9, 4])  # which come in the other order in their batch
+    together = generate(model, [long, short], max_new_tokens=9, sampling=sampling, names=["a", "b"])
+    alone = [
+        generate(model, [prompt], max_new_tokens=9, sampling=sampling, names=[name])
+        for prompt, name in ((long, "a"), (short, "b"))
+    ]
+    assert [together[:1], together[1:]] == alone
 
 
 def generate_on_rank(world, folder: str, prompts, count: int):

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from command_line import refusal, run_command
 from data_samples import write_dataset, write_jsonl, write_texts
+from evaluation_samples import make_tokenizer
 from train_cases import Case, changed, functions, losses_of, make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
@@ -18,6 +20,7 @@ from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.evaluate import long_context
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.long_context import loss_by_position, retrieval
 from megacoder.model.conversion import model_of
@@ -111,7 +114,7 @@ def test_the_instructed_model_ends_its_answers(recipes):
 def test_later_positions_have_lower_loss_and_retrieval_is_measured(recipes):
     checkpoint_convert.export_main([str(recipes / "long"), str(recipes / "long-model"), "--dtype", "fp32"])
     model, tokenizer = import_with_tokenizer(recipes / "long-model", dtype=torch.float32)
-    documents = [np.array(tokenizer.encode(text)) for text in functions(4, first=200)]
+    documents = [np.array(tokenizer.encode(text)[:128]) for text in functions(4, first=200)]
     rows = loss_by_position(model, tokenizer, documents, length=128, parts=4)
     assert [row.start for row in rows] == [0, 32, 64, 96]
     assert all(math.isfinite(row.loss) and row.tokens for row in rows)
@@ -119,6 +122,26 @@ def test_later_positions_have_lower_loss_and_retrieval_is_measured(recipes):
     found = retrieval(model, tokenizer, length=120, depths=(0.0, 0.5), trials=2, seed=1)
     assert [(row.depth, row.trials) for row in found] == [(0.0, 2), (0.5, 2)]
     assert all(0 <= row.found <= row.trials for row in found)
+
+
+def test_a_definition_is_planted_at_its_depth_and_found_by_its_whole_number(monkeypatch):
+    tokenizer, depths, asked, digits = make_tokenizer(), (0.0, 0.25, 1.0), [], 4
+
+    def answers(model, prompts, **options):
+        asked.append([tokenizer.decode(prompt) for prompt in prompts])
+        assert all(300 < len(prompt) <= 400 - 4 for prompt in prompts)
+        return [tokenizer.encode(re.search(r"planted\(\):\n    return (\d+)", text)[1][:digits]) for text in asked[-1]]
+
+    monkeypatch.setattr(long_context, "generate", answers)
+    assert [row.found for row in retrieval(None, tokenizer, length=400, depths=depths, trials=3)] == [3, 3, 3]
+    for depth, texts in zip(depths, asked, strict=True):
+        assert len(set(texts)) == 3, "each trial has a context of its own"
+        for text in texts:
+            names = re.findall(r"def (\w+)\(", text)
+            assert names.index("planted") == round(depth * (len(names) - 1))
+            assert text.endswith("\n\nassert planted() == ")
+    digits = 3
+    assert [row.found for row in retrieval(None, tokenizer, length=400, depths=depths, trials=3)] == [0, 0, 0]
 
 
 def loss_of_run(run, sequences):

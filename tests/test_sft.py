@@ -24,7 +24,7 @@ from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
-from megacoder.data.indexed import IndexedDataset
+from megacoder.data.indexed import IndexedDataset, bin_path
 from megacoder.data.packing import best_fit
 from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
@@ -396,6 +396,20 @@ def test_what_is_too_long_is_skipped_or_an_error(tmp_path):
         prepared("error", 128)
     with pytest.raises(DataError, match="no conversation in it; 3 are longer than seq_length = 2"):
         prepared("skip", 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"too_long": "skip"}, {"format": FormatConfig(kind="custom", system="Be brief.")}], ids=repr
+)
+def test_conversations_are_written_again_for_other_options(tmp_path, options):
+    data = long_conversations(tmp_path)
+
+    def written(**options):
+        config = ConversationConfig(**{"format": SHORT} | options)
+        prepare_conversations([data], tmp_path / "out", small_tokenizer(), config, seq_length=128)
+        return bin_path(tmp_path / "out").read_bytes()
+
+    assert written() != written(**options)
 
 
 def test_ranks_serve_the_same_as_one_and_resume_from_a_state(stream_of):

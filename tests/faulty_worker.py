@@ -44,7 +44,7 @@ def arm(fault, rank, step, place):
         note(self, activity_now, microbatch_now)
         here = (self.step == int(step), activity_now == activity, str(microbatch_now) == str(microbatch))
         if rank in (os.environ["RANK"], "every") and all(here):
-            time.sleep(6.0 if "blocked" in fault else 1.5)  # a few beats, so that the others have seen it here
+            time.sleep(6.0 if "blocked" in fault else 2.5)  # a few beats, so that the others have seen it here
             FAULTS[fault]()
         elif fault == "kill, others blocked" and all(here):
             block_in_c()

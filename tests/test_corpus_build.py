@@ -381,7 +381,7 @@ from megacoder.cli.main import main as megacoder
 from megacoder.corpus.pool import WorkerPool
 def work(folder):
     (folder / str(os.getpid())).touch()
-    time.sleep(1)
+    time.sleep(60)
 def main(argv):
     with WorkerPool(2) as pool:
         pool.run(work, [Path(argv[0])] * 2, done=print)

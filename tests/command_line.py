@@ -25,7 +25,7 @@ def refusal(capsys, *words, code: int = 1) -> str:
     return said
 
 
-def wait_until(holds, seconds: float = 60) -> None:
+def wait_until(holds, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

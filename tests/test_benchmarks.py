@@ -505,7 +505,7 @@ def test_a_server_is_scored(tmp_path, capsys, monkeypatch):
 )
 def test_an_address_without_a_model_server_gives_one_line(tmp_path, capsys, monkeypatch, answer, message):
     monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint._MODELS_SECONDS", 0.3)
+    monkeypatch.setattr("megacoder.evaluate.benchmarks.endpoint._MODELS_SECONDS", 0.3 if answer is None else 60.0)
     data, open_until_the_end = write(tmp_path / "d.jsonl", HUMANEVAL), []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

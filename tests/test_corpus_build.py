@@ -410,7 +410,8 @@ from megacoder.cli.main import main as megacoder
 from megacoder.corpus.pool import WorkerPool
 def work(folder):
     (folder / str(os.getpid())).touch()
-    time.sleep(1)
+    while not folder.with_name("go").exists():
+        time.sleep(0.02)
 def main(argv):
     with WorkerPool(2) as pool:
         pool.run(work, [Path(argv[0])] * 2, done=print)
@@ -431,6 +432,7 @@ def test_sigterm_ends_a_command_with_its_workers_and_one_line(tmp_path, send):
     )  # fmt: skip
     wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
     send(process.pid, signal.SIGTERM)
+    (tmp_path / "go").touch()  # tasks that have begun are waited for
     _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (143, "megacoder: terminated\n")
     assert not any(_alive(int(path.name)) for path in (tmp_path / "pids").iterdir())

@@ -305,7 +305,7 @@ def test_a_killed_rank_is_noticed_at_once(ranks):
 
 
 def do_not_come(world, what):
-    world = World(world.rank, world.size, 0, world.device, world.group, timeout=datetime.timedelta(seconds=1))
+    world = World(world.rank, world.size, 0, world.device, world.group, timeout=datetime.timedelta(seconds=3))
     group = new_group([list(range(world.size))], world, name="dp")
     tensor = torch.ones(100)
     try:
@@ -330,7 +330,7 @@ def do_not_come(world, what):
 )
 def test_a_rank_that_does_not_come_is_a_timeout(ranks, what, name):
     (message, waiting), other = ranks.run(2, do_not_come, what)
-    assert message == f"{name} failed: Timed out after 1 s waiting for rank 1"
+    assert message == f"{name} failed: Timed out after 3 s waiting for rank 1"
     assert waiting
     assert other is None
 

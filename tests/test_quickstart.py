@@ -211,7 +211,7 @@ def test_the_faster_dtype_is_chosen(slow, monkeypatch):
 
     def mm(a, b):
         if a.dtype == slow:
-            time.sleep(0.05)
+            time.sleep(0.3)
         return multiply(a, b)
 
     monkeypatch.setattr(torch, "mm", mm)

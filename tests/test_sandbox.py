@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from command_line import wait_until
 from sandbox_attacks import ATTACKS
 
 from megacoder.core.errors import ConfigError
@@ -269,10 +270,7 @@ def test_programs_end_with_the_process_that_started_them():
     time.sleep(0.3)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{launcher}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{launcher}").exists()
+    wait_until(lambda: not Path(f"/proc/{launcher}").exists())
 
 
 PROGRAMS = {  # right, wrong, and what does not compile

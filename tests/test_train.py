@@ -68,7 +68,7 @@ def launch(toml, *arguments, nproc=2):
 
 def wait_for_steps(folder):
     """Until a run has logged three."""
-    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3, 100)
+    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3, 200)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def test_a_crash_repeats_only_the_steps_since_the_checkpoint(case, alone):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)])
 def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, number, code):
-    name, settings = f"signalled-{number}", {"steps": 2000, "schedule": {"kind": "constant"}}
+    name, settings = f"signalled-{number}", {"steps": 100_000, "schedule": {"kind": "constant"}}
     toml = case.toml(name, **settings)
     process = subprocess.Popen(
         command(toml), stderr=subprocess.PIPE, text=True,
@@ -373,7 +373,7 @@ def test_interrupted_under_the_launcher_and_resumed_on_other_ranks(case, alone, 
 
 def test_a_schedulers_signal_reaches_only_ranks_and_torchrun_exits_cleanly(case):
     """As Slurm's --signal does where the job's script has told torchrun to ignore it."""
-    toml = case.toml("told", steps=2000, schedule={"kind": "constant"}, stop_signals=("SIGUSR2",))
+    toml = case.toml("told", steps=100_000, schedule={"kind": "constant"}, stop_signals=("SIGUSR2",))
     words = [
         "sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", "2", "--max-restarts", "3", "-m", "megacoder", "train", str(toml),

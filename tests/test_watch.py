@@ -1,22 +1,29 @@
 """A rank that dies or hangs ends the whole run in time, with one line that names it; real processes under torchrun."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from command_line import wait_until
 from kill_test import descendants
 from train_cases import make_case
 
+from megacoder.core.errors import RankLost
 from megacoder.core.processes import kill_sibling
+from megacoder.parallel.bulletin import Bulletin
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.watch import Watch
@@ -25,9 +32,11 @@ from megacoder.train.metrics_log import read_metrics
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-TIMEOUT = 4.0
+TIMEOUT = 8.0
+"""Ranks that start beside those of other runs may be seconds apart."""
 LIMIT = 240
 """Far above the time-out, below torchrun's and gloo's own patience put together: only a run that hangs gets there."""
+AT_ONCE = 5
 NO_ANSWER = r"has not answered for \d+ s; last seen in "
 STUCK = r"has been stuck for \d+ s in "
 FAULTS = {
@@ -43,6 +52,12 @@ FAULTS = {
     "blocked": (
         ("kill, others blocked", "1", "3", "forward 1"), {"timeout_seconds": 120.0},
         NO_ANSWER + "step 3, microbatch 1, forward ",
+    ),
+    "asked late": (
+        ("kill, others asked late", "1", "3", "forward 1"), {}, NO_ANSWER + "step 3, microbatch 1, forward ",
+    ),
+    "slow disk": (
+        ("kill, disk hangs", "1", "3", "forward 1"), {}, NO_ANSWER + "step 3, microbatch 1, forward ",
     ),
     "fail": (("fail", "1", "3", "forward 1"), {}, ""),
     "fail alike": (("fail", "every", "3", "forward 1"), {"parallel": ParallelConfig(tp=2)}, ""),
@@ -73,27 +88,25 @@ def torchrun(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def ended(case):
-    """All faults at once, since most of their time goes by waiting."""
-    processes = {
-        name: torchrun(
-            "-m", "faulty_worker", *fault, "train", case.toml(name, **{"timeout_seconds": TIMEOUT, **settings})
-        )
-        for name, (fault, settings, _) in FAULTS.items()
-    }
+    """Several faults at once, since most of their time goes by waiting."""
+    with ThreadPoolExecutor(AT_ONCE) as runs:
+        return dict(zip(FAULTS, runs.map(partial(end_of, case), FAULTS), strict=True))
+
+
+def end_of(case, name):
+    fault, settings, _ = FAULTS[name]
+    toml = case.toml(name, **{"timeout_seconds": TIMEOUT, **settings})
+    process = torchrun("-m", "faulty_worker", *fault, "train", toml)
     try:
-        outputs = {name: process.communicate(timeout=LIMIT)[1] for name, process in processes.items()}
+        _, output = process.communicate(timeout=LIMIT)
     finally:
-        for process in processes.values():
-            process.kill()
-    return {
-        name: Ended(
-            processes[name].returncode,
-            [line for line in output.splitlines() if line.startswith("megacoder: ")],
-            case.folder / name,
-            {int(code) for code in re.findall(r"exitcode +: (-?\d+)", output)},
-        )
-        for name, output in outputs.items()
-    }
+        process.kill()
+    return Ended(
+        process.returncode,
+        [line for line in output.splitlines() if line.startswith("megacoder: ")],
+        case.folder / name,
+        {int(code) for code in re.findall(r"exitcode +: (-?\d+)", output)},
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not name.startswith("fail")])
@@ -120,22 +133,23 @@ def test_a_rank_with_its_own_error_reports_only_that_and_all_ranks_end_with_its_
     assert ended[name].exit_codes == {1}, "neither that of a lost rank, nor a signal during Python's shutdown"
 
 
+def environment_of(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
 def test_a_rank_killed_from_outside_under_the_launcher(case):
     toml = case.toml("launcher", timeout_seconds=60.0, steps=100_000, checkpoint_every=100_000)
     command = [sys.executable, "-m", "megacoder", "train", str(toml), "--nproc", "2"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(read_metrics(case.folder / "launcher" / "metrics.jsonl")) >= 3, LIMIT)
-    workers = [
-        pid for pid in sorted(descendants(process.pid)) if b"megacoder" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    (victim,) = [pid for pid in descendants(process.pid) if b"RANK=1" in environment_of(pid)]
+    os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     _, stderr = process.communicate(timeout=LIMIT)
     assert time.monotonic() - began < 55, "its end was noticed, not waited for"
     lines = [line for line in stderr.splitlines() if line.startswith("megacoder: ")]
     assert len(lines) == 2, stderr
-    assert f"pid {workers[1]}) has not answered" in lines[0]
+    assert f"pid {victim}) has not answered" in lines[0]
     assert (
         lines[1]
         == "megacoder: rank 1 of 2 ended with SIGKILL; if nobody sent it, the machine may have run out of memory"
@@ -156,6 +170,77 @@ def test_the_watch_allows_for_work_that_cannot_hang(device, tmp_path):
     assert not watch._may_hang()
     journal.waiting = True
     assert watch._may_hang()
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """Rank 0's of two, with a store of its own and little patience."""
+    watch = Watch(World(0, 2, 0, torch.device("cpu"), None), timeout_seconds=1.0, folder=tmp_path)
+    watch._bulletin._store = dist.HashStore()
+    watch._bulletin._connected.set()
+    watch._patience = 0.01
+    return watch
+
+
+def test_the_process_does_not_end_between_an_announcement_and_its_line(watch, monkeypatch):
+    happened, announce = [], watch._bulletin.announce
+
+    def announce_and_let_another_thread_leave(end):
+        announced = announce(end)
+        leaving = threading.Thread(target=watch._leave, args=(RankLost("told by the other thread", told=True),))
+        leaving.start()
+        leaving.join(0.5)  # it waits for the line
+        happened.append(leaving)
+        return announced
+
+    monkeypatch.setattr(watch._bulletin, "announce", announce_and_let_another_thread_leave)
+    monkeypatch.setattr("megacoder.parallel.watch.say", happened.append)
+    monkeypatch.setattr("os._exit", happened.append)
+    error = watch._conclude("receive failed")
+    happened.pop(0).join()
+    assert happened == [f"megacoder: {error}", RankLost.exit_code]
+    assert error.told
+
+
+def test_the_main_thread_that_has_failed_ends_the_process(watch, monkeypatch):
+    monkeypatch.setattr("os._exit", pytest.fail)
+    watch._failed = True
+    watch._leave(RankLost("the other thread's"))
+
+
+def test_two_threads_that_are_cut_off_say_so_once(watch, monkeypatch):
+    said = []
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("megacoder.parallel.watch.say", said.append)
+    assert all(watch._cut_off(failure).told for failure in ("receive failed", "out of touch"))
+    assert len(said) == 1
+
+
+SEEN = {"living": (3, 4), "silent": (3, 3), "never seen": (None, None), "seen late": (None, 1), "beat fails": (3, 4)}
+"""Beats of rank 1 in two looks."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_rank_asked_to_stop_looks_for_others_that_are_silent(watch, monkeypatch, name):
+    own = (8, 8) if name == "beat fails" else (8, 9)
+    looks = [
+        {rank: dataclasses.replace(watch._record(), rank=rank, beat=beat) for rank, beat in enumerate(beats) if beat}
+        for beats in zip(own, SEEN[name], strict=True)
+    ]
+    monkeypatch.setattr(watch._bulletin, "two_looks", lambda seconds: looks)
+    assert (watch._looks_at_silence() is not None) == (name in ("silent", "never seen"))
+
+
+def test_a_rank_is_known_before_it_begins(monkeypatch, tmp_path):
+    """However slowly its store connects."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    connect = Bulletin.connect
+    monkeypatch.setattr(Bulletin, "connect", lambda *arguments: (time.sleep(0.3), connect(*arguments)))
+    with Watch(World(0, 2, 0, torch.device("cpu"), None), timeout_seconds=4.0, folder=tmp_path) as watch:
+        assert 0 in watch._bulletin.records()
 
 
 def test_only_a_sibling_is_killed():

@@ -66,7 +66,7 @@ class RankPool:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._num_calls = itertools.count()
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 60.0) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 150.0) -> list[Any]:
         """[function(world, *args) of rank 0, of rank 1, ...]; RankFailed as soon as one of them fails."""
         outcomes = self._call(size, function, args, timeout_seconds, patient=False)
         failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.failure is not None}
@@ -77,7 +77,7 @@ class RankPool:
         return [outcomes[rank].result for rank in range(size)]
 
     def run_apart(
-        self, size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 60.0
+        self, size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 150.0
     ) -> list[Outcome]:
         """As `run`, but on processes of this call alone, which it may kill; what became of every rank, in order."""
         with RankPool() as pool:

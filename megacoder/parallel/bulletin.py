@@ -10,19 +10,38 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
 from megacoder.parallel.blame import Record
 from megacoder.parallel.world import connect_store
 
-__all__ = ["Bulletin", "End", "Looks"]
+__all__ = ["Answer", "Bulletin", "End", "Looks"]
 
 T = TypeVar("T")
 
 Looks = tuple[dict[int, Record], dict[int, Record]]
 """All ranks' records, and again a while later."""
+
+
+class Answer(Generic[T]):
+    """What `work` returns, which runs in a thread of its own, and may hang."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._answers: list[T] = []
+        self._thread = threading.Thread(target=self._run, name="answer", daemon=True)
+        self._thread.start()
+
+    def within(self, seconds: float) -> T | None:
+        """None if it did not come in time, or failed with a RuntimeError."""
+        self._thread.join(seconds)
+        return self._answers[0] if self._answers else None
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._answers.append(self._work())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +104,12 @@ class Bulletin:
 
     def ask(self, question: Callable[[], T], *, seconds: float) -> T | None:
         """The answer of `question`, which uses this bulletin; None if it did not come in time, or the store failed."""
-        answers: list[T] = []
 
-        def attempt() -> None:
+        def once_connected() -> T:
             self._connected.wait()
-            with contextlib.suppress(RuntimeError):
-                answers.append(question())
+            return question()
 
-        thread = threading.Thread(target=attempt, name="bulletin", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        return answers[0] if answers else None
+        return Answer(once_connected).within(seconds)
 
     def _connection(self) -> dist.Store:
         assert self._store is not None, "connect first"

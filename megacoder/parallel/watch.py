@@ -9,6 +9,11 @@ When a collective fails or times out, the rank compares the records of all ranks
 announces what it found; the first announcement counts, and each host prints it once. A rank that cannot reach the
 bulletin reports that, and what it waited for. The cost is three small messages per rank and beat.
 
+torchrun asks all ranks to stop 0.1 s after one has died, and kills them 30 s later. The line is out by then: a training
+loop that has failed ignores the request; every wait is bounded, that for the disk too, 27 s together if each takes as
+long as it may; and whoever announces or claims the line prints it before any thread may end the process. Before the
+loop the request ends a rank at once: if it comes before the rank has noticed the loss, only torchrun names the rank.
+
 A rank whose launcher has been killed sends itself a stop signal: all ranks then stop together, with a checkpoint.
 Python runs no signal handler while the main thread waits for its GPU; so signals also arrive at a socket, which the
 second thread reads.
@@ -36,7 +41,7 @@ from megacoder.core.errors import AlikeOnAllRanks, MegacoderError, RankLost
 from megacoder.core.files import write_text
 from megacoder.core.processes import kill_sibling
 from megacoder.parallel.blame import Record, find_loss
-from megacoder.parallel.bulletin import Bulletin, End, Looks
+from megacoder.parallel.bulletin import Answer, Bulletin, End, Looks
 from megacoder.parallel.collectives import flight_record
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.world import World, from_torchrun
@@ -71,7 +76,9 @@ class Watch:
         self._bulletin = Bulletin(world.size, world.attempt)
         self._heard = time.monotonic()
         self._end: End | None = None
-        self._over, self._failed = threading.Event(), False
+        self._over, self._failed, self._published = threading.Event(), False, threading.Event()
+        self._telling = threading.Lock()  # held from an announcement to its line; this process does not exit meanwhile
+        self._is_cut_off = False
         self._threads: list[threading.Thread] = []
         self._beat = 0
         self._moves, self._moved = -1, time.monotonic()
@@ -82,6 +89,7 @@ class Watch:
             for target in (self._keep_beating, self._guard):
                 self._threads.append(threading.Thread(target=target, name=target.__name__, daemon=True))
                 self._threads[-1].start()
+            self._published.wait(ANSWER_SECONDS)  # whoever dies from now on is known
         return self
 
     def __exit__(
@@ -90,10 +98,11 @@ class Watch:
         if not self._active:
             return
         try:
-            if isinstance(error, RankLost):
+            if isinstance(error, MegacoderError) and not isinstance(error, AlikeOnAllRanks):
                 self._failed = True
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not stop us before the line is out
+            if isinstance(error, RankLost):
                 raise self._conclude(str(error)) from error
             if isinstance(error, Exception) and not isinstance(error, AlikeOnAllRanks):
                 self._announce_own(error)
@@ -123,6 +132,7 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self._bulletin.connect(self._timeout)
                 self._publish()
+                self._published.set()
                 self._end = self._end or self._bulletin.announced()
                 self._heard = time.monotonic()
             self._over.wait(self._interval)
@@ -138,12 +148,12 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)
             self._journal.stop_asked |= self._signals.received()
             now, still = time.monotonic(), self._still_seconds()
+            if self._failed:  # the main thread is about to say why
+                continue
             if self._end is not None:
                 ended = ended or now
                 if now - ended > GRACE_SECONDS:
                     self._leave(self._tell(self._end))
-            elif self._failed:  # the main thread is about to say why
-                continue
             elif self._may_hang() and still > self._timeout + self._margin:
                 self._leave(self._conclude(f"{self._journal.operation} did not finish in {still:.0f} s"))
             elif self._journal.stop_asked and still > self._patience and (looks := self._looks_at_silence()):
@@ -164,7 +174,11 @@ class Watch:
         if looks is None:
             return None
         before, after = looks
-        silent = any(after[rank].beat == before[rank].beat and not after[rank].finished for rank in before)
+        others = set(range(self._world.size)) - {self._world.rank}
+        silent = any(
+            rank not in after or (rank in before and before[rank].beat == after[rank].beat and not after[rank].finished)
+            for rank in others
+        )
         return looks if silent else None
 
     def _look_twice(self) -> Looks | None:
@@ -173,27 +187,27 @@ class Watch:
         )
 
     def _leave(self, error: RankLost) -> None:
-        self._print(error)
-        os._exit(error.exit_code)
+        with self._telling:
+            if not self._failed:  # else the main thread has failed meanwhile: it leaves, too
+                os._exit(error.exit_code)
 
     def _conclude(self, failure: str, looks: Looks | None = None) -> RankLost:
-        """The error to raise or print after `failure`: the first announcement, made by this rank if there is none.
+        """The first announcement after `failure` as an error; made, and printed, by this rank if there is none.
 
         Ranks that were asked to stop are killed after 30 seconds: what they have seen already is given as `looks`.
         """
+        saved = Answer(self._save_flight_record)  # meanwhile, since a disk may take longer than all else
         looks = looks or self._look_twice()
-        flight = self._save_flight_record()
+        flight = saved.within(GRACE_SECONDS) or ""
         if looks is None:
             return self._cut_off(failure + flight)
         loss = find_loss(self._record(), failure, *looks, size=self._world.size, now=time.time())
         line = loss.line + flight
-        end = self._announce(line, [(record.host, record.pid) for record in loss.silent])
-        if end is None:
-            return self._cut_off(failure + flight)
-        if (end.line, end.host) == (line, self._host):
-            self._end_silent(end)
-            return RankLost(line)
-        return self._tell(end)
+        with self._telling:
+            end = self._announce(line, [(record.host, record.pid) for record in loss.silent])
+            if end is not None and (end.line, end.host) == (line, self._host):
+                say(f"megacoder: {line}")
+        return self._cut_off(failure + flight) if end is None else self._tell(end)
 
     def _announce(
         self, line: str, silent: list[tuple[str, int]] | None = None, *, code: int = RankLost.exit_code
@@ -202,31 +216,32 @@ class Watch:
         return self._bulletin.ask(lambda: self._bulletin.announce(end), seconds=ANSWER_SECONDS)
 
     def _tell(self, end: End) -> RankLost:
-        """The announcement as this rank's error; if no rank of this host has printed it yet, this rank will."""
+        """The announcement as this rank's error; prints it if no rank of this host has."""
         self._end_silent(end)
-        told = end.host == self._host
-        if not told:
-            told = self._bulletin.ask(lambda: self._bulletin.claim(self._host), seconds=ANSWER_SECONDS) is False
-        lost = RankLost(end.line, told=told)
+        if end.host != self._host:
+            with self._telling:
+                told = self._bulletin.ask(lambda: self._bulletin.claim(self._host), seconds=ANSWER_SECONDS) is False
+                if not told:
+                    say(f"megacoder: {end.line}")
+        lost = RankLost(end.line, told=True)
         lost.exit_code = end.code
         return lost
 
     def _cut_off(self, failure: str) -> RankLost:
-        """The error of a rank that cannot reach the store."""
+        """The error of a rank that cannot reach the store; printed by the first thread that comes here."""
         record, address = self._record(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         error = RankLost(
             f"{record.name()} at {record.place}: {failure}; the store at {address} does not answer either: its host is "
-            "down or the network is cut"
+            "down or the network is cut",
+            told=True,
         )
+        with self._telling:
+            if not self._is_cut_off:
+                say(f"megacoder: {error}")
+            self._is_cut_off = True
         if self._num_hosts > 1:
-            self._print(error)
-            error.told = True
             self._end_agent()
         return error
-
-    def _print(self, error: RankLost) -> None:
-        if not error.told:
-            say(f"megacoder: {error}")
 
     def _end_silent(self, end: End) -> None:
         for host, pid in end.silent:

@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 
 from megacoder.core.console import ProgressBar, progress, say
-from megacoder.core.errors import AlikeOnAllRanks, alike_on_all_ranks
+from megacoder.core.errors import AlikeOnAllRanks, MegacoderError, alike_on_all_ranks
 from megacoder.core.memory import peak_memory
 from megacoder.core.rates import known_peak
 from megacoder.data.prefetch import Prefetcher
@@ -170,6 +170,10 @@ class Trainer:
         previous = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
         try:
             yield
+        except MegacoderError as error:
+            if self.world.size > 1 and not isinstance(error, AlikeOnAllRanks):
+                previous.pop(signal.SIGTERM, None)  # torchrun's must not end this rank before the watch has said why
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -21,7 +21,8 @@ from megacoder.cli import sft as command
 from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, FormatError, MegacoderError
 from megacoder.core.files import exclusive
-from megacoder.data.chat_format import ChatFormat, FormatConfig, rows_to_messages
+from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.conversation_rows import ColumnsConfig, read_conversation
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
 from megacoder.data.indexed import IndexedDataset, bin_path
@@ -145,7 +146,8 @@ def test_ids_and_labels_equal_those_of_the_published_script(exported_tokenizer):
         source = SCRIPT_PROMPT.format(question.strip()).lstrip()
         whole = theirs(source + f"{answer}\n<|EOT|>").input_ids
         labels = [*[-100] * len(theirs(source).input_ids), *whole[len(theirs(source).input_ids) :]]
-        segments = ours.segments(rows_to_messages({"instruction": question, "output": answer}, where="here"))
+        row = {"instruction": question, "output": answer}
+        segments = ours.segments(read_conversation(row, ColumnsConfig(), where="here").messages)
         assert joined(segments) == whole
         assert labels_of(segments) == labels
 

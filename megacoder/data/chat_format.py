@@ -1,9 +1,10 @@
 """Conversations as text and as ids: which parts a model is asked, and which it is trained to answer.
 
 A conversation becomes segments of ids, asked and trained in turn: everything through `### Response:` and its line break
-is asked, the answer with its end marker is trained. The lengths of the segments alone tell which tokens are trained. A
-mask by id would also hide every token with the id of padding, above all the marker that ends a text (with
-DeepSeek-Coder's base tokenizer the two share an id), and the model would never learn to stop.
+is asked, the answer with its end marker is trained. An answer without loss is part of what is asked. The lengths of the
+segments alone tell which tokens are trained. A mask by id would also hide every token with the id of padding, above all
+the marker that ends a text (with DeepSeek-Coder's base tokenizer the two share an id), and the model would never learn
+to stop.
 
 Segments end after a line break or a control token, where the texts on both sides tokenize independently, so that the
 ids of a conversation are those of its rendered text. Text is taken literally: a message that quotes `<|EOT|>` ends
@@ -18,25 +19,23 @@ the template alone, which `from_jinja` reads back. No template is executed: it m
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from megacoder.core.errors import ConfigError, DataError
-from megacoder.core.files import is_unicode
+from megacoder.core.errors import ConfigError
 from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-__all__ = ["ChatFormat", "FormatConfig", "Message", "Segment", "rows_to_messages"]
+__all__ = ["ChatFormat", "FormatConfig", "Message", "Segment"]
 
 _SCRIPT_SYSTEM = (
     "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you "
     "only answer questions related to computer science. For politically sensitive questions, security and privacy "
     "issues, and other non-computer science questions, you will refuse to answer.\n"
 )
-_ROLES = ("system", "user", "assistant")
 Message = tuple[str, str]
-"""(role, content)"""
+"""(role, content); the role is system, user or assistant"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +150,19 @@ class ChatFormat:
         """An answer as it appears among messages, given what the model has said before `end_id`."""
         return text.removesuffix(self._end_text)
 
-    def segments(self, messages: Sequence[Message], *, asking: bool = False) -> list[Segment]:
+    def segments(
+        self, messages: Sequence[Message], *, trained: Container[int] | None = None, asking: bool = False
+    ) -> list[Segment]:
         """Asked and trained segments in turn, asked first, BOS in front; the last is asked and may be empty.
 
-        With `asking` it ends with the text before an answer.
+        `trained` has the numbers of the answers with loss, by default all. With `asking` the last segment ends with the
+        text before an answer.
         """
         config, segments = self.config, list[Segment]()
         asked: _Runs = [self.tokenizer.bos_id]
         if all(role != "system" for role, _ in messages):
             self._add_format(asked, config.system)
-        for role, content in messages:
+        for number, (role, content) in enumerate(messages):
             if role == "system":
                 _add_text(asked, content)
             elif role == "user":
@@ -170,11 +172,13 @@ class ChatFormat:
                 self._add_format(asked, behind)
             else:
                 self._add_format(asked, config.response)
-                answer: _Runs = []
+                has_loss = trained is None or number in trained
+                answer: _Runs = [] if has_loss else asked
                 _add_text(answer, content)
                 self._add_format(answer, config.end)
-                segments += [Segment(self._ids(asked), False), Segment(self._ids(answer), True)]
-                asked = []
+                if has_loss:
+                    segments += [Segment(self._ids(asked), False), Segment(self._ids(answer), True)]
+                    asked = []
                 self._add_format(asked, config.after)
         if asking:
             self._add_format(asked, config.response)
@@ -204,57 +208,6 @@ def _add_text(runs: _Runs, text: str) -> None:
         runs[-1] = last + text
     elif text:
         runs.append(text)
-
-
-def rows_to_messages(row: Mapping[str, Any], *, where: str) -> list[Message]:
-    """The conversation of a row with `messages`, or with `instruction` and `output`.
-
-    DataError, beginning with `where`, for a row that has neither or whose turns do not follow each other.
-    """
-    messages = row.get("messages")
-    turns = _pair(row, where) if messages is None else _turns(messages, where)
-    for number, (role, content) in enumerate(turns):
-        if not is_unicode(content):
-            raise DataError(f"{where}: message {number}, the {role}'s, holds half a surrogate pair, not valid Unicode")
-    return turns
-
-
-def _turns(messages: Any, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages are {messages!r}, expected a list of turns")
-    turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages)]
-    expected = "user"
-    for number, (role, content) in enumerate(turns):
-        if role == "system" and number == 0:
-            continue
-        if role != expected:
-            raise DataError(f"{where}: message {number} is the {role}'s, expected the {expected}'s")
-        if role == "assistant" and not content.strip():
-            raise DataError(f"{where}: message {number} is an empty answer")
-        expected = "assistant" if role == "user" else "user"
-    if turns[-1][0] != "assistant":
-        raise DataError(f"{where}: the last message is the {turns[-1][0]}'s; there is no answer to train on")
-    return turns
-
-
-def _pair(row: Mapping[str, Any], where: str) -> list[Message]:
-    for key in ("instruction", "output"):
-        if not isinstance(row.get(key), str):
-            there = f"is {row[key]!r}, expected text" if key in row else "is missing"
-            raise DataError(f"{where}: {key!r} {there}; a row has messages, or instruction and output")
-    if not row["output"].strip():
-        raise DataError(f"{where}: 'output' is empty; there is no answer to train on")
-    given = row.get("input")
-    question = row["instruction"] if not given else f"{row['instruction']}\n{given}"  # Alpaca's third field
-    return [("user", question), ("assistant", row["output"])]
-
-
-def _turn(message: Any, where: str) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise DataError(f"{where} is {message!r}, expected role and content")
-    if message.get("role") not in _ROLES:
-        raise DataError(f"{where} has the role {message.get('role')!r}, expected one of {', '.join(_ROLES)}")
-    return message["role"], message["content"]
 
 
 def _jinja(system: str, before: str, behind: str, response: str, ending: str, *, content: str) -> str:

@@ -83,8 +83,9 @@ def _prepare(config: RunConfig, run: RunConfig) -> None:
     before = idx_path(run.data.train[0]).stat().st_mtime_ns if idx_path(run.data.train[0]).exists() else None
     seq_length = config.data.stream.seq_length
     trained = prepare_conversations(
-        conversations.train, run.data.train[0], tokenizer, conversations, seq_length=seq_length
-    )
+        conversations.train, run.data.train[0], tokenizer, conversations,
+        seq_length=seq_length, repeats=conversations.repeats,
+    )  # fmt: skip
     if idx_path(run.data.train[0]).stat().st_mtime_ns != before:  # ranks find what their launcher has reported already
         say_if_changed(tokenizer, config.data.tokenizer)
         _say(trained, config)
@@ -112,9 +113,11 @@ def _say(prepared: Prepared, config: RunConfig) -> None:
     windows = config.steps * config.global_batch_size * seq_length
     left_out = 0 if too_long == "skip" else prepared.unusable_tokens  # skipped ones are not among the tokens
     seen = prepared.tokens - prepared.cut_tokens - left_out
+    repeated = f" an epoch, of {prepared.read:,} with repeats" if config.data.conversations.repeats else ""
     say(
-        f"{prepared.conversations:,} conversations, {prepared.tokens:,} tokens, {prepared.trained_tokens:,} of them "
-        f"trained; {config.steps:,} steps see them about {windows / max(seen, 1):.1f} times"
+        f"{prepared.conversations:,} conversations{repeated}, {prepared.tokens:,} tokens, "
+        f"{prepared.trained_tokens:,} of them trained; {config.steps:,} steps see "
+        f"{'such an epoch' if repeated else 'them'} about {windows / max(seen, 1):.1f} times"
     )
     if prepared.unusable:
         why = "longer than" if too_long == "skip" else "no answer begins within"

@@ -56,7 +56,7 @@ def test_an_unknown_option_is_one_line(command, capsys, tmp_path):
     run_toml = tmp_path / "run.toml"
     run_toml.write_text('output = "o"\n[data]\ntrain = "t"\ntokenizer = "k"\n')
     runs = {name: [str(run_toml)] for name in ("train", "sft", "profile")}
-    runs |= {"data digest": [str(run_toml), "--steps", "1:2"]}
+    runs |= {"data digest": [str(run_toml), "--steps", "1:2"], "data show": [str(run_toml), "--step", "1"]}
     first = {**runs, **POSITIONAL}.get(command, [])
     code, _, err = run([*command.split(), *first, "--no-such-option"], capsys)
     assert code == 2

@@ -99,8 +99,9 @@ def test_the_reason_is_given_and_too_many_in_a_row_end_the_run(loss, grad_norm, 
     noted(guard, 1)  # which ends the row
     for _ in range(2):
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1)
-    with pytest.raises(RunStopped, match=f"3 updates in a row were skipped, the last because {reason}"):
+    with pytest.raises(RunStopped, match=f"3 updates in a row were skipped, the last because {reason}") as raised:
         guard.note(loss=loss, grad_norm=grad_norm, skipped=True, num_tokens=1)
+    assert "megacoder data show" in str(raised.value), "how to look at the data"
     assert guard.num_skipped == 5
 
 

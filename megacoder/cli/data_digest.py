@@ -9,10 +9,13 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.run_words import read_run
 from megacoder.core.errors import ConfigError
 from megacoder.data.digest import step_digests
+from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.skipping import parse_steps
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.train.config import RunConfig
 from megacoder.train.setup import load_tokenizer, open_stream
 
-__all__ = ["main"]
+__all__ = ["main", "open_before"]
 
 PROG = "megacoder data digest RUN.toml --steps A:B [--dp N] [any setting of the run, as in megacoder train]"
 
@@ -45,20 +48,28 @@ def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
     run = read_run(DigestConfig, argv, prog=PROG, absent=lambda _: {"output": "digest"}, lists_settings=False)
     options, config = run.options, run.config
-    tokenizer = load_tokenizer(config)
-    ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=options.dp) for rank in range(options.dp)]
     first, last = options.range()
-    done = 0
-    if options.checkpoint is not None:
-        reader = CheckpointReader(options.checkpoint)
-        done = reader.step
-        if done >= first:
-            raise ConfigError(f"{reader.folder} was written after step {done}; it serves steps from {done + 1} on")
-        for rank in ranks:
-            rank.load_state_dict(reader.state["data"])
+    ranks, done = open_before(first, config, load_tokenizer(config), checkpoint=options.checkpoint, dp=options.dp)
     digests = step_digests(ranks, skip=first - 1 - done, steps=last - first + 1)
     if options.json:
         print(json.dumps({str(step): digest for step, digest in enumerate(digests, start=first)}, indent=2))
         return
     for step, digest in enumerate(digests, start=first):
         print(f"step {step:>8}  {digest}", flush=True)
+
+
+def open_before(
+    step: int, config: RunConfig, tokenizer: Tokenizer, *, checkpoint: Path | None, dp: int = 1
+) -> tuple[list[ResumableBatches], int]:
+    """The streams of `dp` ranks, and how many steps before `step` they have served: those of `checkpoint`, or none."""
+    ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    if checkpoint is None:
+        return ranks, 0
+    reader = CheckpointReader(checkpoint)
+    if reader.step >= step:
+        raise ConfigError(
+            f"{reader.folder} was written after step {reader.step}; it serves steps from {reader.step + 1} on"
+        )
+    for rank in ranks:
+        rank.load_state_dict(reader.state["data"])
+    return ranks, reader.step

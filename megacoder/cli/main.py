@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data inspect": ("megacoder.cli.data:inspect", "what is in a .bin/.idx pair"),
     "data merge": ("megacoder.cli.data:merge", "several .bin/.idx pairs as one"),
     "data digest": ("megacoder.cli.data_digest", "a digest of each step's tokens, the same on any number of ranks"),
+    "data show": ("megacoder.cli.data_show", "what a step trains, as text: its windows and their documents"),
     "train": ("megacoder.cli.train", "pre-train in one process, under torchrun, or on --nproc ranks"),
     "sft": ("megacoder.cli.sft", "instruction tuning on conversations, started like train"),
     "report": ("megacoder.cli.report", "a run so far as one HTML file: loss, speed, memory, data, schedule"),

@@ -71,6 +71,52 @@ def test_without_a_key_each_row_is_a_document(corpus):
     assert preprocess(config_of(corpus, document_key=None)).documents == 30
 
 
+def test_empty_documents_are_places_without_ids(corpus, monkeypatch, capsys):
+    """As tools/preprocess_data.py --append-eod has it: no EOS, and no sequence."""
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 50)
+    texts = ["", "x = 1", "", "", "y", ""]
+    write_jsonl(corpus / "in" / "a.jsonl", [{"content": text} for text in texts])
+    (corpus / "in" / "b.jsonl").unlink()
+    write_jsonl(corpus / "in" / "c.jsonl", [{"content": ""}])
+    ids = [[*small_tokenizer().encode(text), small_tokenizer().eos_id] for text in texts if text]
+    write_dataset(corpus / "expected", [[], [ids[0]], [], [], [ids[1]], [], []])
+    for workers in (1, 2):
+        sidecar = preprocess(config_of(corpus, output=f"out{workers}", workers=workers, document_key=None))
+        assert pair(corpus, f"out{workers}") == pair(corpus, "expected")
+        assert (sidecar.documents, sidecar.sequences) == (7, 2)
+        assert capsys.readouterr().err.endswith(
+            "7 documents, 6 tokens, 6 bytes of text; 5 empty documents without tokens\n"
+        )
+    write_jsonl(corpus / "in" / "a.jsonl", [{"content": ""}])
+    with pytest.raises(DataError, match="no text in"):
+        preprocess(config_of(corpus, document_key=None))
+
+
+def test_empty_documents_of_parts_made_before_are_counted(corpus, capsys):
+    write_jsonl(corpus / "in" / "a.jsonl", [{"content": text} for text in ("", "x", "")])
+    (corpus / "in" / "c.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"c\.jsonl:1: malformed JSON"):
+        preprocess(config_of(corpus, document_key=None))
+    write_jsonl(corpus / "in" / "c.jsonl", [{"content": ""}, {"content": "y"}])
+    capsys.readouterr()
+    preprocess(config_of(corpus, document_key=None))
+    assert capsys.readouterr().err.endswith(
+        ": 5 documents, 4 tokens, 2 bytes of text; 3 empty documents without tokens\n"
+    )
+
+
+def test_empty_files_stay_in_a_document_that_has_text(corpus):
+    write_jsonl(
+        corpus / "in" / "a.jsonl", [{"content": text, "sample": at // 2} for at, text in enumerate(["", "x", "", ""])]
+    )
+    for name in "bc":
+        (corpus / "in" / f"{name}.jsonl").unlink()
+    preprocess(config_of(corpus))
+    ids = [*small_tokenizer().encode("x"), small_tokenizer().eos_id]
+    write_dataset(corpus / "expected", [[[], ids], []])
+    assert pair(corpus) == pair(corpus, "expected")
+
+
 def test_any_number_of_workers_writes_the_same_bytes(corpus, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 2000)  # so that there are many pieces
     preprocess(config_of(corpus))
@@ -276,8 +322,8 @@ def test_the_commands_from_files_to_a_report(corpus, capsys):
     made_with = ["--tokenizer", corpus / "tok"]
     run("preprocess", *paths, corpus / "set", *made_with, "--workers", 1, "--encoder", "tokenizers")
     report = json.loads(run("data", "inspect", corpus / "set", *made_with, "--json", "--documents", 2))
-    assert (report["documents"], report["sequences"], report["dtype"]) == (30, 30, "uint16")
-    assert report["tokens_per_document"]["< 2"] == 1  # EOS behind the empty text
+    assert (report["documents"], report["sequences"], report["dtype"]) == (30, 29, "uint16")
+    assert report["tokens_per_document"]["< 1"] == 1  # the empty text
     assert sum(report["tokens_per_document"].values()) == 30
     assert list(report["beginnings"]) == ["0", "15"]
     assert report["beginnings"]["15"].startswith(source_texts()[5][:20])

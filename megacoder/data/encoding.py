@@ -49,11 +49,11 @@ class Encoded:
     """A piece as IndexedDatasetWriter.add_documents takes it."""
 
     tokens: np.ndarray
-    """ids of all files, EOS after the last file of each document"""
+    """ids of all files, EOS after the last file of each document that has any"""
     lengths: np.ndarray
     """int64: ids in each file"""
     sequences: list[int]
-    """files in each document"""
+    """files in each document; none of one without ids, as in Megatron: EOS alone would teach a model to end at once"""
     text_bytes: int
     """size of the texts in UTF-8"""
 
@@ -139,9 +139,13 @@ def _encode(tokenizer: Tokenizer, encode: BatchEncoder, piece: Piece) -> Encoded
     except DataError as error:
         raise DataError(f"{piece.path}: {error}") from None
     if sequences:
-        last = np.cumsum(sequences) - 1  # the last file of each document
+        counts = np.array(sequences, dtype=np.int64)
+        stops = np.cumsum(counts)
+        filled = np.add.reduceat(lengths, stops - counts) > 0  # documents with ids
+        last = stops[filled] - 1  # the last file of each
         ids = np.insert(ids, np.cumsum(lengths)[last], tokenizer.eos_id)
         lengths[last] += 1
+        lengths, sequences = lengths[np.repeat(filled, counts)], np.where(filled, counts, 0).tolist()
     return Encoded(
         tokens=ids.astype(token_dtype(tokenizer.vocab_size)),
         lengths=lengths,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megacoder.core.console import progress, say
+from megacoder.core.console import counted, progress, say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.files import exclusive, remove_stale_temporaries
 from megacoder.core.processes import num_cores
@@ -30,6 +30,8 @@ from megacoder.data.tokenizer import Tokenizer, say_if_changed
 
 __all__ = ["PreprocessConfig", "preprocess"]
 
+_CONTENT = 2
+"""Of parts: rises when the same input becomes other ids."""
 _PIECE_CHARACTERS = 1 << 19
 _MOST_WORKERS = 1024
 _TOKENS_AT_ONCE = 1 << 16  # whose lengths a core's cache holds
@@ -84,7 +86,7 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     try:
         with exclusive(folder, what="preprocess"):
             remove_stale_temporaries(folder)
-            sidecar = _write(config, tokenizer, dict(zip(described, inputs, strict=True)), described)
+            sidecar, empty = _write(config, tokenizer, dict(zip(described, inputs, strict=True)), described)
         shutil.rmtree(folder)
     except OSError as error:
         where = error.filename or config.output
@@ -94,7 +96,11 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     finally:
         with contextlib.suppress(OSError):  # of no use without parts
             folder.rmdir()
-    say(f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text")
+    without = f"; {counted(empty, 'empty document', 'empty documents')} without tokens" if empty else ""
+    say(
+        f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text"
+        f"{without}"
+    )
     return sidecar
 
 
@@ -109,7 +115,7 @@ def _describe(path: Path) -> str:
 
 def _part_name(config: PreprocessConfig, tokenizer: Tokenizer, description: str) -> str:
     """Names everything that decides a part's content, so that only a part of the same run is ever reused."""
-    key = repr((description, tokenizer.digest, config.text_key, config.document_key))
+    key = repr((_CONTENT, description, tokenizer.digest, config.text_key, config.document_key))
     return sha256(key.encode()).hexdigest()[:32]
 
 
@@ -137,8 +143,11 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
 
 def _write(
     config: PreprocessConfig, tokenizer: Tokenizer, inputs: dict[str, Path], described: tuple[str, ...]
-) -> Sidecar:
-    """Makes the missing parts, and the output from all parts; `inputs` are the files as `described`."""
+) -> tuple[Sidecar, int]:
+    """Makes the missing parts, and the output from all parts; `inputs` are the files as `described`.
+
+    Returns the description, and the number of documents without ids.
+    """
     folder, dtype = _parts_folder(config), token_dtype(tokenizer.vocab_size)
     workers = config.workers or num_cores()
     with ThreadPoolExecutor(1) as thread:  # its check takes as long as the digest and the parts' checks
@@ -151,6 +160,7 @@ def _write(
     characters = _PIECE_CHARACTERS * (min(workers, num_cores()) if fast else 1)
     pieces = _pieces(config, list(todo.values()), characters=characters)
     found_bytes, encoded_bytes, start = 0, 0, time.monotonic()  # of parts made before, and of this run
+    empty = 0
     with (
         progress("preprocess", sum(sizes.values())) as bar,
         encode_in_order(pieces, tokenizer, folder=config.tokenizer, workers=workers, fast=fast) as results,
@@ -161,20 +171,22 @@ def _write(
                 part = IndexedDataset(parts[name])
                 output.append(part)
                 found_bytes += _text_bytes(part, tokenizer)
+                empty += int((np.diff(part.document_offsets) == 0).sum())
                 continue
             with IndexedDatasetWriter(parts[name], dtype=dtype) as writer:
                 for piece, encoded in results:
                     for dataset in (writer, output):
                         dataset.add_documents(encoded.tokens, encoded.lengths, encoded.sequences)
                     encoded_bytes += encoded.text_bytes
+                    empty += encoded.sequences.count(0)
                     speed = encoded_bytes / 1e6 / max(time.monotonic() - start, 1e-3)
                     bar.update(completed + piece.read, f"{speed:.1f} MB/s")
                     if piece.ends_file:
                         break
             completed += sizes[name]
-    if output.num_documents == 0:
+    if output.num_tokens == 0:
         shutil.rmtree(folder)
-        raise DataError(f"no documents in {', '.join(map(str, config.input))}")
+        raise DataError(f"no {'text' if empty else 'documents'} in {', '.join(map(str, config.input))}")
     rename_dataset(output.prefix, config.output)
     sidecar = Sidecar(
         documents=output.num_documents, sequences=output.num_sequences, tokens=output.num_tokens,
@@ -182,7 +194,7 @@ def _write(
         document_key=config.document_key, inputs=described, checksum=checksum(config.output),
     )  # fmt: skip
     sidecar.write(config.output)
-    return sidecar
+    return sidecar, empty
 
 
 def _is_complete(part: Path) -> bool:

@@ -26,9 +26,9 @@ class Sidecar:
     """The content of `PREFIX.json`."""
 
     documents: int
-    """documents, each ended by EOS"""
+    """documents, each ended by EOS but those without ids"""
     sequences: int
-    """files of the documents"""
+    """files of the documents with ids"""
     tokens: int
     """ids, EOS included"""
     bytes: int

@@ -28,7 +28,7 @@ from megacoder.checkpoint import rank_file
 from megacoder.checkpoint import writer as writer_module
 from megacoder.checkpoint.boxes import Box
 from megacoder.checkpoint.commit import await_outcome, commit, rank_file_name, write_part
-from megacoder.checkpoint.folders import discard, rotate, step_folders, temporary_for
+from megacoder.checkpoint.folders import best_checkpoint, discard, rotate, step_folders, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, Staging, live_bytes, plan_rank_file
 from megacoder.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter, SaveFailed
@@ -371,6 +371,33 @@ def test_rotation_ignores_broken_checkpoints_and_keeps_later_steps(tmp_path):
     (tmp_path / "step-00000030" / "manifest.json").unlink()
     rotate(tmp_path, step=40, keep_last=2, keep_every=None)
     assert steps(tmp_path) == [20, 30, 40, 90]
+
+
+def save_one(root, step, state):
+    writer = CheckpointWriter(root, ALONE, CheckpointConfig(asynchronous=False, keep_last=9))
+    save(writer, step, make_tensors(kinds=("weight",)), **state)
+
+
+def test_rotation_spares_the_best_of_those_that_are_there(tmp_path):
+    losses = {10: 3.0, 20: 1.0, 30: None, 40: 1.0, 50: 2.0, 60: 2.5, 90: 0.1}
+    for step, loss in losses.items():
+        held_out = {} if loss is None else {"held_out": {"loss": loss, "tokens": {"valid": 7}}}
+        save_one(tmp_path, step, held_out)
+    rotate(tmp_path, step=60, keep_last=1, keep_every=None, keep_best=True)
+    assert steps(tmp_path) == [20, 60, 90], "the first of equal ones; a later step is of another attempt"
+    loss, step, folder = best_checkpoint(tmp_path, step=60)
+    assert (loss, step, folder.name) == (1.0, 20, "step-00000020")
+    (folder / "manifest.json").unlink()
+    assert best_checkpoint(tmp_path, step=60)[1] == 60, "a broken one is none"
+
+
+def test_losses_of_other_held_out_data_are_not_compared(tmp_path):
+    for step, (loss, tokens) in enumerate([(1.0, 7), (3.0, 8), (2.0, 8), (4.0, 8)], start=1):
+        held_out = {"held_out": {"loss": loss, "tokens": {"valid": tokens}}}
+        save_one(tmp_path, step, held_out)
+    assert best_checkpoint(tmp_path, step=9)[:2] == (2.0, 3)
+    assert best_checkpoint(tmp_path, step=1)[:2] == (1.0, 1)
+    assert best_checkpoint(tmp_path / "none", step=1) is None
 
 
 def test_the_writer_rotates(tmp_path):

@@ -16,7 +16,8 @@ from megacoder.core.errors import ConfigError
 from megacoder.parallel.world import World
 from megacoder.train import loop
 from megacoder.train.loop import Trainer, train
-from megacoder.train.metrics_log import read_metrics
+from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
+from megacoder.train.validation import HeldOut
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
 AT_ONCE = CheckpointConfig(asynchronous=False)
@@ -41,7 +42,7 @@ def saved_steps(world, config, *, minutes_per_step=1.0):
     step_minutes = minutes_per_step if world.is_first else 1e6
     real, save = loop.time, trainer.folder.save
     trainer._last_saved = 0.0
-    trainer.folder.save = lambda step, *state: (saved.append(step), save(step, *state))[1]
+    trainer.folder.save = lambda step, *state, **more: (saved.append(step), save(step, *state, **more))[1]
     loop.time = SimpleNamespace(monotonic=lambda: 60 * step_minutes * trainer.step, perf_counter=time.perf_counter)
     try:
         trainer.run()
@@ -120,3 +121,27 @@ def test_a_run_may_go_on_with_other_minutes(case, alone):
 def test_minutes_out_of_range_are_refused(case, minutes):
     with pytest.raises(ConfigError, match=f"checkpoint_minutes = {minutes}: must be positive; omit it"):
         case.config("x", checkpoint_minutes=minutes)
+
+
+def test_the_best_checkpoint_is_kept_and_named_also_by_a_run_that_resumes(case, monkeypatch, capsys):
+    losses = {1: 0.5, 2: 3.0, 4: 1.25, 6: 2.0, 8: math.nan}
+    monkeypatch.setattr(HeldOut, "losses", lambda _, engine: {HELD_OUT_LOSS: losses[engine.optimizer.num_updates]})
+    changes = {
+        "schedule": {"kind": "constant"}, "checkpoint_every": 1, "eval_every": 2,
+        "checkpoint": {"keep_last": 1, "keep_best": True},
+    }  # fmt: skip
+    config = case.config("best", steps=5, **changes)
+    losses[5] = 9.0
+    train(config)
+    root = config.output / "checkpoints"
+    assert [step for step, _ in step_folders(root)] == [1, 5]
+    (root / "step-00000001").rename(case.folder / "moved-away")  # a user's wish; the next best counts from now on
+    (config.output / METRICS).unlink()
+    train(dataclasses.replace(config, steps=6))
+    assert [step for step, _ in step_folders(root)] == [6]
+    capsys.readouterr()
+    train(dataclasses.replace(config, steps=8))
+    assert [step for step, _ in step_folders(root)] == [6, 8]
+    assert f"best held-out loss 2.0000 at step 6: {root / 'step-00000006'}\n" in capsys.readouterr().err
+    train(dataclasses.replace(config, steps=8, checkpoint=CheckpointConfig()))
+    assert "best held-out loss" not in capsys.readouterr().err

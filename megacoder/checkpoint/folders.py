@@ -11,6 +11,7 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megacoder.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megacoder.checkpoint.tensor_file import size_fault
@@ -19,13 +20,16 @@ from megacoder.core.errors import CheckpointError
 from megacoder.core.files import fsync_path, remove_stale_temporaries, write_text
 
 __all__ = [
-    "CHECKPOINTS", "checkpoint_of_step", "checkpoints_in", "discard", "find_checkpoint", "folder_faults",
-    "latest_fault", "open_checkpoint", "publish", "recover", "rotate", "step_folders", "step_name", "temporary_for",
+    "CHECKPOINTS", "HELD_OUT", "best_checkpoint", "checkpoint_of_step", "checkpoints_in", "discard", "find_checkpoint",
+    "folder_faults", "latest_fault", "open_checkpoint", "publish", "recover", "rotate", "step_folders", "step_name",
+    "temporary_for",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
 """Folder of checkpoints in a run's folder."""
 LATEST = "latest"
+HELD_OUT = "held_out"
+"""In a checkpoint's state, if it was measured at its step: the held-out `loss`, and the `tokens` that it is of."""
 
 _ENDS_SHOWN = 4  # of a long list of steps, in a message
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -194,19 +198,37 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def rotate(root: Path, *, step: int, keep_last: int, keep_every: int | None) -> list[Path]:
+def best_checkpoint(root: Path, *, step: int) -> tuple[float, int, Path] | None:
+    """(loss, step, folder) of the complete checkpoint up to `step` with the lowest held-out loss, the first of equals.
+
+    Each says its own loss, so that no other file decides. Losses of other held-out tokens than the last one's are left
+    out of the comparison.
+    """
+    found: list[tuple[dict[str, Any], int, Path]] = []
+    for number, folder in step_folders(root):
+        with suppress(CheckpointError):
+            if number <= step and (held_out := open_checkpoint(folder).state.get(HELD_OUT)):
+                found.append((held_out, number, folder))
+    alike = [(one["loss"], *rest) for one, *rest in found if one["tokens"] == found[-1][0]["tokens"]]
+    return min(alike, default=None)
+
+
+def rotate(root: Path, *, step: int, keep_last: int, keep_every: int | None, keep_best: bool = False) -> list[Path]:
     """Removes the checkpoints that need not be kept after the one just saved at `step`; returns them.
 
-    Keeps the `keep_last` newest complete ones and those whose step is a multiple of `keep_every`. Also leaves later
-    steps alone, which the run saved before it resumed from an older checkpoint, and broken ones among the newest.
+    Keeps the `keep_last` newest complete ones, those whose step is a multiple of `keep_every`, and with `keep_best` the
+    `best_checkpoint`. Also leaves later steps alone, which the run saved before it resumed from an older checkpoint,
+    and broken ones among the newest.
     """
+    best = best_checkpoint(root, step=step) if keep_best else None
+    spared = None if best is None else best[2]
     removed, whole = [], 0
     for number, folder in reversed(step_folders(root)):
         if number > step:
             continue
         if whole < keep_last:
             whole += _is_whole(folder)
-        elif keep_every is None or number % keep_every != 0:
+        elif folder != spared and (keep_every is None or number % keep_every != 0):
             doomed = folder.with_name(f"{folder.name}.tmp-rotated")  # never half of it under a real name
             os.rename(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)

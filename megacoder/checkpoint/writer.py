@@ -53,6 +53,9 @@ class CheckpointConfig:
     """number of newest checkpoints to keep"""
     keep_every: int | None = None
     """also keep checkpoints whose step is a multiple of this; a run writes one at each of these steps"""
+    keep_best: bool = False
+    """also keep the checkpoint with the lowest held-out loss, of steps at which it is measured (eval_every), and name
+    it when the run ends"""
     on_failure: Literal["stop", "go_on"] = "stop"
     """what the run does when a save fails, as on a full disk; the last save of a run must succeed"""
     timeout_seconds: float = 1800.0
@@ -198,7 +201,10 @@ class CheckpointWriter:
     def _rotate(self, step: int) -> None:
         """A checkpoint that cannot be removed does not fail the save, complete by now; the next save tries again."""
         try:
-            rotate(self.root, step=step, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+            rotate(
+                self.root, step=step, keep_last=self.config.keep_last, keep_every=self.config.keep_every,
+                keep_best=self.config.keep_best,
+            )  # fmt: skip
         except OSError as error:
             say(f"older checkpoints were not removed: {error.filename or self.root}: {error.strerror or error}")
 

@@ -105,8 +105,9 @@ class Guard:
         if self._in_a_row >= self.config.max_skipped:
             raise RunStopped(
                 f"{self._in_a_row} updates in a row were skipped, the last because {reason}; check the data of these "
-                "steps (megacoder data show RUN.toml --step N), then resume with other limits in [guard], or from an earlier checkpoint without these data "
-                "(data.skip_steps), or start another run from there (init_from) with a lower schedule.peak_lr",
+                "steps (megacoder data show RUN.toml --step N), then resume with other limits in [guard], or from an "
+                "earlier checkpoint without these data (data.skip_steps), or start another run from there (init_from) "
+                "with a lower schedule.peak_lr",
                 restart_helps=False,
             )
         return reason

@@ -121,6 +121,7 @@ class Trainer:
                 self._step(log, bar)
         self.folder.finish()
         if is_first:
+            self.folder.name_best()
             say(f"{self.config.output}: all {total:,} steps are done")
 
     def _step(self, log: MetricsLog | None, bar: ProgressBar) -> None:
@@ -144,7 +145,7 @@ class Trainer:
                 self._checkpoint_seconds = 0.0
                 self._paces = {}
         if result.saves:
-            self._checkpoint()
+            self._checkpoint(held_out)
         if interrupted:
             self.folder.finish()
             raise Interrupted(
@@ -267,9 +268,12 @@ class Trainer:
             return False
         return time.monotonic() - self._last_saved >= 60.0 * minutes
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, held_out: dict[str, float] | None = None) -> None:
         self.world.journal.at(CHECKPOINT)
-        self._checkpoint_seconds += self.folder.save(self.step, self.engine, self.batches, self.guard)
+        self._checkpoint_seconds += self.folder.save(
+            self.step, self.engine, self.batches, self.guard,
+            held_out=self.held_out.record(held_out) if self.held_out and held_out else None,
+        )  # fmt: skip
         self._last_saved = time.monotonic()
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:

@@ -7,8 +7,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
+from megacoder.checkpoint.folders import CHECKPOINTS, HELD_OUT, best_checkpoint, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import to_dict, to_toml
@@ -153,8 +154,13 @@ class RunFolder:
         if with_optimizer:
             optimizer.num_updates = reader.state["num_updates"]
 
-    def save(self, step: int, engine: Engine, batches: Prefetcher, guard: Guard) -> float:
-        """Starts a checkpoint, on disk after the next `save` or `finish`; returns the seconds that training waited."""
+    def save(
+        self, step: int, engine: Engine, batches: Prefetcher, guard: Guard, *, held_out: dict[str, Any] | None = None
+    ) -> float:
+        """Starts a checkpoint, on disk after the next `save` or `finish`; returns the seconds that training waited.
+
+        `held_out` is `HeldOut.record` of the loss at this step, if it was measured.
+        """
         began = time.perf_counter()
         ours = batches.state_dict() if self.mesh.speaks_for_replica else None
         positions = gather_json(ours, self.mesh.world)
@@ -164,6 +170,7 @@ class RunFolder:
             "guard": guard.state_dict(),
             "fingerprints": self._fingerprints,
             "config": to_dict(self.config),
+            **({HELD_OUT: held_out} if held_out else {}),
         }
         optimizer = engine.optimizer
         fragments = list(state_fragments(engine.model, optimizer.owned, optimizer.state(), copies=False))
@@ -190,6 +197,14 @@ class RunFolder:
         """Waits until the last checkpoint is complete, then unlocks the folder."""
         self.checkpoints.wait()
         self._held.close()
+
+    def name_best(self) -> None:
+        """At the end of a run, on one rank: a line about the checkpoint that `keep_best` has kept."""
+        if self.config.checkpoint.keep_best and (
+            best := best_checkpoint(self.checkpoints.root, step=self.config.steps)
+        ):
+            loss, step, folder = best
+            say(f"best held-out loss {loss:.4f} at step {step}: {folder}")
 
 
 def _refuse_stopped(path: Path) -> None:

@@ -7,9 +7,11 @@ No token counts twice: after one pass of a set its windows are padded, and batch
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.fim import FimConfig
@@ -60,6 +62,11 @@ class HeldOut:
         sets = {f"{HELD_OUT_LOSS}/{name}": self._loss(engine, batches) for name, batches in self.batches.items()}
         mean = statistics.fmean(sets.values())
         return {HELD_OUT_LOSS: mean, **sets} if len(sets) > 1 else {HELD_OUT_LOSS: mean}
+
+    def record(self, losses: dict[str, float]) -> dict[str, Any] | None:
+        """What a checkpoint keeps of `losses`, by which `keep_best` judges it; None if that is not finite."""
+        loss = losses[HELD_OUT_LOSS]
+        return {"loss": loss, "tokens": self.num_tokens} if math.isfinite(loss) else None
 
     def _loss(self, engine: Engine, batches: Sequence[Batch]) -> float:
         total, num_tokens = 0.0, 0.0

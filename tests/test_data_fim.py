@@ -306,7 +306,7 @@ def test_a_part_of_no_tokens_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spm_rate": 0.6, "msp_rate": 0.5}, "more than 1 together"),
+        ({"spm_rate": 0.6, "msp_rate": 0.5}, "must be at most 1 together"),
         ({"msp_density": 0.0}, "fim.msp_density = 0.0"),
         ({"msp_density": 1.01}, "fim.msp_density = 1.01"),
         ({"msp_span": 0.5}, "fim.msp_span = 0.5"),

@@ -258,7 +258,7 @@ def test_samples_that_are_used_up_are_an_error(datasets):
     [
         ({"fim": FimConfig(rate=0.5)}, r"data.stream.fim.rate would change them"),
         ({"add_bos": True}, r"data.stream.add_bos would change them; set data.stream.add_bos = false"),
-        ({"weights": [1.0]}, r"weights = \[1.0\]: one for each of the 2"),
+        ({"weights": [1.0]}, r"weights = \[1.0\]: give one for each of the 2"),
         ({"seq_length": 4000}, "too few for a sample"),
         ({"dp_size": 2, "batch": 3}, "global_batch_size 3"),
     ],

@@ -137,7 +137,7 @@ def test_documents_begin_correctly_without_bos_and_eos(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": "best_fit", "document_masks": False}, "set document_masks = true"),
+        ({"packing": "best_fit", "document_masks": False}, r"set data\.stream\.document_masks = true"),
         ({"packing": "best_fit", "train_across_documents": True}, "are unrelated"),
     ],
 )

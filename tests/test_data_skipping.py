@@ -52,7 +52,7 @@ def test_malformed_ranges_are_refused(case, text):
 
 def test_megatrons_order_has_no_data_to_spare(case):
     data = case.config("x").data
-    with pytest.raises(ConfigError, match='skip_steps with compat = "megatron"'):
+    with pytest.raises(ConfigError, match=r'data\.skip_steps with data\.compat = "megatron"'):
         DataConfig(train=data.train, tokenizer=data.tokenizer, compat="megatron", skip_steps=("3",))
 
 

@@ -354,7 +354,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_streams": 3}, "num_streams = 3: a power of two"),
+        ({"num_streams": 3}, r"data\.stream\.num_streams = 3: must be a power of two"),
         ({"num_streams": 0}, "num_streams = 0"),
         ({"seq_length": 0}, "seq_length = 0"),
         ({"batch": 9, "dp_size": 2}, "global_batch_size 9: a multiple of the 2"),
@@ -505,9 +505,9 @@ def test_a_state_of_another_blend_is_refused(sources, numbered, change, message)
 
 
 def test_a_blend_with_missing_numbers_is_refused(sources, numbered):
-    with pytest.raises(ConfigError, match=r"weights = \[1\]: one for each of the 2"):
+    with pytest.raises(ConfigError, match=r"weights = \[1\]: give one for each of the 2"):
         stream([sources, numbered], weights=[1])
-    with pytest.raises(ConfigError, match=r"fim_rates = \[0.1\]: one for each of the 2"):
+    with pytest.raises(ConfigError, match=r"fim_rates = \[0.1\]: give one for each of the 2"):
         stream([sources, numbered], fim_rates=[0.1])
 
 

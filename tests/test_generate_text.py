@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,23 @@ def test_text_ends_before_the_first_stop_and_is_shown_once(tokenizer, text, stop
     shown, final, stopped = streamed(tokenizer, text, stops)
     assert shown == final == expected
     assert stopped == (expected != text)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ((b"\xff", b"ab", b"STOP\xe4"), "\ufffdab"),
+        ((b"S\xff", b"TOP\xe4"), "S\ufffdTOP\ufffd"),
+        ((b"a\xe4", b"b"), "a\ufffdb"),
+    ],
+)
+def test_bytes_that_are_no_text_stay_where_they_are(pieces, expected):
+    shown: list[str] = []
+    tokens = SimpleNamespace(decode_bytes=lambda ids: pieces[ids[0]])
+    watching = StopStrings(tokens, ["STOP"], shown.append)
+    for token in range(len(pieces)):
+        watching.add(token)
+    assert watching.finish() == "".join(shown) == expected
 
 
 def test_text_is_held_back_while_a_stop_may_match(tokenizer):

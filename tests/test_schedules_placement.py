@@ -99,8 +99,12 @@ def test_layers_are_placed_explicitly():
 @pytest.mark.parametrize(
     ("layers", "num_stages", "message"),
     [
-        ([20, 20, 20], 3, "layers per stage [20, 20, 20]: places 60 layers of 62; nearest that works: [21, 21, 20]"),
-        ([31, 31], 3, "layers per stage [31, 31]: 2 numbers for 3 stages; nearest that works: [21, 21, 20]"),
+        (
+            [20, 20, 20],
+            3,
+            "parallel.layers_per_stage = [20, 20, 20]: places 60 layers of 62; nearest that works: [21, 21, 20]",
+        ),
+        ([31, 31], 3, "parallel.layers_per_stage = [31, 31]: 2 numbers for 3 stages; nearest that works: [21, 21, 20]"),
         ([31, 0, 31], 3, "only the first and the last stage can be without layers"),
         ([63, -1], 2, "only the first and the last stage can be without layers"),
         ([1] * 62, 65, "65 stages for 62 layers: embedding, layers and head fill at most 64; nearest that works: 64"),

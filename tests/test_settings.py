@@ -30,7 +30,7 @@ REFUSED = {
         ({"compare_replicas_every": -1}, "compare_replicas_every"),
     ],
     CheckpointConfig: [
-        ({"keep_last": 0}, "keep_last"), ({"keep_every": 0}, "keep_every"),
+        ({"keep_last": 0}, "checkpoint.keep_last = 0"), ({"keep_every": 0}, "checkpoint.keep_every = 0"),
         ({"timeout_seconds": 0.0}, "timeout_seconds"), ({"timeout_seconds": math.nan}, "timeout_seconds"),
     ],
     Sampling: [
@@ -38,7 +38,8 @@ REFUSED = {
         ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k = -1"),
     ],
     MegatronConfig: [
-        ({"num_samples": 0}, "num_samples"), ({"consumed_samples": -1}, "consumed_samples"), ({"split": ()}, "split"),
+        ({"num_samples": 0}, "data.megatron.num_samples = 0"), ({"consumed_samples": -1}, "consumed_samples"),
+        ({"split": ()}, "data.megatron.split"),
         ({"split": (0.0, 1.0)}, "split"), ({"split": (-1.0,)}, "split"),
     ],
     tiny_config: [

@@ -107,7 +107,6 @@ def run_to(world: World, config: RunConfig, step: int) -> None:
     trainer = Trainer(config, world)
     while trainer.step < step:
         trainer.update()
-        trainer.step += 1
     leave(trainer)
 
 

@@ -63,7 +63,7 @@ class Manifest:
     """Everything about a checkpoint except its tensors' bytes."""
 
     step: int
-    """optimizer steps done"""
+    """training steps done, those whose update was skipped included"""
     layout: dict[str, Any]
     """how the run was laid out over ranks; for people, never needed to load"""
     state: dict[str, Any]

@@ -57,7 +57,7 @@ class CheckpointReader:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Training steps done, those whose update was skipped included."""
         return self._manifest.step
 
     @property

@@ -26,7 +26,7 @@ import torch
 from megacoder.checkpoint.commit import GaveUp, await_outcome, commit, rank_file_name, write_part
 from megacoder.checkpoint.folders import discard, recover, rotate, temporary_for
 from megacoder.checkpoint.rank_file import Fragment, RankFile, Staging, live_bytes, plan_rank_file
-from megacoder.core.config import check_seconds
+from megacoder.core.config import check_at_least, check_seconds
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError
 from megacoder.parallel.collectives import barrier, broadcast_from_first
@@ -63,10 +63,11 @@ class CheckpointConfig:
     since no rank is in a collective then"""
 
     def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise ConfigError(f"keep_last = {self.keep_last}: must be at least 1")
+        check_at_least(self, 1, "keep_last", prefix="checkpoint.")
         if self.keep_every is not None and self.keep_every < 1:
-            raise ConfigError(f"keep_every = {self.keep_every}: must be positive; omit it to keep none permanently")
+            raise ConfigError(
+                f"checkpoint.keep_every = {self.keep_every}: must be at least 1; omit it to keep none permanently"
+            )
         check_seconds("checkpoint.timeout_seconds", self.timeout_seconds)
 
 

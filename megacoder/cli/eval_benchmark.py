@@ -243,8 +243,8 @@ def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None)
     if missing:
         raise ConfigError(f"{benchmark.name}: programs need {', '.join(missing)}; install with pip")
     return Sandbox(
-        workers=args.workers or num_cores(), mode="unsafe" if args.unsafe else None, preload=preload, tools=toolchain.visible,
-        ahead=ahead,
+        workers=args.workers or num_cores(), mode="unsafe" if args.unsafe else None, preload=preload,
+        tools=toolchain.visible, ahead=ahead,
     )  # fmt: skip
 
 

@@ -55,8 +55,8 @@ def run_on(
 ) -> list[Any]:
     """The results of `function(task)` in the order of `tasks`; `done(task)` is called as each one ends.
 
-    `pool.workers` is how many run at a time, None: as many as fit; on a cluster the pool itself starts no process. `work`
-    is a folder for the files that engines exchange. The first error that a task raises stops the run.
+    `pool.workers` is how many run at a time, None: as many as fit; on a cluster the pool itself starts no process.
+    `work` is a folder for the files that engines exchange. The first error that a task raises stops the run.
     """
     if config.engine == "ray":
         return _run_on_ray(config, function, tasks, pool.workers, done)

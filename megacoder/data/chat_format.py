@@ -58,17 +58,18 @@ class FormatConfig:
     def __post_init__(self) -> None:
         if (count := self.instruction.count("{content}")) != 1:
             raise ConfigError(
-                f"instruction = {self.instruction!r}: has {{content}} {count} times; must have it once, for the message"
+                f"data.conversations.format.instruction = {self.instruction!r}: has {{content}} {count} times; must "
+                "have it once, for the message"
             )
         if not self.end.endswith(tuple(SPECIAL_TOKENS.values())):
             raise ConfigError(
-                f"end = {self.end!r}: does not end with a control token such as {SPECIAL_TOKENS['eot']}, so the "
-                "model would never learn to stop"
+                f"data.conversations.format.end = {self.end!r}: does not end with a control token such as "
+                f"{SPECIAL_TOKENS['eot']}, so the model would never learn to stop"
             )
         if not self.response.endswith(("\n", *SPECIAL_TOKENS.values())):
             raise ConfigError(
-                f"response = {self.response!r}: must end with a line break or a control token, else its tokens would "
-                "depend on the answer after it"
+                f"data.conversations.format.response = {self.response!r}: must end with a line break or a control "
+                "token, else its tokens would depend on the answer after it"
             )
 
     @property

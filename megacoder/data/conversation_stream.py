@@ -58,8 +58,8 @@ class ConversationStream:
         self._usable = np.flatnonzero(asked_first < seq_length)
         if not len(self._usable):
             raise ConfigError(
-                f"seq_length = {seq_length}: none of {dataset.num_documents} conversations has an answer that begins "
-                "within it; increase it"
+                f"data.stream.seq_length = {seq_length}: none of {dataset.num_documents} conversations has an "
+                "answer that begins within it; increase it"
             )
         self._packed: tuple[int, int] | None = None
         self._order = {

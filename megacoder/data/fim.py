@@ -67,16 +67,16 @@ class FimConfig:
         for name in ("rate", "spm_rate", "msp_rate"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"fim.{name} = {value}: a share from 0 to 1")
+                raise ConfigError(f"data.stream.fim.{name} = {value}: must be a share from 0 to 1")
         if self.spm_rate + self.msp_rate > 1.0:
             raise ConfigError(
-                f"fim.spm_rate = {self.spm_rate} and fim.msp_rate = {self.msp_rate}: more than 1 together"
+                f"data.stream.fim.spm_rate = {self.spm_rate} and msp_rate = {self.msp_rate}: must be at most 1 together"
             )
         if not 0.0 < self.msp_density <= 1.0:
-            raise ConfigError(f"fim.msp_density = {self.msp_density}: a share above 0, at most 1")
+            raise ConfigError(f"data.stream.fim.msp_density = {self.msp_density}: must be a share above 0, at most 1")
         if not 1.0 <= self.msp_span < math.inf:
-            raise ConfigError(f"fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
-        check_at_least(self, 1, "context_tokens", prefix="fim.")
+            raise ConfigError(f"data.stream.fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
+        check_at_least(self, 1, "context_tokens", prefix="data.stream.fim.")
 
 
 class FillInTheMiddle:
@@ -87,7 +87,7 @@ class FillInTheMiddle:
         self.config, self.tokenizer, self.seed = config, cutter.tokenizer, seed
         self._cutter = cutter
         if config.rate > 0 and (reason := why_no_fim(self.tokenizer)) is not None:
-            raise ConfigError(f"fim.rate = {config.rate}: {reason}; set it to 0")
+            raise ConfigError(f"data.stream.fim.rate = {config.rate}: {reason}; set it to 0")
 
     def __call__(self, tokens: np.ndarray, *, epoch: int, file: int) -> np.ndarray:
         """The file as it is seen in `epoch`: `tokens` itself, or its parts with sentinels and EOS, in the same dtype.

@@ -114,7 +114,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
 def split_range(split: Sequence[float], num_sequences: int) -> np.ndarray:
     """int32: the sequences of the first part; of `--split 969,30,1` that is the training data."""
     if not split or any(not (part >= 0 and math.isfinite(part)) for part in split) or not split[0] > 0:
-        raise ConfigError(f"megatron.split = {list(split)}: shares of training, validation and test data")
+        raise ConfigError(f"data.megatron.split = {list(split)}: must be shares of training, validation and test data")
     return np.arange(0, round(normalized(split)[0] * float(num_sequences)), dtype=np.int32)
 
 

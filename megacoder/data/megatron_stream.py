@@ -48,8 +48,8 @@ class MegatronConfig:
     """the Megatron run's --split: the first of these shares of the sequences is the training data"""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_samples", prefix="megatron.")
-        check_at_least(self, 0, "consumed_samples", prefix="megatron.")
+        check_at_least(self, 1, "num_samples", prefix="data.megatron.")
+        check_at_least(self, 0, "consumed_samples", prefix="data.megatron.")
         split_range(self.split, 0)
 
 
@@ -93,7 +93,9 @@ class MegatronStream:
             self._blend = blending_indices(normalized(counts), min(total, sum(counts)))
         for number, order in enumerate(self._orders):
             if self._blend is not None and np.count_nonzero(self._blend[0] == number) > len(order):
-                raise ConfigError(f"weights = {list(weights)}: the blend takes more samples than dataset {number} has")
+                raise ConfigError(
+                    f"data.weights = {list(weights)}: the blend takes more samples than dataset {number} has"
+                )
         self.num_samples = len(self._orders[0]) if self._blend is None else len(self._blend[0])
         """samples to serve, in all"""
         self._order = {
@@ -157,11 +159,11 @@ def _check(config: StreamConfig, datasets: Sequence[IndexedDataset], weights: Se
     wrong += ["data.stream.fim.rate"] if config.fim.rate > 0 else []
     if wrong:
         raise ConfigError(
-            f'compat = "megatron" serves datasets as they are, and {wrong[0]} would change them; set '
+            f'data.compat = "megatron" serves datasets as they are, and {wrong[0]} would change them; set '
             'data.stream.add_bos = false, data.stream.packing = "concatenate" and data.stream.fim.rate = 0.0'
         )
     if weights and len(weights) != len(datasets):
-        raise ConfigError(f"weights = {list(weights)}: one for each of the {len(datasets)} datasets, or none")
+        raise ConfigError(f"data.weights = {list(weights)}: give one for each of the {len(datasets)} datasets, or none")
 
 
 def _blend(

@@ -64,13 +64,18 @@ class StreamConfig:
     """fill-in-the-middle"""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "seq_length")
+        check_at_least(self, 1, "seq_length", prefix="data.stream.")
         if self.num_streams < 1 or self.num_streams & (self.num_streams - 1):
-            raise ConfigError(f"num_streams = {self.num_streams}: a power of two")
+            raise ConfigError(f"data.stream.num_streams = {self.num_streams}: must be a power of two")
         if self.packing == "best_fit" and not self.document_masks:
-            raise ConfigError('packing = "best_fit" needs document masks: set document_masks = true')
+            raise ConfigError(
+                'data.stream.packing = "best_fit" needs document masks: set data.stream.document_masks = true'
+            )
         if self.packing == "best_fit" and self.train_across_documents:
-            raise ConfigError('train_across_documents: with packing = "best_fit", neighbouring documents are unrelated')
+            raise ConfigError(
+                'data.stream.train_across_documents = true with packing = "best_fit", where neighbouring documents are '
+                "unrelated; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +298,9 @@ def _per_dataset(
             raise DataError(f"{dataset.prefix}: a dataset without tokens")
     for name, values in (("weights", weights), ("fim_rates", fim_rates)):
         if values and len(values) != len(datasets):
-            raise ConfigError(f"{name} = {list(values)}: one for each of the {len(datasets)} datasets, or none")
+            raise ConfigError(
+                f"data.{name} = {list(values)}: give one for each of the {len(datasets)} datasets, or none"
+            )
     return (
         weights or [dataset.num_tokens for dataset in datasets],
         fim_rates or [config.fim.rate] * len(datasets),

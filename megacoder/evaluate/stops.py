@@ -25,7 +25,7 @@ class StopStrings:
     def add(self, token: int) -> bool:
         """Takes the next token; True where a stop string is complete."""
         self._bytes += self._tokenizer.decode_bytes([token])
-        whole = self._bytes.decode("utf-8", errors="ignore" if _is_cut(self._bytes) else "replace")
+        whole = self._bytes[: len(self._bytes) - _cut_off(self._bytes)].decode("utf-8", errors="replace")
         from_here = max(0, len(self.text) - max(map(len, self._stops), default=0))
         places = [place for stop in self._stops if (place := whole.find(stop, from_here)) >= 0]
         self.text, self.stopped = (whole[: min(places)], True) if places else (whole, False)
@@ -53,11 +53,11 @@ class StopStrings:
         return 0
 
 
-def _is_cut(data: bytearray) -> bool:
-    """Whether `data` ends within a character."""
+def _cut_off(data: bytearray) -> int:
+    """How many bytes at the end of `data` are the beginning of a character that is not all there."""
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte & 0xC0 != 0x80:
             needed = 2 if byte >> 5 == 0b110 else 3 if byte >> 4 == 0b1110 else 4 if byte >> 3 == 0b11110 else 1
-            return needed > back
-    return False
+            return back if needed > back else 0
+    return 0

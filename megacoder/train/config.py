@@ -72,7 +72,9 @@ class DataConfig:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
         if self.left_out and self.compat == "megatron":
-            raise ConfigError('data.skip_steps with compat = "megatron", whose order has as many samples as the run')
+            raise ConfigError(
+                'data.skip_steps with data.compat = "megatron", whose order has as many samples as the run'
+            )
         if len(set(self.valid)) < len(self.valid):
             raise ConfigError(f"data.valid = {list(map(str, self.valid))}: names a dataset twice")
         if not self.train and not self.conversations.train:

@@ -128,7 +128,6 @@ class Trainer:
         """One update, then what is due after it: held-out loss, a line in the log, a checkpoint."""
         config, began = self.config, time.perf_counter()
         result = self.update()
-        self.step += 1
         seconds = time.perf_counter() - began
         interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
         held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
@@ -200,7 +199,7 @@ class Trainer:
             )
 
     def update(self) -> StepResult:
-        """One global batch and one optimizer step."""
+        """The next step: one global batch and one update."""
         number = self.step + 1
         oversight = Oversight(
             limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
@@ -217,6 +216,7 @@ class Trainer:
         )
         if reason is not None and self.world.is_first:
             say(f"step {number}: update skipped: {reason}")
+        self.step = number
         return result
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError
-from megacoder.core.files import exclusive, making_dir, write_json
+from megacoder.core.files import exclusive, making_dir, replacing, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
@@ -145,6 +145,5 @@ def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
     settings |= {"chat_template": chat.jinja, "eos_token": chat.end_token}
     write_json(folder / "tokenizer_config.json", settings)
-    temporary = folder / "tokenizer.json.part"
-    shutil.copyfile(source / "tokenizer.json", temporary)
-    temporary.replace(folder / "tokenizer.json")
+    with replacing(folder / "tokenizer.json") as temporary:
+        shutil.copyfile(source / "tokenizer.json", temporary)

@@ -73,7 +73,7 @@ def place_evenly(num_layers: int, num_stages: int) -> Placement:
 def place_explicitly(num_layers: int, layers_per_stage: Sequence[int], *, num_stages: int) -> Placement:
     """The numbers given, if they are a placement of `num_layers` in `num_stages`; else ConfigError with the nearest."""
     counts = list(layers_per_stage)
-    where = f"layers per stage {counts}"
+    where = f"parallel.layers_per_stage = {counts}"
     _check_fit(num_layers, num_stages)
     nearest = f"nearest that works: {list(place_evenly(num_layers, num_stages).layers_per_stage)}"
     if len(counts) != num_stages:

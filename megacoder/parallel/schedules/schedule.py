@@ -9,7 +9,8 @@ I for what that paper calls B, because here B is the usual whole backward:
 
 The dependencies of the whole library are the two methods `consumes` and `produces`: activations flow one stage up,
 gradients one stage down. The validator, the simulator, the communication plan and the picture are all derived from
-them, so a schedule is right or wrong in one place. There is no time in a schedule; time comes from costs.
+them, so a schedule is right or wrong in one place; only the planner's quick `makespan` has them a second time, and
+tests hold it against the simulator. There is no time in a schedule; time comes from costs.
 """
 
 from dataclasses import dataclass, replace

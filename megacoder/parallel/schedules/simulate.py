@@ -120,7 +120,10 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def makespan(schedule: Schedule, costs: Costs) -> float:
-    """`simulate(schedule, costs).makespan` alone, many times as fast: for callers that compare many schedules."""
+    """`simulate(schedule, costs).makespan` alone, three times as fast: for callers that compare many schedules.
+
+    It makes no tensor and no timeline: the dependencies are those of `Schedule.consumes` and `produces`, in arithmetic.
+    """
     stage_map, m = schedule.stage_map, schedule.num_microbatches
     last, home = stage_map.num_stages - 1, stage_map.home
     both = tuple(map(sum, zip(costs.input_grad, costs.weight_grad, strict=True)))

@@ -96,7 +96,7 @@ def test_help_on_a_run_tells_of_the_commands_own_options_and_of_the_settings_in_
 def test_an_unknown_command_names_the_nearest(word, hint, capsys):
     code, _, err = run([word], capsys)
     assert code == 2
-    assert f"unknown command {word!r}; did you mean {hint!r}?" in err
+    assert f"unknown command {word!r} (did you mean {hint!r}?)" in err
 
 
 def test_an_error_of_all_ranks_is_reported_once_by_the_first(monkeypatch, capsys):

@@ -305,7 +305,7 @@ def test_advice_needs_no_model(capsys):
     [
         (["--devices", "8"], "need --model"),
         (["--model", "6.7c"], "unknown model '6.7c' .did you mean '6.7b'"),
-        (["--model", "6.7b", "--device", "h900"], "unknown device 'h900'; did you mean"),
+        (["--model", "6.7b", "--device", "h900"], "unknown device 'h900' .did you mean"),
         (["--model", "6.7b", "--tokens", "2Q"], "tokens '2Q': expected a number"),
         (["--model", "5.7b"], "the batch of 5.7b is unpublished; give --batch"),
         (["--model", "6.7b", "--tp", "3"], "--tp 3: 8 devices are not a multiple"),

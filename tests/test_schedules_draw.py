@@ -126,7 +126,7 @@ def test_plan_prints_json_and_draws(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--schedule", "zb1"], "unknown schedule 'zb1'; did you mean 'zb-h1'?"),
+        (["--schedule", "zb1"], "unknown schedule 'zb1' (did you mean 'zb-h1'?)"),
         (["--pp", "0"], "schedule '1f1b' with 0 pipeline ranks: needs at least 1"),
         (["--forward", "-1"], "needs times above 0"),
         (["--draw", "out.pdf"], "cannot draw to out.pdf"),

@@ -20,6 +20,7 @@ from megacoder.cli.model_folder import (
 from megacoder.core.config import parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import DataError
+from megacoder.core.text import is_unicode
 from megacoder.data.chat_format import ChatFormat, Message
 from megacoder.evaluate.sampling import Sampling
 from megacoder.parallel.collectives import broadcast_from_first
@@ -107,15 +108,7 @@ def _turns() -> Iterator[str]:
         lines.append(line.rstrip("\n").removesuffix("\\"))
         if not line.rstrip("\n").endswith("\\"):
             said, lines = "\n".join(lines).strip(), []
-            if not _is_unicode(said):
+            if not is_unicode(said):
                 say(f"{said!r} is not UTF-8 and is skipped; write it in UTF-8")
             elif said:
                 yield said
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

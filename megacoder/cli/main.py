@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, MegacoderError, RankLost
 from megacoder.core.processes import Terminated, sigterm_as_interrupt
+from megacoder.core.text import is_unicode
 from megacoder.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -107,10 +108,8 @@ def _answers_signals(words: Sequence[str]) -> bool:
 def _check_words(words: Sequence[str]) -> None:
     """Bytes that are not UTF-8 arrive as lone surrogates, which can neither be encoded for a model nor be written."""
     for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{word!r} is not UTF-8; write it in UTF-8, or rename the file of this name") from None
+        if not is_unicode(word):
+            raise ConfigError(f"{word!r} is not UTF-8; write it in UTF-8, or rename the file of this name")
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
@@ -135,9 +134,8 @@ def _dispatch(words: list[str]) -> None:
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
     if group:
         raise ConfigError(f"{words[0]!r} needs a second word: {', '.join(group)}")
-    match = nearest(words[0], [name.split()[0] for name in COMMANDS])
-    hint = f"did you mean {match!r}? " if match else ""
-    raise ConfigError(f"unknown command {words[0]!r}; {hint}see megacoder --help")
+    hint = did_you_mean(words[0], [name.split()[0] for name in COMMANDS])
+    raise ConfigError(f"unknown command {words[0]!r}{hint}; see megacoder --help")
 
 
 def _leave_it_to_the_first(code: int) -> None:

@@ -1,4 +1,4 @@
-"""The one place that probes the machine: its device, the dtype that is faster on it, the optional parts built."""
+"""What this machine has: its device, the dtype that is faster on it, the optional parts built."""
 
 import ctypes
 import importlib

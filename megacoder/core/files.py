@@ -1,8 +1,10 @@
 """Writing files so that a reader never sees half of one.
 
-Everything that this library leaves on disk goes through `replacing` (or `replacing_dir`): the content is written to a
-temporary name beside the target, flushed to the device, then renamed over it. A crash, a full disk or Ctrl-C leaves
-either the old file or the new one, and the temporary is removed on every exit that Python still sees.
+What is written whole goes through `replacing` (or `replacing_dir`): the content is written to a temporary name beside
+the target, flushed to the device, then renamed over it. A crash, a full disk or Ctrl-C leaves either the old file or
+the new one, and the temporary is removed on every exit that Python still sees. Logs grow in place, by whole lines (see
+`megacoder.train.metrics_log`), and checkpoints, which many ranks write, commit by a manifest of their own (see
+`megacoder.checkpoint.commit`).
 """
 
 import fcntl
@@ -21,7 +23,6 @@ __all__ = [
     "LOCK",
     "exclusive",
     "fsync_path",
-    "is_unicode",
     "making_dir",
     "remove_stale_temporaries",
     "replacing",
@@ -91,17 +92,6 @@ def making_dir(path: Path) -> Iterator[None]:
             with suppress(OSError):  # it holds something
                 folder.rmdir()
         raise
-
-
-def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, as JSON may escape it and undecodable bytes become it: no bytes stand for it."""
-    if text.isascii():  # a flag of the string, so it costs nothing
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def write_text(path: Path, text: str) -> None:

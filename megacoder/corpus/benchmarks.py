@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from megacoder.core.errors import ConfigError, FormatError
-from megacoder.core.files import is_unicode
+from megacoder.core.text import is_unicode
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows, decompressed
 from megacoder.data.parquet import read_table
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.core.files import is_unicode
+from megacoder.core.text import is_unicode
 from megacoder.data.chat_format import Message
 
 __all__ = ["ColumnsConfig", "Conversation", "RolesConfig", "read_conversation"]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError, DataError, FormatError
-from megacoder.core.files import is_unicode
+from megacoder.core.text import is_unicode
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows
 from megacoder.data.parquet import open_parquet
 

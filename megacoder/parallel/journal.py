@@ -6,7 +6,8 @@ reads it from another thread, which may see a microbatch with the activity of th
 
 How collectives find it: torch's process groups allow no attributes, so `megacoder.parallel.collectives` keeps a
 `GroupNote` beside each group, in a dictionary with weak keys. Every group of a process leads to the journal of the
-default group's World. So no function has to pass a journal along, and no caller can forget it.
+default group's World. So no collective has to be given a journal, and no caller can forget it. A process alone has no
+group: there the pipeline runner is given the journal of its World.
 
 To learn how long a rank spends on what, as a profile does, register as the journal's `Listener`. Without a listener,
 a note costs one check more.

@@ -68,7 +68,7 @@ class PipelineRunner:
     ) -> None:
         """`stages` are the rank's chunks in order; ScheduleError if their number or that of ranks does not match.
 
-        `journal` is the rank's; by default the group's.
+        `journal` is the rank's, which a process alone must pass on; by default the group's.
         """
         self.schedule, self.stages, self.group = program.schedule, stages, group
         self._expect(self.schedule.num_ranks, group_size(group), "pipeline ranks")

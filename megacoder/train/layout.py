@@ -158,7 +158,8 @@ class Layout:
 
     @property
     def _costs(self) -> Costs:
-        """By stage. The head's gradients are computed in its forward (see `megacoder.model.stage`)."""
+        """By stage. The head's gradients are computed in its forward (see `megacoder.model.stage`). Every stage counts
+        the embedding's cost, which is next to nothing, since one with no layer still takes time."""
         layers = [
             count * self.layer_costs.layer + self.layer_costs.embedding for count in self.placement.layers_per_stage
         ]

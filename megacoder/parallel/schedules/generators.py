@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from megacoder.core.config import nearest
+from megacoder.core.config import did_you_mean
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.schedules.schedule import Action, Schedule, StageMap
 
@@ -159,9 +159,8 @@ def build_schedule(name: str, *, num_ranks: int, num_microbatches: int, num_chun
     `num_chunks` can be chosen for `interleaved` only (2 unless given); others accept only the number that they fix.
     """
     if name not in SCHEDULES:
-        match = nearest(name, SCHEDULES)
-        hint = f"did you mean {match!r}? " if match else ""
-        raise ConfigError(f"unknown schedule {name!r}; {hint}known: {', '.join(SCHEDULES)}")
+        hint = did_you_mean(name, SCHEDULES)
+        raise ConfigError(f"unknown schedule {name!r}{hint}; known: {', '.join(SCHEDULES)}")
     for what, value in (("pipeline ranks", num_ranks), ("microbatches", num_microbatches)):
         if value < 1:
             raise ConfigError(f"schedule {name!r} with {value} {what}: needs at least 1")

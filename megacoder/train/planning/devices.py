@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megacoder.core.config import load_toml, nearest
+from megacoder.core.config import did_you_mean, load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.core.rates import DENSE_BF16_TFLOPS
 
@@ -107,6 +107,5 @@ def find_device(name: str) -> Device:
         return DEVICES[name]
     if name.endswith(".toml"):
         return load_toml(Device, Path(name), absent={"name": Path(name).stem})
-    match = nearest(name, DEVICES)
-    hint = f"did you mean {match!r}? " if match else ""
-    raise ConfigError(f"unknown device {name!r}; {hint}known: {', '.join(DEVICES)}, or a TOML file that describes one")
+    hint = did_you_mean(name, DEVICES)
+    raise ConfigError(f"unknown device {name!r}{hint}; known: {', '.join(DEVICES)}, or a TOML file that describes one")

@@ -102,10 +102,10 @@ def test_rope_rotates_in_place_and_back(dtype):
     qkv, positions = randn(9, 5 * 6, dtype=dtype), torch.tensor([0, 1, 2, 49, 4, 0, 1, 30, 7])
     expected = apply_rope(qkv.double()[:, :18].unflatten(1, (3, 6)), cos.double(), sin.double(), positions).flatten(1)
     rotated = qkv.clone()
-    apply_rope_(rotated, cos, sin, positions, num_heads=3, head_dim=6)
+    apply_rope_(rotated, cos, sin, positions, num_rotated=3, head_dim=6)
     assert_near(rotated[:, :18], expected, dtype)
     assert torch.equal(rotated[:, 18:], qkv[:, 18:])
-    apply_rope_(rotated, cos, sin, positions, num_heads=3, head_dim=6, inverse=True)
+    apply_rope_(rotated, cos, sin, positions, num_rotated=3, head_dim=6, inverse=True)
     assert_near(rotated, qkv.double(), dtype)
 
 

@@ -144,7 +144,7 @@ def test_rope(tokens, heads, unrotated, dim, dtype):
 
     def rotate(inverse):
         rotated = qkv.clone()
-        rope_(rotated, cos, sin, positions, num_heads=heads, head_dim=dim, inverse=inverse)
+        rope_(rotated, cos, sin, positions, num_rotated=heads, head_dim=dim, inverse=inverse)
         return (rotated,)
 
     for inverse, answer in ((False, expected.detach()), (True, wide.grad)):
@@ -156,7 +156,7 @@ def test_rope(tokens, heads, unrotated, dim, dtype):
 def test_rope_of_no_tokens():
     cos, sin = tables(6)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    rope_(randn(0, 18, dtype=torch.float32), cos, sin, none, num_heads=2, head_dim=6)
+    rope_(randn(0, 18, dtype=torch.float32), cos, sin, none, num_rotated=2, head_dim=6)
     grads = [randn(1, heads, 0, 6, dtype=torch.float32) for heads in (2, 1, 1)]
     assert gather_unrotate(*grads, cos, sin, none).shape == (0, 24)
 
@@ -397,15 +397,15 @@ def test_ignored_labels_are_those_of_the_op():
         (lambda x: softmax_(x, vocab=9), "vocabulary of 9 ids does not fit in rows of 8 columns"),
         (lambda x: rescale_subtract_(x, x[:, 0], x[:, 0], x[:, 0]), "scale_C must be .* with strides \\[8\\]"),
         (
-            lambda x: rope_(x, *rope_tables(4, 4, theta=1e4), torch.arange(4), num_heads=3, head_dim=4),
+            lambda x: rope_(x, *rope_tables(4, 4, theta=1e4), torch.arange(4), num_rotated=3, head_dim=4),
             "3 heads of 4 do not fit in rows of 8 columns",
         ),
         (
-            lambda x: rope_(x, *rope_tables(4, 4, theta=1e4), torch.arange(3), num_heads=2, head_dim=4),
+            lambda x: rope_(x, *rope_tables(4, 4, theta=1e4), torch.arange(3), num_rotated=2, head_dim=4),
             r"positions_T must be contiguous torch.int64 \[4\]; got torch.int64 \[3\]",
         ),
         (
-            lambda x: rope_(x, *rope_tables(4, 8, theta=1e4), torch.arange(4), num_heads=2, head_dim=4),
+            lambda x: rope_(x, *rope_tables(4, 8, theta=1e4), torch.arange(4), num_rotated=2, head_dim=4),
             r"cos_PK2 must be contiguous torch.float32 \[4, 2\]; got torch.float32 \[4, 4\]",
         ),
         (

@@ -65,7 +65,7 @@ def launches():
         "add and norm backward",
         lambda: rms_norm_backward(rows, rows, weight, rstd, grad_weight_D=grad_weight, grad_residual_TD=rows),
     )
-    yield "rope", lambda: rope_(tensor(T, 3 * H * K), *tables, positions, num_heads=2 * H, head_dim=K)
+    yield "rope", lambda: rope_(tensor(T, 3 * H * K), *tables, positions, num_rotated=2 * H, head_dim=K)
     yield "gather", lambda: gather_unrotate(heads, heads, heads, *tables, positions)
     yield "swiglu", lambda: swiglu_forward(gate_up)
     yield "swiglu backward", lambda: swiglu_backward_(tensor(T, F), gate_up)

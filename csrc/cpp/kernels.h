@@ -36,35 +36,47 @@ struct Buffer {
 
 template <class T>
 struct TypedKernels {
-  void (*rms_norm_forward)(const T*, const T*, const T*, T*, T*, float*, int64_t, int64_t, float);
-  void (*rms_norm_backward)(const T*, const T*, const T*, const float*, const T*, T*, float*, int64_t, int64_t);
-  void (*rope)(T*, const float*, const float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float);
-  void (*swiglu_forward)(const T*, T*, int64_t, int64_t);
-  void (*swiglu_backward)(const T*, T*, T*, int64_t, int64_t);
-  void (*cross_entropy)(T*, const int64_t*, float*, int64_t, int64_t, int64_t);
-  void (*attention_softmax)(T*, float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float);
-  void (*attention_softmax_backward)(T*, T*, const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
-                                     int64_t, float);
-  void (*adamw)(float*, float*, float*, const float*, T*, int64_t, double, double, double, double, double, double,
-                double, double);
-  void (*accumulate)(float*, const T*, int64_t);
-  void (*few_rows_linear)(const T*, const T*, T*, int64_t, int64_t, int64_t);
-  void (*decode_attention)(const T*, const T*, const T*, const T*, const T*, const float*, const float*, const int64_t*,
-                           T*, T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
-  void (*decode_feed_forward)(const T*, const T*, const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, float);
+  void (*rms_norm_forward)(const T* x, const T* residual, const T* weight, T* summed, T* out, float* rstd,
+                           int64_t rows, int64_t dim, float eps);
+  void (*rms_norm_backward)(const T* grad_out, const T* x, const T* weight, const float* rstd, const T* grad_residual,
+                            T* grad_x, float* grad_weight, int64_t rows, int64_t dim);
+  void (*rope)(T* qkv, const float* cosine, const float* sine, const int64_t* positions, int64_t rows,
+               int64_t row_stride, int64_t heads, int64_t head_dim, float sign);
+  void (*swiglu_forward)(const T* gate_up, T* out, int64_t rows, int64_t dim);
+  void (*swiglu_backward)(const T* grad_out, T* gate_up, T* activation, int64_t rows, int64_t dim);
+  void (*cross_entropy)(T* logits, const int64_t* labels, float* loss, int64_t rows, int64_t width, int64_t vocab);
+  void (*attention_softmax)(T* scores, float* lse, const int64_t* first_keys, int64_t rows, int64_t queries,
+                            int64_t keys, int64_t visible, float scale);
+  void (*attention_softmax_backward)(T* scores, T* grad, const float* lse, const float* delta,
+                                     const int64_t* first_keys, int64_t rows, int64_t queries, int64_t keys,
+                                     int64_t visible, float scale);
+  void (*adamw)(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, T* weight, int64_t count,
+                double grad_scale, double lr, double beta1, double beta2, double eps, double decay, double correction1,
+                double correction2);
+  void (*accumulate)(float* total, const T* addend, int64_t count);
+  void (*few_rows_linear)(const T* x, const T* weight, T* out, int64_t rows, int64_t dim, int64_t width);
+  void (*decode_attention)(const T* x, const T* residual, const T* norm, const T* qkv_weight, const T* out_weight,
+                           const float* cosine, const float* sine, const int64_t* padding, T* keys, T* values, T* out,
+                           int64_t rows, int64_t dim, int64_t heads, int64_t groups, int64_t head_dim,
+                           int64_t capacity, int64_t column, float eps);
+  void (*decode_feed_forward)(const T* x, const T* residual, const T* norm, const T* gate_up_weight,
+                              const T* down_weight, T* out, int64_t rows, int64_t dim, int64_t inner_dim, float eps);
 };
 
 struct Kernels {
   const char* isa;
   TypedKernels<float> fp32;
   TypedKernels<bf16> bf16_;
-  void (*adamw_split)(int16_t*, float*, float*, const float*, bf16*, int64_t, double, double, double, double, double,
-                      double, double, double);
-  double (*sum_of_squares)(const float*, int64_t);
-  void (*minhash)(const uint8_t*, const int64_t*, int64_t, const uint32_t*, int64_t, int64_t, uint32_t*, int64_t*);
-  int64_t (*word_hashes)(const uint8_t*, int64_t, uint64_t*);
-  void (*find_grams)(const uint8_t*, int64_t, const int64_t*, int64_t, const uint8_t*, int64_t, const uint64_t*, int64_t,
-                     std::vector<uint64_t>&);
+  void (*adamw_split)(int16_t* low, float* exp_avg, float* exp_avg_sq, const float* grad, bf16* weight, int64_t count,
+                      double grad_scale, double lr, double beta1, double beta2, double eps, double decay,
+                      double correction1, double correction2);
+  double (*sum_of_squares)(const float* values, int64_t count);
+  void (*minhash)(const uint8_t* text, const int64_t* offsets, int64_t documents, const uint32_t* addends,
+                  int64_t num_hashes, int64_t ngram, uint32_t* signatures, int64_t* num_words);
+  int64_t (*word_hashes)(const uint8_t* text, int64_t size, uint64_t* hashes);
+  void (*find_grams)(const uint8_t* text, int64_t size, const int64_t* lengths, int64_t num_lengths,
+                     const uint8_t* table, int64_t shift, const uint64_t* hashes, int64_t num_hashes,
+                     std::vector<uint64_t>& found);
 };
 
 namespace baseline { const Kernels& kernels(); }

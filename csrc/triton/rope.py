@@ -172,24 +172,24 @@ def rope_(
     sin_PK2: Tensor,
     positions_T: Tensor,
     *,
-    num_heads: int,
+    num_rotated: int,
     head_dim: int,
     inverse: bool = False,
 ) -> None:
-    """Rotates in place the first `num_heads` heads of rows [q | k | v]; `inverse` is the backward.
+    """Rotates in place the first `num_rotated` heads of rows [q | k | v]; `inverse` is the backward.
 
     Every position must lie in the table: the kernel does not check.
     """
     num_tokens, columns = qkv_TC.shape
     check("qkv_TC", qkv_TC, storage("qkv_TC", qkv_TC), num_tokens, columns)
     _check_tables(cos_PK2, sin_PK2, positions_T, num_tokens, head_dim)
-    if num_heads * head_dim > columns:
-        raise ValueError(f"{num_heads} heads of {head_dim} do not fit in rows of {columns} columns")
-    if num_tokens and num_heads:
+    if num_rotated * head_dim > columns:
+        raise ValueError(f"{num_rotated} heads of {head_dim} do not fit in rows of {columns} columns")
+    if num_tokens and num_rotated:
         rows, block, num_warps = _tile(head_dim // 2)
-        rope_kernel[(ceil_div(num_tokens * num_heads, rows),)](
+        rope_kernel[(ceil_div(num_tokens * num_rotated, rows),)](
             qkv_TC, cos_PK2, sin_PK2, positions_T, num_tokens,
-            INVERSE=inverse, HEADS=num_heads, C=columns, HALF=head_dim // 2, ROWS=rows, BLOCK=block,
+            INVERSE=inverse, HEADS=num_rotated, C=columns, HALF=head_dim // 2, ROWS=rows, BLOCK=block,
             num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ class Decoder:
             heads, groups, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
             norm = layer.input_layernorm
             qkv_BC = few_rows_linear(rms_norm_forward(x_BD, norm.weight, norm.eps)[0], attn.qkv_proj.weight)
-            apply_rope_(qkv_BC, rope.cos, rope.sin, positions_B, num_heads=heads + groups, head_dim=dim)
+            apply_rope_(qkv_BC, rope.cos, rope.sin, positions_B, num_rotated=heads + groups, head_dim=dim)
             rows = qkv_BC.view(batch, -1, dim)
             k_BGPK, v_BGPK, _ = kept.append(rows[:, heads : heads + groups, None], rows[:, heads + groups :, None])
             # the heads of a group go into the query dim: no key is read twice

@@ -308,7 +308,7 @@ def _attention_half(
     qkv_input_TD, attn_norm = _enter(attn_norm, shared)
     qkv_TC = linear_forward(qkv_input_TD, weights.qkv)
     rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
-    apply_rope_(qkv_TC, shared.rope.cos, shared.rope.sin, positions_T, num_heads=rotated, head_dim=attn.head_dim)
+    apply_rope_(qkv_TC, shared.rope.cos, shared.rope.sin, positions_T, num_rotated=rotated, head_dim=attn.head_dim)
     q, k, v = _heads(layer, qkv_TC, places.batch)
     whole_kv = start_gather_keys(k, v, attn.cp)()
     out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)

@@ -21,7 +21,14 @@ from megacoder.ops.backends import backend
 from megacoder.ops.cpp import address, kernels
 from megacoder.ops.split_master import join_master, split_master_
 
-__all__ = ["AdamWConfig", "adamw_", "adamw_with_scalars_", "sum_of_squares", "update_scalars"]
+__all__ = [
+    "AdamWConfig",
+    "adamw_",
+    "adamw_with_scalars_",
+    "scalars_stay_on_device",
+    "sum_of_squares",
+    "update_scalars",
+]
 
 LARGEST_BETA = 0.99999
 """With a larger one a moment's decay, 1 - beta, would be less than 160 roundings of fp32."""
@@ -69,18 +76,14 @@ def adamw_(
     decayed: bool,
 ) -> None:
     """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype.
+    By the backends "cpp" and "torch" (see `scalars_stay_on_device`).
 
     `master` is fp32, or on a CPU int16: the lower half of master weights whose upper half is the bf16 `weight`.
     """
     decay = config.weight_decay if decayed else 0.0
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
-    name = backend("adamw", weight)
-    if name == "cuda":
-        scalars = torch.tensor([lr, grad_scale, correction1, correction2, 0.0], device=weight.device)
-        adamw_with_scalars_(weight, master, exp_avg, exp_avg_sq, grad, config=config, scalars=scalars, decayed=decayed)
-        return
     split = master.dtype == torch.int16
-    if name == "cpp":
+    if backend("adamw", weight) == "cpp":
         state = [address(t, torch.float32, weight.numel()) for t in (exp_avg, exp_avg_sq, grad)]
         numbers = (
             weight.numel(), grad_scale, lr, config.beta1, config.beta2, config.eps, decay, correction1, correction2,
@@ -102,6 +105,11 @@ def adamw_(
         weight.copy_(master)
     else:
         split_master_(master, weight, low)
+
+
+def scalars_stay_on_device(weight: Tensor) -> bool:
+    """Whether `adamw_with_scalars_` updates `weight`, with what `update_scalars` computes, instead of `adamw_`."""
+    return backend("adamw", weight) == "cuda"
 
 
 def update_scalars(

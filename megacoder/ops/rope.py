@@ -35,29 +35,29 @@ def apply_rope_(
     sin_PK2: Tensor,
     positions_T: Tensor,
     *,
-    num_heads: int,
+    num_rotated: int,
     head_dim: int,
     inverse: bool = False,
 ) -> None:
-    """Rotates in place the first `num_heads` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward.
+    """Rotates in place the first `num_rotated` heads (queries, keys) of rows [q | k | v]; `inverse` is the backward.
 
     Every position must lie in the table: the kernel does not check.
     """
     name = backend("rope", qkv_TC)
     if name == "triton":
         triton_module("rope").rope_(
-            qkv_TC, cos_PK2, sin_PK2, positions_T, num_heads=num_heads, head_dim=head_dim, inverse=inverse
+            qkv_TC, cos_PK2, sin_PK2, positions_T, num_rotated=num_rotated, head_dim=head_dim, inverse=inverse
         )
         return
     if name == "torch":
-        heads = qkv_TC[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+        heads = qkv_TC[:, : num_rotated * head_dim].unflatten(1, (num_rotated, head_dim))
         heads.copy_(apply_rope(heads, cos_PK2, -sin_PK2 if inverse else sin_PK2, positions_T))
         return
     table, rows = (len(cos_PK2), head_dim // 2), len(qkv_TC)
     kernels().rope(
         qkv_TC.dtype == torch.bfloat16, address(qkv_TC, qkv_TC.dtype), address(cos_PK2, torch.float32, *table),
         address(sin_PK2, torch.float32, *table), address(positions_T, torch.int64, rows),
-        qkv_TC.shape[0], qkv_TC.shape[1], num_heads, head_dim, -1.0 if inverse else 1.0,
+        qkv_TC.shape[0], qkv_TC.shape[1], num_rotated, head_dim, -1.0 if inverse else 1.0,
     )  # fmt: skip
 
 
@@ -87,6 +87,6 @@ def gather_unrotate(
         target.copy_(grad.transpose(1, 2))
     merged_TC = merged.view(batch * length, -1)
     rotated = heads + kv_heads
-    apply_rope_(merged_TC, cos_PK2, sin_PK2, positions_T, num_heads=rotated, head_dim=dim, inverse=True)
+    apply_rope_(merged_TC, cos_PK2, sin_PK2, positions_T, num_rotated=rotated, head_dim=dim, inverse=True)
     note_magnitude(merged_TC, amax)
     return merged_TC

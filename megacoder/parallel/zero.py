@@ -20,8 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacoder.ops.adamw import AdamWConfig, adamw_, adamw_with_scalars_, sum_of_squares, update_scalars
-from megacoder.ops.backends import backend
+from megacoder.ops.adamw import (
+    AdamWConfig,
+    adamw_,
+    adamw_with_scalars_,
+    scalars_stay_on_device,
+    sum_of_squares,
+    update_scalars,
+)
 from megacoder.ops.split_master import join_master, split_master_
 from megacoder.parallel.buckets import BucketTraffic
 from megacoder.parallel.collectives import all_reduce_sum, group_rank
@@ -77,7 +83,7 @@ class Zero1AdamW:
         one sum, so that it has the same bits everywhere and all ranks make the same decision. It excludes
         `counted_elsewhere`, parts of the flat buffers that are copies of what another rank of the replica counts.
         """
-        self.flat, self.group, self.config = flat, group, config
+        self.flat, self.config = flat, config
         self.norm_group = group if norm_group is None else norm_group
         self.traffic = BucketTraffic(flat, group)
         self.num_updates = 0
@@ -99,7 +105,7 @@ class Zero1AdamW:
         with overlap weights are still in flight: readers other than stages must call `traffic.wait_all` first.
         """
         squares = self._squares()
-        update = self._update_on_device if backend("adamw", self.flat.weight) == "cuda" else self._update_on_host
+        update = self._update_on_device if scalars_stay_on_device(self.flat.weight) else self._update_on_host
         norm = update(squares, lr=lr, num_tokens=num_tokens, max_grad_norm=max_grad_norm, skip_above=skip_above)
         self.traffic.end_step()
         return norm

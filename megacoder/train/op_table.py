@@ -18,9 +18,15 @@ from torch import Tensor
 
 from megacoder.core.timing import median_seconds
 from megacoder.model.config import ModelConfig
-from megacoder.ops.adamw import AdamWConfig, adamw_, adamw_with_scalars_, sum_of_squares, update_scalars
+from megacoder.ops.adamw import (
+    AdamWConfig,
+    adamw_,
+    adamw_with_scalars_,
+    scalars_stay_on_device,
+    sum_of_squares,
+    update_scalars,
+)
 from megacoder.ops.attention import attention_backward, attention_forward
-from megacoder.ops.backends import backend
 from megacoder.ops.cross_entropy import chunk_tokens, cross_entropy_
 from megacoder.ops.linear import accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -161,7 +167,7 @@ def _rope(case: _Case) -> Iterator[OpRow]:
     tables = 8 * case.tokens + 4 * case.sequence * dim
     yield case.row(
         "rope", (case.tokens, rotated * dim),
-        lambda: apply_rope_(qkv_TC, cos, sin, positions_T, num_heads=rotated, head_dim=dim),
+        lambda: apply_rope_(qkv_TC, cos, sin, positions_T, num_rotated=rotated, head_dim=dim),
         moved=2 * case.tokens * rotated * dim * qkv_TC.itemsize + tables,
     )  # fmt: skip
     grad_q, grad_k, grad_v = (
@@ -276,7 +282,7 @@ def _optimizer(case: _Case, size: int) -> Iterator[OpRow]:
             moved += size * weight.itemsize
     state, config = (weight, master, exp_avg, exp_avg_sq, grad), AdamWConfig()
     update = partial(adamw_, *state, config=config, lr=1e-4, step=100, grad_scale=1e-3, decayed=True)
-    if backend("adamw", weight) == "cuda":  # as a step does it: `adamw_` would wait for its scalars to be copied
+    if scalars_stay_on_device(weight):  # as a step does it
         scalars, _ = update_scalars(
             sum_of_squares(grad), config=config, lr=1e-4, num_updates=100, num_tokens=1000, max_grad_norm=1.0,
             skip_above=math.inf,

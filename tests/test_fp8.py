@@ -22,7 +22,7 @@ from megacoder.ops import linear, rms_norm, rope, swiglu
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.fp8 import E4M3, E5M2, SMALLEST, Fp8Factor, fp8_cast, fp8_product, largest_magnitude
-from megacoder.ops.linear import FP8, STORED, accumulate_weight_grad, linear_forward, linear_input_grad
+from megacoder.ops.linear import STORED, Precision, accumulate_weight_grad, linear_forward, linear_input_grad
 from megacoder.parallel.flat import FlatParameters
 from megacoder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megacoder.parallel.tensor import ALONE, TensorParallel
@@ -31,6 +31,7 @@ from megacoder.train.loop import train
 from megacoder.train.metrics_log import read_metrics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FP8 = Precision(fp8=True)
 FORMATS = [E4M3, E5M2]
 SHAPES = [(16, 16), (48, 272), (144, 32), (272, 1040)]
 RECOMPUTE = ("none", "norms", "selective", "full")

@@ -11,7 +11,7 @@ from tiny_models import make_model
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.ops.backends import candidates
 from megacoder.ops.fp8 import E4M3, E5M2, fp8_cast, fp8_product, largest_magnitude
-from megacoder.ops.linear import FP8, STORED, accumulate_weight_grad, linear_forward, linear_input_grad
+from megacoder.ops.linear import STORED, Precision, accumulate_weight_grad, linear_forward, linear_input_grad
 from megacoder.parallel.flat import FlatParameters
 
 pytestmark = pytest.mark.skipif(
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU that multiplies fp8: sm_89 and up",
 )
 
+FP8 = Precision(fp8=True)
 SIZES = [(16, 16, 16), (48, 272, 144), (528, 1040, 80), (4096, 2048, 5504)]  # (T, I, O)
 
 

@@ -484,7 +484,6 @@ def test_a_full_disk_ends_the_run_or_not_by_config(case, full_disk, asynchronous
         said = capfd.readouterr().err
         assert [f"saving step {step} failed" in said for step in (2, 4, 6, 8)] == [False, True, True, False]
         assert CheckpointReader(config.output / "checkpoints").step == 8
-        assert trainer.folder.checkpoints.num_failures == 2
         assert sorted(p.name for p in (config.output / "checkpoints").iterdir()) == [
             "latest", "step-00000002", "step-00000008",
         ]  # fmt: skip

@@ -94,7 +94,6 @@ class CheckpointWriter:
         self._step = self._num_bytes = 0  # of the last save begun
         self._error: Exception | None = None
         self._last_failure: Exception | None = None
-        self.num_failures = 0
         """saves that failed and without which the run continued"""
 
     def save(self, step: int, fragments: Sequence[Fragment], *, state: dict[str, Any], layout: dict[str, Any]) -> float:
@@ -225,7 +224,6 @@ class CheckpointWriter:
             raise error
         if on_failure == "stop" or any(report and report[0] == "bug" for report in reports):
             raise failure
-        self.num_failures += 1
         self._last_failure = failure
         if self.world.is_first:
             say(str(failure))

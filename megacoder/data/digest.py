@@ -8,8 +8,7 @@ from hashlib import sha256
 
 import torch
 
-from megacoder.data.prefetch import ResumableBatches
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batch, ResumableBatches
 
 __all__ = ["step_digest", "step_digests"]
 

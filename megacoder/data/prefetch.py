@@ -9,29 +9,12 @@ import contextlib
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batch, ResumableBatches
 
-__all__ = ["Prefetcher", "ResumableBatches"]
-
-
-class ResumableBatches(Protocol):
-    """One rank's endless batches, which can resume from a state."""
-
-    @property
-    def windows(self) -> int:
-        """Windows that all ranks together have been served."""
-
-    def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
-        """The next step's batch; `num_threads` tasks of `threads` make it together."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to the batch after those that `state` has seen."""
+__all__ = ["Prefetcher"]
 
 
 class Prefetcher:

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megacoder.core.errors import ConfigError
-from megacoder.data.prefetch import ResumableBatches
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batch, ResumableBatches
 
 __all__ = ["SkippingStream", "Steps", "data_step", "parse_steps"]
 

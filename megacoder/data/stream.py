@@ -15,10 +15,10 @@ which the run's stream g takes number g mod V'. Otherwise each would have a frac
 """
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,16 @@ from megacoder.data.packing import BEST_FIT_WINDOWS, BestFit, Concatenated, Pack
 from megacoder.data.permutation import key_of, stream_phase
 from megacoder.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "StreamConfig", "TokenStream", "check_order", "check_shares", "merge_states"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "ResumableBatches",
+    "StreamConfig",
+    "TokenStream",
+    "check_order",
+    "check_shares",
+    "merge_states",
+]
 
 _STRETCHES = "streams_of_datasets"  # in a state: their numbers
 _NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # change no token, or are added below
@@ -88,6 +97,30 @@ class Batch:
     """int64 (B, S): the next token, -100 where it begins another document"""
     starts: Tensor | None = None
     """bool (B, S): first tokens of documents, and of windows; None where tokens may see other documents"""
+
+
+class Batches(Protocol):
+    """Where a step's sequences come from."""
+
+    def next_batch(self) -> Batch:
+        """This data-parallel rank's part of the next global batch."""
+
+
+class ResumableBatches(Batches, Protocol):
+    """Endless ones, which can resume from a state."""
+
+    @property
+    def windows(self) -> int:
+        """Windows that all ranks together have been served."""
+
+    def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
+        """The next step's batch; `num_threads` tasks of `threads` make it together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moves to the batch after those that `state` has seen."""
 
 
 class TokenStream:

@@ -19,7 +19,6 @@ from megacoder.ops.cpp import address, kernels
 from megacoder.ops.fp8 import E4M3, E5M2, Fp8Factor, fp8_cast, fp8_product
 
 __all__ = [
-    "FP8",
     "STORED",
     "Factor",
     "Precision",
@@ -67,7 +66,6 @@ class Precision:
 
 
 STORED = Precision()
-FP8 = Precision(fp8=True)
 
 
 def for_later(factor: Factor) -> Factor:
@@ -119,7 +117,7 @@ def accumulate_weight_grad(grad_weight_OI: Tensor, grad_out_TO: Factor, x_TI: Fa
         grad_weight_OI.addmm_(grad_out_TO.t(), x_TI)
         return
     name = backend("weight_grad", grad_out_TO)
-    if name == "cublas":  # torch >= 2.8
+    if name == "cublas":
         torch.addmm(grad_weight_OI, grad_out_TO.t(), x_TI, out_dtype=torch.float32, out=grad_weight_OI)
         return
     if name == "apex":

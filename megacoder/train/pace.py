@@ -92,8 +92,8 @@ class ComputeClock:
 class Pace:
     """What ranks need for a step, compared; every rank makes one and makes the same calls."""
 
-    def __init__(self, mesh: Mesh, *, every: int = MEASURED_EVERY) -> None:
-        self.every = every
+    def __init__(self, mesh: Mesh) -> None:
+        self.every = MEASURED_EVERY
         self._journal, self._rank = mesh.world.journal, mesh.world.rank
         self._clock = ComputeClock(timer_for(mesh.world.device))
         stages = gather_json(mesh.place.pp, mesh.world)

@@ -23,7 +23,7 @@ from megacoder.core.files import replacing, why_not_writable
 from megacoder.core.rates import Peak, copy_rate, known_peak, matrix_rate
 from megacoder.core.timing import timer_for
 from megacoder.data.prefetch import Prefetcher
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batch, Batches
 from megacoder.data.synthetic import SyntheticStream
 from megacoder.parallel.journal import Listener
 from megacoder.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ from megacoder.train.memory_table import (
 from megacoder.train.op_table import OpRow, op_table
 from megacoder.train.phases import PHASES, PhaseClock, StepTimes, TraceRanges
 from megacoder.train.setup import load_tokenizer, make_engine, open_stream, resolve_dtype, start_ranks
-from megacoder.train.step import Batches, run_step
+from megacoder.train.step import run_step
 from megacoder.train.utilization import Utilization, device_name, utilizations
 
 __all__ = ["Phase", "Profile", "ProfileConfig", "profile", "profile_on"]

@@ -16,10 +16,9 @@ from megacoder.core.memory import keep_freed_memory
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_stream import MegatronStream
-from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.sidecar import open_dataset
 from megacoder.data.skipping import SkippingStream
-from megacoder.data.stream import TokenStream
+from megacoder.data.stream import ResumableBatches, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.parallel.collectives import broadcast_from_first
 from megacoder.parallel.mesh import Mesh

@@ -7,9 +7,8 @@ that what is measured is what trains.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from megacoder.data.stream import Batch
+from megacoder.data.stream import Batches
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
@@ -17,14 +16,7 @@ from megacoder.train.guard import Limits
 from megacoder.train.pace import NO_PACE, StepPace
 from megacoder.train.replicas import ReplicaCheck
 
-__all__ = ["Batches", "Oversight", "StepResult", "run_step"]
-
-
-class Batches(Protocol):
-    """Where a step's sequences come from."""
-
-    def next_batch(self) -> Batch:
-        """This data-parallel rank's part of the next global batch."""
+__all__ = ["Oversight", "StepResult", "run_step"]
 
 
 @dataclass(frozen=True, kw_only=True)

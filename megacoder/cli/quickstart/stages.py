@@ -214,10 +214,10 @@ def _trained_steps(paths: Paths) -> int:
     return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
 
 
-def _around(result: InfillResult, context: int = 6) -> dict[str, Any]:
+def _around(result: InfillResult) -> dict[str, Any]:
     """A hole with the lines next to it, for people to look at."""
     before, after = result.task.prefix.splitlines(), result.task.suffix.splitlines()[1:]
-    return result.row() | {"before": before[-context:], "after": after[:context]}
+    return result.row() | {"before": before[-6:], "after": after[:6]}
 
 
 def _show(evaluation: dict[str, Any], paths: Paths) -> None:

@@ -27,6 +27,8 @@ _MODELS_SECONDS = 20.0
 """How long a server may take to list its models, which needs no computation."""
 _BOS = 1
 """Tokens that a server puts in front; those of its chat template are not known here."""
+_ANSWER_SECONDS = 600.0
+"""How long an answer may take."""
 _OPENAI_STOPS = 4
 """Most stop strings that the interface accepts; the answer is cut at all of them here anyway."""
 
@@ -40,7 +42,7 @@ class EndpointSource:
 
     def __init__(
         self, url: str, decoding: Decoding, *, model: str | None = None, tokenizer: Path | None = None,
-        workers: int = 8, timeout: float = 600.0,
+        workers: int = 8,
     ) -> None:  # fmt: skip
         """`tokenizer` is a folder with the model's tokenizer.json; only prompts near a limit need it."""
         try:
@@ -53,7 +55,7 @@ class EndpointSource:
         self.url = url.rstrip("/")
         if not self.url.endswith("/v1"):
             self.url += "/v1"
-        self.decoding, self.workers, self.timeout = decoding, workers, timeout
+        self.decoding, self.workers = decoding, workers
         self._count = None if tokenizer is None else _count_with(tokenizer)
         self.model = model if model is not None else self._only_model()
 
@@ -103,15 +105,14 @@ class EndpointSource:
             raise EndpointError(f"{self.url}: no completion in its answer {str(answer)[:120]}") from None
 
     def _only_model(self) -> str:
-        answer = self._call("/models", None, timeout=min(self.timeout, _MODELS_SECONDS))
+        answer = self._call("/models", None, timeout=_MODELS_SECONDS)
         try:
             return str(answer["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             raise EndpointError(f"{self.url}/models: no model in {str(answer)[:120]}; name one (--api-model)") from None
 
-    def _call(self, path: str, body: dict[str, Any] | None, *, timeout: float | None = None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None, *, timeout: float = _ANSWER_SECONDS) -> Any:
         """The answer's JSON; retries where the server is busy or down, but not after a timeout."""
-        timeout = self.timeout if timeout is None else timeout
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"

@@ -68,7 +68,7 @@ class Pipeline:
         """By rank: the moments at which it may hold most."""
         program, confirmed_by = self.layout.program, confirmations(self.schedule)
         return tuple(
-            _most_held(_moments(program, self.placement, rank, confirmed_by[rank]))
+            _most_held(_instants(program, self.placement, rank, confirmed_by[rank]))
             for rank in range(self.schedule.num_ranks)
         )
 
@@ -139,7 +139,7 @@ def _most_held(moments: Iterable[Held]) -> tuple[Held, ...]:
     return tuple(most.values())
 
 
-def _moments(
+def _instants(
     program: Program, placement: Placement, rank: int, confirmed_by: Mapping[StageTensor, Iterable[StageTensor]]
 ) -> Iterator[Held]:
     """Where each action begins, as `megacoder.parallel.pipeline` executes them."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from corpus_cases import write
 
 from megacoder.corpus import near_dedup
 from megacoder.corpus.build import build_corpus
@@ -113,6 +114,22 @@ def test_a_repository_of_exact_copies_is_dropped_as_a_whole(tmp_path):
             path.write_text(text if (name, place) != ("zfork", 3) else text.replace("call7", "call8"))
     build(tmp_path / "repos", tmp_path / "out")
     assert removed(tmp_path / "out", "repository") == {"original": "fork", "zfork": "fork"}
+
+
+def test_files_are_signed_again_where_another_shard_changes_which_are_left(tmp_path, monkeypatch):
+    """An interrupted build signed all of m's files; then a gets a copy of the first, which moves the others up."""
+    generator = random.Random(2)
+    first, second, other = (source(generator, 30) for _ in range(3))
+    for name, lines in (("a/x", other), ("m/0", first), ("m/1", second), ("m/2", [*second, "call(again)"])):
+        write(tmp_path / f"repos/{name}.py", "\n".join(lines) + "\n")
+    options = {"near_dedup": NearDedupConfig(level="file"), "shard_bytes": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(near_dedup, "_search", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(tmp_path / "repos", tmp_path / "out", **options)
+    write(tmp_path / "repos/a/copy.py", "\n".join(first) + "\n")
+    build(tmp_path / "repos", tmp_path / "out", **options)
+    assert removed(tmp_path / "out", "file") == {"m/2.py": "m/1.py"}
 
 
 def test_chains_remove_only_files_near_to_a_kept_one():

@@ -21,6 +21,8 @@ from megacoder.model.scheduled import waiting_share
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig
+from megacoder.parallel.schedules.program import build_program
+from megacoder.parallel.schedules.simulate import Costs
 from megacoder.parallel.tensor import TensorParallel
 from megacoder.train import layout as layout_module
 from megacoder.train import run_folder
@@ -258,6 +260,16 @@ def test_layers_that_recompute_postpone_only_the_weight_gradients_that_there_is_
     assert postponed() == postponed(block="plain", recompute="full") == [4, 4]
     assert postponed(recompute="norms") == [1, 4]
     assert postponed(recompute="full") == [0, 0]
+
+
+def test_transfers_are_placed_by_a_head_whose_gradients_are_in_the_last_stages_forward():
+    layout = request(parallel=ParallelConfig(pp=2, layers_per_stage=(1, 1))).layout(2)
+    stage, head = layout.layer_costs.layer + layout.layer_costs.embedding, layout.layer_costs.head
+    placed = [
+        build_program(layout.schedule, Costs(forward=forward, input_grad=(stage, stage), weight_grad=(stage, stage)))
+        for forward in ((stage, stage + 3 * head), (stage + 3 * head, stage), (stage, stage + head))
+    ]
+    assert [program == layout.program for program in placed] == [True, False, False]
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_cases import write
 
-from megacoder.corpus import near_dedup
+from megacoder.corpus import lsh, near_dedup
 from megacoder.corpus.build import build_corpus
 from megacoder.corpus.config import CorpusConfig
 from megacoder.corpus.lsh import EDGE, SignatureFiles, band_runs, candidate_pairs, near_pairs
@@ -165,6 +165,28 @@ def test_a_crowded_band_is_searched_again_without_its_copies(tmp_path):
             break
     assert sorted(set(range(500)) - set(gone.tolist())) == list(range(20))
     assert 2 <= rounds <= 6  # every round halves at least what is too much
+
+
+def test_a_build_searches_again_without_the_copies_found_so_far(tmp_path, monkeypatch):
+    """Two families share the only band, and each file stands between two of the other family."""
+    generator = random.Random(3)
+    even = source(generator, 40)
+    odd = [*even[:-2], *source(generator, 2)]
+    for number in range(6):
+        write(tmp_path / f"repos/r/{number}.py", "\n".join(odd if number % 2 else even) + "\n")
+    rounds = []
+
+    def counted(*given):
+        rounds.append(given)
+        assert len(rounds) < 9, "the same copies are found again and again"
+        return choose_copies(*given)
+
+    monkeypatch.setattr(lsh, "WINDOW", 1)
+    monkeypatch.setattr(near_dedup, "choose_copies", counted)
+    options = NearDedupConfig(level="file", similarity=1.0, num_hashes=64, bands=1, rows=1)
+    build(tmp_path / "repos", tmp_path / "out", near_dedup=options, exact_dedup="none")
+    assert removed(tmp_path / "out", "file") == {f"r/{number}.py": f"r/{number % 2}.py" for number in range(2, 6)}
+    assert len(rounds) == 4
 
 
 def test_runs_give_back_every_record_once_whatever_the_ranges(tmp_path):

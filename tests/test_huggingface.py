@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_cases import no_space
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megacoder.checkpoint.huggingface import TensorFolder, write_model_folder
@@ -108,6 +109,8 @@ def test_shards_and_index(tmp_path, monkeypatch):
         "metadata": {"total_size": 320}, "weight_map": {"a": first, "b": first, "c": second, "big": third}
     }  # fmt: skip
     assert sorted(load_file(tmp_path / "hf" / first)) == ["a", "b"]
+    with safe_open(tmp_path / "hf" / third, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}, "without which transformers 4 refuses the file"
     loaded = {name: load_file(tmp_path / "hf" / file)[name] for name, file in index["weight_map"].items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert sorted(os.listdir(tmp_path / "hf")) == [

@@ -37,7 +37,7 @@ from megacoder.train.planning.pipelines import pipeline
 from megacoder.train.planning.scaling import advise, parse_count
 from megacoder.train.planning.search import RECOMPUTES, Limits, estimate, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
-from megacoder.train.planning.work import layer_times, shard_link
+from megacoder.train.planning.work import boundary_seconds, head_seconds, layer_times, shard_link
 from megacoder.train.planning.workspace import Workspace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -199,6 +199,88 @@ def test_tensor_parallel_exchanges_cost_by_bytes_and_latency():
     )
     moved = 4 * 4096 * 7168 * 2 * 7 / 8  # four exchanges of the residual stream
     assert slow_forward - fast_forward == pytest.approx(moved * (1 / 45e9 - 1 / 450e9) / Shares().links, rel=1e-6)
+
+
+def test_a_layer_takes_the_time_of_its_flops():
+    """Where memory is fast enough not to count, and either products or attention are."""
+    device, fast = DEVICES["h100"], 1e12
+    flops = {
+        "products": (1.0, 1.0, 1.0, 2 * MODEL_33B.num_layer_matmul_params),
+        "attention": (1.0, 2.5, 0.0, MODEL_33B.attention_flops_per_token(4096, causal=True) / 3 / 62),
+    }  # fmt: skip
+    for part, (forward, input_grad, weight_grad, per_token) in flops.items():
+        shares = Shares(**{"copies": fast, "products": fast, "attention": fast, part: 0.5})
+        times = layer_times(JOB_33B, Variant(dims=ParallelDims()), device, shares)
+        unit = 4096 * per_token / (989.4e12 * 0.5)
+        assert times.forward == pytest.approx(forward * unit, rel=1e-5)
+        assert times.input_grad == pytest.approx(input_grad * unit, rel=1e-5)
+        assert times.weight_grad == pytest.approx(weight_grad * unit, rel=1e-5, abs=1e-9)
+    head = head_seconds(JOB_33B, Variant(dims=ParallelDims()), device, Shares(copies=fast, products=0.5))
+    assert head == pytest.approx(4096 * 6 * MODEL_33B.padded_vocab_size * 7168 / (989.4e12 * 0.5), rel=1e-5)
+
+
+def test_fp8_products_count_only_where_a_layer_runs_in_fp8():
+    plain, fp8 = (
+        layer_times(JOB_33B, Variant(dims=ParallelDims(), fp8=fp8), DEVICES["h100"], Shares(copies=1e12)).weight_grad
+        for fp8 in (False, True)
+    )
+    assert plain / fp8 == pytest.approx(1978.9 * 0.45 / (989.4 * 0.60), rel=1e-3)
+
+
+def test_the_head_is_in_the_last_stages_forward():
+    variant = Variant(dims=ParallelDims(pp=4), schedule="zbv", chunks=2)
+    given = JOB_33B, variant, variant_pipeline(JOB_33B, variant), DEVICES["h100"], Shares()
+    costs, layer = stage_costs(*given), layer_times(JOB_33B, variant, *given[3:])
+    beside = [
+        time - layers * layer.forward
+        for time, layers in zip(costs.forward, given[2].placement.layers_per_stage, strict=True)
+    ]
+    assert beside == pytest.approx([0.0] * 7 + [head_seconds(JOB_33B, variant, *given[3:])], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dims", "stage_per_node", "gb_per_s"),
+    [
+        (ParallelDims(pp=8), False, 450.0), (ParallelDims(tp=2, pp=4), False, 450.0),
+        (ParallelDims(pp=16), False, 400.0), (ParallelDims(tp=8, pp=2), False, 50.0),
+        (ParallelDims(tp=4, pp=4), False, 100.0), (ParallelDims(pp=4, dp=2), True, 50.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_stages_pass_on_a_ranks_own_rows(dims, stage_per_node, gb_per_s):
+    device = replace(DEVICES["h100"], node_latency_us=0.0, network_latency_us=0.0)
+    variant = Variant(dims=dims, stage_per_node=stage_per_node)
+    moved = 4096 // dims.tp * 7168 * 2
+    assert boundary_seconds(JOB_33B, variant, device, Shares(links=1.0)) == pytest.approx(moved / (gb_per_s * 1e9))
+
+
+def test_keys_of_whole_sequences_are_gathered_twice():
+    """In the forward and in the backward, keys and values of the other ranks."""
+    fast, slow = (
+        layer_times(JOB_33B, Variant(dims=ParallelDims(cp=4)), replace(DEVICES["h100"], node_gb_per_s=rate), Shares())
+        for rate in (450.0, 45.0)
+    )
+    moved = 3 * 2 * 1024 * MODEL_33B.num_key_value_heads * MODEL_33B.head_dim * 2
+    more = pytest.approx(moved * (1 / 45e9 - 1 / 450e9) / Shares().links, rel=1e-6)
+    assert slow.forward - fast.forward == more
+    assert slow.input_grad - fast.input_grad == more
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_exchanges_and_updates_move_these_bytes(recompute):
+    """Gradients in fp32, of which the backward hides what it covers, and weights, of which the forward does."""
+    variant, shares = Variant(dims=ParallelDims(dp=8), recompute=recompute), Shares(links=1.0, copies=1.0)
+    pipe = variant_pipeline(JOB_33B, variant)
+    elements = rank_memory(JOB_33B, variant, pipe, 0).weights / 2
+    [forward], [input_grad], [weight_grad], *_ = vars(
+        stage_costs(JOB_33B, variant, pipe, DEVICES["h100"], shares)
+    ).values()
+    rate = elements * 2 * 7 / 8 / (1.2 * forward)  # at which weights take 1.2 forwards, and gradients 2.4
+    device = replace(DEVICES["h100"], node_gb_per_s=rate / 1e9, node_latency_us=0.0)
+    step = step_time(JOB_33B, variant, pipe, device, shares)
+    assert step.exchange == pytest.approx(0.2 * forward + max(0.0, 2.4 * forward - input_grad - weight_grad))
+    assert (2.4 * forward > input_grad + weight_grad) == (recompute == "none")
+    assert step.update == pytest.approx(elements * (4 + (4 + 4 + 3 * 8 + 2) / 8) / 3350e9)
 
 
 def test_throughput_counts_both_conventions():

@@ -22,7 +22,7 @@ from language_problems import OWN_LANGUAGES, own_problems
 
 from megacoder.cli.eval_inputs import file_content
 from megacoder.core.errors import ConfigError, DataError, FormatError
-from megacoder.evaluate.benchmarks.base import Settings, code_block, cut
+from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, Settings, Task, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
 from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer, set_of
@@ -206,9 +206,34 @@ def test_prompts_are_the_published_ones():
     assert given.context == ("# the below code fragment is found in shop.py\n# class Item:\n#     pass\n\n",)
 
 
+def test_mbpp_asks_tasks_11_to_510_of_a_file_that_has_the_examples():
+    rows = [{**MBPP[0], "task_id": number} for number in (1, 2, 3, 4, 10, 11, 510, 511)]
+    asked = [[task.id for task in BENCHMARKS["mbpp"](Settings()).tasks(part)] for part in (rows, rows[2:])]
+    assert asked == [["11", "510"], ["3", "4", "10", "11", "510", "511"]]
+
+
+def test_mbpp_in_chat_strips_its_texts_and_runs_without_the_imports():
+    rows = [*({**shot, "code": "if 1:\r\n\tx = 1"} for shot in SHOTS), {**MBPP[0], "text": " Measure.  "}]
+    programs, prompts = {}, {}
+    for instruct in (False, True):
+        benchmark = BENCHMARKS["mbpp"](Settings(instruct=instruct))
+        [task] = benchmark.tasks(rows)
+        prompts[instruct] = task.prompt
+        programs[instruct] = benchmark.source(task, "x = 1")
+        assert benchmark.stops_of(task) == (() if instruct else ("[DONE]",))
+        assert "\nif 1:\n    x = 1\n" in task.prompt
+    assert "your task:  Measure.   Your" in prompts[False]
+    assert ">>> Problem:\nMeasure.\n>>>" in prompts[True]
+    rest = "\n".join(["x = 1", MBPP[0]["test_setup_code"], *MBPP[0]["test_list"]])
+    assert programs == {False: f"{PYTHON_IMPORTS}\n{rest}", True: rest}
+
+
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
+        ({"problem": "p", "solution": "$\\boxed{1}$, so $\\boxed{x=.5}$"}, "p", "0.5"),
+        ({"question": "q", "answer": "12%", "table": "t", "ans_type": "decimal_number"},
+         "Read the following table and answer a question:\nt\nq", "0.12"),
         ({"input": "q", "code": "c", "target": 12.5}, "q", "12.5"),
         ({"body": "Two. ", "question": " How many?", "answer": "2 (ducks)"}, "Two. How many?", "2"),
         ({"Body": "Two", "Question": "How many? ", "Answer": 2.0}, "Two. How many?", "2"),
@@ -291,6 +316,38 @@ def test_a_data_science_answer_ends_at_its_fence(answer, code):
     assert f"code = {code!r}\n" in BENCHMARKS["ds1000"](Settings()).source(task, answer)
 
 
+def test_a_data_science_program_checks_the_text_of_a_solution_where_the_row_does():
+    [task] = BENCHMARKS["ds1000"](Settings()).tasks(
+        [{**DS1000[0], "code_context": f"{DS1000[0]['code_context']}\ndef test_string(solution): ..."}]
+    )
+    assert BENCHMARKS["ds1000"](Settings()).source(task, "x").endswith("\ntest_execution(code)\ntest_string(code)\n")
+
+
+def test_base_models_have_the_published_limits_and_stops(monkeypatch):
+    found = {name: benchmark(Settings()) for name, benchmark in BENCHMARKS.items()}
+    limits = {
+        name: (found.max_new_tokens, found.max_prompt_tokens, getattr(found, "seconds", None))
+        for name, found in found.items()
+    }
+    assert limits == {
+        "humaneval": (500, 4096, 10.0), "mbpp": (500, 4096, 10.0), "leetcode": (1024, 3072, 10.0),
+        "ds1000": (512, 2048, 60.0), "pal": (512, 2048, 5.0), "infill": (64, None, None),
+        "crosscode": (50, 1998, None),
+    }  # fmt: skip
+    monkeypatch.setattr(BENCHMARKS["humaneval"], "_language", "python")
+    task = Task(id="t", prompt="", row={"stop_tokens": ["\n}"]})
+    top_level = ("\ndef", "\nclass", "\nif", "\n#", "\nprint")
+    assert {name: benchmark.stops_of(task) for name, benchmark in found.items()} == {
+        "humaneval": top_level, "mbpp": ("[DONE]",), "leetcode": (*top_level, "\n```", "\nmy_solution"),
+        "ds1000": ("</code>", "# SOLUTION END", "\nEND SOLUTION"), "pal": ("Question", "----------------"),
+        "infill": ("\n",), "crosscode": (),
+    }  # fmt: skip
+    monkeypatch.setattr(BENCHMARKS["humaneval"], "_language", "ts")
+    assert found["humaneval"].stops_of(task)[:3] == ("\n}", "\nexport", "\nimport")
+    monkeypatch.setattr(BENCHMARKS["humaneval"], "_language", "cpp")
+    assert found["humaneval"].stops_of(task) == ("\n}",)
+
+
 def test_chat_has_limits_of_its_own():
     limits = {
         (name, instruct): (found.max_new_tokens, found.seconds)
@@ -313,6 +370,16 @@ def test_a_chat_answer_to_humaneval_keeps_its_function_alone():
     assert program.endswith("\ndef double(x):\n    return x * 2\n\n\n" + HUMANEVAL[1]["test"])
     unclosed = benchmark.source(task, "```python\ndef double(x):\n    return x * 2\n")
     assert HUMANEVAL[1]["prompt"] + "\n```python\n" in unclosed
+
+
+def test_a_chat_answer_in_a_compiled_language_loses_its_main_and_the_brace_that_the_tests_close(monkeypatch):
+    monkeypatch.setattr(BENCHMARKS["humaneval"], "_language", "cpp")
+    benchmark = BENCHMARKS["humaneval"](Settings(instruct=True))
+    answer = "```cpp\nlong twice(long x) {\n    return 2 * x;\n}\n\nint main() {\n    return 0;\n}\n```"
+    function = "\n// Twice x.\nlong twice(long x) {\n    return 2 * x;"
+    for test, closing in ((HUMANEVAL_CPP["test"], ""), ("int main() {}", "\n}")):
+        [task] = benchmark.tasks([{**HUMANEVAL_CPP, "test": test}])
+        assert benchmark.source(task, answer).endswith(f"{function}{closing}\n\n{test}")
 
 
 @pytest.mark.parametrize(

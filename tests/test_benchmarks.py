@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -433,6 +434,21 @@ def test_scores_of_an_earlier_protocol_are_not_mixed_with_new_ones(tmp_path, cap
     code, _, err = run(capsys, "eval", "infill", *words)
     assert code == 2
     assert "settings.json: made with protocol = 1, now 2; choose another --out" in err
+
+
+@pytest.mark.parametrize(
+    ("missing", "found"), [("protocol", "made with protocol = None, now 2"), ("data", r"made with --data .* \(None\), now")]
+)
+def test_scores_made_without_a_setting_of_today_are_not_reused(tmp_path, capsys, missing, found):
+    score(tmp_path, capsys, "infill", "right", "--out", tmp_path / "out")
+    path = tmp_path / "out" / "settings.json"
+    settings = json.loads(path.read_text())
+    del (settings["contents"] if missing in settings["contents"] else settings)[missing]
+    path.write_text(json.dumps(settings))
+    words = ["--data", tmp_path / "infill.jsonl", "--completions", tmp_path / "answers.jsonl"]
+    code, _, err = run(capsys, "eval", "infill", *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert re.search(found, err)
 
 
 def exported_model(tmp_path, *, seed: int = 0) -> Path:

@@ -1,5 +1,6 @@
 """The published limits on prompts and context hold for a model here, in transformers and behind a server alike."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megacoder.evaluate.benchmarks.crosscode import CrossCode
 from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
 from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
+from megacoder.evaluate.sampling import Sampling
 from megacoder.model.huggingface import export_model
 
 LINES = [f"total = total + {number}\n" for number in range(40)]
@@ -82,6 +84,20 @@ def test_every_source_asks_the_same(monkeypatch, model_folder):
     assert seen == tokens
 
 
+def test_transformers_draws_every_sample_anew_and_as_asked(monkeypatch, model_folder):
+    pytest.importorskip("transformers")
+    drawn = []
+    for sampling in (Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3), Sampling(temperature=1.0), Sampling()):
+        source = TransformersSource(model_folder, Decoding(sampling=sampling, max_new_tokens=4), device="cpu")
+        monkeypatch.setattr(
+            source.model, "generate", lambda ids, **options: drawn.append((torch.initial_seed(), options)) or ids
+        )
+        list(source.complete([replace(asked("x = 1"), sample=sample) for sample in (0, 1)]))
+    assert [seed for seed, _ in drawn[:4]] == [3_000_009, 3_000_010, 0, 1]
+    kinds = [[options.get(name) for name in ("do_sample", "temperature", "top_k", "top_p")] for _, options in drawn[::2]]
+    assert kinds == [[True, 0.7, 5, 0.9], [True, 1.0, None, 1.0], [False, None, None, None]]
+
+
 def test_a_server_needs_a_tokenizer_only_near_a_limit(monkeypatch):
     requests = [asked("x = 1"), asked()]
     assert [certainly_fits(request, frame=1) for request in requests] == [True, False]
@@ -89,6 +105,8 @@ def test_a_server_needs_a_tokenizer_only_near_a_limit(monkeypatch):
     with pytest.raises(ConfigError, match=r"task 't': its prompt may exceed the published limit of 60 .*--tokenizer"):
         asked_of_a_server(monkeypatch, requests)
     assert not certainly_fits(asked("x", limit=5000, pieces=("a" * 600,)), frame=1)
+    halves = [certainly_fits(asked("x", limit=21, pieces=("a" * size,)), frame=1) for size in (10, 11)]
+    assert halves == [True, False], "other files get half of the room at most"
     with pytest.raises(ConfigError, match=r"--tokenizer gone: no tokenizer\.json that can be read"):
         EndpointSource("http://localhost:1/v1", Decoding(), model="m", tokenizer=Path("gone"))
 

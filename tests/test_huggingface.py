@@ -16,7 +16,13 @@ from megacoder.checkpoint.tensor_file import StoredTensor
 from megacoder.core.errors import CheckpointError, ConfigError, FormatError
 from megacoder.data.tokenizer import train_tokenizer
 from megacoder.model.config import ModelConfig
-from megacoder.model.huggingface import export_model, import_model, import_with_tokenizer
+from megacoder.model.huggingface import (
+    config_from_huggingface,
+    config_to_huggingface,
+    export_model,
+    import_model,
+    import_with_tokenizer,
+)
 from megacoder.model.transformer import Transformer
 
 SHAPES = {
@@ -207,6 +213,41 @@ def test_old_style_scaling_and_rotary_tables_are_read(folder):
     save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, folder / "model.safetensors")
     config = import_model(folder).config
     assert (config.rope_factor, config.rope_theta) == (4.0, 100000.0)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_assumes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    kept = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads")  # fmt: skip
+    read = config_from_huggingface({key: config[key] for key in kept}, where="config.json")
+    assert read == ModelConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, rope_factor=1.0,
+        max_position_embeddings=2048, tie_word_embeddings=False, init_std=0.02,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_of_a_folder_has_two_names(folder, name):
+    edit_config(folder, **{"dtype": None, "torch_dtype": None, name: "bfloat16"})
+    assert {param.dtype for param in import_model(folder).parameters()} == {torch.bfloat16}
+
+
+def test_places_that_contradict_each_other_about_rope_are_refused(folder):
+    linear = {"rope_type": "linear", "factor": 4.0}
+    edit_config(folder, rope_parameters=linear, rope_scaling={**linear, "factor": 8.0})
+    with pytest.raises(FormatError, match=r"factor is 4\.0 in one place and 8\.0 in rope_scaling"):
+        import_model(folder)
+    edit_config(folder, rope_parameters={**linear, "rope_theta": 5e5}, rope_scaling=None, rope_theta=1e4)
+    with pytest.raises(FormatError, match=r"rope_theta is 10000\.0 in one place and 500000\.0 in rope_parameters"):
+        import_model(folder)
+
+
+def test_older_readers_find_the_linear_scaling_too():
+    """transformers before 4.43 reads `type`, later ones `rope_type`, transformers 5 `rope_parameters`."""
+    config = config_to_huggingface(make_model(rope_factor=4.0).config, torch.float32)
+    assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    assert config["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def test_missing_and_broken_files_are_named(folder, tmp_path):

@@ -254,14 +254,17 @@ def test_stages_pass_on_a_ranks_own_rows(dims, stage_per_node, gb_per_s):
     assert boundary_seconds(JOB_33B, variant, device, Shares(links=1.0)) == pytest.approx(moved / (gb_per_s * 1e9))
 
 
-def test_keys_of_whole_sequences_are_gathered_twice():
-    """In the forward and in the backward, keys and values of the other ranks."""
+@pytest.mark.parametrize(
+    ("dims", "link", "share"), [(ParallelDims(cp=4), "node", 1), (ParallelDims(tp=8, cp=2), "network", 8)], ids=str
+)
+def test_keys_of_whole_sequences_are_gathered_twice(dims, link, share):
+    """In the forward and in the backward, keys and values of the other ranks, which may be on other nodes."""
     fast, slow = (
-        layer_times(JOB_33B, Variant(dims=ParallelDims(cp=4)), replace(DEVICES["h100"], node_gb_per_s=rate), Shares())
-        for rate in (450.0, 45.0)
+        layer_times(JOB_33B, Variant(dims=dims), replace(DEVICES["h100"], **{f"{link}_gb_per_s": rate}), Shares())
+        for rate in (400.0, 40.0)
     )
-    moved = 3 * 2 * 1024 * MODEL_33B.num_key_value_heads * MODEL_33B.head_dim * 2
-    more = pytest.approx(moved * (1 / 45e9 - 1 / 450e9) / Shares().links, rel=1e-6)
+    moved = (dims.cp - 1) * 2 * 4096 // dims.cp * (MODEL_33B.num_key_value_heads // dims.tp) * MODEL_33B.head_dim * 2
+    more = pytest.approx(moved * (1 / 40e9 - 1 / 400e9) * share / Shares().links, rel=1e-6)
     assert slow.forward - fast.forward == more
     assert slow.input_grad - fast.input_grad == more
 

@@ -41,6 +41,21 @@ def test_an_overfitted_model_fills_in_the_lines_it_was_shown():
     assert summary.line_above.exact_match < 1.0
 
 
+@pytest.mark.parametrize(("max_prompt_tokens", "room"), [(40, 40), (None, 120), (1000, 120)])
+def test_prompts_stay_within_what_the_model_was_trained_to_fill_in(monkeypatch, max_prompt_tokens, room):
+    seen = []
+
+    def generated(model, prompts, **options):
+        seen.extend(map(len, prompts))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("megacoder.evaluate.infill.generate", generated)
+    model, tasks = make_model(TOKENIZER, max_position_embeddings=128), choose_tasks(source_files(), num_tasks=6)
+    fill_lines(model, TOKENIZER, tasks, max_new_tokens=8, max_prompt_tokens=max_prompt_tokens, quiet=True)
+    assert len(seen) == 6
+    assert room - 24 < max(seen) <= room
+
+
 def test_tasks_are_full_code_lines_spread_over_the_files():
     files = source_files()
     tasks = choose_tasks(files, num_tasks=5)

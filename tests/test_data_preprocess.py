@@ -340,6 +340,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(corpus, capsy
     assert (code, err.count("up to date, 409 ids"), err.count("\n")) == (0, 1, 1)
     said = refusal(capsys, *words, "--vocab-size", "500", code=2)
     assert "tokenizer.json holds another tokenizer, made with different options (vocab_size); choose another" in said
+    for option, value, name in (("--text-key", "text", "text_key"), ("--sample-mb", "1", "sample_mb")):
+        said = refusal(capsys, *words, "--vocab-size", "400", option, value, code=2)
+        assert f"made with different options ({name})" in said
+    os.utime(corpus / "in" / "a.jsonl", ns=(0, 0))  # of the same size
+    assert "made with different options (inputs)" in refusal(capsys, *words, "--vocab-size", "400", code=2)
     small_tokenizer().save(corpus / "given")
     said = refusal(capsys, *words[:-1], corpus / "given", code=2)
     assert "tokenizer.json holds another tokenizer (1,033 ids); choose another --output, or remove it" in said

@@ -122,6 +122,15 @@ def test_another_tokenizer_is_never_replaced(tmp_path):
         before.save(tmp_path)
 
 
+@pytest.mark.parametrize(("part", "value"), [("normalizer", {"type": "NFC"}), ("pre_tokenizer", {"type": "ByteLevel"})])
+def test_a_tokenizer_that_changes_or_splits_text_otherwise_is_another(part, value):
+    tokenizer = small_tokenizer()
+    parsed = json.loads(tokenizer.definition)
+    if part == "pre_tokenizer":
+        value = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True, **value}
+    assert Tokenizer(json.dumps({**parsed, part: value})).digest != tokenizer.digest
+
+
 def test_hugging_face_reads_the_folder(tmp_path):
     auto = pytest.importorskip("transformers").AutoTokenizer
     tokenizer = small_tokenizer()

@@ -90,6 +90,14 @@ def test_the_corpus_does_not_depend_on_how_the_rows_are_spread(tmp_path, small_r
                    for before, row in zip(read_rows(out), read_rows(out)[1:], strict=False))  # fmt: skip
 
 
+def test_a_dropped_row_does_not_take_its_path(tmp_path):
+    texts = ["y" * 2000, "def f():\n    return 'good'\n", "x = 'third'\n"]
+    jsonl(tmp_path / "x.jsonl", [("r", "a.py", text) for text in texts])
+    report = build([tmp_path / "x.jsonl"], tmp_path / "out", max_file_bytes=1000)
+    assert report.accounts.dropped["read"].keys() == {"over 1000 bytes", "path taken by an earlier file"}
+    assert [row["content"].endswith("'good'\n") for row in read_rows(tmp_path / "out")] == [True]
+
+
 def test_every_bad_row_is_in_the_accounts(tmp_path):
     good = {"repo_name": "r", "path": "a.py", "content": "def f():\n    return 'good'\n"}
     lines = [
@@ -125,6 +133,27 @@ def test_columns_can_be_named_and_must_be_there(tmp_path):
         build([tmp_path / "t.parquet"], tmp_path / "out2", columns=TableColumns(text="q", repo="r", path="p"))
     report = build([tmp_path / "t.parquet"], tmp_path / "out3", columns=TableColumns(text="c", repo="r", path="p"))
     assert report.accounts.kept.files == 1
+
+
+def test_licenses_and_paths_come_in_the_forms_that_tables_have(tmp_path):
+    licenses = {"all": ["MIT", "GPL-3.0-only", "MIT"], "empty": [], "null": None}
+    rows = {
+        "repo": list(licenses), "path": ["/pkg/a.py"] * 3, "licenses": list(licenses.values()),
+        "content": [f"def {name}():\n    return 'of {name}'\n" for name in licenses],
+    }  # fmt: skip
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    build([tmp_path / "t.parquet"], tmp_path / "out", heldout=SplitConfig(fraction=0))
+    found = {row["repo"]: (row["path"], row["license"]) for row in read_rows(tmp_path / "out")}
+    assert found == {
+        "all": ("pkg/a.py", "GPL-3.0-only AND MIT"), "empty": ("pkg/a.py", "none"), "null": ("pkg/a.py", None)
+    }  # fmt: skip
+
+
+def test_the_first_of_the_usual_columns_is_read():
+    names = ["text", "path", "content", "repo", "max_stars_repo_name", "max_stars_repo_path", "license"]
+    assert TableColumns().chosen(names, "t") == {
+        "text": "content", "repo": "max_stars_repo_name", "path": "max_stars_repo_path", "license": "license"
+    }  # fmt: skip
 
 
 def test_a_file_that_is_not_a_table_is_named(tmp_path):

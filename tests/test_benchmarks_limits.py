@@ -84,6 +84,20 @@ def test_every_source_asks_the_same(monkeypatch, model_folder):
     assert seen == tokens
 
 
+def test_samples_of_a_task_differ_and_do_not_depend_on_their_batch():
+    tokenizer = make_tokenizer()
+    requests = [replace(asked("x = 1"), sample=sample) for sample in range(4)]
+    texts = {}
+    for batch_size in (1, 4):
+        source = LocalSource(
+            model=make_model(tokenizer), tokenizer=tokenizer, batch_size=batch_size,
+            decoding=Decoding(sampling=Sampling(temperature=1.0), max_new_tokens=8),
+        )  # fmt: skip
+        texts[batch_size] = {request.sample: text for request, text in source.complete(requests)}
+    assert texts[1] == texts[4]
+    assert len(set(texts[1].values())) == 4
+
+
 def test_transformers_draws_every_sample_anew_and_as_asked(monkeypatch, model_folder):
     pytest.importorskip("transformers")
     drawn = []
@@ -94,7 +108,9 @@ def test_transformers_draws_every_sample_anew_and_as_asked(monkeypatch, model_fo
         )
         list(source.complete([replace(asked("x = 1"), sample=sample) for sample in (0, 1)]))
     assert [seed for seed, _ in drawn[:4]] == [3_000_009, 3_000_010, 0, 1]
-    kinds = [[options.get(name) for name in ("do_sample", "temperature", "top_k", "top_p")] for _, options in drawn[::2]]
+    kinds = [
+        [options.get(name) for name in ("do_sample", "temperature", "top_k", "top_p")] for _, options in drawn[::2]
+    ]
     assert kinds == [[True, 0.7, 5, 0.9], [True, 1.0, None, 1.0], [False, None, None, None]]
 
 

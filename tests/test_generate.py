@@ -103,7 +103,7 @@ def test_padded_prompts_are_read_in_passes_whose_mask_is_small(monkeypatch, colu
     assert columns == 1 or max(size for _, size in sizes) <= most
 
 
-def test_generation_stops_before_a_stop_id_while_others_continue():
+def test_generation_stops_before_a_stop_id_while_others_continue(backend):
     model, prompts = make_model(), make_prompts([4, 11, 6, 9, 2, 13])
     full = generate(model, prompts, max_new_tokens=30)
     stops = {tokens[place * 5] for place, tokens in enumerate(full[:4])}

@@ -9,6 +9,7 @@ import stat
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 
 import pytest
 import zstandard
@@ -121,6 +122,38 @@ def test_paths_that_lead_out_are_recorded_and_lead_nowhere(tmp_path):
             ["../up.py", "/etc/abs.py", "a/../../up.py", "C:/x.py"], "path leads out of the archive"
         )
     assert sorted(os.listdir(tmp_path)) == ["t.tar", "z.zip"]
+
+
+@pytest.mark.parametrize("top", ["", "proj/"])
+def test_licenses_below_the_root_are_not_the_repositorys(tmp_path, top):
+    files = {f"{top}a.py": b"x = 1\n", f"{top}third/LICENSE": FILES["proj/LICENSE"]}
+    (tmp_path / "z.zip").write_bytes(zipped(files))
+    items = Archive(name="r", file=tmp_path / "z.zip").read(Selection())
+    assert {item.license for item in items if isinstance(item, Document)} == {"none"}
+
+
+def test_folders_that_are_not_walked_are_not_read_at_any_depth(tmp_path):
+    (tmp_path / "z.zip").write_bytes(zipped({"p/a.py": b"x = 1\n", "p/q/.git/b.py": b"y = 2\n", "p/.git": b"z"}))
+    assert read(tmp_path / "z.zip") == ({"a.py": "x = 1\n"}, {".git": "language unknown"})
+
+
+def test_a_file_of_exactly_the_limit_is_read(tmp_path):
+    (tmp_path / "t.tar").write_bytes(tar({"a.py": b"y" * 1000, "b.py": b"y" * 1001}))
+    assert read(tmp_path / "t.tar") == ({"a.py": "y" * 1000}, {"b.py": "over 1000 bytes"})
+
+
+def test_an_archive_may_always_expand_to_the_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_EXPANSION", 1)
+    (tmp_path / "z.zip").write_bytes(zipped({"a.py": b"y" * 1000}))
+    assert read(tmp_path / "z.zip") == ({"a.py": "y" * 1000}, {})
+
+
+def test_a_member_that_was_changed_is_recorded(tmp_path):
+    data = zipped({"a.py": b"x = 1\n", "b.py": b"y = 2\n"}, zipfile.ZIP_LZMA)
+    crc = zlib.crc32(b"x = 1\n").to_bytes(4, "little")
+    assert data.count(crc) == 2
+    (tmp_path / "z.zip").write_bytes(data.replace(crc, b"\0\0\0\0"))
+    assert read(tmp_path / "z.zip") == ({"b.py": "y = 2\n"}, {"a.py": "unreadable: BadZipFile"})
 
 
 def test_links_devices_and_duplicate_names_are_recorded(tmp_path):

@@ -156,6 +156,17 @@ def test_the_first_of_the_usual_columns_is_read():
     }  # fmt: skip
 
 
+def test_a_table_that_changed_since_an_interrupted_build_is_gathered_again(tmp_path, monkeypatch):
+    jsonl(tmp_path / "x.jsonl", files()[:20])
+    with monkeypatch.context() as patch:
+        patch.setattr("megacoder.corpus.build.plan_scans", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build([tmp_path / "x.jsonl"], tmp_path / "out")
+    jsonl(tmp_path / "x.jsonl", files()[20:40])
+    build([tmp_path / "x.jsonl"], tmp_path / "out", heldout=SplitConfig(fraction=0.1))
+    assert {row["path"] for row in read_rows(tmp_path / "out")} == {"m1.py"}
+
+
 def test_a_file_that_is_not_a_table_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"not a table")
     with pytest.raises(CorpusError, match=r"t\.parquet: not readable"):

@@ -13,12 +13,14 @@ import zlib
 
 import pytest
 import zstandard
+from corpus_cases import write
 
 from megacoder.corpus import archives
 from megacoder.corpus.archives import Archive, archive_stem
 from megacoder.corpus.documents import Document, Dropped
 from megacoder.corpus.inputs import find_inputs
 from megacoder.corpus.reading import Selection
+from megacoder.corpus.sources import Repository
 
 FILES = {
     "proj/LICENSE": b"Permission is hereby granted, free of charge, to any person obtaining a copy",
@@ -146,6 +148,18 @@ def test_an_archive_may_always_expand_to_the_floor(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_EXPANSION", 1)
     (tmp_path / "z.zip").write_bytes(zipped({"a.py": b"y" * 1000}))
     assert read(tmp_path / "z.zip") == ({"a.py": "y" * 1000}, {})
+
+
+def test_a_repository_over_its_limit_keeps_the_same_files_in_an_archive_as_in_a_folder(tmp_path):
+    files = {f"src{number}/a.py": b"x = 1\n" * (1 + number) for number in range(12)} | {"top.py": b"y = 2\n"}
+    (tmp_path / "r.zip").write_bytes(zipped({f"r-1.0/{path}": data for path, data in files.items()}))
+    for path, data in files.items():
+        write(tmp_path / "r" / path, data)
+    selection = Selection(max_repo_bytes=200, seed=1)
+    sources = (Archive(name="r", file=tmp_path / "r.zip"), Repository(name="r", root=tmp_path / "r"))
+    kept, other = ([item.path for item in source.read(selection) if isinstance(item, Document)] for source in sources)
+    assert kept == other
+    assert 0 < len(kept) < len(files)
 
 
 def test_a_member_that_was_changed_is_recorded(tmp_path):

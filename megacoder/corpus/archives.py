@@ -174,16 +174,15 @@ class _Listing:
             yield make_drop(repo, path[len(top) :] or path, size, reason)
         roots = [(path[len(top) :], text) for path, text in self._licenses.items()]
         license_ = license_of((path, text) for path, text in roots if "/" not in path)
-        paths = sorted(self._places)
-        sizes = [(path, self._places[path][1]) for path in paths]
+        places = {path[len(top) :]: place for path, place in sorted(self._places.items())}
+        sizes = [(path, size) for path, (_, size) in places.items()]
         within = within_cap(sizes, self._selection.max_repo_bytes, f"{self._selection.seed}:{repo}")
-        for path, size in sizes:
+        for path, (offset, size) in places.items():
             if path not in within:
-                yield make_drop(repo, path[len(top) :], size, "over the limit for one repository")
+                yield make_drop(repo, path, size, "over the limit for one repository")
                 continue
-            self._spool.seek(self._places[path][0])
-            data = self._spool.read(size)
-            yield make_document(repo, path[len(top) :], data, self._selection, license=license_)
+            self._spool.seek(offset)
+            yield make_document(repo, path, self._spool.read(size), self._selection, license=license_)
 
     def _common_folder(self) -> str:
         tops = {path.partition("/")[0] if "/" in path else "" for path in self._seen}

@@ -123,6 +123,13 @@ def test_a_part_outside_its_tensor_and_a_file_that_is_not_safetensors_are_refuse
         import_model(copy)
 
 
+def test_a_tensor_that_the_model_lacks_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(FormatError, match=r"tensor model\.layers\.1.* has no place in the model of config\.json"):
+        import_model(copy)
+
+
 def test_parts_of_several_dtypes_are_refused(copy):
     """They would all become what the first one is."""
     path = sorted(copy.glob("shard-*.safetensors"))[-1]

@@ -107,6 +107,16 @@ def test_a_member_without_a_name_is_recorded(tmp_path):
     assert read(tmp_path / "z.zip") == ({"a.py": "x = 1\n"}, {"": "no name"})
 
 
+def test_an_archive_that_was_replaced_is_another_even_where_it_is_as_large(tmp_path):
+    path, found = tmp_path / "t.tar", []
+    for second, text in enumerate((b"x = 1\n", b"x = 2\n")):
+        path.write_bytes(tar({"a.py": text}))
+        os.utime(path, (second, second))
+        found.append(Archive(name="r", file=path).inventory(Selection()))
+    assert found[0].size == found[1].size
+    assert found[0].fingerprint != found[1].fingerprint
+
+
 def test_archives_by_name():
     assert archive_stem("a.TAR.GZ") == "a"
     assert archive_stem("a.b.zip") == "a.b"

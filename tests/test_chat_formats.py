@@ -17,6 +17,7 @@ from megacoder.cli.model_folder import chat_format_of, load_model
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.chat_template import SYSTEM
 from megacoder.data.tokenizer import SPECIAL_TOKENS
+from megacoder.data.tokenizer_folder import chat_template_in
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.tensor import ALONE
@@ -86,6 +87,13 @@ def test_a_format_is_read_back_from_its_template_and_no_other_is_taken_for_it():
     assert FormatConfig.from_jinja(published) == FormatConfig()
     assert FormatConfig.from_jinja(published.replace("'### Instruction:", "'### Question:")) is None
     assert FormatConfig.from_jinja("{{ messages[0].content }}") is None
+
+
+def test_of_several_templates_the_default_one_counts(tmp_path):
+    named = [{"name": "tool_use", "template": "{{ 1 }}"}, {"name": "default", "template": "{{ 2 }}"}]
+    for templates, found in ((named, "{{ 2 }}"), (named[:1], None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+        assert chat_template_in(tmp_path) == found
 
 
 def test_a_template_of_another_form_is_named_and_one_of_the_tokenizers_folder_counts(tuned, tmp_path, capsys):

@@ -194,6 +194,14 @@ def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
         assert torch.equal(tensor, before[name].float()), name
 
 
+def test_all_files_of_a_tokenizer_are_imported(folder, tmp_path, capsys):
+    beside = {"chat_template.jinja": "{{ 1 }}", "special_tokens_map.json": "{}", "added_tokens.json": '{"x": 1}'}
+    for name, text in beside.items():
+        (folder / name).write_text(text)
+    assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
+    assert {name: (tmp_path / "start" / "tokenizer" / name).read_text() for name in beside} == beside
+
+
 def test_an_imported_model_is_trained_on(folder, case, tmp_path, capsys, monkeypatch):
     assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
     config = load_toml(RunConfig, tmp_path / "start" / "train.toml")
@@ -482,9 +490,7 @@ def test_tensors_that_a_run_would_ignore_are_refused(case, tmp_path, without):
     state["config"]["model"] |= {"tie_word_embeddings": True}
     config = config_of(case, tmp_path / "run", model={"tie_word_embeddings": True})
     wholes = [
-        reader.whole(name, kind)
-        for kind, name in reader.tensors()
-        if name != "lm_head.weight" or kind not in without
+        reader.whole(name, kind) for kind, name in reader.tensors() if name != "lm_head.weight" or kind not in without
     ]
     write_offline(
         config.output / "checkpoints", 2, [wholes], reader.stream, num_ranks=1, layout={}, state=state

@@ -179,6 +179,9 @@ def test_the_quick_estimates_do_not_mislead_the_search():
         assert quick_seconds(JOB_33B, variant, DEVICES["h800"], Shares()) == pytest.approx(exact, rel=0.15)
         most = max(rank_memory(JOB_33B, variant, pipe, rank).total for rank in range(pp))
         assert least_memory(JOB_33B, variant) <= 1.05 * most
+    few, variant = replace(JOB_33B, global_batch_size=2), Variant(dims=ParallelDims(pp=8))
+    pipe = variant_pipeline(few, variant)
+    assert least_memory(few, variant) <= max(rank_memory(few, variant, pipe, rank).total for rank in range(8))
 
 
 def test_links_are_shared_by_the_groups_of_a_node():

@@ -303,9 +303,30 @@ def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
     found = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=Limits())
     assert found.fits == sorted(found.fits, key=lambda fit: fit.step.total)
     assert all(fit.largest.total < 82e9 and fit.variant.dims.world_size == 64 for fit in found.fits)
-    assert {"tp spans nodes", "does not fit into memory"} <= found.reasons.keys() == found.examples.keys()
+    too_short = "cp leaves a rank fewer than 1,024 tokens of a sequence"
+    assert {"tp spans nodes", "does not fit into memory", too_short} <= found.reasons.keys() == found.examples.keys()
     assert sum(found.reasons.values()) + found.num_fitting == found.num_tried
     assert len({fit.variant.dims for fit in found.fits}) == len(found.fits) > 3
+
+
+def test_a_search_finds_no_microbatch_that_tensor_parallel_ranks_cannot_share():
+    job, limits = replace(JOB_33B, seq_length=4092), Limits(tp=8, micro_batch_sizes=(1, 2), schedules=("1f1b",))
+    found = search(job, DEVICES["h800"], Shares(), num_devices=64, limits=limits)
+    assert {fit.variant.micro_batch_size for fit in found.fits if fit.variant.dims.cp == 1} == {2}
+    assert "a microbatch's tokens do not divide by tp" in found.reasons
+
+
+def test_a_microbatchs_share_of_the_batch_is_counted():
+    variant = Variant(dims=ParallelDims(tp=2, cp=2, dp=8), micro_batch_size=4)
+    assert (variant.microbatches(JOB_33B), variant.tokens(JOB_33B), variant.rows(JOB_33B)) == (16, 8192, 4096)
+    assert replace(variant, sequence_parallel=False).rows(JOB_33B) == 8192
+
+
+def test_gpipe_holds_every_microbatch():
+    pipe = pipeline("gpipe", ranks=4, chunks=1, microbatches=40, model=MODEL_33B, seq_length=4096)
+    assert [max(held.whole for held in moments) for moments in pipe.held] == [
+        40 * layers for layers in pipe.placement.layers_per_stage
+    ]
 
 
 @pytest.mark.parametrize(

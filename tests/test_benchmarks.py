@@ -29,7 +29,7 @@ from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer, set_of
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_check_uncalled
-from megacoder.evaluate.benchmarks.scoring import pass_at_k
+from megacoder.evaluate.benchmarks.scoring import Notes, pass_at_k, summarize
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain
 from megacoder.evaluate.similarity import edit_similarity
@@ -437,7 +437,8 @@ def test_scores_of_an_earlier_protocol_are_not_mixed_with_new_ones(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("missing", "found"), [("protocol", "made with protocol = None, now 2"), ("data", r"made with --data .* \(None\), now")]
+    ("missing", "found"),
+    [("protocol", "made with protocol = None, now 2"), ("data", r"made with --data .* \(None\), now")],
 )
 def test_scores_made_without_a_setting_of_today_are_not_reused(tmp_path, capsys, missing, found):
     score(tmp_path, capsys, "infill", "right", "--out", tmp_path / "out")
@@ -523,6 +524,16 @@ def test_several_samples_of_a_task(tmp_path, capsys):
     code, out, _ = run(capsys, "eval", "humaneval", "--data", data, "--completions", answers, "--json")
     summary = json.loads(out)
     assert (code, summary["num_samples"], summary["scores"][""]) == (0, 4, {"pass@1": 0.25})
+
+
+def test_a_summary_has_every_k_up_to_the_number_of_samples():
+    tasks, notes = [Task(id=name, prompt="") for name in "ab"], Notes(None)
+    for task in tasks:
+        for sample in range(10):
+            notes.add_result((task.id, sample), {"passed": task.id == "a" and sample == 3, "verdict": "v"})
+    found = summarize(tasks, notes, samples=10)
+    assert found.scores == {"": {"pass@1": pytest.approx(0.05), "pass@10": 0.5}}
+    assert (found.num_tasks, found.num_samples, found.verdicts) == (2, 10, {"v": 20})
 
 
 class FakeServer(BaseHTTPRequestHandler):

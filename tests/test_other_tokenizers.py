@@ -20,7 +20,7 @@ from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
-from megacoder.data.tokenizer_folder import chat_template_in
+from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
 from megacoder.evaluate.prompts import infill_prompt
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
@@ -153,6 +153,12 @@ def test_bytes_without_a_token_are_refused_unless_no_text_has_them():
         assert deepseeks.decode(deepseeks.encode(text)) == text
     with pytest.raises(FormatError, match="no token for 2 of the bytes of UTF-8, such as 0x00: characters with them"):
         Tokenizer(without(0x00, 0x9F))
+
+
+def test_ids_are_counted_up_to_the_highest(tmp_path):
+    """A model must have a row for it, whatever the holes below."""
+    tokenizers.Tokenizer(models.BPE({"a": 0, "b": 7}, [])).save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer_files(tmp_path, max_length=8).vocab_size == 8
 
 
 def test_white_space_that_does_not_come_back_is_refused():

@@ -16,6 +16,7 @@ from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.copies import late_parameters
+from megacoder.model.partition import ExecutionConfig
 from megacoder.model.presets import PRESETS, find_preset
 from megacoder.model.scheduled import kept_weight_bytes, waiting_share
 from megacoder.model.transformer import TransformerPart
@@ -98,13 +99,18 @@ def test_an_extrapolated_pipeline_has_the_time_and_memory_of_the_full_list(name,
         assert max(held.waiting for held in pipe.held[rank]) == most["waiting"]
 
 
-def test_layers_are_placed_as_the_run_places_them():
-    variant = Variant(dims=ParallelDims(pp=4, dp=2), schedule="zbv", chunks=2)
+@pytest.mark.parametrize("execution", [ExecutionConfig(), ExecutionConfig(recompute="norms", fp8=True)], ids=str)
+def test_layers_and_weight_gradients_are_placed_as_the_run_places_them(execution):
+    variant = Variant(
+        dims=ParallelDims(pp=4, dp=2), schedule="zbv", chunks=2, recompute=execution.recompute, fp8=execution.fp8
+    )
     request = LayoutRequest(
-        model=MODEL_33B, parallel=ParallelConfig(pp=4, schedule="zbv"), seq_length=4096, global_batch_size=512,
-        micro_batch_size=1,
+        model=MODEL_33B, parallel=ParallelConfig(pp=4, schedule="zbv"), seq_length=4096, global_batch_size=24,
+        micro_batch_size=1, execution=execution,
     )  # fmt: skip
-    assert variant_pipeline(JOB_33B, variant).placement == request.layout(8).placement
+    layout, planned = request.layout(8), variant_pipeline(replace(JOB_33B, global_batch_size=24), variant)
+    assert planned.rounds_left_out == 0
+    assert (planned.placement, planned.schedule) == (layout.placement, layout.schedule)
 
 
 @pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22, 25, 26, 27], ids=lambda index: str(CASES[index]))
@@ -642,6 +648,24 @@ def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads,
         late=late_parameters(part), bucket_elements=5000,
     )  # fmt: skip
     assert local_elements(model, variant, layers=3, embedding=embedding, head=head) == flat.numel
+
+
+def test_what_fits_a_kind_of_device_is_not_ruled_out_for_another_kind():
+    """On one CPU bf16 weights are half of their master weights."""
+    model = ModelConfig(vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                        num_attention_heads=4, num_key_value_heads=4, head_dim=128)  # fmt: skip
+    job, variant = Job(model=model, seq_length=16, global_batch_size=1), Variant(dims=ParallelDims(), recompute="full")
+    needed = estimate(job, variant, DEVICES["cpu"], Shares()).largest.total / 1e9
+    device = replace(DEVICES["cpu"], memory_gb=needed + 1e-6, reserved_gb=0.0)
+    limits = Limits(dims=ParallelDims(), micro_batch_sizes=(1,), recomputes=("full",))
+    assert least_memory(job, variant) > device.room
+    assert len(search(job, device, Shares(), num_devices=1, limits=limits).fits) == 1
+
+
+def test_a_search_runs_layers_as_asked():
+    limits = Limits(dims=ParallelDims(tp=8, dp=8), fp8=True, overlaps_exchange=True, micro_batch_sizes=(1,))
+    [fit] = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=limits).fits
+    assert (fit.variant.fp8, fit.variant.overlaps_exchange) == (True, True)
 
 
 def test_a_search_counts_the_memory_of_its_kind_of_device():

@@ -17,7 +17,7 @@ from test_generate import SHAPES, by_transformers, make_long_case, make_prompts
 from test_generate import make_model as random_model
 
 from megacoder.cli.chat import _turns
-from megacoder.core.errors import DataError
+from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import completion_prompt
@@ -124,6 +124,17 @@ def test_top_k_draws_from_the_likeliest_by_their_probabilities():
     torch.testing.assert_close(counts / 2000, expected, rtol=0, atol=0.04)
     greedy = generate(model, [prompt], max_new_tokens=6)
     assert generate(model, [prompt], max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1)) == greedy
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"temperature": -0.1}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    ids=str,
+)
+def test_what_cannot_be_drawn_by_is_named(given):
+    [(name, value)] = given.items()
+    with pytest.raises(ConfigError, match=f"{name} = {value}: must be"):
+        Sampling(**given)
 
 
 def test_samples_follow_their_names_not_their_places():

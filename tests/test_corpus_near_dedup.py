@@ -167,6 +167,15 @@ def test_a_crowded_band_is_searched_again_without_its_copies(tmp_path):
     assert 2 <= rounds <= 6  # every round halves at least what is too much
 
 
+def test_files_of_fewer_words_than_asked_have_no_near_copies(tmp_path):
+    for name, text in (("few", "alpha(beta, gamma)\n"), ("enough", "alpha(beta, gamma, delta)\n")):
+        for copy in range(2):
+            write(tmp_path / f"repos/r/{name}{copy}.py", text)
+    options = {"near_dedup": NearDedupConfig(level="file", min_words=4), "exact_dedup": "none"}
+    build(tmp_path / "repos", tmp_path / "out", **options)
+    assert removed(tmp_path / "out", "file") == {"r/enough1.py": "r/enough0.py"}
+
+
 def test_a_build_searches_again_without_the_copies_found_so_far(tmp_path, monkeypatch):
     """Two families share the only band, and each file stands between two of the other family."""
     generator = random.Random(3)

@@ -83,6 +83,15 @@ def test_a_cache_filled_in_pieces_gives_the_hidden_states_of_one_pass():
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
 
 
+def test_padding_has_positions_and_sees_itself():
+    """Kernels look up the angles of each position, and a softmax over nothing would be NaN."""
+    model = make_model()
+    cache = KVCache(model.config, [1, 4], capacity=6, like=model.norm.weight, tp=model.tp)
+    assert cache.advance(4).tolist() == [[0, 0, 0, 0], [0, 1, 2, 3]]
+    assert cache.mask[:, 0].diagonal(dim1=1, dim2=2).all()
+    assert cache.advance(1).tolist() == [[1], [4]]
+
+
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 def test_padded_prompts_are_read_in_passes_whose_mask_is_small(monkeypatch, columns):
     model, prompts = make_long_case({})

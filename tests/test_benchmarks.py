@@ -25,6 +25,7 @@ from megacoder.cli.eval_inputs import file_content
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.evaluate.benchmarks.base import PYTHON_IMPORTS, Settings, Task, code_block, cut
 from megacoder.evaluate.benchmarks.catalogue import BENCHMARKS
+from megacoder.evaluate.benchmarks.completions import FileSource
 from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer, set_of
 from megacoder.evaluate.benchmarks.published import published_scores
@@ -124,6 +125,7 @@ def test_a_check_function_is_called_by_the_harness(tmp_path, capsys, monkeypatch
         ("class T(unittest.TestCase):\n    def test(self):\n        self.assertTrue(f(1))\nunittest.main()",
          (False, True)),
         ("x = f(1)\n", (False, False)),
+        ("if f(1) != 2:\n    raise ValueError", (False, True)),
         ("", (False, False)),
     ],
 )  # fmt: skip
@@ -296,6 +298,7 @@ def test_comments_and_blank_lines_do_not_count_and_edit_similarity_is_in_whole_p
     assert task.row["language"] == "ts"
     benchmark = BENCHMARKS["crosscode"](Settings(language="ts"))
     assert benchmark.scores(task, "away,\nnow); // soon") == {"exact_match": 1.0, "edit_similarity": 0.88}
+    assert benchmark.scores(replace(task, row={"groundtruth": "abc"}), "abd")["edit_similarity"] == 0.67
     with pytest.raises(ConfigError, match="--language rust: crosscode has python, java, ts, cs"):
         BENCHMARKS["crosscode"](Settings(language="rust"))
     [unknown] = BENCHMARKS["crosscode"](Settings()).tasks([
@@ -534,6 +537,12 @@ def test_a_summary_has_every_k_up_to_the_number_of_samples():
     found = summarize(tasks, notes, samples=10)
     assert found.scores == {"": {"pass@1": pytest.approx(0.05), "pass@10": 0.5}}
     assert (found.num_tasks, found.num_samples, found.verdicts) == (2, 10, {"v": 20})
+
+
+def test_tasks_of_fewer_samples_than_others_are_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"task_id": name, "completion": "x"} for name in "aab"])
+    with pytest.raises(DataError, match="1 completions of task 'b', but 2 of others"):
+        FileSource(path).check([Task(id=name, prompt="") for name in "ab"])
 
 
 class FakeServer(BaseHTTPRequestHandler):

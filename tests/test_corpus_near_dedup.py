@@ -116,18 +116,20 @@ def test_a_repository_of_exact_copies_is_dropped_as_a_whole(tmp_path):
     assert removed(tmp_path / "out", "repository") == {"original": "fork", "zfork": "fork"}
 
 
-def test_files_are_signed_again_where_another_shard_changes_which_are_left(tmp_path, monkeypatch):
-    """An interrupted build signed all of m's files; then a gets a copy of the first, which moves the others up."""
+@pytest.mark.parametrize("interrupted", ["_search", "_take"])
+def test_files_are_compared_again_where_another_shard_changes_which_are_left(tmp_path, monkeypatch, interrupted):
+    """An interrupted build signed all of m's files, or knew its copies; then a gets new ones, one of them m's first."""
     generator = random.Random(2)
-    first, second, other = (source(generator, 30) for _ in range(3))
+    first, second, other, another = (source(generator, 30) for _ in range(4))
     for name, lines in (("a/x", other), ("m/0", first), ("m/1", second), ("m/2", [*second, "call(again)"])):
         write(tmp_path / f"repos/{name}.py", "\n".join(lines) + "\n")
     options = {"near_dedup": NearDedupConfig(level="file"), "shard_bytes": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(near_dedup, "_search", lambda *_: 1 / 0)
+        patch.setattr(near_dedup, interrupted, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(tmp_path / "repos", tmp_path / "out", **options)
-    write(tmp_path / "repos/a/copy.py", "\n".join(first) + "\n")
+    for name, lines in (("copy", first), ("new", another)):
+        write(tmp_path / f"repos/a/{name}.py", "\n".join(lines) + "\n")
     build(tmp_path / "repos", tmp_path / "out", **options)
     assert removed(tmp_path / "out", "file") == {"m/2.py": "m/1.py"}
 

@@ -149,6 +149,21 @@ def test_a_row_that_any_answer_would_pass_is_refused(tmp_path, name, row, messag
         BENCHMARKS[name](Settings()).load(data)
 
 
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("So:\n```python\ndef solution():\n    return 2\n```\nIt is 2.", "def solution():\n    return 2\n"),
+        ("```python\ndef solution():\n    return 2\n", ""),
+        ("def solution():\n    return 2\n```", ""),
+        ("```python\nx = 2\n```", ""),
+    ],
+)
+def test_a_maths_answer_is_a_closed_block_that_defines_the_solution(answer, program):
+    benchmark = BENCHMARKS["pal"](Settings(instruct=True))
+    [task, *_] = benchmark.tasks(PAL)
+    assert benchmark.source(task, answer).split("\n_value = solution()\n")[0] == program
+
+
 def test_a_maths_answer_of_none_does_not_pass(tmp_path, capsys, monkeypatch):
     row = {"question": "Who?", "answer": None, "idx": 0, "right": "```python\ndef solution():\n    pass\n```"}
     monkeypatch.setitem(ROWS, "pal", [row])
@@ -379,8 +394,9 @@ def test_a_chat_answer_to_humaneval_keeps_its_function_alone():
 def test_a_chat_answer_in_a_compiled_language_loses_its_main_and_the_brace_that_the_tests_close(monkeypatch):
     monkeypatch.setattr(BENCHMARKS["humaneval"], "_language", "cpp")
     benchmark = BENCHMARKS["humaneval"](Settings(instruct=True))
-    answer = "```cpp\nlong twice(long x) {\n    return 2 * x;\n}\n\nint main() {\n    return 0;\n}\n```"
-    function = "\n// Twice x.\nlong twice(long x) {\n    return 2 * x;"
+    twice = "long twice(long x) {\n    return again(x);\n}\n\nlong again(long x) {\n    return 2 * x;"
+    answer = f"```cpp\n{twice}\n}}\n\nint main() {{\n    return 0;\n}}\n```"
+    function = f"\n// Twice x.\n{twice}"
     for test, closing in ((HUMANEVAL_CPP["test"], ""), ("int main() {}", "\n}")):
         [task] = benchmark.tasks([{**HUMANEVAL_CPP, "test": test}])
         assert benchmark.source(task, answer).endswith(f"{function}{closing}\n\n{test}")

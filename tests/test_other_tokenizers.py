@@ -161,6 +161,19 @@ def test_ids_are_counted_up_to_the_highest(tmp_path):
     assert read_tokenizer_files(tmp_path, max_length=8).vocab_size == 8
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_comes_first_only_where_the_settings_say_so(tmp_path, adds):
+    tokenizer = small_tokenizer()
+    tokenizer.save(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    exported = read_tokenizer_files(tmp_path, max_length=64).files["tokenizer.json"]
+    ids = tokenizers.Tokenizer.from_str(exported).encode("x").ids
+    assert ids == [*([tokenizer.bos_id] if adds else []), *tokenizer.encode("x")]
+
+
 def test_white_space_that_does_not_come_back_is_refused():
     definition = json.loads(small_tokenizer().definition)
     definition["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True

@@ -18,6 +18,7 @@ from megacoder.data.megatron_stream import MegatronConfig
 from megacoder.evaluate.sampling import Sampling
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.train.guard import GuardConfig
+from megacoder.train.schedule import ScheduleConfig
 
 REFUSED = {
     AdamWConfig: [
@@ -32,6 +33,10 @@ REFUSED = {
     CheckpointConfig: [
         ({"keep_last": 0}, "checkpoint.keep_last = 0"), ({"keep_every": 0}, "checkpoint.keep_every = 0"),
         ({"timeout_seconds": 0.0}, "timeout_seconds"), ({"timeout_seconds": math.nan}, "timeout_seconds"),
+    ],
+    ScheduleConfig: [
+        ({"decay_share": 0.0}, "schedule.decay_share = 0.0: must be above 0"),
+        ({"decay_share": 1.1}, "schedule.decay_share = 1.1"),
     ],
     Sampling: [
         ({"temperature": -1.0}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_p": 0.0}, "top_p"),

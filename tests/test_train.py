@@ -729,6 +729,36 @@ def test_a_dataset_replaced_by_one_of_the_same_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])
+@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+@pytest.mark.parametrize("final_share", [0.0, 0.1])
+def test_a_decay_at_the_end_follows_a_constant_rate(decay, half, final_share):
+    config = ScheduleConfig(
+        kind="wsd", peak_lr=2.0, warmup_steps=10, decay_share=0.2, decay=decay, final_share=final_share
+    )
+    rates = [learning_rate(step, 100, config) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 5 for step in range(1, 11)])
+    assert set(rates[9:80]) == {2.0}
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[80] < 2.0
+    assert rates[89] == pytest.approx(2.0 * (final_share + (1 - final_share) * half))
+    assert rates[99] == pytest.approx(2.0 * final_share)
+    assert learning_rate(5, 5, config) == pytest.approx(1.0), "within the warm-up"
+    assert learning_rate(11, 11, config) == pytest.approx(2.0 * final_share), "a warm-up that leaves a step"
+
+
+def test_a_constant_run_gets_a_decay_which_may_be_put_off_until_it_begins(case, capfd):
+    wsd = {"kind": "wsd", "decay_share": 0.5, "final_share": 0.0}
+    train(case.config("decayed", steps=4, schedule={"kind": "constant"}))
+    train(changed(case.config("decayed", steps=8, schedule=wsd), checkpoint_every=8, eval_every=100))
+    assert [row["lr"] for row in read_metrics(case.folder / "decayed" / "metrics.jsonl")][3:] == pytest.approx(
+        [1e-2, 7.5e-3, 5e-3, 2.5e-3, 0.0]
+    )
+    train(case.config("put-off", steps=4, schedule=wsd | {"decay_share": 0.01}))
+    train(case.config("put-off", steps=6, schedule=wsd | {"decay_share": 0.01}))
+    with pytest.raises(ConfigError, match=r"schedule: .* done 6 steps, and the learning rate of step 4 was 0.01, not "):
+        train(case.config("put-off", steps=6, schedule=wsd))
+
+
 def test_a_damaged_line_of_metrics_is_named_left_in_place_and_out_of_what_is_read(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n{"step": 4}\n')

@@ -111,7 +111,8 @@ def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
 def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
     """ConfigError if the first `step` steps of a run would not have been the same under `config` as under `old`.
 
-    A constant rate can be extended, or made to fall, at any time; three stages only until the first has ended.
+    A constant rate can be extended, or made to fall, at any time; wsd until its decay begins, three stages until the
+    first has ended.
     """
     start = f"init_from = {str(config.output)!r}, init_optimizer = true"
     advice = f"choose another output, and go on from this run's state with {start}"

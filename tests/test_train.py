@@ -43,7 +43,7 @@ from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-TIMES = {"tokens_per_second", "tflops_per_device", "memory_gib", "checkpoint_seconds"}
+TIMES = {"tokens_per_second", "tflops_per_device", "memory_gib", "checkpoint_seconds", "data_seconds"}
 
 
 @pytest.fixture(scope="module")

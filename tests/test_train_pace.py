@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from train_cases import make_case
+from train_cases import ALONE, make_case
 
 from megacoder.core.timing import HostTimer
 from megacoder.parallel.config import ParallelConfig
@@ -85,10 +85,57 @@ def test_steps_are_measured_at_times_and_no_collective_is_added(case, ranks):
         assert len(set(counts[1:5])) == 1, "measured or not, a step makes the same collectives"
 
 
-def test_one_process_measures_nothing(case):
+def test_one_process_has_no_peers_and_measures_its_data(case):
     config = case.config("one", steps=MEASURED_EVERY + 2, checkpoint_every=100)
     train(config)
-    assert not any("slowest_rank" in row for row in read_metrics(config.output / "metrics.jsonl"))
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert not any("slowest_rank" in row for row in rows)
+    assert [row["step"] for row in rows if "data_seconds" in row] == [MEASURED_EVERY + 1]
+
+
+def waiting(world, config, seconds):
+    """What the rank says in a run in which the last rank's batches are late."""
+    trainer, lines = Trainer(config, world), []
+    trainer.pace.every, next_batch = 1, trainer.batches.next_batch
+
+    def late_batch():
+        time.sleep(seconds * (world.rank == world.size - 1))
+        return next_batch()
+
+    trainer.batches.next_batch = late_batch
+    real, loop.say = loop.say, lines.append
+    try:
+        trainer.run()
+    finally:
+        loop.say = real
+    return [line for line in lines if "for data" in line]
+
+
+@pytest.mark.parametrize(("axes", "size"), [({}, 1), ({"dp": 2}, 2), ({"pp": 2}, 2)])
+def test_waiting_for_data_is_measured_and_named_once(case, ranks, axes, size):
+    config = case.config(f"late-{axes}", parallel=ParallelConfig(**axes), micro_batch_size=4, steps=6, eval_every=100)
+    lines, *others = [waiting(ALONE, config, 0.2)] if size == 1 else ranks.run(size, waiting, config, 0.2)
+    assert all(other == [] for other in others)
+    (line,) = lines
+    who = "training waits" if size == 1 else "rank 1 waits"
+    assert re.match(
+        rf"step [456]: {who} for data for \d+% of the step \(0\.2\d* s\), in 3 measured steps in a row; ", line
+    )
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert [row["step"] for row in rows if "data_seconds" in row] == [2, 3, 4, 5, 6]
+    assert all(0.2 <= row["data_seconds"] < row["step"] for row in rows[1:])
+    write_run_report(config.output, config.output / "report.html")
+    assert "waiting for data" in (config.output / "report.html").read_text()
+
+
+def test_waiting_is_named_above_a_share_of_the_step_and_once_in_a_row(case):
+    trainer = Trainer(case.config("shares"), ALONE)
+    trainer.batches.close()
+    trainer.pace._step_seconds = 2.0
+    waits = [0.11, 0.11, 0.09, 0.11, 0.11, 0.2, 0.2, 0.2]
+    named = [bool(trainer.pace.compare([seconds])[1]) for seconds in waits]
+    assert named == [False] * 5 + [True] + [False] * 2
+    assert trainer.pace.compare([]) == ({}, [])
 
 
 def test_the_clock_leaves_out_what_is_spent_waiting(monkeypatch):

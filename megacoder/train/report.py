@@ -17,7 +17,7 @@ from megacoder.parallel.schedules.draw import picture_of
 from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, read_metrics
-from megacoder.train.pace import SLOWEST_RATIO
+from megacoder.train.pace import DATA_SECONDS, SLOWEST_RATIO
 from megacoder.train.utilization import CONVENTIONS
 from megacoder.version import __version__
 
@@ -139,11 +139,16 @@ def _learning(rows: Rows) -> str:
 
 
 def _machine(rows: Rows) -> str:
-    compared = any(SLOWEST_RATIO in row for row in rows)
+    compared, waited = (any(name in row for row in rows) for name in (SLOWEST_RATIO, DATA_SECONDS))
     return section(
         "Speed and memory",
         speed_chart(rows),
         _chart("memory", rows, "memory_gib", "peak GiB of the first rank: tensors on a GPU, else its process"),
+        *(
+            [_chart("waiting for data", rows, DATA_SECONDS, "seconds of the rank that waited longest")]
+            if waited
+            else []
+        ),
         *([_chart("slowest rank", rows, SLOWEST_RATIO, "slowest rank's own time / median")] if compared else []),
     )
 

@@ -36,7 +36,7 @@ class StepResult:
     saves: bool
     """a checkpoint is to follow"""
     seconds: tuple[float, ...]
-    """of every rank in the step before, without waiting, if that was measured (see `megacoder.train.pace`)"""
+    """of every rank in the step before, if that was measured (see `megacoder.train.pace`)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,9 @@ def run_step(
     journal.begin_step(number)
     pace.begin(number)
     journal.at(DATA)
-    microbatches = engine.microbatches(batches.next_batch(), config.micro_batch_size)
+    batch = batches.next_batch()
+    pace.got_data()
+    microbatches = engine.microbatches(batch, config.micro_batch_size)
     part = engine.forward_backward(microbatches)
     pace.computed()
     journal.at(UPDATE)

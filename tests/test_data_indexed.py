@@ -236,6 +236,12 @@ def test_a_missing_file_is_named(golden, missing):
         IndexedDataset(golden)
 
 
+@pytest.mark.parametrize("named", [bin_path, idx_path])
+def test_a_file_in_the_place_of_the_prefix_is_named_with_what_to_give(golden, named):
+    with pytest.raises(DataError, match=rf"{named(golden)}: a dataset is named without \.\w+; give {golden}$"):
+        IndexedDataset(named(golden))
+
+
 @pytest.mark.skipif(native() is None, reason="the kernels are not built")
 def test_the_compiled_checks_agree_with_the_reference(tmp_path, monkeypatch):
     prefix, count = tmp_path / "many", 3 * (1 << 15) + 17

@@ -80,6 +80,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = Path(prefix)
+        if self.prefix.suffix in (".bin", ".idx") and self.prefix.exists() and not idx_path(self.prefix).exists():
+            raise DataError(f"{prefix}: a dataset is named without {self.prefix.suffix}; give {prefix.with_suffix('')}")
         index = _map(idx_path(self.prefix))
         self.dtype, self.num_sequences, num_offsets = _read_header(idx_path(self.prefix), index)
         self.num_documents = num_offsets - 1

@@ -20,6 +20,7 @@ from megacoder.data.permutation import stream_phase
         ([1], [0]),
         ([3, 1], [0, 0, 1, 0]),
         ([2.5, 2.5], [0, 1]),
+        ([0, 1, 1, 0.0], [1, 2]),
     ],
 )
 def test_a_round_is_as_short_as_it_can_be(weights, round_):
@@ -59,7 +60,7 @@ def test_streams_together_keep_the_shares_in_every_prefix_and_batch(weights):
     assert np.abs(batches - 64 * np.array(weights) / sum(weights)).max() < 4
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.0], [1, -1], [float("nan")], [float("inf"), 1], []])
+@pytest.mark.parametrize("weights", [[0.0, 0], [1, -1], [float("nan")], [float("inf"), 1], []])
 def test_invalid_weights_are_refused(weights):
     with pytest.raises(ConfigError, match=r"positive number|0 weights"):
         blend_table(weights)

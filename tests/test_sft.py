@@ -588,6 +588,14 @@ def test_held_out_conversations_are_evaluated_once(toy):
     leave(trainer, saving=False)
 
 
+@pytest.mark.parametrize("name", ["weights", "fim_rates"])
+def test_conversations_are_neither_weighted_nor_filled_in(toy, name):
+    _, _, config = toy
+    data = config("weighted").data
+    with pytest.raises(ConfigError, match=rf"data.{name} = \[1.0\] with data.conversations: .*; leave it out"):
+        dataclasses.replace(data, **{name: (1.0,)})
+
+
 def test_settings_that_contradict_are_refused(toy):
     _, _, config = toy
     run = config("contradictory")

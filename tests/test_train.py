@@ -18,12 +18,12 @@ import torch
 from checkpoint_cases import flip_a_byte, state_of
 from command_line import refusal, run_command, wait_until
 from kill_test import descendants
-from train_cases import ALONE, changed, leave, make_case, run_to, scalars, stop_in
+from train_cases import ALONE, changed, leave, losses_of, make_case, run, run_to, scalars, stop_in
 
 from megacoder.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import from_dict, load_toml, to_dict
-from megacoder.core.errors import ConfigError, FormatError, MegacoderError
+from megacoder.core.errors import AlikeOnAllRanks, ConfigError, FormatError, MegacoderError
 from megacoder.core.rates import Peak
 from megacoder.data.fim import FimConfig
 from megacoder.data.megatron_stream import MegatronStream
@@ -31,6 +31,7 @@ from megacoder.data.sidecar import fingerprint, open_dataset
 from megacoder.data.stream import TokenStream
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.parallel.config import ParallelConfig
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
 from megacoder.train.loop import Interrupted, Trainer, train
@@ -42,6 +43,7 @@ from megacoder.train.setup import load_tokenizer, open_stream, resolve_dtype, th
 from megacoder.train.utilization import CONVENTIONS, utilization
 from megacoder.train.validation import set_names
 
+GOING_ON = "with init_from = '.*alone', init_optimizer = true, init_data = true$"
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 TIMES = {"tokens_per_second", "tflops_per_device", "memory_gib", "checkpoint_seconds", "data_seconds"}
 
@@ -425,7 +427,15 @@ def test_a_run_that_is_extended_is_the_longer_run_from_the_start(case, capfd):
         ({"steps": 16}, r"steps = 16 \(was 8\): .* done 8 steps, and the learning rate of step 7 was 0.003162277"),
         ({"steps": 7}, "steps = 7: the run in .* has done 8 already; choose another output, .* init_from = '.*alone'"),
         ({"schedule": {"peak_lr": 0.02}}, "schedule: .* of step 1 was 0.005, not 0.01;"),
-        ({"optimizer": {"beta1": 0.8}}, "optimizer.beta1 = 0.9, not 0.8; set it back, or choose another output"),
+        (
+            {"optimizer": {"beta1": 0.8}},
+            "optimizer.beta1 = 0.9, not 0.8; set it back, or choose another output, and go on from this run's state "
+            + GOING_ON,
+        ),
+        ({"global_batch_size": 4}, "global_batch_size = 8, not 4; set it back, .* init_data = true$"),
+        ({"data": {"stream": {"fim": {"rate": 0.1}}}}, "data.stream.fim.rate = 0.5, not 0.1; .* init_data = true$"),
+        ({"data": {"stream": {"seed": 1}}}, "data.stream.seed = 1234, not 1; .* init_optimizer = true$"),
+        ({"model": {"hidden_size": 64}}, "hidden_size = 32, not 64; set it back, or choose another output$"),
         ({"init_from": "alone", "steps": 9}, "was made with init_from = None, not '.*alone'; set it back, or choose"),
     ],
 )
@@ -549,6 +559,34 @@ def test_a_worker_error_is_reported_once_and_stops_the_launcher(case):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(case, alone, tmp_path, ranks, capfd, size):
+    output = tmp_path / "run"
+    shutil.copytree(alone, output)
+    newest = CheckpointReader(output)
+    before = state_of(output)
+    damaged = max(newest.folder.glob("*.safetensors"))
+    flip_a_byte(damaged)
+    config = dataclasses.replace(case.config("alone"), output=output, parallel=ParallelConfig(dp=size))
+    capfd.readouterr()
+    train(config) if size == 1 else ranks.run(size, run, config)
+    said = capfd.readouterr().err
+    if size == 1:  # other ranks' words are their processes'
+        assert said.count(f"skipping {newest.folder.name}: {damaged}: bytes 0 to ") == 1
+        assert "resuming from step 6\n" in said
+        after = state_of(output)
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert CheckpointReader(output).step == 8
+    assert [row["loss"] for row in read_metrics(output / "metrics.jsonl")] == pytest.approx(losses_of(alone), rel=2e-5)
+
+
+def test_damaged_weights_to_start_from_are_an_error(case, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    flip_a_byte(max(CheckpointReader(tmp_path / "run").folder.glob("*.safetensors")))
+    with pytest.raises(AlikeOnAllRanks, match=r"wrong CRC-32"):
+        train(case.config("from-damaged", init_from=tmp_path / "run"))
+
+
 @pytest.mark.parametrize("wrong", ["data", "output", "checkpoint"])
 def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
     output = tmp_path / "run"
@@ -556,10 +594,12 @@ def test_an_error_of_any_rank_is_reported_once(case, alone, tmp_path, wrong):
         output.touch()
     elif wrong == "checkpoint":
         shutil.copytree(alone, output)
-        flip_a_byte(max(CheckpointReader(output).folder.glob("*.safetensors")))
+        for folder in (output / "checkpoints").iterdir():
+            if folder.is_dir():
+                flip_a_byte(max(folder.glob("*.safetensors")))
     words = ["--output", str(output)] + ["--data.train", "nothere"] * (wrong == "data")
     done = launch(case.toml(f"wrong-{wrong}"), *words)
-    path = {"data": "nothere.idx", "output": str(output), "checkpoint": ".safetensors"}[wrong]
+    path = {"data": "nothere.idx", "output": str(output), "checkpoint": "step-00000003/"}[wrong]
     assert done.returncode == 1, done.stderr
     assert done.stderr.count(path) == 1
     assert "Traceback" not in done.stderr
@@ -689,6 +729,36 @@ def test_a_warm_up_by_tokens_counts_those_of_global_batches(case):
     assert [config.learning_rate(step) for step in (1, 2, 3, 4)] == pytest.approx([0.256, 0.512, 0.768, 1.0])
 
 
+@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+@pytest.mark.parametrize("final_share", [0.0, 0.1])
+def test_a_decay_at_the_end_follows_a_constant_rate(decay, half, final_share):
+    config = ScheduleConfig(
+        kind="wsd", peak_lr=2.0, warmup_steps=10, decay_share=0.2, decay=decay, final_share=final_share
+    )
+    rates = [learning_rate(step, 100, config) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 5 for step in range(1, 11)])
+    assert set(rates[9:80]) == {2.0}
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[80] < 2.0
+    assert rates[89] == pytest.approx(2.0 * (final_share + (1 - final_share) * half))
+    assert rates[99] == pytest.approx(2.0 * final_share)
+    assert learning_rate(5, 5, config) == pytest.approx(1.0), "within the warm-up"
+    assert learning_rate(11, 11, config) == pytest.approx(2.0 * final_share), "a warm-up that leaves a step"
+
+
+def test_a_constant_run_gets_a_decay_which_may_be_put_off_until_it_begins(case, capfd):
+    wsd = {"kind": "wsd", "decay_share": 0.5, "final_share": 0.0}
+    train(case.config("decayed", steps=4, schedule={"kind": "constant"}))
+    train(changed(case.config("decayed", steps=8, schedule=wsd), checkpoint_every=8, eval_every=100))
+    assert [row["lr"] for row in read_metrics(case.folder / "decayed" / "metrics.jsonl")][3:] == pytest.approx(
+        [1e-2, 7.5e-3, 5e-3, 2.5e-3, 0.0]
+    )
+    train(case.config("put-off", steps=4, schedule=wsd | {"decay_share": 0.01}))
+    train(case.config("put-off", steps=6, schedule=wsd | {"decay_share": 0.01}))
+    with pytest.raises(ConfigError, match=r"schedule: .* done 6 steps, and the learning rate of step 4 was 0.01, not "):
+        train(case.config("put-off", steps=6, schedule=wsd))
+
+
 def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
     log = MetricsLog(tmp_path, resume_step=0)
     for step in (1, 2, 3):
@@ -729,36 +799,6 @@ def test_a_dataset_replaced_by_one_of_the_same_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"1", b'{"loss": 1}', b"\xff", b"{"])
-@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
-@pytest.mark.parametrize("final_share", [0.0, 0.1])
-def test_a_decay_at_the_end_follows_a_constant_rate(decay, half, final_share):
-    config = ScheduleConfig(
-        kind="wsd", peak_lr=2.0, warmup_steps=10, decay_share=0.2, decay=decay, final_share=final_share
-    )
-    rates = [learning_rate(step, 100, config) for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([step / 5 for step in range(1, 11)])
-    assert set(rates[9:80]) == {2.0}
-    assert rates[80:] == sorted(rates[80:], reverse=True)
-    assert rates[80] < 2.0
-    assert rates[89] == pytest.approx(2.0 * (final_share + (1 - final_share) * half))
-    assert rates[99] == pytest.approx(2.0 * final_share)
-    assert learning_rate(5, 5, config) == pytest.approx(1.0), "within the warm-up"
-    assert learning_rate(11, 11, config) == pytest.approx(2.0 * final_share), "a warm-up that leaves a step"
-
-
-def test_a_constant_run_gets_a_decay_which_may_be_put_off_until_it_begins(case, capfd):
-    wsd = {"kind": "wsd", "decay_share": 0.5, "final_share": 0.0}
-    train(case.config("decayed", steps=4, schedule={"kind": "constant"}))
-    train(changed(case.config("decayed", steps=8, schedule=wsd), checkpoint_every=8, eval_every=100))
-    assert [row["lr"] for row in read_metrics(case.folder / "decayed" / "metrics.jsonl")][3:] == pytest.approx(
-        [1e-2, 7.5e-3, 5e-3, 2.5e-3, 0.0]
-    )
-    train(case.config("put-off", steps=4, schedule=wsd | {"decay_share": 0.01}))
-    train(case.config("put-off", steps=6, schedule=wsd | {"decay_share": 0.01}))
-    with pytest.raises(ConfigError, match=r"schedule: .* done 6 steps, and the learning rate of step 4 was 0.01, not "):
-        train(case.config("put-off", steps=6, schedule=wsd))
-
-
 def test_a_damaged_line_of_metrics_is_named_left_in_place_and_out_of_what_is_read(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n{"step": 4}\n')
@@ -805,7 +845,8 @@ def test_data_that_the_weights_have_begun_with_are_named_if_they_come_again(case
     train(case.config(f"from-alone-{seed}", init_from=alone, steps=1, data={"stream": {"seed": seed}}))
     named = (
         f"data.stream.seed = 1234, as in the run that these weights come from: {case.folder / 'train'} will be read in "
-        "the same order from its beginning; another seed starts with other documents"
+        "the same order from its beginning; init_data = true goes on where that run stopped, and another seed starts "
+        "with other documents"
     )
     assert capfd.readouterr().err.count(named) == (seed == 1234)
 

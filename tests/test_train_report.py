@@ -29,7 +29,8 @@ def test_counts_of_blended_windows_are_those_drawn(weights, num_streams, num_win
     for window in range(num_windows):
         phase = stream_phase(window % num_streams, num_streams, len(table))
         counted[table[(window // num_streams + phase) % len(table)]] += 1
-    assert blend_counts(table, num_windows=num_windows, num_streams=num_streams) == counted
+    counts = blend_counts(table, num_windows=num_windows, num_streams=num_streams, num_datasets=len(weights))
+    assert counts == counted
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from megacoder.checkpoint.boxes import Box
-from megacoder.core.errors import CheckpointError
+from megacoder.core.errors import CheckpointError, DamagedCheckpoint
 
 __all__ = [
     "BLOCK_SIZE", "DTYPES", "FileSums", "StoredTensor", "TensorFile", "dtype_name", "size_fault",
@@ -207,7 +207,7 @@ class TensorFile:
                 begin = block * BLOCK_SIZE
                 if zlib.crc32(self._bytes[begin : begin + BLOCK_SIZE]) != self.sums.crc32[block]:
                     end = min(begin + BLOCK_SIZE, self.sums.size)
-                    raise CheckpointError(
+                    raise DamagedCheckpoint(
                         f"{self.path}: bytes {begin} to {end} are not what was written (wrong CRC-32); "
                         "put a good copy of the file there, or move its checkpoint away and use an older one"
                     )

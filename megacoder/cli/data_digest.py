@@ -8,6 +8,7 @@ from pathlib import Path
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.run_words import read_run
 from megacoder.core.errors import ConfigError
+from megacoder.data.continuing import continued
 from megacoder.data.digest import step_digests
 from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.skipping import parse_steps
@@ -30,7 +31,8 @@ class DigestConfig:
     dp: int = 1
     """number of data-parallel ranks to read the data as; the digests do not depend on it"""
     checkpoint: Path | None = None
-    """start from the data position in this checkpoint, written before step A, instead of from the beginning"""
+    """start from the data position in this checkpoint of the run, written before step A, instead of from the
+    beginning"""
     json: bool = False
     """print JSON"""
 
@@ -64,6 +66,10 @@ def open_before(
     """The streams of `dp` ranks, and how many steps before `step` they have served: those of `checkpoint`, or none."""
     ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=dp) for rank in range(dp)]
     if checkpoint is None:
+        if config.init_data and config.init_from is not None:
+            place = CheckpointReader(config.init_from).state["data"]
+            for rank in ranks:
+                rank.load_state_dict(continued(place, rank.state_dict()))
         return ranks, 0
     reader = CheckpointReader(checkpoint)
     if reader.step >= step:

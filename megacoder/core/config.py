@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,12 +152,16 @@ def to_toml(config: Any) -> str:
     return "\n".join(_toml_lines(to_dict(config), prefix="")) + "\n"
 
 
-def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str) -> None:
-    """ConfigError naming the first setting in which two configs of one class differ; `free` names, dotted, may."""
+def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str | Callable[[str], str]) -> None:
+    """ConfigError naming the first setting in which two configs of one class differ; `free` names, dotted, may.
+
+    `advice` says what to do, about any setting or about that which it is given.
+    """
     difference = next(_differences(old, new, free, prefix=""), None)
     if difference is not None:
         key, was, now = difference
-        raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {advice}")
+        todo = advice if isinstance(advice, str) else advice(key)
+        raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {todo}")
 
 
 def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorpusError",
+    "DamagedCheckpoint",
     "DataError",
     "FormatError",
     "MegacoderError",
@@ -50,6 +51,10 @@ class FormatError(DataError):
 
 class CheckpointError(MegacoderError):
     """A checkpoint that cannot be written, is not complete, or does not hold what is needed."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint holds other bytes than those that were written."""
 
 
 class RankLost(MegacoderError):

@@ -32,26 +32,28 @@ MAX_DATASETS = 1 << 16
 def blend_table(weights: Sequence[float]) -> np.ndarray:
     """One round: uint16 (Q,), dataset numbers, each as often as its weight says.
 
-    Weights are positive and need not sum to 1; decimal ones such as 0.87 are met exactly.
+    Weights need not sum to 1; decimal ones such as 0.87 are met exactly. From a dataset of weight 0 nothing is drawn.
     """
     for weight in weights:
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ConfigError(f"weights = {list(weights)}: {weight} is not a positive number")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ConfigError(f"weights = {list(weights)}: {weight} is not a positive number, or 0")
     if not 0 < len(weights) <= MAX_DATASETS:
         raise ConfigError(f"{len(weights)} weights: from 1 to {MAX_DATASETS:,}")
+    if not any(weights):
+        raise ConfigError(f"weights = {list(weights)}: at least one must be a positive number")
     counts = _whole_numbers([Fraction(str(weight)) for weight in weights])
-    due = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts])
+    due = np.concatenate([(2 * np.arange(count) + 1) / (2 * max(1, count)) for count in counts])
     datasets = np.repeat(np.arange(len(counts)), counts)
     return datasets[np.argsort(due, kind="stable")].astype(np.uint16)
 
 
-def blend_counts(table: np.ndarray, *, num_windows: int, num_streams: int) -> list[int]:
+def blend_counts(table: np.ndarray, *, num_windows: int, num_streams: int, num_datasets: int) -> list[int]:
     """How many of the first `num_windows` windows of a run came from each dataset."""
     streams = np.arange(num_streams)
     served = num_windows // num_streams + (streams < num_windows % num_streams)  # windows of each stream
     begin = np.array([stream_phase(stream, num_streams, len(table)) for stream in range(num_streams)])
     counts = []
-    for dataset in range(int(table.max()) + 1):
+    for dataset in range(num_datasets):
         before = np.concatenate([[0], np.cumsum(np.tile(table == dataset, 2))])  # in two rounds, end to end
         rounds, rest = np.divmod(served, len(table))
         counts.append(int((rounds * before[len(table)] + before[begin + rest] - before[begin]).sum()))
@@ -65,7 +67,7 @@ def _whole_numbers(weights: list[Fraction]) -> list[int]:
     size = math.lcm(*(share.denominator for share in shares))
     if size <= MAX_ROUND:
         return [int(share * size) for share in shares]
-    counts = [max(1, int(share * MAX_ROUND)) for share in shares]
+    counts = [max(int(share > 0), int(share * MAX_ROUND)) for share in shares]
     by_loss = sorted(range(len(shares)), key=lambda i: shares[i] * MAX_ROUND - counts[i], reverse=True)
     for index in by_loss[: max(0, MAX_ROUND - sum(counts))]:
         counts[index] += 1

@@ -39,7 +39,7 @@ class SkippingStream:
 
     def __init__(self, stream: ResumableBatches, left_out: Sequence[Steps], *, global_batch_size: int) -> None:
         self._stream, self._left_out, self._global_batch_size = stream, left_out, global_batch_size
-        self._step = 0
+        self._step, self._first_window = 0, 0
 
     @property
     def windows(self) -> int:
@@ -47,7 +47,7 @@ class SkippingStream:
 
     def next_batch(self, *, threads: ThreadPoolExecutor | None = None, num_threads: int = 1) -> Batch:
         self._step += 1
-        for _ in range(self.windows // self._global_batch_size + 1, data_step(self._step, self._left_out)):
+        for _ in range(self._drawn + 1, data_step(self._step, self._left_out)):
             self._stream.next_batch(threads=threads, num_threads=num_threads)
         return self._stream.next_batch(threads=threads, num_threads=num_threads)
 
@@ -56,6 +56,12 @@ class SkippingStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state)
-        self._step = drawn = self.windows // self._global_batch_size
+        self._first_window = state.get("first_window", 0)  # the run may go on in another's data
+        self._step = drawn = self._drawn
         while data_step(self._step, self._left_out) > drawn:
             self._step -= 1
+
+    @property
+    def _drawn(self) -> int:
+        """Batches of this run, those left out included."""
+        return (self.windows - self._first_window) // self._global_batch_size

@@ -36,6 +36,7 @@ from megacoder.data.permutation import key_of, stream_phase
 from megacoder.data.tokenizer import Tokenizer
 
 __all__ = [
+    "STRETCHES",
     "Batch",
     "Batches",
     "ResumableBatches",
@@ -43,10 +44,12 @@ __all__ = [
     "TokenStream",
     "check_order",
     "check_shares",
+    "check_version",
     "merge_states",
 ]
 
-_STRETCHES = "streams_of_datasets"  # in a state: their numbers
+STRETCHES = "streams_of_datasets"
+"""In an order: their numbers."""
 _NOT_OF_THE_ORDER = {"seq_length", "num_streams", "document_masks"}  # change no token, or are added below
 
 
@@ -153,7 +156,8 @@ class TokenStream:
         self.config, self.global_batch_size = config, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.windows = 0
-        """windows that all ranks together have served"""
+        """windows that all ranks together have served, in this run and in those whose data it goes on in"""
+        self._first_window = 0  # of this run
         self._streams = [_num_streams(dataset, config) for dataset in datasets]
         self.num_streams = max(self._streams)
         self._shares = [gcd(number, dp_size) for number in self._streams]
@@ -183,7 +187,7 @@ class TokenStream:
         return {
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             "num_streams": self.num_streams,
-            _STRETCHES: self._streams,
+            STRETCHES: self._streams,
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
         }
 
@@ -233,7 +237,9 @@ class TokenStream:
             for number, packers in enumerate(self._packers)
             for stream, packer in packers.items()
         ]
-        return {"windows": self.windows, "order": self._order, "streams": streams}
+        return {
+            "windows": self.windows, "first_window": self._first_window, "order": self._order, "streams": streams,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a whole run's state, for any number of ranks and any batch size.
@@ -248,6 +254,7 @@ class TokenStream:
                     raise DataError(f"the data position lacks stream {stream}; merge the states of all ranks first")
                 packer.move(*positions[stream, number])
         self.windows = state["windows"]
+        self._first_window = state.get("first_window", 0)  # absent from an older checkpoint
         self._prepare()
 
     def _prepare(self) -> None:
@@ -259,17 +266,16 @@ class TokenStream:
 
 def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
     """ConfigError where `state` belongs to another order of tokens than `order` describes."""
-    if _STRETCHES in order and _STRETCHES not in state["order"]:
-        raise ConfigError(
-            "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
-            "choose another output, and start from the run's weights with init_from"
-        )
+    further = "or start a new run"
+    if STRETCHES in order:
+        check_version(state)
+        further = "or start a new run that goes on from this one (init_from, init_optimizer, init_data)"
     for key in [*order, *(key for key in state["order"] if key not in order)]:
         if key == "datasets" and key in order and key in state["order"]:
             if len(order[key]) != len(state["order"][key]):
                 raise ConfigError(
                     f"data.train has {len(order[key])} datasets, but the run began with {len(state['order'][key])}; "
-                    "put them back, or start a new run"
+                    f"put them back, {further}"
                 )
             for number, (here, there) in enumerate(zip(order[key], state["order"][key], strict=True), start=1):
                 if here != there:
@@ -282,6 +288,15 @@ def check_order(order: dict[str, Any], state: dict[str, Any]) -> None:
                 f"{key} is {order.get(key)!r}, but the data position to continue from was made with "
                 f"{state['order'].get(key)!r}; start a new run, or set it back"
             )
+
+
+def check_version(state: dict[str, Any]) -> None:
+    """ConfigError where a `TokenStream`'s state is of a version whose streams were others."""
+    if STRETCHES not in state["order"]:
+        raise ConfigError(
+            "the data position to continue from is of an earlier version, which dealt whole documents to streams; "
+            "choose another output, and start from the run's weights with init_from"
+        )
 
 
 def check_shares(global_batch_size: int, *, dp_rank: int, dp_size: int) -> None:

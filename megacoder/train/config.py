@@ -38,7 +38,8 @@ class DataConfig:
     train: tuple[Path, ...] = ()
     """prefix of the training .bin/.idx, or several prefixes whose tokens are blended"""
     weights: tuple[float, ...] = ()
-    """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes"""
+    """each dataset's share of the run's tokens, one per `train`, of any sum; if unset, in proportion to their sizes. 0,
+    with init_data: nothing is drawn from it, and it keeps its place"""
     fim_rates: tuple[float, ...] = ()
     """each dataset's rate of fill-in-the-middle, one per `train`; if unset, stream.fim.rate for all"""
     valid: tuple[Path, ...] = ()
@@ -61,13 +62,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("weights", "fim_rates"):
             values = getattr(self, name)
+            if values and self.conversations.train:
+                raise ConfigError(
+                    f"data.{name} = {list(values)} with data.conversations: conversations are neither weighted nor "
+                    "fill-in-the-middle examples; leave it out"
+                )
             if values and len(values) != len(self.train):
                 raise ConfigError(
                     f"data.{name} = {list(values)}: give one for each of the {len(self.train)} of train, or none"
                 )
         for weight in self.weights:
-            if not 0 < weight < float("inf"):
+            if not 0 <= weight < math.inf:
                 raise ConfigError(f"data.weights = {list(self.weights)}: {weight} is not a positive number")
+        if self.weights and not any(self.weights):
+            raise ConfigError(f"data.weights = {list(self.weights)}: at least one must be a positive number")
         for rate in self.fim_rates:
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"data.fim_rates = {list(self.fim_rates)}: {rate} is not between 0 and 1")
@@ -118,9 +126,13 @@ class RunConfig:
     """seed of the initial weights; the data order has its own, data.stream.seed"""
     init_from: Path | None = None
     """start from these weights instead of random ones: a checkpoint, a run, or the output of `megacoder checkpoint
-    import`. Schedule and data start afresh; RoPE and the number of positions may differ from that model's"""
+    import`. Schedule and data start afresh (but see below); RoPE and the number of positions may differ from that
+    model's"""
     init_optimizer: bool = False
     """start from the optimizer's state in `init_from`, too: AdamW's moments, and the number of updates they are of"""
+    init_data: bool = False
+    """go on in the training data where the run in `init_from` stopped. Batch size, sequence length, weights and
+    fill-in-the-middle may differ, datasets may be added at the end of data.train; one of weight 0 keeps its place"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto uses GPUs if there are any"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -155,6 +167,13 @@ class RunConfig:
             raise ConfigError(f"max_grad_norm = {self.max_grad_norm}: must be positive, or 0 for no clipping")
         if self.init_optimizer and self.init_from is None:
             raise ConfigError("init_optimizer = true without init_from, which names the run whose optimizer goes on")
+        if self.init_data:
+            self._check_init_data()
+        elif not all(self.data.weights):
+            raise ConfigError(
+                f"data.weights = {list(self.data.weights)}: 0.0 is not a positive number; leave that dataset out (a 0 "
+                "keeps a dataset's place in a run with init_data)"
+            )
         milestone = self.checkpoint.keep_every
         if milestone is not None and milestone < self.checkpoint_every:
             raise ConfigError(
@@ -177,6 +196,18 @@ class RunConfig:
                 "execution.cuda_graph = true with masked documents (data.stream.document_masks, data.conversations): "
                 "every microbatch has other masks, but a graph always replays the same; leave cuda_graph out"
             )
+
+    def _check_init_data(self) -> None:
+        if self.init_from is None:
+            raise ConfigError("init_data = true without init_from, which names the run in whose data this one goes on")
+        if not self.may_go_on_in_data:
+            kind = "data.conversations" if self.data.conversations.train else 'data.compat = "megatron"'
+            raise ConfigError(f"init_data = true with {kind}, whose order depends on more than the place; leave it out")
+
+    @property
+    def may_go_on_in_data(self) -> bool:
+        """Whether the order of its data is one that `init_data` can go on in."""
+        return not self.data.conversations.train and self.data.compat == "none"
 
     @property
     def clip_norm(self) -> float:

@@ -24,6 +24,7 @@ from megacoder.core.errors import AlikeOnAllRanks, MegacoderError, alike_on_all_
 from megacoder.core.memory import peak_memory
 from megacoder.core.rates import known_peak
 from megacoder.data.prefetch import Prefetcher
+from megacoder.data.readings import Reading, describe_readings, readings
 from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
@@ -90,7 +91,9 @@ class Trainer:
             self.batches = Prefetcher(stream, workers=config.data_workers)
         self.held_out = HeldOut(config, tokenizer, mesh) if config.data.valid else None
 
-        self.folder = RunFolder(config, mesh)  # after all checks of the data: a refused run leaves no folder
+        self.folder = RunFolder(
+            config, mesh, self.batches
+        )  # after all checks of the data: a refused run leaves no folder
         self.engine = make_engine(config, layout, mesh)
         self.guard = Guard(config.guard, max_grad_norm=config.clip_norm)
         self.step = self.folder.resume(self.engine, self.batches, self.guard)
@@ -189,6 +192,8 @@ class Trainer:
         if self.held_out is not None:
             sizes = [f"{tokens:,} tokens of {name}" for name, tokens in self.held_out.num_tokens.items()]
             say(f"each held-out loss is of {', '.join(sizes)}")
+        for line in describe_readings(list(map(str, config.data.train)), self._readings()):
+            say(line)
         if self.step:
             say(f"resuming from step {self.step}")
         if config.warmup_steps >= config.steps:
@@ -197,6 +202,14 @@ class Trainer:
                 "(schedule.warmup_steps or warmup_tokens), so the learning rate never reaches schedule.peak_lr = "
                 f"{config.schedule.peak_lr:g}"
             )
+
+    def _readings(self) -> list[Reading]:
+        """Of the whole run."""
+        config, state = self.config, self.batches.state_dict()
+        return readings(
+            state["order"], seq_length=config.data.stream.seq_length,
+            num_windows=config.steps * config.global_batch_size, first_window=state.get("first_window", 0),
+        )  # fmt: skip
 
     def update(self) -> StepResult:
         """The next step: one global batch and one update."""

@@ -12,7 +12,7 @@ from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.core.files import write_text
 from megacoder.core.html import Series, line_chart, page, paragraph, picture, section, tiles, value_table
-from megacoder.data.blend import blend_counts, blend_table
+from megacoder.data.readings import readings
 from megacoder.parallel.schedules.draw import picture_of
 from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
@@ -169,21 +169,20 @@ def _data(config: RunConfig, reader: CheckpointReader | None) -> str:
     if reader is None:
         return section(title, paragraph("Known from the first checkpoint on."))
     state, prefixes = reader.state["data"], config.data.train
-    windows, length, order = state["windows"], config.data.stream.seq_length, state["order"]
-    counts = [windows]
-    if len(prefixes) > 1:
-        if "num_streams" not in order:  # Megatron's order
-            return section(title, paragraph(f"{windows:,} windows of {length:,} tokens, from all datasets together."))
-        table = blend_table(order["weights"])
-        counts = blend_counts(table, num_windows=windows, num_streams=order["num_streams"])
-    weights = order.get("weights", [1.0] * len(prefixes))
-    sizes = [tokens for _, tokens in order["datasets"]] if "datasets" in order else [math.nan] * len(prefixes)
+    first, length, order = state.get("first_window", 0), config.data.stream.seq_length, state["order"]
+    windows = state["windows"] - first
+    reads = readings(order, seq_length=length, num_windows=windows, first_window=first)
+    if not reads:  # several datasets in Megatron's order, or conversations
+        return section(title, paragraph(f"{windows:,} windows of {length:,} tokens."))
+    weights = order.get("weights", [1.0])
     rows = [
-        [str(prefix), f"{weight / sum(weights):.2%}", f"{count / windows:.2%}" if windows else "",
-         f"{count * length:,}", f"{count * length / size:.3f}" if size == size else ""]
-        for prefix, weight, count, size in zip(prefixes, weights, counts, sizes, strict=True)
+        [str(prefix), f"{weight / sum(weights):.2%}", f"{read.share:.2%}" if windows else "",
+         f"{read.windows * length:,}", f"{read.times:.3f}"]
+        for prefix, weight, read in zip(prefixes, weights, reads, strict=True)
     ]  # fmt: skip
     caption = f"at the checkpoint of step {reader.step:,}: {windows:,} windows of {length:,} tokens"
+    if first:
+        caption += f", after {first:,} windows in the run that this one goes on from"
     return section(
         title,
         value_table(["dataset", "target share", "share drawn", "tokens drawn", "epochs"], rows, caption=caption),

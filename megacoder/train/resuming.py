@@ -19,7 +19,7 @@ from megacoder.parallel.world import World, gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import METRICS
 
-__all__ = ["check_goes_on", "check_same_run", "open_start"]
+__all__ = ["check_goes_on", "check_same_run", "how_to_enlarge", "open_start"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches",
@@ -33,6 +33,15 @@ execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `s
 
 FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
 """Model settings that may differ from those of the weights a run starts from: no weight's shape depends on them."""
+
+GOES_ON = (
+    "global_batch_size", "max_grad_norm", "optimizer", "data.weights", "data.fim_rates", "data.stream",
+    *(f"model.{name}" for name in sorted(FREE_AT_START)),
+)  # fmt: skip
+"""Settings, or parts of them, that a new run may change which goes on from this one's state."""
+
+_ORDER = {"seed", "num_streams", "add_bos", "packing", "train_across_documents"}
+"""Of data.stream: with another, there is no place in the data to go on from."""
 
 
 def check_same_run(config: RunConfig) -> RunConfig | None:
@@ -86,7 +95,11 @@ def open_start(config: RunConfig, world: World | None = None) -> CheckpointReade
     reader = CheckpointReader(config.init_from) if world is None else open_together(config.init_from, world)
     check_same(
         model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
-        advice="set the same in this run's [model]",
+        advice=lambda key: (
+            how_to_enlarge(config.model.vocab_size)
+            if key == "vocab_size" and config.model.vocab_size > model_of(reader).vocab_size
+            else "set the same in this run's [model]"
+        ),
     )  # fmt: skip
     theta = model_of(reader).rope_theta
     if config.model.rope_theta < theta:
@@ -99,13 +112,45 @@ def open_start(config: RunConfig, world: World | None = None) -> CheckpointReade
             f"init_optimizer = true: {reader.folder} holds weights alone, without AdamW's moments; leave it out, or "
             "name the checkpoint of a run in init_from"
         )
+    if config.init_data and "data" not in reader.state:
+        raise ConfigError(
+            f"init_data = true: {reader.folder} holds weights alone, without a place in the data; leave it out, or "
+            "name the checkpoint of a run in init_from"
+        )
     return reader
+
+
+def how_to_enlarge(vocab_size: int) -> str:
+    """What to do where the tokenizer has more ids than the weights that a run is to start from."""
+    return (
+        "a run cannot enlarge the vocabulary of its weights; export them (megacoder checkpoint export), enlarge the "
+        f"model in transformers with resize_token_embeddings({vocab_size}), save it and the new tokenizer into one "
+        "folder, import that (megacoder checkpoint import), and name the result in init_from"
+    )
 
 
 def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
     # Rows that pad the vocabulary are in no checkpoint, and another tp may need other ones.
     new = replace(new, model=replace(new.model, vocab_multiple=old.model.vocab_multiple))
-    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice="set it back, or choose another output")
+    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice=lambda key: f"set it back, or {_advice(key, new)}")
+
+
+def _advice(key: str, config: RunConfig) -> str:
+    """What to do where the setting `key` is not what it was."""
+    if not key.startswith(GOES_ON):
+        return "choose another output"
+    part, _, name = key.removeprefix("data.").partition(".")
+    of_files = name.startswith(("seq_length", "fim")) or part == "fim_rates"  # what best-fit packing depends on
+    has_place = name not in _ORDER and not (of_files and config.data.stream.packing == "best_fit")
+    return _go_on(config, with_data=has_place)
+
+
+def _go_on(config: RunConfig, *, with_data: bool = True) -> str:
+    data = ", init_data = true" if with_data and config.may_go_on_in_data else ""
+    return (
+        f"choose another output, and go on from this run's state with init_from = {str(config.output)!r}, "
+        f"init_optimizer = true{data}"
+    )
 
 
 def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
@@ -114,8 +159,7 @@ def _check_same_past(old: RunConfig, config: RunConfig, step: int) -> None:
     A constant rate can be extended, or made to fall, at any time; wsd until its decay begins, three stages until the
     first has ended.
     """
-    start = f"init_from = {str(config.output)!r}, init_optimizer = true"
-    advice = f"choose another output, and go on from this run's state with {start}"
+    advice = _go_on(config)
     if config.steps < step:
         raise ConfigError(f"steps = {config.steps}: the run in {config.output} has done {step} already; {advice}")
     if config.data.compat == "megatron" and config.data.megatron.num_samples is None and config.steps != old.steps:

@@ -4,7 +4,7 @@ What must match is in `megacoder.train.resuming`, what a checkpoint holds of a m
 """
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
 from megacoder.core.config import to_dict, to_toml
 from megacoder.core.console import say
-from megacoder.core.errors import AlikeOnAllRanks, ConfigError
+from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError, DamagedCheckpoint
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
+from megacoder.data.continuing import continued
 from megacoder.data.prefetch import Prefetcher
 from megacoder.data.sidecar import fingerprint
+from megacoder.data.skipping import data_step
 from megacoder.data.stream import merge_states
 from megacoder.model.conversion import model_of
 from megacoder.parallel.collectives import barrier
@@ -39,10 +41,17 @@ STOPPED = "stopped"
 class RunFolder:
     """`config.output`; creating it checks that what is there belongs to the same run, and that the run may resume."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, batches: Prefetcher) -> None:
+        """`batches` are at their beginning; with `init_data`, a new run's are moved to where they go on."""
         world = mesh.world
         self.config, self.mesh = config, mesh
-        self._start = open_start(config, world)  # first, so that a run with weights of another model leaves no folder
+        self._fingerprints: list[str] = []
+        with failing_together(world):
+            if world.is_first:
+                self._fingerprints = [fingerprint(prefix) for prefix in config.data.train]
+        self._start = open_start(config, world)  # first, so that a run that cannot start so leaves no folder
+        if self._start is not None and config.init_data:
+            self._go_on_in_data(self._start, batches)
         _refuse_stopped(config.output / STOPPED)
         self._held = ExitStack()
         self._hold()
@@ -51,10 +60,6 @@ class RunFolder:
         self._newest = self._open_newest()
         if self._newest is not None:
             check_goes_on(self._newest, config, old)
-        self._fingerprints: list[str] = []
-        with failing_together(world):
-            if world.is_first:
-                self._fingerprints = [fingerprint(prefix) for prefix in config.data.train]
 
     def _hold(self) -> None:
         """The first rank locks the folder; AlikeOnAllRanks if another run is at work in it."""
@@ -64,13 +69,31 @@ class RunFolder:
                 remove_stale_temporaries(self.config.output)
 
     def _open_newest(self) -> CheckpointReader | None:
-        """The newest complete checkpoint, if there is one.
-
-        Raises AlikeOnAllRanks if ranks would load different ones, as on hosts that do not share the folder.
-        """
+        """The newest complete checkpoint, if there is one."""
         root = self.config.output / CHECKPOINTS
         with failing_together(self.mesh.world):
             reader = CheckpointReader(root) if step_folders(root) else None
+        return self._alike(reader)
+
+    def _open_older(self, damaged: CheckpointReader, why: str) -> CheckpointReader:
+        """The newest complete checkpoint before a damaged one; CheckpointError that says `why` if there is none."""
+        older = None
+        with failing_together(self.mesh.world):
+            for step, folder in reversed(step_folders(self.config.output / CHECKPOINTS)):
+                if older is None and step < damaged.step:
+                    with suppress(CheckpointError):
+                        older = CheckpointReader(folder)
+            if older is None:
+                raise CheckpointError(why)
+        if self.mesh.world.is_first:
+            say(f"skipping {damaged.folder.name}: {why}")
+        self._alike(older)
+        check_goes_on(older, self.config, check_same_run(self.config))
+        return older
+
+    def _alike(self, reader: CheckpointReader | None) -> CheckpointReader | None:
+        """`reader`; AlikeOnAllRanks if ranks would load others, as on hosts that do not share the folder."""
+        root = self.config.output / CHECKPOINTS
         steps = gather_json(None if reader is None else reader.step, self.mesh.world)
         if any(step != steps[0] for step in steps):
             other = next(rank for rank, step in enumerate(steps) if step != steps[0])
@@ -81,7 +104,9 @@ class RunFolder:
     def resume(self, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         """Loads the newest complete checkpoint if there is one; returns the step it was taken at, 0 for a new run.
 
-        A new run gets the weights of `init_from`, where that is given, and with `init_optimizer` the optimizer's state.
+        One whose bytes turn out to be damaged is named and skipped, as an incomplete one is: a restart would meet it
+        again. A new run gets the weights of `init_from`, where that is given, and with `init_optimizer` the optimizer's
+        state; with `init_data` its batches have been moved already.
         The run's settings are written last: data of another order than the checkpoint's is refused here, and leaves
         them as they were.
         """
@@ -98,24 +123,32 @@ class RunFolder:
     def _go_on_from(self, reader: CheckpointReader, engine: Engine, batches: Prefetcher, guard: Guard) -> int:
         batches.load_state_dict(reader.state["data"])  # first, since it may refuse
         with failing_together(self.mesh.world):
-            self._check_same_data(reader)
-        self._read(reader, engine, with_optimizer=True)
+            self._check_same_data(reader, advice="choose another output")
+        if (damage := self._read(reader, engine, with_optimizer=True)) is not None:
+            return self._go_on_from(self._open_older(reader, damage), engine, batches, guard)
         if "guard" in reader.state:  # absent from a checkpoint that no run has written
             guard.load_state_dict(reader.state["guard"])
         return reader.step
 
-    def _check_same_data(self, reader: CheckpointReader) -> None:
+    def _go_on_in_data(self, reader: CheckpointReader, batches: Prefetcher) -> None:
+        with failing_together(self.mesh.world):
+            batches.load_state_dict(continued(reader.state["data"], batches.state_dict()))
+            self._check_same_data(reader, advice="leave init_data out")
+
+    def _check_same_data(self, reader: CheckpointReader, *, advice: str) -> None:
         """ConfigError, on the first rank, if a dataset has been replaced by another of the same size."""
         there = reader.state.get("fingerprints", self._fingerprints)  # absent from an older checkpoint
         for prefix, before, now in zip(self.config.data.train, there, self._fingerprints, strict=False):
             if before != now:
                 raise ConfigError(
                     f"{prefix} is another dataset (fingerprint {now}) than the one that {reader.folder} was trained on "
-                    f"({before}); put that one back, or choose another output"
+                    f"({before}); put that one back, or {advice}"
                 )
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        self._read(reader, engine, with_optimizer=self.config.init_optimizer)
+        damage = self._read(reader, engine, with_optimizer=self.config.init_optimizer)
+        if damage is not None:  # no other weights than those asked for
+            raise AlikeOnAllRanks(damage)
         if self.mesh.world.is_first:
             there, here = model_of(reader), self.config.model
             changes = [
@@ -123,36 +156,53 @@ class RunFolder:
                 for name in ("max_position_embeddings", "rope_factor", "rope_theta")
                 if getattr(here, name) != getattr(there, name)
             ]
-            what = "weights and optimizer state" if self.config.init_optimizer else "weights"
+            config = self.config
+            extras = [("optimizer state", config.init_optimizer), ("place in the data", config.init_data)]
+            *others, last = ["weights", *(name for name, is_taken in extras if is_taken)]
+            what = f"{', '.join(others)} and {last}" if others else last
             say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
-            self._name_repeated_data(reader)
+            if not config.init_data:
+                self._name_repeated_data(reader)
 
     def _name_repeated_data(self, reader: CheckpointReader) -> None:
         """One line if the run that `reader` is of began with documents that this one begins with, too.
 
         Their order depends on the seed and on the dataset's place among several.
         """
-        seed, theirs = self.config.data.stream.seed, reader.state.get("config", {}).get("data", {})
+        config, data = self.config, self.config.data
+        seed, theirs = data.stream.seed, reader.state.get("config", {}).get("data", {})
         if theirs.get("stream", {}).get("seed") != seed:
             return
+        left_out = (data_step(1, data.left_out) - 1) * config.global_batch_size * data.stream.seq_length
+        if left_out >= reader.state["data"]["windows"] * theirs["stream"]["seq_length"]:  # all that was read
+            return
         there = reader.state.get("fingerprints", [])
-        pairs = zip(self.config.data.train, self._fingerprints, there, strict=False)
+        pairs = zip(data.train, self._fingerprints, there, strict=False)
         again = [str(prefix) for prefix, ours, other in pairs if ours == other]
         if again:
             say(
                 f"data.stream.seed = {seed}, as in the run that these weights come from: {', '.join(again)} will be "
-                "read in the same order from its beginning; another seed starts with other documents"
+                "read in the same order from its beginning; "
+                + ("init_data = true goes on where that run stopped, and " if config.may_go_on_in_data else "")
+                + "another seed starts with other documents"
             )
 
-    def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> None:
-        optimizer = engine.optimizer
+    def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> str | None:
+        """None, or on every rank what is damaged; `engine` then holds a part of it, to be read over."""
+        optimizer, damage = engine.optimizer, None
         held = optimizer.state()
         wanted = held if with_optimizer else {"weight": held["weight"]}
         with failing_together(self.mesh.world):
-            reader.read_all(state_fragments(engine.model, optimizer.owned, wanted, copies=True))
+            try:
+                reader.read_all(state_fragments(engine.model, optimizer.owned, wanted, copies=True))
+            except DamagedCheckpoint as error:
+                damage = str(error)
+        for found in filter(None, gather_json(damage, self.mesh.world)):
+            return str(found)
         optimizer.publish_master(held["weight"])
         if with_optimizer:
             optimizer.num_updates = reader.state["num_updates"]
+        return None
 
     def save(
         self, step: int, engine: Engine, batches: Prefetcher, guard: Guard, *, held_out: dict[str, Any] | None = None

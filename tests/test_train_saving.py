@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_cases import make_case
+from train_cases import make_case, stop_in
 
 from megacoder.checkpoint.folders import step_folders
 from megacoder.checkpoint.reader import CheckpointReader
@@ -15,7 +15,7 @@ from megacoder.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from megacoder.core.errors import ConfigError
 from megacoder.parallel.world import World
 from megacoder.train import loop
-from megacoder.train.loop import Trainer, train
+from megacoder.train.loop import Interrupted, Trainer, train
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, read_metrics
 from megacoder.train.validation import HeldOut
 
@@ -145,3 +145,18 @@ def test_the_best_checkpoint_is_kept_and_named_also_by_a_run_that_resumes(case, 
     assert f"best held-out loss 2.0000 at step 6: {root / 'step-00000006'}\n" in capsys.readouterr().err
     train(dataclasses.replace(config, steps=8, checkpoint=CheckpointConfig()))
     assert "best held-out loss" not in capsys.readouterr().err
+
+
+def test_a_loss_measured_after_an_interruption_counts_for_the_best_checkpoint(case, monkeypatch):
+    losses = {1: 5.0, 2: 3.0, 4: 2.0, 6: 4.0}
+    monkeypatch.setattr(HeldOut, "losses", lambda _, engine: {HELD_OUT_LOSS: losses[engine.optimizer.num_updates]})
+    config = case.config(
+        "interrupted", steps=6, schedule={"kind": "constant"}, checkpoint_every=2, eval_every=2,
+        checkpoint={"keep_last": 1, "keep_best": True},
+    )  # fmt: skip
+    trainer = Trainer(config, ALONE)
+    stop_in(trainer, 4)
+    with pytest.raises(Interrupted, match="step 4 "):
+        trainer.run()
+    train(config)
+    assert [step for step, _ in step_folders(config.output / "checkpoints")] == [4, 6]

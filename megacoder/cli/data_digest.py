@@ -10,8 +10,8 @@ from megacoder.cli.run_words import read_run
 from megacoder.core.errors import ConfigError
 from megacoder.data.continuing import continued
 from megacoder.data.digest import step_digests
-from megacoder.data.prefetch import ResumableBatches
 from megacoder.data.skipping import parse_steps
+from megacoder.data.stream import ResumableBatches
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.train.config import RunConfig
 from megacoder.train.setup import load_tokenizer, open_stream

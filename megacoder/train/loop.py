@@ -159,6 +159,8 @@ class Trainer:
     def _metrics_log(self) -> Iterator[MetricsLog | None]:
         """The first rank's log, which receives the held-out loss that an interruption has left to be measured."""
         owed = self._owed_held_out()
+        if owed and self.config.checkpoint.keep_best:  # the interruption's checkpoint does not know it yet
+            self._checkpoint(owed)
         if not self.world.is_first:
             yield None
             return

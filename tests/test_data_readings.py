@@ -35,6 +35,7 @@ def many(times, tokens=1000):
     ("times", "lines"),
     [
         ([0.91], ["data/0: 1,000 tokens, each read 0.9 times"]),
+        ([0.0123], ["data/0: 1,000 tokens, each read 0.01 times"]),
         (
             [0.9, 5.3],
             [

@@ -56,17 +56,17 @@ def describe_readings(names: Sequence[str], reads: Sequence[Reading]) -> list[st
         return []
     pairs = sorted(zip(names, reads, strict=True), key=lambda pair: pair[1].times)
     if len(reads) == 1:
-        lines = [f"{names[0]}: {reads[0].tokens:,} tokens, each read {reads[0].times:.1f} times"]
+        lines = [f"{names[0]}: {reads[0].tokens:,} tokens, each read {_shown(reads[0])}"]
     elif len(reads) <= _EACH_SHOWN:
         lines = ["; ".join(
-            f"{name}: {read.tokens:,} tokens, {read.share:.1%} of the run, {read.times:.1f} times"
+            f"{name}: {read.tokens:,} tokens, {read.share:.1%} of the run, {_shown(read)}"
             for name, read in zip(names, reads, strict=True)
         )]  # fmt: skip
     else:
         total = sum(read.tokens for read in reads)
-        ends = " to ".join(f"{read.times:.1f} times ({name})" for name, read in (pairs[0], pairs[-1]))
+        ends = " to ".join(f"{_shown(read)} ({name})" for name, read in (pairs[0], pairs[-1]))
         lines = [f"{len(reads)} datasets, {total:,} tokens, read {ends}"]
-    many = [f"{name} {read.times:.1f} times" for name, read in reversed(pairs) if read.times > MANY_TIMES]
+    many = [f"{name} {_shown(read)}" for name, read in reversed(pairs) if read.times > MANY_TIMES]
     if many:
         more = f" and {len(many) - _EACH_SHOWN} more" if len(many) > _EACH_SHOWN else ""
         lines.append(
@@ -74,3 +74,7 @@ def describe_readings(names: Sequence[str], reads: Sequence[Reading]) -> list[st
             "data teach ever less (arXiv:2305.16264): lower their weight, or add data"
         )
     return lines
+
+
+def _shown(read: Reading) -> str:
+    return f"{read.times:.1f} times" if read.times >= 0.1 else f"{read.times:.1g} times"

@@ -85,7 +85,7 @@ def test_empty_documents_are_places_without_ids(corpus, monkeypatch, capsys):
         assert pair(corpus, f"out{workers}") == pair(corpus, "expected")
         assert (sidecar.documents, sidecar.sequences) == (7, 2)
         assert capsys.readouterr().err.endswith(
-            "7 documents, 6 tokens, 6 bytes of text; 5 empty documents without tokens\n"
+            "7 documents, 5 of them empty; 6 tokens, 6 bytes of text\n"
         )
     write_jsonl(corpus / "in" / "a.jsonl", [{"content": ""}])
     with pytest.raises(DataError, match="no text in"):
@@ -101,7 +101,7 @@ def test_empty_documents_of_parts_made_before_are_counted(corpus, capsys):
     capsys.readouterr()
     preprocess(config_of(corpus, document_key=None))
     assert capsys.readouterr().err.endswith(
-        ": 5 documents, 4 tokens, 2 bytes of text; 3 empty documents without tokens\n"
+        ": 5 documents, 3 of them empty; 4 tokens, 2 bytes of text\n"
     )
 
 

@@ -29,29 +29,29 @@ def shown(capsys, path, *words):
     return json.loads(out)["windows"]
 
 
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 VARIANTS = {
-    "plain": [],
-    "masked": ["--data.stream.document-masks"],
-    "best fit": ["--data.stream.packing", "best_fit", "--data.stream.document-masks"],
-    "megatron": ["--data.compat", "megatron", "--data.stream.no-add-bos", "--data.stream.fim.rate", "0"],
+    # name: (options, how a document after another begins, how one before another ends)
+    "plain": ([], BOS, EOS),
+    "masked": (["--data.stream.document-masks"], BOS, EOS),
+    "best fit": (["--data.stream.packing", "best_fit", "--data.stream.document-masks"], BOS, ""),
+    "megatron": (["--data.compat", "megatron", "--data.stream.no-add-bos", "--data.stream.fim.rate", "0"], "", EOS),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_documents_are_those_of_the_runs_windows(case, capsys, variant):
     path = case.toml(f"show-{variant.replace(' ', '-')}")
-    windows = shown(capsys, path, "--step", "3", "--count", "99", *VARIANTS[variant])
+    options, begins, ends = VARIANTS[variant]
+    windows = shown(capsys, path, "--step", "3", "--count", "99", *options)
     assert [window["window"] for window in windows] == list(range(1, 9))
     for window in windows:
         documents = window["documents"]
         assert documents[0]["before"] == 0
         assert sum(document["tokens"] for document in documents) == 32
-        for document in documents[1:]:
-            assert (
-                not document["text"] or variant == "megatron" or document["text"].startswith("<｜begin▁of▁sentence｜>")
-            )
-        for document in documents[:-1]:
-            assert document["text"].endswith("<｜end▁of▁sentence｜>") or variant == "best fit"
+        texts = [document["text"] for document in documents]
+        assert all(text.startswith(begins) for text in texts[1:] if text), "all but padding"
+        assert all(text.endswith(ends) for text in texts[:-1])
 
 
 def test_the_text_is_that_of_the_stream_with_its_sentinels(case, capsys):

@@ -142,9 +142,9 @@ def test_the_best_checkpoint_is_kept_and_named_also_by_a_run_that_resumes(case, 
     capsys.readouterr()
     train(dataclasses.replace(config, steps=8))
     assert [step for step, _ in step_folders(root)] == [6, 8]
-    assert f"best held-out loss 2.0000 at step 6: {root / 'step-00000006'}\n" in capsys.readouterr().err
+    assert f"checkpoint with the lowest held-out loss, 2.0000: {root / 'step-00000006'}\n" in capsys.readouterr().err
     train(dataclasses.replace(config, steps=8, checkpoint=CheckpointConfig()))
-    assert "best held-out loss" not in capsys.readouterr().err
+    assert "lowest held-out loss" not in capsys.readouterr().err
 
 
 def test_a_loss_measured_after_an_interruption_counts_for_the_best_checkpoint(case, monkeypatch):

@@ -94,7 +94,6 @@ class CheckpointWriter:
         self._step = self._num_bytes = 0  # of the last save begun
         self._error: Exception | None = None
         self._last_failure: Exception | None = None
-        """saves that failed and without which the run continued"""
 
     def save(self, step: int, fragments: Sequence[Fragment], *, state: dict[str, Any], layout: dict[str, Any]) -> float:
         """Saves the state after `step` steps; returns the seconds for which it held up training.

@@ -132,10 +132,12 @@ def _dispatch(words: list[str]) -> None:
             getattr(importlib.import_module(module), function or "main")(words[size:])
             return
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if group and len(words) > 1 and not words[1].startswith("-"):
+        name = " ".join(words[:2])
+        raise ConfigError(f"unknown command {name!r}{did_you_mean(name, group)}; see megacoder --help")
     if group:
         raise ConfigError(f"{words[0]!r} needs a second word: {', '.join(group)}")
-    hint = did_you_mean(words[0], [name.split()[0] for name in COMMANDS])
-    raise ConfigError(f"unknown command {words[0]!r}{hint}; see megacoder --help")
+    raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], [name.split()[0] for name in COMMANDS])}; see megacoder --help")
 
 
 def _leave_it_to_the_first(code: int) -> None:

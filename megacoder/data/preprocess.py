@@ -30,8 +30,8 @@ from megacoder.data.tokenizer import Tokenizer, say_if_changed
 
 __all__ = ["PreprocessConfig", "preprocess"]
 
-_CONTENT = 2
-"""Of parts: rises when the same input becomes other ids."""
+_PARTS_VERSION = 2
+"""Increase it when the same input is encoded to other ids: older parts are then not reused."""
 _PIECE_CHARACTERS = 1 << 19
 _MOST_WORKERS = 1024
 _TOKENS_AT_ONCE = 1 << 16  # whose lengths a core's cache holds
@@ -96,10 +96,10 @@ def preprocess(config: PreprocessConfig) -> Sidecar:
     finally:
         with contextlib.suppress(OSError):  # of no use without parts
             folder.rmdir()
-    without = f"; {counted(empty, 'empty document', 'empty documents')} without tokens" if empty else ""
+    which = f", {empty:,} of them empty" if empty else ""
     say(
-        f"{config.output}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, {sidecar.bytes:,} bytes of text"
-        f"{without}"
+        f"{config.output}: {counted(sidecar.documents, 'document', 'documents')}{which}; {sidecar.tokens:,} tokens, "
+        f"{sidecar.bytes:,} bytes of text"
     )
     return sidecar
 
@@ -115,7 +115,7 @@ def _describe(path: Path) -> str:
 
 def _part_name(config: PreprocessConfig, tokenizer: Tokenizer, description: str) -> str:
     """Names everything that decides a part's content, so that only a part of the same run is ever reused."""
-    key = repr((_CONTENT, description, tokenizer.digest, config.text_key, config.document_key))
+    key = repr((_PARTS_VERSION, description, tokenizer.digest, config.text_key, config.document_key))
     return sha256(key.encode()).hexdigest()[:32]
 
 

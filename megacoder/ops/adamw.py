@@ -76,14 +76,16 @@ def adamw_(
     decayed: bool,
 ) -> None:
     """One update of equal-length flat tensors; `step` counts from 1. `weight` receives the new master in its dtype.
-    By the backends "cpp" and "torch" (see `scalars_stay_on_device`).
+    Not for weights for which `scalars_stay_on_device`, which take `adamw_with_scalars_`.
 
     `master` is fp32, or on a CPU int16: the lower half of master weights whose upper half is the bf16 `weight`.
     """
+    name = backend("adamw", weight)
+    assert name != "cuda", "adamw_with_scalars_ updates these weights"
     decay = config.weight_decay if decayed else 0.0
     correction1, correction2 = 1 - config.beta1**step, 1 - config.beta2**step
     split = master.dtype == torch.int16
-    if backend("adamw", weight) == "cpp":
+    if name == "cpp":
         state = [address(t, torch.float32, weight.numel()) for t in (exp_avg, exp_avg_sq, grad)]
         numbers = (
             weight.numel(), grad_scale, lr, config.beta1, config.beta2, config.eps, decay, correction1, correction2,

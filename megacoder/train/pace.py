@@ -127,7 +127,7 @@ class Pace:
         """by rank: measured steps in a row in which it was slow"""
 
     def begin(self, step: int) -> None:
-        """See `StepPace`, as for the next four."""
+        """Called in step `step`, as are `got_data`, `computed`, `report` and `read`, each when `StepPace` says."""
         self._is_measured = step % self.every == 0
         if self._is_measured:
             self._began = time.perf_counter()

@@ -253,8 +253,8 @@ class RunFolder:
         if self.config.checkpoint.keep_best and (
             best := best_checkpoint(self.checkpoints.root, step=self.config.steps)
         ):
-            loss, step, folder = best
-            say(f"best held-out loss {loss:.4f} at step {step}: {folder}")
+            loss, _, folder = best
+            say(f"checkpoint with the lowest held-out loss, {loss:.4f}: {folder}")
 
 
 def _refuse_stopped(path: Path) -> None:

@@ -48,10 +48,12 @@ class Oversight:
     replicas: ReplicaCheck | None = None
     """compared when they are due, and if the step ends with a checkpoint"""
     stop_asked: Callable[[], bool] = lambda: False
-    """on any rank: the step ends with a checkpoint. Called, as is the next one, as late as ranks can still agree on the
-    answer, which travels with the loss, so that a signal costs no further step"""
+    """on any rank: the step ends with a checkpoint, after which the run stops. Called as late as ranks can still agree
+    on the answer, which travels with the loss, so that a signal costs no further step"""
     save_is_due: Callable[[], bool] = lambda: False
+    """on any rank: the step ends with a checkpoint. Called when `stop_asked` is"""
     pace: StepPace = NO_PACE
+    """told how far the step is; what it reports is summed over ranks with the loss"""
 
 
 _UNWATCHED = Oversight()

@@ -45,7 +45,7 @@ def utilization(
 def utilizations(
     model: ModelConfig, seq_length: int, *, tokens_per_second: float, num_devices: int, device_peak: float
 ) -> list[Utilization]:
-    """The same in each convention."""
+    """The `Utilization` in each convention; `tokens_per_second` is that of all devices."""
     return [
         utilization(
             model, seq_length, convention=convention, tokens_per_second=tokens_per_second, num_devices=num_devices,

@@ -113,7 +113,7 @@ def elements_of(job: Job, variant: Variant, pipe: Pipeline, rank: int) -> int:
 
 
 def local_elements(model: ModelConfig, variant: Variant, *, layers: int, embedding: bool, head: bool) -> int:
-    """The same of a rank with so many layers."""
+    """Elements of the flat buffers of a rank with so many layers, padding included."""
     parameters = [
         entry
         for is_layer, group in _parameters(model, variant.tp, embedding=embedding, head=head)

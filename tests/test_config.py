@@ -31,6 +31,8 @@ class Outer:
     """folders"""
     steps: int | None = None
     """steps"""
+    shares: tuple[float, ...] = ()
+    """shares"""
     flag: bool = False
     """flag"""
     inner: Inner = field(default_factory=Inner)
@@ -48,6 +50,21 @@ def test_options_of_a_nested_dataclass_may_be_flat():
     assert parse_args(Outer, words, prog="p", flat=True) == Outer(name="n", inner=Inner(kind="b"))
     with pytest.raises(ConfigError, match=r"unknown option '--kidn' \(did you mean '--kind'\?\); see p --help"):
         parse_args(Outer, ["--name", "n", "--kidn", "b"], prog="p", flat=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongHelp:
+    """Help."""
+
+    first: int = 1
+    """one two
+    `three` four"""
+
+
+def test_a_docstring_of_two_lines_is_one_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(LongHelp, ["--help"], prog="p")
+    assert "one two `three` four" in capsys.readouterr().out
 
 
 def test_missing_required_options_are_named(tmp_path):
@@ -87,9 +104,15 @@ def test_toml_round_trip(tmp_path_factory, config):
         (["--name", "n", "--stps", "3"], "unknown option '--stps' (did you mean '--steps'?)"),
         (["--name", "n", "--kind", "b"], "unknown option '--kind' (did you mean '--inner.kind'?)"),
         (["--name", "n", "--inner.kin", "b"], "unknown option '--inner.kin' (did you mean '--inner.kind'?)"),
-        (["--name", "n", "--steps", "three"], "three"),
-        (["--name", "n", "--inner.kind", "c"], "kind"),
-        ([], "--name"),
+        (["--name", "n", "--steps", "three"], "--steps 'three': expected a whole number; see"),
+        (["--name", "n", "--steps=1:3"], "--steps '1:3': expected a whole number; see"),
+        (["--name", "n", "--inner.lr", "x"], "--inner.lr 'x': expected a number; see"),
+        (["--name", "n", "--shares", "1", "x", "--steps", "3"], "--shares 'x': expected a number; see"),
+        (["--name", "n", "--inner.kind", "c"], "--inner.kind 'c': expected one of 'a', 'b'; see"),
+        (["--name", "n", "--steps"], "--steps needs a value; see"),
+        ([], "--name is missing; see"),
+        (["--steps", "3", "--inner.lr", "1"], "--name is missing; see"),
+        (["--nam", "n"], "--name is missing; unknown option '--nam' (did you mean '--name'?); see"),
         (["--name", "n", "stray"], "unknown option 'stray'"),
         (["--name", "n", "true"], "'true' after a switch: --name turns it on, --no-name off"),
     ],
@@ -128,6 +151,11 @@ def test_a_bad_toml_file_gives_one_line_that_names_it(tmp_path, text, message):
 def test_missing_toml_file(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_toml(Outer, tmp_path / "none.toml")
+
+
+def test_a_missing_positional_argument_is_described():
+    with pytest.raises(ConfigError, match=r"^STR \(target\) is missing; see p --help$"):
+        parse_args(WithPositional, [], prog="p")
 
 
 def test_positional_arguments():

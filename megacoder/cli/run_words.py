@@ -51,12 +51,13 @@ class RunWords(Generic[T]):
 
 def read_run(
     cls: type[T], argv: Sequence[str], *, prog: str, absent: Callable[[T], dict[str, Any]] = lambda _: {},
-    lists_settings: bool = True,
+    lists_settings: bool = True, usage: str | None = None,
 ) -> RunWords[T]:  # fmt: skip
     """Reads the words of a command whose own options are `cls`; `--help` prints and exits with 0.
 
     `absent` has defaults for settings that the file leaves out, where they are not RunConfig's own. `lists_settings`:
     whether `--help` lists the run's settings, too; for a command none of whose own options has a setting's name.
+    `usage` is told where the file is missing, instead of `prog`.
     """
     words = list(argv)
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
@@ -65,8 +66,8 @@ def read_run(
             parse_args(cls, ["--help"], prog=prog)
         print_help(cls, RunConfig, prog=prog, default=path and load_toml(RunConfig, path, absent=absent(cls())))
     if path is None:
-        raise ConfigError(f"the first argument is the run's TOML file; usage: {prog}")
-    options, overrides = parse_known_args(cls, words, prog=prog)
+        raise ConfigError(f"the first argument is the run's TOML file; usage: {usage or prog}")
+    options, overrides = parse_known_args(cls, words, prog=prog, beside=RunConfig)
     default = load_toml(RunConfig, path, absent=absent(options))
     config = parse_args(RunConfig, overrides, prog=prog, default=default, beside=cls)
     return RunWords(path=path, options=options, config=config)

@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,29 +52,30 @@ def parse_args(
     With `flat`, a nested dataclass is a group of options in the help and no part of their names. Raises ConfigError
     with one line for anything that does not parse; `--help` prints and exits with 0.
     """
-    config, unknown = parse_known_args(cls, argv, prog=prog, default=default, flat=flat)
+    config, unknown = parse_known_args(cls, argv, prog=prog, default=default, beside=beside, flat=flat)
     if unknown:
         if unknown[0] in ("true", "false"):
             raise ConfigError(
                 f"{unknown[0]!r} after a switch: --name turns it on, --no-name off (in a group --group.no-name); "
                 f"{_see_help(prog)}"
             )
-        names = _option_names(cls, flat=flat) + (_option_names(beside) if beside is not None else [])
+        names = [*_options(cls, flat=flat), *(_options(beside) if beside is not None else [])]
         raise ConfigError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], names)}; {_see_help(prog)}")
     return config
 
 
 def parse_known_args(
-    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, flat: bool = False
-) -> tuple[T, list[str]]:
-    """Like `parse_args`, and returns the words that are not options of `cls`, for another dataclass to take."""
+    cls: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None, beside: type | None = None,
+    flat: bool = False,
+) -> tuple[T, list[str]]:  # fmt: skip
+    """Like `parse_args`, and returns the words that are not options of `cls`, for `beside`, if given, to take."""
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)
     markers = (tyro.conf.OmitArgPrefixes,) if flat else ()
     drawn = io.StringIO()
     try:
-        with contextlib.redirect_stderr(drawn):
+        with contextlib.redirect_stderr(drawn), _joined_docstrings():
             config, unknown = (
                 tyro.cli(cls, args=words, prog=prog, default=default, return_unknown_args=True, config=markers)
                 if default is not None
@@ -82,7 +84,10 @@ def parse_known_args(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(f"{_undraw(drawn.getvalue())}; {_see_help(prog)}") from None
+        options = _options(cls, flat=flat)
+        others = _options(beside) if beside is not None else {}
+        said = _missing(drawn.getvalue(), words, {**options, **others}) or _reworded(drawn.getvalue(), words, options)
+        raise ConfigError(f"{said}; {_see_help(prog)}") from None
     return config, unknown
 
 
@@ -95,7 +100,8 @@ def print_help(own: type, cls: type[T], *, prog: str, default: T | None = None) 
 
     fields = [(name, typing.Annotated[part, tyro.conf.arg(name="")]) for name, part in (("own", own), ("cls", cls))]
     both = dataclasses.make_dataclass("both", fields, namespace={"__doc__": own.__doc__})
-    tyro.cli(both, args=["--help"], prog=prog, default=None if default is None else both(own(), default))
+    with _joined_docstrings():
+        tyro.cli(both, args=["--help"], prog=prog, default=None if default is None else both(own(), default))
     sys.exit()
 
 
@@ -219,16 +225,17 @@ def _shown(value: Any) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 
 
-def _option_names(cls: Any, prefix: str = "--", *, flat: bool = False) -> list[str]:
+def _options(cls: Any, prefix: str = "--", *, flat: bool = False) -> dict[str, Any]:
+    """Types of options by name."""
     hints = typing.get_type_hints(cls)
-    names = []
+    options: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         option = f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(hints[field.name]):
-            names += _option_names(hints[field.name], prefix if flat else f"{option}.", flat=flat)
+            options |= _options(hints[field.name], prefix if flat else f"{option}.", flat=flat)
         else:
-            names.append(option)
-    return names
+            options[option] = hints[field.name]
+    return options
 
 
 def _coerce(expected: Any, value: Any, where: str) -> Any:
@@ -282,15 +289,94 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _undraw(box: str) -> str:
-    """The first paragraph of an error that tyro draws as a box with a title, on one line."""
-    body = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if re.fullmatch(r"[─╰╯]*", text):
-            break
-        body.append(text)
-    return (" ".join(body) or box.strip()).removesuffix(".")
+@contextlib.contextmanager
+def _joined_docstrings() -> Iterator[None]:
+    """Gives tyro the docstrings of fields on one line each: by itself it keeps the line breaks before indented lines."""
+    import docstring_parser
+    from docstring_parser import Docstring, DocstringStyle
+
+    original = docstring_parser.parse_from_object
+
+    def joined(obj: Any, style: DocstringStyle = DocstringStyle.AUTO) -> Docstring:
+        docstring = original(obj, style)
+        for param in docstring.params:
+            param.description = param.description and " ".join(param.description.split())
+        return docstring
+
+    docstring_parser.parse_from_object = joined
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = original
+
+
+def _undraw(box: str) -> list[str]:
+    """The lines of the first paragraph of an error that tyro draws as a box with a title, as far as they are there."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines()[1:]]
+    return list(itertools.takewhile(lambda line: not re.fullmatch(r"[ ─╰╯]*", line), lines))
+
+
+def _missing(box: str, words: Sequence[str], options: Collection[str]) -> str | None:
+    """Which options tyro says are missing, and which word may be one of them misspelt; None where it says otherwise.
+
+    `options` are the names of all that there are.
+    """
+    if "Required options" not in box:
+        return None
+    paragraph = "\n".join(_undraw(box))
+    found = re.findall(r"^ {5}(\S+).*\n((?: {6}.*\n?)*)", paragraph, re.MULTILINE)
+    names = [name for name, _ in found if name.startswith("--")]
+    said = [
+        name if name.startswith("--") else f"{name} ({' '.join(text.split()).removesuffix(' (required)')})"
+        for name, text in found
+    ]
+    typos = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+    hints = [f"; unknown option {word!r}{hint}" for word in typos if (hint := did_you_mean(word, names))]
+    return f"{', '.join(said)} {'is' if len(said) == 1 else 'are'} missing{''.join(hints[:1])}" if said else None
+
+
+def _reworded(box: str, words: Sequence[str], options: dict[str, Any]) -> str:
+    """What tyro says of an option's value, as `from_dict` would; otherwise what it says, on one line."""
+    said = (" ".join(" ".join(_undraw(box)).split()) or box.strip()).removesuffix(".")
+    if lacks := re.match(r"Missing value for argument '(--\S+)'", said):
+        return f"{lacks[1]} needs a value"
+    wrong = re.match(r"Error parsing (--\S+): |invalid choice .* for argument '(--\S+)'", said)
+    name = (wrong[1] or wrong[2]) if wrong else ""
+    values = _values(name, words)
+    check, expected = _check_of(options.get(name))
+    value = next((value for value in values if not check(value)), None)
+    return said if value is None else f"{name} {value!r}: expected {expected}"
+
+
+def _values(name: str, words: Sequence[str]) -> list[str]:
+    """What follows the option, at its last place."""
+    values: list[str] = []
+    for at, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option.replace("_", "-") == name:
+            rest = itertools.takewhile(lambda word: not word.startswith("--"), words[at + 1 :])
+            values = [value] if equals else list(rest)
+    return values
+
+
+def _check_of(hint: Any) -> tuple[Callable[[str], bool], str]:
+    """Whether a word is a value of this type, and what is expected otherwise; accepts all of a type that it omits."""
+    origin, parts = typing.get_origin(hint), [part for part in typing.get_args(hint) if part is not type(None)]
+    if origin is typing.Literal:
+        return parts.__contains__, f"one of {', '.join(map(repr, parts))}"
+    if origin in (types.UnionType, typing.Union, tuple):
+        return _check_of(parts[0])
+    if hint in (int, float):
+        return partial(_is, hint), "a whole number" if hint is int else "a number"
+    return lambda _: True, ""
+
+
+def _is(number: type[int] | type[float], word: str) -> bool:
+    try:
+        number(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _see_help(prog: str) -> str:

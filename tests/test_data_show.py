@@ -47,8 +47,9 @@ def test_documents_are_those_of_the_runs_windows(case, capsys, variant):
     assert [window["window"] for window in windows] == list(range(1, 9))
     for window in windows:
         documents = window["documents"]
-        assert documents[0]["before"] == 0
-        assert sum(document["tokens"] for document in documents) == 32
+        lengths = [document["tokens"] for document in documents]
+        assert [document["first"] for document in documents] == [1 + sum(lengths[:at]) for at in range(len(lengths))]
+        assert sum(lengths) == 32
         texts = [document["text"] for document in documents]
         assert all(text.startswith(begins) for text in texts[1:] if text), "all but padding"
         assert all(text.endswith(ends) for text in texts[:-1])
@@ -90,6 +91,10 @@ def test_a_checkpoint_is_a_shorter_way_to_a_late_step(case, capsys):
         code=2,
     )  # fmt: skip
     assert "was written after step 3; it serves steps from 4 on" in said
+    assert "--step 9: the run ends at step 8\n" in refusal(capsys, "data", "show", path, "--step", "9", code=2)
+    assert "--step 7: the run ends at step 6\n" in refusal(
+        capsys, "data", "show", path, "--step", "7", "--steps", "6", code=2
+    )
     assert "step = 0: must be at least 1" in refusal(capsys, "data", "show", path, "--step", "0", code=2)
 
 

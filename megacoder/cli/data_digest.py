@@ -5,20 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli.run_words import read_run
 from megacoder.core.errors import ConfigError
-from megacoder.data.continuing import continued
 from megacoder.data.digest import step_digests
 from megacoder.data.skipping import parse_steps
-from megacoder.data.stream import ResumableBatches
-from megacoder.data.tokenizer import Tokenizer
-from megacoder.train.config import RunConfig
-from megacoder.train.setup import load_tokenizer, open_stream
+from megacoder.train.setup import load_tokenizer, open_before
 
-__all__ = ["main", "open_before"]
+__all__ = ["main"]
 
-PROG = "megacoder data digest RUN.toml --steps A:B [--dp N] [any setting of the run, as in megacoder train]"
+PROG = "megacoder data digest RUN.toml"
+USAGE = f"{PROG} --steps A:B [--dp N] [any setting of the run, as in megacoder train]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,9 @@ class DigestConfig:
 
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
-    run = read_run(DigestConfig, argv, prog=PROG, absent=lambda _: {"output": "digest"}, lists_settings=False)
+    run = read_run(
+        DigestConfig, argv, prog=PROG, absent=lambda _: {"output": "digest"}, lists_settings=False, usage=USAGE
+    )
     options, config = run.options, run.config
     first, last = options.range()
     ranks, done = open_before(first, config, load_tokenizer(config), checkpoint=options.checkpoint, dp=options.dp)
@@ -58,24 +56,3 @@ def main(argv: Sequence[str]) -> None:
         return
     for step, digest in enumerate(digests, start=first):
         print(f"step {step:>8}  {digest}", flush=True)
-
-
-def open_before(
-    step: int, config: RunConfig, tokenizer: Tokenizer, *, checkpoint: Path | None, dp: int = 1
-) -> tuple[list[ResumableBatches], int]:
-    """The streams of `dp` ranks, and how many steps before `step` they have served: those of `checkpoint`, or none."""
-    ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=dp) for rank in range(dp)]
-    if checkpoint is None:
-        if config.init_data and config.init_from is not None:
-            place = CheckpointReader(config.init_from).state["data"]
-            for rank in ranks:
-                rank.load_state_dict(continued(place, rank.state_dict()))
-        return ranks, 0
-    reader = CheckpointReader(checkpoint)
-    if reader.step >= step:
-        raise ConfigError(
-            f"{reader.folder} was written after step {reader.step}; it serves steps from {reader.step + 1} on"
-        )
-    for rank in ranks:
-        rank.load_state_dict(reader.state["data"])
-    return ranks, reader.step

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacoder.cli.data_digest import open_before
 from megacoder.cli.run_words import read_run
 from megacoder.core.config import check_at_least
 from megacoder.core.console import counted, progress, say
+from megacoder.core.errors import ConfigError
 from megacoder.data.showing import ShownDocument, show_windows
-from megacoder.train.setup import load_tokenizer
+from megacoder.train.setup import load_tokenizer, open_before
 
 __all__ = ["main"]
 
-PROG = "megacoder data show RUN.toml --step N [--count N] [--grep TEXT] [any setting of the run, as in megacoder train]"
+PROG = "megacoder data show RUN.toml"
+USAGE = f"{PROG} --step N [--count N] [--grep TEXT] [any setting of the run, as in megacoder train]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class ShowConfig:
     their names; of conversations, what is trained is between ⟦ and ⟧. Further options are settings of the run."""
 
     step: int
-    """counted from 1 as in the run's log"""
+    """which step, counted from 1 as in the run's log; at most the run's `steps`"""
     count: int = 4
     """number of windows to show at most"""
     grep: str | None = None
@@ -33,8 +34,8 @@ class ShowConfig:
     """start from the data position in this checkpoint, written before the step, instead of from the beginning, which
     takes long for a late step"""
     json: bool = False
-    """print JSON: of each window its number and documents, with tokens before it, tokens, text and, of conversations,
-    the parts that are trained"""
+    """print JSON: of each window its number and documents, with the number of the first token in the window, counted from
+    1, the number of tokens, text and, of conversations, the parts that are trained"""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "step", "count")
@@ -42,8 +43,12 @@ class ShowConfig:
 
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
-    run = read_run(ShowConfig, argv, prog=PROG, absent=lambda _: {"output": "show"}, lists_settings=False)
+    run = read_run(
+        ShowConfig, argv, prog=PROG, absent=lambda _: {"output": "show"}, lists_settings=False, usage=USAGE
+    )
     options, config = run.options, run.config
+    if options.step > config.steps:
+        raise ConfigError(f"--step {options.step}: the run ends at step {config.steps}")
     tokenizer = load_tokenizer(config)
     [stream], done = open_before(options.step, config, tokenizer, checkpoint=options.checkpoint)
     with progress("earlier steps", options.step - 1 - done, quiet=options.step - 1 == done) as bar:
@@ -74,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _plain(document: ShownDocument, *, in_parts: bool) -> dict[str, Any]:
     trained = {"trained": [part.text for part in document.parts if part.trained]} if in_parts else {}
-    return {"before": document.first, "tokens": document.tokens, "text": document.text, **trained}
+    return {"first": document.first + 1, "tokens": document.tokens, "text": document.text, **trained}
 
 
 def _print(document: ShownDocument, *, in_parts: bool) -> None:

@@ -1,6 +1,7 @@
 """What precedes the first step: the ranks, their dtype and tokenizer, the data that each reads, the model it holds.
 
-Training and its profile begin so; preparing conversations, held-out loss and `megacoder data digest` need a part of it.
+Training and its profile begin so; preparing conversations, held-out loss, `megacoder data digest` and `megacoder data
+show` need a part of it.
 """
 
 import os
@@ -9,10 +10,12 @@ from typing import Literal
 
 import torch
 
+from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.core.config import load_toml
 from megacoder.core.device import faster_dtype, probe
 from megacoder.core.errors import ConfigError
 from megacoder.core.memory import keep_freed_memory
+from megacoder.data.continuing import continued
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.megatron_stream import MegatronStream
@@ -31,6 +34,7 @@ from megacoder.train.resuming import how_to_enlarge
 __all__ = [
     "load_tokenizer",
     "make_engine",
+    "open_before",
     "open_conversations",
     "open_stream",
     "resolve_dtype",
@@ -116,6 +120,27 @@ def open_stream(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_siz
     whole = _open_whole(config, tokenizer, dp_rank=dp_rank, dp_size=dp_size)
     left_out = config.data.left_out
     return SkippingStream(whole, left_out, global_batch_size=config.global_batch_size) if left_out else whole
+
+
+def open_before(
+    step: int, config: RunConfig, tokenizer: Tokenizer, *, checkpoint: Path | None, dp: int = 1
+) -> tuple[list[ResumableBatches], int]:
+    """The streams of `dp` ranks, and how many steps before `step` they have served: those of `checkpoint`, or none."""
+    ranks = [open_stream(config, tokenizer, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    if checkpoint is None:
+        if config.init_data and config.init_from is not None:
+            place = CheckpointReader(config.init_from).state["data"]
+            for rank in ranks:
+                rank.load_state_dict(continued(place, rank.state_dict()))
+        return ranks, 0
+    reader = CheckpointReader(checkpoint)
+    if reader.step >= step:
+        raise ConfigError(
+            f"{reader.folder} was written after step {reader.step}; it serves steps from {reader.step + 1} on"
+        )
+    for rank in ranks:
+        rank.load_state_dict(reader.state["data"])
+    return ranks, reader.step
 
 
 def _open_whole(config: RunConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int) -> ResumableBatches:

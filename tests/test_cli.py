@@ -92,7 +92,9 @@ def test_help_on_a_run_tells_of_the_commands_own_options_and_of_the_settings_in_
     assert "--schedule.peak-lr" in said
 
 
-@pytest.mark.parametrize(("word", "hint"), [("quikstart", "quickstart"), ("corpsu", "corpus"), ("data dgest", "data digest")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("quikstart", "quickstart"), ("corpsu", "corpus"), ("data dgest", "data digest")]
+)
 def test_an_unknown_command_names_the_nearest(word, hint, capsys):
     code, _, err = run(word.split(), capsys)
     assert code == 2

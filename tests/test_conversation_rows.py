@@ -164,7 +164,7 @@ def test_repeats_are_said_and_not_of_held_out_conversations(tmp_path, capsys):
     conversations = replace(config.data.conversations, repeats=(3.0,), valid=(data,))
     (tmp_path / "run.toml").write_text(to_toml(replace(config, data=replace(config.data, conversations=conversations))))
     run = prepare(load_toml(RunConfig, tmp_path / "run.toml"))
-    assert "30 conversations an epoch, of 10 with repeats, " in capsys.readouterr().err
+    assert "10 conversations in the files, 30 in an epoch (repeats): " in capsys.readouterr().err
     assert [IndexedDataset(prefix).num_documents for prefix in (*run.data.train, *run.data.valid)] == [30, 10]
 
 
@@ -184,7 +184,7 @@ def test_repeats_that_cannot_be_meant_are_refused(tmp_path, repeats, message):
 
 
 def test_repeats_that_leave_nothing_say_so(tmp_path):
-    with pytest.raises(DataError, match="no conversation in it; repeats leave out all 1"):
+    with pytest.raises(DataError, match=r"no conversation in it; data\.conversations\.repeats leave out all 1"):
         write_conversations(tmp_path, [pairs(1)], repeats=(1e-9,))
 
 
@@ -234,6 +234,78 @@ def test_sharegpt_is_recognized_only_where_nothing_else_is_meant():
         read_conversation(SHAREGPT, named, where="here")
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_sharegpts_system_column_is_the_first_message(tmp_path, parquet):
+    turns = [*SHAREGPT["conversations"][1:2], SHAREGPT["conversations"][2] | {"weight": 1}]
+    rows = [{"system": system, "conversations": turns} for system in ("Be brief.", "", None)]
+    path = tmp_path / ("data.parquet" if parquet else "data.jsonl")
+    if parquet:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_jsonl(path, rows)
+    prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig(format=SHORT), seq_length=512)
+    for number, messages in enumerate([[("system", "Be brief."), *PAIR], PAIR, PAIR]):
+        expected = joined(ChatFormat(SHORT, small_tokenizer()).segments(messages))
+        assert np.array_equal(IndexedDataset(tmp_path / "out").document(number), expected)
+
+
+def test_weights_count_behind_a_system_column():
+    conversation = read_conversation(
+        {"system": "Be brief.", "conversations": [
+            {"from": "human", "value": "one"}, {"from": "gpt", "value": "nein", "weight": 0},
+            {"from": "human", "value": "one"}, {"from": "gpt", "value": "uno"},
+        ]}, ColumnsConfig(), where="here",
+    )  # fmt: skip
+    assert conversation.trained == {4}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (SHAREGPT | {"system": "Be long."}, "here: has the column 'system', and message 0 is the system's, too"),
+        (SHAREGPT | {"system": ["x"]}, r"here: 'system' is \['x'\], expected text"),
+        (pairs(1)[0] | {"weight": 0}, "here: every answer has weight 0; there is no answer to train on"),
+        (pairs(1)[0] | {"weight": 0.5}, "here has the weight 0.5, expected 0 or 1"),
+        ({"messages": [{"role": "customer", "content": "a"}]},
+         r"the role 'customer', expected system, user \(also 'human'\) or assistant \(also 'gpt'\); data\.conv"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_not_a_conversation(row, message):
+    with pytest.raises(DataError, match=message):
+        read_conversation(row, ColumnsConfig(), where="here")
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_pairs_weight_is_read_from_its_column(tmp_path, parquet):
+    rows = [row | {"weight": weight} for row, weight in zip(pairs(3), (1, 0, None), strict=True)]
+    path = tmp_path / ("data.parquet" if parquet else "data.jsonl")
+    if parquet:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_jsonl(path, rows)
+    config = ConversationConfig(format=SHORT, malformed="skip")
+    prepared = prepare_conversations([path], tmp_path / "out", small_tokenizer(), config, seq_length=512)
+    assert (prepared.conversations, prepared.skipped) == (2, 1)
+
+
+def test_an_unknown_role_is_not_advised_to_be_skipped(tmp_path):
+    with pytest.raises(DataError, match=r"gives a role further names$"):
+        write_conversations(tmp_path, [[{"messages": [{"role": "customer", "content": "a"}]}]])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"instruction": "output"}, "data.conversations.columns: 'output' is both instruction and output"),
+        ({"input": "messages"}, "'messages' is both input and messages"),
+        ({"role": "text", "content": "text"}, "'text' is both role and content"),
+    ],
+)
+def test_a_column_has_one_meaning(names, message):
+    with pytest.raises(ConfigError, match=message):
+        ColumnsConfig(**names)
+
+
 def test_a_role_has_one_meaning():
     with pytest.raises(ConfigError, match="'bot' is both user and assistant"):
         RolesConfig(user=("bot",), assistant=("bot",))
@@ -254,12 +326,28 @@ def test_where_a_file_has_other_columns_its_columns_are_named(tmp_path, parquet,
         prepare_conversations(
             [path], tmp_path / "out", small_tokenizer(), ConversationConfig(malformed=malformed), seq_length=512
         )
-    assert "there are 'query', 'response'; [data.conversations.columns] says which is which" in str(raised.value)
+    assert "its columns: 'query', 'response'; name them in [data.conversations.columns], as in output = " in str(
+        raised.value
+    )
     assert "skip" not in str(raised.value)
+
+
+def test_a_skipped_file_is_named(tmp_path, capsys):
+    rows = [pairs(2), [{"dialog": [{"role": "user", "content": "a"}]}] * 20, [{"instruction": "a", "output": ""}]]
+    prepared, _ = write_conversations(tmp_path, rows, malformed="skip")
+    assert (prepared.conversations, prepared.skipped) == (2, 21)
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'out-1.jsonl'}: no conversation in its 20 rows; its columns: 'dialog'; name them in "
+        '[data.conversations.columns], as in messages = "dialog"\n'
+        f"{tmp_path / 'out-2.jsonl'}: no conversation in its 1 row; the first error: {tmp_path / 'out-2.jsonl'}:1: "
+        "'output' is empty; there is no answer to train on\n"
+    )
 
 
 def test_a_row_among_others_without_its_columns_can_be_skipped(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"response": "b"}, *pairs(1)])))
-    with pytest.raises(DataError, match=r"'instruction' is missing; a row has .*; malformed = \"skip\" skips such"):
+    with pytest.raises(
+        DataError, match=r"'instruction' is missing; a row has .*; data\.conversations\.malformed = \"skip\" skips such"
+    ):
         prepare_conversations([path], tmp_path / "out", small_tokenizer(), ConversationConfig(), seq_length=512)

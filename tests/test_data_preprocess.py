@@ -84,9 +84,7 @@ def test_empty_documents_are_places_without_ids(corpus, monkeypatch, capsys):
         sidecar = preprocess(config_of(corpus, output=f"out{workers}", workers=workers, document_key=None))
         assert pair(corpus, f"out{workers}") == pair(corpus, "expected")
         assert (sidecar.documents, sidecar.sequences) == (7, 2)
-        assert capsys.readouterr().err.endswith(
-            "7 documents, 5 of them empty; 6 tokens, 6 bytes of text\n"
-        )
+        assert capsys.readouterr().err.endswith("7 documents, 5 of them empty; 6 tokens, 6 bytes of text\n")
     write_jsonl(corpus / "in" / "a.jsonl", [{"content": ""}])
     with pytest.raises(DataError, match="no text in"):
         preprocess(config_of(corpus, document_key=None))
@@ -100,9 +98,7 @@ def test_empty_documents_of_parts_made_before_are_counted(corpus, capsys):
     write_jsonl(corpus / "in" / "c.jsonl", [{"content": ""}, {"content": "y"}])
     capsys.readouterr()
     preprocess(config_of(corpus, document_key=None))
-    assert capsys.readouterr().err.endswith(
-        ": 5 documents, 3 of them empty; 4 tokens, 2 bytes of text\n"
-    )
+    assert capsys.readouterr().err.endswith(": 5 documents, 3 of them empty; 4 tokens, 2 bytes of text\n")
 
 
 def test_empty_files_stay_in_a_document_that_has_text(corpus):

@@ -371,15 +371,36 @@ def test_what_a_window_cannot_hold_is_counted_named_and_said(tmp_path, capsys):
     dataset = IndexedDataset(run.data.train[0])
     lengths = [len(dataset.document(number)) for number in range(3)]
     assert lengths[0] < 128 < min(lengths[1:])
-    assert f"1 conversation left out, {lengths[1]:,} tokens: no answer begins within seq_length = 128" in printed[1]
+    trained = sum(
+        map(len, (dataset.sequence(at) for number in range(3) for at in dataset.document_sequences(number)[1::2]))
+    )
+    epochs = config.steps * config.global_batch_size * 128 / (lengths[0] + 128)
+    assert printed[0] == (
+        f"3 conversations: {sum(lengths):,} tokens, {trained:,} of them trained; {config.steps} steps are "
+        f"{epochs:,.1f} epochs"
+    )
+    assert (
+        f"1 conversation left out, {lengths[1]:,} tokens: no answer begins within data.stream.seq_length = 128"
+        in printed[1]
+    )
     assert printed[1].endswith("long.jsonl:2")
-    assert f"1 conversation cut at seq_length = 128, {lengths[2] - 128:,} tokens lost" in printed[2]
+    assert f"1 conversation cut at data.stream.seq_length = 128, {lengths[2] - 128:,} tokens lost" in printed[2]
     assert printed[2].endswith("long.jsonl:3")
     stream = ConversationStream(
         dataset, small_tokenizer(), seq_length=128, seed=1, global_batch_size=1, dp_rank=0, dp_size=1
     )
     served = [window for epoch in range(3) for window in stream._windows(epoch, 0)]
     assert {number for window in served for number in window} == {0, 2}, "as counted"
+
+
+def test_no_epochs_are_said_where_no_window_holds_an_answer(tmp_path, capsys):
+    small_tokenizer().save(tmp_path / "tokenizer")
+    data = write_jsonl(tmp_path / "long.jsonl", [{"instruction": "word " * 300, "output": "ok"}])
+    with pytest.raises(ConfigError, match="none of 1 conversation has an answer"):
+        prepare(run_config(tmp_path / "run", tmp_path / "tokenizer", data, chat=SHORT, stream={"seq_length": 128}))
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("1 conversation: ")
+    assert first.endswith(" of them trained")
 
 
 def test_what_is_too_long_is_skipped_or_an_error(tmp_path):
@@ -394,9 +415,11 @@ def test_what_is_too_long_is_skipped_or_an_error(tmp_path):
     assert IndexedDataset(tmp_path / "out").num_documents == 1
     assert prepared("skip", 1 << 20).conversations == 3, "made again for other windows"
     assert prepared("error", 1 << 20).conversations == 3
-    with pytest.raises(DataError, match=r"long\.jsonl:2: a conversation of \d+ tokens, but seq_length = 128"):
+    with pytest.raises(
+        DataError, match=r"long\.jsonl:2: a conversation of \d+ tokens, but data\.stream\.seq_length = 128"
+    ):
         prepared("error", 128)
-    with pytest.raises(DataError, match="no conversation in it; 3 are longer than seq_length = 2"):
+    with pytest.raises(DataError, match=r"no conversation in it; 3 are longer than data\.stream\.seq_length = 2"):
         prepared("skip", 2)
 
 

@@ -34,8 +34,8 @@ class ShowConfig:
     """start from the data position in this checkpoint, written before the step, instead of from the beginning, which
     takes long for a late step"""
     json: bool = False
-    """print JSON: of each window its number and documents, with the number of the first token in the window, counted from
-    1, the number of tokens, text and, of conversations, the parts that are trained"""
+    """print JSON: of each window its number and documents; of each document its first token's place in the window,
+    counted from 1, its number of tokens, its text and, of conversations, the parts that are trained"""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "step", "count")
@@ -43,9 +43,7 @@ class ShowConfig:
 
 def main(argv: Sequence[str]) -> None:
     """RUN.toml first, then the command's own options and dotted overrides of the run's settings."""
-    run = read_run(
-        ShowConfig, argv, prog=PROG, absent=lambda _: {"output": "show"}, lists_settings=False, usage=USAGE
-    )
+    run = read_run(ShowConfig, argv, prog=PROG, absent=lambda _: {"output": "show"}, lists_settings=False, usage=USAGE)
     options, config = run.options, run.config
     if options.step > config.steps:
         raise ConfigError(f"--step {options.step}: the run ends at step {config.steps}")

@@ -137,7 +137,8 @@ def _dispatch(words: list[str]) -> None:
         raise ConfigError(f"unknown command {name!r}{did_you_mean(name, group)}; see megacoder --help")
     if group:
         raise ConfigError(f"{words[0]!r} needs a second word: {', '.join(group)}")
-    raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], [name.split()[0] for name in COMMANDS])}; see megacoder --help")
+    hint = did_you_mean(words[0], [name.split()[0] for name in COMMANDS])
+    raise ConfigError(f"unknown command {words[0]!r}{hint}; see megacoder --help")
 
 
 def _leave_it_to_the_first(code: int) -> None:

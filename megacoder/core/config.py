@@ -291,7 +291,7 @@ def _toml_value(value: Any) -> str:
 
 @contextlib.contextmanager
 def _joined_docstrings() -> Iterator[None]:
-    """Gives tyro the docstrings of fields on one line each: by itself it keeps the line breaks before indented lines."""
+    """Gives tyro the docstrings of fields on one line each; it would keep line breaks before indented lines."""
     import docstring_parser
     from docstring_parser import Docstring, DocstringStyle
 

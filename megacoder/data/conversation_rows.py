@@ -1,11 +1,14 @@
 """Rows of a data set as conversations: columns and roles by the names that it gives them, and which answers have loss.
 
 A row has `messages`, or `instruction` and `output`; `ColumnsConfig` says what a data set calls these. Rows of
-ShareGPT's form (`conversations` of `from` and `value`) need no settings, unless they also have what the settings name.
+ShareGPT's form (`conversations` of `from` and `value`, perhaps with the system message in `system`) need no settings,
+unless they also have what the settings name.
 
-A message may have a `weight`, as in mistral-finetune: an answer of weight 0 is read by the model and not trained.
+A message, or a row of `instruction` and `output`, may have a `weight`, as in mistral-finetune: an answer of weight 0 is
+read by the model and not trained.
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,10 +17,16 @@ from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.text import is_unicode
 from megacoder.data.chat_format import Message
 
-__all__ = ["ColumnsConfig", "Conversation", "RolesConfig", "read_conversation"]
+__all__ = ["ColumnsConfig", "Conversation", "RolesConfig", "UnknownRole", "read_conversation"]
 
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT = ("conversations", "from", "value")
+_SHAREGPT_SYSTEM = "system"
+_WEIGHT = "weight"
+
+
+class UnknownRole(DataError):
+    """A message's role has a name that the settings do not give it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,15 @@ class RolesConfig:
                 others = [other for other in _ROLES if other != role and name in (other, *getattr(self, other))]
                 if others:
                     raise ConfigError(f"data.conversations.columns.roles: {name!r} is both {role} and {others[0]}")
+
+    @property
+    def described(self) -> str:
+        """The names of roles."""
+        *first, last = (
+            role + (f" (also {', '.join(map(repr, names))})" if (names := getattr(self, role)) else "")
+            for role in _ROLES
+        )
+        return f"{', '.join(first)} or {last}"
 
     def __getitem__(self, name: Any) -> str | None:
         """The role of this name, if any."""
@@ -62,6 +80,12 @@ class ColumnsConfig:
     roles: RolesConfig = field(default_factory=RolesConfig)
     """who speaks"""
 
+    def __post_init__(self) -> None:
+        for names in (("instruction", "input", "output", "messages"), ("role", "content")):
+            for one, other in itertools.combinations(names, 2):
+                if getattr(self, one) == getattr(self, other):
+                    raise ConfigError(f"data.conversations.columns: {getattr(self, one)!r} is both {one} and {other}")
+
     @property
     def described(self) -> str:
         """What a row needs."""
@@ -70,8 +94,9 @@ class ColumnsConfig:
     def used(self, names: Collection[str]) -> list[str]:
         """Which of a row's `names` a conversation is read from; none where it lacks what it needs."""
         if self.messages in names or {self.instruction, self.output} <= set(names):
-            return [name for name in (self.messages, self.instruction, self.input, self.output) if name in names]
-        return [_SHAREGPT[0]] if self._is_sharegpt(names) else []
+            wanted = (self.messages, self.instruction, self.input, self.output, _WEIGHT)
+            return [name for name in dict.fromkeys(wanted) if name in names]
+        return [name for name in (_SHAREGPT[0], _SHAREGPT_SYSTEM) if name in names] if self._is_sharegpt(names) else []
 
     def of_turns(self, row: Mapping[str, Any]) -> tuple[str, str, str] | None:
         """The names of a row's turns, and of the role and the content of one; None where it has no turns."""
@@ -98,9 +123,10 @@ def read_conversation(
     """The conversation of a row; DataError, beginning with `where`, for a row that is none or has nothing to train."""
     names = columns.of_turns(row)
     if names is None:
-        messages, weightless = _pair(row, columns, where), frozenset[int]()
+        messages, weightless = _pair(row, columns, where)
     else:
-        messages, weightless = _turns(row[names[0]], names, columns.roles, where)
+        turns = row[names[0]]
+        messages, weightless = _turns(turns, names, columns.roles, where, system=_system(row, names, where))
     for number, (role, content) in enumerate(messages):
         if not is_unicode(content):
             raise DataError(f"{where}: message {number}, the {role}'s, holds half a surrogate pair, not valid Unicode")
@@ -112,10 +138,18 @@ def read_conversation(
     return Conversation(messages, frozenset(answers - weightless))
 
 
+def _system(row: Mapping[str, Any], names: tuple[str, str, str], where: str) -> str | None:
+    """The system message that a row of ShareGPT's form has beside its turns."""
+    system = row.get(_SHAREGPT_SYSTEM) if names is _SHAREGPT else None
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{where}: {_SHAREGPT_SYSTEM!r} is {system!r}, expected text")
+    return system or None
+
+
 def _turns(
-    messages: Any, names: tuple[str, str, str], roles: RolesConfig, where: str
+    messages: Any, names: tuple[str, str, str], roles: RolesConfig, where: str, *, system: str | None
 ) -> tuple[list[Message], frozenset[int]]:
-    """The turns, and the numbers of those with weight 0."""
+    """The turns, after the `system` message, and the numbers of those with weight 0."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: {names[0]} are {messages!r}, expected a list of turns")
     turns = [_turn(message, names, roles, f"{where}: message {number}") for number, message in enumerate(messages)]
@@ -130,7 +164,12 @@ def _turns(
         expected = "assistant" if role == "user" else "user"
     if turns[-1][0] != "assistant":
         raise DataError(f"{where}: the last message is the {turns[-1][0]}'s; there is no answer to train on")
-    return turns, frozenset(number for number, message in enumerate(messages) if message.get("weight") == 0)
+    weightless = [number for number, message in enumerate(messages) if message.get(_WEIGHT) == 0]
+    if system is None:
+        return turns, frozenset(weightless)
+    if turns[0][0] == "system":
+        raise DataError(f"{where}: has the column {_SHAREGPT_SYSTEM!r}, and message 0 is the system's, too")
+    return [("system", system), *turns], frozenset(number + 1 for number in weightless)
 
 
 def _turn(message: Any, names: tuple[str, str, str], roles: RolesConfig, where: str) -> Message:
@@ -139,14 +178,22 @@ def _turn(message: Any, names: tuple[str, str, str], roles: RolesConfig, where: 
         raise DataError(f"{where} is {message!r}, expected {role_name} and {content_name}")
     role = roles[message.get(role_name)]
     if role is None:
-        raise DataError(f"{where} has the role {message.get(role_name)!r}, expected one of {', '.join(_ROLES)}")
-    weight = message.get("weight")
-    if weight is not None and weight not in (0, 1):
-        raise DataError(f"{where} has the weight {weight!r}, expected 0 or 1")
+        raise UnknownRole(
+            f"{where} has the role {message.get(role_name)!r}, expected {roles.described}; "
+            "data.conversations.columns.roles gives a role further names"
+        )
+    _check_weight(message, where)
     return role, message[content_name]
 
 
-def _pair(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> list[Message]:
+def _check_weight(weighted: Mapping[str, Any], where: str) -> None:
+    weight = weighted.get(_WEIGHT)
+    if weight is not None and weight not in (0, 1):
+        raise DataError(f"{where} has the weight {weight!r}, expected 0 or 1")
+
+
+def _pair(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> tuple[list[Message], frozenset[int]]:
+    """Question and answer, and the answer's number if it has weight 0."""
     for name in (columns.instruction, columns.output):
         if not isinstance(row.get(name), str):
             there = f"is {row[name]!r}, expected text" if name in row else "is missing"
@@ -155,4 +202,5 @@ def _pair(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> list[Me
     if not output.strip():
         raise DataError(f"{where}: {columns.output!r} is empty; there is no answer to train on")
     question = instruction if not given else f"{instruction}\n{given}"  # Alpaca's third field
-    return [("user", question), ("assistant", output)]
+    _check_weight(row, where)
+    return [("user", question), ("assistant", output)], frozenset({1} if row.get(_WEIGHT) == 0 else ())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.packing import best_fit
@@ -58,8 +59,9 @@ class ConversationStream:
         self._usable = np.flatnonzero(asked_first < seq_length)
         if not len(self._usable):
             raise ConfigError(
-                f"data.stream.seq_length = {seq_length}: none of {dataset.num_documents} conversations has an "
-                "answer that begins within it; increase it"
+                f"data.stream.seq_length = {seq_length}: none of "
+                f"{counted(dataset.num_documents, 'conversation', 'conversations')} has an answer that begins within "
+                "it; increase it"
             )
         self._packed: tuple[int, int] | None = None
         self._order = {

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from megacoder.core.config import to_dict
+from megacoder.core.console import counted, say
 from megacoder.core.errors import ConfigError, DataError
 from megacoder.core.files import making_dir, write_json
 from megacoder.data.chat_format import ChatFormat, FormatConfig, Segment
-from megacoder.data.conversation_rows import ColumnsConfig, read_conversation
+from megacoder.data.conversation_rows import ColumnsConfig, UnknownRole, read_conversation
 from megacoder.data.documents import find_inputs
 from megacoder.data.indexed import IndexedDatasetWriter, token_dtype
 from megacoder.data.jsonl import EMPTY_LINE, JsonRows
@@ -77,7 +78,7 @@ class ConversationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What became of the inputs. All counts but `read` and `skipped` are of what an epoch serves."""
+    """What became of inputs. All counts but `read` and `skipped` count a conversation as often as `repeats` says."""
 
     read: int
     """conversations of the inputs, each counted once"""
@@ -137,55 +138,24 @@ def prepare_conversations(
 def _write(
     files: Sequence[tuple[Path, float]], prefix: Path, chat: ChatFormat, config: ConversationConfig, seq_length: int
 ) -> Prepared:
-    unusable, cut = _Lost(), _Lost()
-    read = count = tokens = trained = skipped = 0
-    first, columns = "", config.columns
-    dtype = token_dtype(chat.tokenizer.vocab_size)
+    counts, dtype = _Counts(config, seq_length), token_dtype(chat.tokenizer.vocab_size)
     with IndexedDatasetWriter(prefix, dtype=dtype) as writer:
-        for row in (row for file, times in files for row in _rows(file, times, columns)):
-            where, times = row.where, row.times
-            try:
-                segments = _segments(row, chat, config)
-            except DataError as error:
-                if config.malformed == "error":
-                    advice = _columns_advice(row.path, columns) or 'malformed = "skip" skips such rows'
-                    raise DataError(f"{error}; {advice}") from None
-                skipped, first = skipped + 1, first or str(error)
-                continue
-            read += 1
-            if not times:
-                continue
-            length = sum(len(segment.ids) for segment in segments)
-            if length > seq_length:
-                if config.too_long == "error":
-                    raise DataError(
-                        f"{where}: a conversation of {length} tokens, but seq_length = {seq_length}; "
-                        'too_long = "cut" or "skip" allows such'
-                    )
-                if config.too_long == "skip":
-                    unusable.add(where, length, times)
+        for path, times in files:
+            counts.begin(path)
+            for row in _rows(path, times, config.columns):
+                try:
+                    segments = _segments(row, chat, config)
+                except DataError as error:
+                    counts.skip(error)
                     continue
-                if len(segments[0].ids) >= seq_length:  # written all the same; `ConversationStream` passes it over
-                    unusable.add(where, length, times)
-                else:
-                    cut.add(where, length - seq_length, times)
-            for _ in range(times):
-                writer.add_document([np.array(segment.ids, dtype=dtype) for segment in segments])
-            count += times
-            tokens += length * times
-            trained += sum(len(segment.ids) for segment in segments if segment.trained) * times
-        if not count:
-            path = files[0][0]
-            told = f"; the first error: {first}" if first else ""
-            told += f"; {naming}" if first and (naming := _columns_advice(path, columns)) else ""
-            told += f"; {unusable.count} are longer than seq_length = {seq_length}" if unusable.count else ""
-            told += f"; repeats leave out all {read}" if read and not unusable.count else ""
-            raise DataError(f"{path}: no conversation in it{told}")
-    return Prepared(
-        read=read, conversations=count, tokens=tokens, trained_tokens=trained, skipped=skipped, first_skipped=first,
-        unusable=unusable.count, unusable_tokens=unusable.tokens, first_unusable=unusable.first,
-        cut=cut.count, cut_tokens=cut.tokens, first_cut=cut.first,
-    )  # fmt: skip
+                for _ in range(counts.add(row, segments)):
+                    writer.add_document([np.array(segment.ids, dtype=dtype) for segment in segments])
+            counts.end()
+        if not counts.conversations:
+            raise DataError(f"{files[0][0]}: no conversation in it{counts.why_none(files[0][0])}")
+    for line in counts.files_without:
+        say(line)
+    return counts.prepared()
 
 
 def _segments(row: "_Row", chat: ChatFormat, config: ConversationConfig) -> list[Segment]:
@@ -210,6 +180,88 @@ class _Lost:
             self.named += 1
         self.count += times
         self.tokens += tokens * times
+
+
+class _Counts:
+    """What becomes of rows, as the settings say; DataError where they allow none such."""
+
+    def __init__(self, config: ConversationConfig, seq_length: int) -> None:
+        self._config, self._seq_length = config, seq_length
+        self._unusable, self._cut = _Lost(), _Lost()
+        self._read = self.conversations = self._tokens = self._trained = self._skipped = 0
+        self._first_skipped = ""
+        self.files_without: list[str] = []
+        """a line for each file that has rows, none of which is a conversation"""
+
+    def begin(self, path: Path) -> None:
+        """The rows of this file follow."""
+        self._path, self._read_before, self._skipped_before, self._first_of_file = path, self._read, self._skipped, ""
+
+    def skip(self, error: DataError) -> None:
+        """A row is not a conversation."""
+        if self._config.malformed == "error":
+            advice = _columns_advice(self._path, self._config.columns)
+            if advice is None and not isinstance(error, UnknownRole):
+                advice = 'data.conversations.malformed = "skip" skips such rows'
+            raise DataError(f"{error}; {advice}" if advice else str(error)) from None
+        self._skipped += 1
+        self._first_skipped = self._first_skipped or str(error)
+        self._first_of_file = self._first_of_file or str(error)
+
+    def add(self, row: "_Row", segments: Sequence[Segment]) -> int:
+        """How often this conversation is written."""
+        self._read += 1
+        length = sum(len(segment.ids) for segment in segments)
+        if not row.times or (length > self._seq_length and not self._fits_in_part(row, segments, length)):
+            return 0
+        self.conversations += row.times
+        self._tokens += length * row.times
+        self._trained += sum(len(segment.ids) for segment in segments if segment.trained) * row.times
+        return row.times
+
+    def _fits_in_part(self, row: "_Row", segments: Sequence[Segment], length: int) -> bool:
+        """Whether a conversation of `length` tokens, more than a window's, is written all the same."""
+        if self._config.too_long == "error":
+            raise DataError(
+                f"{row.where}: a conversation of {length} tokens, but data.stream.seq_length = {self._seq_length}; "
+                'data.conversations.too_long = "cut" or "skip" allows such'
+            )
+        if self._config.too_long == "skip":
+            self._unusable.add(row.where, length, row.times)
+            return False
+        if len(segments[0].ids) >= self._seq_length:  # written, and passed over by `ConversationStream`
+            self._unusable.add(row.where, length, row.times)
+        else:
+            self._cut.add(row.where, length - self._seq_length, row.times)
+        return True
+
+    def end(self) -> None:
+        """The file has no further rows."""
+        if self._read == self._read_before and self._skipped > self._skipped_before:
+            number = self._skipped - self._skipped_before
+            rows = counted(number, "row", "rows")
+            why = _columns_advice(self._path, self._config.columns) or f"the first error: {self._first_of_file}"
+            self.files_without.append(f"{self._path}: no conversation in its {rows}; {why}")
+
+    def why_none(self, path: Path) -> str:
+        """Why no conversation is written, to go behind what says so of `path`, the first file."""
+        told = f"; the first error: {self._first_skipped}" if self._first_skipped else ""
+        if self._first_skipped and (naming := _columns_advice(path, self._config.columns)):
+            told += f"; {naming}"
+        if self._unusable.count:
+            told += f"; {self._unusable.count} are longer than data.stream.seq_length = {self._seq_length}"
+        elif self._read:
+            told += f"; data.conversations.repeats leave out all {self._read}"
+        return told
+
+    def prepared(self) -> Prepared:
+        unusable, cut = self._unusable, self._cut
+        return Prepared(
+            read=self._read, conversations=self.conversations, tokens=self._tokens, trained_tokens=self._trained,
+            skipped=self._skipped, first_skipped=self._first_skipped,
+            unusable=unusable.count, unusable_tokens=unusable.tokens, first_unusable=unusable.first,
+            cut=cut.count, cut_tokens=cut.tokens, first_cut=cut.first,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,7 +293,7 @@ def _times(times: float, number: int) -> int:
 def _wanted(path: Path, names: list[str], columns: ColumnsConfig) -> list[str]:
     wanted = columns.used(names)
     if not wanted:
-        raise DataError(f"{path}: has no {columns.described}; {_naming(names)}")
+        raise DataError(f"{path}: has no {columns.described}; {_naming(dict.fromkeys(names))}")
     return wanted
 
 
@@ -251,12 +303,16 @@ def _columns_advice(path: Path, columns: ColumnsConfig) -> str | None:
     first = [row for row in itertools.islice(rows, _ROWS_THAT_TELL) if isinstance(row, dict)]
     if not first or any(columns.used(row) for row in first):
         return None
-    return _naming(list(first[0]))
+    return _naming(first[0])
 
 
-def _naming(names: Sequence[str]) -> str:
+def _naming(row: Mapping[str, Any]) -> str:
+    """The columns of a row, whose values may be unknown, and where to say what they are."""
+    names = list(row)
     there = ", ".join(map(repr, names[:_MOST_COLUMNS])) + (", ..." if len(names) > _MOST_COLUMNS else "")
-    return f'there are {there or "none"}; [data.conversations.columns] says which is which, as in output = "response"'
+    turns = names[0] if len(names) == 1 else next((name for name in names if isinstance(row[name], list)), None)
+    example = 'output = "response"' if turns is None else f'messages = "{turns}"'
+    return f"its columns: {there or 'none'}; name them in [data.conversations.columns], as in {example}"
 
 
 def _fingerprint(

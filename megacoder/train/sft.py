@@ -113,27 +113,35 @@ def _say(prepared: Prepared, config: RunConfig) -> None:
     windows = config.steps * config.global_batch_size * seq_length
     left_out = 0 if too_long == "skip" else prepared.unusable_tokens  # skipped ones are not among the tokens
     seen = prepared.tokens - prepared.cut_tokens - left_out
-    repeated = f" an epoch, of {prepared.read:,} with repeats" if config.data.conversations.repeats else ""
+    repeated = config.data.conversations.repeats
+    epochs = windows / seen if seen else 0.0
+    number = counted(prepared.read if repeated else prepared.conversations, "conversation", "conversations")
     say(
-        f"{prepared.conversations:,} conversations{repeated}, {prepared.tokens:,} tokens, "
-        f"{prepared.trained_tokens:,} of them trained; {config.steps:,} steps see "
-        f"{'such an epoch' if repeated else 'them'} about {windows / max(seen, 1):.1f} times"
-    )
+        number + (f" in the files, {prepared.conversations:,} in an epoch (repeats)" if repeated else "")
+        + f": {prepared.tokens:,} tokens, {prepared.trained_tokens:,} of them trained"
+        + (f"; {counted(config.steps, 'step is', 'steps are')} {_shortly(epochs)} epochs" if seen else "")
+    )  # fmt: skip
     if prepared.unusable:
         why = "longer than" if too_long == "skip" else "no answer begins within"
         number = counted(prepared.unusable, "conversation", "conversations")
         say(
-            f"{number} left out, {prepared.unusable_tokens:,} tokens: {why} seq_length = {seq_length}; "
+            f"{number} left out, {prepared.unusable_tokens:,} tokens: {why} data.stream.seq_length = {seq_length}; "
             f"the first: {prepared.first_unusable}"
         )
     if prepared.cut:
         number = counted(prepared.cut, "conversation", "conversations")
         say(
-            f"{number} cut at seq_length = {seq_length}, "
+            f"{number} cut at data.stream.seq_length = {seq_length}, "
             f"{prepared.cut_tokens:,} tokens lost; the first: {prepared.first_cut}"
         )
     if prepared.skipped:
-        say(f"{prepared.skipped:,} malformed rows skipped; the first: {prepared.first_skipped}")
+        rows = counted(prepared.skipped, "malformed row", "malformed rows")
+        say(f"{rows} skipped; the first: {prepared.first_skipped}")
+
+
+def _shortly(number: float) -> str:
+    """With one decimal place, or for a smaller number with its first digit."""
+    return f"{number:,.1f}" if number >= 0.1 else f"{number:.1g}"
 
 
 def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:

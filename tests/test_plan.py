@@ -394,6 +394,12 @@ def test_the_command_prints_json(capsys):
     assert report["advice"]["batch_sequences"] == pytest.approx(2300, abs=1)
 
 
+def test_the_memory_of_a_small_model_is_in_mb(capsys):
+    for model, unit in ((Path(__file__).parent.parent / "examples/pretrain_13m.toml", "MB"), ("1.3b", "GB")):
+        plan.main(["--model", str(model), "--device", "h200", "--devices", "1"])
+        assert f"\n{unit} on the most loaded rank, out of " in capsys.readouterr().out
+
+
 def test_the_command_draws_and_shows_tables(tmp_path, capsys):
     picture = tmp_path / "best.svg"
     plan.main(["--model", "1.3b", "--devices", "8", "--pp", "2", "--batch", "64", "--draw", str(picture)])

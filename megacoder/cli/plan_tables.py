@@ -77,12 +77,13 @@ def _print_times(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None
 
 def _print_memory(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    unit, name = (1e9, "GB") if any(row["memory"]["total"] >= 1e9 for row in rows) else (1e6, "MB")
     table(
-        f"GB on the most loaded rank, out of {report['memory_gb']:.0f} without what is reserved; at the right, "
-        "activations by recomputation",
+        f"{name} on the most loaded rank, out of {report['memory_gb'] * 1e9 / unit:,.0f} without what is reserved; at "
+        "the right, activations by recomputation",
         ["tp cp pp dp", *kinds, *RECOMPUTES],
-        [[_axes(row), *(f"{row['memory'][kind] / 1e9:.1f}" for kind in kinds),
-          *(f"{size / 1e9:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
+        [[_axes(row), *(f"{row['memory'][kind] / unit:.1f}" for kind in kinds),
+          *(f"{size / unit:.1f}" for size in row["memory"]["activations_by_recompute"].values())]
          for row in rows],
     )  # fmt: skip
 

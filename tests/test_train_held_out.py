@@ -91,6 +91,12 @@ def test_a_run_says_once_how_many_tokens_an_evaluation_has(case, once, capfd):
     assert capfd.readouterr().err.count(f"each held-out loss is of {once[0]:,} tokens of valid\n") == 1
 
 
+def test_a_best_checkpoint_without_held_out_data_is_said_to_be_none(case, capfd):
+    config = case.config("unset", checkpoint={"keep_best": True}, steps=1)
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, valid=())))
+    assert "checkpoint.keep_best has no effect: data.valid is unset\n" in capfd.readouterr().err
+
+
 def test_held_out_data_missing_on_one_rank_stops_all(case, ranks):
     said = ranks.run(2, refusal, case.config("missing"))
     assert said[0] == said[1]

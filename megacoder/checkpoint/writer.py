@@ -55,7 +55,7 @@ class CheckpointConfig:
     """also keep checkpoints whose step is a multiple of this; a run writes one at each of these steps"""
     keep_best: bool = False
     """also keep the checkpoint with the lowest held-out loss, of steps at which it is measured (eval_every), and name
-    it when the run ends"""
+    it when the run ends; needs held-out data (data.valid or data.conversations.valid)"""
     on_failure: Literal["stop", "go_on"] = "stop"
     """what the run does when a save fails, as on a full disk; the last save of a run must succeed"""
     timeout_seconds: float = 1800.0

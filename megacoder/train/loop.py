@@ -194,6 +194,9 @@ class Trainer:
         if self.held_out is not None:
             sizes = [f"{tokens:,} tokens of {name}" for name, tokens in self.held_out.num_tokens.items()]
             say(f"each held-out loss is of {', '.join(sizes)}")
+        elif config.checkpoint.keep_best:
+            name = "data.conversations.valid" if config.data.conversations.train else "data.valid"
+            say(f"checkpoint.keep_best has no effect: {name} is unset")
         for line in describe_readings(list(map(str, config.data.train)), self._readings()):
             say(line)
         if self.step:

@@ -561,7 +561,7 @@ def unpickling(source):
         else:
             continue
         heads = {".".join(name.split(".")[:length]) for name in names for length in (1, 3)}
-        sends = any(name.endswith(("_object", "_object_list")) for name in names)
+        sends = any(name.endswith(("gather_object", "_object_list")) for name in names)
         if heads & MODULES or names & CALLS or sends:
             found.append(node.lineno)
     return found

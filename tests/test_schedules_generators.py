@@ -64,7 +64,7 @@ def test_zb_h1_delays_weight_gradients_by_the_rank():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "1f1"}, "unknown schedule '1f1'; did you mean '1f1b'?"),
+        ({"name": "1f1"}, "unknown schedule '1f1' (did you mean '1f1b'?)"),
         ({"num_ranks": 0}, "schedule '1f1b' with 0 pipeline ranks"),
         ({"num_microbatches": -1}, "schedule '1f1b' with -1 microbatches"),
         ({"num_chunks": 2}, "schedule '1f1b' with 2 chunks: it has 1"),

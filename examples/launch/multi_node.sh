@@ -10,7 +10,7 @@ shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5   # where a node has several networks
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a node that was lost cannot join again (torch 2.13)
-output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
+output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n '1,/^\[/s/^output = "\(.*\)"$/\1/p')
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # for checkpoints of many ranks; a login shell has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs/$(hostname)"

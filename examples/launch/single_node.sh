@@ -7,7 +7,7 @@ what=${1:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
 run=${2:?usage: single_node.sh train|sft RUN.toml [OVERRIDES]}
 shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
-output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n 's/^output = "\(.*\)"$/\1/p')
+output=$(python -m megacoder "$what" "$run" "$@" --print-config | sed -n '1,/^\[/s/^output = "\(.*\)"$/\1/p')
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"  # for checkpoints of many ranks; a login shell has 1,024
 bash "$(dirname "$0")/check_environment.sh" "$output"
 mkdir -p "$output/logs"

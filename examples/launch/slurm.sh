@@ -21,7 +21,7 @@ run=${2:?usage: slurm.sh train|sft RUN.toml [OVERRIDES]}
 shift 2
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8} NCCL_IB_TIMEOUT=22
 settings=$(python -m megacoder "$what" "$run" "$@" --print-config)
-output=$(sed -n 's/^output = "\(.*\)"$/\1/p' <<< "$settings")
+output=$(sed -n '1,/^\[/s/^output = "\(.*\)"$/\1/p' <<< "$settings")
 last=$output/checkpoints/step-$(printf %08d "$(sed -n 's/^steps = \(.*\)$/\1/p' <<< "$settings")")
 newest() { find "$output" -maxdepth 2 -path '*/checkpoints/step-????????' | sort | tail -n 1; }
 logged() { tail -n 1 "$output/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*/\1/p' || true; }

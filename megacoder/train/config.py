@@ -63,9 +63,10 @@ class DataConfig:
         for name in ("weights", "fim_rates"):
             values = getattr(self, name)
             if values and self.conversations.train:
+                instead = "; data.conversations.repeats weighs its files" if name == "weights" else ""
                 raise ConfigError(
                     f"data.{name} = {list(values)} with data.conversations: conversations are neither weighted nor "
-                    "fill-in-the-middle examples; leave it out"
+                    f"fill-in-the-middle examples; leave it out{instead}"
                 )
             if values and len(values) != len(self.train):
                 raise ConfigError(

@@ -12,7 +12,7 @@ from train_cases import ALONE, changed, functions, make_case, run, write_texts
 
 from megacoder.cli.main import main
 from megacoder.core.config import to_toml
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, DataError
 from megacoder.data.continuing import continued
 from megacoder.data.fim import FimConfig
 from megacoder.data.stream import StreamConfig, TokenStream, merge_states
@@ -144,10 +144,13 @@ def test_a_file_that_has_become_shorter_than_the_place_in_it_is_over(tmp_path):
     dataset = write_dataset(tmp_path / "set", [[[*[number] * 20, eos]] for number in range(40, 80)])
     first = ranks([dataset], num_streams=1, seq_length=24, batch=1, fim=FimConfig(rate=1.0), add_bos=False)
     state = state_of(first)
-    state["streams"] = [[0, 0, 0, 0, 0, 23]]  # of 21 stored tokens, and 24 with the sentinels
+    state |= {"windows": 1, "streams": [[0, 0, 0, 0, 0, 23]]}  # of 21 stored tokens, and 24 with the sentinels
     (second,) = ranks([dataset], num_streams=1, seq_length=21, batch=1, fim=NO_FIM, add_bos=False)
     second.load_state_dict(continued(state, second.state_dict()))
     assert len(set(second.next_batch().tokens.flatten().tolist())) == 2, "the next document, whole"
+    second.load_state_dict({**second.state_dict(), "first_window": 0, "streams": state["streams"]})
+    with pytest.raises(DataError, match=r"position is token 23 of sequence \d+, which has 21; is this a diff"):
+        second.next_batch()  # its own place
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ class Packer(Protocol):
     def position(self) -> list[int]:
         """Four integers: epoch, place of a document, and two more."""
 
-    def move(self, *position: int) -> None:
-        """Moves back or forth to a `position`."""
+    def move(self, *position: int, of_another_run: bool = False) -> None:
+        """Moves back or forth to a `position`; one of another run may lie beyond the end of a file that was longer as a
+        fill-in-the-middle example there."""
 
 
 class Concatenated:
@@ -73,8 +74,9 @@ class Concatenated:
     def position(self) -> list[int]:
         return [self._epoch, self._place, self._file, self._offset]
 
-    def move(self, *position: int) -> None:
+    def move(self, *position: int, of_another_run: bool = False) -> None:
         epoch, self._place, self._file, self._offset = position
+        self._moved_to = (self._place, self._file, self._offset) if of_another_run else None
         self._enter(epoch)
         self._ids: np.ndarray | None = None
         self._opens = False  # whether the file under the cursor holds its document's first token
@@ -144,11 +146,16 @@ class Concatenated:
         """The file under the cursor, of its document's `files`, up to the end of the stretch."""
         ids = self._source.read(files[self._file], epoch=self._epoch, opens_document=self._file == 0)
         self._opens = self._file == 0 or not (self._source.add_bos or self._any_tokens(files[: self._file]))
+        # As a fill-in-the-middle example the file may be shorter than the one that was cut, or than in the other run.
+        if (self._place, self._file, self._offset) in (self._begin, self._moved_to):
+            self._offset = min(self._offset, len(ids))
         if (self._place, self._file) == self._end[:2]:
             ids = ids[: self._end[2]]
-        # As a fill-in-the-middle example the file may be shorter than the one that was cut, or than it was in the run
-        # whose data this one goes on in.
-        self._offset = min(self._offset, len(ids))
+        if self._offset > len(ids):
+            raise DataError(
+                f"{self._source.dataset.prefix}: the data position is token {self._offset} of sequence "
+                f"{files[self._file]}, which has {len(ids)}; is this a different dataset?"
+            )
         return ids
 
     def _any_tokens(self, files: range) -> bool:
@@ -170,7 +177,7 @@ class BestFit:
     def position(self) -> list[int]:
         return [*self._first, self._window]
 
-    def move(self, *position: int) -> None:
+    def move(self, *position: int, of_another_run: bool = False) -> None:
         *self._first, self._window = position
         self._windows: list[list[tuple[np.ndarray, int, int]]] = []  # pieces: ids of a document, and a range of them
 

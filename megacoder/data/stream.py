@@ -247,14 +247,14 @@ class TokenStream:
         Raises ConfigError where the state belongs to another order, DataError where it lacks streams of this rank.
         """
         check_order(self._order, state)
+        self._first_window = state.get("first_window", 0)  # absent from an older checkpoint
         positions = {(stream, number): position for stream, number, *position in state["streams"]}
         for number, packers in enumerate(self._packers):
             for stream, packer in packers.items():
                 if (stream, number) not in positions:
                     raise DataError(f"the data position lacks stream {stream}; merge the states of all ranks first")
-                packer.move(*positions[stream, number])
+                packer.move(*positions[stream, number], of_another_run=self._first_window > 0)
         self.windows = state["windows"]
-        self._first_window = state.get("first_window", 0)  # absent from an older checkpoint
         self._prepare()
 
     def _prepare(self) -> None:

@@ -1,5 +1,7 @@
 """Configuration: defaults, TOML, command line; every mistake is one line that names the nearest valid key or value."""
 
+import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -113,11 +115,14 @@ def test_toml_round_trip(tmp_path_factory, config):
         ([], "--name is missing; see"),
         (["--steps", "3", "--inner.lr", "1"], "--name is missing; see"),
         (["--nam", "n"], "--name is missing; unknown option '--nam' (did you mean '--name'?); see"),
+        (["--no-flag", "--inner.lr=1"], "--name is missing; see"),
         (["--name", "n", "stray"], "unknown option 'stray'"),
         (["--name", "n", "true"], "'true' after a switch: --name turns it on, --no-name off"),
     ],
 )
-def test_a_bad_command_line_is_one_line(argv, message):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # by which tyro draws its boxes
+def test_a_bad_command_line_is_one_line(argv, message, encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     with pytest.raises(ConfigError) as caught:
         parse_args(Outer, argv, prog="megacoder thing")
     assert message in str(caught.value)

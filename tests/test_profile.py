@@ -344,7 +344,7 @@ def test_two_processes_print_one_json(case):
         (["--model.hidden-sise", "8"], "did you mean '--model.hidden-size'?"),
         (["--trace", "run.toml/t.json"], "--trace run.toml/t.json: cannot be written (/"),
         (["--out", "folder"], "--out folder: cannot be written (it is a folder)"),
-        (["--nproc", "two"], "parsing --nproc: no type matching {None}|INT could be instantiated from ['two']"),
+        (["--nproc", "two"], "--nproc 'two': expected a whole number"),
         (["--nproc", "0"], "--nproc 0: must be at least 1"),
         (["--parallel.tp", "2"], "needs 2 ranks, only one was started"),
         (["--nproc", "2", "--parallel.tp", "4"], "needs 4 ranks, there are 2"),

@@ -311,13 +311,15 @@ def _joined_docstrings() -> Iterator[None]:
 
 
 def _undraw(box: str) -> list[str]:
-    """The lines of the first paragraph of an error that tyro draws as a box with a title, as far as they are there."""
-    lines = [line.strip("│").rstrip() for line in box.splitlines()[1:]]
-    return list(itertools.takewhile(lambda line: not re.fullmatch(r"[ ─╰╯]*", line), lines))
+    """The lines of the first paragraph of an error that tyro draws as a box with a title, or where the terminal's
+    encoding is not UTF-8 with a line of hyphens below the title."""
+    lines = [line[1:].rstrip(" │") for line in box.splitlines()[1:]]
+    edge = re.compile(r"[ ─╰╯-]*")
+    return list(itertools.takewhile(lambda line: not edge.fullmatch(line), itertools.dropwhile(edge.fullmatch, lines)))
 
 
 def _missing(box: str, words: Sequence[str], options: Collection[str]) -> str | None:
-    """Which options tyro says are missing, and which word may be one of them misspelt; None where it says otherwise.
+    """Which options tyro says are missing, and the first word that is no option; None where it says otherwise.
 
     `options` are the names of all that there are.
     """
@@ -325,13 +327,14 @@ def _missing(box: str, words: Sequence[str], options: Collection[str]) -> str | 
         return None
     paragraph = "\n".join(_undraw(box))
     found = re.findall(r"^ {5}(\S+).*\n((?: {6}.*\n?)*)", paragraph, re.MULTILINE)
-    names = [name for name, _ in found if name.startswith("--")]
     said = [
         name if name.startswith("--") else f"{name} ({' '.join(text.split()).removesuffix(' (required)')})"
         for name, text in found
     ]
-    typos = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
-    hints = [f"; unknown option {word!r}{hint}" for word in typos if (hint := did_you_mean(word, names))]
+    known = {*options, *(re.sub(r"^(--(?:.*\.)?)", r"\1no-", name) for name in options)}  # switches, turned off
+    given = (word for word in words if word.startswith("--"))
+    unknown = [word for word in given if word.partition("=")[0].replace("_", "-") not in known]
+    hints = [f"; unknown option {word!r}{did_you_mean(word, options)}" for word in unknown]
     return f"{', '.join(said)} {'is' if len(said) == 1 else 'are'} missing{''.join(hints[:1])}" if said else None
 
 

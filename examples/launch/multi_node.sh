@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Several nodes without a scheduler: type the same command on each. HEAD is the name of any one of them.
 #   HEAD=node0 NODES=2 bash examples/launch/multi_node.sh train examples/pretrain_6.7b.toml
+# NODES=6:8 goes on with as few as six when nodes are lost, and with those that come back; HEAD itself has to stay.
 # Without GPUs, to try it: DEVICE=cpu and GPUS_PER_NODE processes.
 set -euo pipefail
 what=${1:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}
 run=${2:?usage: multi_node.sh train|sft RUN.toml [OVERRIDES]}
 shift 2
-: "${HEAD:?the name of the node at which all meet}" "${NODES:?how many nodes}"
+: "${HEAD:?the name of the node at which all meet}" "${NODES:?how many nodes, or MIN:MAX}"
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5   # where a node has several networks
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a node that was lost cannot join again (torch 2.13)

@@ -77,4 +77,4 @@ def describe_readings(names: Sequence[str], reads: Sequence[Reading]) -> list[st
 
 
 def _shown(read: Reading) -> str:
-    return f"{read.times:.1f} times" if read.times >= 0.1 else f"{read.times:.1g} times"
+    return f"{read.times:,.1f} times" if read.times >= 0.1 else f"{read.times:.1g} times"

@@ -36,7 +36,7 @@ from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import least_memory, local_elements, rank_memory
 from megacoder.train.planning.pipelines import pipeline
 from megacoder.train.planning.scaling import advise, parse_count
-from megacoder.train.planning.search import RECOMPUTES, Limits, estimate, search, variant_pipeline
+from megacoder.train.planning.search import RECOMPUTES, SearchSpace, estimate, search, variant_pipeline
 from megacoder.train.planning.step_time import quick_seconds, stage_costs, step_time, throughput
 from megacoder.train.planning.work import boundary_seconds, head_seconds, layer_times, shard_link
 from megacoder.train.planning.workspace import Workspace
@@ -306,7 +306,7 @@ def test_throughput_counts_both_conventions():
 
 
 def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
-    found = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=Limits())
+    found = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, space=SearchSpace())
     assert found.fits == sorted(found.fits, key=lambda fit: fit.step.total)
     assert all(fit.largest.total < 82e9 and fit.variant.dims.world_size == 64 for fit in found.fits)
     too_short = "cp leaves a rank fewer than 1,024 tokens of a sequence"
@@ -316,8 +316,8 @@ def test_a_search_finds_layouts_that_fit_and_says_why_others_do_not():
 
 
 def test_a_search_finds_no_microbatch_that_tensor_parallel_ranks_cannot_share():
-    job, limits = replace(JOB_33B, seq_length=4092), Limits(tp=8, micro_batch_sizes=(1, 2), schedules=("1f1b",))
-    found = search(job, DEVICES["h800"], Shares(), num_devices=64, limits=limits)
+    job, space = replace(JOB_33B, seq_length=4092), SearchSpace(tp=8, micro_batch_sizes=(1, 2), schedules=("1f1b",))
+    found = search(job, DEVICES["h800"], Shares(), num_devices=64, space=space)
     assert {fit.variant.micro_batch_size for fit in found.fits if fit.variant.dims.cp == 1} == {2}
     assert "a microbatch's tokens do not divide by tp" in found.reasons
 
@@ -344,9 +344,9 @@ def test_gpipe_holds_every_microbatch():
 )
 def test_no_fast_layout_is_hidden_behind_variants_of_others(devices, layouts):
     job = replace(JOB_33B, model=find_preset("6.7b").model, global_batch_size=2304)
-    best = search(job, DEVICES["h800"], Shares(), num_devices=devices, limits=Limits()).fits[:5]
+    best = search(job, DEVICES["h800"], Shares(), num_devices=devices, space=SearchSpace()).fits[:5]
     for dims in layouts:
-        [fastest] = search(job, DEVICES["h800"], Shares(), num_devices=devices, limits=Limits(dims=dims)).fits
+        [fastest] = search(job, DEVICES["h800"], Shares(), num_devices=devices, space=SearchSpace(dims=dims)).fits
         [shown] = [fit for fit in best if fit.variant.dims == dims]
         assert shown.step.total <= 1.001 * fastest.step.total
 
@@ -359,16 +359,16 @@ def test_a_layout_recomputes_no_more_than_it_must(schedule, pp):
         Variant(dims=dims, schedule=schedule, chunks=chunks, micro_batch_size=2, recompute=mode) for mode in RECOMPUTES
     ]
     needed = [estimate(JOB_33B, variant, DEVICES["h800"], Shares()).largest.total / 1e9 for variant in variants]
-    limits = Limits(dims=dims, schedules=(schedule,), micro_batch_sizes=(2,))
+    space = SearchSpace(dims=dims, schedules=(schedule,), micro_batch_sizes=(2,))
     for mode, gigabytes in zip(RECOMPUTES, needed, strict=True):
         device = replace(DEVICES["h800"], memory_gb=gigabytes + 0.01, reserved_gb=0.0)
-        [fit] = search(JOB_33B, device, Shares(), num_devices=16, limits=limits).fits
+        [fit] = search(JOB_33B, device, Shares(), num_devices=16, space=space).fits
         assert fit.variant.recompute == mode
 
 
 def test_sixteen_thousand_ranks():
     job = replace(JOB_33B, global_batch_size=4096)
-    found = search(job, DEVICES["h800"], Shares(), num_devices=16_384, limits=Limits(schedules=("1f1b", "zbv")))
+    found = search(job, DEVICES["h800"], Shares(), num_devices=16_384, space=SearchSpace(schedules=("1f1b", "zbv")))
     assert found.fits[0].variant.dims.world_size == 16_384
 
 
@@ -663,14 +663,14 @@ def test_what_fits_a_kind_of_device_is_not_ruled_out_for_another_kind():
     job, variant = Job(model=model, seq_length=16, global_batch_size=1), Variant(dims=ParallelDims(), recompute="full")
     needed = estimate(job, variant, DEVICES["cpu"], Shares()).largest.total / 1e9
     device = replace(DEVICES["cpu"], memory_gb=needed + 1e-6, reserved_gb=0.0)
-    limits = Limits(dims=ParallelDims(), micro_batch_sizes=(1,), recomputes=("full",))
+    space = SearchSpace(dims=ParallelDims(), micro_batch_sizes=(1,), recomputes=("full",))
     assert least_memory(job, variant) > device.room
-    assert len(search(job, device, Shares(), num_devices=1, limits=limits).fits) == 1
+    assert len(search(job, device, Shares(), num_devices=1, space=space).fits) == 1
 
 
 def test_a_search_runs_layers_as_asked():
-    limits = Limits(dims=ParallelDims(tp=8, dp=8), fp8=True, overlaps_exchange=True, micro_batch_sizes=(1,))
-    [fit] = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, limits=limits).fits
+    space = SearchSpace(dims=ParallelDims(tp=8, dp=8), fp8=True, overlaps_exchange=True, micro_batch_sizes=(1,))
+    [fit] = search(JOB_33B, DEVICES["h800"], Shares(), num_devices=64, space=space).fits
     assert (fit.variant.fp8, fit.variant.overlaps_exchange) == (True, True)
 
 
@@ -679,6 +679,6 @@ def test_a_search_counts_the_memory_of_its_kind_of_device():
                         num_attention_heads=4, num_key_value_heads=4, head_dim=16)  # fmt: skip
     job = Job(model=model, seq_length=64, global_batch_size=4)
     for device in (DEVICES["cpu"], DEVICES["h800"]):
-        [fit, *_] = search(job, device, Shares(), num_devices=1, limits=Limits()).fits
+        [fit, *_] = search(job, device, Shares(), num_devices=1, space=SearchSpace()).fits
         pipe = variant_pipeline(job, fit.variant)
         assert fit.memory == (rank_memory(job, fit.variant, pipe, 0, device_type=device.device_type),)

@@ -17,7 +17,7 @@ from megacoder.model.config import ModelConfig
 from megacoder.parallel.dims import ParallelDims
 from megacoder.train.planning.devices import DEVICES, Device, Shares
 from megacoder.train.planning.job import Job, Variant
-from megacoder.train.planning.search import Limits, search, variant_pipeline
+from megacoder.train.planning.search import SearchSpace, search, variant_pipeline
 from megacoder.train.planning.step_time import step_time
 
 __all__ = ["ROWS", "Row", "check_published", "fit"]
@@ -40,7 +40,7 @@ class Row:
     devices: int
     tokens_per_second: float
     """published, of one device"""
-    limits: Limits
+    space: SearchSpace
     """what is known of the layout"""
     variant: Variant | None = None
     """all of it, where all is known"""
@@ -74,7 +74,7 @@ def _megatron() -> list[Row]:
                 device=DEVICES["h100"],
                 devices=dims.world_size,
                 tokens_per_second=tflops * 1e12 / model.training_flops_per_token(4096, causal=False),
-                limits=Limits(dims=dims, schedules=("1f1b", "interleaved"), overlaps_exchange=True),
+                space=SearchSpace(dims=dims, schedules=("1f1b", "interleaved"), overlaps_exchange=True),
             )
         )
     return rows
@@ -112,7 +112,7 @@ def _torchtitan() -> list[Row]:
 def _whole(name: str, job: Job, device: Device, variant: Variant, tokens: float) -> Row:
     return Row(
         name=name, job=job, device=device, devices=variant.dims.world_size, tokens_per_second=tokens,
-        limits=Limits(), variant=variant,
+        space=SearchSpace(), variant=variant,
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _deepseek() -> list[Row]:
                 model=_model(8192, 22016, 95, 64, 8, 102400), seq_length=4096, global_batch_size=4608
             ),
             device=DEVICES["h800"], devices=1024, tokens_per_second=1e12 / (300.6e3 * 3600),
-            limits=Limits(schedules=("1f1b",)),
+            space=SearchSpace(schedules=("1f1b",)),
         )
     ]  # fmt: skip
     pcie = replace(
@@ -143,7 +143,7 @@ def _deepseek() -> list[Row]:
                 device=pcie,
                 devices=devices,
                 tokens_per_second=4096 * 2048 / seconds / devices,
-                limits=Limits(dims=ParallelDims(pp=4, dp=devices // 4), schedules=("1f1b",), stage_per_node=True),
+                space=SearchSpace(dims=ParallelDims(pp=4, dp=devices // 4), schedules=("1f1b",), stage_per_node=True),
             )
         )
     return rows
@@ -157,7 +157,7 @@ def chosen_variant(row: Row) -> Variant:
     """What is published, and for the rest what is best by the shares that the fit starts from."""
     if row.variant is not None:
         return row.variant
-    found = search(row.job, row.device, START, num_devices=row.devices, limits=row.limits)
+    found = search(row.job, row.device, START, num_devices=row.devices, space=row.space)
     return found.fits[0].variant
 
 

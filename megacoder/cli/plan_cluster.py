@@ -24,7 +24,7 @@ from megacoder.train.planning.devices import Device, Shares, find_device
 from megacoder.train.planning.job import Job, Variant
 from megacoder.train.planning.memory import Memory, memory_by_rank, most_loaded
 from megacoder.train.planning.scaling import Advice, advise, parse_count
-from megacoder.train.planning.search import RECOMPUTES, Estimate, Found, Limits, estimate, search, variant_pipeline
+from megacoder.train.planning.search import RECOMPUTES, Estimate, Found, SearchSpace, estimate, search, variant_pipeline
 from megacoder.train.planning.step_time import stage_costs
 
 __all__ = ["ClusterArgs", "main"]
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--fp8: device {device.name} has no fp8_tflops, so no fp8 rate to plan with; leave it out")
     run = load_toml(RunConfig, Path(args.model)) if args.model.endswith(".toml") else None
     job, advice = _job(args, run, tokens)
-    found = search(job, device, Shares(), num_devices=args.devices, limits=_limits(args, job))
+    found = search(job, device, Shares(), num_devices=args.devices, space=_space(args, job))
     if args.draw is not None and found.fits:
         best = found.fits[0].variant
         pipe = variant_pipeline(job, best)
@@ -159,15 +159,15 @@ def _job(args: ClusterArgs, run: RunConfig | None, tokens: float | None) -> tupl
     return Job(model=model, seq_length=length, global_batch_size=batch, itemsize=itemsize), advice
 
 
-def _limits(args: ClusterArgs, job: Job) -> Limits:
+def _space(args: ClusterArgs, job: Job) -> SearchSpace:
     changes: dict[str, Any] = {"fp8": args.fp8, "tp": args.tp, "cp": args.cp, "pp": args.pp}
     for name in ("tp", "cp", "pp"):
         size = changes[name]
         if size is not None and (size < 1 or args.devices % size):
             raise ConfigError(f"--{name} {size}: {args.devices} devices are not a multiple of it")
     if args.schedule is not None:
-        if args.schedule not in Limits().schedules:
-            raise ConfigError(f"--schedule {args.schedule!r}: expected one of {', '.join(Limits().schedules)}")
+        if args.schedule not in SearchSpace().schedules:
+            raise ConfigError(f"--schedule {args.schedule!r}: expected one of {', '.join(SearchSpace().schedules)}")
         changes["schedules"] = (args.schedule,)
     if args.micro_batch is not None:
         if args.micro_batch < 1 or job.global_batch_size % args.micro_batch:
@@ -177,7 +177,7 @@ def _limits(args: ClusterArgs, job: Job) -> Limits:
         changes["micro_batch_sizes"] = (args.micro_batch,)
     if args.recompute is not None:
         changes["recomputes"] = (args.recompute,)
-    return Limits(**changes)
+    return SearchSpace(**changes)
 
 
 def _report(

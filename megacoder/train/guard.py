@@ -22,7 +22,7 @@ from typing import Any
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError
 
-__all__ = ["Guard", "GuardConfig", "Limits", "RunStopped"]
+__all__ = ["Guard", "GuardConfig", "RunStopped", "UpdateLimits"]
 
 LEAST_LOSS = 1.0
 """Nats per token; the loss of a run that diverges is above."""
@@ -62,7 +62,7 @@ class RunStopped(AlikeOnAllRanks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class UpdateLimits:
     """The largest values at which an update is applied; by default any that are finite."""
 
     loss: float = sys.float_info.max
@@ -82,9 +82,9 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
 
-    def limits(self) -> Limits:
+    def limits(self) -> UpdateLimits:
         """The limits of the next update."""
-        return Limits(
+        return UpdateLimits(
             loss=self._limit(self._losses, self.config.loss_spike, least=LEAST_LOSS),
             grad_norm=self._limit(self._grad_norms, self.config.grad_norm_spike, least=self._least_grad_norm),
         )

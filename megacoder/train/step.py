@@ -12,7 +12,7 @@ from megacoder.data.stream import Batches
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
-from megacoder.train.guard import Limits
+from megacoder.train.guard import UpdateLimits
 from megacoder.train.pace import NO_PACE, StepPace
 from megacoder.train.replicas import ReplicaCheck
 
@@ -43,7 +43,7 @@ class StepResult:
 class Oversight:
     """What training watches in its steps, and a profile does not."""
 
-    limits: Limits = field(default_factory=Limits)
+    limits: UpdateLimits = field(default_factory=UpdateLimits)
     """beyond which every rank skips the update"""
     replicas: ReplicaCheck | None = None
     """compared when they are due, and if the step ends with a checkpoint"""

@@ -27,7 +27,7 @@ from megacoder.train.planning.memory import Memory, least_memory, memory_by_rank
 from megacoder.train.planning.pipelines import Pipeline, pipeline
 from megacoder.train.planning.step_time import StepTime, Throughput, quick_seconds, step_time, throughput
 
-__all__ = ["RECOMPUTES", "Estimate", "Found", "Limits", "estimate", "search", "variant_pipeline"]
+__all__ = ["RECOMPUTES", "Estimate", "Found", "SearchSpace", "estimate", "search", "variant_pipeline"]
 
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 """From the fastest to the one that keeps least."""
@@ -40,7 +40,7 @@ and all the numbers of chunks of `interleaved` would crowd out the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SearchSpace:
     """What is tried."""
 
     schedules: tuple[str, ...] = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
@@ -93,11 +93,11 @@ class Found:
     """bytes of that nearest miss"""
 
 
-def search(job: Job, device: Device, shares: Shares, *, num_devices: int, limits: Limits) -> Found:
+def search(job: Job, device: Device, shares: Shares, *, num_devices: int, space: SearchSpace) -> Found:
     """All layouts on `num_devices` ranks."""
     found = Found()
     promising: list[tuple[float, Variant]] = []
-    for variant in _variants(job, device, found, num_devices, limits):
+    for variant in _variants(job, device, found, num_devices, space):
         found.num_tried += 1
         least = least_memory(job, variant, device_type=device.device_type)
         if least > device.room:
@@ -184,10 +184,10 @@ def variant_pipeline(job: Job, variant: Variant) -> Pipeline:
     )  # fmt: skip
 
 
-def _variants(job: Job, device: Device, found: Found, num_devices: int, limits: Limits) -> Iterator[Variant]:
-    layouts = [limits.dims] if limits.dims is not None else _layouts(job, device, num_devices)
+def _variants(job: Job, device: Device, found: Found, num_devices: int, space: SearchSpace) -> Iterator[Variant]:
+    layouts = [space.dims] if space.dims is not None else _layouts(job, device, num_devices)
     for dims in layouts:
-        if any(getattr(limits, axis) not in (None, dims.size(axis)) for axis in _CHOSEN):
+        if any(getattr(space, axis) not in (None, dims.size(axis)) for axis in _CHOSEN):
             continue
         reason = _why_not(job, device, dims)
         if reason is not None:
@@ -195,31 +195,31 @@ def _variants(job: Job, device: Device, found: Found, num_devices: int, limits: 
             _reject(found, *reason)
             continue
         per_replica, stages = job.global_batch_size // dims.dp, job.model.num_hidden_layers + 2
-        for micro in limits.micro_batch_sizes:
+        for micro in space.micro_batch_sizes:
             if per_replica % micro:
                 continue
             if dims.tp > 1 and micro * (job.seq_length // dims.cp) % dims.tp:
                 found.num_tried += 1
                 _reject(found, "a microbatch's tokens do not divide by tp", f"{dims}, micro batch {micro}")
                 continue
-            for schedule, chunks in _schedules(dims.pp, per_replica // micro, limits, most_stages=stages):
-                for recompute in limits.recomputes:
+            for schedule, chunks in _schedules(dims.pp, per_replica // micro, space, most_stages=stages):
+                for recompute in space.recomputes:
                     yield Variant(
                         dims=dims, schedule=schedule, chunks=chunks, micro_batch_size=micro, recompute=recompute,
-                        fp8=limits.fp8, overlaps_exchange=limits.overlaps_exchange,
-                        stage_per_node=limits.stage_per_node,
+                        fp8=space.fp8, overlaps_exchange=space.overlaps_exchange,
+                        stage_per_node=space.stage_per_node,
                     )  # fmt: skip
 
 
-def _schedules(pp: int, microbatches: int, limits: Limits, *, most_stages: int) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int, microbatches: int, space: SearchSpace, *, most_stages: int) -> Iterator[tuple[str, int]]:
     if pp == 1:
         yield "1f1b", 1
         return
-    for schedule in limits.schedules:
+    for schedule in space.schedules:
         fixed = SCHEDULES[schedule].num_chunks
         if fixed is None and microbatches % pp:  # interleaved's visits would be uneven, and it would hold more
             continue
-        for chunks in limits.chunks if fixed is None else (fixed,):
+        for chunks in space.chunks if fixed is None else (fixed,):
             if chunks * pp <= most_stages:
                 yield schedule, chunks
 

@@ -16,7 +16,7 @@ from megacoder.train.setup import load_tokenizer, open_before
 __all__ = ["main"]
 
 PROG = "megacoder data show RUN.toml"
-USAGE = f"{PROG} --step N [--count N] [--grep TEXT] [any setting of the run, as in megacoder train]"
+USAGE = f"{PROG} --step N [--count N | --windows N ...] [--grep TEXT] [any setting of the run, as in megacoder train]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class ShowConfig:
     """which step, counted from 1 as in the run's log; at most the run's `steps`"""
     count: int = 4
     """number of windows to show at most"""
+    windows: tuple[int, ...] = ()
+    """show these instead, by their numbers in the step, counted from 1"""
     grep: str | None = None
     """show only documents that contain this text, and windows with such documents"""
     checkpoint: Path | None = None
@@ -47,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     options, config = run.options, run.config
     if options.step > config.steps:
         raise ConfigError(f"--step {options.step}: the run ends at step {config.steps}")
+    for number in options.windows:
+        if not 1 <= number <= config.global_batch_size:
+            raise ConfigError(f"--windows {number}: a step has windows 1 to {config.global_batch_size}")
     tokenizer = load_tokenizer(config)
     [stream], done = open_before(options.step, config, tokenizer, checkpoint=options.checkpoint)
     with progress("earlier steps", options.step - 1 - done, quiet=options.step - 1 == done) as bar:
@@ -54,6 +59,9 @@ def main(argv: Sequence[str]) -> None:
             stream.next_batch()
             bar.update(earlier + 1)
     windows = list(enumerate(show_windows(stream.next_batch(), tokenizer), start=1))
+    if options.windows:
+        windows = [windows[number - 1] for number in options.windows]
+    count = len(options.windows) or options.count
     if options.grep is not None:
         windows = [(number, [one for one in window if options.grep in one.text]) for number, window in windows]
     found = [(number, window) for number, window in windows if window]
@@ -61,18 +69,18 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         shown = [
             {"window": number, "documents": [_plain(document, in_parts=in_parts) for document in window]}
-            for number, window in found[: options.count]
+            for number, window in found[:count]
         ]
         print(json.dumps({"step": options.step, "windows": shown}, indent=2, ensure_ascii=False))
     else:
-        for number, window in found[: options.count]:
-            print(f"=== step {options.step}, window {number} of {len(windows)}")
+        for number, window in found[:count]:
+            print(f"=== step {options.step}, window {number} of {config.global_batch_size}")
             for document in window:
                 _print(document, in_parts=in_parts)
     if options.grep is not None:
         say(f"{counted(len(found), 'window', 'windows')} of {len(windows):,} with {options.grep!r}")
-    if len(found) > options.count:
-        say(f"the first {options.count:,} of {len(found):,} windows; --count shows more")
+    if len(found) > count:
+        say(f"the first {count:,} of {len(found):,} windows; --count shows more")
 
 
 def _plain(document: ShownDocument, *, in_parts: bool) -> dict[str, Any]:

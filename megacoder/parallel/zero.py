@@ -10,6 +10,7 @@ On a CPU bf16 weights are the upper half of their fp32 master weights, so a rank
 (`megacoder.ops.split_master`).
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -126,6 +127,26 @@ class Zero1AdamW:
         for _ in self.traffic.reduced():
             pass
         return torch.cat([self.flat.grad[part.flat] for part in self._parts])
+
+    def squares_by_parameter(self) -> dict[str, float]:
+        """Sums of squares of this rank's slices of the gradient sums over all ranks, without `counted_elsewhere`.
+
+        `step` or `drop_gradients` may follow.
+        """
+        for _ in self.traffic.reduced():
+            pass
+        sums: dict[str, list[Tensor]] = {}
+        for bucket, part in zip(self.flat.buckets, self._parts, strict=True):
+            for slot, counted in itertools.product(bucket.slots, part.counted):
+                start, stop = max(slot.start, counted.start), min(slot.stop, counted.stop)
+                if start < stop:
+                    sums.setdefault(slot.name, []).append(sum_of_squares(self.flat.grad[start:stop]))
+        return {name: torch.stack(parts).sum().item() for name, parts in sums.items()}
+
+    def drop_gradients(self) -> None:
+        """Ends a step without an update."""
+        self.flat.grad.zero_()
+        self.traffic.end_step()
 
     def publish_master(self, master: Tensor) -> None:
         """Takes over `master`, `state()["weight"]` with a checkpoint read into it, and updates every rank's model."""

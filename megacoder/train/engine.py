@@ -99,11 +99,15 @@ class Engine:
         self.mesh.world.journal.at("sums over ranks")
         sum_copied_gradients(self.model)
         sum_tied_gradients(self.model, stage_map=self.layout.schedule.stage_map, group=self.mesh.group("pp"))
-        return self._part(outputs)
+        return self._sum(self._counted(outputs))
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """The same part of the loss, without gradients."""
-        return self._part(self._evaluation.run(microbatches).outputs)
+        return self._sum(self.losses(microbatches))
+
+    def losses(self, microbatches: Sequence[Microbatch]) -> Sequence[LossSum]:
+        """The same by microbatch; none on ranks that have no part."""
+        return self._counted(self._evaluation.run(microbatches).outputs)
 
     def sum_losses(self, part: LossSum, *flags: float) -> list[float]:
         """[loss sum, tokens, *flags] over all ranks of the run, of `part`s that the methods above returned."""
@@ -128,10 +132,12 @@ class Engine:
             self.layout.evaluation_program, stages, self.mesh.group("pp"), journal=self.mesh.world.journal
         )
 
-    def _part(self, outputs: Sequence[LossSum]) -> LossSum:
-        """Ranks that hold the head have losses; tensor-parallel ranks all have the same, so the first one's counts."""
-        counted = outputs if self.mesh.place.tp == 0 else ()
+    def _counted(self, outputs: Sequence[LossSum]) -> Sequence[LossSum]:
+        """Ranks that hold the head have losses; tensor-parallel ranks all have the same, so the first one's count."""
+        return outputs if self.mesh.place.tp == 0 else ()
+
+    def _sum(self, losses: Sequence[LossSum]) -> LossSum:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.world.device)
-        for loss in counted:
+        for loss in losses:
             total += loss.total
-        return LossSum(total, sum(loss.num_tokens for loss in counted))
+        return LossSum(total, sum(loss.num_tokens for loss in losses))

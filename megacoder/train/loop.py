@@ -29,8 +29,9 @@ from megacoder.parallel.journal import CHECKPOINT
 from megacoder.parallel.mesh import Mesh
 from megacoder.parallel.watch import Watch
 from megacoder.parallel.world import World, failing_together, gather_json, launched_ranks
+from megacoder.train.causes import describe_causes
 from megacoder.train.config import RunConfig
-from megacoder.train.guard import Guard, RunStopped
+from megacoder.train.guard import Guard, RunStopped, UpdateLimits
 from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.pace import Pace
@@ -218,24 +219,38 @@ class Trainer:
 
     def update(self) -> StepResult:
         """The next step: one global batch and one update."""
-        number = self.step + 1
+        number, limits = self.step + 1, self.guard.limits()
         oversight = Oversight(
-            limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
+            limits=limits, replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
             save_is_due=self._save_is_due, pace=self.pace,
         )  # fmt: skip
         result = run_step(self.engine, self.batches, self.config, number, oversight=oversight)
         paces, slow = self.pace.compare(result.seconds)
         self._paces |= paces
-        if self.world.is_first:
-            for line in slow:
-                say(f"step {number}: {line}")
+        for line in slow:
+            self._tell(number, line)
+        if result.skipped and result.num_tokens and self.guard.in_a_row == 0:
+            self._tell(number, self._causes(result, limits))
         reason = self.guard.note(
             loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
         )
-        if reason is not None and self.world.is_first:
-            say(f"step {number}: update skipped: {reason}")
+        if reason is not None:
+            self._tell(number, f"update skipped: {reason}")
         self.step = number
         return result
+
+    def _causes(self, result: StepResult, limits: UpdateLimits) -> str:
+        """Of the update that `result` says was skipped."""
+        served = self.batches.state_dict()["windows"]
+        return describe_causes(
+            self.engine, result.batch, self.config, limits,
+            step=self.step + 1, windows_before=served - self.config.global_batch_size,
+        )  # fmt: skip
+
+    def _tell(self, step: int, line: str) -> None:
+        """Says something about a step, once for all ranks."""
+        if self.world.is_first:
+            say(f"step {step}: {line}")
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         """`checkpoint_seconds`: how long checkpoints have blocked training since the last line."""

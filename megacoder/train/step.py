@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megacoder.data.stream import Batches
+from megacoder.data.stream import Batch, Batches
 from megacoder.parallel.journal import DATA, UPDATE
 from megacoder.train.config import RunConfig
 from megacoder.train.engine import Engine
@@ -27,6 +27,8 @@ class StepResult:
     """mean over the global batch's trained tokens, nats"""
     num_tokens: int
     """trained tokens of the global batch"""
+    batch: Batch
+    """this rank's part of it"""
     grad_norm: float
     """before clipping; inf where it is not finite"""
     skipped: bool
@@ -90,7 +92,7 @@ def run_step(
         skip_above=limits.grad_norm if loss <= limits.loss else -1.0,  # NaN counts as above
     )
     return StepResult(
-        loss=loss, num_tokens=int(counted), grad_norm=grad_norm,
+        loss=loss, num_tokens=int(counted), batch=batch, grad_norm=grad_norm,
         skipped=engine.optimizer.num_updates == num_updates, stop=stop > 0, saves=saves,
         seconds=tuple(seconds),
     )  # fmt: skip

@@ -218,6 +218,11 @@ def edit_config(folder, **changes):
             "expected both mscale and mscale_all_dim",
         ),
         (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 1.1, **ORIGINAL}},
+            "attn_factor, which vLLM reads, means another attention factor",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": "2", **ORIGINAL}}, "'factor': '2'.*: expected numbers"),
+        (
             {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "8", **ORIGINAL}},
             "RoPE: beta_fast = '8': expected float",
         ),
@@ -327,6 +332,11 @@ def test_readers_find_the_other_kinds_under_each_name():
     yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, **ORIGINAL}
     assert config["rope_scaling"] == yarn | {"type": "yarn"}
     assert config["rope_parameters"] == yarn | {"rope_theta": 1000000.0}
+    config = config_to_huggingface(make_model(**SHAPES["yarn with all settings"]).config, torch.float32)
+    default = 0.1 * math.log(2.5) + 1  # of which vLLM's attn_factor is a share
+    expected = {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3, "attn_factor": 1.3 / default}
+    yarn = {"rope_type": "yarn", "factor": 2.5, "truncate": False, **ORIGINAL, **expected}
+    assert config["rope_parameters"] == pytest.approx(yarn | {"rope_theta": 10000.0})
 
 
 def test_missing_and_broken_files_are_named(folder, tmp_path):

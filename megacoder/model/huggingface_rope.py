@@ -12,7 +12,7 @@ from typing import Any
 from megacoder.core.config import did_you_mean, from_dict, to_dict
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.model.config import ModelConfig
-from megacoder.ops.rope_scaling import READ_BY, RopeScaling
+from megacoder.ops.rope_scaling import READ_BY, RopeScaling, default_attention_factor
 
 __all__ = ["rope_from_huggingface", "rope_to_huggingface"]
 
@@ -31,6 +31,8 @@ def rope_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling.kind != "linear" or config.rope_factor != 1.0:
         own = {name: value for name, value in to_dict(scaling).items() if name in READ_BY[scaling.kind]}
+        if "attention_factor" in own:  # under vLLM's name, too
+            own["attn_factor"] = own["attention_factor"] / default_attention_factor(config.rope_factor)
         if own.get("truncate"):  # the default, and a key that older readers do not know
             del own["truncate"]
         rope = {"rope_type": scaling.kind, "factor": config.rope_factor, **own}
@@ -83,7 +85,7 @@ def _said(rope: Any, key: str, where: str) -> dict[str, Any]:
     if rope_type == "default":
         return {"factor": 1.0, "kind": "linear", **_understood(given, ("rope_theta",), key, where)}
     if rope_type == "yarn":
-        _resolve_mscale(given, f"{where}: {key} = {rope!r}")
+        _resolve_attention_factor(given, f"{where}: {key} = {rope!r}")
     settings = READ_BY[rope_type]
     given = _understood(given, ("rope_theta", "factor", *settings), key, where)
     defaults = {field.name: field.default for field in fields(RopeScaling) if field.name in settings}
@@ -97,15 +99,23 @@ def _understood(given: dict[str, Any], known: tuple[str, ...], key: str, where: 
     return given
 
 
-def _resolve_mscale(given: dict[str, Any], said: str) -> None:
-    """Puts the attention factor that DeepSeek's `mscale` and `mscale_all_dim` mean in their place."""
+def _resolve_attention_factor(given: dict[str, Any], said: str) -> None:
+    """Puts `attention_factor` in the place of its other spellings, and nothing where these mean the default.
+
+    DeepSeek's `mscale` and `mscale_all_dim` count where it is absent, as in transformers. vLLM reads `attn_factor`
+    instead, as a share of the default, which must then mean the same.
+    """
     pair = [given.pop(name, 0) for name in ("mscale", "mscale_all_dim")]
-    if "attention_factor" in given or pair in ([0, 0], [1, 0]):  # as transformers; the second is the default
-        return
-    if not all(type(value) in (int, float) and value > 0 for value in (*pair, given["factor"])):
-        raise FormatError(f"{said}: expected both mscale and mscale_all_dim, positive numbers as the factor, or none")
-    mscale, all_dim = (0.1 * scale * math.log(max(given["factor"], 1)) + 1 for scale in pair)
-    given["attention_factor"] = mscale / all_dim
+    factor, share = given["factor"], given.pop("attn_factor", None)
+    if not all(type(value) in (int, float) for value in (*pair, factor, share or 0, given.get("attention_factor", 0))):
+        raise FormatError(f"{said}: expected numbers")
+    default, mscale, all_dim = (default_attention_factor(factor, scale) for scale in (1, *pair))
+    if "attention_factor" not in given and pair not in ([0, 0], [1, 0]):  # these mean the default to all readers
+        if min(pair) <= 0:
+            raise FormatError(f"{said}: expected both mscale and mscale_all_dim, positive, or none")
+        given["attention_factor"] = mscale / all_dim
+    if share is not None and not math.isclose(share * default, given.get("attention_factor", default), rel_tol=1e-6):
+        raise FormatError(f"{said}: attn_factor, which vLLM reads, means another attention factor than the other keys")
 
 
 def _check_rotated(table: dict[str, Any], where: str) -> None:

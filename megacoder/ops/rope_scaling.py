@@ -1,4 +1,4 @@
-"""Which positions RoPE is stretched to, and how: settings alone, checked without torch.
+"""How RoPE is stretched to a longer context: settings alone, checked without torch.
 
 All three kinds stretch RoPE by the model's `rope_factor` s, so that positions up to s times those of pre-training get
 angles that training has seen. `linear` (arXiv:2306.15595) divides every frequency by s. The others keep the high
@@ -15,7 +15,7 @@ from typing import Literal
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
 
-__all__ = ["READ_BY", "RopeScaling"]
+__all__ = ["READ_BY", "RopeScaling", "default_attention_factor"]
 
 READ_BY: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -27,7 +27,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How RoPE is stretched by `rope_factor`. Settings of another kind than `kind` must be left out."""
+    """How RoPE is stretched by `rope_factor`. What another kind reads must be left out."""
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
     """linear interpolation, Llama 3.1's or YaRN; with a factor of 1, linear is no scaling"""
@@ -101,4 +101,9 @@ class RopeScaling:
         """What cos and sin are multiplied by."""
         if self.kind != "yarn":
             return 1.0
-        return 0.1 * math.log(factor) + 1 if self.attention_factor is None else self.attention_factor
+        return default_attention_factor(factor) if self.attention_factor is None else self.attention_factor
+
+
+def default_attention_factor(factor: float, share: float = 1.0) -> float:
+    """YaRN's own, which grows with the context; `share` is how much of that growth there is."""
+    return 0.1 * share * math.log(max(factor, 1.0)) + 1

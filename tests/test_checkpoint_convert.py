@@ -26,6 +26,7 @@ from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.tensor import TensorParallel
 from megacoder.train.config import RunConfig
@@ -304,9 +305,14 @@ def test_ranks_load_one_checkpoint_of_a_run_that_goes_on(ranks, case, tmp_path, 
 
 
 def test_a_change_of_rope_at_the_start_is_reported(case, capsys):
-    model = {"rope_factor": 4.0, "rope_theta": 1e5, "max_position_embeddings": 128}
+    scaling = RopeScaling(kind="yarn", original_max_position_embeddings=64)
+    model = {"rope_factor": 4.0, "rope_theta": 1e5, "rope_scaling": scaling, "max_position_embeddings": 128}
     Trainer(config_of(case, "longer", init_from=case.folder / "run", model=model), ALONE).batches.close()
-    assert "max_position_embeddings 128 (there 64); rope_factor 4.0 (there 1.0)" in capsys.readouterr().err
+    changes = (
+        "rope_factor 4.0 (there 1.0); rope_scaling.kind yarn (there linear); "
+        "rope_scaling.original_max_position_embeddings 64 (there None); max_position_embeddings 128 (there 64)"
+    )
+    assert changes in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

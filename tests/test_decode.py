@@ -8,13 +8,15 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.decode import Decoder
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.transformer import Transformer
+from megacoder.ops.rope_scaling import RopeScaling
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
+YARN = RopeScaling(kind="yarn", original_max_position_embeddings=8)
 SHAPES = {
     "all heads": {},
-    "grouped queries": {"num_key_value_heads": 2},
+    "grouped queries, yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "one kv head, odd sizes": {
         "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "hidden_size": 37, "intermediate_size": 51,
     },

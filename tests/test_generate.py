@@ -15,11 +15,14 @@ from megacoder.model.huggingface import export_model
 from megacoder.model.kv_cache import KVCache
 from megacoder.model.presets import find_preset
 from megacoder.model.transformer import Transformer
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
+YARN = RopeScaling(kind="yarn", original_max_position_embeddings=64)
 SHAPES = {
     "all heads": {"num_key_value_heads": 4},
     "grouped queries, linear rope": {"num_key_value_heads": 2, "rope_factor": 4.0},
+    "grouped queries, yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "one kv head, odd vocabulary": {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 131},
 }
 

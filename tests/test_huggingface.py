@@ -1,6 +1,8 @@
 """An exported folder is the same model in transformers, and comes back without a changed bit."""
 
+import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -24,11 +26,19 @@ from megacoder.model.huggingface import (
     import_with_tokenizer,
 )
 from megacoder.model.transformer import Transformer
+from megacoder.ops.rope_scaling import RopeScaling
 
+LLAMA3 = RopeScaling(kind="llama3", original_max_position_embeddings=16)
+YARN = RopeScaling(kind="yarn", original_max_position_embeddings=16)
+ORIGINAL = {"original_max_position_embeddings": 16}
+SET = {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3, "truncate": False}
 SHAPES = {
     "grouped queries": {"num_key_value_heads": 2},
     "one kv head, linear rope": {"num_key_value_heads": 1, "rope_factor": 4.0, "rope_theta": 100000.0},
     "head_dim of its own": {"num_key_value_heads": 4, "head_dim": 24, "rope_theta": 500000.0},
+    "llama3 rope": {"rope_factor": 4.0, "rope_scaling": LLAMA3},
+    "yarn": {"rope_factor": 4.0, "rope_theta": 1000000.0, "rope_scaling": YARN},
+    "yarn with all settings": {"rope_factor": 2.5, "rope_scaling": dataclasses.replace(YARN, **SET)},
     "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }
@@ -61,18 +71,33 @@ def test_transformers_computes_equal_logits(tmp_path, changes):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_that_transformers_wrote_is_read(tmp_path):
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"rope_type": "linear"}, RopeScaling()),
+        ({"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}, LLAMA3),
+        ({"rope_type": "yarn", **ORIGINAL}, YARN),
+        ({"type": "yarn", "truncate": False, "beta_fast": 8, "attention_factor": 1.5, **ORIGINAL},
+         dataclasses.replace(YARN, truncate=False, beta_fast=8.0, attention_factor=1.5)),
+        ({"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.5, **ORIGINAL},
+         dataclasses.replace(YARN, attention_factor=(0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))),
+        ({"rope_type": "yarn", "mscale": 1, "mscale_all_dim": 0, "attention_factor": None, **ORIGINAL}, YARN),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_model_that_transformers_wrote_is_read(tmp_path, written, read):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-        rope_theta=5000.0, rope_scaling={"rope_type": "linear", "factor": 4.0},
+        rope_theta=5000.0, rope_scaling={"factor": 4.0, **written},
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path / "hf")
     model = import_model(tmp_path / "hf")
     assert (model.config.rope_factor, model.config.rope_theta) == (4.0, 5000.0)
-    tokens = torch.arange(40)[None]
+    assert model.config.rope_scaling == read
+    tokens = torch.arange(64)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
 
@@ -175,11 +200,44 @@ def edit_config(folder, **changes):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'; only 'default', 'linear'"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"RoPE of type \"\['yarn'\]\"; only 'default'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn' needs original_max_position_embeddings"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, **ORIGINAL}},
+            "type 'llama3' needs low_freq_factor and high_freq_factor",
+        ),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "two types, 'linear' and 'yarn'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling has the unknown key 'factor'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fats": 16, **ORIGINAL}},
+            r"rope_scaling has the unknown key 'beta_fats' \(did you mean 'beta_fast'\?\)",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7, **ORIGINAL}},
+            "expected both mscale and mscale_all_dim",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 1.1, **ORIGINAL}},
+            "attn_factor, which vLLM reads, means another attention factor",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": "2", **ORIGINAL}}, "'factor': '2'.*: expected numbers"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "8", **ORIGINAL}},
+            "RoPE: beta_fast = '8': expected float",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 0.5, **ORIGINAL}},
+            r"model\.rope_factor = 0\.5: below 1",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0, **ORIGINAL, "beta_slow": 64}},
+            r"model\.rope_scaling\.beta_slow = 64\.0 and beta_fast = 32\.0",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}, "rope_scaling": None},
-            "rope_parameters = .*: RoPE of type 'linear' needs a factor",
+            "rope_parameters = .*: RoPE of type 'linear' needs factor",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -241,6 +299,20 @@ def test_places_that_contradict_each_other_about_rope_are_refused(folder):
     edit_config(folder, rope_parameters={**linear, "rope_theta": 5e5}, rope_scaling=None, rope_theta=1e4)
     with pytest.raises(FormatError, match=r"rope_theta is 10000\.0 in one place and 500000\.0 in rope_parameters"):
         import_model(folder)
+    yarn = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
+    for here, there, message in (
+        (linear, yarn, "kind is 'linear' in one place and 'yarn' in rope_scaling"),
+        (yarn, {**yarn, "attention_factor": 1.5}, r"attention_factor is None in one place and 1\.5 in rope_scaling"),
+        (yarn, {**yarn, "original_max_position_embeddings": 8}, "original_max_position_embeddings is 16 in one place"),
+    ):
+        edit_config(folder, rope_theta=None, rope_parameters=here, rope_scaling=there)
+        with pytest.raises(FormatError, match=message):
+            import_model(folder)
+    edit_config(folder, rope_scaling=None, rope_parameters=yarn, original_max_position_embeddings=8)
+    with pytest.raises(FormatError, match="original_max_position_embeddings is 8 in one place and 16 in rope_param"):
+        import_model(folder)
+    edit_config(folder, rope_scaling={**yarn, "beta_fast": 32, "truncate": True}, original_max_position_embeddings=16)
+    assert import_model(folder).config.rope_scaling == YARN
 
 
 def test_older_readers_find_the_linear_scaling_too():
@@ -248,6 +320,23 @@ def test_older_readers_find_the_linear_scaling_too():
     config = config_to_huggingface(make_model(rope_factor=4.0).config, torch.float32)
     assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+def test_readers_find_the_other_kinds_under_each_name():
+    """The published llama3 and yarn folders have these keys; what is left out here is the default of all readers."""
+    config = config_to_huggingface(make_model(**SHAPES["llama3 rope"]).config, torch.float32)
+    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
+    assert config["rope_scaling"] == llama3 | {"type": "llama3"}
+    assert config["rope_parameters"] == llama3 | {"rope_theta": 10000.0}
+    config = config_to_huggingface(make_model(**SHAPES["yarn"]).config, torch.float32)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, **ORIGINAL}
+    assert config["rope_scaling"] == yarn | {"type": "yarn"}
+    assert config["rope_parameters"] == yarn | {"rope_theta": 1000000.0}
+    config = config_to_huggingface(make_model(**SHAPES["yarn with all settings"]).config, torch.float32)
+    default = 0.1 * math.log(2.5) + 1  # of which vLLM's attn_factor is a share
+    expected = {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3, "attn_factor": 1.3 / default}
+    yarn = {"rope_type": "yarn", "factor": 2.5, "truncate": False, **ORIGINAL, **expected}
+    assert config["rope_parameters"] == pytest.approx(yarn | {"rope_theta": 10000.0})
 
 
 def test_missing_and_broken_files_are_named(folder, tmp_path):

@@ -189,7 +189,7 @@ def test_a_template_of_its_own_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn"}}, "RoPE of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "RoPE of type 'yarn' needs factor and original_max_pos"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "factor is 2.0 in one place and 4.0"),
         ({"rope_parameters": {"rope_theta": 10000}}, "rope_theta is 100000 in one place and 10000"),

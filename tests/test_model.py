@@ -10,14 +10,19 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.stage import forward_backward, forward_loss
 from megacoder.model.transformer import weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.parallel.flat import FlatParameters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+LLAMA3 = RopeScaling(kind="llama3", original_max_position_embeddings=8)
+YARN = RopeScaling(kind="yarn", original_max_position_embeddings=8)
 SHAPES = {
     "all heads": {},
     "grouped": {"num_key_value_heads": 2},
     "one kv head, scaled rope": {"num_key_value_heads": 1, "rope_factor": 4.0, "rope_theta": 1e5},
+    "llama3 rope": {"rope_factor": 4.0, "rope_scaling": LLAMA3},
+    "yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "free head_dim, tied": {"head_dim": 10, "tie_word_embeddings": True},
 }
 

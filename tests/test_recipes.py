@@ -15,6 +15,7 @@ from train_cases import Case, changed, functions, losses_of, make_case
 
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.cli import checkpoint_convert
+from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.fim import FimConfig
@@ -26,9 +27,12 @@ from megacoder.evaluate.long_context import loss_by_position, retrieval
 from megacoder.model.conversion import model_of
 from megacoder.model.huggingface import import_with_tokenizer
 from megacoder.model.transformer import Transformer
+from megacoder.ops.rope_scaling import RopeScaling
+from megacoder.train.config import RunConfig
 from megacoder.train.fragments import load_weights
 from megacoder.train.loop import train
 from megacoder.train.metrics_log import read_metrics
+from megacoder.train.resuming import open_start
 from megacoder.train.schedule import ScheduleConfig
 from megacoder.train.sft import prepare
 
@@ -175,6 +179,40 @@ def test_a_model_is_compared_with_the_one_that_it_extends(recipes, capsys):
     assert "of 1" in out
     for more, message in (([], "--model: give at least one"), (["x", "--trials", 0], "--trials 0: must be at least 1")):
         assert message in refusal(capsys, *words, *more, code=2)
+
+
+def test_a_context_is_extended_by_yarn_evaluated_exported_and_gone_on_with(recipes, capsys):
+    base = load_toml(RunConfig, recipes / "pretrain" / "run.toml")
+    scaling = RopeScaling(kind="yarn", original_max_position_embeddings=32)
+    config = changed(
+        base, output=recipes / "yarn", init_from=base.output, steps=2, global_batch_size=4,
+        data={"stream": {"seq_length": 128}},
+        model={"rope_factor": 4.0, "rope_scaling": scaling, "max_position_embeddings": 128},
+        schedule=ScheduleConfig(kind="constant", peak_lr=1e-3, warmup_steps=0),
+    )  # fmt: skip
+    train(config)
+    in_words = "RoPE of base 10,000, yarn scaling by 4 from 32 positions"
+    tokenizer = Tokenizer.load(recipes / "tokenizer")
+    write_dataset(recipes / "long-documents", [[tokenizer.encode(text)] for text in functions(2, first=200)])
+    words = ["eval", "long-context", "--length", 100, "--trials", 1, "--data", recipes / "long-documents"]
+    code, _, err = run_command(capsys, *words, "--model", recipes / "yarn")
+    assert code == 0, err
+    assert f"2 documents of 100 tokens; {in_words}\n" in err
+    report, exported, imported = recipes / "yarn.html", recipes / "yarn-model", recipes / "yarn-again"
+    assert run_command(capsys, "report", recipes / "yarn", "--out", report)[0] == 0
+    assert in_words in report.read_text()
+    assert run_command(capsys, "checkpoint", "export", recipes / "yarn", exported)[0] == 0
+    table = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(table | {"max_position_embeddings": 32}))  # as Qwen's are
+    code, _, err = run_command(capsys, "checkpoint", "import", exported, imported)
+    assert code == 0, err
+    assert in_words in err
+    assert "32 positions; its RoPE is scaled to 128, so max_position_embeddings can be raised to that\n" in err
+    assert load_toml(RunConfig, imported / "train.toml").model.rope_scaling == scaling
+    assert open_start(changed(config, output=recipes / "further", init_from=imported)).step == 0
+    code, _, err = run_command(capsys, "generate", "--model", imported, "--prompt", "x = 1\n" * 40)
+    assert code == 0, err
+    assert "lines are dropped; its RoPE is scaled to 128, so max_position_embeddings can be raised to that\n" in err
 
 
 def test_a_recipe_for_a_checkpoint_of_another_shape_is_refused(recipes):

@@ -15,6 +15,7 @@ import triton
 from megacoder.ops import cross_entropy as cross_entropy_op
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.ops.swiglu import swiglu
 from megacoder.ops.triton_kernels import cross_entropy
 from megacoder.ops.triton_kernels import rms_norm as rms_norm_kernels
@@ -129,7 +130,9 @@ def test_rms_norm_of_huge_rows_and_of_none():
 
 
 def tables(head_dim):
-    return tuple(t.to(DEVICE) for t in rope_tables(50, head_dim, theta=10000.0, factor=4.0))
+    """Of a scaled rotation, whose transpose is not its inverse."""
+    scaling = RopeScaling(kind="yarn", original_max_position_embeddings=16)
+    return tuple(t.to(DEVICE) for t in rope_tables(50, head_dim, theta=10000.0, factor=4.0, scaling=scaling))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 import torch
 
 from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface_rope import rope_to_huggingface
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.context import UNCUT
@@ -53,7 +54,7 @@ def llama_of(model):
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
     )  # fmt: skip
-    rope = {"rope_type": "linear", "factor": config.rope_factor, "rope_theta": config.rope_theta}
+    rope = rope_to_huggingface(config)["rope_parameters"]
     fields = {name: getattr(config, name) for name in same}
     peer = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager"))
     missing, unexpected = peer.load_state_dict({p.hf_name: p.view for p in weight_pieces(model)}, strict=False)

@@ -25,7 +25,7 @@ from bench_common import CPU_SHAPES, machine, write_record
 from bench_ranks import Answer, ContenderFailed, Ranks
 from contenders.one_process import COMPILED, EAGER, OURS, PRODUCTS
 
-from megacoder.core.config import parse_args
+from megacoder.core.config import parse_args, to_dict
 from megacoder.core.console import say, table
 
 
@@ -55,7 +55,7 @@ def bench(shape: str, dtype: str, options: Options) -> dict[str, dict[str, Any]]
     """Rows by contender: median seconds, tokens/s, peak memory, share of the matrix products' rate."""
     names = [OURS, EAGER, *([COMPILED] if options.compile else []), PRODUCTS]
     job = {
-        "model": asdict(CPU_SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
+        "model": to_dict(CPU_SHAPES[shape]), "dtype": dtype, "batch": options.batch, "sequence": options.sequence,
     }  # fmt: skip
     answers: dict[str, list[Answer]] = {name: [] for name in names}
     failed: dict[str, str] = {}

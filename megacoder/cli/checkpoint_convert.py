@@ -113,7 +113,12 @@ def import_main(argv: Sequence[str]) -> None:
         without = f"; {reason}"
         wanted += f", and data.tokenizer to a tokenizer with {config.vocab_size:,} ids or fewer,"
     start = args.dst / START
-    say(f"{args.dst}: {config.num_params:,} parameters{without}; to continue training, set {wanted} in {start}")
+    say(
+        f"{args.dst}: {config.num_params:,} parameters, {config.rope_words}{without}; to continue training, set "
+        f"{wanted} in {start}"
+    )
+    if config.positions_advice:
+        say(f"{args.dst}: {config.max_position_embeddings:,} positions{config.positions_advice}")
 
 
 def _why_no_tokenizer(folder: Path) -> str | None:

@@ -86,7 +86,8 @@ def _measured(folder: Path, args: EvalLongContextArgs, tp: TensorParallel) -> di
     every = map(dataset.document, range(dataset.num_documents))
     documents = list(islice((ids for ids in every if len(ids) >= args.length), args.documents))
     if tp.rank == 0:
-        say(f"{folder}: {counted(len(documents), 'document', 'documents')} of {args.length:,} tokens")
+        number = counted(len(documents), "document", "documents")
+        say(f"{folder}: {number} of {args.length:,} tokens; {model.config.rope_words}")
     losses = loss_by_position(model, tokenizer, documents, length=args.length)
     found = retrieval(model, tokenizer, length=args.length, trials=args.trials)
     return {"loss": [asdict(row) for row in losses], "found": [asdict(row) for row in found]}

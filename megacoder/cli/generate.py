@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     prompt = completion_prompt(tokenizer, args.prompt, max_tokens=prompt_room(model, longest))
     if prompt.num_dropped_lines and tp.rank == 0:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
-        say(f"the prompt does not fit into the model: its first {dropped} dropped")
+        say(f"the prompt does not fit into the model: its first {dropped} dropped{model.config.positions_advice}")
     for sample in range(args.samples):
         if args.samples > 1:
             print(f"--- {sample + 1}")

@@ -28,6 +28,7 @@ __all__ = [
     "check_same",
     "check_seconds",
     "did_you_mean",
+    "differences",
     "from_dict",
     "load_toml",
     "nearest",
@@ -163,7 +164,7 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
 
     `advice` says what to do, about any setting or about that which it is given.
     """
-    difference = next(_differences(old, new, free, prefix=""), None)
+    difference = next(differences(old, new, free), None)
     if difference is not None:
         key, was, now = difference
         todo = advice if isinstance(advice, str) else advice(key)
@@ -208,13 +209,14 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _differences(old: Any, new: Any, free: Collection[str], *, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, free: Collection[str] = (), *, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each setting in which two configs of one class differ, but for those in `free`."""
     for field in dataclasses.fields(old):
         name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
         if before == after or name in free:
             continue
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-            yield from _differences(before, after, free, prefix=f"{name}.")
+            yield from differences(before, after, free, prefix=f"{name}.")
         else:
             yield name, before, after
 

@@ -173,5 +173,5 @@ def _check_prompt(prompt: Sequence[int], place: int, max_new_tokens: int, config
     if len(prompt) + max_new_tokens > config.max_position_embeddings:
         raise DataError(
             f"prompt {place} has {counted(len(prompt), 'token', 'tokens')}; with {max_new_tokens} new ones it does "
-            f"not fit into the model's {config.max_position_embeddings} positions"
+            f"not fit into the model's {config.max_position_embeddings} positions{config.positions_advice}"
         )

@@ -1,11 +1,12 @@
 """The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megacoder.core.config import check_at_least
 from megacoder.core.errors import ConfigError
+from megacoder.ops.rope_scaling import RopeScaling
 
 __all__ = ["LocalSizes", "ModelConfig"]
 
@@ -50,7 +51,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """RoPE base; DeepSeek-Coder's 16K models use 100,000"""
     rope_factor: float = 1.0
-    """linear position interpolation: positions are divided by this; DeepSeek-Coder's 16K models use 4"""
+    """how many times as long a context RoPE is stretched to; DeepSeek-Coder's 16K models use 4, linearly"""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """how RoPE is stretched"""
     max_position_embeddings: int = 4096
     """longest sequence the model is meant for"""
     tie_word_embeddings: bool = False
@@ -75,11 +78,29 @@ class ModelConfig:
         for name in ("rope_theta", "rope_factor", "rms_norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} = {getattr(self, name)}: must be positive and finite")
+        self.rope_scaling.check(head_dim=self.head_dim, theta=self.rope_theta, factor=self.rope_factor)
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rope_words(self) -> str:
+        """RoPE in a few words."""
+        original = self.rope_scaling.original_max_position_embeddings
+        stretched = "" if original is None else f" from {original:,} positions"
+        unscaled = original is None and self.rope_factor == 1
+        scaling = "" if unscaled else f", {self.rope_scaling.kind} scaling by {self.rope_factor:g}{stretched}"
+        return f"RoPE of base {self.rope_theta:,.0f}{scaling}"
+
+    @property
+    def positions_advice(self) -> str:
+        """Goes behind a message that the model has too few positions, where its RoPE is stretched to more."""
+        reach = int((self.rope_scaling.original_max_position_embeddings or 0) * self.rope_factor)
+        if reach <= self.max_position_embeddings:
+            return ""
+        return f"; its RoPE is scaled to {reach:,}, so max_position_embeddings can be raised to that"
 
     @property
     def num_layer_matmul_params(self) -> int:

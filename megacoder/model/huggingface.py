@@ -3,8 +3,7 @@
 `transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
 `import_model` reads what they and DeepSeek publish.
 Names are already Hugging Face's (`weight_pieces`). Two things differ: the vocabulary's padding is not exported, and
-RoPE has several spellings. transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both
-are written. A reader that misses the scaling silently produces garbage, so anything not understood is refused here.
+RoPE has several spellings (`megacoder.model.huggingface_rope`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from megacoder.data.chat_format import FormatConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.model.config import ModelConfig
+from megacoder.model.huggingface_rope import rope_from_huggingface, rope_to_huggingface
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
@@ -170,9 +170,6 @@ def import_with_tokenizer(
 
 def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of `config`, without the tokenizer's ids."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_factor != 1.0:
-        rope = {"rope_type": "linear", "factor": config.rope_factor}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -184,9 +181,7 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_factor == 1.0 else rope | {"type": "linear"},
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        **rope_to_huggingface(config),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.init_std,
@@ -212,7 +207,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
     if table.get("quantization_config") is not None:
         raise FormatError(f"{where}: the weights are quantized; only plain float weights can be loaded")
-    rope = _rope(table, where)
+    rope = rope_from_huggingface(table, where)
     sizes = {key: _read(table, key, where) for key in _REQUIRED}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     try:
@@ -223,40 +218,13 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             rms_norm_eps=_read(table, "rms_norm_eps", where, default=1e-6),
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
             rope_factor=_read(rope, "factor", where, default=1.0),
+            rope_scaling=rope["scaling"],
             max_position_embeddings=_read(table, "max_position_embeddings", where, default=2048),
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:
         raise FormatError(f"{where}: {error}") from None
-
-
-def _rope(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """rope_theta and factor, from wherever they are written; FormatError where two places contradict each other."""
-    found: dict[str, Any] = {"rope_theta": table.get("rope_theta")}
-    _check_rotated(table, where)
-    places = {key: table[key] for key in ("rope_parameters", "rope_scaling") if table.get(key) is not None}
-    for key, rope in places.items():
-        if not isinstance(rope, dict):
-            raise FormatError(f"{where}: {key} = {rope!r}: expected an object")
-        _check_rotated(rope, where)
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear"):
-            raise FormatError(f"{where}: RoPE of type {rope_type!r}; only 'default' and 'linear' can be loaded")
-        if rope_type == "linear" and rope.get("factor") is None:
-            raise FormatError(f"{where}: {key} = {rope!r}: RoPE of type 'linear' needs a factor")
-        said = {"rope_theta": rope.get("rope_theta"), "factor": rope.get("factor") if rope_type == "linear" else 1.0}
-        for name, value in said.items():
-            if None not in (value, found.get(name)) and value != found[name]:
-                raise FormatError(f"{where}: {name} is {found[name]!r} in one place and {value!r} in {key}")
-            found[name] = found.get(name) if value is None else value
-    return found
-
-
-def _check_rotated(table: dict[str, Any], where: str) -> None:
-    share = table.get("partial_rotary_factor")
-    if share not in (None, 1):
-        raise FormatError(f"{where}: partial_rotary_factor = {share!r}; only heads rotated in full (1.0) can be loaded")
 
 
 def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:

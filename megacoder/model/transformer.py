@@ -194,8 +194,9 @@ class TransformerPart(nn.Module):
         config = self.config
         if self._rope is None or self._rope.cos.device != device:
             cos, sin = rope_tables(
-                config.max_position_embeddings, config.head_dim, theta=config.rope_theta, factor=config.rope_factor
-            )
+                config.max_position_embeddings, config.head_dim,
+                theta=config.rope_theta, factor=config.rope_factor, scaling=config.rope_scaling,
+            )  # fmt: skip
             self._rope = RopeTables(cos.to(device), sin.to(device))
         return self._rope
 

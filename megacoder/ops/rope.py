@@ -1,9 +1,13 @@
 """Rotary position embedding (arXiv:2104.09864) in Hugging Face's rotate-half convention.
 
-Legend: T tokens, H heads, K head dim, P positions in the table. Angle = (position / factor) * theta^(-2i/K); `factor`
-is linear position interpolation (arXiv:2306.15595), with which DeepSeek-Coder reached 16K. Tables and rotation are
-fp32. Rotation is orthogonal, so its backward is the rotation by the opposite angle.
+Legend: T tokens, H heads, K head dim, P positions in the table. Angle = position * frequency i; that is
+theta^(-2i/K), stretched to a longer context as `megacoder.ops.rope_scaling` says. Tables and rotation are fp32.
+The tables hold cos and sin times one magnitude m, which is 1 except with YaRN. So a pair is multiplied by m times a
+rotation, and the backward, the transpose, is m times the rotation by the opposite angle: the same tables with -sin.
+It is the inverse only where m is 1, so nothing may use it to get back what was rotated.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,15 +15,40 @@ from torch import Tensor
 from megacoder.ops.backends import backend, triton_module
 from megacoder.ops.cpp import address, kernels
 from megacoder.ops.fp8 import note_magnitude
+from megacoder.ops.rope_scaling import RopeScaling
 
-__all__ = ["apply_rope", "apply_rope_", "gather_unrotate", "rope_tables"]
+__all__ = ["apply_rope", "apply_rope_", "gather_unrotate", "rope_frequencies", "rope_tables"]
+
+LINEAR = RopeScaling()
 
 
-def rope_tables(num_positions: int, head_dim: int, *, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (P, K/2) fp32; angles are computed in fp64 so that large positions keep their phase."""
+def rope_frequencies(head_dim: int, *, theta: float, factor: float = 1.0, scaling: RopeScaling = LINEAR) -> Tensor:
+    """Radians by which each pair of a head's columns turns from one position to the next, (K/2,) fp64."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64) / factor, frequencies)
-    return angles.cos().float(), angles.sin().float()
+    if scaling.kind == "linear":
+        return frequencies / factor
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+    if scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = original * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        low, high = scaling.mixed_range(head_dim, theta)
+        indices = torch.arange(head_dim // 2, dtype=torch.float64)
+        width = high - low or 0.001  # of no width: a step
+        kept = 1 - ((indices - low) / width).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def rope_tables(
+    num_positions: int, head_dim: int, *, theta: float, factor: float = 1.0, scaling: RopeScaling = LINEAR
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (P, K/2) fp32; angles are computed in fp64 so that large positions keep their phase."""
+    frequencies = rope_frequencies(head_dim, theta=theta, factor=factor, scaling=scaling)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+    magnitude = scaling.magnitude(factor)
+    return (magnitude * angles.cos()).float(), (magnitude * angles.sin()).float()
 
 
 def apply_rope(x_THK: Tensor, cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor) -> Tensor:

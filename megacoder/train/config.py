@@ -191,7 +191,10 @@ class RunConfig:
                 raise ConfigError(f"stop_signals: {name!r} is not a signal that a run can handle; use e.g. 'SIGUSR1'")
         length, limit = self.data.stream.seq_length, self.model.max_position_embeddings
         if length > limit:
-            raise ConfigError(f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}")
+            raise ConfigError(
+                f"data.stream.seq_length = {length} exceeds model.max_position_embeddings = {limit}"
+                f"{self.model.positions_advice}"
+            )
         if self.execution.cuda_graph and (self.data.stream.document_masks or self.data.conversations.train):
             raise ConfigError(
                 "execution.cuda_graph = true with masked documents (data.stream.document_masks, data.conversations): "

@@ -44,7 +44,8 @@ def write_run_report(run: Path, path: Path) -> int:
     reader = CheckpointReader(run / CHECKPOINTS) if step_folders(run / CHECKPOINTS) else None
     lead = (
         f"megacoder {__version__}; step {rows[-1]['step']:,} of {config.steps:,}; "
-        f"{config.model.num_params / 1e6:,.1f} M parameters, {config.dtype}, seed {config.seed}"
+        f"{config.model.num_params / 1e6:,.1f} M parameters, {config.model.rope_words}, {config.dtype}, "
+        f"seed {config.seed}"
     )
     body = [_headline(rows), _learning(rows), _machine(rows), _checkpoints(rows, reader), _data(config, reader)]
     write_text(path, page(f"Run {run.resolve().name}", lead, [*body, _schedule(config, reader)]))

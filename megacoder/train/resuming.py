@@ -31,7 +31,9 @@ execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `s
 `_check_same_past` agrees. Data may have moved: the checkpoint's data position says whether it is the same
 (`check_order`)."""
 
-FREE_AT_START = {"rope_theta", "rope_factor", "max_position_embeddings", "init_std", "vocab_multiple"}
+FREE_AT_START = {
+    "rope_theta", "rope_factor", "rope_scaling", "max_position_embeddings", "init_std", "vocab_multiple"
+}  # fmt: skip
 """Model settings that may differ from those of the weights a run starts from: no weight's shape depends on them."""
 
 GOES_ON = (

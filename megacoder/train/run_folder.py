@@ -12,7 +12,7 @@ from typing import Any
 from megacoder.checkpoint.folders import CHECKPOINTS, HELD_OUT, best_checkpoint, step_folders
 from megacoder.checkpoint.reader import CheckpointReader
 from megacoder.checkpoint.writer import CheckpointWriter
-from megacoder.core.config import to_dict, to_toml
+from megacoder.core.config import differences, to_dict, to_toml
 from megacoder.core.console import say
 from megacoder.core.errors import AlikeOnAllRanks, CheckpointError, ConfigError, DamagedCheckpoint
 from megacoder.core.files import exclusive, remove_stale_temporaries, write_text
@@ -150,11 +150,10 @@ class RunFolder:
         if damage is not None:  # no other weights than those asked for
             raise AlikeOnAllRanks(damage)
         if self.mesh.world.is_first:
-            there, here = model_of(reader), self.config.model
+            silent = {"init_std", "vocab_multiple"}  # these change nothing in given weights
             changes = [
-                f"; {name} {getattr(here, name)} (there {getattr(there, name)})"
-                for name in ("max_position_embeddings", "rope_factor", "rope_theta")
-                if getattr(here, name) != getattr(there, name)
+                f"; {name} {here} (there {there})"
+                for name, there, here in differences(model_of(reader), self.config.model, silent)
             ]
             config = self.config
             extras = [("optimizer state", config.init_optimizer), ("place in the data", config.init_data)]

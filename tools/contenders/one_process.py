@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from megacoder.core.config import from_dict
 from megacoder.core.memory import keep_freed_memory, return_freed_memory
 from megacoder.model.config import ModelConfig
 from megacoder.model.init import init_weights
@@ -27,7 +28,7 @@ Update = Callable[[Tensor, Tensor], float]
 
 def build(job: dict[str, Any]) -> Callable[[], float]:
     """`job`: contender's `name`, `model` config, `dtype`, `batch`, `sequence`. Every step has other tokens."""
-    config, dtype = ModelConfig(**job["model"]), getattr(torch, job["dtype"])
+    config, dtype = from_dict(ModelConfig, job["model"], where="model"), getattr(torch, job["dtype"])
     if job["name"] == OURS:
         update = _ours(config, dtype)
     elif job["name"] == PRODUCTS:

@@ -34,6 +34,7 @@ class Job:
         if self.seq_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"seq_length = {self.seq_length} exceeds the model's {self.model.max_position_embeddings} positions"
+                f"{self.model.positions_advice}"
             )
 
     @property

@@ -68,14 +68,13 @@ class _Follower:
             for step, folder in found:
                 self._seen[step] = _identity_of(folder)
                 self._consider(step, folder)
-            waiting = waiting and not found
             if found:
                 continue
             if end is not None:
                 say(f"{self.run}: {end}; {counted(len(self.log.rows), 'checkpoint', 'checkpoints')} scored")
                 return
             if not waiting:
-                say(f"{self.run}: waiting for the next checkpoint")
+                say(f"{self.run}: waiting for more checkpoints until the run has ended")
                 waiting = True
             _pause()
 

@@ -1,4 +1,4 @@
-"""The options of loading a model, and of going through a run's. Without torch: scoring finished answers starts at once."""
+"""The options of loading a model and of following a run. Without torch: scoring finished answers starts at once."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -41,6 +41,7 @@ class ScoreLog:
         """Drops a last line that was cut off, as by a crash."""
         self._board = run / TENSORBOARD / name
         path = _path(run, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.rows = _read(run, name)

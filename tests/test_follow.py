@@ -181,18 +181,27 @@ def test_a_run_that_its_guard_has_stopped_has_ended(case, done, capsys):
 
 def test_a_run_that_went_back_is_scored_anew_from_there(case, done, capsys, pauses):
     assert follow(capsys, case, done)[1] == STEPS
-    for step in (6, 8):
-        shutil.rmtree(checkpoint(done, step))
     trainer = Trainer(case.config("again", seed=9, checkpoint_every=6), ALONE)
     while trainer.step < 6:
         trainer.update()
     leave(trainer)
-    shutil.move(checkpoint(trainer.config.output, 6), checkpoint(done, 6))
-    pauses.append(lambda: (done / "stopped").write_text("step 7: for the test"))
+    shutil.rmtree(checkpoint(done, 8))
+
+    def replace_by(run):
+        shutil.rmtree(checkpoint(done, 6))
+        shutil.copytree(checkpoint(run, 6), checkpoint(done, 6))
+
+    pauses += [
+        lambda: replace_by(trainer.config.output),
+        lambda: replace_by(case.folder / "done"),
+        lambda: (done / "stopped").write_text("step 7: for the test"),
+    ]
     code, steps, err = follow(capsys, case, done)
-    assert (code, steps) == (0, [6]), err
-    assert [row["step"] for row in read_scores(done)["perplexity"]] == [3, 6]
-    assert len(scalars(done, "perplexity/perplexity", "perplexity")) == 2
+    assert (code, steps) == (0, [6, 6]), err
+    rows = read_scores(done)["perplexity"]
+    assert [row["step"] for row in rows] == [3, 6]
+    values = [pytest.approx(row["scores"]["perplexity"]) for row in rows]
+    assert scalars(done, "perplexity/perplexity", "perplexity") == list(zip([3, 6], values, strict=True))
 
 
 def test_a_model_is_freed_before_the_next_is_loaded(case, done, capsys, monkeypatch):

@@ -7,7 +7,6 @@ goes on after an interruption. A checkpoint that the run removes first, or that 
 """
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -44,7 +43,7 @@ def follow(
         raise ConfigError(f"--follow --model {run}: no {RUN_TOML} in it; give the `output` of a run that has begun")
     folder, option = scores_folder(run, name), "--follow-as"
     with exclusive(folder, what="follower", instead=f"another {option}"), closing(ScoreLog(run, name)) as log:
-        fixed = {option: value for option, value in settings.items() if option != "model"}  # the run's folder may move
+        fixed = {key: value for key, value in settings.items() if key != "model"}  # the run's folder may move
         keep_settings(folder, fixed, has_lines=lambda: bool(log.rows), option=option)
         _Follower(run, name, score, log, protocol=settings["protocol"], as_json=as_json).run_to_end()
 
@@ -99,7 +98,7 @@ class _Follower:
         try:
             open_checkpoint(folder)
             content = model_content(folder)
-            if step in self.log.rows and self.log.rows[step]["checkpoint"] == content:
+            if step in self.log.rows and self.log.rows[step].get("checkpoint") == content:
                 return
             scores = self.score(folder)
         except (MegacoderError, OSError) as error:
@@ -119,9 +118,9 @@ class _Follower:
         tokens = step * config.global_batch_size * config.data.stream.seq_length
         row = {"step": step, "tokens": tokens, "name": self.name, "scores": scores, "protocol": self.protocol}
         row["checkpoint"] = content
-        self.log.add(row)
+        line = self.log.add(row)
         shown = ", ".join(f"{score} {value:.4f}" for score, value in scores.items())
-        print(json.dumps(row) if self.as_json else f"step {step:,}, {tokens:,} tokens: {shown}", flush=True)
+        print(line if self.as_json else f"step {step:,}, {tokens:,} tokens: {shown}", flush=True)
 
 
 def _identity_of(folder: Path) -> tuple[int, int] | None:

@@ -48,15 +48,17 @@ class ScoreLog:
         self._lines = Appender(path)
         self._events: EventsFile | None = None
 
-    def add(self, row: Row) -> None:
-        """One line, and its scores for TensorBoard as NAME/SCORE."""
+    def add(self, row: Row) -> str:
+        """Writes a line, which it returns, and the scores for TensorBoard as NAME/SCORE."""
         step, name, scores = row["step"], row["name"], row["scores"]
-        self._lines.append((json.dumps(row | {"scores": finite(scores)}) + "\n").encode())
+        line = json.dumps(row | {"scores": finite(scores)})
+        self._lines.append(f"{line}\n".encode())
         if self._events is None or step in self.rows:
             self._close_events()
             self._events = EventsFile(self._board, first_step=step)
         self._events.write(step, {f"{name}/{score}": value for score, value in scores.items()})
         _put(self.rows, row)
+        return line
 
     def close(self) -> None:
         """Closes both files."""

@@ -126,10 +126,10 @@ def losses_of(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) as TensorBoard reads them."""
+def scalars(folder: Path, name: str, below: str = "") -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard reads them, of the run or of what is scored `below` it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard" / below))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]

@@ -2,15 +2,15 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from megacoder.cli.eval_inputs import file_content, model_content
-from megacoder.cli.loading import Loading
+from megacoder.cli.eval_inputs import file_content, model_content, settings_of
+from megacoder.cli.loading import Following, Loading
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
@@ -68,13 +68,15 @@ class EvalArgs:
     unsafe: bool = False
     """run programs with your own rights, for machines where no sandbox works"""
     out: Optional[Path] = None
-    """folder for completions and results, one line each; the same command with the same inputs resumes from it"""
+    """folder for completions and results, one line each; the same command with the same inputs resumes from it. With
+    --follow, each checkpoint has a folder in it"""
     json: bool = False
-    """print the summary as JSON"""
+    """print the summary as JSON, with --follow a line per checkpoint"""
     api_model: Optional[str] = None
     """the model's name on the server; if unset, the server's first model"""
     sampling: Sampling = field(default_factory=Sampling)
     loading: Loading = field(default_factory=Loading)
+    following: Following = field(default_factory=Following)
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "endpoint", "completions") if getattr(self, name) is not None]
@@ -82,6 +84,7 @@ class EvalArgs:
             raise ConfigError(
                 f"{' and '.join(given) or 'none'} given: give exactly one of --model, --endpoint, --completions"
             )
+        self.following.check(self.model, self.loading)
         for name in ("samples", "workers", "batch_size", "limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -116,6 +119,9 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     if finished is not None:
         args = replace(args, samples=finished.check(tasks))
     tasks = tasks[: args.limit]
+    if args.following.follow:
+        _follow(name, args, benchmark, tasks)
+        return
     model = _resolved(args.model)
     tp = None
     if args.loading.tp > 1:
@@ -128,19 +134,47 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     if tp is not None and tp.rank > 0:  # the first rank writes nothing before all have read what is there
         collect(benchmark, tasks, Notes.glance(args.out), open_source=open_source, samples=args.samples, quiet=True)
         return
-    with Notes.open(args.out, {} if args.out is None else _identity(name, args, model)) as notes:
+    summary = _evaluate(name, args, benchmark, tasks, model=model, open_source=open_source, ahead=ahead)
+    if args.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        _print(name, summary, benchmark.settings, tasks[0])
+
+
+def _evaluate(
+    name: str, args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task], *, model: Path | None,
+    open_source: Callable[[], CompletionSource], ahead: Launcher | None = None,
+) -> Summary:  # fmt: skip
+    """Requests and judges what `args.out` does not have yet."""
+    with Notes.open(args.out, {} if args.out is None else _identity(name, args, benchmark, model)) as notes:
         if notes.completions:
             say(f"{notes.folder}: {len(notes.completions)} completions, {len(notes.results)} results exist already")
-        quiet = finished is not None
+        quiet = args.completions is not None
         collect(benchmark, tasks, notes, open_source=open_source, samples=args.samples, quiet=quiet)
         judge(benchmark, tasks, notes, start_sandbox=partial(_start_sandbox, args, benchmark, ahead))
         summary = summarize(tasks, notes, samples=args.samples)
         if args.out is not None:
             write_json(args.out / "summary.json", asdict(summary))
-    if args.json:
-        print(json.dumps(asdict(summary)))
-    else:
-        _print(name, summary, benchmark.settings, tasks[0])
+    return summary
+
+
+def _follow(name: str, args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Task]) -> None:
+    """Scores the checkpoints of the run `args.model`, each with a folder of its own in `args.out`."""
+    from megacoder.cli.follow import follow  # imports torch, which scoring a file does not need
+
+    def score(checkpoint: Path) -> dict[str, float]:
+        its = replace(args, model=checkpoint, out=None if args.out is None else args.out / checkpoint.name)
+        open_source = partial(_open_source, its, benchmark, finished=None, model=checkpoint, tp=None)
+        summary = _evaluate(name, its, benchmark, tasks, model=checkpoint, open_source=open_source)
+        return {
+            f"{metric}/{group}" if group else metric: score
+            for group, scores in sorted(summary.scores.items())
+            for metric, score in scores.items()
+        }
+
+    assert args.model is not None
+    settings = _identity(name, args, benchmark, None)
+    follow(args.model, args.following.follow_as or name, score, settings=settings, as_json=args.json)
 
 
 def _load(name: str, args: EvalArgs) -> tuple[Benchmark, list[Task]]:
@@ -169,26 +203,18 @@ def _resolved(model: Path | None) -> Path | None:
     return find_checkpoint(model) if is_checkpoint(model) else model
 
 
-_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp")
-"""Options that change no result but by rounding, so that an evaluation may resume with different ones."""
-
-
-def _identity(name: str, args: EvalArgs, model: Path | None) -> dict[str, Any]:
-    """What scores depend on: options as they were given, the protocol, and the content of each path and of `model`."""
-    options = asdict(args)
-    options |= options.pop("sampling") | options.pop("loading")
+def _identity(name: str, args: EvalArgs, benchmark: Benchmark, model: Path | None) -> dict[str, Any]:
+    """What scores depend on, with the content of each path and of `model`."""
     files = {"data": args.data, "completions": args.completions, "shots": args.shots}
     contents = {option: file_content(path, option=f"--{option}") for option, path in files.items() if path is not None}
     if model is not None:
         contents["model"] = model_content(model)
-    if (folder := args.loading.tokenizer) is not None:
-        contents["tokenizer"] = file_content(folder / "tokenizer.json", option="--tokenizer")
+    settings = settings_of(name, args, contents, protocol=benchmark.protocol)
     if args.instruct and model is not None and not _for_transformers(model):
         from megacoder.cli.model_folder import chat_format_of
 
-        options["chat_format"] = chat_format_of(model, tokenizer=args.loading.tokenizer).resolved
-    fixed = {option: str(value) for option, value in options.items() if option not in _FREE}
-    return {"benchmark": name, "protocol": BENCHMARKS[name].protocol, **fixed, "contents": contents}
+        settings["chat_format"] = str(chat_format_of(model, tokenizer=args.loading.tokenizer).resolved)
+    return settings
 
 
 def _open_source(

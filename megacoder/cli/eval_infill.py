@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from megacoder.cli.eval_benchmark import infill as run_benchmark
-from megacoder.cli.loading import Loading
+from megacoder.cli.eval_inputs import settings_of, texts_content
+from megacoder.cli.follow import follow
+from megacoder.cli.loading import Following, Loading
 from megacoder.cli.model_folder import load_model, prompt_room, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
@@ -16,14 +18,18 @@ from megacoder.core.files import write_text
 from megacoder.evaluate.held_out import read_source_files
 from megacoder.evaluate.infill import (
     MAX_NEW_TOKENS,
+    PROTOCOL,
+    InfillResult,
     InfillScore,
     InfillSummary,
+    InfillTask,
     choose_tasks,
     fill_lines,
     most_frequent_line,
     summarize,
 )
 from megacoder.evaluate.prompts import SHORTEST_INFILL
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = ["main", "print_summary"]
 
@@ -53,15 +59,18 @@ class EvalInfillArgs:
     batch_size: int = 32
     """answers generated at a time; in bf16 another number rounds otherwise, which changes some answers"""
     out: Path | None = None
-    """JSONL file to write every line, its truth and the answer to"""
+    """JSONL file to write every line, its truth and the answer to; with --follow, a folder for a file per
+    checkpoint"""
     json: bool = False
-    """print the summary as JSON"""
+    """print the summary as JSON, with --follow a line per checkpoint"""
     loading: Loading = field(default_factory=Loading)
+    following: Following = field(default_factory=Following)
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        self.following.check(self.model, self.loading)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,11 +80,24 @@ def main(argv: Sequence[str]) -> None:
         return
     args = parse_args(EvalInfillArgs, argv, prog="megacoder eval infill", flat=True)
     tasks = choose_tasks(read_source_files(args.data), num_tasks=args.num_tasks, seed=args.seed)
+    if args.following.follow:
+        _follow(args, tasks)
+        return
     frequent_line = most_frequent_line(read_source_files(args.train)) if args.train else None
     tp = share_model(args.loading.tp, ["eval", "infill", *argv])
     if tp is None:
         return
-    model, tokenizer = load_model(args.model, args.loading, tp=tp)
+    summary = summarize(_fill(args, tasks, args.model, tp, out=args.out), frequent_line=frequent_line)
+    if args.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print_summary(summary)
+
+
+def _fill(
+    args: EvalInfillArgs, tasks: Sequence[InfillTask], folder: Path, tp: TensorParallel, *, out: Path | None
+) -> list[InfillResult]:
+    model, tokenizer = load_model(folder, args.loading, tp=tp)
     prompt_room(model, args.max_new_tokens, shortest=SHORTEST_INFILL)
     results = fill_lines(
         model,
@@ -86,13 +108,21 @@ def main(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         quiet=tp.rank > 0,
     )
-    if args.out is not None and tp.rank == 0:
-        write_text(args.out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
-    summary = summarize(results, frequent_line=frequent_line)
-    if args.json:
-        print(json.dumps(asdict(summary)))
-    else:
-        print_summary(summary)
+    if out is not None and tp.rank == 0:
+        write_text(out, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
+    return results
+
+
+def _follow(args: EvalInfillArgs, tasks: Sequence[InfillTask]) -> None:
+    """Scores the checkpoints of the run `args.model`."""
+
+    def score(checkpoint: Path) -> dict[str, float]:
+        out = None if args.out is None else args.out / f"{checkpoint.name}.jsonl"
+        return asdict(summarize(_fill(args, tasks, checkpoint, ALONE, out=out), frequent_line=None).model)
+
+    asked = texts_content(text for task in tasks for text in (task.prefix, task.truth, task.suffix))
+    settings = settings_of("infill", args, {"data": asked}, protocol=PROTOCOL)
+    follow(args.model, args.following.follow_as or "infill", score, settings=settings, as_json=args.json)
 
 
 def _is_published_set(argv: Sequence[str]) -> bool:

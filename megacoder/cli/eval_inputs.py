@@ -7,18 +7,50 @@ loading them: their size, beginning (with the header) and end stand for them, si
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["file_content", "model_content"]
+__all__ = ["file_content", "model_content", "settings_of", "texts_content"]
 
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 """What configurations and tokenizers are in."""
 _WEIGHTS = (".safetensors", ".bin")
 _ENDS = 1 << 16
 """Bytes at either end of a file of weights."""
+_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp", "follow", "follow_as", "train")
+"""Options that change no score of the model but by rounding, so that an evaluation may go on with different ones."""
+
+
+def settings_of(name: str, args: Any, contents: Mapping[str, str], *, protocol: int) -> dict[str, Any]:
+    """What scores depend on: options as they were given, the protocol, and `contents` of inputs by their option.
+
+    `args` is a command's dataclass of options, with groups of them, among which `loading` names the tokenizer.
+    """
+    options: dict[str, Any] = {}
+    for option, value in asdict(args).items():
+        options |= value if isinstance(value, dict) else {option: value}
+    fixed = {
+        option: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for option, value in options.items()
+        if option not in _FREE
+    }
+    contents = dict(contents)
+    if (folder := args.loading.tokenizer) is not None:
+        contents["tokenizer"] = file_content(folder / "tokenizer.json", option="--tokenizer")
+    return {"benchmark": name, "protocol": protocol, **fixed, "contents": contents}
+
+
+def texts_content(texts: Iterable[str]) -> str:
+    """Identifies texts that were read from files, in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode()
+        digest.update(f"{len(encoded)}\0".encode() + encoded)
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def file_content(path: Path, *, option: str) -> str:

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megacoder.cli.loading import Loading
+from megacoder.cli.eval_inputs import settings_of, texts_content
+from megacoder.cli.follow import follow
+from megacoder.cli.loading import Following, Loading
 from megacoder.cli.model_folder import load_model, share_model
 from megacoder.core.config import parse_args
 from megacoder.core.console import table
 from megacoder.data.indexed import IndexedDataset
-from megacoder.evaluate.bits_per_byte import HeldOutScore, measure_bits_per_byte, training_token_counts
+from megacoder.evaluate.bits_per_byte import PROTOCOL, HeldOutScore, measure_bits_per_byte, training_token_counts
 from megacoder.evaluate.held_out import read_texts
+from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = ["main", "print_score"]
 
@@ -34,26 +37,48 @@ class EvalPerplexityArgs:
     window: int | None = None
     """most tokens that a prediction sees; if unset, the model's longest context"""
     json: bool = False
-    """print the result as JSON"""
+    """print the result as JSON, with --follow a line per checkpoint"""
     loading: Loading = field(default_factory=Loading)
+    following: Following = field(default_factory=Following)
+
+    def __post_init__(self) -> None:
+        self.following.check(self.model, self.loading)
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints the bits per byte."""
     args = parse_args(EvalPerplexityArgs, argv, prog="megacoder eval perplexity", flat=True)
     documents = read_texts(args.data, text_key=args.text_key, document_key=args.document_key)
+    if args.following.follow:
+        _follow(args, documents)
+        return
     tp = share_model(args.loading.tp, ["eval", "perplexity", *argv])
     if tp is None:
         return
-    model, tokenizer = load_model(args.model, args.loading, tp=tp)
-    counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
-    score = measure_bits_per_byte(
-        model, tokenizer, documents, window=args.window, token_counts=counts, quiet=tp.rank > 0
-    )
+    score = _measure(args, documents, args.model, tp)
     if args.json:
         print(json.dumps(asdict(score) | {"perplexity": score.perplexity}))
     else:
         print_score(score)
+
+
+def _measure(args: EvalPerplexityArgs, documents: Sequence[str], folder: Path, tp: TensorParallel) -> HeldOutScore:
+    model, tokenizer = load_model(folder, args.loading, tp=tp)
+    counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
+    return measure_bits_per_byte(
+        model, tokenizer, documents, window=args.window, token_counts=counts, quiet=tp.rank > 0
+    )  # fmt: skip
+
+
+def _follow(args: EvalPerplexityArgs, documents: Sequence[str]) -> None:
+    """Scores the checkpoints of the run `args.model`."""
+
+    def score(checkpoint: Path) -> dict[str, float]:
+        measured = _measure(args, documents, checkpoint, ALONE)
+        return {"bits_per_byte": measured.model, "perplexity": measured.perplexity}
+
+    settings = settings_of("perplexity", args, {"data": texts_content(documents)}, protocol=PROTOCOL)
+    follow(args.model, args.following.follow_as or "perplexity", score, settings=settings, as_json=args.json)
 
 
 def print_score(score: HeldOutScore) -> None:

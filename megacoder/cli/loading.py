@@ -1,4 +1,4 @@
-"""The options of loading a model. Without torch, since scoring finished answers must start at once."""
+"""The options of loading a model and of following a run. Without torch: scoring finished answers starts at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["Loading"]
+__all__ = ["Following", "Loading"]
 
 
 # `Optional[X]`, since at the first `X | None` tyro imports a type checker, which takes as long as ten programs.
@@ -24,3 +24,27 @@ class Loading:
     def __post_init__(self) -> None:
         if self.tp < 1:
             raise ConfigError(f"--tp {self.tp}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Scores over a training run."""
+
+    follow: bool = False
+    """score every checkpoint of the run --model in order of step, those to come as they appear, until the run has
+    ended; the same command goes on after an interruption"""
+    follow_as: Optional[str] = None
+    """what the scores are called in the run, to follow it with one benchmark in several ways; if unset, as the
+    command"""
+
+    def check(self, model: Path | None, loading: Loading) -> None:
+        """ConfigError where the other options have no checkpoints to follow, or the name cannot be a folder's."""
+        name = self.follow_as
+        if name is not None and not self.follow:
+            raise ConfigError(f"--follow-as {name}: only with --follow")
+        if name is not None and (not name or name.startswith(".") or "/" in name):
+            raise ConfigError(f"--follow-as {name!r}: must be a name that a folder can have")
+        if self.follow and model is None:
+            raise ConfigError("--follow: needs the folder of a run as --model; no other answers have checkpoints")
+        if self.follow and loading.tp > 1:
+            raise ConfigError(f"--follow with --tp {loading.tp}: checkpoints are loaded by one process; leave --tp out")

@@ -132,17 +132,18 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path, *, what: str) -> Iterator[None]:
-    """Locks `folder` for this process; MegacoderError if another has. The system unlocks it when a process dies.
+def exclusive(folder: Path, *, what: str, instead: str = "another folder") -> Iterator[None]:
+    """Locks `folder` for this process; MegacoderError, which advises to choose `instead`, if another has.
 
-    The lock is on a file in it, LOCK, opened for writing: hosts that share the folder over NFS know of no others. The
-    file is removed at the end; a killed process leaves it, unlocked. Who may only read the folder locks nothing.
+    The system unlocks it when a process dies. The lock is on a file in it, LOCK, opened for writing: hosts that share
+    the folder over NFS know of no others. The file is removed at the end; a killed process leaves it, unlocked. Who may
+    only read the folder locks nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         yield
         return
-    descriptor = _lock(folder, what)
+    descriptor = _lock(folder, what, instead)
     try:
         yield
     finally:
@@ -151,7 +152,7 @@ def exclusive(folder: Path, *, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path, what: str) -> int:
+def _lock(folder: Path, what: str, instead: str) -> int:
     """The descriptor of LOCK in `folder`, locked."""
     path = folder / LOCK
     while True:
@@ -163,7 +164,7 @@ def _lock(folder: Path, what: str) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise MegacoderError(
-                f"{folder}: another {what} is working here; wait for it, or choose another folder"
+                f"{folder}: another {what} is working here; wait for it, or choose {instead}"
             ) from None
         except OSError as error:
             os.close(descriptor)

@@ -40,6 +40,10 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px syst
 """
 
 
+_MOST_DOTS = 40
+"""Points of a line up to which each has a dot, so that few are seen as what they are, and a single one at all."""
+
+
 @dataclass(frozen=True)
 class Series:
     """A line of a chart: points (x, y) in rising x."""
@@ -125,9 +129,12 @@ def line_chart(series: Sequence[Series], y_label: str) -> str:
     parts.append(f'<text x="{left}" y="14">{escape(y_label)}</text>')
     legend = width - right
     for index, line in reversed(list(enumerate(lines))):
-        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in (place(*point) for point in line.points))
+        places = [place(*point) for point in line.points]
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
         color = f"var(--s{index % 5})"
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        if len(places) <= _MOST_DOTS:
+            parts += [f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2.4" fill="{color}"/>' for across, down in places]
         legend -= 8 * len(line.name) + 34
         parts.append(f'<line x1="{legend}" y1="10" x2="{legend + 16}" y2="10" stroke="{color}" stroke-width="3"/>')
         parts.append(f'<text x="{legend + 21}" y="14">{escape(line.name)}</text>')

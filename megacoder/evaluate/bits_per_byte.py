@@ -25,7 +25,13 @@ from megacoder.model.stage import forward_loss
 from megacoder.model.transformer import Transformer
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 
-__all__ = ["HeldOutScore", "measure_bits_per_byte", "training_token_counts", "unigram_bits", "windows", "xz_bits"]
+__all__ = [
+    "PROTOCOL", "HeldOutScore", "measure_bits_per_byte", "training_token_counts", "unigram_bits", "windows",
+    "xz_bits",
+]  # fmt: skip
+
+PROTOCOL = 1
+"""Raised when what is measured changes, so that scores of one run's checkpoints are not mixed."""
 
 _BATCH_TOKENS = 8192
 """Input tokens of a forward pass; more do not make it faster on a CPU."""

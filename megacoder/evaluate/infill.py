@@ -27,12 +27,14 @@ from megacoder.evaluate.similarity import edit_similarity
 from megacoder.model.transformer import Transformer
 
 __all__ = [
-    "InfillResult", "InfillScore", "InfillSummary", "InfillTask", "choose_tasks", "fill_lines", "is_worth_asking",
-    "line_above", "most_frequent_line", "score", "summarize",
+    "PROTOCOL", "InfillResult", "InfillScore", "InfillSummary", "InfillTask", "choose_tasks", "fill_lines",
+    "is_worth_asking", "line_above", "most_frequent_line", "score", "summarize",
 ]  # fmt: skip
 
 MIN_CHARACTERS = 10
 """Characters other than whitespace that a line must have to be asked for."""
+PROTOCOL = 1
+"""Raised when what is asked or how it is judged changes, so that scores of one run's checkpoints are not mixed."""
 MAX_NEW_TOKENS = 64
 """Room for an answer; a line that needs more cannot be matched, and counts as missed."""
 

@@ -20,10 +20,14 @@ from typing import Any
 from megacoder.core.console import counted, say
 from megacoder.core.files import replacing
 
-__all__ = ["DEVICE_TFLOPS", "HELD_OUT_LOSS", "METRICS", "MFU", "MetricsLog", "read_metrics"]
+__all__ = [
+    "DEVICE_TFLOPS", "HELD_OUT_LOSS", "METRICS", "MFU", "TENSORBOARD", "Appender", "EventsFile", "MetricsLog",
+    "finite", "read_metrics",
+]  # fmt: skip
 
 METRICS = "metrics.jsonl"
-"""In a run's folder."""
+TENSORBOARD = "tensorboard"
+"""File and folder in a run's folder."""
 HELD_OUT_LOSS = "held_out_loss"
 """In the lines of steps after which it was measured."""
 DEVICE_TFLOPS, MFU = "tflops_per_device", "mfu"
@@ -36,25 +40,23 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, resume_step: int, amend: dict[str, float] | None = None) -> None:
         """`amend` is added to the last line, that of `resume_step`: what an interruption had left to be measured."""
-        board = folder / "tensorboard"
-        board.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         kept = [line for line in _read(path) if line.row is None or line.row["step"] <= resume_step]
         _name_damage(path, kept)
         if amend:
             last, row = next((n, row) for n, line in reversed([*enumerate(kept)]) if (row := line.row) is not None)
-            kept[last] = _Line(json.dumps(row | _plain(amend)).encode())
+            kept[last] = _Line(json.dumps(row | finite(amend)).encode())
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(line.text + b"\n" for line in kept))
-        self._lines = _Appender(path)
-        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
-        self._events = _Events(board / name, first_step=resume_step + 1)
+        self._lines = Appender(path)
+        self._events = EventsFile(folder / TENSORBOARD, first_step=resume_step + 1)
         if amend:
             self._events.write(resume_step, amend)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, with null for what is not finite, which JSON lacks; TensorBoard gets the numbers by their names."""
-        self._lines.append((json.dumps({"step": step, **_plain(values)}) + "\n").encode())
+        self._lines.append((json.dumps({"step": step, **finite(values)}) + "\n").encode())
         self._events.write(step, values)
 
     def close(self) -> None:
@@ -63,11 +65,12 @@ class MetricsLog:
             file.close()
 
 
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
+def finite(values: dict[str, float]) -> dict[str, float | None]:
+    """With null for what is not finite, which JSON lacks."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-class _Appender:
+class Appender:
     """A file that grows by whole pieces or not at all; enough of a file object for RecordWriter."""
 
     def __init__(self, path: Path) -> None:
@@ -102,15 +105,19 @@ class _Appender:
         self._file.close()
 
 
-class _Events:
-    """TensorBoard's file. Its modules take a fifth of a second to import, and only a rank that logs needs them."""
+class EventsFile:
+    """A new file of TensorBoard's in `folder`, which drops what earlier files there have from `first_step` on.
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    Its modules take a fifth of a second to import, and only a process that logs needs them.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._file = _Appender(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appender(folder / name)
         self._record(Event(file_version="brain.Event:2"))
-        # TensorBoard drops what earlier files have from this step on.
         self._record(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:

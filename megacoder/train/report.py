@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megacoder.parallel.schedules.simulate import Costs, simulate
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import DEVICE_TFLOPS, HELD_OUT_LOSS, METRICS, MFU, read_metrics
 from megacoder.train.pace import DATA_SECONDS, SLOWEST_RATIO
+from megacoder.train.scores import read_scores
 from megacoder.train.utilization import CONVENTIONS
 from megacoder.version import __version__
 
@@ -27,8 +29,8 @@ Rows = list[dict[str, Any]]
 
 _DRAWN_MICROBATCHES_PER_RANK = 4
 """A step may have thousands; the picture shows how it begins and ends."""
-_SETS_PER_CHART = 4
-"""Of held-out sets: as many as have colors of their own and room for their names."""
+_LINES_PER_CHART = 4
+"""Of held-out sets, and of groups of a benchmark: as many as have colors of their own and room for their names."""
 
 
 def write_run_report(run: Path, path: Path) -> int:
@@ -47,7 +49,14 @@ def write_run_report(run: Path, path: Path) -> int:
         f"{config.model.num_params / 1e6:,.1f} M parameters, {config.model.rope_words}, {config.dtype}, "
         f"seed {config.seed}"
     )
-    body = [_headline(rows), _learning(rows), _machine(rows), _checkpoints(rows, reader), _data(config, reader)]
+    body = [
+        _headline(rows),
+        _learning(rows),
+        *_scores(run),
+        _machine(rows),
+        _checkpoints(rows, reader),
+        _data(config, reader),
+    ]
     write_text(path, page(f"Run {run.resolve().name}", lead, [*body, _schedule(config, reader)]))
     return int(rows[-1]["step"])
 
@@ -62,17 +71,43 @@ def _held_out_sets(rows: Rows) -> list[str]:
     """Where a run has several held-out sets: a chart of their losses and what became of each of them."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{HELD_OUT_LOSS}/"))
     lines = [line for key in keys if (line := _series(key.partition("/")[2], rows, key)).points]
-    charts = [
-        line_chart(lines[first : first + _SETS_PER_CHART], y_label="held-out loss")
-        for first in range(0, len(lines), _SETS_PER_CHART)
-    ]
     table = []
     for line in lines:
         lowest = min(line.points, key=lambda point: point[1])
         shown = (line.points[0], lowest, line.points[-1])
         table.append([line.name, *(f"{loss:.3f} at {step:,}" for step, loss in shown)])
     columns = ["held-out set", "first loss, at step", "lowest", "last"]
-    return [*charts, value_table(columns, table)] if lines else []
+    return [*_charts(lines, y_label="held-out loss"), value_table(columns, table)] if lines else []
+
+
+def _charts(lines: list[Series], *, y_label: str) -> list[str]:
+    """As many as the lines take."""
+    return [
+        line_chart(lines[first : first + _LINES_PER_CHART], y_label=y_label)
+        for first in range(0, len(lines), _LINES_PER_CHART)
+    ]
+
+
+def _scores(run: Path) -> list[str]:
+    """Where checkpoints have been scored: a chart of each score, a benchmark's groups in it, and what became of it."""
+    charts: list[str] = []
+    table = []
+    for name, rows in read_scores(run).items():
+        lines: dict[str, list[Series]] = defaultdict(list)
+        for key in dict.fromkeys(key for row in rows for key in row["scores"]):
+            score, _, group = key.partition("/")
+            scored = [row for row in rows if row["scores"].get(key) is not None]
+            points = [(row["step"], row["scores"][key]) for row in scored]
+            if not points:  # none is finite
+                continue
+            ordered = sorted(points, key=lambda point: point[1])
+            shown = (points[0], ordered[0], ordered[-1], points[-1])
+            lines[score].append(Series(group or score, points))
+            table.append([f"{name}, {key}", *(f"{value:.4f} at {step:,}" for step, value in shown)])
+        for score, found in lines.items():
+            charts += _charts(found, y_label=f"{name}, {score}")
+    columns = ["score of checkpoints", "first, at step", "lowest", "highest", "last"]
+    return [section("Scores", *charts, value_table(columns, table))] if charts else []
 
 
 def speed_chart(rows: Rows) -> str:

@@ -32,7 +32,7 @@ from megacoder.train.fragments import state_fragments
 from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.resuming import check_goes_on, check_same_run, open_start
 
-__all__ = ["RunFolder"]
+__all__ = ["STOPPED", "RunFolder"]
 
 STOPPED = "stopped"
 """A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""

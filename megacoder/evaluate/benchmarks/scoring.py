@@ -22,7 +22,7 @@ from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Task
 from megacoder.evaluate.benchmarks.completions import CompletionSource, Request
 from megacoder.evaluate.sandbox.host import Sandbox
 
-__all__ = ["Notes", "Summary", "collect", "judge", "pass_at_k", "summarize"]
+__all__ = ["Notes", "Summary", "collect", "judge", "keep_settings", "pass_at_k", "summarize"]
 
 Key = tuple[str, int]
 """(task, sample)"""
@@ -83,15 +83,13 @@ class Notes:
         self._write("results.jsonl", {"task_id": key[0], "sample": key[1], **result})
 
     def _read(self, folder: Path, settings: dict[str, Any]) -> None:
-        path = folder / "settings.json"
-        old = _settings_of(path) if path.exists() else None
-        self._read_completions(folder)
-        for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
-            self.results[row.pop("task_id"), row.pop("sample")] = row
-        if old is not None and (self.completions or self.results):
-            _check_same(path, old, settings)
-        else:
-            write_json(path, settings)
+        def has_lines() -> bool:
+            self._read_completions(folder)
+            for row in _whole_lines(folder / "results.jsonl", fields=("task_id", "sample")):
+                self.results[row.pop("task_id"), row.pop("sample")] = row
+            return bool(self.completions or self.results)
+
+        keep_settings(folder, settings, has_lines=has_lines)
 
     def _read_completions(self, folder: Path) -> None:
         for row in _whole_lines(folder / "completions.jsonl", fields=("task_id", "sample", "completion")):
@@ -106,21 +104,36 @@ class Notes:
         self._files[name].flush()
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
+def keep_settings(
+    folder: Path, settings: dict[str, Any], *, has_lines: Callable[[], bool], option: str = "--out"
+) -> None:  # fmt: skip
+    """Writes into `folder` what its lines are made with; ConfigError if it has lines, and they were made otherwise.
+
+    `option` chooses the folder. Nothing else there is read, by `has_lines`, before its settings are known to be such.
+    """
+    path = folder / "settings.json"
+    old = _settings_of(path, option) if path.exists() else None
+    if has_lines() and old is not None:
+        _check_same(path, old, settings, option)
+    else:
+        write_json(path, settings)
+
+
+def _settings_of(path: Path, option: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # UnicodeDecodeError is one
         found = None
     if not isinstance(found, dict) or "benchmark" not in found or not isinstance(found.get("contents", {}), dict):
-        raise FormatError(f"{path}: not an evaluation's settings; choose another --out")
+        raise FormatError(f"{path}: not an evaluation's settings; choose another {option}")
     return found
 
 
-def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], option: str) -> None:
     """ConfigError that names the first setting of `new` that differs from `old`, the settings in `path`."""
     if "contents" not in old:
         raise ConfigError(
-            f"{path}: of an earlier version, which did not record what its inputs held; choose another --out, or "
+            f"{path}: of an earlier version, which did not record what its inputs held; choose another {option}, or "
             f"remove {path.parent}"
         )
     before, after = old["contents"], new["contents"]
@@ -132,7 +145,7 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
         else:
             same, made = was == now, f"{name} = {was!r}, now {now!r}"
         if not same:
-            raise ConfigError(f"{path}: made with {made}; choose another --out, or remove {path.parent}")
+            raise ConfigError(f"{path}: made with {made}; choose another {option}, or remove {path.parent}")
 
 
 def _whole_lines(path: Path, *, fields: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a run says of an update that it skipped: windows of high loss, weights of large gradients, faults that pass."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -176,13 +177,25 @@ def test_only_the_first_of_several_in_a_row_is_examined(case):
 
 
 def test_the_windows_named_can_be_shown(case, capsys):
-    path = case.toml("shown")
-    _, out, _ = run_command(capsys, "data", "show", path, "--step", "3", "--windows", "7", "2", "--json")
     config = case.config("shown")
-    assert '"window": 7' in out.split('"window": 2')[0]
+    run_to(ALONE, config, 3)
+    [line, _], *_ = said_at(ALONE, config, 5)
+    command = re.search(r"\(megacoder (data show .*?)\);", line).group(1)
+    assert command.endswith(f"--checkpoint {config.output / 'checkpoints/step-00000003'}"), "later steps take long"
+    code, out, _ = run_command(capsys, *command.split())
+    assert (code, out.count("=== step 5, window ")) == (0, 3)
+
+
+def test_windows_are_shown_by_their_numbers_in_the_step(case, capsys):
+    path, config = case.toml("numbers"), case.config("numbers")
+    _, out, _ = run_command(capsys, "data", "show", path, "--step", "3", "--windows", "7", "2", "--json")
+    windows = json.loads(out)["windows"]
+    assert [window["window"] for window in windows] == [7, 2]
     tokenizer = load_tokenizer(config)
     stream = open_stream(config, tokenizer, dp_rank=0, dp_size=1)
     batch = [stream.next_batch() for _ in range(3)][-1]
-    assert tokenizer.decode(batch.tokens[6][:4].tolist()).split("\n")[0] in out
+    for window, row in zip(windows, (6, 1), strict=True):
+        text = "".join(document["text"] for document in window["documents"])
+        assert text == tokenizer.decode(batch.tokens[row].tolist())
     said = refusal(capsys, "data", "show", path, "--step", "3", "--windows", "9", code=2)
     assert "--windows 9: a step has windows 1 to 8" in said

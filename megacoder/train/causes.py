@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from megacoder.checkpoint.folders import CHECKPOINTS, step_folders
 from megacoder.data.stream import Batch
 from megacoder.parallel.world import gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
@@ -45,7 +46,7 @@ def describe_causes(
     if loss <= _CLEARLY * limits.loss and norm <= _CLEARLY * limits.grad_norm:
         return f"{found}, which are within the limits: for a moment a device, its memory or a link has failed"
     highest = _largest(losses)
-    shown = f"megacoder data show {config.output / RUN_TOML} --step {step} --windows {' '.join(map(str, highest))}"
+    shown = _how_to_show(config, step, highest)
     return f"{found}; {_describe_losses(losses, highest)} ({shown}); {_describe_gradients(squares, num_tokens)}"
 
 
@@ -82,6 +83,13 @@ def _squares_by_weight(engine: Engine) -> dict[str, float]:
 def _place_in_model(name: str) -> tuple[int, int]:
     first, *rest = name.split(".")
     return (1, int(rest[0])) if first == "layers" else (0 if first == "embed_tokens" else 2, 0)
+
+
+def _how_to_show(config: RunConfig, step: int, windows: Sequence[int]) -> str:
+    words = ["megacoder data show", config.output / RUN_TOML, "--step", step, "--windows", *windows]
+    if saved := step_folders(config.output / CHECKPOINTS):  # else the data are read from their beginning
+        words += ["--checkpoint", saved[-1][1]]
+    return " ".join(map(str, words))
 
 
 def _describe_losses(losses: Mapping[int, float], highest: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ of them, and a unigram model, -log2((count + 1) / (all counts + V)) of the train
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -108,6 +109,7 @@ def windows(num_tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield max(0, stop - window), stop, counted
 
 
+@lru_cache(maxsize=1)  # one text, but many checkpoints where a run is followed
 def xz_bits(text: bytes) -> int:
     """Size of `text` as `xz -9` writes it, in bits."""
     return 8 * len(lzma.compress(text, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9))

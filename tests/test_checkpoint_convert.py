@@ -12,6 +12,7 @@ import torch
 from checkpoint_cases import flip_a_byte, no_flush, no_space, state_of  # noqa: F401
 from command_line import refusal, run_command
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
 from train_cases import ALONE, changed, leave, make_case
 
 from megacoder.checkpoint import folders
@@ -195,6 +196,19 @@ def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
         assert torch.equal(tensor, before[name].float()), name
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_qwen2_through_another_layout_changes_no_byte(case, tmp_path, capsys, kv_heads):
+    config = dataclasses.replace(config_of(case, "x").model, qkv_bias=True, num_key_value_heads=kv_heads)
+    export_model(make_model(config), tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer")
+    assert run(capsys, "import", tmp_path / "hf", tmp_path / "start")[0] == 0
+    assert run(capsys, "reshard", tmp_path / "start", tmp_path / "two", "--tp", 2)[0] == 0
+    words = ("--tokenizer", case.folder / "tokenizer", "--dtype", "fp32")
+    assert run(capsys, "export", tmp_path / "two", tmp_path / "again", *words)[0] == 0
+    assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / "hf"))
+    for path in (tmp_path / "hf").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_all_files_of_a_tokenizer_are_imported(folder, tmp_path, capsys):
     beside = {"chat_template.jinja": "{{ 1 }}", "special_tokens_map.json": "{}", "added_tokens.json": '{"x": 1}'}
     for name, text in beside.items():
@@ -352,8 +366,8 @@ def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, 
     ("changes", "message"),
     [
         (
-            {"architectures": ["Qwen2ForCausalLM"]},
-            "architecture 'Qwen2ForCausalLM'; only 'LlamaForCausalLM' can be loaded",
+            {"architectures": ["Qwen3ForCausalLM"]},
+            "architecture 'Qwen3ForCausalLM'; only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'"),
     ],

@@ -40,6 +40,8 @@ SHAPES = {
     "yarn": {"rope_factor": 4.0, "rope_theta": 1000000.0, "rope_scaling": YARN},
     "yarn with all settings": {"rope_factor": 2.5, "rope_scaling": dataclasses.replace(YARN, **SET)},
     "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "biases": {"qkv_bias": True, "rope_theta": 1e6},
+    "biases, tied, linear rope": {"qkv_bias": True, "tie_word_embeddings": True, "rope_factor": 4.0},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }
 
@@ -100,6 +102,58 @@ def test_a_model_that_transformers_wrote_is_read(tmp_path, written, read):
     tokens = torch.arange(64)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("published", [False, True], ids=["as transformers writes it", "as Qwen published it"])
+def test_a_qwen2_is_read(tmp_path, tied, published):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=tied,
+        rope_theta=1e6,
+    )  # fmt: skip
+    theirs = transformers.Qwen2ForCausalLM(config)
+    for name, param in theirs.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(param)
+    theirs.save_pretrained(tmp_path / "hf")
+    if published:
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range")  # fmt: skip
+        table = {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rope_theta": 1000000.0,
+            "attention_dropout": 0.0, "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False,
+            "use_cache": True, "tie_word_embeddings": tied, "use_mrope": False, "torch_dtype": "float32",
+            **{key: getattr(config, key) for key in keys},
+        }  # fmt: skip
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
+    model = import_model(tmp_path / "hf")
+    assert (model.config.qkv_bias, model.config.rope_theta, model.config.tie_word_embeddings) == (True, 1e6, tied)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+    export_model(model, tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window = True; only False can be loaded"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention' in every layer"),
+        ({"model_type": "llama"}, "model_type 'llama' beside architecture 'Qwen2ForCausalLM'; expected 'qwen2'"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "k_proj.bias has no place"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded"),
+    ],
+)
+def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
+    export_model(make_model(qkv_bias=True), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **changes)
+    with pytest.raises(FormatError, match=message):
+        import_model(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
@@ -385,6 +439,8 @@ def test_faulty_shards_are_named(tmp_path, monkeypatch):
 def test_exports_that_transformers_would_refuse_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
         export_model(make_model(num_attention_heads=3, num_key_value_heads=1), tmp_path / "hf")
+    with pytest.raises(ConfigError, match="head_dim 24 is not hidden_size / num_attention_heads = 16; with biases"):
+        export_model(make_model(qkv_bias=True, head_dim=24), tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"dtype torch\.float16"):
         export_model(make_model(), tmp_path / "hf", dtype=torch.float16)
     assert os.listdir(tmp_path) == []

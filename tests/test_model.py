@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny_models import llama_of, make_model, named_grads, tiny_config
+from tiny_models import make_model, named_grads, peer_of, tiny_config
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.stage import forward_backward, forward_loss
@@ -24,6 +24,8 @@ SHAPES = {
     "llama3 rope": {"rope_factor": 4.0, "rope_scaling": LLAMA3},
     "yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "free head_dim, tied": {"head_dim": 10, "tie_word_embeddings": True},
+    "biases, grouped": {"qkv_bias": True, "num_key_value_heads": 2},
+    "biases, tied": {"qkv_bias": True, "tie_word_embeddings": True},
 }
 
 
@@ -86,7 +88,7 @@ def test_bf16_step_errs_at_most_twice_as_much_as_autograd_in_bf16():
 def test_plain_model_equals_transformers(shape):
     config = tiny(**SHAPES[shape])
     model = make_model(config)
-    peer = llama_of(model)
+    peer = peer_of(model)
     tokens, labels = batch_of(config)
     with torch.no_grad():
         assert torch.allclose(model.logits(model(tokens)), peer(input_ids=tokens).logits, atol=1e-5)

@@ -5,10 +5,9 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import grads_of, make_model, named_grads, pipeline_config
+from tiny_models import grads_of, init_with_biases, make_model, named_grads, pipeline_config
 
 from megacoder.model.copies import sum_copied_gradients
-from megacoder.model.init import init_weights
 from megacoder.model.partition import ExecutionConfig, build_stages, sum_tied_gradients
 from megacoder.model.stage import Microbatch
 from megacoder.parallel.context import UNCUT
@@ -45,7 +44,7 @@ def group_of(rank, dims, axis):
     return next(group for members, group in groups if rank in members)
 
 
-def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recompute="none"):
+def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recompute="none", bias=False):
     dims = ParallelDims(tp=2, pp=2)
     place, pp_group = dims.coordinates(world.rank), group_of(world.rank, dims, "pp")
     tp = TensorParallel(
@@ -54,12 +53,12 @@ def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recomp
     schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=NUM_MICROBATCHES)
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
-        config_of(num_stages, tied), tp, cp=UNCUT,
+        config_of(num_stages, tied, qkv_bias=bias), tp, cp=UNCUT,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
         execution=ExecutionConfig(block=block, recompute=recompute),
     )  # fmt: skip
     model = stages[0].model
-    init_weights(model, seed=3)
+    init_with_biases(model, seed=3)
     FlatParameters(model.named_parameters(), dtype=torch.float32, device=world.device)
     outputs = PipelineRunner(build_program(schedule), stages, pp_group).run(microbatches()).outputs
     sum_copied_gradients(model)
@@ -87,8 +86,15 @@ def test_either_block_equals_one_process_whatever_is_recomputed(ranks, block, re
     check_against_one_process(results, True)
 
 
-def check_against_one_process(results, tied):
-    expected_losses, expected = one_process(config_of(results[0][0], tied))
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+@pytest.mark.parametrize(("block", "recompute"), [("scheduled", "none"), ("scheduled", "full"), ("plain", "none")])
+def test_biases_of_a_key_value_head_that_ranks_share(ranks, block, recompute, sequence_parallel):
+    results = ranks.run(4, step_on_rank, "zbv", True, sequence_parallel, block, recompute, True)
+    check_against_one_process(results, True, bias=True)
+
+
+def check_against_one_process(results, tied, *, bias=False):
+    expected_losses, expected = one_process(config_of(results[0][0], tied, qkv_bias=bias))
     found = set()
     for _, losses, grads in results:
         assert losses in ([], pytest.approx(expected_losses, rel=1e-6))

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import grads_of, llama_of, make_model, named_grads, tiny_config
+from tiny_models import grads_of, make_model, named_grads, peer_of, tiny_config
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.copies import sum_copied_gradients
@@ -183,7 +183,7 @@ def test_packed_documents_equal_each_alone(path):
 
 def test_packed_documents_equal_transformers():
     model = make_model(tiny_config(num_key_value_heads=2))
-    peer = llama_of(model)
+    peer = peer_of(model)
     tokens, labels, starts = batch_of(model.config)
     documents = starts.cumsum(1)
     seen = (documents[:, :, None] == documents[:, None]) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -220,9 +220,9 @@ def step_with_tensor_parallelism(world, config, path, packed):
 
 @pytest.mark.parametrize("path", STEPS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, packed, path):
-    config = tiny_config(num_key_value_heads=kv_heads)
+@pytest.mark.parametrize(("kv_heads", "bias"), [(1, False), (4, False), (1, True)])
+def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, bias, packed, path):
+    config = tiny_config(num_key_value_heads=kv_heads, qkv_bias=bias)
     expected_loss, expected = one_process(config, packed)
     results = ranks.run(4, step_with_tensor_parallelism, config, path, packed)
     assert sum(loss for tp_rank, loss, _ in results if tp_rank == 0) == pytest.approx(expected_loss, rel=1e-6)

@@ -121,6 +121,17 @@ def test_a_step_equals_one_process(ranks, size, kv_heads, tied, sequence_paralle
     assert_near(assembled(grads for _, grads, _ in results), expected)
 
 
+@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 1), (2, 4), (4, 2)])
+def test_a_step_with_biases_equals_one_process(ranks, size, kv_heads, sequence_parallel, path):
+    config = tiny_config(num_key_value_heads=kv_heads, qkv_bias=True)
+    expected_loss, expected = one_process(config)
+    results = ranks.run(size, step_on_rank, config, path, sequence_parallel, torch.float32)
+    assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * size, rel=1e-6)
+    assert_near(assembled(grads for _, grads, _ in results), expected)
+
+
 @pytest.mark.parametrize("path", KINDS_OF_STAGE)
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

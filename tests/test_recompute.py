@@ -24,10 +24,11 @@ BYTES_PER_TOKEN = {  # of a layer, e bytes per element
 }
 
 
-def build(dtype):
+def build(dtype, bias=False):
     config = pipeline_config(
-        LAYERS, hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=G, head_dim=K
-    )
+        LAYERS, hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=G, head_dim=K,
+        qkv_bias=bias,
+    )  # fmt: skip
     model = make_model(config, seed=1)
     return model, FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
 
@@ -84,8 +85,8 @@ def test_the_plain_stage_keeps_less_the_more_is_recomputed():
     assert selective - full >= LAYERS * BATCH * LENGTH * 4 * (C + H * K)
 
 
-def gradients(kind, recompute, dtype, *, postponed):
-    model, flat = build(dtype)
+def gradients(kind, recompute, dtype, *, postponed, bias=False):
+    model, flat = build(dtype, bias)
     stage = kind.whole(model, recompute=recompute)
     for _ in range(2):  # microbatches
         loss, saved = stage.forward(None, microbatch())
@@ -100,14 +101,15 @@ def gradients(kind, recompute, dtype, *, postponed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("kind", [Stage, PlainStage])
 @pytest.mark.usefixtures("backend")
-def test_recomputing_and_postponed_weight_gradients_change_no_bit(kind, dtype):
-    loss, grad = gradients(kind, "none", dtype, postponed=False)
+def test_recomputing_and_postponed_weight_gradients_change_no_bit(kind, bias, dtype):
+    loss, grad = gradients(kind, "none", dtype, postponed=False, bias=bias)
     assert grad.abs().sum() > 0
     for recompute in MODES[kind]:
         for postponed in (False, True):
-            other_loss, other_grad = gradients(kind, recompute, dtype, postponed=postponed)
+            other_loss, other_grad = gradients(kind, recompute, dtype, postponed=postponed, bias=bias)
             assert torch.equal(other_loss, loss)
             assert torch.equal(other_grad, grad), (recompute, postponed)
 

@@ -4,8 +4,8 @@ import torch
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface_rope import rope_to_huggingface
-from megacoder.model.init import init_weights
-from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.model.init import init_weights, keyed_generator
+from megacoder.model.transformer import Transformer, TransformerPart, weight_pieces
 from megacoder.parallel.context import UNCUT
 from megacoder.parallel.tensor import ALONE
 
@@ -30,8 +30,18 @@ def pipeline_config(num_layers: int, tied: bool = False, **changes) -> ModelConf
 
 def make_model(config: ModelConfig, *, seed: int = 0, tp=ALONE, cp=UNCUT) -> Transformer:
     model = Transformer(config, tp, cp=cp)
-    init_weights(model, seed=seed)
+    init_with_biases(model, seed=seed)
     return model
+
+
+@torch.no_grad()
+def init_with_biases(model: TransformerPart, *, seed: int) -> None:
+    """As `init_weights`, but no bias is zero, since zeros would hide one that is left out or misplaced."""
+    init_weights(model, seed=seed)
+    for piece in weight_pieces(model):
+        if piece.hf_name.endswith(".bias"):
+            whole = 0.3 * torch.randn(piece.shard.shape, generator=keyed_generator(seed, piece.hf_name))
+            piece.view.copy_(piece.shard.part(whole))
 
 
 def grads_of(model) -> list[tuple]:
@@ -45,18 +55,19 @@ def named_grads(model) -> dict[str, torch.Tensor]:
     return {name: grad for name, _, grad in grads_of(model)}
 
 
-def llama_of(model):
-    """transformers' Llama with the same weights, its attention written out."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def peer_of(model):
+    """transformers' Llama or, with biases, Qwen2 of the same weights, its attention written out."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     config = model.config
+    peer_config, peer_model = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
     )  # fmt: skip
     rope = rope_to_huggingface(config)["rope_parameters"]
     fields = {name: getattr(config, name) for name in same}
-    peer = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager"))
+    peer = peer_model(peer_config(**fields, rope_parameters=rope, attn_implementation="eager"))
     missing, unexpected = peer.load_state_dict({p.hf_name: p.view for p in weight_pieces(model)}, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

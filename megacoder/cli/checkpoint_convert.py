@@ -72,7 +72,7 @@ class ExportArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArgs:
-    """Makes a checkpoint from a Hugging Face folder of the Llama architecture, such as DeepSeek-Coder's."""
+    """Makes a checkpoint from a Hugging Face folder, such as DeepSeek-Coder's or Qwen2.5-Coder's."""
 
     src: Positional[Path]
     """folder with config.json and safetensors"""

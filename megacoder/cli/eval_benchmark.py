@@ -210,7 +210,7 @@ def _identity(name: str, args: EvalArgs, benchmark: Benchmark, model: Path | Non
     if model is not None:
         contents["model"] = model_content(model)
     settings = settings_of(name, args, contents, protocol=benchmark.protocol)
-    if args.instruct and model is not None and not _for_transformers(model):
+    if args.instruct and model is not None and not _for_transformers(model, instruct=True):
         from megacoder.cli.model_folder import chat_format_of
 
         settings["chat_format"] = str(chat_format_of(model, tokenizer=args.loading.tokenizer).resolved)
@@ -239,7 +239,7 @@ def _open_source(
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
-    if (other := _for_transformers(model)) is not None:
+    if (other := _for_transformers(model, instruct=args.instruct)) is not None:
         if tp is not None:
             raise ConfigError(f"--tp {tp.size}: {model} is {other}, which runs on one process only")
         return TransformersSource(model, decoding, device=probe().device_type)
@@ -250,15 +250,21 @@ def _open_source(
     )  # fmt: skip
 
 
-def _for_transformers(model: Path) -> str | None:
-    """The architecture of a Hugging Face folder that only transformers can run; None for what runs here."""
+def _for_transformers(model: Path, *, instruct: bool) -> str | None:
+    """The architecture of a Hugging Face folder that only transformers can run, or, for a Qwen2 with a chat template of
+    its own, can `instruct`; None for what runs here."""
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
+    from megacoder.data.chat_format import FormatConfig
+    from megacoder.data.tokenizer_folder import chat_template_in
+    from megacoder.model.huggingface import can_load
 
     if is_checkpoint(model) or not (model / "config.json").is_file():
         return None
-    architectures = read_config(model).get("architectures") or ["none named"]
-    return None if architectures == ["LlamaForCausalLM"] else str(architectures[0])
+    table = read_config(model)
+    template = chat_template_in(model) if instruct and table.get("model_type") == "qwen2" else None
+    asks_otherwise = template is not None and FormatConfig.from_jinja(template) is None
+    return None if can_load(table) and not asks_otherwise else str((table.get("architectures") or ["none named"])[0])
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

@@ -1,4 +1,5 @@
-"""The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly)."""
+"""The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly, and
+Qwen2.5-Coder with biases)."""
 
 import math
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class LocalSizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Pre-RMSNorm, SwiGLU, RoPE, grouped queries, no biases (arXiv:2401.14196, Table 2).
+    """Pre-RMSNorm, SwiGLU, RoPE, grouped queries; no biases unless `qkv_bias` (arXiv:2401.14196, Table 2).
 
     Defaults: the 1.3B model as it is pre-trained, before it is extended to 16,384 positions.
     """
@@ -58,6 +59,8 @@ class ModelConfig:
     """longest sequence the model is meant for"""
     tie_word_embeddings: bool = False
     """share the embedding's weights with the head"""
+    qkv_bias: bool = False
+    """add a bias to queries, keys and values, as Qwen2 does (arXiv:2407.10671, 2.2)"""
     init_std: float = 0.006
     """standard deviation of every matrix at initialization (arXiv:2401.02954, 2.2)"""
     vocab_multiple: int = 128
@@ -121,7 +124,8 @@ class ModelConfig:
     def num_params(self) -> int:
         """All weights as exported, padding not counted."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        return self.num_matmul_params + embedding + (2 * self.num_hidden_layers + 1) * self.hidden_size
+        biases = self.num_hidden_layers * self.local_sizes(1).qkv if self.qkv_bias else 0
+        return self.num_matmul_params + embedding + biases + (2 * self.num_hidden_layers + 1) * self.hidden_size
 
     def attention_flops_per_token(self, seq_length: int, *, causal: bool) -> float:
         """Training FLOPs per token of the score and value products.

@@ -32,7 +32,7 @@ class Decoder:
         weight = model.lm_head.weight
         self._rope = model.rope(weight.device)
         self._fused: list[FusedLayer] | None = None
-        if can_fuse(weight, cache.num_sequences):
+        if can_fuse(weight, cache.num_sequences) and not model.config.qkv_bias:
             layers = zip(model.decoder_layers().values(), cache.layers, strict=True)
             self._fused = [FusedLayer(_weights(layer), self._view(kept)) for layer, kept in layers]
 
@@ -66,8 +66,8 @@ class Decoder:
         for layer, kept in zip(model.decoder_layers().values(), cache.layers, strict=True):
             attn, mlp = layer.self_attn, layer.mlp
             heads, groups, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
-            norm = layer.input_layernorm
-            qkv_BC = few_rows_linear(rms_norm_forward(x_BD, norm.weight, norm.eps)[0], attn.qkv_proj.weight)
+            norm, qkv = layer.input_layernorm, attn.qkv_proj
+            qkv_BC = few_rows_linear(rms_norm_forward(x_BD, norm.weight, norm.eps)[0], qkv.weight, qkv.bias)
             apply_rope_(qkv_BC, rope.cos, rope.sin, positions_B, num_rotated=heads + groups, head_dim=dim)
             rows = qkv_BC.view(batch, -1, dim)
             k_BGPK, v_BGPK, _ = kept.append(rows[:, heads : heads + groups, None], rows[:, heads + groups :, None])

@@ -1,4 +1,5 @@
-"""The transformer to and from a Hugging Face folder, `LlamaForCausalLM`, without a changed bit.
+"""The transformer to and from a Hugging Face folder, without a changed bit: `LlamaForCausalLM`, with biases of queries,
+keys and values `Qwen2ForCausalLM`.
 
 `transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
 `import_model` reads what they and DeepSeek publish.
@@ -34,15 +35,22 @@ from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.parallel.tensor import ALONE, TensorParallel
 
 __all__ = [
-    "check_vocabulary", "config_from_huggingface", "config_to_huggingface", "export_model", "import_model",
+    "can_load", "check_vocabulary", "config_from_huggingface", "config_to_huggingface", "export_model", "import_model",
     "import_with_tokenizer", "open_folder", "weight_shapes", "write_folder",
 ]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""Settings that all our models share; a folder with different ones is refused."""
+_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+_FIXED: dict[str, dict[str, Any]] = {
+    _LLAMA: {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    _QWEN2: {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
+}
+"""By architecture, settings that all our models share; a folder with different ones is refused. Llama's attention_bias
+is one of the output, too."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes for which transformers has no default, or a default that nobody means."""
+_POSITIONS = {_LLAMA: 2048, _QWEN2: 32768}
+"""What transformers takes for max_position_embeddings where it is not given."""
 
 
 def export_model(
@@ -87,6 +95,12 @@ def write_folder(
         raise ConfigError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
             "transformers refuses to load such a model"
+        )
+    if config.qkv_bias and config.head_dim != config.hidden_size // config.num_attention_heads:
+        raise ConfigError(
+            f"head_dim {config.head_dim} is not hidden_size / num_attention_heads = "
+            f"{config.hidden_size // config.num_attention_heads}; with biases a model is exported as {_QWEN2}, which "
+            "has no other"
         )
     ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
@@ -170,9 +184,11 @@ def import_with_tokenizer(
 
 def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of `config`, without the tokenizer's ids."""
+    architecture = _QWEN2 if config.qkv_bias else _LLAMA
+    fixed = _FIXED[architecture]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": fixed["model_type"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -188,27 +204,39 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
         "attention_dropout": 0.0,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
-        **_FIXED,
+        **fixed,
     }
+
+
+def can_load(table: dict[str, Any]) -> bool:
+    """Whether the architecture that a config.json names is one of ours."""
+    return table.get("architectures") in [[architecture] for architecture in _FIXED]
 
 
 def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig:
     """The ModelConfig of a config.json; FormatError, beginning with `where`, for anything unsupported."""
-    architectures = table.get("architectures") or ["none named"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise FormatError(f"{where}: architecture {architectures[0]!r}; only 'LlamaForCausalLM' can be loaded")
-    model_type = table.get("model_type", "llama")
-    if model_type != "llama":
+    architecture = (table.get("architectures") or ["none named"])[0]
+    if not can_load(table):
+        known = " and ".join(map(repr, _FIXED))
+        raise FormatError(f"{where}: architecture {architecture!r}; only {known} can be loaded")
+    fixed = _FIXED[architecture]
+    if table.get("model_type", fixed["model_type"]) != fixed["model_type"]:
         raise FormatError(
-            f"{where}: model_type {model_type!r} beside architecture {architectures[0]!r}; expected 'llama'"
+            f"{where}: model_type {table['model_type']!r} beside architecture {architecture!r}; expected "
+            f"{fixed['model_type']!r}"
         )
-    for key, value in _FIXED.items():
+    for key, value in fixed.items():
         if table.get(key, value) != value:
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
     if table.get("quantization_config") is not None:
         raise FormatError(f"{where}: the weights are quantized; only plain float weights can be loaded")
     rope = rope_from_huggingface(table, where)
     sizes = {key: _read(table, key, where) for key in _REQUIRED}
+    layer_types = ["full_attention"] * sizes["num_hidden_layers"]
+    if table.get("layer_types") not in (None, layer_types):
+        raise FormatError(
+            f"{where}: layer_types = {table['layer_types']!r}; only 'full_attention' in every layer can be loaded"
+        )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     try:
         return ModelConfig(
@@ -219,8 +247,9 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
             rope_factor=_read(rope, "factor", where, default=1.0),
             rope_scaling=rope["scaling"],
-            max_position_embeddings=_read(table, "max_position_embeddings", where, default=2048),
+            max_position_embeddings=_read(table, "max_position_embeddings", where, default=_POSITIONS[architecture]),
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
+            qkv_bias=architecture == _QWEN2,
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:

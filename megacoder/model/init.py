@@ -20,9 +20,9 @@ MOST_THREADS = 8
 
 
 def draw_weight(name: str, shape: torch.Size, *, std: float, seed: int) -> Tensor:
-    """Normal(0, std) fp32 of `shape`, keyed by (seed, name); vectors (norm weights) are ones."""
+    """Normal(0, std) fp32 of `shape`, keyed by (seed, name); of vectors, norm weights are ones and biases zeros."""
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     return torch.empty(shape).normal_(0.0, std, generator=keyed_generator(seed, name))
 
 

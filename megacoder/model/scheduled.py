@@ -34,6 +34,7 @@ from megacoder.ops.linear import (
     STORED,
     Factor,
     Precision,
+    accumulate_bias_grad,
     accumulate_weight_grad,
     for_later,
     linear_forward,
@@ -90,11 +91,12 @@ PARAMETERS = {
     "input_layernorm.weight", "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
     "mlp.gate_up_proj.weight", "mlp.down_proj.weight",
 }  # fmt: skip
+OPTIONAL = {"self_attn.qkv_proj.bias"}
 
 
 def check_layer(layer: DecoderLayer) -> None:
     """ConfigError for a layer that somebody has given other parameters: they would neither be applied nor trained."""
-    unknown = {name for name, _ in layer.named_parameters()} ^ PARAMETERS
+    unknown = ({name for name, _ in layer.named_parameters()} ^ PARAMETERS) - OPTIONAL
     if unknown:
         raise ConfigError(
             f"the layers have parameters that the hand-scheduled block does not know, or lack some: "
@@ -306,7 +308,7 @@ def _attention_half(
     attn, precision, places = layer.self_attn, shared.precision, shared.places
     attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND, shared)
     qkv_input_TD, attn_norm = _enter(attn_norm, shared)
-    qkv_TC = linear_forward(qkv_input_TD, weights.qkv)
+    qkv_TC = linear_forward(qkv_input_TD, weights.qkv, attn.qkv_proj.bias)
     rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
     apply_rope_(qkv_TC, shared.rope.cos, shared.rope.sin, positions_T, num_rotated=rotated, head_dim=attn.head_dim)
     q, k, v = _heads(layer, qkv_TC, places.batch)
@@ -383,9 +385,13 @@ def _attention_backward(
         o_input_TI = precision.input(attention.out.view(len(attention.qkv), -1))
     weight_grads.add(attn.o_proj, grad_TD, o_input_TI)
     positions_T, amax = places.positions_BL.flatten(), precision.new_amax(grad.values_ND)
-    grad_qkv_TC = precision.grad(
-        gather_unrotate(grad_q, *wait_for_grad_kv(), shared.rope.cos, shared.rope.sin, positions_T, amax=amax), amax
-    )
+    uncast_TC = gather_unrotate(
+        grad_q, *wait_for_grad_kv(), shared.rope.cos, shared.rope.sin, positions_T, amax=amax
+    )  # fmt: skip
+    if attn.qkv_proj.bias is not None:  # not postponed: one pass over what has just been written, and not yet rounded
+        accumulate_bias_grad(grad_of(attn.qkv_proj.bias), uncast_TC)
+    grad_qkv_TC = precision.grad(uncast_TC, amax)
+    del uncast_TC  # else it would live beside its cast
     reducing = start_reduce(linear_input_grad(grad_qkv_TC, weights.qkv), tp)
     weight_grads.add(attn.qkv_proj, grad_qkv_TC, qkv_input())
     return _norm_backward(norm, reducing.wait(), saved.attn_input, attn_norm.rstd, grad, shared)

@@ -12,7 +12,7 @@ is in attention alone; S is then the length of this rank's part of every sequenc
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
@@ -86,6 +86,7 @@ class Attention(nn.Module):
                 Shard.of("v_proj", key_value, tp, num_blocks=kv_heads),
             ],
             tp,
+            bias=config.qkv_bias,
         )
         self.o_proj = RowParallelLinear([Shard.of("o_proj", (dim, heads * config.head_dim), tp, dim=1)], tp)
 
@@ -285,17 +286,18 @@ class WeightPiece:
 def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
     """Every weight of `model` once, under its Hugging Face name, in a fixed order; a tied head is the embedding.
 
-    Embedding and head pieces exclude the rows that pad the vocabulary: those have no Hugging Face name. What is not a
-    `Linear` is a copy on every tensor-parallel rank; its gradients are summed where ranks compute them from parts: from
-    their own tokens under sequence parallelism, or from their own heads if the module has `sees_own_heads`.
+    Embedding and head pieces exclude the rows that pad the vocabulary: those have no Hugging Face name. A bias of a
+    `Linear` is cut as the rows of its weight are. What is not a `Linear` is a copy on every tensor-parallel rank; its
+    gradients are summed where ranks compute them from parts: from their own tokens under sequence parallelism, or from
+    their own heads if the module has `sees_own_heads`.
     """
     modules = dict(model.named_modules())
     for param_name, param in model.named_parameters():
-        module_name = param_name.rsplit(".", 1)[0]
+        module_name, _, kind = param_name.rpartition(".")
         module = modules[module_name]
         parent, _, own_name = module_name.rpartition(".")
         if isinstance(module, Linear):
-            shards = module.shards
+            shards = [replace(shard, shape=shard.shape[: param.dim()]) for shard in module.shards]
         else:
             shape = tuple(param.shape)
             summed = model.tp.sequence_parallel or getattr(module, "sees_own_heads", False)
@@ -304,5 +306,5 @@ def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
         for shard in shards:
             scope = "" if shard.name == "lm_head" else "model." + (parent + "." if parent else "")
             is_copy = shard.copy > 0 or (model.copies_embedding and module is model.embed_tokens)
-            yield WeightPiece(f"{scope}{shard.name}.weight", param_name, param, start, shard, is_copy)
+            yield WeightPiece(f"{scope}{shard.name}.{kind}", param_name, param, start, shard, is_copy)
             start += shard.local_shape[0]

@@ -47,7 +47,7 @@ class AdamWConfig:
     eps: float = 1e-8
     """added to the square root of the second moment"""
     weight_decay: float = 0.1
-    """decoupled decay, applied to matrices and embeddings, not to norms"""
+    """decoupled decay, applied to matrices and embeddings, not to norms and biases"""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):

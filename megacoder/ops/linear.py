@@ -1,4 +1,5 @@
 """The three products of a linear layer, y = x W^T, dx = g W and dW += g^T x, on factors in either of two precisions.
+A bias is added to the first; its gradient is the sum of g over tokens.
 
 Legend: T tokens, O output dim, I input dim. `grad_weight` is a view of the flat fp32 gradient buffer, so nothing is
 copied between the backward and the reduce-scatter: it accumulates in fp32 across microbatches, whatever the product
@@ -20,8 +21,10 @@ from megacoder.ops.fp8 import E4M3, E5M2, Fp8Factor, fp8_cast, fp8_product
 
 __all__ = [
     "STORED",
+    "WIDENED_TOKENS",
     "Factor",
     "Precision",
+    "accumulate_bias_grad",
     "accumulate_weight_grad",
     "for_later",
     "linear_forward",
@@ -39,6 +42,9 @@ FAST_FORWARD_SUMS, FAST_GRADIENT_SUMS = True, False
 PARTIAL_ELEMENTS = 1 << 22
 """Elements of a weight gradient that a CPU computes in bf16 before adding them to the sum: 8 MB. Most layers have
 fewer; all of an output head's would be the largest tensor of a step after its logits."""
+
+WIDENED_TOKENS = 128
+"""Tokens whose output gradients are summed for a bias at a time on a CPU, where torch copies them to fp32 first."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,15 @@ def for_later(factor: Factor) -> Factor:
     return factor.transpose_alone() if isinstance(factor, Fp8Factor) else factor
 
 
-def linear_forward(x_TI: Factor, weight_OI: Factor) -> Tensor:
-    """(T, O) = x W^T, in bf16 for fp8 factors."""
+def linear_forward(x_TI: Factor, weight_OI: Factor, bias_O: Tensor | None = None) -> Tensor:
+    """(T, O) = x W^T + bias, in bf16 for fp8 factors, to whose product the bias is added afterwards."""
     if isinstance(x_TI, Fp8Factor):
         assert isinstance(weight_OI, Fp8Factor)
         scales = x_TI.inverse_scale, weight_OI.inverse_scale
-        return fp8_product(x_TI.rows_RC, weight_OI.rows_RC, scales, fast_sums=FAST_FORWARD_SUMS)
+        product_TO = fp8_product(x_TI.rows_RC, weight_OI.rows_RC, scales, fast_sums=FAST_FORWARD_SUMS)
+        return product_TO if bias_O is None else product_TO.add_(bias_O)
     assert isinstance(weight_OI, Tensor)
-    return x_TI @ weight_OI.t()
+    return x_TI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.t())
 
 
 def linear_input_grad(grad_out_TO: Factor, weight_OI: Factor) -> Tensor:
@@ -94,6 +101,13 @@ def linear_input_grad(grad_out_TO: Factor, weight_OI: Factor) -> Tensor:
         return fp8_product(grad_out_TO.rows_RC, weight_OI.columns_CR, scales, fast_sums=FAST_GRADIENT_SUMS)
     assert isinstance(weight_OI, Tensor)
     return grad_out_TO @ weight_OI
+
+
+def accumulate_bias_grad(grad_bias_O: Tensor, grad_out_TO: Tensor) -> None:
+    """grad_bias += the sum of g over tokens, in fp32; g is as yet uncast."""
+    widened = grad_out_TO.dtype != torch.float32 and not grad_out_TO.is_cuda
+    for grad_RO in grad_out_TO.split(WIDENED_TOKENS if widened else len(grad_out_TO)):
+        grad_bias_O += grad_RO.sum(0, dtype=torch.float32)
 
 
 def partial_rows(num_inputs: int) -> int:

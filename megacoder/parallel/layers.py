@@ -24,7 +24,7 @@ class Shard:
     """The part of a named weight that a rank holds: indices [start, start + size) along `dim`, all of other dims."""
 
     name: str
-    """last part of the weight's Hugging Face name before `.weight`"""
+    """last part of the weight's Hugging Face name before `.weight` or `.bias`"""
     shape: tuple[int, ...]
     """of the whole weight"""
     dim: int
@@ -78,7 +78,7 @@ class Shard:
 
 
 class Linear(nn.Module):
-    """y = x W^T without a bias; the rows of `weight` are those of `shards`, one after the other, then `padding`."""
+    """y = x W^T; the rows of `weight` are those of `shards`, one after the other, then `padding`."""
 
     def __init__(self, shards: Sequence[Shard], tp: TensorParallel, *, padding: int = 0) -> None:
         super().__init__()
@@ -88,10 +88,19 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """Output features are sharded: all tokens (T, I) of the residual stream -> (T, O/tp)."""
+    """Output features are sharded: all tokens (T, I) of the residual stream -> (T, O/tp).
+
+    A bias, where there is one, has the rows of `weight`.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, shards: Sequence[Shard], tp: TensorParallel, *, bias: bool = False) -> None:
+        super().__init__(shards, tp)
+        self.register_parameter("bias", nn.Parameter(torch.empty(len(self.weight))) if bias else None)
 
     def forward(self, stream: Tensor) -> Tensor:
-        return F.linear(gather(stream, self.tp), self.weight)
+        return F.linear(gather(stream, self.tp), self.weight, self.bias)
 
 
 class RowParallelLinear(Linear):

@@ -260,7 +260,7 @@ def _segments(bucket: Bucket, shard: slice) -> Iterator[tuple[slice, bool]]:
     for slot in bucket.slots:
         if slot.start >= shard.stop or slot.stop <= shard.start:
             continue
-        wants = slot.param.dim() > 1  # norm weights are not decayed
+        wants = slot.param.dim() > 1  # norm weights and biases are not decayed
         if decayed is not None and wants != decayed:
             yield slice(begin, slot.start), decayed
             begin = slot.start

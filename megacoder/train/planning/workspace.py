@@ -27,7 +27,7 @@ from megacoder.model.scheduled import waiting_bytes_per_token
 from megacoder.ops.attention import block_shape
 from megacoder.ops.backends import candidates
 from megacoder.ops.cross_entropy import chunk_tokens
-from megacoder.ops.linear import partial_rows
+from megacoder.ops.linear import WIDENED_TOKENS, partial_rows
 from megacoder.parallel.context import ContextParallel
 from megacoder.train.planning.job import Job, Variant
 
@@ -170,6 +170,7 @@ class Workspace:
         if not postponed:
             tape.passing(self._layer_partial(dim, local.attention))
         tape.take(self._qkv)
+        tape.passing(self._widened_for_bias)
         self._start_reduce(tape)
         if not postponed:
             tape.passing(self._layer_partial(local.qkv, dim))
@@ -308,6 +309,13 @@ class Workspace:
     def _layer_partial(self, rows: int, columns: int) -> int:
         """The same in a layer, whose fp8 products are whole and in fp32 before they are added."""
         return FP32 * rows * columns if self.variant.fp8 else self._partial(rows, columns)
+
+    @property
+    def _widened_for_bias(self) -> int:
+        """Output gradients in fp32 that a CPU sums for the bias at a time."""
+        if not self.job.model.qkv_bias or self.device_type != "cpu" or self.job.itemsize == FP32:
+            return 0
+        return FP32 * min(self.variant.tokens(self.job), WIDENED_TOKENS) * self._local.qkv
 
     @property
     def _shares_tokens(self) -> bool:

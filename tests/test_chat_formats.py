@@ -11,6 +11,7 @@ from command_line import run_command
 from data_samples import small_tokenizer, write_jsonl
 from test_sft import conversations, run_config
 
+from megacoder.cli.eval_benchmark import _for_transformers
 from megacoder.cli.loading import Loading
 from megacoder.cli.main import main
 from megacoder.cli.model_folder import chat_format_of, load_model
@@ -108,6 +109,17 @@ def test_a_template_of_another_form_is_named_and_one_of_the_tokenizers_folder_co
     assert capsys.readouterr().err == (
         f"{tmp_path}: a chat template of another form; asking in DeepSeek-Coder's format\n"
     )  # fmt: skip
+
+
+def test_a_qwen2_with_a_template_of_another_form_is_asked_by_transformers(tmp_path):
+    for name, template, asks in (("qwen", "{{ 1 }}", True), ("ours", OWN.jinja, False), ("base", None, False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}')
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        assert _for_transformers(folder, instruct=True) == ("Qwen2ForCausalLM" if asks else None)
+        assert _for_transformers(folder, instruct=False) is None
 
 
 def asked_by(monkeypatch, place: str, words: list[str]) -> list[dict]:

@@ -25,7 +25,7 @@ from megacoder.ops.cross_entropy import (
     softmax_,
 )
 from megacoder.ops.few_rows import FEW, few_rows_linear
-from megacoder.ops.linear import accumulate_weight_grad
+from megacoder.ops.linear import accumulate_bias_grad, accumulate_weight_grad
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
 from megacoder.ops.split_master import join_master, split_master_
@@ -304,6 +304,15 @@ def test_a_weight_gradient_is_the_same_in_parts(dtype, monkeypatch):
     assert_near(total, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_gradient_is_summed_in_fp32(dtype):
+    """Over more tokens than are widened at a time, to which one far larger number is added first."""
+    grad, total = randn(2 * linear.WIDENED_TOKENS + 33, 10, dtype=dtype), torch.full((10,), 1000.0, device=DEVICE)
+    expected = total.double() + grad.double().sum(0)
+    accumulate_bias_grad(total, grad)
+    assert (total - expected).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("label", [-1, 4])
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(IndexError, match=f"label {label} is outside the vocabulary of 4 ids"):
@@ -407,6 +416,9 @@ def test_few_rows_linear(backend, dtype, rows, dim, width):
     strided = torch.stack((x, x), dim=1)[:, 1]
     torch.testing.assert_close(few_rows_linear(strided, weight), ours)
     assert (ours.double() - exact).abs().max() <= 2 * theirs + 1e-6
+    bias = torch.randn(width).to(dtype)
+    error = (few_rows_linear(x, weight, bias).double() - (exact + bias.double())).abs().max()
+    assert error <= 2 * theirs + 1e-6 + torch.finfo(dtype).eps * exact.abs().max()  # the sum is rounded, too
     for row in range(rows - 1):  # a row's result does not depend on its company
         if rows <= FEW and backend == "compiled":
             assert torch.equal(few_rows_linear(x[row : row + 2], weight)[0], ours[row])

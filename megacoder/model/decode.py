@@ -3,7 +3,8 @@
 `Transformer.forward` is the reference and processes the prompts. A step of one token per sequence is so short that on a
 CPU most of its time went into what surrounds the arithmetic: module calls, views for general shapes, a rotary lookup in
 every layer. Where the CPU kernels are built and the batch is small, a layer here is two calls (`megacoder.ops.decode`);
-elsewhere it is a dozen operations.
+elsewhere, and with biases, it is a dozen operations: on one core that takes 0.9 ms longer for eight layers of D = 256,
+and no longer from D = 896 on.
 
 Legend: B sequences, D model dim, G key-value heads, R query heads of each, K head dim, P columns so far.
 """

@@ -241,7 +241,7 @@ def _open_source(
 
     if (other := _for_transformers(model, instruct=args.instruct)) is not None:
         if tp is not None:
-            raise ConfigError(f"--tp {tp.size}: {model} is {other}, which runs on one process only")
+            raise ConfigError(f"--tp {tp.size}: {model} is {other}, which transformers runs on one process only")
         return TransformersSource(model, decoding, device=probe().device_type)
     loaded, tokenizer = load_model(model, args.loading, tp=tp or ALONE)
     return LocalSource(

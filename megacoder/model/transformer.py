@@ -297,7 +297,9 @@ def weight_pieces(model: TransformerPart) -> Iterator[WeightPiece]:
         module = modules[module_name]
         parent, _, own_name = module_name.rpartition(".")
         if isinstance(module, Linear):
-            shards = [replace(shard, shape=shard.shape[: param.dim()]) for shard in module.shards]
+            shards = module.shards
+            if kind == "bias":
+                shards = [replace(shard, shape=shard.shape[:1]) for shard in shards]
         else:
             shape = tuple(param.shape)
             summed = model.tp.sequence_parallel or getattr(module, "sees_own_heads", False)

@@ -46,6 +46,7 @@ POSITIONAL = {
     "checkpoint reshard": ["src", "dst"],
     "checkpoint export": ["run", "dst"],
     "checkpoint import": ["src", "dst"],
+    "tokenizer extend": ["base"],
     "infill": ["file", "--model", "folder"],
     "report": ["run"],
 }

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from command_line import run_command
+from command_line import refusal, run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -20,7 +21,7 @@ from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
-from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
+from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, read_tokenizer_files
 from megacoder.evaluate.prompts import infill_prompt
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
@@ -248,3 +249,116 @@ def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):
         preprocess(PreprocessConfig(input=(rows,), tokenizer=folder, output=tmp_path / folder.name, workers=1))
         line = f"{folder}: the tokenizer normalizes text, so that 'e\\u0301' becomes '\\xe9'\n"
         assert (line in capsys.readouterr().err) == said
+
+
+# Control tokens added
+
+
+ADDED = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<|User|>", "<|Assistant|>", "<|EOT|>"]
+
+
+def extend(capsys, *words):
+    code, _, said = run_command(capsys, "tokenizer", "extend", *words)
+    assert code == 0, said
+    return said.splitlines()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen"])
+def test_control_tokens_follow_the_others_and_no_text_has_other_ids(name, request, tmp_path, capsys):
+    folder = request.getfixturevalue(name)
+    before, base = contents(folder), Tokenizer.load(folder)
+    *lines, last = extend(capsys, folder, "--output", tmp_path / "new", "--add", "<|tool|>", "<|sql|>")
+    added = [*ADDED, "<|tool|>", "<|sql|>"]
+    assert lines == [f"{base.vocab_size + number}  {text}" for number, text in enumerate(added)]
+    assert last.endswith(f"a run that starts from the model adds its rows: model.vocab_size = {base.vocab_size + 8}")
+    new = Tokenizer.load(tmp_path / "new")
+    assert new.token_bytes == [*base.token_bytes, *(text.encode() for text in added)]
+    assert (new.bos_id, new.eos_id, new.pad_id) == (base.bos_id, base.eos_id, base.pad_id), "those that it has learned"
+    assert new.control_id("fim_hole") == base.vocab_size
+    texts = [*NASTY_TEXTS, *source_texts(20), *added]
+    assert new.encode_batch(texts) == base.encode_batch(texts)
+    assert contents(folder) == before
+
+
+def test_transformers_reads_an_extended_folder_as_its_export(qwen, tmp_path, capsys):
+    """Lists of added tokens in other files name the new ones, too; a chat template of the model's own stays."""
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(qwen, tmp_path / "base")
+    size = Tokenizer.load(folder).vocab_size
+    listed = {"content": "<|pad|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"model_max_length": 77, "added_tokens_decoder": {str(size - 1): {**listed, "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|pad|>": size - 1}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [size - 2]}))
+    extend(capsys, folder, "--output", tmp_path / "new")
+    files = read_tokenizer_files(tmp_path / "new", max_length=None).files
+    assert {name: (tmp_path / "new" / name).read_text() for name in files} == files
+    assert json.loads(files["added_tokens.json"])["<|EOT|>"] == size + 5
+    assert json.loads(files["tokenizer_config.json"])["added_tokens_decoder"][str(size + 5)]["content"] == "<|EOT|>"
+    assert chat_template_in(tmp_path / "new") == FormatConfig().jinja
+    assert end_ids_in(tmp_path / "new") == [Tokenizer.load(folder).eos_id, size - 2]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert theirs.convert_tokens_to_ids(ADDED) == list(range(size, size + 6))
+    assert theirs.model_max_length == 77
+    assert theirs(f"x = 1\n{ADDED[0]}").input_ids == [*Tokenizer.load(folder).encode("x = 1\n"), size]
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")
+    extend(capsys, folder, "--output", tmp_path / "other")
+    assert chat_template_in(tmp_path / "other") == "{{ 1 }}"
+
+
+def test_only_what_is_missing_is_added_and_spare_rows_are_found(llama3, tmp_path, capsys):
+    extend(capsys, llama3 / "tokenizer.json", "--output", tmp_path / "new")
+    [line] = extend(capsys, tmp_path / "new", "--output", tmp_path / "again")
+    assert line.startswith(f"{tmp_path / 'new'}: has all control tokens of fill-in-the-middle and chat already; ")
+    assert not (tmp_path / "again").exists()
+    size = Tokenizer.load(tmp_path / "new").vocab_size
+    for rows, wanted in ((size + 1, size + 1), (size, size + 1)):
+        (tmp_path / "new" / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        lines = extend(capsys, tmp_path / "new", "--output", tmp_path / f"with-{rows}", "--add", "<|more|>")
+        assert lines[0] == f"{size}  <|more|>"
+        assert (f"the {rows:,} rows of the model suffice: " in lines[1]) == (rows > size)
+        assert lines[1].endswith(f": model.vocab_size = {wanted}")
+    assert extend(capsys, write_deepseeks(tmp_path), "--output", tmp_path / "none")[0].endswith("is not written")
+
+
+def write_deepseeks(tmp_path):
+    small_tokenizer().save(tmp_path / "deepseeks")
+    return tmp_path / "deepseeks"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--add", ""], "--add '': a token needs at least one character"),
+        (["--add", "<|a|>", "<|b|>", "<|a|>"], "--add '<|a|>': is given twice"),
+        (["--add", "<|EOT|>"], "--add '<|EOT|>': is added in any case; leave it out"),
+        (["--add", "<|eot_id|>"], "--add '<|eot_id|>': the tokenizer has it already, as id 902; leave it out"),
+        (["--add", " return"], "--add ' return': the tokenizer has it already, as id "),
+    ],
+)
+def test_a_token_that_cannot_be_added_is_refused(llama3, tmp_path, capsys, words, message):
+    assert message in refusal(capsys, "tokenizer", "extend", llama3, "--output", tmp_path / "new", *words, code=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_tokenizer_is_not_extended_and_no_folder_replaced(llama3, tmp_path, capsys):
+    words = ["tokenizer", "extend"]
+    (tmp_path / "new").mkdir()
+    assert "new exists already; choose another folder" in refusal(
+        capsys, *words, llama3, "--output", tmp_path / "new", code=2
+    )
+    out = ["--output", tmp_path / "out"]
+    assert "nowhere: No such file or directory; expected a" in refusal(capsys, *words, tmp_path / "nowhere", *out)
+    (tmp_path / "new" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    assert "tokenizer.json: No such file or directory" in refusal(capsys, *words, tmp_path / "new", *out)
+    sentencepiece = tokenizers.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "\u2581a": 2}, []))
+    sentencepiece.add_special_tokens(["<s>", "</s>"])
+    sentencepiece.save(str(tmp_path / "new" / "tokenizer.json"))
+    (tmp_path / "new" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert "token '\u2581a' (id 2) is not byte-level" in refusal(capsys, *words, tmp_path / "new", *out)
+    assert not (tmp_path / "out").exists()

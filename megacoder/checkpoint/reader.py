@@ -2,13 +2,15 @@
 
 Which rank wrote what does not matter: the boxes wanted are intersected with the boxes stored, the plan must cover
 every element wanted exactly once, and only those bytes are read, after their checksums have been verified. A tensor
-that is missing, damaged, or of a different shape or dtype is an error that names it; nothing is ever filled in.
+that is missing, damaged, or of a different shape or dtype is an error that names it. Nothing is filled in, but for the
+rows by which a run enlarges the vocabulary of the weights that it starts from, where it asks for that.
 """
 
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacoder.checkpoint.boxes import Box, plan_copies
+from megacoder.checkpoint.boxes import Box, boxes_of_range, plan_copies
 from megacoder.checkpoint.folders import find_checkpoint, folder_faults, open_checkpoint
 from megacoder.checkpoint.manifest import MANIFEST, TensorEntry, read_manifest
 from megacoder.checkpoint.rank_file import Fragment
@@ -79,10 +81,17 @@ class CheckpointReader:
         """(kind, name) -> global shape, dtype and pieces."""
         return self._manifest.tensors
 
-    def read(self, fragment: Fragment) -> None:
-        """Fills `fragment.data`. CheckpointError names a tensor that is missing or differs, or the file at fault."""
+    def read(self, fragment: Fragment, *, enlarging: bool = False) -> None:
+        """Fills `fragment.data`. CheckpointError names a tensor that is missing or differs, or the file at fault.
+
+        With `enlarging` the tensor asked for may have more rows than the stored one: those of weights begin as the mean
+        of the stored rows, those of moments as zeros.
+        """
         what = f"{fragment.kind} of {fragment.name}"
         entry = self._entry(fragment.kind, fragment.name)
+        rows, *rest = fragment.global_shape or (0,)
+        if enlarging and tuple(rest) == entry.shape[1:] and rows > entry.shape[0]:
+            fragment = self._fill_new_rows(fragment, entry.shape)
         if entry.shape != fragment.global_shape:
             raise CheckpointError(
                 f"{self.folder}: {what} has shape {list(entry.shape)}; the model needs {list(fragment.global_shape)}"
@@ -98,10 +107,10 @@ class CheckpointReader:
         if host.device != fragment.data.device:
             fragment.data.detach().copy_(host)
 
-    def read_all(self, fragments: Iterable[Fragment]) -> None:
-        """Fills every fragment, several at a time: one is read from disk while another is checked."""
+    def read_all(self, fragments: Iterable[Fragment], *, enlarging: bool = False) -> None:
+        """Fills every fragment (see `read`), several at a time: one is read from disk while another is checked."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="load") as pool:
-            for _ in pool.map(self.read, fragments):
+            for _ in pool.map(partial(self.read, enlarging=enlarging), fragments):
                 pass
 
     def stream(self, fragments: Iterable[Fragment]) -> Iterator[Tensor]:
@@ -145,6 +154,43 @@ class CheckpointReader:
             except CheckpointError as error:
                 faults.append(str(error))
         return faults + [f"{self.folder / MANIFEST}: {fault}" for fault in self._manifest.cover_faults()]
+
+    def _fill_new_rows(self, fragment: Fragment, stored: tuple[int, ...]) -> Fragment:
+        """Fills what `fragment` has of rows that the tensor of shape `stored` lacks; returns the part that is stored.
+
+        A mean row gives a new id the mean of all logits, in every context, and so no more than the average probability:
+        n new ids lower the log-probabilities of the others by log(1 + n / rows) at most, and the model goes on
+        computing what it did (Hewitt 2021, "Initializing new word embeddings for pretrained language models"). Ids with
+        small random rows, and logits near 0, take nearly all of the probability where other logits are far below 0.
+        """
+        region, data = fragment.region, fragment.data.detach()
+        first, end = (min(row, stored[0]) for row in (region.offsets[0], region.ends[0]))
+        there = Box((first, *region.offsets[1:]), (end - first, *region.sizes[1:]))
+        start, stop = (min(edge, there.volume) for edge in (fragment.start, fragment.stop))
+        new = boxes_of_range(region, max(fragment.start, there.volume), max(fragment.stop, there.volume))
+        row = self._mean_row(fragment.name) if new and fragment.kind == "weight" else torch.zeros(stored[1:])
+        at = stop - start
+        for box in new:
+            columns = Box(box.offsets[1:], box.sizes[1:]).inside(Box.whole(stored[1:]))
+            data[at : at + box.volume].view(box.sizes).copy_(row[columns])
+            at += box.volume
+        return replace(fragment, global_shape=stored, region=there, start=start, stop=stop, data=data[: stop - start])
+
+    def _mean_row(self, name: str) -> Tensor:
+        """The mean of a weight's rows, fp32; summed in fp64 and row by row, with the same bits on every rank."""
+        whole = self.whole(name)
+        num_rows, *shape = whole.global_shape
+        row = whole.stop // num_rows
+        step = max(1, CHUNK_ELEMENTS // row) * row
+        parts = (
+            replace(whole, start=start, stop=stop, data=whole.data[start:stop])
+            for start in range(0, whole.stop, step)
+            for stop in (min(start + step, whole.stop),)
+        )
+        total = np.zeros(row)
+        for part in self.stream(parts):
+            total += part.view(-1, row).float().numpy().sum(axis=0, dtype=np.float64)
+        return torch.from_numpy((total / num_rows).astype(np.float32)).view(shape)
 
     def _file(self, name: str) -> TensorFile:
         with self._mapping:

@@ -21,6 +21,7 @@ from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.fim import FimConfig, why_no_fim
 from megacoder.data.stream import StreamConfig
 from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_extending import missing_controls
 from megacoder.model.config import ModelConfig
 from megacoder.model.conversion import TOKENIZER, export_checkpoint, import_folder
 from megacoder.parallel.dims import ParallelDims
@@ -111,7 +112,8 @@ def import_main(argv: Sequence[str]) -> None:
     without, wanted = "", "data.train"
     if (reason := _why_no_tokenizer(args.dst)) is not None:
         without = f"; {reason}"
-        wanted += f", and data.tokenizer to a tokenizer with {config.vocab_size:,} ids or fewer,"
+        wanted += f", and data.tokenizer to a tokenizer with {config.vocab_size:,} ids or fewer"
+        wanted += " (with more, also model.vocab_size),"
     start = args.dst / START
     say(
         f"{args.dst}: {config.num_params:,} parameters, {config.rope_words}{without}; to continue training, set "
@@ -149,4 +151,20 @@ def _start(source: Path, folder: Path, model: ModelConfig) -> str:
     data = DataConfig(train=(Path("data/train"),), tokenizer=tokenizer or Path("tokenizer"), stream=stream)
     config = RunConfig(output=Path("run"), init_from=folder, data=data, model=model, steps=10_000)  # beyond the warm-up
     wanted = "data.train to your data" if tokenizer else "data.train to your data and data.tokenizer to its tokenizer"
-    return f"# Continues training from the weights of {source}; set {wanted}.\n{to_toml(config)}"
+    return (
+        f"# Continues training from the weights of {source}; set {wanted}.\n{_how_to_extend(source)}{to_toml(config)}"
+    )
+
+
+def _how_to_extend(source: Path) -> str:
+    """A comment about what the tokenizer of `source` lacks; nothing where it lacks nothing or cannot be used here."""
+    try:
+        if not missing_controls(Tokenizer.load(source)):
+            return ""
+    except FormatError:
+        return ""
+    return (
+        "# Its tokenizer lacks control tokens of fill-in-the-middle and chat. To train with them: megacoder tokenizer\n"
+        f"# extend {source} --output NEW; then set data.tokenizer to NEW, model.vocab_size to what that says, and\n"
+        f"# data.stream.fim.rate ({FimConfig().rate} in the paper). The run adds the rows to the weights.\n"
+    )

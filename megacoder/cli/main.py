@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "corpus build": ("megacoder.cli.corpus_build", "repositories -> filtered, deduplicated, ordered documents"),
     "corpus report": ("megacoder.cli.corpus_report", "what a corpus holds, and what was dropped and why"),
     "tokenizer train": ("megacoder.cli.data:train_tokenizer", "train a byte-level BPE with DeepSeek's pre-tokenizer"),
+    "tokenizer extend": ("megacoder.cli.tokenizer_extend", "add control tokens to a model's tokenizer"),
     "preprocess": ("megacoder.cli.data:preprocess", "encode documents into the .bin/.idx that training reads"),
     "data inspect": ("megacoder.cli.data:inspect", "what is in a .bin/.idx pair"),
     "data merge": ("megacoder.cli.data:merge", "several .bin/.idx pairs as one"),

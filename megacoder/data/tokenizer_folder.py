@@ -18,13 +18,18 @@ from megacoder.data.chat_format import FormatConfig
 from megacoder.data.chat_template import CHAT_TEMPLATE
 from megacoder.data.tokenizer import HUGGING_FACE_CONFIG, SPECIAL_TOKENS, token_text
 
-__all__ = ["GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "read_tokenizer_files"]
+__all__ = [
+    "GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "extended_files", "num_rows_in",
+    "read_tokenizer_files",
+]  # fmt: skip
 
 _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_MODEL = "config.json"
 GENERATION = "generation_config.json"
 """Names the ids that end a text, as config.json may."""
 _TEMPLATE = "chat_template.jinja"
-_BESIDE = ("special_tokens_map.json", "added_tokens.json", _TEMPLATE)
+_ADDED = "added_tokens.json"
+_BESIDE = ("special_tokens_map.json", _ADDED, _TEMPLATE)
 """Further files of some folders; copied unchanged."""
 _NAMED = ("bos_token", "eos_token", "pad_token")
 
@@ -57,7 +62,7 @@ def end_ids_in(folder: Path) -> list[int]:
     A model may end on others than its tokenizer names, as instruction-tuned ones do. As in transformers, what
     config.json says counts where generation_config.json says nothing.
     """
-    for path in (folder / GENERATION, folder / "config.json"):
+    for path in (folder / GENERATION, folder / _MODEL):
         named = _settings(path).get("eos_token_id") if path.is_file() else None
         if named is not None:
             listed = named if isinstance(named, list) else [named]
@@ -67,8 +72,36 @@ def end_ids_in(folder: Path) -> list[int]:
     return []
 
 
-def read_tokenizer_files(folder: Path, *, max_length: int, chat: FormatConfig | None = None) -> TokenizerFiles:
-    """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens.
+def num_rows_in(folder: Path) -> int | None:
+    """The ids that the model in `folder` knows, None where there is no model; FormatError where its file is damaged."""
+    path = folder / _MODEL
+    rows = _settings(path).get("vocab_size") if path.is_file() else None
+    if rows is not None and type(rows) is not int:
+        raise FormatError(f"{path}: vocab_size = {rows!r}: expected a number")
+    return rows
+
+
+def extended_files(files: dict[str, str], ids: dict[str, int]) -> dict[str, str]:
+    """`TokenizerFiles.files` with further control tokens, whose ids follow the others.
+
+    <|EOT|> must be there or among them: where the folder has no chat template, it gets DeepSeek-Coder's.
+    """
+    definition, settings = json.loads(files[_DEFINITION]), json.loads(files[_SETTINGS])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = {index: {"content": text, **flags} for text, index in ids.items()}
+    definition["added_tokens"] += [{"id": index, **token} for index, token in tokens.items()]
+    if "added_tokens_decoder" in settings:  # lists of the same, which other programs may read
+        settings["added_tokens_decoder"] |= {str(index): token for index, token in tokens.items()}
+    if _ADDED in files:
+        files = files | {_ADDED: _as_json(json.loads(files[_ADDED]) | ids)}
+    if _TEMPLATE not in files:
+        settings.setdefault("chat_template", CHAT_TEMPLATE)
+    return files | {_DEFINITION: _as_json(definition), _SETTINGS: _as_json(settings)}
+
+
+def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatConfig | None = None) -> TokenizerFiles:
+    """The files of a tokenizer folder as an exported model has them; `max_length` is the model's in tokens, None where
+    there is no model.
 
     Settings are added where there are none. The chat template is that of `chat`, the format that a model was tuned
     with, whose end marker then ends a text. Without `chat` it is the folder's own or, where its control tokens are
@@ -93,13 +126,18 @@ def read_tokenizer_files(folder: Path, *, max_length: int, chat: FormatConfig | 
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
         definition = backend.to_str(pretty=True)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {} if max_length is None else {"model_max_length": max_length}
     if _TEMPLATE not in files and backend.token_to_id(SPECIAL_TOKENS["eot"]) is not None:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
-    files |= {_DEFINITION: definition, _SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
+    files |= {_DEFINITION: definition, _SETTINGS: _as_json(settings)}
     eos_ids = ends[0] if len(ends) == 1 else ends or None
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
+
+
+def _as_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:

@@ -128,7 +128,7 @@ class RunConfig:
     init_from: Path | None = None
     """start from these weights instead of random ones: a checkpoint, a run, or the output of `megacoder checkpoint
     import`. Schedule and data start afresh (but see below); RoPE and the number of positions may differ from that
-    model's"""
+    model's, and the vocabulary may be larger: the new rows begin as the mean of the others"""
     init_optimizer: bool = False
     """start from the optimizer's state in `init_from`, too: AdamW's moments, and the number of updates they are of"""
     init_data: bool = False

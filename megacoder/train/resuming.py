@@ -19,7 +19,7 @@ from megacoder.parallel.world import World, gather_json
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.metrics_log import METRICS
 
-__all__ = ["check_goes_on", "check_same_run", "how_to_enlarge", "open_start"]
+__all__ = ["check_goes_on", "check_same_run", "open_start"]
 
 FREE_TO_CHANGE = {
     "output", "device", "checkpoint_every", "checkpoint_minutes", "checkpoint", "eval_every", "eval_batches",
@@ -34,7 +34,8 @@ execution), or what becomes of a run that goes wrong. `steps`, `schedule` and `s
 FREE_AT_START = {
     "rope_theta", "rope_factor", "rope_scaling", "max_position_embeddings", "init_std", "vocab_multiple"
 }  # fmt: skip
-"""Model settings that may differ from those of the weights a run starts from: no weight's shape depends on them."""
+"""Model settings that may differ from those of the weights a run starts from: no weight's shape depends on them. The
+vocabulary may also be larger: the weights get further rows (`CheckpointReader.read`)."""
 
 GOES_ON = (
     "global_batch_size", "max_grad_norm", "optimizer", "data.weights", "data.fim_rates", "data.stream",
@@ -95,15 +96,13 @@ def open_start(config: RunConfig, world: World | None = None) -> CheckpointReade
     if has_begun:
         return None
     reader = CheckpointReader(config.init_from) if world is None else open_together(config.init_from, world)
+    there = model_of(reader)
+    enlarges = {"vocab_size"} if config.model.vocab_size > there.vocab_size else set[str]()
     check_same(
-        model_of(reader), config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START,
-        advice=lambda key: (
-            how_to_enlarge(config.model.vocab_size)
-            if key == "vocab_size" and config.model.vocab_size > model_of(reader).vocab_size
-            else "set the same in this run's [model]"
-        ),
+        there, config.model, where=f"init_from = {str(config.init_from)!r}", free=FREE_AT_START | enlarges,
+        advice=lambda key: f"set the same{' or a larger one' if key == 'vocab_size' else ''} in this run's [model]",
     )  # fmt: skip
-    theta = model_of(reader).rope_theta
+    theta = there.rope_theta
     if config.model.rope_theta < theta:
         raise ConfigError(
             f"model.rope_theta = {config.model.rope_theta}, below the {theta} of {reader.folder}: a longer context "
@@ -122,23 +121,18 @@ def open_start(config: RunConfig, world: World | None = None) -> CheckpointReade
     return reader
 
 
-def how_to_enlarge(vocab_size: int) -> str:
-    """What to do where the tokenizer has more ids than the weights that a run is to start from."""
-    return (
-        "a run cannot enlarge the vocabulary of its weights; export them (megacoder checkpoint export), enlarge the "
-        f"model in transformers with resize_token_embeddings({vocab_size}), save it and the new tokenizer into one "
-        "folder, import that (megacoder checkpoint import), and name the result in init_from"
-    )
-
-
 def _check_same_settings(old: RunConfig, new: RunConfig, *, where: str) -> None:
     # Rows that pad the vocabulary are in no checkpoint, and another tp may need other ones.
     new = replace(new, model=replace(new.model, vocab_multiple=old.model.vocab_multiple))
-    check_same(old, new, where=where, free=FREE_TO_CHANGE, advice=lambda key: f"set it back, or {_advice(key, new)}")
+    check_same(
+        old, new, where=where, free=FREE_TO_CHANGE, advice=lambda key: f"set it back, or {_advice(key, old, new)}"
+    )
 
 
-def _advice(key: str, config: RunConfig) -> str:
+def _advice(key: str, old: RunConfig, config: RunConfig) -> str:
     """What to do where the setting `key` is not what it was."""
+    if key == "model.vocab_size" and config.model.vocab_size > old.model.vocab_size:
+        return _go_on(config, with_data=False)  # a larger vocabulary is that of another tokenizer, and so are the data
     if not key.startswith(GOES_ON):
         return "choose another output"
     part, _, name = key.removeprefix("data.").partition(".")

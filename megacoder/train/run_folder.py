@@ -146,20 +146,23 @@ class RunFolder:
                 )
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        damage = self._read(reader, engine, with_optimizer=self.config.init_optimizer)
+        damage = self._read(reader, engine, with_optimizer=self.config.init_optimizer, enlarging=True)
         if damage is not None:  # no other weights than those asked for
             raise AlikeOnAllRanks(damage)
         if self.mesh.world.is_first:
+            config, before = self.config, model_of(reader)
+            old, new = before.vocab_size, config.model.vocab_size
             silent = {"init_std", "vocab_multiple"}  # these change nothing in given weights
             changes = [
                 f"; {name} {here} (there {there})"
-                for name, there, here in differences(model_of(reader), self.config.model, silent)
+                for name, there, here in differences(before, config.model, silent | {"vocab_size"})
             ]
-            config = self.config
             extras = [("optimizer state", config.init_optimizer), ("place in the data", config.init_data)]
             *others, last = ["weights", *(name for name, is_taken in extras if is_taken)]
             what = f"{', '.join(others)} and {last}" if others else last
             say(f"{what} of {reader.folder}, step {reader.step}{''.join(changes)}")
+            if new > old:
+                say(f"vocabulary enlarged from {old:,} to {new:,} rows; the new ones begin as the mean of the others")
             if not config.init_data:
                 self._name_repeated_data(reader)
 
@@ -186,14 +189,17 @@ class RunFolder:
                 + "another seed starts with other documents"
             )
 
-    def _read(self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool) -> str | None:
+    def _read(
+        self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool, enlarging: bool = False
+    ) -> str | None:
         """None, or on every rank what is damaged; `engine` then holds a part of it, to be read over."""
         optimizer, damage = engine.optimizer, None
         held = optimizer.state()
         wanted = held if with_optimizer else {"weight": held["weight"]}
         with failing_together(self.mesh.world):
             try:
-                reader.read_all(state_fragments(engine.model, optimizer.owned, wanted, copies=True))
+                fragments = state_fragments(engine.model, optimizer.owned, wanted, copies=True)
+                reader.read_all(fragments, enlarging=enlarging)
             except DamagedCheckpoint as error:
                 damage = str(error)
         for found in filter(None, gather_json(damage, self.mesh.world)):

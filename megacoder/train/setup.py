@@ -29,7 +29,6 @@ from megacoder.parallel.world import World, from_torchrun, launched_ranks, start
 from megacoder.train.config import RUN_TOML, RunConfig
 from megacoder.train.engine import Engine
 from megacoder.train.layout import Layout
-from megacoder.train.resuming import how_to_enlarge
 
 __all__ = [
     "load_tokenizer",
@@ -97,10 +96,10 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     spare = config.model.vocab_size - tokenizer.vocab_size
     if spare < 0 or (spare > 0 and config.init_from is None):
-        further = f"; if the weights have fewer: {how_to_enlarge(tokenizer.vocab_size)}" if config.init_from else ""
+        further = " (the run enlarges the weights that it starts from)" if config.init_from else ""
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} ids; set model.vocab_size to that{further}"
+            f"{tokenizer.vocab_size} ids; set model.vocab_size = {tokenizer.vocab_size}{further}"
         )
     return tokenizer
 

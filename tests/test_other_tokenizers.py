@@ -1,6 +1,7 @@
 """Tokenizers of other models: control tokens from their folder, no text lost, what they lack refused where needed."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 import shutil
@@ -12,25 +13,33 @@ import torch
 from command_line import refusal, run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from train_cases import ALONE, changed
 
+from megacoder.cli.loading import Loading
+from megacoder.cli.model_folder import load_model
 from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data import cutting_places
 from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.cuts import CharacterCutter
 from megacoder.data.cutting_places import CuttingPlaces
+from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
-from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, read_tokenizer_files
-from megacoder.evaluate.prompts import infill_prompt
+from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
+from megacoder.evaluate.prompts import completion_prompt, infill_prompt
+from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
+from megacoder.parallel.tensor import ALONE as TP_ALONE
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
+from megacoder.train.sft import prepare
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -182,25 +191,72 @@ def test_white_space_that_does_not_come_back_is_refused():
         Tokenizer(json.dumps(definition))
 
 
+def with_controls(tokenizer):
+    """The same with DeepSeek's control tokens behind its own."""
+    ids = {text: tokenizer.vocab_size + number for number, text in enumerate(SPECIAL_TOKENS.values())}
+    files = extended_files({"tokenizer.json": tokenizer.definition, "tokenizer_config.json": "{}"}, ids)
+    return Tokenizer(files["tokenizer.json"])
+
+
 def test_what_is_not_there_is_refused_where_it_is_used(llama3):
     tokenizer = Tokenizer.load(llama3)
     with pytest.raises(FormatError, match=r"the tokenizer has no control token '<\|EOT\|>'"):
         ChatFormat(FormatConfig(), tokenizer)
-    named = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
-    parsed = json.loads(tokenizer.definition)
-    parsed["added_tokens"] += [
-        {**parsed["added_tokens"][0], "id": 903 + number, "content": text}
-        for number, text in enumerate(SPECIAL_TOKENS.values())
-    ]
-    with_controls = Tokenizer(json.dumps(parsed), named)
-    assert with_controls.bos_id == 903, "DeepSeek's come first"
-    for use in (
-        lambda: ChatFormat(FormatConfig(), with_controls),
-        lambda: infill_prompt(with_controls, "a\n", "b\n", max_tokens=64),
-    ):
-        with pytest.raises(FormatError, match="line breaks are not tokens of their own"):
-            use()
-    ChatFormat(FormatConfig(kind="custom", response="<|Assistant|>", after=""), with_controls)
+    extended = with_controls(tokenizer)
+    assert extended.bos_id == 903, "DeepSeek's come first"
+    with pytest.raises(FormatError, match="line breaks are not tokens of their own; a chat format whose answers"):
+        ChatFormat(FormatConfig(), extended)
+    ChatFormat(FormatConfig(kind="custom", response="<|Assistant|>", after=""), extended)
+
+
+@pytest.mark.parametrize("folder", ["llama3", "qwen"])
+def test_files_are_cut_as_if_each_part_were_encoded_in_full(folder, request):
+    """Where tokens hold line breaks with what is around them."""
+    tokenizer = with_controls(Tokenizer.load(request.getfixturevalue(folder)))
+    assert not tokenizer.splits_lines
+    cutter, rng = CharacterCutter(tokenizer), np.random.default_rng(0)
+    short = "é = f();\n\n\r\n\tdef it's(): \n\n   x  \n  中 ab12+3\n"
+    texts = [(short, (first, last)) for last in range(len(short) + 1) for first in range(last + 1)]
+    texts += [(text, np.sort(rng.integers(0, len(text) + 1, 9))) for text in source_texts(4) for _ in range(3)]
+    for text, cuts in texts:
+        ids = np.array(tokenizer.encode(text))
+        parts = cutter.cut(ids, cutter.character_ends(ids), cuts)
+        expected = [tokenizer.encode(text[start:stop]) for start, stop in itertools.pairwise([0, *cuts, len(text)])]
+        assert [np.concatenate(part).tolist() for part in parts] == expected, (text, cuts)
+
+
+def test_files_are_transformed_by_their_name_and_in_parts(llama3):
+    tokenizer = with_controls(Tokenizer.load(llama3))
+    text = "/* a/b.c */\n\n" + "int f() {\n\n  return 1;\n}\n" * 30
+    tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id])
+    for only, changes in (((".c",), True), ((".py",), False)):
+        transform = FillInTheMiddle(FimConfig(rate=1.0, only=only), CharacterCutter(tokenizer), seed=1)
+        assert (len(transform(tokens, epoch=0, file=0)) > len(tokens)) == changes
+    transform = FillInTheMiddle(FimConfig(rate=1.0, context_tokens=64), CharacterCutter(tokenizer), seed=1)
+    found = transform(tokens, epoch=0, file=0)
+    parts = np.split(found, np.flatnonzero(found == tokenizer.fim_begin_id))[1:]
+    assert len(parts) == -(-len(tokens) // 64)
+    whole = b""
+    for part in parts:
+        hole, end = (int(np.flatnonzero(part == index)[0]) for index in (tokenizer.fim_hole_id, tokenizer.fim_end_id))
+        sides = part[1:hole], part[end + 1 : -1], part[hole + 1 : end]
+        whole += b"".join(tokenizer.decode_bytes(side.tolist()) for side in sides)
+    assert whole.decode() == text
+
+
+def test_an_infilling_prompt_has_the_ids_of_its_texts_in_full(llama3):
+    """What does not fit is dropped by lines; where the rest is longer than its lines together, it is cut."""
+    tokenizer = with_controls(Tokenizer.load(llama3))
+    prefix, suffix = "def f(x):\n\n    if x:\n\n\n        return (\n", "\n\n  \n    )\n\n" * 3
+    ids = tokenizer
+    whole = infill_prompt(tokenizer, prefix, suffix, max_tokens=500)
+    assert whole.tokens == [
+        ids.bos_id, ids.fim_begin_id, *ids.encode(prefix), ids.fim_hole_id, *ids.encode(suffix), ids.fim_end_id
+    ]  # fmt: skip
+    for room in range(4, len(whole.tokens) + 3):
+        prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
+        assert len(prompt.tokens) <= room
+        assert len(completion_prompt(tokenizer, "\n\n" + prefix, max_tokens=room + 8).tokens) <= room + 8
 
 
 def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
@@ -362,3 +418,48 @@ def test_what_is_no_tokenizer_is_not_extended_and_no_folder_replaced(llama3, tmp
     (tmp_path / "new" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     assert "token '\u2581a' (id 2) is not byte-level" in refusal(capsys, *words, tmp_path / "new", *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama3, tmp_path, capsys):
+    """The whole way: import, extend, preprocess, train with fill-in-the-middle, tune, export."""
+    pytest.importorskip("transformers")
+    size = Tokenizer.load(llama3).vocab_size
+    model = Transformer(ModelConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, init_std=0.1,
+    ))  # fmt: skip
+    init_weights(model, seed=0)
+    source, start, tokenizer = (tmp_path / name for name in ("source", "start", "tokenizer"))
+    export_model(model, source, dtype=torch.float32, tokenizer_folder=llama3)
+    assert run_command(capsys, "checkpoint", "import", source, start)[0] == 0
+    assert f"# extend {source} --output NEW; then set data.tokenizer to NEW" in (start / "train.toml").read_text()
+    assert extend(capsys, source, "--output", tokenizer)[-1].endswith(f"model.vocab_size = {size + 6}")
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": text} for text in source_texts(4)])
+    preprocess(PreprocessConfig(input=(rows,), tokenizer=tokenizer, output=tmp_path / "train", workers=1))
+    base = changed(
+        load_toml(RunConfig, start / "train.toml"), output=tmp_path / "run", steps=2, global_batch_size=2,
+        micro_batch_size=1, device="cpu", dtype="float32", model={"vocab_size": size + 6},
+        data={"train": (tmp_path / "train",), "tokenizer": tokenizer, "stream": {"fim": FimConfig(rate=1.0)}},
+        schedule={"warmup_steps": 1, "peak_lr": 1e-2},
+    )  # fmt: skip
+    Trainer(base, ALONE).run()
+    answers = write_jsonl(tmp_path / "answers.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(9)])
+    chat = FormatConfig(
+        kind="custom", system="", instruction="<|User|>{content}", response="<|Assistant|>", end="<|EOT|>"
+    )
+    tuned = changed(
+        base, output=tmp_path / "tuned", init_from=base.output,
+        data={"train": (), "conversations": {"train": (answers,), "format": chat},
+              "stream": {"document_masks": True, "fim": FimConfig(rate=0.0)}},
+    )  # fmt: skip
+    Trainer(prepare(tuned), ALONE).run()
+    for folder in (base.output, tuned.output):
+        assert np.isfinite([row["loss"] for row in read_metrics(folder / "metrics.jsonl")]).all()
+    assert capsys.readouterr().err.count(f"vocabulary enlarged from {size} to {size + 6} rows") == 1
+    run_command(capsys, "checkpoint", "export", tuned.output, tmp_path / "out", "--dtype", "fp32")
+    exported, tokens = Tokenizer.load(tmp_path / "out"), Tokenizer.load(tokenizer)
+    assert exported.eos_id == tokens.eot_id == size + 5
+    assert chat_template_in(tmp_path / "out") == chat.jinja
+    text = [tokens.bos_id, tokens.fim_begin_id, *tokens.encode("x = 1\n"), tokens.fim_hole_id, tokens.eot_id]
+    ours, _ = load_model(tuned.output, Loading(dtype="float32"), tp=TP_ALONE)
+    assert largest_logit_difference(ours, tmp_path / "out", text) < 1e-4

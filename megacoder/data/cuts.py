@@ -3,8 +3,8 @@
 A cut may fall inside a token, or change how the text around it tokenizes. Decoding and re-encoding the file would cost
 a hundred times the rest of the data path. But at certain places, as frequent as words, a text can be cut freely (see
 `megacoder.data.cutting_places`): only the stretches between two of them that a cut falls into are decoded, cut and
-encoded again, all pieces of a file in one call, with line breaks between them, which must be tokens of their own. The
-result equals encoding each part in full.
+encoded again. Where line breaks are tokens of their own, all pieces of a file are encoded in one call, with line breaks
+between them. The result equals encoding each part in full.
 """
 
 from itertools import pairwise
@@ -25,8 +25,8 @@ class CharacterCutter:
         self.tokenizer = tokenizer
         self._characters = tokenizer.characters_per_token()
         self._places = CuttingPlaces(tokenizer)
-        self.breaks_line = np.array([token in (b"\n", b"\r") for token in tokenizer.token_bytes])
-        """bool (vocabulary,): the ids of line breaks"""
+        self.breaks_line = np.array([token.endswith((b"\n", b"\r")) for token in tokenizer.token_bytes])
+        """bool (vocabulary,): the ids that end a line"""
         self._line_break = tokenizer.token_bytes.index(b"\n")
 
     def character_ends(self, content: np.ndarray) -> np.ndarray:
@@ -57,7 +57,8 @@ class CharacterCutter:
     def _stretches(self, content: np.ndarray, ends: np.ndarray, cuts: np.ndarray) -> list[tuple[slice, list[int]]]:
         """The tokens between the borders around each cut, and the cuts in characters from there; none at a border.
 
-        They hold no line break. The characters on either side of a border, which alone decide it, stay in place.
+        They hold no line break that is a token of its own. The characters on either side of a border, which alone
+        decide it, stay in place.
         """
         borders = self._places.borders(content)
         behind = np.searchsorted(borders, np.searchsorted(ends, cuts, side="right"), side="right")  # next border
@@ -72,11 +73,16 @@ class CharacterCutter:
         return stretches
 
     def _encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, none of which holds a line break."""
-        parts = self._places.cut("\n".join(texts))
-        ids = np.concatenate([np.array(self.tokenizer.encode(part), dtype=np.int64) for part in parts])
+        """The ids of each text, none of which holds a line break that is a token of its own."""
+        if not self.tokenizer.splits_lines:
+            return [self._encode(text) for text in texts]
+        ids = self._encode("\n".join(texts))
         edges = [-1, *np.flatnonzero(ids == self._line_break).tolist(), len(ids)]
         return [ids[a + 1 : b] for a, b in pairwise(edges)]
+
+    def _encode(self, text: str) -> np.ndarray:
+        parts = self._places.cut(text)
+        return np.concatenate([np.array(self.tokenizer.encode(part), dtype=np.int64) for part in parts])
 
     def _text(self, ids: np.ndarray) -> str:
         try:

@@ -161,9 +161,8 @@ class FillInTheMiddle:
 
     def _name(self, tokens: np.ndarray) -> str:
         """The last part of the path in the comment that opens the file, or nothing."""
-        head = tokens[:_PATH_TOKENS]
-        breaks = np.flatnonzero(self._cutter.breaks_line[head])
-        comment = _PATH_COMMENT.fullmatch(self.tokenizer.decode(head[: breaks[0]].tolist())) if len(breaks) else None
+        line, *others = re.split(r"[\r\n]", self.tokenizer.decode(tokens[:_PATH_TOKENS].tolist()), maxsplit=1)
+        comment = _PATH_COMMENT.fullmatch(line) if others else None
         return PurePosixPath(comment[1]).name if comment else ""
 
 
@@ -172,7 +171,6 @@ def why_no_fim(tokenizer: Tokenizer) -> str | None:
     try:
         for name in ("fim_begin", "fim_hole", "fim_end"):
             tokenizer.control_id(name)
-        tokenizer.check_splits_lines("fill-in-the-middle")
     except FormatError as error:
         return str(error)
     return None

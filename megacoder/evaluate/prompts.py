@@ -1,7 +1,8 @@
 """Prompts within the model's context: what does not fit is cut at line borders, the lines farthest from the gap first.
 
-Every line break is a token of its own, so that lines tokenize independently: without some of its lines, a text has its
-old tokens less those of these lines.
+Where every line break is a token of its own, lines tokenize independently: without some of its lines, a text has its
+old tokens less those of these lines. With another tokenizer, where a token may hold the ends of several lines, what is
+kept is encoded as a whole, as in training; it is rarely longer than its lines together, and then cut at a token.
 """
 
 import itertools
@@ -37,7 +38,10 @@ class Prompt:
 def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Prompt:
     """BOS and the last lines of `text`. Raises DataError if not even the last line fits."""
     kept, num_dropped = last_lines(text, max_tokens=max_tokens - 1, count=count_with(tokenizer))
-    return Prompt(tokens=[tokenizer.bos_id, *tokenizer.encode(kept)], num_dropped_lines=num_dropped)
+    tokens = tokenizer.encode(kept)
+    return Prompt(
+        tokens=[tokenizer.bos_id, *tokens[max(0, len(tokens) - (max_tokens - 1)) :]], num_dropped_lines=num_dropped
+    )
 
 
 def last_lines(text: str, *, max_tokens: int, count: CountTokens) -> tuple[str, int]:
@@ -62,29 +66,25 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
     This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; room that one
     side does not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
     """
-    tokenizer.check_splits_lines("infilling")
     room = max_tokens - SHORTEST_INFILL
     if room < 0:
         size = counted(max_tokens, "token", "tokens")
         raise DataError(f"a prompt of {size} cannot hold the {SHORTEST_INFILL} control tokens of an infilling prompt")
-    before, after = _encode_lines(tokenizer, prefix), _encode_lines(tokenizer, suffix)
-    num_after = num_that_fit(map(len, after), max(room // 2, room - sum(map(len, before))))
-    suffix_lines = after[:num_after]
-    num_before = num_that_fit(map(len, reversed(before)), room - sum(map(len, suffix_lines)))
-    prefix_lines = before[len(before) - num_before :]
+    before, after = _lines(prefix), _lines(suffix)
+    before_sizes, after_sizes = map(count_with(tokenizer), (before, after))
+    num_after = num_that_fit(after_sizes, max(room // 2, room - sum(before_sizes)))
+    num_before = num_that_fit(reversed(before_sizes), room - sum(after_sizes[:num_after]))
+    behind = tokenizer.encode("".join(after[:num_after]))[:room]
+    ahead = tokenizer.encode("".join(before[len(before) - num_before :]))
     return Prompt(
         tokens=[
             tokenizer.bos_id,
-            tokenizer.fim_begin_id, *(token for line in prefix_lines for token in line),
-            tokenizer.fim_hole_id, *(token for line in suffix_lines for token in line),
+            tokenizer.fim_begin_id, *ahead[max(0, len(ahead) + len(behind) - room) :],
+            tokenizer.fim_hole_id, *behind,
             tokenizer.fim_end_id,
         ],
-        num_dropped_lines=len(before) + len(after) - len(prefix_lines) - len(suffix_lines),
+        num_dropped_lines=len(before) + len(after) - num_before - num_after,
     )  # fmt: skip
-
-
-def _encode_lines(tokenizer: Tokenizer, text: str) -> list[list[int]]:
-    return tokenizer.encode_batch(_lines(text))
 
 
 def _lines(text: str) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
 from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
+from megacoder.evaluate import infill
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.config import ModelConfig
@@ -463,3 +465,17 @@ def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama
     text = [tokens.bos_id, tokens.fim_begin_id, *tokens.encode("x = 1\n"), tokens.fim_hole_id, tokens.eot_id]
     ours, _ = load_model(tuned.output, Loading(dtype="float32"), tp=TP_ALONE)
     assert largest_logit_difference(ours, tmp_path / "out", text) < 1e-4
+
+
+def test_an_answer_ends_with_its_line_whatever_holds_the_line_break(llama3, monkeypatch):
+    tokenizer, task = with_controls(Tokenizer.load(llama3)), infill.InfillTask("r", "p", 1, "a\n", "f(x):", "\nb\n")
+    answer = tokenizer.encode("f(x):\n\n    y")
+    assert b"\n" not in {tokenizer.token_bytes[index] for index in answer}, "it is within tokens"
+
+    def generate(model, prompts, *, watcher, **_):
+        return [list(itertools.takewhile(lambda token: not watcher(0, [token]), answer))]
+
+    monkeypatch.setattr(infill, "generate", generate)
+    model = types.SimpleNamespace(config=ModelConfig())
+    [result] = infill.fill_lines(model, tokenizer, [task])
+    assert (result.completion, result.exact_match) == ("f(x):", True)

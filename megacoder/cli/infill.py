@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> None:
     if prompt.num_dropped_lines and tp.rank == 0:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
         say(f"{args.file} does not fit into the model: its farthest {dropped} dropped{model.config.positions_advice}")
-    stop_ids = tokenizer.end_ids if args.line is None else {*tokenizer.end_ids, *tokenizer.encode("\n")}
-    print_answer(model, tokenizer, prompt.tokens, max_new_tokens=longest, stop_ids=stop_ids)
+    stops = [] if args.line is None else ["\n"]
+    print_answer(model, tokenizer, prompt.tokens, max_new_tokens=longest, stop_ids=tokenizer.end_ids, stops=stops)
 
 
 def _read(path: Path) -> str:

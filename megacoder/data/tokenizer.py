@@ -1,7 +1,7 @@
 """DeepSeek-Coder's byte-level BPE: the published pre-tokenizer, every byte in the alphabet, control ids out of reach.
 
 Text goes through five splits in a fixed order and then through bytes, so that a line break is always a token of its
-own. The rest of the data path relies on that: lines tokenize independently of each other.
+own: lines tokenize independently of each other.
 
 Two faults of the published tokenizer are not repeated. Its alphabet was derived from the corpus, so that 13 bytes were
 missing and came back as literal characters (u-umlaut decodes to a broken byte); ours starts from all 256. And source
@@ -10,7 +10,7 @@ callers insert control ids explicitly (`bos_id`, `fim_begin_id`, ...).
 
 Other models' tokenizers can be used if they are byte-level BPE, too, such as Llama 3's and Qwen's. Their control tokens
 are those that the tokenizer_config.json beside them names. What needs more than begin, end and padding (fill-in-the-
-middle, chat formats), or lines that tokenize independently, asks for it where it is used.
+middle, chat formats), or lines that tokenize independently (answers that follow one), asks for it where it is used.
 
 Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1), its tokenizer.json, llama.cpp's
 LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.

@@ -24,6 +24,7 @@ from megacoder.evaluate.generate import generate
 from megacoder.evaluate.held_out import SourceFile
 from megacoder.evaluate.prompts import infill_prompt
 from megacoder.evaluate.similarity import edit_similarity
+from megacoder.evaluate.stops import StopStrings
 from megacoder.model.transformer import Transformer
 
 __all__ = [
@@ -139,18 +140,19 @@ def fill_lines(
     room = model.config.max_position_embeddings - max_new_tokens
     room = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     prompts = [infill_prompt(tokenizer, task.prefix, task.suffix, max_tokens=room).tokens for task in tasks]
-    stop_ids = {*tokenizer.end_ids, *tokenizer.encode("\n")}
     results: dict[int, InfillResult] = {}
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
     with progress("infill", len(tasks), quiet=quiet) as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            answers = generate(
-                model, [prompts[index] for index in batch], max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+            watching = [StopStrings(tokenizer, ["\n"]) for _ in batch]
+            generate(
+                model, [prompts[index] for index in batch], max_new_tokens=max_new_tokens, stop_ids=tokenizer.end_ids,
                 num_ids=tokenizer.vocab_size,
+                watcher=lambda place, tokens, watching=watching: watching[place].add(tokens[-1]),  # type: ignore[misc]
             )  # fmt: skip
-            for index, answer in zip(batch, answers, strict=True):
-                results[index] = score(tasks[index], tokenizer.decode(answer))
+            for index, watched in zip(batch, watching, strict=True):
+                results[index] = score(tasks[index], watched.finish())
             bar.update(len(results))
     return [results[index] for index in range(len(tasks))]
 

@@ -247,18 +247,27 @@ def test_files_are_transformed_by_their_name_and_in_parts(llama3):
 
 
 def test_an_infilling_prompt_has_the_ids_of_its_texts_in_full(llama3):
-    """What does not fit is dropped by lines; where the rest is longer than its lines together, it is cut."""
-    tokenizer = with_controls(Tokenizer.load(llama3))
-    prefix, suffix = "def f(x):\n\n    if x:\n\n\n        return (\n", "\n\n  \n    )\n\n" * 3
-    ids = tokenizer
-    whole = infill_prompt(tokenizer, prefix, suffix, max_tokens=500)
-    assert whole.tokens == [
+    ids = with_controls(Tokenizer.load(llama3))
+    prefix, suffix = "def f(x):\n\n    if x:\n\n\n        return (\n", "\n\n  \n    )\n\n"
+    assert infill_prompt(ids, prefix, suffix, max_tokens=500).tokens == [
         ids.bos_id, ids.fim_begin_id, *ids.encode(prefix), ids.fim_hole_id, *ids.encode(suffix), ids.fim_end_id
     ]  # fmt: skip
-    for room in range(4, len(whole.tokens) + 3):
-        prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
-        assert len(prompt.tokens) <= room
-        assert len(completion_prompt(tokenizer, "\n\n" + prefix, max_tokens=room + 8).tokens) <= room + 8
+
+
+def test_a_prompt_is_no_longer_than_asked_where_lines_have_more_tokens_together(tmp_path):
+    """A merge across line breaks prevents those within the lines."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ġ"), ("Ġ", "Ġ"), ("ĠĠ", "Ċ")]
+    vocab = {token: index for index, token in enumerate([*alphabet, *map("".join, merges)])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    tokenizer = with_controls(Tokenizer(backend.to_str(), {"eos": "<s>"}))
+    assert len(tokenizer.encode("  \n" * 4)) > 4 * len(tokenizer.encode("  \n"))
+    for room in range(4, 40):
+        assert len(infill_prompt(tokenizer, "  \n" * 9, "  \n" * 9, max_tokens=room).tokens) <= room
+        assert len(completion_prompt(tokenizer, "  \n" * 9, max_tokens=room).tokens) <= room
 
 
 def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
@@ -468,7 +477,10 @@ def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama
 
 
 def test_an_answer_ends_with_its_line_whatever_holds_the_line_break(llama3, monkeypatch):
-    tokenizer, task = with_controls(Tokenizer.load(llama3)), infill.InfillTask("r", "p", 1, "a\n", "f(x):", "\nb\n")
+    tokenizer, task = (
+        with_controls(Tokenizer.load(llama3)),
+        infill.InfillTask(repo="r", path="p", line=1, prefix="a\n", truth="f(x):", suffix="\nb\n"),
+    )
     answer = tokenizer.encode("f(x):\n\n    y")
     assert b"\n" not in {tokenizer.token_bytes[index] for index in answer}, "it is within tokens"
 

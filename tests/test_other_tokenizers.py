@@ -206,7 +206,7 @@ def test_what_is_not_there_is_refused_where_it_is_used(llama3):
         ChatFormat(FormatConfig(), tokenizer)
     extended = with_controls(tokenizer)
     assert extended.bos_id == 903, "DeepSeek's come first"
-    with pytest.raises(FormatError, match="line breaks are not tokens of their own; a chat format whose answers"):
+    with pytest.raises(FormatError, match="line breaks are not tokens of their own; a chat format whose response"):
         ChatFormat(FormatConfig(), extended)
     ChatFormat(FormatConfig(kind="custom", response="<|Assistant|>", after=""), extended)
 
@@ -443,7 +443,7 @@ def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama
     source, start, tokenizer = (tmp_path / name for name in ("source", "start", "tokenizer"))
     export_model(model, source, dtype=torch.float32, tokenizer_folder=llama3)
     assert run_command(capsys, "checkpoint", "import", source, start)[0] == 0
-    assert f"# extend {source} --output NEW; then set data.tokenizer to NEW" in (start / "train.toml").read_text()
+    assert f"#   megacoder tokenizer extend {source} --output NEW\n" in (start / "train.toml").read_text()
     assert extend(capsys, source, "--output", tokenizer)[-1].endswith(f"model.vocab_size = {size + 6}")
     rows = write_jsonl(tmp_path / "in.jsonl", [{"content": text} for text in source_texts(4)])
     preprocess(PreprocessConfig(input=(rows,), tokenizer=tokenizer, output=tmp_path / "train", workers=1))

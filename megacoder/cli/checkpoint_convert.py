@@ -164,7 +164,8 @@ def _how_to_extend(source: Path) -> str:
     except FormatError:
         return ""
     return (
-        "# Its tokenizer lacks control tokens of fill-in-the-middle and chat. To train with them: megacoder tokenizer\n"
-        f"# extend {source} --output NEW; then set data.tokenizer to NEW, model.vocab_size to what that says, and\n"
-        f"# data.stream.fim.rate ({FimConfig().rate} in the paper). The run adds the rows to the weights.\n"
+        "# Its tokenizer lacks control tokens of fill-in-the-middle and chat. To train with them, run\n"
+        f"#   megacoder tokenizer extend {source} --output NEW\n"
+        "# and set data.tokenizer to NEW, model.vocab_size to what that says (the run enlarges the weights), and\n"
+        f"# data.stream.fim.rate ({FimConfig().rate} in the paper).\n"
     )

@@ -136,7 +136,9 @@ class ChatFormat:
             if any(text in part for part in used)
         }
         if self.config.response.endswith("\n"):
-            tokenizer.check_splits_lines("a chat format whose answers follow one, not a token such as <|Assistant|>,")
+            tokenizer.check_splits_lines(
+                "a chat format whose response ends with one, not with <|Assistant|> or the like,"
+            )
         ending: _Runs = []
         self._add_format(ending, self.config.end)
         self._end_text = next((run for run in ending[:1] if isinstance(run, str)), "")

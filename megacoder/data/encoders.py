@@ -170,7 +170,8 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
     tokens = [token.decode(errors="ignore") for token in tokenizer.token_bytes]
     apart = "".join(token if token.startswith(" ") else f"\n{token}" for token in tokens)
     runs = [mark * 3000 for mark in ("a", " ", "=", "\x00", "0", "\r\n", "ab1", "中", "é", "\t x", "().")]
-    controls = [f"{left}{control}{right}" for control in SPECIAL_TOKENS.values() for left in "a " for right in "1\n"]
+    names = {*SPECIAL_TOKENS.values(), *tokenizer.control_texts.values()}
+    controls = [f"{left}{control}{right}" for control in sorted(names) for left in "a " for right in "1\n"]
     return [*_slices(every), *_slices(in_context), *_slices(apart), *runs, *controls]
 
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from megacoder.core.processes import interruptible
 
 __all__ = [
     "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed",
-    "token_text", "train_tokenizer",
+    "sentinels_among", "token_text", "train_tokenizer",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -55,6 +55,14 @@ SPECIAL_TOKENS = {
 }
 """Control tokens by name, in the order of their ids. Bars are U+FF5C and gaps U+2581, except in the ASCII four."""
 
+_SENTINELS = (
+    {name: SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end")},
+    {"fim_begin": "<|fim_prefix|>", "fim_hole": "<|fim_suffix|>", "fim_end": "<|fim_middle|>"},
+    {"fim_begin": "<fim_prefix>", "fim_hole": "<fim_suffix>", "fim_end": "<fim_middle>"},
+)
+"""What models call the sentinels of fill-in-the-middle: DeepSeek-Coder, Qwen2.5-Coder, StarCoder. The others' are named
+after what follows them, and stand in the same places."""
+
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
 _UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
 _PLAIN = " A b\n\n  \tC1.\r\n('中' 👍) "
@@ -63,10 +71,14 @@ _NORMALIZED = ("e\u0301", "\u00e9", "\u212b", "\ufb01", "\u2460", "\u00a0")
 """Texts that some normal form of Unicode changes."""
 
 
-def infill_text(prefix: str, suffix: str) -> str:
-    """The two sides of a hole between control tokens, prefix first, for a tokenizer that recognizes these in text."""
-    begin, hole, end = (SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end"))
-    return f"{begin}{prefix}{hole}{suffix}{end}"
+def sentinels_among(texts: Container[str]) -> dict[str, str]:
+    """fim_begin, fim_hole and fim_end as a tokenizer with the tokens `texts` has them; else DeepSeek-Coder's."""
+    return next((names for names in _SENTINELS if all(text in texts for text in names.values())), _SENTINELS[0])
+
+
+def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str]) -> str:
+    """The two sides of a hole between `sentinels`, prefix first, for a tokenizer that recognizes these in text."""
+    return f"{sentinels['fim_begin']}{prefix}{sentinels['fim_hole']}{suffix}{sentinels['fim_end']}"
 
 
 class Tokenizer:
@@ -75,6 +87,7 @@ class Tokenizer:
     EOS must be there, other control tokens only where they are used; where there is no BOS, EOS is in its place.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
+    `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
     """
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None) -> None:
@@ -94,6 +107,7 @@ class Tokenizer:
         ids = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
         chosen = self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
         self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
+        self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
         if "eos" not in self._controls:
             raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
         self.eos_id = ids[self._controls["eos"]]
@@ -180,9 +194,9 @@ class Tokenizer:
 
     def control_id(self, name: str) -> int:
         """The id of a control token by its name in `SPECIAL_TOKENS`; FormatError where the tokenizer lacks it."""
-        index = self._backend.token_to_id(SPECIAL_TOKENS[name])
+        index = self._backend.token_to_id(self.control_texts[name])
         if index is None:
-            raise FormatError(f"the tokenizer has no control token {SPECIAL_TOKENS[name]!r}")
+            raise FormatError(f"the tokenizer has no control token {self.control_texts[name]!r}")
         return index
 
     @property
@@ -353,9 +367,10 @@ def _named_controls(path: Path) -> dict[str, str]:
 def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
     """Marks the control tokens special: `encode_special_tokens` shields text only from those that are.
 
-    DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id.
+    DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
+    Qwen's none of its sentinels.
     """
-    known = {*SPECIAL_TOKENS.values(), *named}
+    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *named}
     try:
         parsed = json.loads(definition)
         controls = [token for token in parsed["added_tokens"] if token["content"] in known]

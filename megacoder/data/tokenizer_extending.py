@@ -17,13 +17,14 @@ from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, extended_fil
 
 __all__ = ["extend_tokenizer", "missing_controls"]
 
-_NEEDED = tuple(text for name, text in SPECIAL_TOKENS.items() if name not in ("bos", "eos", "pad"))
+_NEEDED = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
 """What fill-in-the-middle and chat formats use. Begin, end and padding stay the model's own, which it has learned."""
 
 
 def missing_controls(tokenizer: Tokenizer) -> list[str]:
     """The control tokens of fill-in-the-middle and chat that `tokenizer` lacks, in the order of their ids elsewhere."""
-    return [text for text in _NEEDED if text.encode() not in tokenizer.token_bytes]
+    texts = (tokenizer.control_texts[name] for name in _NEEDED)
+    return [text for text in texts if text.encode() not in tokenizer.token_bytes]
 
 
 def extend_tokenizer(source: Path, output: Path, further: Sequence[str] = ()) -> None:

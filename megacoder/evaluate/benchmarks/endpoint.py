@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from megacoder.core.errors import ConfigError, MegacoderError
-from megacoder.data.tokenizer import infill_text
+from megacoder.data.tokenizer import infill_text, sentinels_among
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
 from megacoder.evaluate.prompts import CountTokens
@@ -44,7 +44,8 @@ class EndpointSource:
         self, url: str, decoding: Decoding, *, model: str | None = None, tokenizer: Path | None = None,
         workers: int = 8,
     ) -> None:  # fmt: skip
-        """`tokenizer` is a folder with the model's tokenizer.json; only prompts near a limit need it."""
+        """`tokenizer` is a folder with the model's tokenizer.json. Only prompts near a limit need it, and infilling by
+        a model whose sentinels are not DeepSeek-Coder's."""
         try:
             parts = urllib.parse.urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -56,7 +57,9 @@ class EndpointSource:
         if not self.url.endswith("/v1"):
             self.url += "/v1"
         self.decoding, self.workers = decoding, workers
-        self._count = None if tokenizer is None else _count_with(tokenizer)
+        backend = None if tokenizer is None else _read_tokenizer(tokenizer)
+        self._count = None if backend is None else _count_with(backend)
+        self._sentinels = sentinels_among(() if backend is None else backend.get_vocab())
         self.model = model if model is not None else self._only_model()
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
@@ -93,7 +96,7 @@ class EndpointSource:
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])
         if task.suffix is not None:
-            prompt = infill_text(prompt, task.suffix)
+            prompt = infill_text(prompt, task.suffix, self._sentinels)
         if decoding.chat:
             answer = self._call("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
         else:
@@ -139,10 +142,13 @@ class EndpointSource:
         raise AssertionError("unreachable")
 
 
-def _count_with(folder: Path) -> CountTokens:
-    """What counts with a tokenizer.json, of any model; ConfigError where there is none."""
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """That of any model; ConfigError where there is none."""
     try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(f"--tokenizer {folder}: no tokenizer.json that can be read: {error}") from None
+
+
+def _count_with(backend: tokenizers.Tokenizer) -> CountTokens:
     return lambda texts: [len(found.ids) for found in backend.encode_batch(list(texts), add_special_tokens=False)]

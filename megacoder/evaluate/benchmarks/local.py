@@ -9,7 +9,7 @@ import torch
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
-from megacoder.data.tokenizer import Tokenizer, infill_text
+from megacoder.data.tokenizer import Tokenizer, infill_text, sentinels_among
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.generate import generate
@@ -111,7 +111,7 @@ class TransformersSource:
     def _one(self, request: Request, text: str) -> str:
         chosen, task = self.decoding.sampling, request.task
         if task.suffix is not None:
-            text = infill_text(text, task.suffix)
+            text = infill_text(text, task.suffix, sentinels_among(self.tokenizer.get_vocab()))
         ids = torch.tensor([self._tokens(text)], device=self.device)
         drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:

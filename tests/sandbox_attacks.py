@@ -97,6 +97,11 @@ ATTACKS = {
         "print(os.environ)\n"
         "for who in os.listdir('/proc'):\n  try: print(open(f'/proc/{who}/environ').read())\n  except OSError: pass",
     ),
+    "names of the machine": attack(
+        "passed",
+        "assert socket.gethostname() == 'sandbox'\n"
+        "for line in open('/proc/self/cgroup'): assert line.rstrip().endswith(':/'), line",
+    ),
     "memory of the overseer": attack(
         "passed",
         "must_fail(open, '/proc/1/mem', 'rb')\nmust_fail(open, '/proc/1/maps')\nmust_fail(os.listdir, '/proc/1/fd')",

@@ -82,6 +82,25 @@ def test_a_sequence_does_not_depend_on_the_rest_of_the_batch(backend, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_steps_do_not_depend_on_the_number_of_threads(backend, dtype):
+    """A model large enough for more than one: each waits for what the others compute, and for nothing else."""
+    if backend == "torch":
+        pytest.skip("BLAS sums in another order for another number of threads")
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 12, "num_key_value_heads": 6}
+    model, threads, steps = make_model(**sizes).to(dtype), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        decoder = Decoder(model, make_cache(model, [3, 9, 30]))
+        steps.append([decoder.step(torch.arange(3) + at) for at in range(4)])
+    torch.set_num_threads(threads)
+    for alone, two, three in zip(*steps, strict=True):
+        assert torch.isfinite(alone).all()
+        assert torch.equal(alone, two)
+        assert torch.equal(alone, three)
+
+
+@torch.no_grad()
 def test_a_step_beyond_the_cache_is_refused(backend):
     if backend == "torch":
         pytest.skip("torch refuses by itself")

@@ -101,6 +101,20 @@ def test_steps_do_not_depend_on_the_number_of_threads(backend, dtype):
 
 
 @torch.no_grad()
+def test_many_values_are_summed_in_fp32():
+    """In bf16, a sum of a thousand parts stops growing before it is half of what it should be."""
+    steps = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model(max_position_embeddings=1100).to(torch.bfloat16).to(dtype)
+        cache = make_cache(model, [1000])
+        for layer in cache.layers:
+            layer.keys.zero_()
+            layer.values.fill_(1.0)
+        steps.append(Decoder(model, cache).step(torch.tensor([1])).double())
+    assert (steps[0] - steps[1]).norm() <= TOLERANCE[torch.bfloat16] * steps[1].norm()
+
+
+@torch.no_grad()
 def test_a_step_beyond_the_cache_is_refused(backend):
     if backend == "torch":
         pytest.skip("torch refuses by itself")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from guarded_memory import at_the_end_of_memory
 
 from megacoder.ops import linear
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
@@ -164,6 +165,17 @@ def test_attention(heads, kv_heads, length, dtype):
         scale = max(reference.grad.norm(), 0.1 * grad.double().norm())  # q's and k's gradients vanish at length 1
         assert (actual.double() - reference.grad).norm() <= 3 * TOLERANCE[dtype] * scale
     assert_near(attention(q, k, v, mask=None), expected.detach(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_small_probabilities_count(dtype):
+    """Each of them is 2e-6 of the first key's, all together 0.25%."""
+    q, k, v = torch.zeros(3, 1, 1, 1100, 16, dtype=dtype)
+    q[..., 0], k[:, :, 0, 0], v[:, :, 1:] = 4.0, 13.0, 64.0
+    out, lse = attention_forward(q, k, v)
+    others = torch.arange(1100, dtype=torch.float64)
+    assert lse[0, 0].double().cpu().numpy() == pytest.approx((math.exp(13) + others).log().cpu().numpy(), abs=2e-4)
+    assert out[0, -1, 0].double().cpu().numpy() == pytest.approx(64 * 1099 / (math.exp(13) + 1099), rel=1e-2)
 
 
 def first_keys_of(starts, *, query_start, length):
@@ -453,6 +465,8 @@ def test_few_rows_linear(backend, dtype, rows, dim, width):
     theirs = (F.linear(x, weight).double() - exact).abs().max()
     ours = few_rows_linear(x, weight)
     assert ours.shape == (rows, width)
+    if DEVICE == "cpu":  # not one weight more is read
+        torch.testing.assert_close(few_rows_linear(at_the_end_of_memory(x), at_the_end_of_memory(weight)), ours)
     strided = torch.stack((x, x), dim=1)[:, 1]
     torch.testing.assert_close(few_rows_linear(strided, weight), ours)
     assert (ours.double() - exact).abs().max() <= 2 * theirs + 1e-6

@@ -156,6 +156,7 @@ print "x" | exec "x" | print a, b | match x | case x: pass | type X | @a | @a pa
 
 INVALID_LINES = (
     " x = 1", "if a:\nb", "if a:\n  b\n c", "a\n b", "if a:\n\tb\n        c", "if a:\n        b\n\tc",
+    "if a:\n        if b:\n\t c", "if a:\n  b\n \x0c c",
     "def f():\n# c", "if a:\n b\nelse\n c", "try:\n a\nb", "try: a\nexcept: b\nexcept* c: d", "try: a\nelse: b",
     "try: a\nexcept*: b", "try: a\nfinally: b\nelse: c", "for a in b: c\nelif d: e", "match x:\n case a.b as _: c",
     "match x:\n pass", "match x:\n case 1 + 1: a", "match x:\n case A(b=1, c): d", "match x:\n case {**a, 1: b}: c",
@@ -248,7 +249,7 @@ def test_a_file_ending_in_a_backslash_is_not_python():
 def test_nesting_is_accepted_as_deep_as_every_parser_allows(before, after):
     taken = [surely_python(before * depth + "x" + after * depth) for depth in (1, 10, 20, 2000, 100_000)]
     assert taken == [True, True, True, False, False]
-    depths = [depth for depth in range(1, 700) if surely_python(before * depth + "x" + after * depth)]
+    depths = [depth for depth in range(1, 1600) if surely_python(before * depth + "x" + after * depth)]
     with without_the_kernel():
         assert is_python(before * depths[-1] + "x" + after * depths[-1])
 

@@ -156,6 +156,17 @@ def test_a_program_is_in_none_of_our_groups():
     assert outcome.stdout == "[]\n"
 
 
+def test_all_that_is_shown_is_read_only(sandbox):
+    """Where root starts the sandbox, its files are closed to programs anyway; where a user does, they are his."""
+    read_only = ["/", "/usr", os.path.dirname(os.__file__)] + ["/proc"] * (sandbox.mode == "namespaces")
+    code = (
+        f"import os\nfor path in {read_only}: assert os.statvfs(path).f_flag & os.ST_RDONLY, path\n"
+        f"for path in {[*read_only, '/tmp', '/dev/shm']}: assert os.statvfs(path).f_flag & os.ST_NOSUID, path"
+    )
+    outcome = run_one(sandbox, python(code))
+    assert outcome.passed, outcome.describe()
+
+
 def test_a_program_has_limits_of_the_kernels_own(sandbox):
     """They hold where a program is faster than the overseer."""
     most = {
@@ -224,6 +235,7 @@ def test_the_outcome_reports_what_a_program_did(sandbox, source, verdict, detail
     [
         ("kill -PIPE $$", "crashed", "signal 13"),  # Python ignores this one and the next
         ("kill -XFSZ $$", "disk", ""),
+        ("kill -XCPU $$", "time", ""),
         ("echo 'std::bad_alloc' >&2; kill -ABRT $$", "memory", ""),
         ("head -c 3M /dev/zero > /dev/shm/x", "disk", ""),
         ("while : > /dev/shm/$((n++)); do :; done; exit 1", "disk", ""),
@@ -548,13 +560,18 @@ def test_unsafe_runs_with_limits_and_cleans_up():
                     ("right", python(HONEST)),
                     ("early", python("import os; os._exit(0)")),
                     ("slow", python("while True: pass")),
+                    ("late", python("import time\nwhile time.process_time() < 0.5: pass\nassert False")),
+                    ("all of its group", python("import os; os.killpg(0, 9)")),
                     ("daemon", python("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(99)")),
                 ]
             )
         )
         left = [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("megacoder-")]
     verdicts = {key: outcome.verdict for key, outcome in outcomes.items()}
-    assert verdicts == {"right": "passed", "early": "ended early", "slow": "time", "daemon": "passed"}
+    assert verdicts == {
+        "right": "passed", "early": "ended early", "slow": "time", "late": "time", "all of its group": "crashed",
+        "daemon": "passed",
+    }  # fmt: skip
     assert not left
 
 

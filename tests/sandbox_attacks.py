@@ -170,7 +170,7 @@ ATTACKS = {
         "libc.syscall(0x40000000 + 272, 0x10000000)\nassert ctypes.get_errno() == 1",  # x32's numbers
     ),
     "calls of another architecture": attack(
-        "crashed",  # getpid, by i386's number and instruction
+        "crashed, failed",  # getpid, by i386's number and instruction
         "import mmap\ncode = mmap.mmap(-1, 4096, prot=7)\ncode.write(bytes.fromhex('b814000000cd80c3'))\n"
         "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()",
     ),

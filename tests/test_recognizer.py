@@ -119,6 +119,9 @@ def test_blocks_that_skipped_lines_would_close_may_stay_open():
     assert left_out(text, "c", share=0.2) == left_out(text, "c", open_end=True) == -1
     assert left_out(text, "c", share=0.2, open_end=True) == len("}\n") + len("}\n")  # that line, and the last one
     assert left_out(text, "c", share=3.5 / len(text), open_end=True) == -1
+    for line, closes in ((") ) (\n", False), (") ) # (\n", True)):  # a directive may have closed it
+        text = f'extern "C" {{\nint x;\n{line}{functions}'
+        assert left_out(text, "c", share=0.2, open_end=True) == (len(line) + len("}\n") if closes else -1)
     for cut in ("int g(int x) {\n  return x;\n", "int g(int x) {\n  x = 1;\n  x = 2;"):
         assert left_out(cut, "c", share=0.9, open_end=True) == -1  # nothing was left out
 

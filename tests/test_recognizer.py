@@ -78,6 +78,21 @@ def test_columns_are_counted_in_characters_without_the_byte_order_mark(mark):
     assert [has_error(text, "haskell") for text in texts] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ("go", "package {}\n"),
+        ("javascript", "export function {}(x) {{ return x; }}\n"),
+        ("ocaml", "let {} x = x + 1\n"),
+        ("php", "<?php\nfunction {}($x) {{ return $x; }}\n"),
+    ],
+)
+def test_reserved_words_are_no_names(grammar, text):
+    name, reserved = text.format("name"), text.format("else")
+    assert (left_out(name, grammar), left_out(reserved, grammar)) == (0, -1)
+    assert (has_error(name, grammar), has_error(reserved, grammar)) == (False, True)
+
+
 def test_real_files_and_their_mutants_are_judged_as_by_tree_sitter():
     generator = random.Random(0)
     outcomes = {True: 0, False: 0}

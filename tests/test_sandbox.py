@@ -240,6 +240,7 @@ def test_the_outcome_reports_what_a_program_did(sandbox, source, verdict, detail
         ("echo 'std::bad_alloc' >&2; kill -ABRT $$", "memory", ""),
         ("head -c 3M /dev/zero > /dev/shm/x", "disk", ""),
         ("while : > /dev/shm/$((n++)); do :; done; exit 1", "disk", ""),
+        ("head -c 40K /dev/zero; head -c 40K /dev/zero >&2", "output", ""),
         ("exit 7", "failed", "exit code 7"),
     ],
 )
@@ -327,7 +328,11 @@ LEFT_BEHIND = {
     "its own file gone": "os.remove('main.py')",
     "a link in the place of its folder": "os.rename('/tmp/work', '/tmp/w'); os.symlink('/tmp/home', '/tmp/work')",
     "a door wide open": "os.chmod('/tmp', 0o777); os.chmod('/dev/shm', 0o755)",
-    "a note on a folder": "try: os.setxattr('/tmp', 'user.x', b'1')\nexcept OSError: pass  # older kernels",
+    "a list of who may enter": (
+        "entries = '01000700ffffffff 02000700e8030000 04000000ffffffff 10000000ffffffff 20000000ffffffff'\n"
+        "try: os.setxattr('/tmp', 'system.posix_acl_access', bytes.fromhex('02000000' + entries))\n"
+        "except OSError: pass  # no such lists here"
+    ),
     "a folder that none may enter": "os.mkdir('x'); os.chmod('x', 0)",
     "the working folder locked": "os.chmod('/tmp/work', 0)",
     "nothing": "",
@@ -346,7 +351,8 @@ def test_every_program_finds_the_same_empty_folders(sandbox, code):
     assert found.stdout.count("\n") == 4
     assert "/tmp/work 0o40755 [] ['main.py'] []" in found.stdout
     for _ in range(2):  # on each of the two workers
-        list(sandbox.run((index, python(f"import os\n{code}")) for index in range(2)))
+        for _, outcome in sandbox.run((index, python(f"import os\n{code}")) for index in range(2)):
+            assert outcome.passed, outcome.describe()
         assert {outcome.stdout for _, outcome in sandbox.run((index, python(LOOK)) for index in range(2))} == {
             found.stdout
         }

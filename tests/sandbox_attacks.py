@@ -97,6 +97,11 @@ ATTACKS = {
         "print(os.environ)\n"
         "for who in os.listdir('/proc'):\n  try: print(open(f'/proc/{who}/environ').read())\n  except OSError: pass",
     ),
+    "names of the machine": attack(
+        "passed",
+        "assert socket.gethostname() == 'sandbox'\n"
+        "for line in open('/proc/self/cgroup'): assert line.rstrip().endswith(':/'), line",
+    ),
     "memory of the overseer": attack(
         "passed",
         "must_fail(open, '/proc/1/mem', 'rb')\nmust_fail(open, '/proc/1/maps')\nmust_fail(os.listdir, '/proc/1/fd')",
@@ -161,7 +166,13 @@ ATTACKS = {
         "try: os.kill(-1, 9)\nexcept OSError: pass",
     ),
     "namespaces of its own": attack(
-        "passed", "refused(272, 0x10000000)\nrefused(56, 0x10000000 | 17, 0, 0, 0, 0)\nrefused(435, 0, 0)"
+        "passed", "refused(272, 0x10000000)\nrefused(56, 0x10000000 | 17, 0, 0, 0, 0)\nrefused(435, 0, 0)\n"
+        "libc.syscall(0x40000000 + 272, 0x10000000)\nassert ctypes.get_errno() == 1",  # x32's numbers
+    ),
+    "calls of another architecture": attack(
+        "crashed, failed",  # getpid, by i386's number and instruction
+        "import mmap\ncode = mmap.mmap(-1, 4096, prot=7)\ncode.write(bytes.fromhex('b814000000cd80c3'))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()",
     ),
     "doors into the kernel": attack(
         "passed", "refused(321, 0, 0, 0)\nrefused(250, 0, -3, 1)\nrefused(425, 8, 0)\nrefused(298, 0, 0, -1, -1, 0)"

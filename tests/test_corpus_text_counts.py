@@ -52,6 +52,27 @@ def test_many_different_words_and_lines():
     assert word_counts(text).names == 20_977
 
 
+def _mixed(value):
+    value = value * 0x9E3779B97F4A7C15 % 2**64
+    return value ^ value >> 32
+
+
+@needs_build
+def test_lines_of_the_same_hash_are_not_the_same():
+    """The hash of 16 bytes mixes the first 8 with their number, and the last 8 with the result."""
+    one, number = b"sixteen of Latin", 10**7
+    while True:
+        first = b"%8d" % number
+        last = int.from_bytes(one[8:], "little") ^ _mixed(16 ^ int.from_bytes(one[:8], "little"))
+        other = first + (last ^ _mixed(16 ^ int.from_bytes(first, "little"))).to_bytes(8, "little")
+        if other.decode("latin1").split() == [other.decode("latin1")]:  # one line, with no blanks at its ends
+            break
+        number += 1
+    text = f"{one.decode()}\n{other.decode('latin1')}"
+    assert word_counts(text) == reference_word_counts(text)
+    assert word_counts(text).distinct_lines == 2
+
+
 def test_without_the_kernels_python_answers(monkeypatch):
     monkeypatch.setattr(text_counts, "native", lambda: None)
     assert line_counts("a\nb") == reference_line_counts("a\nb")

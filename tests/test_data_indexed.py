@@ -262,3 +262,11 @@ def test_the_compiled_checks_agree_with_the_reference(tmp_path, monkeypatch):
                 IndexedDataset(prefix)
             said.append(str(caught.value))
         assert said[0] == said[1], place
+
+
+@pytest.mark.skipif(native() is None, reason="the kernels are not built")
+def test_offsets_that_wrap_around_are_wrong_in_the_next_run_of_entries():
+    count = (1 << 15) + 9
+    lengths, pointers = np.zeros(count, np.int32), np.zeros(count, np.int64)
+    lengths[4], pointers[5:] = 1 << 30, np.iinfo(np.int64).min
+    assert native().first_wrong_sequences(lengths.ctypes.data, pointers.ctypes.data, count, 1 << 33) == 1 << 15

@@ -149,6 +149,7 @@ def test_blends_are_compiled_where_there_is_a_compiler():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megacoder.data.megatron_order.range", lambda *_: pytest.fail("a loop in Python"), raising=False)
         assert np.bincount(blending_indices([0.5, 0.3, 0.2], 1000)[0]).tolist() == [500, 300, 200]
+        assert np.array_equal(blending_indices([1.0], 40_000)[1], np.arange(40_000))  # more than int16 holds
 
 
 @pytest.mark.parametrize(

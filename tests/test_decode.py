@@ -82,6 +82,39 @@ def test_a_sequence_does_not_depend_on_the_rest_of_the_batch(backend, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_steps_do_not_depend_on_the_number_of_threads(backend, dtype):
+    """A model large enough for more than one: each waits for what the others compute, and for nothing else."""
+    if backend == "torch":
+        pytest.skip("BLAS sums in another order for another number of threads")
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 12, "num_key_value_heads": 6}
+    model, threads, steps = make_model(**sizes).to(dtype), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        decoder = Decoder(model, make_cache(model, [3, 9, 30]))
+        steps.append([decoder.step(torch.arange(3) + at) for at in range(4)])
+    torch.set_num_threads(threads)
+    for alone, two, three in zip(*steps, strict=True):
+        assert torch.isfinite(alone).all()
+        assert torch.equal(alone, two)
+        assert torch.equal(alone, three)
+
+
+@torch.no_grad()
+def test_many_values_are_summed_in_fp32():
+    """In bf16, a sum of a thousand parts stops growing before it is half of what it should be."""
+    steps = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model(max_position_embeddings=1100).to(torch.bfloat16).to(dtype)
+        cache = make_cache(model, [1000])
+        for layer in cache.layers:
+            layer.keys.zero_()
+            layer.values.fill_(1.0)
+        steps.append(Decoder(model, cache).step(torch.tensor([1])).double())
+    assert (steps[0] - steps[1]).norm() <= TOLERANCE[torch.bfloat16] * steps[1].norm()
+
+
+@torch.no_grad()
 def test_a_step_beyond_the_cache_is_refused(backend):
     if backend == "torch":
         pytest.skip("torch refuses by itself")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from guarded_memory import at_the_end_of_memory
 
 from megacoder.ops import linear
 from megacoder.ops.adamw import AdamWConfig, adamw_, sum_of_squares
@@ -166,6 +167,17 @@ def test_attention(heads, kv_heads, length, dtype):
     assert_near(attention(q, k, v, mask=None), expected.detach(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_small_probabilities_count(dtype):
+    """Each of them is 2e-6 of the first key's, all together 0.25%."""
+    q, k, v = torch.zeros(3, 1, 1, 1100, 16, dtype=dtype)
+    q[..., 0], k[:, :, 0, 0], v[:, :, 1:] = 4.0, 13.0, 64.0
+    out, lse = attention_forward(q, k, v)
+    others = torch.arange(1100, dtype=torch.float64)
+    assert lse[0, 0].double().cpu().numpy() == pytest.approx((math.exp(13) + others).log().cpu().numpy(), abs=2e-4)
+    assert out[0, -1, 0].double().cpu().numpy() == pytest.approx(64 * 1099 / (math.exp(13) + 1099), rel=1e-2)
+
+
 def first_keys_of(starts, *, query_start, length):
     """(B, S) first keys of queries `query_start`..., from the starts of each sequence's documents."""
     places = torch.arange(query_start, query_start + length)
@@ -271,6 +283,18 @@ def test_linear_cross_entropy(vocab, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [4096, 8200])
+def test_the_terms_of_a_large_vocabulary_are_summed_once(vocab, dtype):
+    """Kernels add up such a sum in blocks of a few thousand terms."""
+    x, weight, labels = torch.eye(2, dtype=dtype), randn(8203, 2, dtype=dtype), torch.tensor([5, vocab - 1])
+    expected = linear_cross_entropy(x.double(), weight.double(), labels, vocab=vocab)
+    loss, grad_x = linear_cross_entropy_with_grads(x, weight, labels, vocab=vocab, grad_weight_WD=torch.zeros(8203, 2))
+    assert loss.total.item() == pytest.approx(expected.item(), rel=2e-6)
+    probabilities = weight[:vocab].double().t().softmax(-1)
+    assert_near(grad_x, probabilities @ weight[:vocab].double() - weight[labels].double(), dtype, factor=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [0, 1, 37, 128])
 def test_softmax_in_place(vocab, dtype):
     logits = randn(23, 128, dtype=dtype, scale=3.0)
@@ -356,6 +380,24 @@ def test_adamw_rounds_no_factor_before_it_is_subtracted_from_one(config):
     assert 1 - state[1].double().numpy() == pytest.approx(1 - master, rel=3e-5)
 
 
+def test_adamw_of_gradients_as_small_as_epsilon():
+    """It is added to the root of the second moment after this one's correction for the first steps."""
+    config, grad = AdamWConfig(eps=1e-6, weight_decay=0.0), torch.full((64,), 1e-6)
+    state = [torch.zeros(64) for _ in range(4)]
+    for step in (1, 2, 3):
+        adamw_(*state, grad, config=config, lr=1.0, step=step, grad_scale=1.0, decayed=True)
+        assert state[1].double().numpy() == pytest.approx(-step / 2, rel=1e-5)
+
+
+def test_the_bf16_weight_of_a_number_that_is_none_is_none():
+    """Also where rounding its bits would carry into the sign, or round them away."""
+    master = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    weight = torch.zeros(4, dtype=torch.bfloat16)
+    state = [torch.zeros(4) for _ in range(3)]
+    adamw_(weight, master, *state, config=AdamWConfig(), lr=1e-3, step=1, grad_scale=1.0, decayed=True)
+    assert weight.isnan().all()
+
+
 def test_split_master_weights_round_to_the_weights_and_lose_one_bit_at_most():
     bits = torch.cat([torch.arange(-0x18000, 0x18000) + (sign << 16) for sign in (0x3F80, -0x4080, 0x0001, 0x7F7E)])
     master = bits.to(torch.int32).view(torch.float32)
@@ -390,6 +432,16 @@ def test_adamw_on_split_master_weights_is_adamw():
     assert (joined != whole[1]).sum() <= 3
 
 
+def test_a_split_master_weight_half_way_above_its_weight_loses_one_bit():
+    """The update is exactly lr: from 1 to 1 + 2^-8, half-way to the next bf16, which int16 just cannot hold."""
+    weight, low = torch.ones(9, dtype=torch.bfloat16), torch.zeros(9, dtype=torch.int16)
+    state = [torch.zeros(9), torch.zeros(9), torch.full((9,), -1.0)]
+    config = AdamWConfig(beta1=0.5, beta2=0.75, eps=1e-30, weight_decay=0.0)
+    adamw_(weight, low, *state, config=config, lr=2**-8, step=1, grad_scale=1.0, decayed=True)
+    assert weight.tolist() == [1.0] * 9
+    assert low.tolist() == [0x7FFF] * 9
+
+
 def test_sum_of_squares_does_not_depend_on_threads():
     values = randn(200_001).float()
     threads = torch.get_num_threads()
@@ -404,7 +456,7 @@ def test_sum_of_squares_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "dim", "width"), [(1, 64, 7), (3, 33, 5), (4, 8, 2), (8, 100, 64), (11, 7, 1), (17, 9, 9)]
+    ("rows", "dim", "width"), [(1, 64, 7), (3, 33, 5), (4, 8, 2), (8, 100, 64), (2, 63, 3), (11, 7, 1), (17, 9, 9)]
 )
 def test_few_rows_linear(backend, dtype, rows, dim, width):
     torch.manual_seed(rows)
@@ -413,6 +465,8 @@ def test_few_rows_linear(backend, dtype, rows, dim, width):
     theirs = (F.linear(x, weight).double() - exact).abs().max()
     ours = few_rows_linear(x, weight)
     assert ours.shape == (rows, width)
+    if DEVICE == "cpu":  # not one weight more is read
+        torch.testing.assert_close(few_rows_linear(at_the_end_of_memory(x), at_the_end_of_memory(weight)), ours)
     strided = torch.stack((x, x), dim=1)[:, 1]
     torch.testing.assert_close(few_rows_linear(strided, weight), ours)
     assert (ours.double() - exact).abs().max() <= 2 * theirs + 1e-6

@@ -156,6 +156,7 @@ print "x" | exec "x" | print a, b | match x | case x: pass | type X | @a | @a pa
 
 INVALID_LINES = (
     " x = 1", "if a:\nb", "if a:\n  b\n c", "a\n b", "if a:\n\tb\n        c", "if a:\n        b\n\tc",
+    "if a:\n        if b:\n\t c", "if a:\n  b\n \x0c c",
     "def f():\n# c", "if a:\n b\nelse\n c", "try:\n a\nb", "try: a\nexcept: b\nexcept* c: d", "try: a\nelse: b",
     "try: a\nexcept*: b", "try: a\nfinally: b\nelse: c", "for a in b: c\nelif d: e", "match x:\n case a.b as _: c",
     "match x:\n pass", "match x:\n case 1 + 1: a", "match x:\n case A(b=1, c): d", "match x:\n case {**a, 1: b}: c",

@@ -63,11 +63,34 @@ def test_what_tree_sitter_parses_is_accepted_and_nothing_else(grammar, texts):
     for text in texts:
         assert left_out(text, grammar) == 0
         twice = text if has_error(text * 2, grammar) else text * 2
-        for made in [twice, *mutants(generator, twice, 60)]:
+        for made in [twice, "\ufeff" + twice, *mutants(generator, twice, 60)]:
             good = not has_error(made, grammar)
             assert (left_out(made, grammar) == 0) == good, made
             outcomes[good] += 1
     assert all(outcomes.values())
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_columns_are_counted_in_characters_without_the_byte_order_mark(mark):
+    """A block's lines are aligned with its first, which here follows a letter of two bytes."""
+    texts = [f"{mark}x = let {{- é -}} a = b\n{' ' * indent}c = d\n    in a\n" for indent in (15, 16, 17)]
+    assert [left_out(text, "haskell") for text in texts] == [-1, 0, -1]
+    assert [has_error(text, "haskell") for text in texts] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ("go", "package {}\n"),
+        ("javascript", "export function {}(x) {{ return x; }}\n"),
+        ("ocaml", "let {} x = x + 1\n"),
+        ("php", "<?php\nfunction {}($x) {{ return $x; }}\n"),
+    ],
+)
+def test_reserved_words_are_no_names(grammar, text):
+    name, reserved = text.format("name"), text.format("else")
+    assert (left_out(name, grammar), left_out(reserved, grammar)) == (0, -1)
+    assert (has_error(name, grammar), has_error(reserved, grammar)) == (False, True)
 
 
 def test_real_files_and_their_mutants_are_judged_as_by_tree_sitter():
@@ -110,6 +133,10 @@ def test_blocks_that_skipped_lines_would_close_may_stay_open():
     text = f'#ifdef A\nextern "C" {{\n#endif\n{functions}#ifdef A\n}}\n#endif\n{functions}'
     assert left_out(text, "c", share=0.2) == left_out(text, "c", open_end=True) == -1
     assert left_out(text, "c", share=0.2, open_end=True) == len("}\n") + len("}\n")  # that line, and the last one
+    assert left_out(text, "c", share=3.5 / len(text), open_end=True) == -1
+    for line, closes in ((") ) (\n", False), (") ) # (\n", True)):  # a directive may have closed it
+        text = f'extern "C" {{\nint x;\n{line}{functions}'
+        assert left_out(text, "c", share=0.2, open_end=True) == (len(line) + len("}\n") if closes else -1)
     for cut in ("int g(int x) {\n  return x;\n", "int g(int x) {\n  x = 1;\n  x = 2;"):
         assert left_out(cut, "c", share=0.9, open_end=True) == -1  # nothing was left out
 

@@ -1,6 +1,8 @@
 """The sandbox: attacks are contained and named, neighbours are not disturbed, nothing is left behind."""
 
+import ast
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,11 @@ from command_line import wait_until
 from sandbox_attacks import ATTACKS
 
 from megacoder.core.errors import ConfigError
+from megacoder.evaluate.sandbox import kernel
 from megacoder.evaluate.sandbox.confine import kernel_limits
 from megacoder.evaluate.sandbox.host import Launcher, Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Toolchain, find_toolchain, installed_languages
-from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step
+from megacoder.evaluate.sandbox.program import PRELOADED_PYTHON, Limits, Outcome, Program, Step, as_message
 from megacoder.evaluate.sandbox.view import tool_folder
 
 SECRET = "planted-8c1f"
@@ -127,6 +131,69 @@ def test_an_honest_program_passes_during_an_attack(attacked, name):
     assert (outcome.verdict, outcome.stdout, outcome.stderr) == ("passed", "499500\n", "")
 
 
+def test_a_program_holds_no_privilege_and_can_gain_none(sandbox):
+    """Several of these would each stop the attacks above, so that none of them shows that one is missing."""
+    outcome = run_one(sandbox, python("print(open('/proc/self/status').read())\nopen('/proc/self/maps').close()"))
+    assert outcome.passed, outcome.describe()
+    status = dict(line.split(":", 1) for line in outcome.stdout.splitlines() if line)
+    assert [int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == [0] * 5
+    assert status["NoNewPrivs"].strip() == "1"
+    assert (status["Seccomp"].strip() == "2") is kernel.can_deny_system_calls()
+    if os.geteuid() == 0:
+        assert status["Uid"].split() == status["Gid"].split() == ["1000"] * 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may leave its groups")
+def test_a_program_is_in_none_of_our_groups():
+    before = os.getgroups()
+    os.setgroups([*before, 4])
+    try:
+        with Sandbox() as sandbox:
+            outcome = run_one(sandbox, python("import os; print(os.getgroups())"))
+    except SandboxError as error:
+        pytest.skip(str(error))
+    finally:
+        os.setgroups(before)
+    assert outcome.stdout == "[]\n"
+
+
+def test_all_that_is_shown_is_read_only(sandbox):
+    """Where root starts the sandbox, its files are closed to programs anyway; where a user does, they are his."""
+    read_only = ["/", "/usr", os.path.dirname(os.__file__)] + ["/proc"] * (sandbox.mode == "namespaces")
+    code = (
+        f"import os\nfor path in {read_only}: assert os.statvfs(path).f_flag & os.ST_RDONLY, path\n"
+        f"for path in {[*read_only, '/tmp', '/dev/shm']}: assert os.statvfs(path).f_flag & os.ST_NOSUID, path"
+    )
+    outcome = run_one(sandbox, python(code))
+    assert outcome.passed, outcome.describe()
+
+
+def test_a_program_has_limits_of_the_kernels_own(sandbox):
+    """They hold where a program is faster than the overseer."""
+    most = {
+        "CORE": 0, "CPU": 2, "FSIZE": 8 << 20, "NOFILE": 512, "NPROC": 48, "AS": (160 + 1024) << 20, "MSGQUEUE": 0,
+        "MEMLOCK": 1 << 20, "SIGPENDING": 1024, "NICE": 0, "RTPRIO": 0,
+    }  # fmt: skip
+    numbers = [getattr(resource, f"RLIMIT_{name}") for name in most]
+    outcome = run_one(sandbox, python(f"import resource\nprint([resource.getrlimit(n) for n in {numbers}])"))
+    for (name, value), (soft, hard) in zip(most.items(), ast.literal_eval(outcome.stdout), strict=True):
+        assert 0 <= soft <= value, name  # -1 is no limit
+        assert soft <= hard <= value + 1, name
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
+)
+def test_forbidden_calls_have_the_kernels_numbers(machine, header):
+    if not os.path.exists(header):
+        pytest.skip(f"no {header}")
+    theirs = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)", Path(header).read_text())}
+    known = {name: number for name, number in kernel._NUMBERS[machine].items() if name in theirs}
+    assert len(known) > 35
+    assert known == {name: theirs[name] for name in known}
+
+
 def test_the_attacks_succeed_without_the_sandbox(tmp_path):
     """The tests above could not fail if the attacks did nothing: run with our own rights, they read the secret."""
     bait = Bait(tmp_path)
@@ -145,7 +212,9 @@ def test_the_attacks_succeed_without_the_sandbox(tmp_path):
         ("print('hello')", "passed", ""),
         ("print('x'); raise ValueError('too small')", "failed", "ValueError: too small"),
         ("raise SystemExit(3)", "failed", "exit code 3"),
+        ("raise SystemExit('too small')", "failed", "too small"),
         ("import os; os.kill(os.getpid(), 11)", "crashed", "signal 11"),
+        ("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(bytes(80 << 20))", "disk", ""),
         ("def f(:", "failed", "SyntaxError"),
         ("if __name__ == '__main__':\n    input()", "passed", ""),
         ("import pickle\nclass C: pass\npickle.loads(pickle.dumps(C()))", "passed", ""),
@@ -162,6 +231,70 @@ def test_the_outcome_reports_what_a_program_did(sandbox, source, verdict, detail
     assert detail in outcome.describe()
 
 
+@pytest.mark.parametrize(
+    ("source", "verdict", "detail"),
+    [
+        ("kill -PIPE $$", "crashed", "signal 13"),  # Python ignores this one and the next
+        ("kill -XFSZ $$", "disk", ""),
+        ("kill -XCPU $$", "time", ""),
+        ("echo 'std::bad_alloc' >&2; kill -ABRT $$", "memory", ""),
+        ("head -c 3M /dev/zero > /dev/shm/x", "disk", ""),
+        ("while : > /dev/shm/$((n++)); do :; done; exit 1", "disk", ""),
+        ("head -c 40K /dev/zero; head -c 40K /dev/zero >&2", "output", ""),
+        ("exit 7", "failed", "exit code 7"),
+    ],
+)
+def test_the_outcome_reports_what_a_program_other_than_python_did(sandbox, source, verdict, detail):
+    step = Step(argv=("bash", "main.sh"), limits=replace(LIMITS, seconds=5))
+    outcome = run_one(sandbox, Program(files={"main.sh": source}, steps=(step,)))
+    assert outcome.verdict == verdict
+    assert detail in outcome.describe()
+
+
+def test_what_cannot_be_started_fails(sandbox):
+    outcome = run_one(sandbox, Program(files={}, steps=(Step(argv=("no-such-tool",), limits=LIMITS),)))
+    assert (outcome.verdict, outcome.exit_code) == ("failed", 126)
+    assert "no-such-tool: [Errno 2]" in outcome.describe()
+
+
+def test_a_program_can_catch_an_interrupt(sandbox):
+    source = "import os\ntry:\n  os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt: print('caught')"
+    assert run_one(sandbox, python(source)).stdout == "caught\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        ("time.sleep(0.1)", "passed"),
+        ("open('x', 'wb').write(kept); time.sleep(1)", "memory"),
+        ("for _ in range(3):\n  if os.fork() == 0: time.sleep(0.1); os._exit(0)\ntime.sleep(0.1)", "passed"),
+        ("for _ in range(20): threading.Thread(target=time.sleep, args=(0.1,)).start()", "passed"),
+        ("for _ in range(30): threading.Thread(target=time.sleep, args=(1,)).start()\ntime.sleep(1)", "processes"),
+    ],
+    ids=["memory", "memory and files", "memory that processes share", "threads", "more threads than processes"],
+)
+def test_what_is_counted_together(sandbox, code, verdict):
+    source = f"import os, threading, time\nkept = b'x' * (40 << 20)\n{code}"
+    limits = Limits(seconds=5, memory_mb=72, processes=24, disk_mb=48)
+    assert run_one(sandbox, python(source, limits)).verdict == verdict
+
+
+def test_the_room_for_files_is_each_programs_own():
+    source = "for name in 'ab': open(name, 'wb').write(b'x' * (6 << 20))"
+    with Sandbox(workers=1) as sandbox:
+        for size, verdict in ((8, "disk"), (16, "passed")):
+            assert run_one(sandbox, python(HONEST, replace(LIMITS, disk_mb=24 - size))).passed  # leaves nothing
+            assert run_one(sandbox, python(source, replace(LIMITS, disk_mb=size))).verdict == verdict
+
+
+def test_the_environment_is_each_programs_own():
+    step = Step(argv=(PRELOADED_PYTHON, "main.py"), limits=LIMITS)
+    program = Program(files={"main.py": "import os; print(os.environ.get('OWN'))"}, steps=(step,))
+    with Sandbox(workers=1) as sandbox:
+        outcomes = [run_one(sandbox, replace(program, environment=own)) for own in ({"OWN": "1"}, {})]
+    assert [outcome.stdout for outcome in outcomes] == ["1\n", "None\n"]
+
+
 def test_results_do_not_depend_on_the_number_of_workers():
     sources = [HONEST, "assert False", "while True: pass", "x = bytearray(1 << 40)", "import os; os._exit(0)"]
     seen = []
@@ -172,10 +305,13 @@ def test_results_do_not_depend_on_the_number_of_workers():
     assert seen[0] == seen[1] == ["passed", "failed", "time", "memory", "ended early"]
 
 
-def test_a_program_that_timed_out_is_retried_alone(sandbox):
-    outcomes = dict(sandbox.run([("slow", python("while True: pass")), ("fine", python(HONEST))]))
-    assert (outcomes["slow"].alone, outcomes["fine"].alone) == (True, False)
-    assert list(outcomes) == ["fine", "slow"]
+def test_a_program_that_ran_out_of_time_or_memory_is_retried_alone(sandbox):
+    slow = python("while True: pass")
+    outcomes = dict(sandbox.run([("slow", slow), ("fine", python(HONEST)), ("large", python("bytearray(1 << 42)"))]))
+    assert {key: outcome.alone for key, outcome in outcomes.items()} == {"fine": False, "slow": True, "large": True}
+    assert next(iter(outcomes)) == "fine"
+    first, again = (as_message(slow, alone=alone)["steps"][0] for alone in (False, True))
+    assert (again["wall"], again["limits"]) == (2 * first["wall"], first["limits"])
 
 
 def test_files_of_one_program_are_not_there_for_the_next():
@@ -192,6 +328,11 @@ LEFT_BEHIND = {
     "its own file gone": "os.remove('main.py')",
     "a link in the place of its folder": "os.rename('/tmp/work', '/tmp/w'); os.symlink('/tmp/home', '/tmp/work')",
     "a door wide open": "os.chmod('/tmp', 0o777); os.chmod('/dev/shm', 0o755)",
+    "a list of who may enter": (
+        "entries = '01000700ffffffff 02000700e8030000 04000000ffffffff 10000000ffffffff 20000000ffffffff'\n"
+        "try: os.setxattr('/tmp', 'system.posix_acl_access', bytes.fromhex('02000000' + entries))\n"
+        "except OSError: pass  # no such lists here"
+    ),
     "a folder that none may enter": "os.mkdir('x'); os.chmod('x', 0)",
     "the working folder locked": "os.chmod('/tmp/work', 0)",
     "nothing": "",
@@ -210,7 +351,8 @@ def test_every_program_finds_the_same_empty_folders(sandbox, code):
     assert found.stdout.count("\n") == 4
     assert "/tmp/work 0o40755 [] ['main.py'] []" in found.stdout
     for _ in range(2):  # on each of the two workers
-        list(sandbox.run((index, python(f"import os\n{code}")) for index in range(2)))
+        for _, outcome in sandbox.run((index, python(f"import os\n{code}")) for index in range(2)):
+            assert outcome.passed, outcome.describe()
         assert {outcome.stdout for _, outcome in sandbox.run((index, python(LOOK)) for index in range(2))} == {
             found.stdout
         }
@@ -223,7 +365,7 @@ def test_tools_that_lie_in_tmp_are_shown_there_and_cannot_be_changed(mode):
         tool = Path(folder) / "kit" / "bin" / "tool"
         tool.parent.mkdir(parents=True)
         tool.write_text("#!/bin/sh\necho here\necho more >> $0 || echo refused\n")
-        tool.chmod(0o755)
+        tool.chmod(0o777)
         try:
             with Sandbox(workers=1, mode=mode, tools=[str(tool)]) as sandbox:
                 for _ in range(2):
@@ -241,16 +383,17 @@ def test_a_process_started_ahead_is_used_if_it_fits_and_ends_if_not(sandbox, pre
         assert run_one(other, source).passed
         same_mode = (ahead.words[0] == "bwrap") is (other.mode == "bubblewrap")
         assert (other._launchers == [ahead]) is (same_mode and preload == ["colorsys"])
+        assert os.getsid(ahead.process.pid) != os.getsid(0)  # Ctrl-C is ours alone
     assert ahead.process.poll() is not None
 
 
-def test_a_killed_worker_is_replaced_and_its_program_rerun():
-    with Sandbox(workers=1) as sandbox:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_replaced_and_its_program_rerun(workers):
+    with Sandbox(workers=workers) as sandbox:
         children = children_of(sandbox._launchers[0].process.pid)
-        results = sandbox.run((index, python(HONEST)) for index in range(3))
+        results = sandbox.run((index, python(HONEST)) for index in range(3 * workers))
         next(results)
-        for child in children:
-            os.kill(child, 9)
+        os.kill(children[0], 9)  # the other one holds no end of its socket, so that the end shows
         assert all(outcome.passed for _, outcome in results)
 
 
@@ -357,6 +500,28 @@ def test_anything_printed_fails_a_program_that_must_be_silent(sandbox):
     assert run_one(sandbox, script("echo so far >&2")).describe() == "failed: so far"
 
 
+def test_a_compiler_has_limits_of_its_own_and_a_runtime_twice_the_time():
+    paths = {"c++": "/x/g++", "java": "/x/java", "javac": "/x/javac", "jars": "."}
+    limits = {
+        language: [
+            step.limits for step in Toolchain(language=LANGUAGES[language], paths=paths).program("", seconds=3).steps
+        ]
+        for language in ("cpp", "java")
+    }
+    seen = {key: [(own.seconds, own.processes, own.address_space) for own in steps] for key, steps in limits.items()}
+    assert seen == {
+        "cpp": [(30.0, 256, False), (3.0, 64, True)],
+        "java": [(60.0, 256, False), (6.0, 256, False)],
+    }
+
+
+def test_a_tools_folder_is_neither_the_root_nor_a_home_folder(monkeypatch):
+    monkeypatch.setattr(os.path, "realpath", lambda path: path)  # /bin may be a link
+    monkeypatch.setenv("HOME", "/home/me")
+    tools = ["/bin/tool", "/usr/bin/tool", "/home/me/bin/tool", "/home/me/kit/bin/tool", "/opt/kit/tool"]
+    assert [tool_folder(tool) for tool in tools] == ["/bin", "/usr/bin", "/home/me/bin", "/home/me/kit", "/opt/kit"]
+
+
 def test_openssl_is_linked_where_a_program_includes_it():
     toolchain = Toolchain(language=LANGUAGES["cpp"], paths={"c++": "/x/bin/g++"})
     plain, linked = (toolchain.program(source, seconds=1).steps[0].argv for source in ("", "#include <openssl/md5.h>"))
@@ -403,13 +568,18 @@ def test_unsafe_runs_with_limits_and_cleans_up():
                     ("right", python(HONEST)),
                     ("early", python("import os; os._exit(0)")),
                     ("slow", python("while True: pass")),
+                    ("late", python("import time\nwhile time.process_time() < 0.5: pass\nassert False")),
+                    ("all of its group", python("import os; os.killpg(0, 9)")),
                     ("daemon", python("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(99)")),
                 ]
             )
         )
         left = [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("megacoder-")]
     verdicts = {key: outcome.verdict for key, outcome in outcomes.items()}
-    assert verdicts == {"right": "passed", "early": "ended early", "slow": "time", "daemon": "passed"}
+    assert verdicts == {
+        "right": "passed", "early": "ended early", "slow": "time", "late": "time", "all of its group": "crashed",
+        "daemon": "passed",
+    }  # fmt: skip
     assert not left
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guarded_memory import at_the_end_of_memory
 
 from megacoder.ops import attention as blocked
 from megacoder.ops import cpp, tile_attention
@@ -145,8 +146,9 @@ def test_first_keys_that_are_far_apart_and_in_no_order():
         assert error(actual, reference) < 5e-3
 
 
-def test_unread_keys_are_not_read_and_have_no_gradient():
-    q, k, v = fused(1, 2, 1, 100, 32, unread=5)
+@pytest.mark.parametrize(("heads", "unread"), [(2, 5), (9, 5), (9, 300)])  # with 9, gradients are summed in parts
+def test_unread_keys_are_not_read_and_have_no_gradient(heads, unread):
+    q, k, v = fused(1, heads, 1, 100, 32, unread=unread)
     q = q[:, :, 40:100]
     first_keys = torch.full((1, 60), 36)
     documents = DocumentMask(first_keys, 40)
@@ -157,6 +159,16 @@ def test_unread_keys_are_not_read_and_have_no_gradient():
         assert not grad[:, :, 100:].any()
         assert torch.isfinite(grad).all()
         assert grad[:, :, 36:100].any()
+
+
+def test_nothing_beyond_the_end_of_a_tensor_is_touched():
+    grad, x, total = (at_the_end_of_memory(t) for t in (randn(37, 50), randn(37, 45), torch.zeros(50, 45)))
+    accumulate_weight_grad(total, grad, x)
+    assert error(total, grad.double().t() @ x.double()) < 2e-6
+    q, k, v, grad_out = (at_the_end_of_memory(randn(1, heads, 37, 20)) for heads in (2, 1, 1, 2))
+    out, lse = (at_the_end_of_memory(t) for t in attention_forward(q, k, v))
+    grads = attention_backward(grad_out.transpose(1, 2), q, k, v, out, lse)
+    assert all(torch.isfinite(grad).all() for grad in grads)
 
 
 def test_huge_scores_are_finite_and_decided_by_the_largest():

@@ -25,18 +25,24 @@ const float kLeastExponent = -87.0f, kLargestExponent = 88.0f;
 
 namespace {
 
-const Kernels& choose() {
+// The tables of kernels that this processor can run, the fastest first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
 #ifdef MEGACODER_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? megacoder::avx512_bf16::kernels() : megacoder::avx512::kernels();
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&megacoder::avx512_bf16::kernels());
+    found.push_back(&megacoder::avx512::kernels());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return megacoder::avx2::kernels();
+    found.push_back(&megacoder::avx2::kernels());
 #endif
-  return megacoder::baseline::kernels();
+  found.push_back(&megacoder::baseline::kernels());
+  return found;
 }
 
-const Kernels& table = choose();
+const std::vector<const Kernels*> tables = runnable();
+const Kernels* table = tables.front();
 using Address = uintptr_t;
 
 template <class T>
@@ -57,8 +63,8 @@ auto over_characters(const py::str& text, Body body) {
 // Calls `body` with the typed table and a null pointer of the element type.
 template <class Body>
 void typed(bool is_bf16, Body body) {
-  if (is_bf16) body(table.bf16_, static_cast<bf16*>(nullptr));
-  else body(table.fp32, static_cast<float*>(nullptr));
+  if (is_bf16) body(table->bf16_, static_cast<bf16*>(nullptr));
+  else body(table->fp32, static_cast<float*>(nullptr));
 }
 
 #ifdef MEGACODER_AMX
@@ -77,7 +83,9 @@ megacoder::amx::AttentionShape sized(const Shape& of, float scale) {
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "Fused CPU kernels; addresses in, nothing out (csrc/cpp/kernels.inc). Counts over strings (text_counts.h).";
   m.attr("interface") = 1;  // raised with that of megacoder/core/native.py
-  m.attr("isa") = table.isa;
+  m.attr("isa") = table->isa;
+  m.attr("num_tables") = tables.size();
+  m.def("use_table", [](size_t number) { table = tables.at(number); }, "For tests: 0 is what is chosen at import.");
   const py::call_guard<py::gil_scoped_release> nogil;
 #ifdef MEGACODER_AMX
   m.def("has_amx", [] {  // not at import: it asks the system for larger signal frames
@@ -175,7 +183,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("adamw_split", [](Address low, Address exp_avg, Address exp_avg_sq, Address grad, Address weight, int64_t count,
                           double grad_scale, double lr, double beta1, double beta2, double eps, double decay,
                           double correction1, double correction2) {
-    table.adamw_split(at<int16_t>(low), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<bf16>(weight),
+    table->adamw_split(at<int16_t>(low), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<bf16>(weight),
                       count, grad_scale, lr, beta1, beta2, eps, decay, correction1, correction2);
   }, nogil);
   m.def("accumulate", [](bool b, Address total, Address addend, int64_t count) {
@@ -213,16 +221,16 @@ PYBIND11_MODULE(_cpp, m) {
 
   m.def("minhash", [](Address text, Address offsets, int64_t documents, Address addends, int64_t num_hashes,
                       int64_t ngram, Address signatures, Address num_words) {
-    table.minhash(at<uint8_t>(text), at<int64_t>(offsets), documents, at<uint32_t>(addends), num_hashes, ngram,
+    table->minhash(at<uint8_t>(text), at<int64_t>(offsets), documents, at<uint32_t>(addends), num_hashes, ngram,
                   at<uint32_t>(signatures), at<int64_t>(num_words));
   }, nogil);
   m.def("word_hashes", [](Address text, int64_t size, Address hashes) {
-    return table.word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
+    return table->word_hashes(at<uint8_t>(text), size, at<uint64_t>(hashes));
   }, nogil);
   m.def("find_grams", [](const py::bytes& text, Address lengths, int64_t num_lengths, Address marks, int64_t shift,
                          Address hashes, int64_t num_hashes) {
     std::vector<uint64_t> found;
-    table.find_grams(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())), PyBytes_GET_SIZE(text.ptr()),
+    table->find_grams(reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text.ptr())), PyBytes_GET_SIZE(text.ptr()),
                      at<int64_t>(lengths), num_lengths, at<uint8_t>(marks), shift, at<uint64_t>(hashes), num_hashes,
                      found);
     py::list runs;
@@ -274,6 +282,6 @@ PYBIND11_MODULE(_cpp, m) {
     megacoder::blending_indices(weights.data(), static_cast<int64_t>(weights.size()), size, at<int16_t>(datasets),
                                 at<int64_t>(numbers));
   });
-  m.def("sum_of_squares", [](Address values, int64_t count) { return table.sum_of_squares(at<float>(values), count); },
+  m.def("sum_of_squares", [](Address values, int64_t count) { return table->sum_of_squares(at<float>(values), count); },
         nogil);
 }

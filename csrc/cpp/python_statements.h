@@ -251,11 +251,9 @@ class Statements : private Expressions {
     switch (*at_) {
       case kMinus: return *++at_ == kNumber && (++at_, true);
       case kNumber: case kNone: case kTrue: case kFalse: return ++at_, true;
-      case kText: case kBytes: {
-        const Kind kind = *at_;
-        while (take(kind)) {}
-        return *at_ != kText && *at_ != kBytes && *at_ != kFormat;
-      }
+      case kText: case kBytes:
+        for (const Kind kind = *at_; take(kind);) {}  // what follows one of another kind takes no string
+        return true;
       default: return false;
     }
   }

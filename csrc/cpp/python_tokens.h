@@ -225,7 +225,7 @@ class Tokens {
   bool escape(bool raw, bool bytes, bool format) {
     if (num_formats_ > format) return false;  // 3.11 allows none in a field
     const char c = at_[1];
-    if (c == '\0' || (bytes && is(c, kBeyond))) return false;
+    if (c == '\0') return false;
     if (format && (c == '{' || c == '}')) return ++at_, raw;
     at_ += 2;
     if (raw) return true;

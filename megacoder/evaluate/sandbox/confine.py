@@ -19,8 +19,11 @@ WORK, HOME = "/tmp/work", "/tmp/home"
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
 }  # fmt: skip
-"""The environment of every program; one thread per process, so that CPU time means the same on any number of cores."""
+"""The environment of every program, which means the same on any number of cores: libraries compute on one thread, and
+threads share two of glibc's arenas. It else reserves 64 MiB for each of eight threads per core, and a program with
+many threads meets the limit of its address space on a large machine alone."""
 _MIB = 1 << 20
 
 Identity = tuple[int, int]

@@ -45,6 +45,7 @@ SHAPES = {
     "grouped": {"num_key_value_heads": 2},
     "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "head_dim 64": {"head_dim": 64},
+    "biases": {"num_key_value_heads": 2, "qkv_bias": True},
 }
 
 

@@ -55,10 +55,10 @@ def test_any_part_of_a_larger_tensor_is_read(tmp_path, monkeypatch, seed):
     tensors, rng = make_tensors({"norm": (7,), "matrix": (9, 5), "cube": (3, 4, 5)}, seed), random.Random(seed)
     save_as_ranks(tmp_path, 1, lay_out(tensors, tp=2, dp=2, random=rng))
     larger = {(kind, name): enlarged(tensor, kind, 6) for (kind, name), tensor in tensors.items()}
-    reader = CheckpointReader(tmp_path)
+    reader, names = CheckpointReader(tmp_path), {name for _, name in tensors}
     for fragments in lay_out(larger, tp=3, dp=3, random=rng):
         empty = [blank(fragment) for fragment in fragments]
-        reader.read_all(empty, enlarging=True)
+        reader.read_all(empty, growing=names)
         for found, expected in zip(empty, fragments, strict=True):
             assert torch.equal(found.data, expected.data), str(found)
             with pytest.raises(CheckpointError, match=r"has shape .*; the model needs"):
@@ -70,7 +70,7 @@ def test_fewer_rows_and_other_columns_are_refused(tmp_path, shape):
     save_as_ranks(tmp_path, 1, lay_out(make_tensors({"w": (9, 5)}), tp=1, dp=1, random=random.Random(0)))
     [fragments] = lay_out(make_tensors({"w": shape}), tp=1, dp=1, random=random.Random(0))
     with pytest.raises(CheckpointError, match=r"weight of w has shape \[9, 5\]; the model needs"):
-        CheckpointReader(tmp_path).read(fragments[0], enlarging=True)
+        CheckpointReader(tmp_path).read(fragments[0], growing=["w"])
 
 
 def start(world, config):
@@ -187,7 +187,7 @@ def test_a_run_trains_with_an_extended_tokenizer(case, tmp_path):
     write_texts(tmp_path / "train", functions(20), tokenizer)
     data = {"tokenizer": tmp_path / "tokenizer", "train": (tmp_path / "train",), "valid": ()}
     settings = {"init_from": case.folder / "untied", "data": data}
-    with pytest.raises(ConfigError, match=rf"set model\.vocab_size = {tokenizer.vocab_size} \(the run enlarges"):
+    with pytest.raises(ConfigError, match=rf"set model\.vocab_size = {tokenizer.vocab_size} \(a new run enlarges"):
         start(ALONE, config_of(case, "extended", more=0, **settings))
     Trainer(config_of(case, "extended", more=1, **settings), ALONE).run()
     assert all(map(math.isfinite, losses_of(case.folder / "extended")))

@@ -40,7 +40,9 @@ def backend(request, monkeypatch):
     """In the place of conftest's: each further table in turn."""
     monkeypatch.setattr(cpp, "has_amx", lambda: False)
     backends.candidates.cache_clear()
+    fastest = native().isa()
     native().use_table(request.param)
+    assert native().isa() != fastest
     yield "compiled"
     native().use_table(0)
     backends.candidates.cache_clear()

@@ -31,6 +31,7 @@ from megacoder.data.sidecar import fingerprint, open_dataset
 from megacoder.data.stream import TokenStream
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer, weight_pieces
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.parallel.config import ParallelConfig
 from megacoder.train.config import RunConfig
 from megacoder.train.launch import how_it_ended
@@ -871,3 +872,11 @@ def test_a_run_introduces_itself_and_reports_held_out_losses(case, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert any("M parameters in float32, dp=1, 2 steps of 8 x 32 tokens" in line for line in lines)
     assert sum("step 1: held-out loss " in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.0, True), (2.0, False)])
+def test_a_run_says_that_its_rope_is_made_for_fewer_positions(case, capfd, factor, told):
+    """As where the kind of scaling was set and the factor forgotten."""
+    scaling = RopeScaling(kind="yarn", original_max_position_embeddings=16)
+    train(case.config(f"reach-{told}", steps=1, model={"rope_factor": factor, "rope_scaling": scaling}))
+    assert ("positions: made for 16 positions; raise model.rope_factor" in capfd.readouterr().err) == told

@@ -3,11 +3,11 @@
 Which rank wrote what does not matter: the boxes wanted are intersected with the boxes stored, the plan must cover
 every element wanted exactly once, and only those bytes are read, after their checksums have been verified. A tensor
 that is missing, damaged, or of a different shape or dtype is an error that names it. Nothing is filled in, but for the
-rows by which a run enlarges the vocabulary of the weights that it starts from, where it asks for that.
+rows by which tensors have grown that a caller names.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -81,16 +81,16 @@ class CheckpointReader:
         """(kind, name) -> global shape, dtype and pieces."""
         return self._manifest.tensors
 
-    def read(self, fragment: Fragment, *, enlarging: bool = False) -> None:
+    def read(self, fragment: Fragment, *, growing: Container[str] = ()) -> None:
         """Fills `fragment.data`. CheckpointError names a tensor that is missing or differs, or the file at fault.
 
-        With `enlarging` the tensor asked for may have more rows than the stored one: those of weights begin as the mean
-        of the stored rows, those of moments as zeros.
+        A tensor of a name in `growing` may have more rows than the stored one: those of a weight begin as the mean of
+        the stored rows, those of moments as zeros.
         """
         what = f"{fragment.kind} of {fragment.name}"
         entry = self._entry(fragment.kind, fragment.name)
         rows, *rest = fragment.global_shape or (0,)
-        if enlarging and tuple(rest) == entry.shape[1:] and rows > entry.shape[0]:
+        if fragment.name in growing and tuple(rest) == entry.shape[1:] and rows > entry.shape[0]:
             fragment = self._fill_new_rows(fragment, entry.shape)
         if entry.shape != fragment.global_shape:
             raise CheckpointError(
@@ -107,10 +107,10 @@ class CheckpointReader:
         if host.device != fragment.data.device:
             fragment.data.detach().copy_(host)
 
-    def read_all(self, fragments: Iterable[Fragment], *, enlarging: bool = False) -> None:
+    def read_all(self, fragments: Iterable[Fragment], *, growing: Container[str] = ()) -> None:
         """Fills every fragment (see `read`), several at a time: one is read from disk while another is checked."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="load") as pool:
-            for _ in pool.map(partial(self.read, enlarging=enlarging), fragments):
+            for _ in pool.map(partial(self.read, growing=growing), fragments):
                 pass
 
     def stream(self, fragments: Iterable[Fragment]) -> Iterator[Tensor]:
@@ -156,13 +156,7 @@ class CheckpointReader:
         return faults + [f"{self.folder / MANIFEST}: {fault}" for fault in self._manifest.cover_faults()]
 
     def _fill_new_rows(self, fragment: Fragment, stored: tuple[int, ...]) -> Fragment:
-        """Fills what `fragment` has of rows that the tensor of shape `stored` lacks; returns the part that is stored.
-
-        A mean row gives a new id the mean of all logits, in every context, and so no more than the average probability:
-        n new ids lower the log-probabilities of the others by log(1 + n / rows) at most, and the model goes on
-        computing what it did (Hewitt 2021, "Initializing new word embeddings for pretrained language models"). Ids with
-        small random rows, and logits near 0, take nearly all of the probability where other logits are far below 0.
-        """
+        """Fills the rows of `fragment` that the tensor of shape `stored` lacks; returns the part that is stored."""
         region, data = fragment.region, fragment.data.detach()
         first, end = (min(row, stored[0]) for row in (region.offsets[0], region.ends[0]))
         there = Box((first, *region.offsets[1:]), (end - first, *region.sizes[1:]))

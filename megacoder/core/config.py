@@ -171,6 +171,18 @@ def check_same(old: T, new: T, *, where: str, free: Collection[str], advice: str
         raise ConfigError(f"{where} was made with {key} = {_shown(was)}, not {_shown(now)}; {todo}")
 
 
+def differences(old: Any, new: Any, free: Collection[str] = (), *, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each setting in which two configs of one class differ, but for those in `free`."""
+    for field in dataclasses.fields(old):
+        name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if before == after or name in free:
+            continue
+        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+            yield from differences(before, after, free, prefix=f"{name}.")
+        else:
+            yield name, before, after
+
+
 def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:
     """ConfigError naming the first of these settings that is below `least`; those that are None are unset."""
     for name in names:
@@ -207,18 +219,6 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(above.get(key), dict):
             merged[key] = _merged(value, above[key])
     return merged
-
-
-def differences(old: Any, new: Any, free: Collection[str] = (), *, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of each setting in which two configs of one class differ, but for those in `free`."""
-    for field in dataclasses.fields(old):
-        name, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
-        if before == after or name in free:
-            continue
-        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-            yield from differences(before, after, free, prefix=f"{name}.")
-        else:
-            yield name, before, after
 
 
 def _shown(value: Any) -> str:

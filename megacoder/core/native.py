@@ -9,7 +9,7 @@ from types import ModuleType
 
 __all__ = ["INTERFACE", "native", "native_state"]
 
-INTERFACE = 1
+INTERFACE = 2
 """Raised together with that of csrc/cpp/module.cpp when a function is added or takes other arguments: an editable
 install keeps what was compiled from older sources, which would be called wrongly."""
 
@@ -27,7 +27,7 @@ def native() -> ModuleType | None:
 def native_state() -> str:
     """Which compiled CPU kernels run here, or why none do."""
     if module := native():
-        return f"{module.isa}{' and amx' if module.has_amx() else ''}"
+        return f"{module.isa()}{' and amx' if module.has_amx() else ''}"
     try:
         importlib.import_module("megacoder._cpp")
     except ModuleNotFoundError:

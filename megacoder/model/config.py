@@ -98,10 +98,16 @@ class ModelConfig:
         return f"RoPE of base {self.rope_theta:,.0f}{scaling}"
 
     @property
+    def rope_reach(self) -> int | None:
+        """Positions that RoPE is stretched to; None where its settings do not say from how many."""
+        original = self.rope_scaling.original_max_position_embeddings
+        return None if original is None else int(original * self.rope_factor)
+
+    @property
     def positions_advice(self) -> str:
         """Goes behind a message that the model has too few positions, where its RoPE is stretched to more."""
-        reach = int((self.rope_scaling.original_max_position_embeddings or 0) * self.rope_factor)
-        if reach <= self.max_position_embeddings:
+        reach = self.rope_reach
+        if reach is None or reach <= self.max_position_embeddings:
             return ""
         return f"; its RoPE is scaled to {reach:,}, so max_position_embeddings can be raised to that"
 

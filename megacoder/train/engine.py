@@ -94,20 +94,20 @@ class Engine:
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """Adds the gradients of all microbatches; returns this rank's part of the replica's loss (see `sum_losses`)."""
+        return self._sum(self.forward_backward_each(microbatches))
+
+    def forward_backward_each(self, microbatches: Sequence[Microbatch]) -> Sequence[LossSum]:
+        """The same; returns that part by microbatch, none on ranks that have none."""
         self.optimizer.traffic.begin_step(len(microbatches))
         outputs = self._training.run(microbatches).outputs
         self.mesh.world.journal.at("sums over ranks")
         sum_copied_gradients(self.model)
         sum_tied_gradients(self.model, stage_map=self.layout.schedule.stage_map, group=self.mesh.group("pp"))
-        return self._sum(self._counted(outputs))
+        return self._counted(outputs)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """The same part of the loss, without gradients."""
-        return self._sum(self.losses(microbatches))
-
-    def losses(self, microbatches: Sequence[Microbatch]) -> Sequence[LossSum]:
-        """The same by microbatch; none on ranks that have no part."""
-        return self._counted(self._evaluation.run(microbatches).outputs)
+        return self._sum(self._counted(self._evaluation.run(microbatches).outputs))
 
     def sum_losses(self, part: LossSum, *flags: float) -> list[float]:
         """[loss sum, tokens, *flags] over all ranks of the run, of `part`s that the methods above returned."""

@@ -78,8 +78,7 @@ class Guard:
         self._least_grad_norm = max_grad_norm if math.isfinite(max_grad_norm) else 0.0
         self.num_skipped = 0
         """updates skipped since the run began"""
-        self.in_a_row = 0
-        """of them, since the last that was applied"""
+        self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
 
@@ -98,14 +97,14 @@ class Guard:
         if not skipped:
             self._losses.append(loss)
             self._grad_norms.append(grad_norm)
-            self.in_a_row = 0
+            self._in_a_row = 0
             return None
         reason = self._reason(loss, grad_norm) if num_tokens else "no token of the batch is trained"
         self.num_skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row >= self.config.max_skipped:
+        self._in_a_row += 1
+        if self._in_a_row >= self.config.max_skipped:
             raise RunStopped(
-                f"{self.in_a_row} updates in a row were skipped, the last because {reason}; check the data of these "
+                f"{self._in_a_row} updates in a row were skipped, the last because {reason}; check the data of these "
                 "steps (megacoder data show RUN.toml --step N), then resume with other limits in [guard], or from an "
                 "earlier checkpoint without these data (data.skip_steps), or start another run from there (init_from) "
                 "with a lower schedule.peak_lr",
@@ -116,13 +115,13 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain JSON values."""
         return {
-            "num_skipped": self.num_skipped, "in_a_row": self.in_a_row,
+            "num_skipped": self.num_skipped, "in_a_row": self._in_a_row,
             "losses": list(self._losses), "grad_norms": list(self._grad_norms),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the history from a checkpoint."""
-        self.num_skipped, self.in_a_row = state["num_skipped"], state["in_a_row"]
+        self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
 

@@ -31,7 +31,7 @@ from megacoder.parallel.watch import Watch
 from megacoder.parallel.world import World, failing_together, gather_json, launched_ranks
 from megacoder.train.causes import describe_causes
 from megacoder.train.config import RunConfig
-from megacoder.train.guard import Guard, RunStopped, UpdateLimits
+from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.layout import Layout
 from megacoder.train.metrics_log import HELD_OUT_LOSS, METRICS, MFU, MetricsLog, read_metrics
 from megacoder.train.pace import Pace
@@ -44,6 +44,10 @@ from megacoder.train.utilization import device_name, utilization_metrics, utiliz
 from megacoder.train.validation import HeldOut, describe_losses
 
 __all__ = ["Interrupted", "Trainer", "check_inputs", "train"]
+
+
+_EXAMINES_EVERY = 16
+"""Steps from one skipped update that is examined to the next, so that this takes little of any run."""
 
 
 class Interrupted(AlikeOnAllRanks):
@@ -107,6 +111,7 @@ class Trainer:
         self._paces: dict[str, float] = {}
         self._last_saved = time.monotonic()
         self._stop_asked: str | None = None
+        self._examines_from = 0
 
     def run(self) -> None:
         """Trains to `config.steps`. Raises Interrupted after a signal, once a checkpoint is written, or RunStopped."""
@@ -133,6 +138,7 @@ class Trainer:
         config, began = self.config, time.perf_counter()
         result = self.update()
         seconds = time.perf_counter() - began
+        self._maybe_examine(result)
         interrupted = result.stop and self.step < config.steps  # the last step ends the run anyway
         held_out = {} if interrupted else self._maybe_held_out()  # what is due is measured on resuming
         if log is not None:
@@ -202,6 +208,12 @@ class Trainer:
             say(line)
         if self.step:
             say(f"resuming from step {self.step}")
+        reach = config.model.rope_reach
+        if reach is not None and reach < config.data.stream.seq_length:
+            say(
+                f"data.stream.seq_length = {config.data.stream.seq_length:,}, but {config.model.rope_words}: made for "
+                f"{reach:,} positions; raise model.rope_factor"
+            )
         if config.warmup_steps >= config.steps:
             say(
                 f"steps = {config.steps}: the run ends within the warm-up of {config.warmup_steps:g} steps "
@@ -219,9 +231,9 @@ class Trainer:
 
     def update(self) -> StepResult:
         """The next step: one global batch and one update."""
-        number, limits = self.step + 1, self.guard.limits()
+        number = self.step + 1
         oversight = Oversight(
-            limits=limits, replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
+            limits=self.guard.limits(), replicas=self.replicas, stop_asked=lambda: self._stop_asked is not None,
             save_is_due=self._save_is_due, pace=self.pace,
         )  # fmt: skip
         result = run_step(self.engine, self.batches, self.config, number, oversight=oversight)
@@ -229,8 +241,6 @@ class Trainer:
         self._paces |= paces
         for line in slow:
             self._tell(number, line)
-        if result.skipped and result.num_tokens and self.guard.in_a_row == 0:
-            self._tell(number, self._causes(result, limits))
         reason = self.guard.note(
             loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped, num_tokens=result.num_tokens
         )
@@ -239,13 +249,17 @@ class Trainer:
         self.step = number
         return result
 
-    def _causes(self, result: StepResult, limits: UpdateLimits) -> str:
-        """Of the update that `result` says was skipped."""
+    def _maybe_examine(self, result: StepResult) -> None:
+        """Says why the step's update was skipped, if it was and had labels; takes as long as a step."""
+        if not result.skipped or not result.num_tokens or result.stop or self.step < self._examines_from:
+            return
         served = self.batches.state_dict()["windows"]
-        return describe_causes(
-            self.engine, result.batch, self.config, limits,
-            step=self.step + 1, windows_before=served - self.config.global_batch_size,
+        line = describe_causes(
+            self.engine, result.batch, self.config, self.guard.limits(),  # as in the step: only updates move them
+            step=self.step, windows_before=served - self.config.global_batch_size,
         )  # fmt: skip
+        self._tell(self.step, line)
+        self._examines_from = self.step + _EXAMINES_EVERY
 
     def _tell(self, step: int, line: str) -> None:
         """Says something about a step, once for all ranks."""

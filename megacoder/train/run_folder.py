@@ -4,6 +4,7 @@ What must match is in `megacoder.train.resuming`, what a checkpoint holds of a m
 """
 
 import time
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,13 @@ from megacoder.train.guard import Guard, RunStopped
 from megacoder.train.resuming import check_goes_on, check_same_run, open_start
 
 __all__ = ["STOPPED", "RunFolder"]
+
+_OF_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+"""Weights that grow where a run has a larger vocabulary than those it starts from, by rows that are the mean of the
+others. These give a new id the mean of all logits, in every context, and so no more than the average probability: n new
+ids lower the log-probabilities of the others by log(1 + n / rows) at most, and the model goes on computing what it did
+(Hewitt 2021, "Initializing new word embeddings for pretrained language models"). Ids with small random rows, and logits
+near 0, take nearly all of the probability where other logits are far below 0."""
 
 STOPPED = "stopped"
 """A file in a run's folder that says why the guard ended the run. While it is there the run does not start."""
@@ -146,7 +154,7 @@ class RunFolder:
                 )
 
     def _start_from(self, reader: CheckpointReader, engine: Engine) -> None:
-        damage = self._read(reader, engine, with_optimizer=self.config.init_optimizer, enlarging=True)
+        damage = self._read(reader, engine, with_optimizer=self.config.init_optimizer, growing=_OF_VOCABULARY)
         if damage is not None:  # no other weights than those asked for
             raise AlikeOnAllRanks(damage)
         if self.mesh.world.is_first:
@@ -190,7 +198,7 @@ class RunFolder:
             )
 
     def _read(
-        self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool, enlarging: bool = False
+        self, reader: CheckpointReader, engine: Engine, *, with_optimizer: bool, growing: Collection[str] = ()
     ) -> str | None:
         """None, or on every rank what is damaged; `engine` then holds a part of it, to be read over."""
         optimizer, damage = engine.optimizer, None
@@ -199,7 +207,7 @@ class RunFolder:
         with failing_together(self.mesh.world):
             try:
                 fragments = state_fragments(engine.model, optimizer.owned, wanted, copies=True)
-                reader.read_all(fragments, enlarging=enlarging)
+                reader.read_all(fragments, growing=growing)
             except DamagedCheckpoint as error:
                 damage = str(error)
         for found in filter(None, gather_json(damage, self.mesh.world)):

@@ -16,7 +16,7 @@ from megacoder.train.metrics_log import TENSORBOARD, Appender, EventsFile, finit
 __all__ = ["ScoreLog", "read_scores", "scores_folder"]
 
 SCORES = "scores"
-"""Folder in a run's folder; in it a folder for each name, with SCORES.jsonl."""
+"""Folder in a run's folder; in it a folder for each name, with scores.jsonl."""
 
 Row = dict[str, Any]
 """`step`, `tokens` (trained on until then), `name`, `scores` (a number by each name), `protocol`, `checkpoint`."""

@@ -21,7 +21,7 @@ __all__ = ["Oversight", "StepResult", "run_step"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one update did, the same on every rank."""
+    """What one update did; the same on every rank but for `batch`."""
 
     loss: float
     """mean over the global batch's trained tokens, nats"""

@@ -209,9 +209,7 @@ def test_what_is_not_there_is_refused_where_it_is_used(llama3):
         ChatFormat(FormatConfig(), tokenizer)
     extended = with_controls(tokenizer)
     assert extended.bos_id == 903, "DeepSeek's come first"
-    with pytest.raises(FormatError, match="line breaks are not tokens of their own; a chat format whose response"):
-        ChatFormat(FormatConfig(), extended)
-    ChatFormat(FormatConfig(kind="custom", response="<|Assistant|>", after=""), extended)
+    ChatFormat(FormatConfig(), extended)
 
 
 @pytest.mark.parametrize("folder", ["llama3", "qwen"])

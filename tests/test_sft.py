@@ -195,7 +195,8 @@ def test_a_control_token_quoted_in_a_message_stays_text():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"end": "\n"}, r"end = '\\n': does not end with a control token such as <\|EOT\|>"),
+        ({"end": "\n"}, r"end = '\\n': does not end with a control token of the tokenizer \('<.*\.\.\.\), so"),
+        ({"system_message": "S:"}, "format.system_message = 'S:': has {content} 0 times"),
         ({"instruction": "Q:"}, "has {content} 0 times"),
         ({"instruction": "{content}? {content}\n"}, "has {content} 2 times; must have it once"),
         ({"response": "A: "}, "must end with a line break or a control token"),
@@ -203,7 +204,7 @@ def test_a_control_token_quoted_in_a_message_stays_text():
 )
 def test_a_format_that_cannot_be_trained_on_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        FormatConfig(kind="custom", **changes)
+        ChatFormat(FormatConfig(kind="custom", **changes), small_tokenizer())
 
 
 GOOD = '{"instruction": "a", "output": "b"}'

@@ -159,12 +159,13 @@ def _start(source: Path, folder: Path, model: ModelConfig) -> str:
 def _how_to_extend(source: Path) -> str:
     """A comment about what the tokenizer of `source` lacks; nothing where it lacks nothing or cannot be used here."""
     try:
-        if not missing_controls(Tokenizer.load(source)):
-            return ""
+        missing = missing_controls(Tokenizer.load(source))
     except FormatError:
         return ""
+    if not missing:
+        return ""
     return (
-        "# Its tokenizer lacks control tokens of fill-in-the-middle and chat. To train with them, run\n"
+        f"# Its tokenizer lacks {', '.join(missing)}. To train with them, run\n"
         f"#   megacoder tokenizer extend {source} --output NEW\n"
         "# and set data.tokenizer to NEW, model.vocab_size to what that says (the run enlarges the weights), and\n"
         f"# data.stream.fim.rate ({FimConfig().rate} in the paper).\n"

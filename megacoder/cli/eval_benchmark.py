@@ -251,8 +251,8 @@ def _open_source(
 
 
 def _for_transformers(model: Path, *, instruct: bool) -> str | None:
-    """The architecture of a Hugging Face folder that only transformers can run, or, for a Qwen2 with a chat template of
-    its own, can `instruct`; None for what runs here."""
+    """The architecture of a Hugging Face folder that only transformers can run, or, for a Qwen2 whose chat template is
+    none that is known here, can `instruct`; None for what runs here."""
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
     from megacoder.data.chat_format import FormatConfig

@@ -6,26 +6,31 @@ segments alone tell which tokens are trained. A mask by id would also hide every
 the marker that ends a text (with DeepSeek-Coder's base tokenizer the two share an id), and the model would never learn
 to stop.
 
-Segments end after a line break or a control token, where the texts on both sides tokenize independently, so that the
-ids of a conversation are those of its rendered text. Text is taken literally: a message that quotes `<|EOT|>` ends
-nothing here, where Hugging Face's tokenizer would insert the control token itself.
+A question and its answer are encoded apart, as they are when a model is asked: the prompt is a prefix of what was
+trained. Where a control token or a line break that is a token of its own is between them, the ids of a conversation are
+those of its rendered text. With a tokenizer whose tokens hold a line break and what follows (Llama 3's, Qwen's), they
+differ where an answer begins with white space, which `apply_chat_template` would join to the line break of its prompt.
+
+Text is taken literally: a message that quotes `<|EOT|>` ends nothing here, where Hugging Face's tokenizer would insert
+the control token itself.
 
 Two formats are DeepSeek-Coder's own and differ slightly. `chat` is its tokenizer's template (`chat_template.py`);
 `script` is that of its published fine-tuning script, for one instruction and one answer: it has a different system
-text, strips white space around the instruction, and stops right after the end marker.
+text, strips white space around the instruction, and stops right after the end marker. `chatml` is Qwen's (`chatml.py`).
 
 A tuned model is asked in the format that it was trained with. Its run records the settings; a Hugging Face folder has
 the template alone, which `from_jinja` reads back. No template is executed: it may come from anywhere.
 """
 
 import re
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megacoder.core.errors import ConfigError
-from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.core.errors import ConfigError, FormatError
+from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM, holds_texts, read_template, write_template
+from megacoder.data.chatml import QWEN_SYSTEM, chatml_texts, read_chatml
+from megacoder.data.tokenizer import ADDED_NAMES, SPECIAL_TOKENS, Tokenizer
 
 __all__ = ["ChatFormat", "FormatConfig", "Message", "Segment"]
 
@@ -42,10 +47,13 @@ Message = tuple[str, str]
 class FormatConfig:
     """How conversations are written."""
 
-    kind: Literal["chat", "script", "custom"] = "chat"
-    """chat (DeepSeek-Coder's chat template), script (its fine-tuning script), or the settings below"""
-    system: str = SYSTEM + "\n"
-    """custom: text before a conversation that has no system message"""
+    kind: Literal["chat", "script", "chatml", "custom"] = "chat"
+    """chat (DeepSeek-Coder's chat template), script (its fine-tuning script), chatml (Qwen's), or the settings below"""
+    system: str | None = None
+    """custom: text before a conversation that has no system message. chatml: its system message; "" for none. If unset,
+    DeepSeek-Coder's or Qwen's"""
+    system_message: str = "{content}"
+    """custom: how a system message is written"""
     instruction: str = "### Instruction:\n{content}\n"
     """custom: how a user's message is written"""
     response: str = "### Response:\n"
@@ -54,66 +62,62 @@ class FormatConfig:
     """custom: text that ends an answer, trained with it; must end with a control token"""
     after: str = "\n"
     """custom: text after `end`, not trained"""
+    bos: bool = True
+    """custom and chatml: begin with the tokenizer's BOS, where it has one"""
 
     def __post_init__(self) -> None:
-        if (count := self.instruction.count("{content}")) != 1:
-            raise ConfigError(
-                f"data.conversations.format.instruction = {self.instruction!r}: has {{content}} {count} times; must "
-                "have it once, for the message"
-            )
-        if not self.end.endswith(tuple(SPECIAL_TOKENS.values())):
-            raise ConfigError(
-                f"data.conversations.format.end = {self.end!r}: does not end with a control token such as "
-                f"{SPECIAL_TOKENS['eot']}, so the model would never learn to stop"
-            )
-        if not self.response.endswith(("\n", *SPECIAL_TOKENS.values())):
-            raise ConfigError(
-                f"data.conversations.format.response = {self.response!r}: must end with a line break or a control "
-                "token, else its tokens would depend on the answer after it"
-            )
+        for name in ("system_message", "instruction"):
+            if (count := getattr(self, name).count("{content}")) != 1:
+                raise ConfigError(
+                    f"data.conversations.format.{name} = {getattr(self, name)!r}: has {{content}} {count} times; must "
+                    "have it once, for the message"
+                )
 
     @property
     def resolved(self) -> "FormatConfig":
         """This configuration with the texts of its kind filled in."""
         if self.kind == "chat":
-            return FormatConfig()
+            return FormatConfig(system=SYSTEM + "\n")
         if self.kind == "script":
             return FormatConfig(kind="script", system=_SCRIPT_SYSTEM, after="")
-        return self
+        if self.kind == "chatml":
+            texts = chatml_texts(QWEN_SYSTEM if self.system is None else self.system)
+            return FormatConfig(kind="custom", bos=self.bos, **texts)
+        return self if self.system is not None else replace(self, system=SYSTEM + "\n")
 
     @property
-    def end_token(self) -> str:
-        """The control token that ends an answer."""
-        return next(token for token in SPECIAL_TOKENS.values() if self.resolved.end.endswith(token))
+    def texts(self) -> dict[str, str]:
+        """name of a setting -> the text it stands for"""
+        names = ("response", "end", "instruction", "system_message", "after", "system")
+        return {name: getattr(self.resolved, name) for name in names}
+
+    def end_token(self, controls: Iterable[str]) -> str | None:
+        """Which of a tokenizer's control tokens ends an answer; None where none of them does."""
+        return max((text for text in controls if self.resolved.end.endswith(text)), key=len, default=None)
 
     @property
     def jinja(self) -> str:
         """The same format as a Hugging Face chat template."""
         if self.kind == "chat":
             return CHAT_TEMPLATE
-        chosen = self.resolved
-        before, _, behind = chosen.instruction.partition("{content}")
-        content = "message.content | trim" if self.kind == "script" else "message.content"
-        texts = (chosen.system, before, behind, chosen.response, chosen.end + chosen.after)
-        return _jinja(*map(_quoted, texts), content=content)
+        return write_template(**self.texts, bos=self.resolved.bos, trim=self.kind == "script")
 
     @classmethod
     def from_jinja(cls, template: str) -> "FormatConfig | None":
-        """The format of a template that `jinja` has made, or that has the texts of `chat`; None for any other."""
+        """The format of a template that `jinja` has made, that is ChatML's, or that has the texts of `chat`; else None.
+
+        It has the same `resolved` texts.
+        """
         if template == (script := cls(kind="script")).jinja:
             return script
-        chat = cls()
-        before, _, behind = chat.instruction.partition("{content}")
-        if found := re.fullmatch(_own_template(), template):
-            text = {name: _unquoted(literal) for name, literal in found.groupdict().items()}
-            ending = text["ending"]
-            cut = max((ending.rfind(end) + len(end) for end in SPECIAL_TOKENS.values() if end in ending), default=0)
-            return cls(
-                kind="custom", system=text["system"], instruction=f"{text['before']}{{content}}{text['behind']}",
-                response=text["response"], end=ending[:cut], after=ending[cut:],
-            )  # fmt: skip
-        texts = (chat.system, before, behind, chat.response, chat.end + chat.after)
-        return chat if all(_quoted(text) in template for text in texts) else None
+        if (found := read_template(template)) is not None:
+            return cls(kind="custom", **found)
+        if (chatml := read_chatml(template)) is not None:
+            return cls(kind="chatml", system=chatml[0], bos=chatml[1])
+        chat = cls().texts
+        before, _, behind = chat["instruction"].partition("{content}")
+        texts = (chat["system"], before, behind, chat["response"], chat["end"] + chat["after"])
+        return cls() if holds_texts(template, texts) else None
 
 
 @dataclass(frozen=True)
@@ -128,17 +132,15 @@ class ChatFormat:
     """Conversations to ids."""
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer) -> None:
+        """FormatError where the tokenizer lacks a control token of the format; ConfigError where an answer would not
+        begin or end at one of those that it has."""
         self.config, self.tokenizer = config.resolved, tokenizer
-        used = (self.config.system, self.config.instruction, self.config.response, self.config.end, self.config.after)
+        self._system = self.config.texts["system"]
+        used = self.config.texts.values()
+        _check_controls(self.config.texts, tokenizer)
         self._controls = {
-            text: tokenizer.control_id(name)
-            for name, text in SPECIAL_TOKENS.items()
-            if any(text in part for part in used)
+            text: index for text, index in tokenizer.control_ids.items() if any(text in part for part in used)
         }
-        if self.config.response.endswith("\n"):
-            tokenizer.check_splits_lines(
-                "a chat format whose response ends with one, not with <|Assistant|> or the like,"
-            )
         ending: _Runs = []
         self._add_format(ending, self.config.end)
         self._end_text = next((run for run in ending[:1] if isinstance(run, str)), "")
@@ -156,42 +158,49 @@ class ChatFormat:
     def segments(
         self, messages: Sequence[Message], *, trained: Container[int] | None = None, asking: bool = False
     ) -> list[Segment]:
-        """Asked and trained segments in turn, asked first, BOS in front; the last is asked and may be empty.
+        """Asked and trained segments in turn, asked first, any BOS in front; the last is asked and may be empty.
 
         `trained` has the numbers of the answers with loss, by default all. With `asking` the last segment ends with the
         text before an answer.
         """
         config, segments = self.config, list[Segment]()
-        asked: _Runs = [self.tokenizer.bos_id]
+        asked = [self.tokenizer.bos_id] if config.bos and self.tokenizer.has_bos else list[int]()
+        runs: _Runs = []
         if all(role != "system" for role, _ in messages):
-            self._add_format(asked, config.system)
+            self._add_format(runs, self._system)
         for number, (role, content) in enumerate(messages):
             if role == "system":
-                _add_text(asked, content)
+                self._add_message(runs, config.system_message, content)
             elif role == "user":
-                before, _, behind = config.instruction.partition("{content}")
-                self._add_format(asked, before)
-                _add_text(asked, content.strip() if config.kind == "script" else content)
-                self._add_format(asked, behind)
+                self._add_message(runs, config.instruction, content.strip() if config.kind == "script" else content)
             else:
-                self._add_format(asked, config.response)
-                has_loss = trained is None or number in trained
-                answer: _Runs = [] if has_loss else asked
+                self._add_format(runs, config.response)
+                answer: _Runs = []
                 _add_text(answer, content)
                 self._add_format(answer, config.end)
-                if has_loss:
-                    segments += [Segment(self._ids(asked), False), Segment(self._ids(answer), True)]
+                asked, answered = [*asked, *self._ids(runs)], self._ids(answer)
+                if trained is None or number in trained:
+                    segments += [Segment(asked, False), Segment(answered, True)]
                     asked = []
-                self._add_format(asked, config.after)
+                else:
+                    asked += answered
+                runs = []
+                self._add_format(runs, config.after)
         if asking:
-            self._add_format(asked, config.response)
-        return [*segments, Segment(self._ids(asked), False)]
+            self._add_format(runs, config.response)
+        return [*segments, Segment([*asked, *self._ids(runs)], False)]
+
+    def _add_message(self, runs: "_Runs", written: str, content: str) -> None:
+        before, _, behind = written.partition("{content}")
+        self._add_format(runs, before)
+        _add_text(runs, content)
+        self._add_format(runs, behind)
 
     def _add_format(self, runs: "_Runs", text: str) -> None:
         """Adds text of the format itself, in which the string of a control token stands for that token."""
         while text:
-            found = [(text.find(control), control) for control in self._controls if control in text]
-            place, control = min(found, default=(len(text), ""))
+            found = [(text.find(control), -len(control), control) for control in self._controls if control in text]
+            place, _, control = min(found, default=(len(text), 0, ""))
             _add_text(runs, text[:place])
             if control:
                 runs.append(self._controls[control])
@@ -213,42 +222,34 @@ def _add_text(runs: _Runs, text: str) -> None:
         runs.append(text)
 
 
-def _jinja(system: str, before: str, behind: str, response: str, ending: str, *, content: str) -> str:
-    """A template of Jinja literals, and of the expression for what a user says."""
-    return (
-        "{{- bos_token -}}\n"
-        "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}\n"
-        f"  {{{{- {system} -}}}}\n"
-        "{%- endif -%}\n"
-        "{%- for message in messages -%}\n"
-        "  {%- if message.role == 'system' -%}\n"
-        "    {{- message.content -}}\n"
-        "  {%- elif message.role == 'user' -%}\n"
-        f"    {{{{- {before} + ({content}) + {behind} -}}}}\n"
-        "  {%- else -%}\n"
-        f"    {{{{- {response} + message.content + {ending} -}}}}\n"
-        "  {%- endif -%}\n"
-        "{%- endfor -%}\n"
-        "{%- if add_generation_prompt -%}\n"
-        f"  {{{{- {response} -}}}}\n"
-        "{%- endif -%}\n"
-    )
+_CONTROL = re.compile("|".join([*map(re.escape, SPECIAL_TOKENS.values()), "<[|｜][^<>|｜]+[|｜]>"]))
+"""What looks like a control token."""
+_MOST_NAMED = 6
 
 
-def _own_template() -> str:
-    """A regular expression for what `_jinja` makes of a custom format's texts."""
-    names = ("system", "before", "behind", "response", "ending")
-    pattern = re.escape(_jinja(*(f"_{name}_" for name in names), content="message.content"))
-    for name in names:
-        pattern = pattern.replace(f"_{name}_", rf"(?P<{name}>'(?:[^'\\]|\\.)*')", 1)
-        pattern = pattern.replace(f"_{name}_", f"(?P={name})")
-    return pattern
-
-
-def _quoted(text: str) -> str:
-    """As a Jinja string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-
-def _unquoted(literal: str) -> str:
-    return re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), literal[1:-1])
+def _check_controls(texts: Mapping[str, str], tokenizer: Tokenizer) -> None:
+    controls = tokenizer.control_ids
+    named = ", ".join([*map(repr, list(controls)[:_MOST_NAMED]), *["..."] * (len(controls) > _MOST_NAMED)])
+    lacking: dict[str, str] = {}
+    for text in texts.values():
+        for token in _CONTROL.findall(text):
+            if token not in controls and token.encode() not in tokenizer.token_bytes:
+                lacking.setdefault(token, text)
+    if lacking:
+        token, text = next(iter(lacking.items()))
+        added = [repr(one) for one in lacking if one not in {SPECIAL_TOKENS[name] for name in ADDED_NAMES}]
+        options = f" --add {' '.join(added)}" if added else ""
+        raise FormatError(
+            f"chat format, {text!r}: the tokenizer has no control token {token!r}, only {named}; "
+            f"to add what is missing: megacoder tokenizer extend TOKENIZER --output NEW{options}"
+        )
+    if not texts["end"].endswith(tuple(controls)):
+        raise ConfigError(
+            f"chat format, end = {texts['end']!r}: does not end with a control token of the tokenizer ({named}), so "
+            "the model would never learn to stop"
+        )
+    if not texts["response"].endswith(("\n", *controls)):
+        raise ConfigError(
+            f"chat format, response = {texts['response']!r}: must end with a line break or a control token of the "
+            f"tokenizer ({named}), else its tokens would depend on the answer after it"
+        )

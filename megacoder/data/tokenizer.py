@@ -10,7 +10,7 @@ callers insert control ids explicitly (`bos_id`, `fim_begin_id`, ...).
 
 Other models' tokenizers can be used if they are byte-level BPE, too, such as Llama 3's and Qwen's. Their control tokens
 are those that the tokenizer_config.json beside them names. What needs more than begin, end and padding (fill-in-the-
-middle, chat formats), or lines that tokenize independently (answers that follow one), asks for it where it is used.
+middle, chat formats) asks for it where it is used.
 
 Source of the splits and strings: DeepSeek-Coder (arXiv:2401.14196, section 3.1), its tokenizer.json, llama.cpp's
 LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
@@ -35,8 +35,8 @@ from megacoder.core.files import write_json, write_text
 from megacoder.core.processes import interruptible
 
 __all__ = [
-    "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text", "say_if_changed",
-    "sentinels_among", "token_text", "train_tokenizer",
+    "ADDED_NAMES", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text",
+    "say_if_changed", "sentinels_among", "token_text", "train_tokenizer",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -63,6 +63,10 @@ _SENTINELS = (
 """What models call the sentinels of fill-in-the-middle: DeepSeek-Coder, Qwen2.5-Coder, StarCoder. The others' are named
 after what follows them, and stand in the same places."""
 
+ADDED_NAMES = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
+"""What `megacoder tokenizer extend` adds: what fill-in-the-middle and chat formats use. Begin, end and padding stay the
+model's own, which it has learned."""
+_CHATML = ("<|im_start|>", "<|im_end|>")
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
 _UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
 _PLAIN = " A b\n\n  \tC1.\r\n('中' 👍) "
@@ -84,7 +88,8 @@ def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str]) -> str:
 class Tokenizer:
     """Text to ids and back.
 
-    EOS must be there, other control tokens only where they are used; where there is no BOS, EOS is in its place.
+    EOS must be there, other control tokens only where they are used; where there is no BOS (`has_bos`), EOS is in its
+    place. `control_ids` are the ids of all control tokens by their strings.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
@@ -104,7 +109,9 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
-        ids = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        added = self._backend.get_added_tokens_decoder().items()
+        ids = {token.content: index for index, token in added}
+        self.control_ids = {token.content: index for index, token in added if token.special}
         chosen = self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
         self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
         self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
@@ -112,6 +119,7 @@ class Tokenizer:
             raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
         self.eos_id = ids[self._controls["eos"]]
         self.bos_id, self.pad_id = (ids[self._controls.get(name, self._controls["eos"])] for name in ("bos", "pad"))
+        self.has_bos = "bos" in self._controls
         self.end_ids = {self.eos_id}
         self.token_bytes = self._byte_table()
         self._check_keeps_text()
@@ -175,11 +183,6 @@ class Tokenizer:
         """Whether each line break is a token of its own, so that lines tokenize independently of each other."""
         pieces = self.splits("x \n\n  y\r\nz")
         return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
-
-    def check_splits_lines(self, what: str) -> None:
-        """FormatError unless `splits_lines`, which `what` needs."""
-        if not self.splits_lines:
-            raise FormatError(f"the tokenizer's line breaks are not tokens of their own; {what} needs them to be")
 
     def changed_text(self) -> tuple[str, str] | None:
         """A text that a normalizer changes, and what it becomes, as with Qwen's NFC; None if none is known."""
@@ -370,7 +373,7 @@ def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
     DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
     Qwen's none of its sentinels.
     """
-    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *named}
+    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *_CHATML, *named}
     try:
         parsed = json.loads(definition)
         controls = [token for token in parsed["added_tokens"] if token["content"] in known]

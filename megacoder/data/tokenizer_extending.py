@@ -12,18 +12,15 @@ from pathlib import Path
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
 from megacoder.core.files import replacing_dir
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import ADDED_NAMES, Tokenizer
 from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, extended_files, num_rows_in, read_tokenizer_files
 
 __all__ = ["extend_tokenizer", "missing_controls"]
 
-_NEEDED = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
-"""What fill-in-the-middle and chat formats use. Begin, end and padding stay the model's own, which it has learned."""
-
 
 def missing_controls(tokenizer: Tokenizer) -> list[str]:
     """The control tokens of fill-in-the-middle and chat that `tokenizer` lacks, in the order of their ids elsewhere."""
-    texts = (tokenizer.control_texts[name] for name in _NEEDED)
+    texts = (tokenizer.control_texts[name] for name in ADDED_NAMES)
     return [text for text in texts if text.encode() not in tokenizer.token_bytes]
 
 

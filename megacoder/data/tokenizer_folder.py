@@ -113,9 +113,10 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
     if chat is not None:
-        settings |= {"chat_template": chat.jinja, "eos_token": chat.end_token}
-        if backend.token_to_id(chat.end_token) is None:
-            raise FormatError(f"{folder / _DEFINITION}: no token {chat.end_token!r}, which ends the model's answers")
+        end = chat.end_token(token.content for token in backend.get_added_tokens_decoder().values())
+        if end is None:
+            raise FormatError(f"{folder / _DEFINITION}: no token that ends {chat.texts['end']!r}, as answers do")
+        settings |= {"chat_template": chat.jinja, "eos_token": end}
     named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
     more_ends = end_ids_in(folder) if chat is None else []

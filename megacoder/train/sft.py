@@ -18,6 +18,7 @@ from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
 from megacoder.data.indexed import idx_path
 from megacoder.data.tokenizer import Tokenizer, say_if_changed
+from megacoder.data.tokenizer_folder import GENERATION
 from megacoder.parallel.watch import Watch
 from megacoder.parallel.world import from_torchrun, launched_ranks
 from megacoder.train.config import RunConfig
@@ -91,7 +92,7 @@ def _prepare(config: RunConfig, run: RunConfig) -> None:
         _say(trained, config)
     for valid in run.data.valid:
         prepare_conversations(conversations.valid, valid, tokenizer, conversations, seq_length=seq_length)
-    _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format)
+    _write_tokenizer(config.data.tokenizer, run.data.tokenizer, conversations.format, tokenizer)
     for prefix in (*run.data.train, *run.data.valid):
         open_conversations(run, prefix, tokenizer, dp_rank=0, dp_size=1)  # fails here if windows are too short
 
@@ -144,14 +145,18 @@ def _shortly(number: float) -> str:
     return f"{number:,.1f}" if number >= 0.1 else f"{number:.1g}"
 
 
-def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig) -> None:
-    """Copies `source`, with the chat template and the end marker; tokenizer.json last, which marks it as complete."""
+def _write_tokenizer(source: Path, folder: Path, chat: FormatConfig, tokenizer: Tokenizer) -> None:
+    """Copies `source`, which `tokenizer` is, with the chat template and the end marker; tokenizer.json last, which
+    marks it as complete."""
     if source.is_file():
         source = source.parent
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = source / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
-    settings |= {"chat_template": chat.jinja, "eos_token": chat.end_token}
+    end = chat.end_token(tokenizer.control_ids)
+    assert end is not None  # the conversations have been written with it
+    settings |= {"chat_template": chat.jinja, "eos_token": end}
     write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / GENERATION, {"eos_token_id": [tokenizer.control_ids[end]]})
     with replacing(folder / "tokenizer.json") as temporary:
         shutil.copyfile(source / "tokenizer.json", temporary)

@@ -24,7 +24,7 @@ the template alone, which `from_jinja` reads back. No template is executed: it m
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megacoder.core.errors import ConfigError, FormatError
@@ -66,6 +66,8 @@ class FormatConfig:
     """custom and chatml: begin with the tokenizer's BOS, where it has one"""
 
     def __post_init__(self) -> None:
+        if self.system is None:
+            object.__setattr__(self, "system", QWEN_SYSTEM if self.kind == "chatml" else SYSTEM + "\n")
         for name in ("system_message", "instruction"):
             if (count := getattr(self, name).count("{content}")) != 1:
                 raise ConfigError(
@@ -77,13 +79,12 @@ class FormatConfig:
     def resolved(self) -> "FormatConfig":
         """This configuration with the texts of its kind filled in."""
         if self.kind == "chat":
-            return FormatConfig(system=SYSTEM + "\n")
+            return FormatConfig()
         if self.kind == "script":
             return FormatConfig(kind="script", system=_SCRIPT_SYSTEM, after="")
         if self.kind == "chatml":
-            texts = chatml_texts(QWEN_SYSTEM if self.system is None else self.system)
-            return FormatConfig(kind="custom", bos=self.bos, **texts)
-        return self if self.system is not None else replace(self, system=SYSTEM + "\n")
+            return FormatConfig(kind="custom", bos=self.bos, **chatml_texts(self.system or ""))
+        return self
 
     @property
     def texts(self) -> dict[str, str]:

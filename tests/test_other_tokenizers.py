@@ -27,6 +27,7 @@ from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.stream import StreamConfig, TokenStream
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters, infill_text
 from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
 from megacoder.evaluate import infill
@@ -319,6 +320,27 @@ def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):
         assert (line in capsys.readouterr().err) == said
 
 
+def test_nothing_is_put_in_front_where_there_is_no_bos(qwen, llama3, tmp_path):
+    """EOS alone ends a document there, and nothing begins one, as such models are trained and asked."""
+    for folder in (qwen, llama3):
+        tokenizer = Tokenizer.load(folder)
+        ids = tokenizer.encode("x = 1")
+        bos = [tokenizer.bos_id] if folder == llama3 else []
+        assert completion_prompt(tokenizer, "x = 1", max_tokens=50).tokens == [*bos, *ids]
+        assert completion_prompt(tokenizer, "", max_tokens=50).tokens == (bos or [tokenizer.eos_id])
+        rows = write_jsonl(tmp_path / f"{folder.name}.jsonl", [{"content": "x = 1"}] * 40)
+        prefix = tmp_path / f"{folder.name}-data"
+        preprocess(PreprocessConfig(input=(rows,), tokenizer=folder, output=prefix))
+        config = StreamConfig(seq_length=16, num_streams=1, fim=FimConfig(rate=0.0))
+        stream = TokenStream(
+            [IndexedDataset(prefix)], tokenizer, config, global_batch_size=2, dp_rank=0, dp_size=1
+        )  # fmt: skip
+        served = stream.next_batch().tokens.flatten().tolist()
+        document = [*bos, *ids, tokenizer.eos_id]
+        assert served == (document * 40)[: len(served)]
+        assert stream.state_dict()["order"]["add_bos"] == bool(bos)
+
+
 # Other models' sentinels
 
 DEEPSEEKS = {name: SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end")}
@@ -346,7 +368,7 @@ def test_fill_in_the_middle_has_a_models_own_sentinels(with_sentinels):
     assert [index for index in ids if index in (begin, hole, end)] == [begin, hole, end]
     prefix, suffix = (tokenizer.decode(ids[ids.index(a) + 1 : ids.index(b)]) for a, b in ((begin, hole), (hole, end)))
     assert prefix + tokenizer.decode(ids[ids.index(end) + 1 : -1]) + suffix == text
-    prompt = infill_prompt(tokenizer, "x = ", "\n", max_tokens=50).tokens[1:]
+    prompt = infill_prompt(tokenizer, "x = ", "\n", max_tokens=50).tokens
     assert prompt == [begin, *tokenizer.encode("x = "), hole, *tokenizer.encode("\n"), end]
 
 

@@ -165,7 +165,7 @@ class ChatFormat:
         text before an answer.
         """
         config, segments = self.config, list[Segment]()
-        asked = [self.tokenizer.bos_id] if config.bos and self.tokenizer.has_bos else list[int]()
+        asked = [*self.tokenizer.beginning] if config.bos else list[int]()
         runs: _Runs = []
         if all(role != "system" for role, _ in messages):
             self._add_format(runs, self._system)

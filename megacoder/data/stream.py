@@ -64,7 +64,7 @@ class StreamConfig:
     seed: int = 1234
     """seed of the document order and of fill-in-the-middle"""
     add_bos: bool = True
-    """put the begin-of-sentence token before each document, as the tokenizer does before a prompt"""
+    """put the begin-of-sentence token, where the tokenizer has one, before each document, as before a prompt"""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """concatenate: join documents and cut them into windows (the paper); best_fit: keep documents whole where they fit,
     with document masks and padding; it buffers 16 windows of tokens for each stream of a rank"""
@@ -154,6 +154,7 @@ class TokenStream:
         check_shares(global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         weights, rates = _per_dataset(datasets, weights=weights, fim_rates=fim_rates, config=config)
         self.config, self.global_batch_size = config, global_batch_size
+        self._add_bos = config.add_bos and tokenizer.has_bos
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.windows = 0
         """windows that all ranks together have served, in this run and in those whose data it goes on in"""
@@ -169,7 +170,7 @@ class TokenStream:
             source = EndlessDocuments(
                 dataset, cutter, replace(config.fim, rate=rate),
                 seed=config.seed if number == 0 else key_of(config.seed, number),
-                add_bos=config.add_bos, num_streams=self._streams[number],
+                add_bos=self._add_bos, num_streams=self._streams[number],
             )  # fmt: skip
             own = range(dp_rank % self._shares[number], self._streams[number], self._shares[number])
             self._packers.append({stream: _packer(source, stream, config, tokenizer, epochs) for stream in own})
@@ -187,6 +188,7 @@ class TokenStream:
         return {
             **{key: value for key, value in to_dict(config).items() if key not in _NOT_OF_THE_ORDER},
             "num_streams": self.num_streams,
+            "add_bos": self._add_bos,
             STRETCHES: self._streams,
             **({"seq_length": config.seq_length} if config.packing == "best_fit" else {}),
         }

@@ -88,8 +88,9 @@ def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str]) -> str:
 class Tokenizer:
     """Text to ids and back.
 
-    EOS must be there, other control tokens only where they are used; where there is no BOS (`has_bos`), EOS is in its
-    place. `control_ids` are the ids of all control tokens by their strings.
+    EOS must be there, other control tokens only where they are used. `beginning` is what a text begins with: BOS,
+    nothing where there is none (`has_bos`; `bos_id` then is EOS, for a model that must be given a first token).
+    `control_ids` are the ids of all control tokens by their strings.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
@@ -120,6 +121,7 @@ class Tokenizer:
         self.eos_id = ids[self._controls["eos"]]
         self.bos_id, self.pad_id = (ids[self._controls.get(name, self._controls["eos"])] for name in ("bos", "pad"))
         self.has_bos = "bos" in self._controls
+        self.beginning = [self.bos_id] if self.has_bos else []
         self.end_ids = {self.eos_id}
         self.token_bytes = self._byte_table()
         self._check_keeps_text()

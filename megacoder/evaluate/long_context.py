@@ -120,4 +120,4 @@ def _planted(tokenizer: Tokenizer, length: int, depth: float, *, seed: str) -> t
         filler.append(text)
     place = round(depth * len(filler))
     parts = [*filler[:place], planted, *filler[place:], question]
-    return [tokenizer.bos_id, *(token for part in parts for token in part)], number
+    return [*tokenizer.beginning, *(token for part in parts for token in part)], number

@@ -36,11 +36,15 @@ class Prompt:
 
 
 def completion_prompt(tokenizer: Tokenizer, text: str, *, max_tokens: int) -> Prompt:
-    """BOS and the last lines of `text`. Raises DataError if not even the last line fits."""
+    """BOS, if there is one, and the last lines of `text`; EOS alone where that leaves nothing to continue.
+
+    Raises DataError if not even the last line fits.
+    """
     kept, num_dropped = last_lines(text, max_tokens=max_tokens - 1, count=count_with(tokenizer))
     tokens = tokenizer.encode(kept)
     return Prompt(
-        tokens=[tokenizer.bos_id, *tokens[max(0, len(tokens) - (max_tokens - 1)) :]], num_dropped_lines=num_dropped
+        tokens=[*tokenizer.beginning, *tokens[max(0, len(tokens) - (max_tokens - 1)) :]] or [tokenizer.eos_id],
+        num_dropped_lines=num_dropped,
     )
 
 
@@ -61,7 +65,7 @@ def count_with(tokenizer: Tokenizer) -> CountTokens:
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int) -> Prompt:
-    """BOS, `<fim_begin> prefix <fim_hole> suffix <fim_end>`; the model continues with the middle and EOS.
+    """Any BOS, `<fim_begin> prefix <fim_hole> suffix <fim_end>`; the model continues with the middle and EOS.
 
     This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; room that one
     side does not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
@@ -78,7 +82,7 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
     ahead = tokenizer.encode("".join(before[len(before) - num_before :]))
     return Prompt(
         tokens=[
-            tokenizer.bos_id,
+            *tokenizer.beginning,
             tokenizer.fim_begin_id, *ahead[max(0, len(ahead) + len(behind) - room) :],
             tokenizer.fim_hole_id, *behind,
             tokenizer.fim_end_id,

@@ -72,7 +72,7 @@ class LocalSource:
         texts = limited_texts(requests, count=count_with(tokenizer), frame=frame, room=room)
         if chat is not None:
             return [chat.prompt([("user", text)]) for text in texts]
-        return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+        return [[*tokenizer.beginning, *tokenizer.encode(text)] or [tokenizer.eos_id] for text in texts]
 
 
 class TransformersSource:

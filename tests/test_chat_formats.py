@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from command_line import run_command
+from command_line import refusal, run_command
 from data_samples import small_tokenizer, write_jsonl
 from test_sft import conversations, run_config
 
-from megacoder.cli.eval_benchmark import _for_transformers
+from megacoder.cli.eval_benchmark import _why_transformers
 from megacoder.cli.loading import Loading
 from megacoder.cli.main import main
 from megacoder.cli.model_folder import chat_format_of, load_model
@@ -120,8 +120,27 @@ def test_a_qwen2_with_a_template_of_another_form_is_asked_by_transformers(tmp_pa
         (folder / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}')
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
-        assert _for_transformers(folder, instruct=True) == ("Qwen2ForCausalLM" if asks else None)
-        assert _for_transformers(folder, instruct=False) is None
+        assert _why_transformers(folder, instruct=True) == ("another chat template" if asks else None)
+        assert _why_transformers(folder, instruct=False) is None
+
+
+@pytest.mark.parametrize("option", ["--tp 2", "--dtype float32", "--tokenizer {folder}"])
+def test_what_transformers_would_ignore_is_refused(tmp_path, capsys, option):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    task = {
+        "task_id": "0",
+        "prompt": "def f():\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert f() is None\n",
+        "canonical_solution": "    pass\n",
+    }
+    data = write_jsonl(tmp_path / "data.jsonl", [task])
+    option = option.format(folder=tmp_path)
+    said = refusal(capsys, "eval", "humaneval", "--data", data, "--model", tmp_path, *option.split(), code=2)
+    assert said == (
+        f"megacoder: {option}: {tmp_path} has the architecture GPT2LMHeadModel, so that transformers runs it as it is "
+        f"stored, in one process; leave {option.split()[0]} out\n"
+    )
 
 
 def asked_by(monkeypatch, place: str, words: list[str]) -> list[dict]:

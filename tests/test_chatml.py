@@ -16,7 +16,7 @@ from test_other_tokenizers import LLAMA3, write_folder
 from test_sft import conversations, joined, run_config
 from tokenizers import normalizers
 
-from megacoder.cli.eval_benchmark import _for_transformers
+from megacoder.cli.eval_benchmark import _why_transformers
 from megacoder.cli.main import main
 from megacoder.cli.model_folder import chat_format_of
 from megacoder.core.errors import ConfigError, FormatError
@@ -364,7 +364,7 @@ def test_chat_eval_and_generate_stop_where_the_format_ends(models, name, place, 
     assert end in seen["stop_ids"]
     [seen] = asked_by(monkeypatch, "megacoder.cli.model_folder", ["generate", "--prompt", "x", *few])
     assert end in seen["stop_ids"]
-    assert _for_transformers(folder, instruct=True) is None
+    assert _why_transformers(folder, instruct=True) is None
     row = {"task_id": "1", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1)\n"}
     data = Path(write_jsonl(tmp_path / "tasks.jsonl", [row]))
     words = ["eval", "humaneval", "--instruct", "--data", str(data), *few]

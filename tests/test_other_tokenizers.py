@@ -410,18 +410,20 @@ def test_sentinels_are_of_one_model(tmp_path):
             assert [tokenizer.token_bytes[index].decode() for index in ids] == found
 
 
-def test_a_server_is_asked_with_its_models_sentinels(with_sentinels, monkeypatch):
+def test_a_server_is_asked_with_its_models_sentinels(with_sentinels, monkeypatch, capsys):
     folder, (begin, hole, end) = with_sentinels
     task = Task(id="0", prompt="x = ", suffix="\n")
     request = Request(task=task, sample=0, stops=())
+    host = folder.name.replace("_", "-")  # a line is said once for each server
     for tokenizer, expected in ((folder, f"{begin}x = {hole}\n{end}"), (None, infill_text("x = ", "\n", DEEPSEEKS))):
-        source = EndpointSource("http://localhost:1/v1", Decoding(), model="m", tokenizer=tokenizer)
+        source = EndpointSource(f"http://{host}:1/v1", Decoding(), model="m", tokenizer=tokenizer)
         asked = []
         monkeypatch.setattr(
             source, "_call", lambda path, body, asked=asked: asked.append(body) or {"choices": [{"text": "1"}]}
         )
         assert [text for _, text in source.complete([request])] == ["1"]
         assert asked[0]["prompt"] == expected
+        assert ("asked to fill in with <｜fim▁begin｜>" in capsys.readouterr().err) == (tokenizer is None)
 
 
 # Control tokens added

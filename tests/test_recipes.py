@@ -207,12 +207,12 @@ def test_a_context_is_extended_by_yarn_evaluated_exported_and_gone_on_with(recip
     code, _, err = run_command(capsys, "checkpoint", "import", exported, imported)
     assert code == 0, err
     assert in_words in err
-    assert "32 positions; its RoPE is scaled to 128, so max_position_embeddings can be raised to that\n" in err
+    assert "32 positions; its RoPE is scaled to 128, to which max_position_embeddings can be set\n" in err
     assert load_toml(RunConfig, imported / "train.toml").model.rope_scaling == scaling
     assert open_start(changed(config, output=recipes / "further", init_from=imported)).step == 0
     code, _, err = run_command(capsys, "generate", "--model", imported, "--prompt", "x = 1\n" * 40)
     assert code == 0, err
-    assert "lines are dropped; its RoPE is scaled to 128, so max_position_embeddings can be raised to that\n" in err
+    assert "lines are dropped; its RoPE is scaled to 128, to which max_position_embeddings can be set\n" in err
 
 
 def test_a_recipe_for_a_checkpoint_of_another_shape_is_refused(recipes):

@@ -200,6 +200,6 @@ def test_rope_is_told_in_words():
     assert ModelConfig(rope_factor=4.0).rope_words == "RoPE of base 10,000, linear scaling by 4"
     stretched = ModelConfig(rope_theta=1e6, rope_factor=2.5, rope_scaling=yarn(4096), max_position_embeddings=8192)
     assert stretched.rope_words == "RoPE of base 1,000,000, yarn scaling by 2.5 from 4,096 positions"
-    advice = "; its RoPE is scaled to 10,240, so max_position_embeddings can be raised to that"
+    advice = "; its RoPE is scaled to 10,240, to which max_position_embeddings can be set"
     assert stretched.positions_advice == advice
     assert ModelConfig(rope_factor=4.0).positions_advice == ""

@@ -16,7 +16,7 @@ from megacoder.train.setup import load_tokenizer, open_before
 __all__ = ["main"]
 
 PROG = "megacoder data show RUN.toml"
-USAGE = f"{PROG} --step N [--count N | --windows N ...] [--grep TEXT] [any setting of the run, as in megacoder train]"
+USAGE = f"{PROG} --step N [--count N] [--windows N ...] [--grep TEXT] [any setting of the run, as in megacoder train]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ShowConfig:
     count: int = 4
     """number of windows to show at most"""
     windows: tuple[int, ...] = ()
-    """show these instead, by their numbers in the step, counted from 1"""
+    """show these, however many, by their numbers in the step, counted from 1"""
     grep: str | None = None
     """show only documents that contain this text, and windows with such documents"""
     checkpoint: Path | None = None

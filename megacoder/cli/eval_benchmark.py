@@ -123,6 +123,8 @@ def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
         _follow(name, args, benchmark, tasks)
         return
     model = _resolved(args.model)
+    if model is not None:
+        _check_loading(args, model)
     tp = None
     if args.loading.tp > 1:
         from megacoder.cli.model_folder import share_model
@@ -210,7 +212,7 @@ def _identity(name: str, args: EvalArgs, benchmark: Benchmark, model: Path | Non
     if model is not None:
         contents["model"] = model_content(model)
     settings = settings_of(name, args, contents, protocol=benchmark.protocol)
-    if args.instruct and model is not None and not _for_transformers(model, instruct=True):
+    if args.instruct and model is not None and not _why_transformers(model, instruct=True):
         from megacoder.cli.model_folder import chat_format_of
 
         settings["chat_format"] = str(chat_format_of(model, tokenizer=args.loading.tokenizer).resolved)
@@ -239,9 +241,7 @@ def _open_source(
     from megacoder.evaluate.benchmarks.local import LocalSource, TransformersSource
     from megacoder.parallel.tensor import ALONE
 
-    if (other := _for_transformers(model, instruct=args.instruct)) is not None:
-        if tp is not None:
-            raise ConfigError(f"--tp {tp.size}: {model} is {other}, which transformers runs on one process only")
+    if _why_transformers(model, instruct=args.instruct) is not None:
         return TransformersSource(model, decoding, device=probe().device_type)
     loaded, tokenizer = load_model(model, args.loading, tp=tp or ALONE)
     return LocalSource(
@@ -250,9 +250,21 @@ def _open_source(
     )  # fmt: skip
 
 
-def _for_transformers(model: Path, *, instruct: bool) -> str | None:
-    """The architecture of a Hugging Face folder that only transformers can run, or, for a Qwen2 whose chat template is
-    none that is known here, can `instruct`; None for what runs here."""
+def _check_loading(args: EvalArgs, model: Path) -> None:
+    """ConfigError for options that are nothing to transformers, where that runs the model."""
+    given = {name: value for name, value in vars(args.loading).items() if value != getattr(Loading(), name)}
+    reason = _why_transformers(model, instruct=args.instruct) if given else None
+    if reason is not None:
+        name, value = next(iter(given.items()))
+        raise ConfigError(
+            f"--{name} {value}: {model} has {reason}, so that transformers runs it as it is stored, in one process; "
+            f"leave --{name} out"
+        )
+
+
+def _why_transformers(model: Path, *, instruct: bool) -> str | None:
+    """What a Hugging Face folder has that only transformers can run: another architecture or, where a Qwen2 is asked to
+    `instruct`, another chat template; None for what runs here."""
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
     from megacoder.data.chat_format import FormatConfig
@@ -263,8 +275,9 @@ def _for_transformers(model: Path, *, instruct: bool) -> str | None:
         return None
     table = read_config(model)
     template = chat_template_in(model) if instruct and table.get("model_type") == "qwen2" else None
-    asks_otherwise = template is not None and FormatConfig.from_jinja(template) is None
-    return None if can_load(table) and not asks_otherwise else str((table.get("architectures") or ["none named"])[0])
+    if not can_load(table):
+        return f"the architecture {(table.get('architectures') or ['none named'])[0]}"
+    return "another chat template" if template is not None and FormatConfig.from_jinja(template) is None else None
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

@@ -79,7 +79,9 @@ def measure_bits_per_byte(
     longest = model.config.max_position_embeddings
     window = longest if window is None else window
     if not 2 <= window <= longest:
-        raise ConfigError(f"window = {window}: from 2 to the model's {longest} positions")
+        raise ConfigError(
+            f"window = {window}: from 2 to the model's {longest} positions{model.config.positions_advice}"
+        )
     text = "".join(documents).encode()
     if not text:
         raise DataError("no held-out text to measure on")

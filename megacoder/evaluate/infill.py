@@ -1,8 +1,8 @@
 """Single-line infilling: a line of a held-out file is removed, and the model fills it in from both sides.
 
 The hole is a whole line, indentation included but not the line break, as in the single-line task of Fried et al.
-(arXiv:2204.05999) and SantaCoder's benchmark (arXiv:2301.03988); lines tokenize independently, so that the prompt has
-no token that straddles the hole. Only lines with something to get right are asked for (`is_worth_asking`). The model
+(arXiv:2204.05999) and SantaCoder's benchmark (arXiv:2301.03988); the sentinels are around it, so that no token of the
+prompt straddles it. Only lines with something to get right are asked for (`is_worth_asking`). The model
 decodes greedily to EOS or the end of the line.
 
 Two scores, both after trailing whitespace is stripped; indentation counts. *Exact match*: the line is the same.

@@ -109,7 +109,7 @@ class ModelConfig:
         reach = self.rope_reach
         if reach is None or reach <= self.max_position_embeddings:
             return ""
-        return f"; its RoPE is scaled to {reach:,}, so max_position_embeddings can be raised to that"
+        return f"; its RoPE is scaled to {reach:,}, to which max_position_embeddings can be set"
 
     @property
     def num_layer_matmul_params(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from megacoder.core.console import say_once
 from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.data.tokenizer import infill_text, sentinels_among
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
@@ -64,6 +65,11 @@ class EndpointSource:
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
         texts = self._texts(requests)
+        if self._count is None and any(request.task.suffix is not None for request in requests):
+            say_once(
+                f"{self.url}: asked to fill in with {' '.join(self._sentinels.values())}; give the folder of the "
+                "model's tokenizer.json (--tokenizer) if it has others"
+            )
         with ThreadPoolExecutor(self.workers) as pool:
             asked = {
                 pool.submit(self._ask, request, text): request for request, text in zip(requests, texts, strict=True)

@@ -516,7 +516,7 @@ def test_scores_are_not_reused_for_another_model_at_the_same_path(tmp_path, caps
 
 
 def test_a_pipe_cannot_be_resumed_from():
-    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so --out cannot tell"):
+    with pytest.raises(ConfigError, match="--completions /dev/null: not a file, so nothing can tell later"):
         file_content(Path("/dev/null"), option="--completions")
 
 

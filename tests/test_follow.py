@@ -36,6 +36,16 @@ def case(tmp_path_factory):
     return case
 
 
+@pytest.fixture(scope="module")
+def again(case):
+    """The folder of a run with another checkpoint of step 6."""
+    trainer = Trainer(case.config("again", seed=9, checkpoint_every=6), ALONE)
+    while trainer.step < 6:
+        trainer.update()
+    leave(trainer)
+    return trainer.config.output
+
+
 @pytest.fixture
 def done(case, tmp_path):
     """A copy of the run that has ended."""
@@ -68,6 +78,11 @@ def loading(monkeypatch):
 
 def checkpoint(folder, step):
     return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def replace(folder, step, *, by):
+    shutil.rmtree(checkpoint(folder, step))
+    shutil.copytree(checkpoint(by, step), checkpoint(folder, step))
 
 
 def perplexity(case, model, *more):
@@ -179,21 +194,12 @@ def test_a_run_that_its_guard_has_stopped_has_ended(case, done, capsys):
     assert "the run was stopped at step 7: the loss is not finite; 2 checkpoints scored" in err
 
 
-def test_a_run_that_went_back_is_scored_anew_from_there(case, done, capsys, pauses):
+def test_a_run_that_went_back_is_scored_anew_from_there(case, done, again, capsys, pauses):
     assert follow(capsys, case, done)[1] == STEPS
-    trainer = Trainer(case.config("again", seed=9, checkpoint_every=6), ALONE)
-    while trainer.step < 6:
-        trainer.update()
-    leave(trainer)
     shutil.rmtree(checkpoint(done, 8))
-
-    def replace_by(run):
-        shutil.rmtree(checkpoint(done, 6))
-        shutil.copytree(checkpoint(run, 6), checkpoint(done, 6))
-
     pauses += [
-        lambda: replace_by(trainer.config.output),
-        lambda: replace_by(case.folder / "done"),
+        lambda: replace(done, 6, by=again),
+        lambda: replace(done, 6, by=case.folder / "done"),
         lambda: (done / "stopped").write_text("step 7: for the test"),
     ]
     code, steps, err = follow(capsys, case, done)
@@ -202,6 +208,73 @@ def test_a_run_that_went_back_is_scored_anew_from_there(case, done, capsys, paus
     assert [row["step"] for row in rows] == [3, 6]
     values = [pytest.approx(row["scores"]["perplexity"]) for row in rows]
     assert scalars(done, "perplexity/perplexity", "perplexity") == list(zip([3, 6], values, strict=True))
+
+
+def test_answers_of_a_run_that_went_back_are_stored_beside_the_old_ones(case, done, again, capsys):
+    out = done / "answers"
+    words = ["eval", "infill", "--data", case.folder / "set.jsonl", "--max-new-tokens", 4, "--follow", "--json"]
+    words += ["--model", done, "--out", out]
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    before = set(out.iterdir())
+    replace(done, 6, by=again)
+    code, said, err = run(capsys, *words)
+    assert (code, [json.loads(line)["step"] for line in said.splitlines()]) == (0, [6]), err
+    [new] = set(out.iterdir()) - before
+    assert (len(before), new.name.rpartition("-")[0]) == (3, "step-00000006")
+    assert json.loads((new / "settings.json").read_text())["contents"]["model"].startswith("step-00000006, ")
+
+
+def test_a_checkpoint_that_comes_back_is_scored_late(case, done, capsys):
+    shutil.move(checkpoint(done, 3), done / "away")
+    assert follow(capsys, case, done)[:2] == (0, [6, 8])
+    shutil.move(done / "away", checkpoint(done, 3))
+    assert follow(capsys, case, done)[:2] == (0, [3])
+    rows = read_scores(done)["perplexity"]
+    assert [row["step"] for row in rows] == STEPS
+    values = [pytest.approx(row["scores"]["perplexity"]) for row in rows]
+    assert scalars(done, "perplexity/perplexity", "perplexity") == list(zip(STEPS, values, strict=True))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("scored", "added", "left"),
+    [
+        pytest.param("2a 4a 6a", {3: "2a 3b 6b", 6: "2a 3b 6b"}, "2a 3b 6b", id="back to 2, other steps since"),
+        pytest.param("2a 4a 6a", {6: "2a 6b"}, "2a 6b", id="back to 2"),
+        pytest.param("2a 4a 6a", {6: "6b 8b", 8: "6b 8b"}, "2a 4a 6b 8b", id="back, older ones removed by keep_last"),
+        pytest.param("2a 4a 6a", {8: "2a 8a"}, "2a 4a 6a 8a", id="forth, all but multiples removed by keep_last"),
+        pytest.param("4a 6a", {2: "2a 4a 6a", 8: "2a 4a 6a 8a"}, "2a 4a 6a 8a", id="an earlier one appears late"),
+        pytest.param("2a 4a 6a", {2: "2b"}, "2b", id="from the beginning"),
+    ],
+)
+def test_lines_of_a_branch_that_was_left_are_dropped(tmp_path, scored, added, left, interrupted):
+    def parse(words):
+        return {int(word[0]): word for word in words.split()}
+
+    def add(log, step, saved):
+        score = step + 0.5 * (saved[step][1] == "b")
+        row = {"step": step, "tokens": step, "name": "mbpp", "scores": {"pass@1": score}, "checkpoint": saved[step]}
+        log.add(row, saved=saved)
+        return log
+
+    log = ScoreLog(tmp_path, "mbpp")
+    for step in parse(scored):
+        add(log, step, parse(scored))
+    for step, saved in added.items():
+        if interrupted:
+            log.close()
+            log = ScoreLog(tmp_path, "mbpp")
+        add(log, step, parse(saved))
+    log.close()
+    assert [row["checkpoint"] for row in read_scores(tmp_path)["mbpp"]] == left.split()
+    drawn = [(step, step + 0.5 * (word[1] == "b")) for step, word in parse(left).items()]
+    assert scalars(tmp_path, "mbpp/pass@1", "mbpp") == drawn
+
+
+def test_a_run_may_move(case, done, capsys):
+    assert follow(capsys, case, done)[:2] == (0, STEPS)
+    assert follow(capsys, case, done.rename(done.with_name("moved")))[:2] == (0, [])
 
 
 def test_a_model_is_freed_before_the_next_is_loaded(case, done, capsys, monkeypatch):
@@ -226,7 +299,7 @@ def test_a_benchmark_stores_its_answers_by_checkpoint(case, done, capsys):
     rows = [json.loads(line) for line in said.splitlines()]
     assert [row["step"] for row in rows] == STEPS
     for row in rows:
-        its = out / f"step-{row['step']:08d}"
+        [its] = out.glob(f"step-{row['step']:08d}-*")
         assert json.loads((its / "summary.json").read_text())["scores"][""] == row["scores"]
         settings = json.loads((its / "settings.json").read_text())
         assert settings["protocol"] == row["protocol"]
@@ -243,7 +316,9 @@ def test_lines_of_held_out_files_are_stored_by_checkpoint(case, done, capsys):
     assert code == 0, err
     assert [json.loads(line)["step"] for line in said.splitlines()] == STEPS
     assert set(json.loads(said.splitlines()[0])["scores"]) == {"exact_match", "edit_similarity"}
-    assert sorted(path.name for path in (done / "lines").iterdir()) == [f"step-{step:08d}.jsonl" for step in STEPS]
+    files = sorted((done / "lines").iterdir())
+    assert [path.name.rpartition("-")[0] for path in files] == [f"step-{step:08d}" for step in STEPS]
+    assert all(len(path.read_text().splitlines()) == 2 for path in files)
 
 
 def test_scores_of_other_settings_need_another_name(case, done, capsys):
@@ -270,11 +345,28 @@ def test_what_is_wrong_with_the_options_ends_the_follower(case, done, capsys):
     assert follow(capsys, case, done)[:2] == (0, STEPS), "settings that scored nothing bind nobody"
 
 
+def test_only_the_model_is_measured(case, done, capsys, monkeypatch):
+    monkeypatch.setattr("megacoder.evaluate.bits_per_byte.xz_bits", lambda text: pytest.fail("nobody sees it"))
+    assert follow(capsys, case, done)[:2] == (0, STEPS)
+
+
+@pytest.mark.parametrize("scores", ['{"perplexity": "bad"}', '{"perplexity": NaN}', '{"perplexity": [1]}', "3"])
+def test_a_line_without_numbers_is_named_and_left_out(done, capsys, scores):
+    with closing(ScoreLog(done, "perplexity")) as log:
+        log.add({"step": 3, "scores": {"perplexity": 9.0}}, saved={})
+    path = scores_folder(done, "perplexity") / "scores.jsonl"
+    path.write_text(path.read_text() + f'{{"step": 4, "scores": {scores}}}\n')
+    code, _, err = run(capsys, "report", done)
+    assert (code, err.count(f"{path}: the line of step 4 has no scores that are numbers; it is left out")) == (0, 1)
+    assert [row["step"] for row in read_scores(done)["perplexity"]] == [3]
+
+
 def test_groups_share_a_chart_and_what_is_not_finite_is_left_out(done, capsys):
     with closing(ScoreLog(done, "ds1000")) as log:
         for step in STEPS:
             scores = {"pass@1": 0.1 * step, **{f"pass@1/group {n}": 0.01 * step for n in range(4)}, "broken": math.nan}
-            log.add({"step": step, "tokens": step, "name": "ds1000", "scores": scores, "checkpoint": str(step)})
+            row = {"step": step, "tokens": step, "name": "ds1000", "scores": scores, "checkpoint": str(step)}
+            log.add(row, saved={})
     assert [row["scores"]["broken"] for row in read_scores(done)["ds1000"]] == [None] * 3
     assert run(capsys, "report", done)[0] == 0
     charts = (done / "report.html").read_text().split("<svg ")
@@ -298,12 +390,20 @@ def test_groups_share_a_chart_and_what_is_not_finite_is_left_out(done, capsys):
             "perplexity --data texts.jsonl --model done --follow-as a/b",
             "--follow-as 'a/b': must be a name that a folder",
         ),
+        (
+            "perplexity --data texts.jsonl --model done --train nowhere",
+            "--follow with --train nowhere: a run is scored",
+        ),
+        ("infill --data heldout --model done --train a b", "--follow with --train a b: a run is scored"),
+        ("perplexity --data texts.jsonl --model done --tokenizer gone", "--tokenizer gone/tokenizer.json: there is no"),
+        ("perplexity --data texts.jsonl --model done --follow-as a\\nb", "--follow-as 'a\\nb': must be a name that a"),
         ("perplexity --data texts.jsonl --model done --no-follow --follow-as x", "--follow-as x: only with --follow"),
     ],
 )
 def test_bad_input_is_one_line(case, monkeypatch, capsys, words, message):
     monkeypatch.chdir(case.folder)
     name, *more = words.split()
+    more = [word.replace("\\n", "\n") for word in more]
     said = refusal(capsys, "eval", name, "--follow", *more, code=2)
     assert message in said
     assert not (case.folder / "done" / "scores").exists()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from megacoder.cli.eval_inputs import file_content, model_content, settings_of
+from megacoder.cli.eval_inputs import answers_of, file_content, model_content, settings_of
 from megacoder.cli.loading import Following, Loading
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
@@ -165,7 +165,7 @@ def _follow(name: str, args: EvalArgs, benchmark: Benchmark, tasks: Sequence[Tas
     from megacoder.cli.follow import follow  # imports torch, which scoring a file does not need
 
     def score(checkpoint: Path) -> dict[str, float]:
-        its = replace(args, model=checkpoint, out=None if args.out is None else args.out / checkpoint.name)
+        its = replace(args, model=checkpoint, out=None if args.out is None else args.out / answers_of(checkpoint))
         open_source = partial(_open_source, its, benchmark, finished=None, model=checkpoint, tp=None)
         summary = _evaluate(name, its, benchmark, tasks, model=checkpoint, open_source=open_source)
         return {

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megacoder.cli.eval_benchmark import infill as run_benchmark
-from megacoder.cli.eval_inputs import settings_of, texts_content
+from megacoder.cli.eval_inputs import answers_of, settings_of, texts_content
 from megacoder.cli.follow import follow
 from megacoder.cli.loading import Following, Loading
 from megacoder.cli.model_folder import load_model, prompt_room, share_model
@@ -70,7 +70,7 @@ class EvalInfillArgs:
         for name in ("num_tasks", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        self.following.check(self.model, self.loading)
+        self.following.check(self.model, self.loading, train=self.train)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,7 +117,7 @@ def _follow(args: EvalInfillArgs, tasks: Sequence[InfillTask]) -> None:
     """Scores the checkpoints of the run `args.model`."""
 
     def score(checkpoint: Path) -> dict[str, float]:
-        out = None if args.out is None else args.out / f"{checkpoint.name}.jsonl"
+        out = None if args.out is None else args.out / f"{answers_of(checkpoint)}.jsonl"
         return asdict(summarize(_fill(args, tasks, checkpoint, ALONE, out=out), frequent_line=None).model)
 
     asked = texts_content(text for task in tasks for text in (task.prefix, task.truth, task.suffix))

@@ -14,14 +14,14 @@ from typing import Any, BinaryIO
 
 from megacoder.core.errors import ConfigError
 
-__all__ = ["file_content", "model_content", "settings_of", "texts_content"]
+__all__ = ["answers_of", "file_content", "model_content", "settings_of", "texts_content"]
 
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 """What configurations and tokenizers are in."""
 _WEIGHTS = (".safetensors", ".bin")
 _ENDS = 1 << 16
 """Bytes at either end of a file of weights."""
-_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp", "follow", "follow_as", "train")
+_FREE = ("workers", "unsafe", "out", "json", "batch_size", "endpoint", "tp", "follow", "follow_as")
 """Options that change no score of the model but by rounding, so that an evaluation may go on with different ones."""
 
 
@@ -56,7 +56,9 @@ def texts_content(texts: Iterable[str]) -> str:
 def file_content(path: Path, *, option: str) -> str:
     """Identifies a text file; ConfigError if it is not a file, such as a pipe, which can be read only once."""
     if not path.is_file():
-        raise ConfigError(f"{option} {path}: not a file, so --out cannot tell whether it changes; save it to one")
+        if not path.exists():
+            raise ConfigError(f"{option} {path}: there is no such file")
+        raise ConfigError(f"{option} {path}: not a file, so nothing can tell later whether it changed; save it to one")
     with path.open("rb") as file:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
@@ -76,6 +78,11 @@ def model_content(folder: Path) -> str:
                 digest.update(f"{path.name}\0".encode())
                 digest.update(file.read() if path.suffix in _TEXTS else _weights_mark(file))
     return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def answers_of(checkpoint: Path) -> str:
+    """Name for the answers of a followed run's checkpoint: a run that goes back saves other ones of the same step."""
+    return model_content(checkpoint).replace(", sha256 ", "-")
 
 
 def _weights_mark(file: BinaryIO) -> bytes:

@@ -42,7 +42,7 @@ class EvalPerplexityArgs:
     following: Following = field(default_factory=Following)
 
     def __post_init__(self) -> None:
-        self.following.check(self.model, self.loading)
+        self.following.check(self.model, self.loading, train=() if self.train is None else (self.train,))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,26 +55,30 @@ def main(argv: Sequence[str]) -> None:
     tp = share_model(args.loading.tp, ["eval", "perplexity", *argv])
     if tp is None:
         return
-    score = _measure(args, documents, args.model, tp)
+    score = _measure(args, documents, args.model, tp, baselines=tp.rank == 0)
     if args.json:
         print(json.dumps(asdict(score) | {"perplexity": score.perplexity}))
     else:
         print_score(score)
 
 
-def _measure(args: EvalPerplexityArgs, documents: Sequence[str], folder: Path, tp: TensorParallel) -> HeldOutScore:
+def _measure(
+    args: EvalPerplexityArgs, documents: Sequence[str], folder: Path, tp: TensorParallel, *, baselines: bool
+) -> HeldOutScore:
     model, tokenizer = load_model(folder, args.loading, tp=tp)
-    counts = None if args.train is None else training_token_counts(IndexedDataset(args.train), tokenizer)
+    counts = None
+    if baselines and args.train is not None:
+        counts = training_token_counts(IndexedDataset(args.train), tokenizer)
     return measure_bits_per_byte(
-        model, tokenizer, documents, window=args.window, token_counts=counts, quiet=tp.rank > 0
-    )  # fmt: skip
+        model, tokenizer, documents, window=args.window, xz=baselines, token_counts=counts, quiet=tp.rank > 0
+    )
 
 
 def _follow(args: EvalPerplexityArgs, documents: Sequence[str]) -> None:
     """Scores the checkpoints of the run `args.model`."""
 
     def score(checkpoint: Path) -> dict[str, float]:
-        measured = _measure(args, documents, checkpoint, ALONE)
+        measured = _measure(args, documents, checkpoint, ALONE, baselines=False)
         return {"bits_per_byte": measured.model, "perplexity": measured.perplexity}
 
     settings = settings_of("perplexity", args, {"data": texts_content(documents)}, protocol=PROTOCOL)
@@ -83,10 +87,8 @@ def _follow(args: EvalPerplexityArgs, documents: Sequence[str]) -> None:
 
 def print_score(score: HeldOutScore) -> None:
     """The bits per byte as a table on stdout."""
-    rows = [["model", f"{score.model:.4f}"], ["xz -9", f"{score.xz:.4f}"]]
-    if score.unigram is not None:
-        rows.append(["unigram tokens", f"{score.unigram:.4f}"])
-    table("Held-out text", ["", "bits per byte"], rows)
+    rows = [("model", score.model), ("xz -9", score.xz), ("unigram tokens", score.unigram)]
+    table("Held-out text", ["", "bits per byte"], [[name, f"{bits:.4f}"] for name, bits in rows if bits is not None])
     print(
         f"{score.num_documents:,} documents, {score.num_bytes:,} bytes, {score.num_tokens:,} tokens in windows of "
         f"{score.window:,}; perplexity per token {score.perplexity:.3f}"

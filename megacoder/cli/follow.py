@@ -9,7 +9,7 @@ goes on after an interruption. A checkpoint that the run removes first, or that 
 import gc
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,15 @@ class _Follower:
     def _checkpoints(self) -> list[tuple[int, Path]]:
         return step_folders(self.run / CHECKPOINTS)
 
+    def _saved(self) -> dict[int, str]:
+        """The content of the complete checkpoints by step."""
+        contents = {}
+        for step, folder in self._checkpoints():
+            with suppress(MegacoderError, OSError):  # damaged, or just removed
+                open_checkpoint(folder)
+                contents[step] = model_content(folder)
+        return contents
+
     def _is_new(self, step: int, folder: Path) -> bool:
         return step not in self._seen or self._seen[step] != _identity_of(folder)
 
@@ -118,7 +127,7 @@ class _Follower:
         tokens = step * config.global_batch_size * config.data.stream.seq_length
         row = {"step": step, "tokens": tokens, "name": self.name, "scores": scores, "protocol": self.protocol}
         row["checkpoint"] = content
-        line = self.log.add(row)
+        line = self.log.add(row, saved=self._saved())
         shown = ", ".join(f"{score} {value:.4f}" for score, value in scores.items())
         print(line if self.as_json else f"step {step:,}, {tokens:,} tokens: {shown}", flush=True)
 

@@ -1,5 +1,6 @@
 """The options of loading a model and of following a run. Without torch: scoring finished answers starts at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -37,14 +38,17 @@ class Following:
     """what the scores are called in the run, to follow it with one benchmark in several ways; if unset, as the
     command"""
 
-    def check(self, model: Path | None, loading: Loading) -> None:
-        """ConfigError where the other options have no checkpoints to follow, or the name cannot be a folder's."""
+    def check(self, model: Path | None, loading: Loading, *, train: Sequence[Path] = ()) -> None:
+        """ConfigError where the other options do not go with these, or the name cannot be a folder's."""
         name = self.follow_as
         if name is not None and not self.follow:
             raise ConfigError(f"--follow-as {name}: only with --follow")
-        if name is not None and (not name or name.startswith(".") or "/" in name):
+        if name is not None and (not name or name.startswith(".") or "/" in name or not name.isprintable()):
             raise ConfigError(f"--follow-as {name!r}: must be a name that a folder can have")
         if self.follow and model is None:
             raise ConfigError("--follow: needs the folder of a run as --model; no other answers have checkpoints")
         if self.follow and loading.tp > 1:
             raise ConfigError(f"--follow with --tp {loading.tp}: checkpoints are loaded by one process; leave --tp out")
+        if self.follow and train:
+            given = " ".join(map(str, train))
+            raise ConfigError(f"--follow with --train {given}: a run is scored without baselines; leave --train out")

@@ -13,7 +13,6 @@ of them, and a unigram model, -log2((count + 1) / (all counts + V)) of the train
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -51,8 +50,8 @@ class HeldOutScore:
     """C, the most tokens that a prediction sees"""
     model: float
     """bits per byte of the model"""
-    xz: float
-    """bits per byte of `xz -9`"""
+    xz: float | None
+    """bits per byte of `xz -9`; None where it was not asked for"""
     unigram: float | None
     """bits per byte of the unigram model; None where no training tokens were given"""
 
@@ -68,10 +67,12 @@ def measure_bits_per_byte(
     documents: Sequence[str],
     *,
     window: int | None = None,
+    xz: bool = True,
     token_counts: np.ndarray | None = None,
     quiet: bool = False,
 ) -> HeldOutScore:
-    """Scores `documents`; `window` is the model's longest by default, `token_counts` (V,) the training corpus's.
+    """Scores `documents`; `window` is the model's longest by default. `xz` and `token_counts` (V,) of the training
+    corpus ask for what is beside it.
 
     Raises DataError where there is no text, ConfigError for a window of less than 2 tokens or more than the model has
     positions.
@@ -93,7 +94,7 @@ def measure_bits_per_byte(
         num_tokens=len(text_ids),
         window=window,
         model=_model_bits(model, ids, window, quiet) / len(text),
-        xz=xz_bits(text) / len(text),
+        xz=xz_bits(text) / len(text) if xz else None,
         unigram=None if token_counts is None else unigram_bits(text_ids, token_counts) / len(text),
     )
 
@@ -111,7 +112,6 @@ def windows(num_tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield max(0, stop - window), stop, counted
 
 
-@lru_cache(maxsize=1)  # one text, but many checkpoints where a run is followed
 def xz_bits(text: bytes) -> int:
     """Size of `text` as `xz -9` writes it, in bits."""
     return 8 * len(lzma.compress(text, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9))

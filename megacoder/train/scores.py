@@ -1,16 +1,23 @@
 """Scores of a run's checkpoints, as `megacoder eval NAME --follow` measures them beside the run.
 
 In the run's folder, `scores/NAME/scores.jsonl` has a line per checkpoint, and `tensorboard/NAME` the same numbers: in
-a folder of its own, since TensorBoard reads no file of a folder any more once a newer one has begun there. A run that
-goes back to an older checkpoint comes to steps that have a line already; what is scored then replaces that line and
-those of all later steps, which no longer are of this run.
+a folder of its own, since TensorBoard reads no file of a folder any more once a newer one has begun there.
+
+A run that goes back to an older checkpoint leaves lines that are of it no more. They are found when a checkpoint is
+scored that is not later than all lines: of those, the newest whose checkpoint is still in the run unchanged is of this
+run, since a run goes on from its newest checkpoint, and so are those before it; what is later is dropped from both
+files. Where all their checkpoints are gone (`checkpoint.keep_last`), the lines of earlier steps stay.
 """
 
 import json
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megacoder.core.console import say
+from megacoder.core.files import replacing
 from megacoder.train.metrics_log import TENSORBOARD, Appender, EventsFile, finite, read_metrics
 
 __all__ = ["ScoreLog", "read_scores", "scores_folder"]
@@ -39,31 +46,51 @@ class ScoreLog:
 
     def __init__(self, run: Path, name: str) -> None:
         """Drops a last line that was cut off, as by a crash."""
-        self._board = run / TENSORBOARD / name
-        path = _path(run, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self._name, self._board, self._path = name, run / TENSORBOARD / name, _path(run, name)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
         self.rows = _read(run, name)
-        self._lines = Appender(path)
+        self._lines = Appender(self._path)
         self._events: EventsFile | None = None
+        self._drawn = -1
 
-    def add(self, row: Row) -> str:
-        """Writes a line, which it returns, and the scores for TensorBoard as NAME/SCORE."""
-        step, name, scores = row["step"], row["name"], row["scores"]
-        line = json.dumps(row | {"scores": finite(scores)})
-        self._lines.append(f"{line}\n".encode())
-        if self._events is None or step in self.rows:
-            self._close_events()
-            self._events = EventsFile(self._board, first_step=step)
-        self._events.write(step, {f"{name}/{score}": value for score, value in scores.items()})
-        _put(self.rows, row)
-        return line
+    def add(self, row: Row, *, saved: Mapping[int, str]) -> str:
+        """Writes a line, which it returns, and the scores for TensorBoard as NAME/SCORE.
+
+        `saved` are the checkpoints in the run by step, as in `checkpoint` of a row.
+        """
+        row = row | {"scores": finite(row["scores"])}
+        kept = _of_this_run(self.rows, row["step"], saved)
+        dropped, self.rows = self.rows.keys() - kept.keys(), dict(sorted({**kept, row["step"]: row}.items()))
+        self._draw(min(dropped | {row["step"]}))  # first: what is cut short in between is scored and drawn again
+        self._write(row, anew=bool(dropped))
+        return json.dumps(row)
 
     def close(self) -> None:
         """Closes both files."""
         self._lines.close()
         self._close_events()
+
+    def _write(self, row: Row, *, anew: bool) -> None:
+        if anew:
+            self._lines.close()
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(b"".join(map(_line, self.rows.values())))
+            self._lines = Appender(self._path)
+        else:
+            self._lines.append(_line(row))
+
+    def _draw(self, first: int) -> None:
+        """Brings TensorBoard's curves up to date from step `first` on; a file of its own only grows in order."""
+        later = [row for step, row in self.rows.items() if step >= first]
+        if self._events is None or first <= self._drawn:
+            self._close_events()
+            self._events = EventsFile(self._board, first_step=first)
+        for row in later:
+            scores = {f"{self._name}/{key}": value for key, value in row["scores"].items() if value is not None}
+            self._events.write(row["step"], scores)
+        self._drawn = later[-1]["step"]
 
     def _close_events(self) -> None:
         if self._events is not None:
@@ -74,17 +101,34 @@ def _path(run: Path, name: str) -> Path:
     return scores_folder(run, name) / f"{SCORES}.jsonl"
 
 
+def _line(row: Row) -> bytes:
+    return f"{json.dumps(row)}\n".encode()
+
+
 def _read(run: Path, name: str) -> dict[int, Row]:
+    """Rows by step, in order of it."""
     rows: dict[int, Row] = {}
-    for row in read_metrics(_path(run, name)):
-        if isinstance(row.get("scores"), dict):
-            _put(rows, row)
+    for row in read_metrics(path := _path(run, name)):
+        if _are_scores(row.get("scores")):
+            rows[row["step"]] = row
+        else:
+            say(f"{path}: the line of step {row['step']} has no scores that are numbers; it is left out")
     return dict(sorted(rows.items()))
 
 
-def _put(rows: dict[int, Row], row: Row) -> None:
-    """Adds a line to those by step."""
-    if row["step"] in rows:
-        for step in [step for step in rows if step >= row["step"]]:
-            del rows[step]
-    rows[row["step"]] = row
+def _are_scores(found: Any) -> bool:
+    """Whether it maps names to numbers, or null where one was not finite."""
+    return isinstance(found, dict) and all(
+        value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
+        for value in found.values()
+    )
+
+
+def _of_this_run(rows: Mapping[int, Row], step: int, saved: Mapping[int, str]) -> dict[int, Row]:
+    """The `rows` that stay when `step` is scored, with the `saved` checkpoints there: see the module's first lines."""
+    if all(scored < step for scored in rows):
+        return dict(rows)
+    others = {scored: row for scored, row in rows.items() if scored != step}
+    unchanged = [scored for scored, row in others.items() if scored in saved and saved[scored] == row.get("checkpoint")]
+    last = max(unchanged, default=step - 1)
+    return {scored: row for scored, row in others.items() if scored <= last}

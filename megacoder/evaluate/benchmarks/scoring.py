@@ -109,7 +109,8 @@ def keep_settings(
 ) -> None:  # fmt: skip
     """Writes into `folder` what its lines are made with; ConfigError if it has lines, and they were made otherwise.
 
-    `option` chooses the folder. Nothing else there is read, by `has_lines`, before its settings are known to be such.
+    `option` chooses the folder. `has_lines` is asked once its settings are known to be such; an evaluation reads
+    nothing else there before that, while a follower has read its scores.
     """
     path = folder / "settings.json"
     old = _settings_of(path, option) if path.exists() else None

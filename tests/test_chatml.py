@@ -12,8 +12,8 @@ import transformers
 from command_line import refusal, run_command
 from data_samples import small_tokenizer, write_jsonl
 from test_chat_formats import asked_by
-from test_other_tokenizers import LLAMA3, write_folder
 from test_sft import conversations, joined, run_config
+from tokenizer_folders import LLAMA3, write_folder
 from tokenizers import normalizers
 
 from megacoder.cli.eval_benchmark import _why_transformers

@@ -4,20 +4,17 @@ import dataclasses
 import itertools
 import json
 import pickle
-import shutil
 import types
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from command_line import refusal, run_command
+from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from train_cases import ALONE, changed
+from tokenizer_folders import with_controls, write_llama3, write_qwen
+from tokenizers import decoders, models, pre_tokenizers
 
-from megacoder.cli.loading import Loading
-from megacoder.cli.model_folder import load_model
 from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data import cutting_places
@@ -28,67 +25,28 @@ from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.stream import StreamConfig, TokenStream
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters, infill_text
-from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
+from megacoder.data.tokenizer import Tokenizer, _byte_characters
+from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
 from megacoder.evaluate import infill
-from megacoder.evaluate.benchmarks.base import Task
-from megacoder.evaluate.benchmarks.completions import Decoding, Request
-from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
-from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
-from megacoder.parallel.tensor import ALONE as TP_ALONE
 from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
-from megacoder.train.sft import prepare
-
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-"""The published split of its tokenizer; Qwen's differs in the number of digits."""
 
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    """A folder as Llama 3's: its names and its split; the settings name tokens as text."""
-    return write_folder(
-        tmp_path_factory.mktemp("llama3"), LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
-        bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
-    )  # fmt: skip
+    return write_llama3(tmp_path_factory.mktemp("llama3"))
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """A folder as Qwen's: NFC, no BOS, and settings that hold tokens as objects."""
-    ends = {name: {"__type": "AddedToken", "content": text, "special": True}
-            for name, text in (("eos_token", "<|endoftext|>"), ("pad_token", "<|pad|>"))}  # fmt: skip
-    return write_folder(
-        tmp_path_factory.mktemp("qwen"), LLAMA3.replace("{1,3}", ""), ["<|endoftext|>", "<|im_start|>", "<|pad|>"],
-        normalizer=normalizers.NFC(), bos_token=None, **ends,
-    )  # fmt: skip
-
-
-def write_folder(folder, split, controls, *, normalizer=None, **settings):
-    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(source_texts(6), trainer)
-    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in controls])
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+    return write_qwen(tmp_path_factory.mktemp("qwen"))
 
 
 def test_the_folder_names_the_control_tokens(llama3, qwen):
@@ -195,13 +153,6 @@ def test_white_space_that_does_not_come_back_is_refused():
     definition["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
     with pytest.raises(FormatError, match='text does not come back from its ids: " A b'):
         Tokenizer(json.dumps(definition))
-
-
-def with_controls(tokenizer):
-    """The same with DeepSeek's control tokens behind its own."""
-    ids = {text: tokenizer.vocab_size + number for number, text in enumerate(SPECIAL_TOKENS.values())}
-    files = extended_files({"tokenizer.json": tokenizer.definition, "tokenizer_config.json": "{}"}, ids)
-    return Tokenizer(files["tokenizer.json"])
 
 
 def test_what_is_not_there_is_refused_where_it_is_used(llama3):
@@ -339,249 +290,6 @@ def test_nothing_is_put_in_front_where_there_is_no_bos(qwen, llama3, tmp_path):
         document = [*bos, *ids, tokenizer.eos_id]
         assert served == (document * 40)[: len(served)]
         assert stream.state_dict()["order"]["add_bos"] == bool(bos)
-
-
-# Other models' sentinels
-
-DEEPSEEKS = {name: SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end")}
-SENTINELS = {
-    "qwen": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
-    "starcoder": ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
-}
-
-
-@pytest.fixture(params=SENTINELS)
-def with_sentinels(request, tmp_path):
-    """(folder of a tokenizer that has them, in the order of begin, hole, end; their strings)"""
-    names = SENTINELS[request.param]
-    controls = ["<|endoftext|>", names[0], names[2], names[1]]
-    return write_folder(tmp_path, LLAMA3, controls, eos_token="<|endoftext|>"), names
-
-
-def test_fill_in_the_middle_has_a_models_own_sentinels(with_sentinels):
-    folder, names = with_sentinels
-    tokenizer = Tokenizer.load(folder)
-    begin, hole, end = (tokenizer.token_bytes.index(name.encode()) for name in names)
-    fim = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=3)
-    text = source_texts(1)[0]
-    ids = fim(np.array([*tokenizer.encode(text), tokenizer.eos_id]), epoch=0, file=0).tolist()
-    assert [index for index in ids if index in (begin, hole, end)] == [begin, hole, end]
-    prefix, suffix = (tokenizer.decode(ids[ids.index(a) + 1 : ids.index(b)]) for a, b in ((begin, hole), (hole, end)))
-    assert prefix + tokenizer.decode(ids[ids.index(end) + 1 : -1]) + suffix == text
-    prompt = infill_prompt(tokenizer, "x = ", "\n", max_tokens=50).tokens
-    assert prompt == [begin, *tokenizer.encode("x = "), hole, *tokenizer.encode("\n"), end]
-
-
-def test_a_sentinel_in_a_text_is_text(with_sentinels):
-    folder, names = with_sentinels
-    tokenizer = Tokenizer.load(folder)
-    for name in names:
-        ids = tokenizer.encode(f"a {name}b")
-        assert tokenizer.decode(ids) == f"a {name}b"
-        assert tokenizer.token_bytes.index(name.encode()) not in ids
-
-
-def test_sentinels_that_are_there_are_not_added(with_sentinels, tmp_path, capsys):
-    folder, _ = with_sentinels
-    lines = extend(capsys, folder, "--output", tmp_path / "new")
-    assert [line.split()[-1] for line in lines[:-1]] == ["<|User|>", "<|Assistant|>", "<|EOT|>"]
-    assert Tokenizer.load(tmp_path / "new").token_bytes[-3:] == [b"<|User|>", b"<|Assistant|>", b"<|EOT|>"]
-    assert Tokenizer.load(tmp_path / "new").control_id("fim_hole") == Tokenizer.load(folder).control_id("fim_hole")
-
-
-def test_sentinels_are_of_one_model(tmp_path):
-    """A part of another's, as when text has trained one of them, is none; DeepSeek-Coder's own come first."""
-    deepseeks = list(DEEPSEEKS.values())
-    for number, (controls, found) in enumerate(
-        [
-            ([*SENTINELS["qwen"][:2], *SENTINELS["starcoder"]], SENTINELS["starcoder"]),
-            ([*SENTINELS["qwen"], *deepseeks], deepseeks),
-            ([*SENTINELS["qwen"][:2], SENTINELS["starcoder"][2]], None),
-        ]
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        tokenizer = Tokenizer.load(write_folder(folder, LLAMA3, ["<|end|>", *controls], eos_token="<|end|>"))
-        if found is None:
-            with pytest.raises(FormatError, match=f"no control token '{deepseeks[0]}'"):
-                tokenizer.control_id("fim_begin")
-        else:
-            ids = [tokenizer.control_id(name) for name in ("fim_begin", "fim_hole", "fim_end")]
-            assert [tokenizer.token_bytes[index].decode() for index in ids] == found
-
-
-def test_a_server_is_asked_with_its_models_sentinels(with_sentinels, monkeypatch, capsys):
-    folder, (begin, hole, end) = with_sentinels
-    task = Task(id="0", prompt="x = ", suffix="\n")
-    request = Request(task=task, sample=0, stops=())
-    host = folder.name.replace("_", "-")  # a line is said once for each server
-    for tokenizer, expected in ((folder, f"{begin}x = {hole}\n{end}"), (None, infill_text("x = ", "\n", DEEPSEEKS))):
-        source = EndpointSource(f"http://{host}:1/v1", Decoding(), model="m", tokenizer=tokenizer)
-        asked = []
-        monkeypatch.setattr(
-            source, "_call", lambda path, body, asked=asked: asked.append(body) or {"choices": [{"text": "1"}]}
-        )
-        assert [text for _, text in source.complete([request])] == ["1"]
-        assert asked[0]["prompt"] == expected
-        assert ("asked to fill in with <｜fim▁begin｜>" in capsys.readouterr().err) == (tokenizer is None)
-
-
-# Control tokens added
-
-
-ADDED = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<|User|>", "<|Assistant|>", "<|EOT|>"]
-
-
-def extend(capsys, *words):
-    code, _, said = run_command(capsys, "tokenizer", "extend", *words)
-    assert code == 0, said
-    return said.splitlines()
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("name", ["llama3", "qwen"])
-def test_control_tokens_follow_the_others_and_no_text_has_other_ids(name, request, tmp_path, capsys):
-    folder = request.getfixturevalue(name)
-    before, base = contents(folder), Tokenizer.load(folder)
-    *lines, last = extend(capsys, folder, "--output", tmp_path / "new", "--add", "<|tool|>", "<|sql|>")
-    added = [*ADDED, "<|tool|>", "<|sql|>"]
-    assert lines == [f"{base.vocab_size + number}  {text}" for number, text in enumerate(added)]
-    assert last.endswith(f"a run that starts from the model adds its rows: model.vocab_size = {base.vocab_size + 8}")
-    new = Tokenizer.load(tmp_path / "new")
-    assert new.token_bytes == [*base.token_bytes, *(text.encode() for text in added)]
-    assert (new.bos_id, new.eos_id, new.pad_id) == (base.bos_id, base.eos_id, base.pad_id), "those that it has learned"
-    assert new.control_id("fim_hole") == base.vocab_size
-    texts = [*NASTY_TEXTS, *source_texts(20), *added]
-    assert new.encode_batch(texts) == base.encode_batch(texts)
-    assert contents(folder) == before
-
-
-def test_transformers_reads_an_extended_folder_as_its_export(qwen, tmp_path, capsys):
-    """Lists of added tokens in other files name the new ones, too; a chat template of the model's own stays."""
-    transformers = pytest.importorskip("transformers")
-    folder = shutil.copytree(qwen, tmp_path / "base")
-    size = Tokenizer.load(folder).vocab_size
-    listed = {"content": "<|pad|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"model_max_length": 77, "added_tokens_decoder": {str(size - 1): {**listed, "special": True}}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "added_tokens.json").write_text(json.dumps({"<|pad|>": size - 1}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [size - 2]}))
-    extend(capsys, folder, "--output", tmp_path / "new")
-    files = read_tokenizer_files(tmp_path / "new", max_length=None).files
-    assert {name: (tmp_path / "new" / name).read_text() for name in files} == files
-    assert json.loads(files["added_tokens.json"])["<|EOT|>"] == size + 5
-    assert json.loads(files["tokenizer_config.json"])["added_tokens_decoder"][str(size + 5)]["content"] == "<|EOT|>"
-    assert chat_template_in(tmp_path / "new") == FormatConfig().jinja
-    assert end_ids_in(tmp_path / "new") == [Tokenizer.load(folder).eos_id, size - 2]
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
-    assert theirs.convert_tokens_to_ids(ADDED) == list(range(size, size + 6))
-    assert theirs.model_max_length == 77
-    assert theirs(f"x = 1\n{ADDED[0]}").input_ids == [*Tokenizer.load(folder).encode("x = 1\n"), size]
-    (folder / "chat_template.jinja").write_text("{{ 1 }}")
-    extend(capsys, folder, "--output", tmp_path / "other")
-    assert chat_template_in(tmp_path / "other") == "{{ 1 }}"
-
-
-def test_only_what_is_missing_is_added_and_spare_rows_are_found(llama3, tmp_path, capsys):
-    extend(capsys, llama3 / "tokenizer.json", "--output", tmp_path / "new")
-    [line] = extend(capsys, tmp_path / "new", "--output", tmp_path / "again")
-    assert line.startswith(f"{tmp_path / 'new'}: has all control tokens of fill-in-the-middle and chat already; ")
-    assert not (tmp_path / "again").exists()
-    size = Tokenizer.load(tmp_path / "new").vocab_size
-    for rows, wanted in ((size + 1, size + 1), (size, size + 1)):
-        (tmp_path / "new" / "config.json").write_text(json.dumps({"vocab_size": rows}))
-        lines = extend(capsys, tmp_path / "new", "--output", tmp_path / f"with-{rows}", "--add", "<|more|>")
-        assert lines[0] == f"{size}  <|more|>"
-        assert (f"the {rows:,} rows of the model suffice: " in lines[1]) == (rows > size)
-        assert lines[1].endswith(f": model.vocab_size = {wanted}")
-    assert extend(capsys, write_deepseeks(tmp_path), "--output", tmp_path / "none")[0].endswith("is not written")
-
-
-def write_deepseeks(tmp_path):
-    small_tokenizer().save(tmp_path / "deepseeks")
-    return tmp_path / "deepseeks"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--add", ""], "--add '': a token needs at least one character"),
-        (["--add", "<|a|>", "<|b|>", "<|a|>"], "--add '<|a|>': is given twice"),
-        (["--add", "<|EOT|>"], "--add '<|EOT|>': is added in any case; leave it out"),
-        (["--add", "<|eot_id|>"], "--add '<|eot_id|>': the tokenizer has it already, as id 902; leave it out"),
-        (["--add", " return"], "--add ' return': the tokenizer has it already, as id "),
-    ],
-)
-def test_a_token_that_cannot_be_added_is_refused(llama3, tmp_path, capsys, words, message):
-    assert message in refusal(capsys, "tokenizer", "extend", llama3, "--output", tmp_path / "new", *words, code=2)
-    assert not (tmp_path / "new").exists()
-
-
-def test_what_is_no_tokenizer_is_not_extended_and_no_folder_replaced(llama3, tmp_path, capsys):
-    words = ["tokenizer", "extend"]
-    (tmp_path / "new").mkdir()
-    assert "new exists already; choose another folder" in refusal(
-        capsys, *words, llama3, "--output", tmp_path / "new", code=2
-    )
-    out = ["--output", tmp_path / "out"]
-    assert "nowhere: No such file or directory; expected a" in refusal(capsys, *words, tmp_path / "nowhere", *out)
-    (tmp_path / "new" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    assert "tokenizer.json: No such file or directory" in refusal(capsys, *words, tmp_path / "new", *out)
-    sentencepiece = tokenizers.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "\u2581a": 2}, []))
-    sentencepiece.add_special_tokens(["<s>", "</s>"])
-    sentencepiece.save(str(tmp_path / "new" / "tokenizer.json"))
-    (tmp_path / "new" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    assert "token '\u2581a' (id 2) is not byte-level" in refusal(capsys, *words, tmp_path / "new", *out)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama3, tmp_path, capsys):
-    """The whole way: import, extend, preprocess, train with fill-in-the-middle, tune, export."""
-    pytest.importorskip("transformers")
-    size = Tokenizer.load(llama3).vocab_size
-    model = Transformer(ModelConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, init_std=0.1,
-    ))  # fmt: skip
-    init_weights(model, seed=0)
-    source, start, tokenizer = (tmp_path / name for name in ("source", "start", "tokenizer"))
-    export_model(model, source, dtype=torch.float32, tokenizer_folder=llama3)
-    assert run_command(capsys, "checkpoint", "import", source, start)[0] == 0
-    assert f"#   megacoder tokenizer extend {source} --output NEW\n" in (start / "train.toml").read_text()
-    assert extend(capsys, source, "--output", tokenizer)[-1].endswith(f"model.vocab_size = {size + 6}")
-    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": text} for text in source_texts(4)])
-    preprocess(PreprocessConfig(input=(rows,), tokenizer=tokenizer, output=tmp_path / "train", workers=1))
-    base = changed(
-        load_toml(RunConfig, start / "train.toml"), output=tmp_path / "run", steps=2, global_batch_size=2,
-        micro_batch_size=1, device="cpu", dtype="float32", model={"vocab_size": size + 6},
-        data={"train": (tmp_path / "train",), "tokenizer": tokenizer, "stream": {"fim": FimConfig(rate=1.0)}},
-        schedule={"warmup_steps": 1, "peak_lr": 1e-2},
-    )  # fmt: skip
-    Trainer(base, ALONE).run()
-    answers = write_jsonl(tmp_path / "answers.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(9)])
-    chat = FormatConfig(
-        kind="custom", system="", instruction="<|User|>{content}", response="<|Assistant|>", end="<|EOT|>"
-    )
-    tuned = changed(
-        base, output=tmp_path / "tuned", init_from=base.output,
-        data={"train": (), "conversations": {"train": (answers,), "format": chat},
-              "stream": {"document_masks": True, "fim": FimConfig(rate=0.0)}},
-    )  # fmt: skip
-    Trainer(prepare(tuned), ALONE).run()
-    for folder in (base.output, tuned.output):
-        assert np.isfinite([row["loss"] for row in read_metrics(folder / "metrics.jsonl")]).all()
-    assert capsys.readouterr().err.count(f"vocabulary enlarged from {size} to {size + 6} rows") == 1
-    run_command(capsys, "checkpoint", "export", tuned.output, tmp_path / "out", "--dtype", "fp32")
-    exported, tokens = Tokenizer.load(tmp_path / "out"), Tokenizer.load(tokenizer)
-    assert exported.eos_id == tokens.eot_id == size + 5
-    assert chat_template_in(tmp_path / "out") == chat.jinja
-    text = [tokens.bos_id, tokens.fim_begin_id, *tokens.encode("x = 1\n"), tokens.fim_hole_id, tokens.eot_id]
-    ours, _ = load_model(tuned.output, Loading(dtype="float32"), tp=TP_ALONE)
-    assert largest_logit_difference(ours, tmp_path / "out", text) < 1e-4
 
 
 def test_an_answer_ends_with_its_line_whatever_holds_the_line_break(llama3, monkeypatch):

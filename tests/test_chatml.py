@@ -258,7 +258,7 @@ def test_a_format_may_use_any_control_token(llama3):
     files = {name: (llama3 / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
     size = Tokenizer.load(llama3).vocab_size
     added = ["<|a|>", "<|b|>", "<|c|>", "<|d|>", "</s>", "<|c|>:"]
-    files = extended_files(files, {text: size + number for number, text in enumerate(added)})
+    files = extended_files(files, {text: size + number for number, text in enumerate(added)}, llama3)
     tokenizer = Tokenizer(files["tokenizer.json"], {"bos": "<|begin|>", "eos": "<|end|>"})
     a, b, _, d, end, longer = range(size, size + 6)
     segments = ChatFormat(OWN, tokenizer).segments([("system", "s"), ("user", "u"), ("assistant", "an</s>")])

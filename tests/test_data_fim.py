@@ -178,6 +178,15 @@ def test_parts_of_a_file_are_transformed_each_by_itself(text, limit):
         assert_equals_full_encoding(tokenizer.decode(part), example)
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n"])
+def test_any_line_break_ends_a_part(line_break):
+    ids = ids_of(f"x = 1{line_break}" * 50)
+    parts = list(fim()._parts(ids, 40))
+    assert np.array_equal(np.concatenate(parts), ids)
+    assert max(map(len, parts)) <= 40
+    assert {small_tokenizer().decode(part.tolist())[-1] for part in parts} <= {*line_break}
+
+
 def test_parts_are_drawn_for_one_by_one():
     ids, tokenizer = ids_of("x = 1\n" * 400), small_tokenizer()
     halves = fim(FimConfig(rate=0.5, context_tokens=len(ids) // 100))(ids, epoch=0, file=1)
@@ -259,7 +268,7 @@ def test_kinds_share_the_transformed_files():
     [
         ("# pkg/mod.py", "mod.py"), ("#mod.py", "mod.py"), ("// src/a b.cc", "a b.cc"), ("/* x.c */", "x.c"),
         ("<!-- i.html -->", "i.html"), ("-- q.sql", "q.sql"), ("# Makefile", "Makefile"), ("REM a.bat", "a.bat"),
-        (";; e.el", "e.el"), ("import os.path", ""), ("", ""), ("# " + "x" * 900, ""),
+        (";; e.el", "e.el"), ("# m.py\rimport os", "m.py"), ("import os.path", ""), ("", ""), ("# " + "x" * 900, ""),
     ],
 )  # fmt: skip
 def test_a_file_name_is_read_from_its_path_comment(header, name):

@@ -1,6 +1,7 @@
 """The commands that run a model, from an exported folder to their output, and one line for each mistake."""
 
 import gzip
+import itertools
 import json
 import shutil
 import subprocess
@@ -72,6 +73,19 @@ def test_infill_at_a_mark_or_at_a_line(home, capsys):
     for words in ([marked], [whole, "--line", TASK.line]):
         code, out, err = run(capsys, "infill", *words, "--model", home / "model", "--max-new-tokens", "60")
         assert (code, out, err) == (0, TASK.truth + "\n", "")
+
+
+def test_only_a_line_that_is_filled_in_ends_with_the_line(home, capsys, monkeypatch):
+    answer = make_tokenizer().encode("first\nsecond\n")
+
+    def generated(model, prompts, *, watcher, **_):
+        return [list(itertools.takewhile(lambda token: not watcher(0, [token]), answer))]
+
+    monkeypatch.setattr("megacoder.cli.model_folder.generate", generated)
+    (home / "open.py").write_text("x = 1\n<FILL>\n")
+    for words, expected in (([], "first\nsecond\n\n"), (["--line", 1], "first\n")):
+        code, out, err = run(capsys, "infill", home / "open.py", *words, "--model", home / "model")
+        assert (code, out, err) == (0, expected, "")
 
 
 def test_eval_infill(home, capsys):

@@ -256,7 +256,7 @@ def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
     run_command(capsys, "checkpoint", "export", tmp_path / "run", tmp_path / "asked")
     assert chat_template_in(tmp_path / "asked") == "{{ 1 }}", "the one that came with the model"
     fim = dataclasses.replace(config.data.stream, fim=dataclasses.replace(config.data.stream.fim, rate=0.5))
-    with pytest.raises(ConfigError, match=r"fim\.rate = 0\.5: the tokenizer has no control token .*; set it to 0"):
+    with pytest.raises(ConfigError, match=r"fim\.rate = 0\.5: the tokenizer has no control token .*, or set it to 0"):
         Trainer(
             dataclasses.replace(config, output=tmp_path / "other", data=dataclasses.replace(config.data, stream=fim)),
             World(0, 1, 0, torch.device("cpu"), None),

@@ -1,19 +1,26 @@
 """Other models' sentinels of fill-in-the-middle: found, used and sent as each model has learned them."""
 
+import pickle
+import re
+
 import numpy as np
 import pytest
-from command_line import run_command
+from command_line import refusal, run_command
 from data_samples import source_texts
-from tokenizer_folders import LLAMA3, SENTINELS, write_folder
+from evaluation_samples import make_model
+from tokenizer_folders import LLAMA3, SENTINELS, write_folder, write_llama3
 
 from megacoder.core.errors import FormatError
+from megacoder.data import encoders
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, infill_text
 from megacoder.evaluate.benchmarks.base import Task
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.endpoint import EndpointSource
+from megacoder.evaluate.benchmarks.local import TransformersSource
 from megacoder.evaluate.prompts import infill_prompt
+from megacoder.model.huggingface import export_model
 
 DEEPSEEKS = {name: SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end")}
 
@@ -55,6 +62,41 @@ def test_sentinels_that_are_there_are_not_added(with_sentinels, tmp_path, capsys
     assert [line.split()[-1] for line in said.splitlines()[:-1]] == ["<|User|>", "<|Assistant|>", "<|EOT|>"]
     assert Tokenizer.load(tmp_path / "new").token_bytes[-3:] == [b"<|User|>", b"<|Assistant|>", b"<|EOT|>"]
     assert Tokenizer.load(tmp_path / "new").control_id("fim_hole") == Tokenizer.load(folder).control_id("fim_hole")
+
+
+def test_transformers_is_asked_with_its_models_sentinels(with_sentinels, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    folder, names = with_sentinels
+    tokenizer = Tokenizer.load(folder)
+    export_model(make_model(tokenizer), tmp_path / "model", tokenizer_folder=folder)
+    source, seen = TransformersSource(tmp_path / "model", Decoding(), device="cpu"), []
+    monkeypatch.setattr(source.model, "generate", lambda ids, **options: seen.append(ids[0].tolist()) or ids)
+    list(source.complete([Request(task=Task(id="0", prompt="x = ", suffix="\n"), sample=0, stops=())]))
+    begin, hole, end = (tokenizer.token_bytes.index(name.encode()) for name in names)
+    assert seen == [[begin, *tokenizer.encode("x = "), hole, *tokenizer.encode("\n"), end]]
+
+
+def test_the_check_of_an_encoder_spells_out_a_models_own_sentinels(with_sentinels):
+    """A vocabulary's tokens stand on lines of their own there; control tokens also within other text."""
+    folder, names = with_sentinels
+    texts = encoders._check_texts(Tokenizer.load(folder))
+    for name in names:
+        assert {f"{left}{name}{right}" for left in "a " for right in "1\n"} <= {*texts}
+
+
+def test_what_to_do_without_sentinels_is_said_where_they_are_needed(tmp_path, capsys):
+    """The folder of the tokenizer, also after a copy to another process."""
+    tokenizer = Tokenizer.load(write_llama3(tmp_path))
+    added = f"to train with it, add it by megacoder tokenizer extend {tmp_path} --output NEW"
+    message = f"the tokenizer has no control token '<｜fim▁begin｜>'; {added}"
+    with pytest.raises(FormatError, match=f"^{re.escape(message)}$"):
+        pickle.loads(pickle.dumps(tokenizer)).control_id("fim_begin")
+    with pytest.raises(FormatError, match=r"by megacoder tokenizer extend TOKENIZER --output NEW$"):
+        Tokenizer(tokenizer.definition, {"eos": "<|end_of_text|>"}).control_id("fim_begin")
+    (tmp_path / "gap.py").write_text("x = <FILL>\n")
+    export_model(make_model(tokenizer), tmp_path / "model", tokenizer_folder=tmp_path)
+    said = refusal(capsys, "infill", "--model", tmp_path / "model", tmp_path / "gap.py")
+    assert f"megacoder tokenizer extend {tmp_path / 'model'} --output NEW" in said
 
 
 def test_sentinels_are_of_one_model(tmp_path):

@@ -1,6 +1,7 @@
 """`megacoder tokenizer extend`: control tokens behind the others of a model's tokenizer, and training with them."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,18 +10,19 @@ import tokenizers
 import torch
 from command_line import refusal, run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
-from tokenizer_folders import write_llama3, write_qwen
+from tokenizer_folders import LLAMA3, SENTINELS, write_folder, write_llama3, write_qwen
 from tokenizers import models
 from train_cases import ALONE, changed
 
 from megacoder.cli.loading import Loading
 from megacoder.cli.model_folder import load_model
 from megacoder.core.config import load_toml
+from megacoder.data import tokenizer_extending
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.fim import FimConfig
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, read_tokenizer_files
+from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
 from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
@@ -51,6 +53,15 @@ def extend(capsys, *words):
     return said.splitlines()
 
 
+def small_model(num_rows):
+    model = Transformer(ModelConfig(
+        vocab_size=num_rows, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, init_std=0.1,
+    ))  # fmt: skip
+    init_weights(model, seed=0)
+    return model
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -62,7 +73,10 @@ def test_control_tokens_follow_the_others_and_no_text_has_other_ids(name, reques
     *lines, last = extend(capsys, folder, "--output", tmp_path / "new", "--add", "<|tool|>", "<|sql|>")
     added = [*ADDED, "<|tool|>", "<|sql|>"]
     assert lines == [f"{base.vocab_size + number}  {text}" for number, text in enumerate(added)]
-    assert last.endswith(f"a run that starts from the model adds its rows: model.vocab_size = {base.vocab_size + 8}")
+    assert last.endswith(
+        f"a run that starts from the model adds its rows: model.vocab_size = {base.vocab_size + 8}, "
+        "or the model's own, if that is larger"
+    )
     new = Tokenizer.load(tmp_path / "new")
     assert new.token_bytes == [*base.token_bytes, *(text.encode() for text in added)]
     assert (new.bos_id, new.eos_id, new.pad_id) == (base.bos_id, base.eos_id, base.pad_id), "those that it has learned"
@@ -127,10 +141,41 @@ def write_deepseeks(tmp_path):
         (["--add", "<|EOT|>"], "--add '<|EOT|>': is added in any case; leave it out"),
         (["--add", "<|eot_id|>"], "--add '<|eot_id|>': the tokenizer has it already, as id 902; leave it out"),
         (["--add", " return"], "--add ' return': the tokenizer has it already, as id "),
+        (["--add", "Ġreturn"], "--add 'Ġreturn': is how the tokenizer's file spells id "),
+        (["--add", "é"], "--add 'é': is how the tokenizer's file spells id "),
+        (["--add", "<|a|>", "Ċ"], "--add 'Ċ': is how the tokenizer's file spells id "),
     ],
 )
 def test_a_token_that_cannot_be_added_is_refused(llama3, tmp_path, capsys, words, message):
     assert message in refusal(capsys, "tokenizer", "extend", llama3, "--output", tmp_path / "new", *words, code=2)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [lambda ids: dict.fromkeys(ids, 0), lambda ids: {}])
+def test_a_copy_in_which_ids_moved_is_not_left_behind(llama3, tmp_path, capsys, monkeypatch, change):
+    monkeypatch.setattr(
+        tokenizer_extending, "extended_files", lambda files, ids, folder: extended_files(files, change(ids), folder)
+    )
+    assert refusal(capsys, "tokenizer", "extend", llama3, "--output", tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("added_tokens.json", "{", "not readable as JSON: "),
+        ("added_tokens.json", "[1]", "expected a JSON object, got list"),
+        (
+            "tokenizer_config.json", '{"eos_token": "<|end_of_text|>", "added_tokens_decoder": []}',
+            "added_tokens_decoder: expected a JSON object, got list",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_list_of_added_tokens_is_named(llama3, tmp_path, capsys, name, text, message):
+    folder = shutil.copytree(llama3, tmp_path / "base")
+    (folder / name).write_text(text)
+    said = refusal(capsys, "tokenizer", "extend", folder, "--output", tmp_path / "new")
+    assert f"{folder / name}: {message}" in said
     assert not (tmp_path / "new").exists()
 
 
@@ -152,15 +197,51 @@ def test_what_is_no_tokenizer_is_not_extended_and_no_folder_replaced(llama3, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_rows_of_a_checkpoints_model_are_found(llama3, tmp_path, capsys):
+    """Named as the imported folder, its checkpoint, or the tokenizer beside it; a run's tokenizer may lie elsewhere."""
+    base = Tokenizer.load(llama3)
+    for more, rows in ((32, base.vocab_size + 32), (0, base.vocab_size + 6)):
+        source, start = tmp_path / f"source-{more}", tmp_path / f"start-{more}"
+        export_model(small_model(base.vocab_size + more), source, tokenizer_folder=llama3)
+        assert run_command(capsys, "checkpoint", "import", source, start)[0] == 0
+        names = start, start / "checkpoints" / "step-00000000", start / "tokenizer", start / "tokenizer/tokenizer.json"
+        said = {extend(capsys, name, "--output", tmp_path / f"{more}-{n}")[-1].split(";")[1]
+                for n, name in enumerate(names)}  # fmt: skip
+        adds = "a run that starts from the model adds its rows"
+        assert said == {f" {f'the {rows} rows of the model suffice' if more else adds}: model.vocab_size = {rows}"}
+    shutil.rmtree(start / "tokenizer")
+    words = ["tokenizer", "extend", start, "--output", tmp_path / "new"]
+    assert "no tokenizer beside this checkpoint; name the tokenizer's folder" in refusal(capsys, *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("controls", "lacks", "rate"),
+    [
+        (SENTINELS["qwen"], "<|User|>, <|Assistant|>, <|EOT|> (some chat formats, not ChatML)", ""),
+        (
+            ["<|User|>", "<|Assistant|>", "<|EOT|>"], f"{', '.join(ADDED[:3])} (fill-in-the-middle)",
+            ", and data.stream.fim.rate (0.5 in the paper)",
+        ),
+        ([], f"{', '.join(ADDED[:3])} (fill-in-the-middle); {', '.join(ADDED[3:])} (some chat formats, not ChatML)",
+         ", and data.stream.fim.rate (0.5 in the paper)"),
+    ],
+)  # fmt: skip
+def test_an_import_says_what_the_missing_tokens_are_for(tmp_path, capsys, controls, lacks, rate):
+    folder = write_folder(tmp_path, LLAMA3, ["<|end|>", *controls], eos_token="<|end|>")
+    export_model(small_model(Tokenizer.load(folder).vocab_size), tmp_path / "hf", tokenizer_folder=folder)
+    assert run_command(capsys, "checkpoint", "import", tmp_path / "hf", tmp_path / "start")[0] == 0
+    assert (tmp_path / "start" / "train.toml").read_text().splitlines()[1:4] == [
+        f"# Its tokenizer lacks {lacks}. A run that uses any of these needs",
+        f"#   megacoder tokenizer extend {tmp_path / 'hf'} --output NEW",
+        f"# with data.tokenizer set to NEW, model.vocab_size to what that says{rate}.",
+    ]
+
+
 def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama3, tmp_path, capsys):
     """The whole way: import, extend, preprocess, train with fill-in-the-middle, tune, export."""
     pytest.importorskip("transformers")
     size = Tokenizer.load(llama3).vocab_size
-    model = Transformer(ModelConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, init_std=0.1,
-    ))  # fmt: skip
-    init_weights(model, seed=0)
+    model = small_model(size)
     source, start, tokenizer = (tmp_path / name for name in ("source", "start", "tokenizer"))
     export_model(model, source, dtype=torch.float32, tokenizer_folder=llama3)
     assert run_command(capsys, "checkpoint", "import", source, start)[0] == 0

@@ -63,5 +63,5 @@ def write_folder(folder: Path, split: str, controls: list[str], *, normalizer=No
 def with_controls(tokenizer: Tokenizer) -> Tokenizer:
     """The same with DeepSeek's control tokens behind its own."""
     ids = {text: tokenizer.vocab_size + number for number, text in enumerate(SPECIAL_TOKENS.values())}
-    files = extended_files({"tokenizer.json": tokenizer.definition, "tokenizer_config.json": "{}"}, ids)
+    files = extended_files({"tokenizer.json": tokenizer.definition, "tokenizer_config.json": "{}"}, ids, Path())
     return Tokenizer(files["tokenizer.json"])

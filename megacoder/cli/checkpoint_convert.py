@@ -159,14 +159,18 @@ def _start(source: Path, folder: Path, model: ModelConfig) -> str:
 def _how_to_extend(source: Path) -> str:
     """A comment about what the tokenizer of `source` lacks; nothing where it lacks nothing or cannot be used here."""
     try:
-        missing = missing_controls(Tokenizer.load(source))
+        tokenizer = Tokenizer.load(source)
     except FormatError:
         return ""
-    if not missing:
+    if not (missing := missing_controls(tokenizer)):
         return ""
+    known = {text for name, text in tokenizer.control_texts.items() if name.startswith("fim_")}
+    sentinels, chat = [text for text in missing if text in known], [text for text in missing if text not in known]
+    lacks = [f"{', '.join(sentinels)} (fill-in-the-middle)"] if sentinels else []
+    lacks += [f"{', '.join(chat)} (some chat formats, not ChatML)"] if chat else []
+    rate = f", and data.stream.fim.rate ({FimConfig().rate} in the paper)" if sentinels else ""
     return (
-        f"# Its tokenizer lacks {', '.join(missing)}. To train with them, run\n"
+        f"# Its tokenizer lacks {'; '.join(lacks)}. A run that uses any of these needs\n"
         f"#   megacoder tokenizer extend {source} --output NEW\n"
-        "# and set data.tokenizer to NEW, model.vocab_size to what that says (the run enlarges the weights), and\n"
-        f"# data.stream.fim.rate ({FimConfig().rate} in the paper).\n"
+        f"# with data.tokenizer set to NEW, model.vocab_size to what that says{rate}.\n"
     )

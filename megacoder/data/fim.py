@@ -87,7 +87,7 @@ class FillInTheMiddle:
         self.config, self.tokenizer, self.seed = config, cutter.tokenizer, seed
         self._cutter = cutter
         if config.rate > 0 and (reason := why_no_fim(self.tokenizer)) is not None:
-            raise ConfigError(f"data.stream.fim.rate = {config.rate}: {reason}; set it to 0")
+            raise ConfigError(f"data.stream.fim.rate = {config.rate}: {reason}, or set it to 0")
 
     def __call__(self, tokens: np.ndarray, *, epoch: int, file: int) -> np.ndarray:
         """The file as it is seen in `epoch`: `tokens` itself, or its parts with sentinels and EOS, in the same dtype.

@@ -96,12 +96,13 @@ class Tokenizer:
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
     """
 
-    def __init__(self, definition: str, named: Mapping[str, str] | None = None) -> None:
-        """`definition` is the text of a tokenizer.json, `named` are its bos, eos and pad where it lacks DeepSeek's.
+    def __init__(self, definition: str, named: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
+        """`definition` is the text of a tokenizer.json, `named` are its bos, eos and pad where it lacks DeepSeek's;
+        `folder` is where it lies, for messages.
 
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
-        self._named = dict(named or {})
+        self._named, self._folder = dict(named or {}), folder
         self.definition = definition = _with_literal_controls(definition, self._named.values())
         try:
             self._backend = tokenizers.Tokenizer.from_str(definition)
@@ -137,7 +138,7 @@ class Tokenizer:
             raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
         named = _named_controls(file.parent / "tokenizer_config.json")
         try:
-            return cls(definition, named)
+            return cls(definition, named, file.parent)
         except FormatError as error:
             raise FormatError(f"{file}: {error}") from None
 
@@ -197,11 +198,18 @@ class Tokenizer:
         ends = {name: self._controls.get(name) for name in ("bos", "eos")}
         return _digest(json.loads(self._backend.to_str()), {} if set(ends.values()) <= _DEEPSEEKS else ends)
 
+    def token_id(self, spelling: str) -> int | None:
+        """The id of a token as tokenizer.json spells it: GPT-2's stand-ins for bytes, or a control token's string."""
+        return self._backend.token_to_id(spelling)
+
     def control_id(self, name: str) -> int:
         """The id of a control token by its name in `SPECIAL_TOKENS`; FormatError where the tokenizer lacks it."""
-        index = self._backend.token_to_id(self.control_texts[name])
+        index = self.token_id(self.control_texts[name])
         if index is None:
-            raise FormatError(f"the tokenizer has no control token {self.control_texts[name]!r}")
+            raise FormatError(
+                f"the tokenizer has no control token {self.control_texts[name]!r}; to train with it, add it by "
+                f"megacoder tokenizer extend {self._folder or 'TOKENIZER'} --output NEW"
+            )
         return index
 
     @property
@@ -219,11 +227,11 @@ class Tokenizer:
     @property
     def eot_id(self) -> int:
         """EOS where nothing but that ends an answer."""
-        index = self._backend.token_to_id(SPECIAL_TOKENS["eot"])
+        index = self.token_id(SPECIAL_TOKENS["eot"])
         return self.eos_id if index is None else index
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, str]]]:
-        return Tokenizer, (self.definition, self._named)
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, str], Path | None]]:
+        return Tokenizer, (self.definition, self._named, self._folder)
 
     def _check_no_other_in(self, file: Path) -> None:
         if not file.exists():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megacoder.core.console import say
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import replacing_dir
 from megacoder.data.tokenizer import ADDED_NAMES, Tokenizer
 from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, extended_files, num_rows_in, read_tokenizer_files
@@ -24,11 +24,12 @@ def missing_controls(tokenizer: Tokenizer) -> list[str]:
     return [text for text in texts if text.encode() not in tokenizer.token_bytes]
 
 
-def extend_tokenizer(source: Path, output: Path, further: Sequence[str] = ()) -> None:
+def extend_tokenizer(source: Path, output: Path, further: Sequence[str] = (), *, rows: int | None = None) -> None:
     """Writes `source`, a tokenizer folder or a model's, as `output` with the control tokens that it lacks, and says so.
 
-    `further` are control tokens to add behind these. ConfigError where `output` exists, or one of them cannot be
-    added; FormatError where `source` holds no byte-level tokenizer.
+    `further` are control tokens to add behind these, `rows` the ids that the model knows where no config.json beside
+    the tokenizer says so. ConfigError where `output` exists, or one of them cannot be added; FormatError where
+    `source` holds no byte-level tokenizer.
     """
     if os.path.lexists(output):  # a link that leads nowhere, too
         raise ConfigError(f"{output} exists already; choose another folder, or remove it first")
@@ -40,13 +41,16 @@ def extend_tokenizer(source: Path, output: Path, further: Sequence[str] = ()) ->
     if not ids:
         say(f"{source}: has all control tokens of fill-in-the-middle and chat already; {output} is not written")
         return
-    size, rows = base.vocab_size + len(ids), num_rows_in(folder)
-    _write(folder, output, ids)
+    size, rows = base.vocab_size + len(ids), rows or num_rows_in(folder)
+    _write(folder, output, ids, base)
     for text, index in ids.items():
         say(f"{index}  {text}")
-    suffice = rows is not None and rows >= size
-    why = f"the {rows:,} rows of the model suffice" if suffice else "a run that starts from the model adds its rows"
-    say(f"{output}: {size:,} ids; {why}: model.vocab_size = {rows if suffice else size}")
+    if rows is not None and rows >= size:
+        what = f"the {rows:,} rows of the model suffice: model.vocab_size = {rows}"
+    else:
+        what = f"a run that starts from the model adds its rows: model.vocab_size = {size}"
+    unknown = ", or the model's own, if that is larger" if rows is None else ""
+    say(f"{output}: {size:,} ids; {what}{unknown}")
 
 
 def _check_further(further: Sequence[str], base: Tokenizer, missing: Sequence[str]) -> None:
@@ -62,14 +66,20 @@ def _check_further(further: Sequence[str], base: Tokenizer, missing: Sequence[st
                 f"--add {text!r}: the tokenizer has it already, as id {base.token_bytes.index(text.encode())}; "
                 "leave it out"
             )
+        if (index := base.token_id(text)) is not None:  # it would get this id, and change what that stands for
+            raise ConfigError(
+                f"--add {text!r}: is how the tokenizer's file spells id {index}, {base.decode([index])!r}; "
+                "choose another string"
+            )
 
 
-def _write(folder: Path, output: Path, ids: dict[str, int]) -> None:
+def _write(folder: Path, output: Path, ids: dict[str, int], base: Tokenizer) -> None:
     found = read_tokenizer_files(folder, max_length=None)
-    files = extended_files(found.files, ids)
+    files = extended_files(found.files, ids, folder)
     if end_ids_in(folder):
         files[GENERATION] = json.dumps({"eos_token_id": found.ids["eos_token_id"]}) + "\n"
     with replacing_dir(output) as temporary:
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        Tokenizer.load(temporary)  # what could not be read again is not left behind
+        if Tokenizer.load(temporary).token_bytes != [*base.token_bytes, *(text.encode() for text in ids)]:
+            raise FormatError(f"{folder}: with further tokens its ids stand for others; it cannot be extended")

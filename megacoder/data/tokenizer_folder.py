@@ -81,19 +81,21 @@ def num_rows_in(folder: Path) -> int | None:
     return rows
 
 
-def extended_files(files: dict[str, str], ids: dict[str, int]) -> dict[str, str]:
-    """`TokenizerFiles.files` with further control tokens, whose ids follow the others.
+def extended_files(files: dict[str, str], ids: dict[str, int], folder: Path) -> dict[str, str]:
+    """`TokenizerFiles.files` of `folder` with further control tokens, whose ids follow the others.
 
-    <|EOT|> must be there or among them: where the folder has no chat template, it gets DeepSeek-Coder's.
+    <|EOT|> must be there or among them: where the folder has no chat template, it gets DeepSeek-Coder's. FormatError
+    where one of the files that list added tokens is damaged.
     """
     definition, settings = json.loads(files[_DEFINITION]), json.loads(files[_SETTINGS])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokens = {index: {"content": text, **flags} for text, index in ids.items()}
     definition["added_tokens"] += [{"id": index, **token} for index, token in tokens.items()]
     if "added_tokens_decoder" in settings:  # lists of the same, which other programs may read
-        settings["added_tokens_decoder"] |= {str(index): token for index, token in tokens.items()}
+        listed = _checked_object(settings["added_tokens_decoder"], f"{folder / _SETTINGS}: added_tokens_decoder")
+        settings["added_tokens_decoder"] = listed | {str(index): token for index, token in tokens.items()}
     if _ADDED in files:
-        files = files | {_ADDED: _as_json(json.loads(files[_ADDED]) | ids)}
+        files = files | {_ADDED: _as_json(_object_in(files[_ADDED], folder / _ADDED) | ids)}
     if _TEMPLATE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     return files | {_DEFINITION: _as_json(definition), _SETTINGS: _as_json(settings)}
@@ -162,13 +164,20 @@ def _read(path: Path) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    return _object_in(_read(path), path)
+
+
+def _object_in(text: str, path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(_read(path))
+        return _checked_object(json.loads(text), str(path))
     except ValueError as error:
         raise FormatError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
+
+
+def _checked_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _usual_settings(backend: tokenizers.Tokenizer) -> dict[str, Any]:

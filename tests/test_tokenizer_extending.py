@@ -223,7 +223,7 @@ def test_the_rows_of_a_checkpoints_model_are_found(llama3, tmp_path, capsys):
             ["<|User|>", "<|Assistant|>", "<|EOT|>"], f"{', '.join(ADDED[:3])} (fill-in-the-middle)",
             ", and data.stream.fim.rate (0.5 in the paper)",
         ),
-        ([], f"{', '.join(ADDED[:3])} (fill-in-the-middle); {', '.join(ADDED[3:])} (some chat formats, not ChatML)",
+        ([], f"{', '.join(ADDED[:3])} (fill-in-the-middle);\n# {', '.join(ADDED[3:])} (some chat formats, not ChatML)",
          ", and data.stream.fim.rate (0.5 in the paper)"),
     ],
 )  # fmt: skip
@@ -231,11 +231,11 @@ def test_an_import_says_what_the_missing_tokens_are_for(tmp_path, capsys, contro
     folder = write_folder(tmp_path, LLAMA3, ["<|end|>", *controls], eos_token="<|end|>")
     export_model(small_model(Tokenizer.load(folder).vocab_size), tmp_path / "hf", tokenizer_folder=folder)
     assert run_command(capsys, "checkpoint", "import", tmp_path / "hf", tmp_path / "start")[0] == 0
-    assert (tmp_path / "start" / "train.toml").read_text().splitlines()[1:4] == [
-        f"# Its tokenizer lacks {lacks}. A run that uses any of these needs",
-        f"#   megacoder tokenizer extend {tmp_path / 'hf'} --output NEW",
-        f"# with data.tokenizer set to NEW, model.vocab_size to what that says{rate}.",
-    ]
+    assert (
+        f"\n# Its tokenizer lacks {lacks}. A run that uses any of these needs\n"
+        f"#   megacoder tokenizer extend {tmp_path / 'hf'} --output NEW\n"
+        f"# with data.tokenizer set to NEW, model.vocab_size to what that says{rate}.\n"
+    ) in (tmp_path / "start" / "train.toml").read_text()
 
 
 def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama3, tmp_path, capsys):

@@ -170,7 +170,7 @@ def _how_to_extend(source: Path) -> str:
     lacks += [f"{', '.join(chat)} (some chat formats, not ChatML)"] if chat else []
     rate = f", and data.stream.fim.rate ({FimConfig().rate} in the paper)" if sentinels else ""
     return (
-        f"# Its tokenizer lacks {'; '.join(lacks)}. A run that uses any of these needs\n"
+        "# Its tokenizer lacks " + ";\n# ".join(lacks) + ". A run that uses any of these needs\n"
         f"#   megacoder tokenizer extend {source} --output NEW\n"
         f"# with data.tokenizer set to NEW, model.vocab_size to what that says{rate}.\n"
     )

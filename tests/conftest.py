@@ -80,3 +80,19 @@ def ranks():
     """Runs functions on several gloo ranks; see `ranks.RankPool`."""
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    """A tokenizer's folder as Llama 3's; not to be changed."""
+    from tokenizer_folders import write_llama3
+
+    return write_llama3(tmp_path_factory.mktemp("llama3"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """One as Qwen's; not to be changed."""
+    from tokenizer_folders import write_qwen
+
+    return write_qwen(tmp_path_factory.mktemp("qwen"))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megacoder.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 
 NASTY_TEXTS = [
     "",

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import tiny_models
 import torch
 
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 from megacoder.evaluate.held_out import SourceFile
 from megacoder.model.config import ModelConfig
 from megacoder.model.transformer import Transformer

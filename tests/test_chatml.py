@@ -301,7 +301,7 @@ def test_what_a_format_needs_of_a_tokenizer_is_checked_with_it(chat, error, mess
 
 
 def test_tokens_that_extending_adds_in_any_case_are_not_named_for_it(qwen):
-    with pytest.raises(FormatError, match=r"'<\|EOT\|>', only '<\|endoftext.* extend TOKENIZER --output NEW$"):
+    with pytest.raises(FormatError, match=rf"'<\|EOT\|>', only '<\|endoftext.* extend {qwen} --output NEW$"):
         ChatFormat(FormatConfig(), Tokenizer.load(qwen))
 
 

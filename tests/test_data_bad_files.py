@@ -23,7 +23,8 @@ from megacoder.data.merging import MergeConfig, merge
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.sidecar import Sidecar
 from megacoder.data.stream import StreamConfig, TokenStream
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="module")

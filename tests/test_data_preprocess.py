@@ -20,7 +20,8 @@ from megacoder.data import preprocess as module
 from megacoder.data.indexed import IndexedDataset, bin_path, idx_path
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.sidecar import Sidecar, open_dataset
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from megacoder.checkpoint.huggingface import TensorFolder, write_model_folder
 from megacoder.checkpoint.rank_file import bytes_of
 from megacoder.checkpoint.tensor_file import StoredTensor
 from megacoder.core.errors import CheckpointError, ConfigError, FormatError
-from megacoder.data.tokenizer import train_tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import (
     config_from_huggingface,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from megacoder.cli.main import main
 from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 from megacoder.model.huggingface import import_model
 
 transformers = pytest.importorskip("transformers")

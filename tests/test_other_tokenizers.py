@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
-from tokenizer_folders import with_controls, write_llama3, write_qwen
+from tokenizer_folders import with_controls
 from tokenizers import decoders, models, pre_tokenizers
 
 from megacoder.core.config import load_toml
@@ -37,16 +37,6 @@ from megacoder.parallel.world import World
 from megacoder.train.config import RunConfig
 from megacoder.train.loop import Trainer
 from megacoder.train.metrics_log import read_metrics
-
-
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-    return write_llama3(tmp_path_factory.mktemp("llama3"))
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return write_qwen(tmp_path_factory.mktemp("qwen"))
 
 
 def test_the_folder_names_the_control_tokens(llama3, qwen):

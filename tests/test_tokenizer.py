@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, FormatError
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _pre_tokenizer, train_tokenizer
+from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer_training import _pre_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from command_line import refusal, run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
-from tokenizer_folders import LLAMA3, SENTINELS, write_folder, write_llama3, write_qwen
+from tokenizer_folders import LLAMA3, SENTINELS, write_folder
 from tokenizers import models
 from train_cases import ALONE, changed
 
@@ -35,16 +35,6 @@ from megacoder.train.metrics_log import read_metrics
 from megacoder.train.sft import prepare
 
 ADDED = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<|User|>", "<|Assistant|>", "<|EOT|>"]
-
-
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-    return write_llama3(tmp_path_factory.mktemp("llama3"))
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return write_qwen(tmp_path_factory.mktemp("qwen"))
 
 
 def extend(capsys, *words):

@@ -13,7 +13,7 @@ from data_samples import write_texts
 
 from megacoder.core.config import to_toml
 from megacoder.data.stream import StreamConfig
-from megacoder.data.tokenizer import train_tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.world import World
 from megacoder.train.config import DataConfig, RunConfig

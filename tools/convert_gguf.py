@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from megacoder.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from megacoder.data.tokenizer import MIN_VOCAB_SIZE
+from megacoder.data.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

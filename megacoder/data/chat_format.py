@@ -242,7 +242,7 @@ def _check_controls(texts: Mapping[str, str], tokenizer: Tokenizer) -> None:
         options = f" --add {' '.join(added)}" if added else ""
         raise FormatError(
             f"chat format, {text!r}: the tokenizer has no control token {token!r}, only {named}; "
-            f"to add what is missing: megacoder tokenizer extend TOKENIZER --output NEW{options}"
+            f"to add what is missing: {tokenizer.how_to_extend()}{options}"
         )
     if not texts["end"].endswith(tuple(controls)):
         raise ConfigError(

@@ -19,24 +19,20 @@ LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
 import functools
 import hashlib
 import json
-import sys
-import threading
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
-from megacoder.core.processes import interruptible
 
 __all__ = [
     "ADDED_NAMES", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text",
-    "say_if_changed", "sentinels_among", "token_text", "train_tokenizer",
+    "say_if_changed", "sentinels_among", "token_text",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -208,9 +204,13 @@ class Tokenizer:
         if index is None:
             raise FormatError(
                 f"the tokenizer has no control token {self.control_texts[name]!r}; to train with it, add it by "
-                f"megacoder tokenizer extend {self._folder or 'TOKENIZER'} --output NEW"
+                f"{self.how_to_extend()}"
             )
         return index
+
+    def how_to_extend(self) -> str:
+        """The command that adds control tokens to a copy."""
+        return f"megacoder tokenizer extend {self._folder or 'TOKENIZER'} --output NEW"
 
     @property
     def fim_hole_id(self) -> int:
@@ -276,76 +276,6 @@ def say_if_changed(tokenizer: Tokenizer, path: Path) -> None:
     if (changed := tokenizer.changed_text()) is not None:
         before, after = map(ascii, changed)
         say(f"{path}: the tokenizer normalizes text, so that {before} becomes {after}")
-
-
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Trains `vocab_size` regular tokens on `texts` and appends the control tokens; deterministic.
-
-    Fewer tokens come out where the texts hold no more pairs to merge. Raises ConfigError if `vocab_size` cannot hold
-    the 256 bytes.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"vocab_size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, one token for each byte")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = _pre_tokenizer()
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=_on_terminal()
-    )
-    _learn(backend, texts, trainer)
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS.values()])
-    bos = SPECIAL_TOKENS["bos"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
-    )
-    return Tokenizer(backend.to_str())
-
-
-def _learn(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer) -> None:
-    """Trains `backend`; an interrupt is answered at once, and a line says now and then that it goes on.
-
-    The trainer's threads take Python's lock only to fetch texts, which an interrupt ends: a thread that asks for the
-    lock while Python shuts down would be ended in the midst of foreign code.
-    """
-    interrupted, fetched = threading.Event(), threading.Event()
-
-    def fetch() -> Iterator[str]:
-        try:
-            for text in texts:
-                if interrupted.is_set():
-                    raise InterruptedError
-                yield text
-        finally:
-            fetched.set()
-
-    def tell(seconds: float) -> None:
-        if not _on_terminal():  # there, the trainer draws its own progress
-            say(f"tokenizer: learning, {seconds:.0f} s")
-
-    size = len(texts) if isinstance(texts, Sequence) else None
-    try:
-        interruptible(lambda: backend.train_from_iterator(fetch(), trainer, length=size), tell=tell)
-    except KeyboardInterrupt:
-        interrupted.set()
-        fetched.wait(1.0)
-        if _on_terminal():
-            say("")  # the trainer leaves its line open
-        raise
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    isolated = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"]
-    return pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in isolated),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
 
 
 HUGGING_FACE_CONFIG = {

@@ -2,8 +2,8 @@
 
 The hole is a whole line, indentation included but not the line break, as in the single-line task of Fried et al.
 (arXiv:2204.05999) and SantaCoder's benchmark (arXiv:2301.03988); the sentinels are around it, so that no token of the
-prompt straddles it. Only lines with something to get right are asked for (`is_worth_asking`). The model
-decodes greedily to EOS or the end of the line.
+prompt straddles it. Only lines with something to get right are asked for (`is_worth_asking`). The model decodes
+greedily to EOS or the end of the line.
 
 Two scores, both after trailing whitespace is stripped; indentation counts. *Exact match*: the line is the same.
 *Edit similarity*: 1 - Levenshtein distance / length of the longer line. Two baselines that know no code show what the

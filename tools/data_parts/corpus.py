@@ -19,7 +19,8 @@ from megacoder.core.console import say
 from megacoder.core.errors import DataError
 from megacoder.core.files import write_json
 from megacoder.data.preprocess import PreprocessConfig, preprocess
-from megacoder.data.tokenizer import Tokenizer, train_tokenizer
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_training import train_tokenizer
 
 __all__ = ["Corpus", "prepared"]
 

@@ -471,6 +471,19 @@ def test_scores_made_without_a_setting_of_today_are_not_reused(tmp_path, capsys,
     assert re.search(found, err)
 
 
+def test_scores_made_before_an_option_existed_are_reused_until_it_is_set(tmp_path, capsys):
+    score(tmp_path, capsys, "infill", "right", "--out", tmp_path / "out")
+    path = tmp_path / "out" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("spm") == "False"
+    path.write_text(json.dumps(settings))
+    words = ["--data", tmp_path / "infill.jsonl", "--completions", tmp_path / "answers.jsonl"]
+    assert run(capsys, "eval", "infill", *words, "--out", tmp_path / "out")[0] == 0
+    code, _, err = run(capsys, "eval", "infill", *words, "--out", tmp_path / "out", "--spm")
+    assert code == 2
+    assert "made with spm = None, now 'True'" in err
+
+
 def exported_model(tmp_path, *, seed: int = 0) -> Path:
     """A Hugging Face folder of 320 positions, not trained."""
     tokenizer = make_tokenizer()

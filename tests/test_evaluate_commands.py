@@ -18,6 +18,8 @@ from megacoder.model.huggingface import export_model
 
 TASK = choose_tasks(source_files(), num_tasks=1)[0]
 COMPLETION = ("def total(", "items):\n    pass\n")
+SUFFIX_FIRST = "    total = limit"
+"""What the model fills into the hole when the suffix comes first."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def home(tmp_path_factory):
     model = make_model(tokenizer)
     hole = infill_prompt(tokenizer, TASK.prefix, TASK.suffix, max_tokens=256).tokens
     text = completion_prompt(tokenizer, COMPLETION[0], max_tokens=256).tokens
-    answers = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in (TASK.truth, COMPLETION[1])]
-    overfit(model, [(hole, answers[0]), (text, answers[1])], steps=40)
+    turned = infill_prompt(tokenizer, TASK.prefix, TASK.suffix, max_tokens=256, spm=True).tokens
+    answers = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in (TASK.truth, COMPLETION[1], SUFFIX_FIRST)]
+    overfit(model, list(zip((hole, text, turned), answers, strict=True)), steps=60)
     export_model(model, home / "model", tokenizer_folder=home / "tokenizer")
     (home / "heldout").mkdir()
     write_shard(home / "heldout" / "0.parquet", source_files())
@@ -73,6 +76,8 @@ def test_infill_at_a_mark_or_at_a_line(home, capsys):
     for words in ([marked], [whole, "--line", TASK.line]):
         code, out, err = run(capsys, "infill", *words, "--model", home / "model", "--max-new-tokens", "60")
         assert (code, out, err) == (0, TASK.truth + "\n", "")
+    code, out, _ = run(capsys, "infill", marked, "--model", home / "model", "--max-new-tokens", "60", "--spm")
+    assert (code, out) == (0, SUFFIX_FIRST + "\n")
 
 
 def test_only_a_line_that_is_filled_in_ends_with_the_line(home, capsys, monkeypatch):

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from evaluation_samples import FUNCTION, make_model, make_tokenizer, overfit, source_file, source_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import DataError
+from megacoder.data.cuts import CharacterCutter
+from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.evaluate.infill import (
     choose_tasks,
     fill_lines,
@@ -164,9 +167,35 @@ def test_a_prompt_that_fits_is_unchanged():
     assert prompt.tokens == [
         ids.bos_id, ids.fim_begin_id, *ids.encode(PREFIX), ids.fim_hole_id, *ids.encode(SUFFIX), ids.fim_end_id
     ]  # fmt: skip
-    assert infill_prompt(TOKENIZER, "", "", max_tokens=4).tokens == [
-        ids.bos_id, ids.fim_begin_id, ids.fim_hole_id, ids.fim_end_id
-    ]  # fmt: skip
+    for spm in (False, True):
+        assert infill_prompt(TOKENIZER, "", "", max_tokens=4, spm=spm).tokens == [
+            ids.bos_id, ids.fim_begin_id, ids.fim_hole_id, ids.fim_end_id
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("spm", [False, True])
+def test_a_prompt_is_what_training_shows_before_the_middle(spm):
+    text = FUNCTION.format(name="height")
+    fim = FillInTheMiddle(FimConfig(rate=1.0, spm_rate=float(spm)), CharacterCutter(TOKENIZER), seed=1)
+    for file in range(20):
+        shown = fim(np.array(ids.encode(text)), epoch=0, file=file).tolist()
+        suffix = shown[shown.index(ids.fim_hole_id) + 1 : shown.index(ids.fim_end_id)]
+        stop = len(text) - len(ids.decode(suffix))
+        asked = (  # for every place where the middle may begin, which SPM does not mark
+            (infill_prompt(TOKENIZER, text[:start], text[stop:], max_tokens=10_000, spm=spm), text[start:stop])
+            for start in range(stop + 1)
+        )
+        assert shown in [[*prompt.tokens[1:], *ids.encode(middle), ids.eos_id] for prompt, middle in asked]
+
+
+@pytest.mark.parametrize("max_tokens", [4, 9, 40, 90, 10_000])
+def test_the_order_of_a_prompt_changes_none_of_its_parts(max_tokens):
+    psm, spm = (infill_prompt(TOKENIZER, PREFIX, SUFFIX, max_tokens=max_tokens, spm=spm) for spm in (False, True))
+    hole, end = psm.tokens.index(ids.fim_hole_id), spm.tokens.index(ids.fim_end_id)
+    assert spm.tokens[:3] == [ids.bos_id, ids.fim_begin_id, ids.fim_hole_id]
+    assert spm.tokens[3:end] == psm.tokens[hole + 1 : -1]
+    assert spm.tokens[end + 1 :] == psm.tokens[2:hole]
+    assert spm.num_dropped_lines == psm.num_dropped_lines
 
 
 @settings(max_examples=30, deadline=None)

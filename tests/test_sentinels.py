@@ -125,8 +125,12 @@ def test_a_server_is_asked_with_its_models_sentinels(with_sentinels, monkeypatch
     task = Task(id="0", prompt="x = ", suffix="\n")
     request = Request(task=task, sample=0, stops=())
     host = folder.name.replace("_", "-")  # a line is said once for each server
-    for tokenizer, expected in ((folder, f"{begin}x = {hole}\n{end}"), (None, infill_text("x = ", "\n", DEEPSEEKS))):
-        source = EndpointSource(f"http://{host}:1/v1", Decoding(), model="m", tokenizer=tokenizer)
+    for tokenizer, spm, expected in (
+        (folder, False, f"{begin}x = {hole}\n{end}"),
+        (folder, True, f"{begin}{hole}\n{end}x = "),
+        (None, False, infill_text("x = ", "\n", DEEPSEEKS)),
+    ):
+        source = EndpointSource(f"http://{host}:1/v1", Decoding(spm=spm), model="m", tokenizer=tokenizer)
         asked = []
         monkeypatch.setattr(
             source, "_call", lambda path, body, asked=asked: asked.append(body) or {"choices": [{"text": "1"}]}

@@ -53,6 +53,8 @@ class EvalArgs:
     """file of worked examples; pal needs one"""
     retrieval: bool = False
     """crosscode: put the code retrieved from other files into the prompt"""
+    spm: bool = False
+    """infill: ask with the suffix first, for a model trained in that order (data.stream.fim.spm_rate)"""
     samples: int = 1
     """answers per task; several need a temperature"""
     max_new_tokens: Optional[int] = None
@@ -226,7 +228,7 @@ def _open_source(
     if finished is not None:
         return finished
     max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
-    decoding = Decoding(sampling=args.sampling, max_new_tokens=max_new_tokens, chat=args.instruct)
+    decoding = Decoding(sampling=args.sampling, max_new_tokens=max_new_tokens, chat=args.instruct, spm=args.spm)
     if args.endpoint is not None:
         from megacoder.evaluate.benchmarks.endpoint import EndpointSource
 

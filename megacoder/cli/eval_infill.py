@@ -56,6 +56,8 @@ class EvalInfillArgs:
     """longest answer in tokens"""
     max_prompt_tokens: int | None = None
     """longest prompt in tokens, for a model trained on parts of files (data.stream.fim.context_tokens)"""
+    spm: bool = False
+    """ask with the suffix first, for a model trained in that order (data.stream.fim.spm_rate)"""
     batch_size: int = 32
     """answers generated at a time; in bf16 another number rounds otherwise, which changes some answers"""
     out: Path | None = None
@@ -105,6 +107,7 @@ def _fill(
         tasks,
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
+        spm=args.spm,
         batch_size=args.batch_size,
         quiet=tp.rank > 0,
     )

@@ -29,6 +29,8 @@ class InfillArgs:
     """Hugging Face folder, run or checkpoint"""
     line: int | None = None
     """number of the line to rewrite, from 1; the answer ends with the line"""
+    spm: bool = False
+    """ask with the suffix first, for a model trained in that order (data.stream.fim.spm_rate)"""
     context: Path | None = None
     """folder of the repository: the files that this one depends on precede it in the prompt, in dependency order"""
     max_new_tokens: int | None = None
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = load_model(args.model, args.loading, tp=tp)
     longest = answer_room(model, args.max_new_tokens, otherwise=128)
     room = prompt_room(model, longest, shortest=SHORTEST_INFILL)
-    prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room)
+    prompt = infill_prompt(tokenizer, prefix, suffix, max_tokens=room, spm=args.spm)
     if prompt.num_dropped_lines and tp.rank == 0:
         dropped = counted(prompt.num_dropped_lines, "line is", "lines are")
         say(f"{args.file} does not fit into the model: its farthest {dropped} dropped{model.config.positions_advice}")

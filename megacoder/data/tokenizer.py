@@ -76,9 +76,11 @@ def sentinels_among(texts: Container[str]) -> dict[str, str]:
     return next((names for names in _SENTINELS if all(text in texts for text in names.values())), _SENTINELS[0])
 
 
-def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str]) -> str:
-    """The two sides of a hole between `sentinels`, prefix first, for a tokenizer that recognizes these in text."""
-    return f"{sentinels['fim_begin']}{prefix}{sentinels['fim_hole']}{suffix}{sentinels['fim_end']}"
+def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str], *, spm: bool = False) -> str:
+    """The two sides of a hole between `sentinels`, prefix first or (`spm`) last, for a tokenizer that recognizes these
+    in text."""
+    begin, hole, end = (sentinels[name] for name in ("fim_begin", "fim_hole", "fim_end"))
+    return f"{begin}{hole}{suffix}{end}{prefix}" if spm else f"{begin}{prefix}{hole}{suffix}{end}"
 
 
 class Tokenizer:

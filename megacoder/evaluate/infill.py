@@ -129,17 +129,18 @@ def fill_lines(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_prompt_tokens: int | None = None,
+    spm: bool = False,
     batch_size: int = 32,
     quiet: bool = False,
 ) -> list[InfillResult]:
     """The model's answer to each task, scored; files too long for the model lose the lines farthest from the hole.
 
     `max_prompt_tokens` keeps prompts within the length that the model was trained to fill in
-    (`FimConfig.context_tokens`).
+    (`FimConfig.context_tokens`); `spm` asks in suffix-prefix-middle order.
     """
     room = model.config.max_position_embeddings - max_new_tokens
     room = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
-    prompts = [infill_prompt(tokenizer, task.prefix, task.suffix, max_tokens=room).tokens for task in tasks]
+    prompts = [infill_prompt(tokenizer, task.prefix, task.suffix, max_tokens=room, spm=spm).tokens for task in tasks]
     results: dict[int, InfillResult] = {}
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
     with progress("infill", len(tasks), quiet=quiet) as bar:

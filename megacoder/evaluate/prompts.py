@@ -64,10 +64,13 @@ def count_with(tokenizer: Tokenizer) -> CountTokens:
     return lambda texts: [len(tokens) for tokens in tokenizer.encode_batch(texts)]
 
 
-def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int) -> Prompt:
+def infill_prompt(
+    tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens: int, spm: bool = False
+) -> Prompt:  # fmt: skip
     """Any BOS, `<fim_begin> prefix <fim_hole> suffix <fim_end>`; the model continues with the middle and EOS.
 
-    This is the paper's PSM order, as trained. Where both sides are too long each gets half of the room; room that one
+    This is the paper's PSM order. `spm`: `<fim_begin> <fim_hole> suffix <fim_end> prefix`, for a model that was trained
+    in that order (`FimConfig.spm_rate`). Where both sides are too long each gets half of the room; room that one
     side does not need goes to the other. Raises DataError if `max_tokens` cannot hold the four control tokens.
     """
     room = max_tokens - SHORTEST_INFILL
@@ -80,15 +83,13 @@ def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, max_tokens:
     num_before = num_that_fit(reversed(before_sizes), room - sum(after_sizes[:num_after]))
     behind = tokenizer.encode("".join(after[:num_after]))[:room]
     ahead = tokenizer.encode("".join(before[len(before) - num_before :]))
+    ahead = ahead[max(0, len(ahead) + len(behind) - room) :]
+    begin, hole, end = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
+    sides = [begin, hole, *behind, end, *ahead] if spm else [begin, *ahead, hole, *behind, end]
     return Prompt(
-        tokens=[
-            *tokenizer.beginning,
-            tokenizer.fim_begin_id, *ahead[max(0, len(ahead) + len(behind) - room) :],
-            tokenizer.fim_hole_id, *behind,
-            tokenizer.fim_end_id,
-        ],
+        tokens=[*tokenizer.beginning, *sides],
         num_dropped_lines=len(before) + len(after) - num_before - num_after,
-    )  # fmt: skip
+    )
 
 
 def _lines(text: str) -> list[str]:

@@ -24,6 +24,8 @@ class Decoding:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 512
     chat: bool = False
+    spm: bool = False
+    """infilling: the suffix comes first"""
 
 
 @dataclass(frozen=True, kw_only=True)

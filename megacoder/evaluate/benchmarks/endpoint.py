@@ -102,7 +102,7 @@ class EndpointSource:
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])
         if task.suffix is not None:
-            prompt = infill_text(prompt, task.suffix, self._sentinels)
+            prompt = infill_text(prompt, task.suffix, self._sentinels, spm=decoding.spm)
         if decoding.chat:
             answer = self._call("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
         else:

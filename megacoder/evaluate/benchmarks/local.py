@@ -67,7 +67,10 @@ class LocalSource:
             )
         sides = [(request.task.prompt, request.task.suffix) for request in requests if request.task.suffix is not None]
         if sides:
-            return [infill_prompt(tokenizer, before, after, max_tokens=room).tokens for before, after in sides]
+            return [
+                infill_prompt(tokenizer, before, after, max_tokens=room, spm=self.decoding.spm).tokens
+                for before, after in sides
+            ]
         frame = 1 if chat is None else len(chat.prompt([("user", "")]))
         texts = limited_texts(requests, count=count_with(tokenizer), frame=frame, room=room)
         if chat is not None:
@@ -111,7 +114,7 @@ class TransformersSource:
     def _one(self, request: Request, text: str) -> str:
         chosen, task = self.decoding.sampling, request.task
         if task.suffix is not None:
-            text = infill_text(text, task.suffix, sentinels_among(self.tokenizer.get_vocab()))
+            text = infill_text(text, task.suffix, sentinels_among(self.tokenizer.get_vocab()), spm=self.decoding.spm)
         ids = torch.tensor([self._tokens(text)], device=self.device)
         drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:

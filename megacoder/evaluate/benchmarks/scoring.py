@@ -140,6 +140,8 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], opti
     before, after = old["contents"], new["contents"]
     for name in [name for name in new if name != "contents"]:
         was, now = old.get(name), new[name]
+        if was is None and now == str(False):  # an option that an earlier version did not have
+            continue
         if name in before or name in after:
             same = before.get(name) == after.get(name)
             made = f"--{name} {was} ({before.get(name)}), now {now} ({after.get(name)})"

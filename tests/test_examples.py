@@ -12,7 +12,7 @@ from megacoder.train.sft import DEFAULTS, prepared_run
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.toml"))
-RANKS = {"1.3b": 8, "5.7b": 64, "6.7b": 64, "33b": 512, "7b": 64}
+RANKS = {"1.3b": 8, "1.5b": 8, "5.7b": 64, "6.7b": 64, "33b": 512, "7b": 64}
 SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -34,7 +34,7 @@ def load(name):
 
 
 def test_every_recipe_is_there():
-    assert len(EXAMPLES) == 13  # without files the tests below would be none
+    assert len(EXAMPLES) == 14  # without files the tests below would be none
 
 
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
@@ -49,7 +49,7 @@ def test_example(name):
         assert size == f"{config.model.num_params / 1e6:.0f}m"
         assert config.layout(1).schedule.num_microbatches == 2 * config.layout(2).schedule.num_microbatches
         return
-    preset = PRESETS["v1.5-7b" if size == "7b" else size]
+    preset = PRESETS[{"7b": "v1.5-7b", "1.5b": "qwen2.5-1.5b"}.get(size, size)]
     assert [getattr(config.model, key) for key in SHAPE] == [getattr(preset.model, key) for key in SHAPE]
     assert config.model.padded_vocab_size == preset.model.vocab_size
     assert config.layout(RANKS[size]).dims.world_size == RANKS[size]
@@ -104,6 +104,14 @@ def test_continued_pretraining_mixes_as_published():
     assert config.data.weights == (70.0, 10.0, 7.0, 7.0, 6.0)
     assert config.data.stream.fim.rate == 0.0
     assert config.model == PRESETS["v1.5-7b"].model
+
+
+def test_a_qwen_is_continued_as_it_was():
+    config = load("continue_qwen2.5_coder_1.5b")
+    assert config.model == PRESETS["qwen2.5-1.5b"].model
+    assert config.data.tokenizer == config.init_from / "tokenizer"
+    assert config.steps * config.global_batch_size * config.data.stream.seq_length == pytest.approx(2e9, rel=0.05)
+    assert config.data.stream.document_masks
 
 
 def test_launch_scripts_name_recipes_that_are_there():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import torch
 from html_reader import Reader
 from train_cases import functions
 
-from megacoder.cli.quickstart import recipe
+from megacoder.cli.quickstart import recipe, stages
 from megacoder.cli.quickstart.options import Paths
 from megacoder.cli.quickstart.recipe import MEDIUM, SMALL, choose_recipe, seconds_per_step, steps_within
+from megacoder.core.config import load_toml
 from megacoder.core.device import Machine, faster_dtype, probe
 from megacoder.parallel.flat import FlatParameters
+from megacoder.train.config import RunConfig
 from megacoder.train.metrics_log import read_metrics
 
 
@@ -86,6 +89,26 @@ def test_every_stage_leaves_its_output(finished):
     assert done.stdout.count("truth |") == 3
     difference = float(re.search(r"logits differ by ([0-9.e+-]+)", done.stdout).group(1))
     assert difference < 1e-4
+
+
+def test_lines_are_asked_for_in_the_order_of_training(finished, tmp_path, monkeypatch):
+    out, done = finished
+    assert f"megacoder infill --model {out / 'model'} --spm FILE" in done.stdout
+    assert "rate 0.5, suffix first." in (out / "report.html").read_text()
+    shutil.copytree(out, tmp_path / "q", ignore=shutil.ignore_patterns("evaluation.json", "run"))
+    asked = []
+
+    def noted(*args, spm, **options):
+        asked.append(spm)
+        raise InterruptedError
+
+    monkeypatch.setattr(stages, "fill_lines", noted)
+    text = (out / "run.toml").read_text()
+    for path in (out / "run.toml", tmp_path / "earlier.toml"):
+        (tmp_path / "earlier.toml").write_text(text.replace("spm_rate = 1.0", "spm_rate = 0.0"))
+        with pytest.raises(InterruptedError):
+            stages.make_evaluation(Paths(tmp_path / "q"), load_toml(RunConfig, path))
+    assert asked == [True, False]
 
 
 def test_the_report_is_one_self_contained_file(finished):

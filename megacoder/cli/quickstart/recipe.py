@@ -3,6 +3,10 @@
 On a CPU a few million parameters learn most in a few minutes: a larger model sees too few tokens. The number of steps
 follows from the measured time of a microbatch, rounded down to a coarse ladder, so that a machine's noise seldom
 changes it; it is then written into run.toml and stays.
+
+Files to fill in are shown suffix first (SPM), unlike the paper's: there the middle follows its prefix as in any text,
+which so small a model makes use of at once. In the paper's order it does not find the end of the prefix in this time:
+after 1,500 steps its lines had 9% edit similarity, and 28% in this order.
 """
 
 import math
@@ -85,7 +89,7 @@ def run_config(
     micro = max(size for size in range(1, recipe.micro_batch_size + 1) if per_rank % size == 0)
     stream = StreamConfig(
         seq_length=recipe.model.max_position_embeddings, seed=seed,
-        fim=FimConfig(rate=0.5, context_tokens=recipe.fim_context),
+        fim=FimConfig(rate=0.5, spm_rate=1.0, context_tokens=recipe.fim_context),
     )  # fmt: skip
     return RunConfig(
         output=paths.run,

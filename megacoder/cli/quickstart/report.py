@@ -102,12 +102,13 @@ def _infills(evaluation: dict[str, Any]) -> str:
 
 def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     model = config.model
+    order = ", suffix first" if config.data.stream.fim.spm_rate == 1.0 else ""
     shape = (
         f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, feed-forward {model.intermediate_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key-value) of {model.head_dim}, vocabulary "
         f"{model.vocab_size:,}; {config.steps:,} steps of {config.global_batch_size} x "
         f"{config.data.stream.seq_length} tokens, AdamW at {config.schedule.peak_lr:g}, three stages, "
-        f"fill-in-the-middle rate {config.data.stream.fim.rate:g}. Training loss is that of the reordered "
+        f"fill-in-the-middle rate {config.data.stream.fim.rate:g}{order}. Training loss is that of the reordered "
         "documents; held-out loss is plain next-token prediction."
     )
     return section(

@@ -90,7 +90,7 @@ def _run_stages(options: QuickstartOptions, paths: Paths, machine: Machine) -> N
     _stage("6/7 export", lambda: make_export(paths, config))
     evaluation = _stage("7/7 evaluation", lambda: make_evaluation(paths, config))
     write_report(paths, machine, nproc=nproc)
-    _show(evaluation, paths)
+    _show(evaluation, paths, config)
 
 
 def check_options(paths: Paths, options: QuickstartOptions) -> None:
@@ -190,7 +190,9 @@ def make_evaluation(paths: Paths, config: RunConfig) -> dict[str, Any]:
         token_counts=training_token_counts(IndexedDataset(paths.train_data), tokenizer),
     )  # fmt: skip
     tasks = choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed)
-    results = fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
+    results = fill_lines(
+        model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens, spm=_suffix_first(config)
+    )
     frequent_line = most_frequent_line(read_source_files([paths.corpus / "train"]))
     summary = summarize(results, frequent_line=frequent_line)
     write_text(paths.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
@@ -209,6 +211,11 @@ def make_evaluation(paths: Paths, config: RunConfig) -> dict[str, Any]:
     return evaluation
 
 
+def _suffix_first(config: RunConfig) -> bool:
+    """The order in which the model was shown files to fill in; folders begun by an earlier version have the paper's."""
+    return config.data.stream.fim.spm_rate == 1.0
+
+
 def _trained_steps(paths: Paths) -> int:
     checkpoints = paths.run / CHECKPOINTS
     return CheckpointReader(checkpoints).step if step_folders(checkpoints) else 0
@@ -220,7 +227,7 @@ def _around(result: InfillResult) -> dict[str, Any]:
     return result.row() | {"before": before[-6:], "after": after[:6]}
 
 
-def _show(evaluation: dict[str, Any], paths: Paths) -> None:
+def _show(evaluation: dict[str, Any], paths: Paths, config: RunConfig) -> None:
     print()
     for hole in evaluation["shown"]:
         print(f"--- {hole['repo']}/{hole['path']}, line {hole['line']}")
@@ -235,7 +242,9 @@ def _show(evaluation: dict[str, Any], paths: Paths) -> None:
     checked = (
         "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
     )
-    print(f"model:  {paths.model}, for transformers ({checked})\nreport: {paths.report}")
+    order = " --spm" if _suffix_first(config) else ""
+    print(f"model:  {paths.model}, for transformers ({checked}); megacoder infill --model {paths.model}{order} FILE")
+    print(f"report: {paths.report}")
 
 
 def _stage(title: str, make: Callable[[], Any]) -> Any:

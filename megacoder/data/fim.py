@@ -48,7 +48,8 @@ class FimConfig:
     rate: float = 0.5
     """share of files to transform, 0 to 1"""
     spm_rate: float = 0.0
-    """share of the transformed files that are in suffix-prefix-middle order, 0 to 1; the paper has none"""
+    """share of the transformed files that are in suffix-prefix-middle order, in which `infill --spm` asks, 0 to 1; the
+    paper has none"""
     msp_rate: float = 0.0
     """share of the transformed files that have masked spans instead, 0 to 1; 1 in the paper's ablation"""
     msp_density: float = 0.15

@@ -96,3 +96,11 @@ def qwen(tmp_path_factory):
     from tokenizer_folders import write_qwen
 
     return write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def starcoder(tmp_path_factory):
+    """One as StarCoder's; not to be changed."""
+    from tokenizer_folders import write_starcoder
+
+    return write_starcoder(tmp_path_factory.mktemp("starcoder"))

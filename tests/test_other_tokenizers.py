@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
-from tokenizer_folders import with_controls
+from tokenizer_folders import LLAMA3, O200K, number_added, remove_bytes, with_controls, write_folder
 from tokenizers import decoders, models, pre_tokenizers
 
 from megacoder.core.config import load_toml
@@ -25,7 +25,7 @@ from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.stream import StreamConfig, TokenStream
-from megacoder.data.tokenizer import Tokenizer, _byte_characters
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
 from megacoder.evaluate import infill
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
@@ -69,6 +69,23 @@ def test_texts_are_cut_only_where_no_id_changes(folder, request, monkeypatch):
     assert len(places.cut(source_texts()[0])) > 100
 
 
+@pytest.mark.parametrize("split", [LLAMA3, O200K])
+def test_no_text_is_cut_inside_of_a_contraction_or_an_added_token(split, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, split, ["<|end|>", "<tool_call>", "<k9>"], eos_token="<|end|>")
+    tokenizer = Tokenizer.load(folder)
+    places, cutter = CuttingPlaces(tokenizer), CharacterCutter(tokenizer)
+    text = "it's <tool_call>{we'll}</tool_call> Don'T ab'x_y<k9> " * 2
+    ids = np.array(tokenizer.encode(text))
+    assert tokenizer.encode("<tool_call>") == [tokenizer.token_id("<tool_call>")]
+    for size in range(1, 20):
+        monkeypatch.setattr(cutting_places, "_PART_CHARACTERS", size)
+        assert [index for part in places.cut(text) for index in tokenizer.encode(part)] == ids.tolist()
+    for first, last in itertools.combinations(range(0, len(text), 3), 2):
+        parts = cutter.cut(ids, cutter.character_ends(ids), [first, last])
+        expected = [tokenizer.encode(part) for part in (text[:first], text[first:last], text[last:])]
+        assert [np.concatenate(part).tolist() for part in parts] == expected, (first, last)
+
+
 def test_a_copy_is_the_same_and_other_ends_are_another_tokenizer(llama3, tmp_path):
     tokenizer = Tokenizer.load(llama3)
     copied = pickle.loads(pickle.dumps(tokenizer))
@@ -97,15 +114,9 @@ def without(*absent):
     """The small tokenizer's definition without tokens that have one of these bytes; as in DeepSeek's file, the
     characters that stand for them are added tokens."""
     definition = json.loads(small_tokenizer().definition)
-    letters = {_byte_characters()[byte] for byte in absent}
-    model = definition["model"]
-    kept = [token for token in model["vocab"] if not letters & {*token}]
-    model["vocab"] = {token: index for index, token in enumerate(kept)}
-    model["merges"] = [pair for pair in model["merges"] if not letters & {*"".join(pair)}]
     like = {**definition["added_tokens"][0], "special": False, "normalized": True}
-    definition["added_tokens"] += [{**like, "content": letter} for letter in sorted(letters)]
-    for index, token in enumerate(definition["added_tokens"], start=len(kept)):
-        token["id"] = index
+    definition["added_tokens"] += [{**like, "content": letter} for letter in remove_bytes(definition, *absent)]
+    number_added(definition)
     definition["post_processor"] = None
     return json.dumps(definition)
 
@@ -115,8 +126,74 @@ def test_bytes_without_a_token_are_refused_unless_no_text_has_them():
     assert deepseeks.num_regular_tokens == small_tokenizer().num_regular_tokens - 13
     for text in NASTY_TEXTS:
         assert deepseeks.decode(deepseeks.encode(text)) == text
-    with pytest.raises(FormatError, match="no token for 2 of the bytes of UTF-8, such as 0x00: characters with them"):
-        Tokenizer(without(0x00, 0x9F))
+    with pytest.raises(FormatError, match="no token for 2 of the bytes of UTF-8, such as 0x0a: characters with them"):
+        Tokenizer(without(0x00, 0x0A, 0x9F))
+
+
+def test_characters_that_next_to_no_text_has_may_be_lost_and_preprocess_says_so(starcoder, tmp_path, capsys):
+    """Of one whose first byte has no token, the library would keep the others: ids that are no text."""
+    tokenizer = Tokenizer.load(starcoder)
+    assert tokenizer.decode(tokenizer.encode("a\x04b\U00040000c\U0007ffff\x16")) == "ab\ufffdc\ufffd"
+    kept = "\U0003ffff \U00080000 \U0010ffff \x05"
+    assert tokenizer.decode(tokenizer.encode(kept)) == kept
+    text = "def f():\n    return '\U00040000'\n" * 20
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": text}])
+    for encoder in ("tokenizers", "auto"):
+        output = tmp_path / encoder
+        preprocess(PreprocessConfig(input=(rows,), tokenizer=starcoder, output=output, workers=1, encoder=encoder))
+        assert "the tokenizer normalizes text, so that '\\x04' becomes ''" in capsys.readouterr().err
+        ids = IndexedDataset(output).document(0)
+        assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+        transform = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=0)
+        for file in range(20):
+            assert tokenizer.decode_bytes(transform(ids, epoch=0, file=file).tolist()).decode("utf-8")
+
+
+def test_a_bos_that_begins_no_text_is_put_in_front_of_none(starcoder, llama3, tmp_path):
+    """It is StarCoder's end of texts, and what begins SmolLM2's turns; a template that prints it begins a chat."""
+    tokenizer = Tokenizer.load(starcoder)
+    assert (tokenizer.beginning, tokenizer.has_bos, tokenizer.bos_id) == ([], False, tokenizer.eos_id)
+    assert read_tokenizer_files(starcoder, max_length=8).ids["bos_token_id"] is None
+    definition = json.loads((llama3 / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"post_processor": None}))
+    settings = json.loads((llama3 / "tokenizer_config.json").read_text())
+    bos, template = tmp_path / "tokenizer_config.json", "{{ bos_token }}{{ messages[0].content }}"
+    for added, begins in (({}, 0), ({"add_bos_token": True}, 1), ({"chat_template": template}, 1)):
+        bos.write_text(json.dumps(settings | added))
+        assert len(Tokenizer.load(tmp_path).beginning) == begins
+        assert (read_tokenizer_files(tmp_path, max_length=8).ids["bos_token_id"] is not None) == begins
+    bos.write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert Tokenizer.load(tmp_path).has_bos
+
+
+def test_numbers_without_a_token_are_no_text():
+    """As 100256 of cl100k."""
+    definition, usual = json.loads(small_tokenizer().definition), small_tokenizer()
+    for token in definition["added_tokens"]:
+        token["id"] += 1
+        definition["model"]["vocab"][token["content"]] = token["id"]
+    definition["post_processor"] = None
+    tokenizer = Tokenizer(json.dumps(definition))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (usual.vocab_size + 1, usual.eos_id + 1)
+    assert tokenizer.decode([*tokenizer.encode("a"), usual.num_regular_tokens, *tokenizer.encode("b")]) == "ab"
+
+
+def test_what_is_spelled_as_a_control_token_is_one(llama3, tmp_path):
+    """DeepSeek-V3's file does not mark <｜User｜> and <｜Assistant｜>; <think> is a part of text."""
+    definition = json.loads((llama3 / "tokenizer.json").read_text())
+    like = {**definition["added_tokens"][0], "special": False}
+    definition["added_tokens"] += [{**like, "content": text} for text in ("<｜User｜>", "<｜Assistant｜>", "<think>")]
+    number_added(definition)
+    tokenizer = Tokenizer(json.dumps(definition), {"eos": "<|end_of_text|>"})
+    user, assistant, think = range(tokenizer.vocab_size - 3, tokenizer.vocab_size)
+    assert not {user, assistant} & {*tokenizer.encode("a <｜User｜> b<｜Assistant｜>")}
+    assert tokenizer.encode("<think>") == [think]
+    settings = {"system": "", "instruction": "<｜User｜>{content}", "response": "<｜Assistant｜>", "after": ""}
+    chat = ChatFormat(FormatConfig(kind="custom", end="<|end_of_text|>", **settings), tokenizer)
+    assert chat.prompt([("user", "<｜User｜>")]) == [
+        *tokenizer.beginning, user, *tokenizer.encode("<｜User｜>"), assistant
+    ]  # fmt: skip
 
 
 def test_ids_are_counted_up_to_the_highest(tmp_path):

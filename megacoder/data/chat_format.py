@@ -30,7 +30,7 @@ from typing import Literal
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM, holds_texts, read_template, write_template
 from megacoder.data.chatml import QWEN_SYSTEM, chatml_texts, read_chatml
-from megacoder.data.tokenizer import ADDED_NAMES, SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import ADDED_NAMES, CONTROL, SPECIAL_TOKENS, Tokenizer
 
 __all__ = ["ChatFormat", "FormatConfig", "Message", "Segment"]
 
@@ -223,7 +223,7 @@ def _add_text(runs: _Runs, text: str) -> None:
         runs.append(text)
 
 
-_CONTROL = re.compile("|".join([*map(re.escape, SPECIAL_TOKENS.values()), "<[|｜][^<>|｜]+[|｜]>"]))
+_CONTROL = re.compile("|".join([*map(re.escape, SPECIAL_TOKENS.values()), CONTROL]))
 """What looks like a control token."""
 _MOST_NAMED = 6
 

@@ -2,8 +2,9 @@
 
 A pre-tokenizer splits text into words that are encoded separately, but where it splits depends on the text around. At
 three kinds of places it does not: the two characters there decide. They are before and after a line break, after a
-digit, and between an ASCII letter and ASCII that is not a letter. Which of them a tokenizer splits at is tried here. In
-source text such a place is never far.
+digit, and between an ASCII letter and ASCII that is not a letter. Which of them a tokenizer splits at is tried here;
+none may be inside an added token that a text can hold, such as Qwen's <tool_call>. In source text such a place is never
+far.
 
 So a text of any length is encoded in bounded memory, where `tokenizers` takes 260 bytes a character, and a cut through
 encoded text changes few ids.
@@ -25,6 +26,7 @@ _LONGEST_RUN = 1 << 24  # characters without a place; 2 GB in `tokenizers`
 _LINE_BREAKS = "\r\n"
 _MAY_FOLLOW_A_LETTER = string.digits + string.punctuation + " \t"
 _AROUND = ("", " ", ".", "1", "é")
+_AFTER = (*_AROUND, "s")  # "'s" may belong to the word, as with o200k's split
 _BEHIND, _BETWEEN, _BEFORE = 1, 2, 4  # the text to the left decides, both sides, the text to the right
 
 
@@ -33,9 +35,11 @@ class CuttingPlaces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         behind = line_breaks = _LINE_BREAKS if tokenizer.splits_lines else ""
+        inside = {pair for text in tokenizer.added_texts for pair in itertools.pairwise(text)}
         if tokenizer.splits("a12=3 4") == ["a", "1", "2", "=", "3", " ", "4"]:
-            behind += string.digits
-        followers = _splitting_followers(tokenizer)
+            behind += "".join(digit for digit in string.digits if all(left != digit for left, _ in inside))
+        held = {right for left, right in inside if left in string.ascii_letters}
+        followers = "".join(one for one in _splitting_followers(tokenizer) if one not in held)
         kinds = [f"[{behind}]"] if behind else []
         kinds += [f"[A-Za-z](?=[{re.escape(followers)}])"] if followers else []
         self.pattern = re.compile("|".join(kinds) or "(?!)")
@@ -80,7 +84,7 @@ def _splitting_followers(tokenizer: Tokenizer) -> str:
         (follower, f"{before}ab", f"{follower}{after}\n")
         for follower in _MAY_FOLLOW_A_LETTER
         for before in _AROUND
-        for after in (*_AROUND, follower)
+        for after in (*_AFTER, follower)
     ]
     splits = tokenizer.splits("".join(word + rest for _, word, rest in probes))
     places = set(itertools.accumulate(map(len, splits)))

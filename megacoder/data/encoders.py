@@ -142,7 +142,7 @@ def _fastokens(tokenizer: Tokenizer) -> BatchEncoder:
     backend = importlib.import_module("fastokens").Tokenizer.from_json_str(tokenizer.definition)
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = backend.encode_batch_flat(list(texts), split_special_tokens=True)
+        ids, offsets = backend.encode_batch_flat([*map(tokenizer.spelled, texts)], split_special_tokens=True)
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
     return _cutting(encode, tokenizer)

@@ -30,7 +30,7 @@ from megacoder.data.tokenizer import Tokenizer, say_if_changed
 
 __all__ = ["PreprocessConfig", "preprocess"]
 
-_PARTS_VERSION = 2
+_PARTS_VERSION = 3
 """Increase it when the same input is encoded to other ids: older parts are then not reused."""
 _PIECE_CHARACTERS = 1 << 19
 _MOST_WORKERS = 1024

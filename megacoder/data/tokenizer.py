@@ -19,6 +19,7 @@ LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
 
 __all__ = [
-    "ADDED_NAMES", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text",
-    "say_if_changed", "sentinels_among", "token_text",
+    "ADDED_NAMES", "CHAT_TEMPLATE_FILE", "CONTROL", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS",
+    "Tokenizer", "infill_text", "puts_bos_in_front", "say_if_changed", "sentinels_among", "token_text",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -62,9 +63,15 @@ after what follows them, and stand in the same places."""
 ADDED_NAMES = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
 """What `megacoder tokenizer extend` adds: what fill-in-the-middle and chat formats use. Begin, end and padding stay the
 model's own, which it has learned."""
-_CHATML = ("<|im_start|>", "<|im_end|>")
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
+CONTROL = "<[|｜][^<>|｜]+[|｜]>"
+"""A regular expression for how control tokens are spelled. What else a tokenizer adds may be part of a text, such as
+Qwen's <think> and other models' runs of spaces."""
 _UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+_SELDOM = {0x7F, 0xF1, 0xF2, *range(0x20)} - {*b"\t\n\v\f\r"}
+"""Bytes that an alphabet may lack, as StarCoder's and SmolLM2's do: control characters, and what begins the characters
+from U+40000 to U+BFFFF, of which there are none."""
+_PER_BYTE = 1 << 18  # characters that begin with the same byte, from 0xF1 on
 _PLAIN = " A b\n\n  \tC1.\r\n('中' 👍) "
 """A text that every tokenizer must give back."""
 _NORMALIZED = ("e\u0301", "\u00e9", "\u212b", "\ufb01", "\u2460", "\u00a0")
@@ -87,16 +94,18 @@ class Tokenizer:
     """Text to ids and back.
 
     EOS must be there, other control tokens only where they are used. `beginning` is what a text begins with: BOS,
-    nothing where there is none (`has_bos`; `bos_id` then is EOS, for a model that must be given a first token).
-    `control_ids` are the ids of all control tokens by their strings.
+    nothing where there is none, or none that is put in front (`has_bos`; `bos_id` then is EOS, for a model that must be
+    given a first token).
+    `control_ids` are the ids of all control tokens by their strings, `added_texts` are other added tokens, which texts
+    may hold.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
     """
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
-        """`definition` is the text of a tokenizer.json, `named` are its bos, eos and pad where it lacks DeepSeek's;
-        `folder` is where it lies, for messages.
+        """`definition` is the text of a tokenizer.json, `named` are its eos and pad where it lacks DeepSeek's, and its
+        bos where texts begin with it and only settings say so; `folder` is where it lies, for messages.
 
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
@@ -107,12 +116,14 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise FormatError(f"not a tokenizer: {error}") from None
         self._backend.encode_special_tokens = True
-        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.num_regular_tokens = self._backend.get_vocab_size(with_added_tokens=False)
         added = self._backend.get_added_tokens_decoder().items()
         ids = {token.content: index for index, token in added}
         self.control_ids = {token.content: index for index, token in added if token.special}
-        chosen = self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
+        self.added_texts = [token.content for _, token in added if not token.special]
+        front = self._backend.encode("").tokens
+        in_front = {"bos": front[0]} if front else {}
+        chosen = in_front | self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
         self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
         self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
         if "eos" not in self._controls:
@@ -123,6 +134,11 @@ class Tokenizer:
         self.beginning = [self.bos_id] if self.has_bos else []
         self.end_ids = {self.eos_id}
         self.token_bytes = self._byte_table()
+        self.vocab_size = len(self.token_bytes)
+        self._missing = self._missing_bytes()
+        firsts = [_first_with(byte) for byte in self._missing if byte > 0x7F]
+        planes = "".join(f"{first}-{chr(ord(first) + _PER_BYTE - 1)}" for first in firsts)
+        self._unspelled = re.compile(f"[{planes}]") if planes else None
         self._check_keeps_text()
 
     @classmethod
@@ -155,11 +171,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, taken literally: no BOS, and no control id whatever the text contains."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(self.spelled(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        spelled = [self.spelled(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(spelled, add_special_tokens=False)]
+
+    def spelled(self, text: str) -> str:
+        """`text` with U+FFFD for characters of which the alphabet has only a part, whose ids would be no UTF-8."""
+        return text if self._unspelled is None or text.isascii() else self._unspelled.sub("\ufffd", text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes that `ids` stand for, control tokens as their strings; a model's further ids are no bytes."""
@@ -186,8 +207,9 @@ class Tokenizer:
         return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
 
     def changed_text(self) -> tuple[str, str] | None:
-        """A text that a normalizer changes, and what it becomes, as with Qwen's NFC; None if none is known."""
-        pairs = ((text, self.decode(self.encode(text))) for text in _NORMALIZED)
+        """A text that does not come back, as with Qwen's NFC, and what does; None if none is known."""
+        texts = (*_NORMALIZED, *map(_first_with, self._missing))
+        pairs = ((text, self.decode(self.encode(text))) for text in texts)
         return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
     @functools.cached_property
@@ -250,23 +272,29 @@ class Tokenizer:
 
     def _byte_table(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        spellings = {index: token for token, index in self._backend.get_vocab(with_added_tokens=True).items()}
         added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
-        table = []
-        for index in range(self.vocab_size):
-            token = self._backend.id_to_token(index)
-            if token is None:
-                raise FormatError(f"id {index} of {self.vocab_size} has no token")
+        table = [b""] * (1 + max(spellings))  # some numbers may have no token, as 100256 of cl100k
+        for index, token in sorted(spellings.items()):
             try:
-                table.append(token.encode() if index in added else bytes([byte_of[character] for character in token]))
+                table[index] = token.encode() if index in added else bytes([byte_of[character] for character in token])
             except KeyError:
-                raise FormatError(f"token {token!r} (id {index}) is not byte-level") from None
-        alphabet = {token for index, token in enumerate(table) if index not in added and len(token) == 1}
-        if missing := [byte for byte in _UTF8_BYTES if bytes([byte]) not in alphabet]:
+                raise FormatError(
+                    f"token {token!r} (id {index}) is not byte-level, as in SentencePiece's tokenizers (Llama 2's); "
+                    "only byte-level BPE can be used"
+                ) from None
+        return table
+
+    def _missing_bytes(self) -> list[int]:
+        """Bytes of UTF-8 without a token, of which text has next to none; FormatError where it has others."""
+        alphabet = {*self.token_bytes}
+        missing = [byte for byte in _UTF8_BYTES if bytes([byte]) not in alphabet]
+        if needed := [byte for byte in missing if byte not in _SELDOM]:
             raise FormatError(
-                f"no token for {len(missing)} of the bytes of UTF-8, such as {missing[0]:#04x}: characters with them "
+                f"no token for {len(needed)} of the bytes of UTF-8, such as {needed[0]:#04x}: characters with them "
                 "would be lost"
             )
-        return table
+        return missing
 
     def _check_keeps_text(self) -> None:
         if (found := self.decode(self.encode(_PLAIN))) != _PLAIN:
@@ -293,17 +321,34 @@ HUGGING_FACE_CONFIG = {
 """tokenizer_config.json of a tokenizer with these control tokens."""
 
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers finds a chat template, unless it is in tokenizer_config.json."""
+
+
 def token_text(value: Any) -> str | None:
     """A token as a tokenizer_config.json names it: a string, or an object around one."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
+def puts_bos_in_front(settings: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the `settings` of a tokenizer_config.json or the chat template of `folder` begin texts with BOS.
+
+    Others name one that begins no text: GPT-2's and StarCoder's ends each, SmolLM2's begins the turns of a chat.
+    """
+    beside = folder / CHAT_TEMPLATE_FILE
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else str(settings.get("chat_template"))
+    return bool(settings.get("add_bos_token")) or "bos_token" in template
+
+
 def _named_controls(path: Path) -> dict[str, str]:
-    """bos, eos and pad as a tokenizer_config.json names them, if it is there; FormatError where it is damaged."""
+    """bos, eos and pad as a tokenizer_config.json names them, if it is there, but no bos that begins no text;
+    FormatError where it is damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         texts = {name: token_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+        if not puts_bos_in_front(settings, path.parent):
+            del texts["bos"]
     except (OSError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}: not readable as a JSON object: {error}") from None
     return {name: text for name, text in texts.items() if text is not None}
@@ -315,11 +360,13 @@ def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
     DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
     Qwen's none of its sentinels.
     """
-    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *_CHATML, *named}
+    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *named}
     try:
         parsed = json.loads(definition)
-        controls = [token for token in parsed["added_tokens"] if token["content"] in known]
-        unmarked = [token for token in controls if not token["special"]]
+        unmarked = [
+            token for token in parsed["added_tokens"]
+            if not token["special"] and (token["content"] in known or re.fullmatch(CONTROL, token["content"]))
+        ]  # fmt: skip
     except (ValueError, KeyError, TypeError):
         raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
     for token in unmarked:
@@ -333,6 +380,11 @@ def _digest(parsed: dict[str, Any], ends: dict[str, str | None]) -> str:
         decisive["ends"] = ends
     decisive["added_tokens"] = [(token["id"], token["content"]) for token in parsed["added_tokens"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _first_with(byte: int) -> str:
+    """The first character whose UTF-8 begins with `byte`: one of ASCII's, or one of those from 0xF1 on."""
+    return chr(byte if byte < 0x80 else (byte & 7) * _PER_BYTE)
 
 
 def _byte_characters() -> list[str]:

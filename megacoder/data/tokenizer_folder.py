@@ -16,7 +16,13 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.data.tokenizer import HUGGING_FACE_CONFIG, SPECIAL_TOKENS, token_text
+from megacoder.data.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    HUGGING_FACE_CONFIG,
+    SPECIAL_TOKENS,
+    puts_bos_in_front,
+    token_text,
+)
 
 __all__ = [
     "GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "extended_files", "num_rows_in",
@@ -27,9 +33,8 @@ _DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _MODEL = "config.json"
 GENERATION = "generation_config.json"
 """Names the ids that end a text, as config.json may."""
-_TEMPLATE = "chat_template.jinja"
 _ADDED = "added_tokens.json"
-_BESIDE = ("special_tokens_map.json", _ADDED, _TEMPLATE)
+_BESIDE = ("special_tokens_map.json", _ADDED, CHAT_TEMPLATE_FILE)
 """Further files of some folders; copied unchanged."""
 _NAMED = ("bos_token", "eos_token", "pad_token")
 
@@ -48,8 +53,8 @@ class TokenizerFiles:
 
 def chat_template_in(folder: Path) -> str | None:
     """The chat template that transformers finds in `folder`, if any; FormatError where a file is damaged."""
-    if (folder / _TEMPLATE).is_file():
-        return _read(folder / _TEMPLATE)
+    if (folder / CHAT_TEMPLATE_FILE).is_file():
+        return _read(folder / CHAT_TEMPLATE_FILE)
     found = _settings(folder / _SETTINGS).get("chat_template") if (folder / _SETTINGS).is_file() else None
     if isinstance(found, list):  # several, by name
         found = next((one["template"] for one in found if one["name"] == "default"), None)
@@ -96,7 +101,7 @@ def extended_files(files: dict[str, str], ids: dict[str, int], folder: Path) -> 
         settings["added_tokens_decoder"] = listed | {str(index): token for index, token in tokens.items()}
     if _ADDED in files:
         files = files | {_ADDED: _as_json(_object_in(files[_ADDED], folder / _ADDED) | ids)}
-    if _TEMPLATE not in files:
+    if CHAT_TEMPLATE_FILE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     return files | {_DEFINITION: _as_json(definition), _SETTINGS: _as_json(settings)}
 
@@ -114,6 +119,8 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     definition = _read(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
     settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
+    if not _begins_texts(settings, backend, folder):
+        settings["bos_token"] = None
     if chat is not None:
         end = chat.end_token(token.content for token in backend.get_added_tokens_decoder().values())
         if end is None:
@@ -131,12 +138,19 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
         definition = backend.to_str(pretty=True)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {} if max_length is None else {"model_max_length": max_length}
-    if _TEMPLATE not in files and backend.token_to_id(SPECIAL_TOKENS["eot"]) is not None:
+    if CHAT_TEMPLATE_FILE not in files and backend.token_to_id(SPECIAL_TOKENS["eot"]) is not None:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     files |= {_DEFINITION: definition, _SETTINGS: _as_json(settings)}
     eos_ids = ends[0] if len(ends) == 1 else ends or None
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
+
+
+def _begins_texts(settings: dict[str, Any], backend: tokenizers.Tokenizer, folder: Path) -> bool:
+    """Whether texts begin with the BOS of `settings`, if they name one: chat templates here then print it."""
+    bos = token_text(settings.get("bos_token"))
+    in_front = puts_bos_in_front(settings, folder) or backend.encode("").ids[:1] == [backend.token_to_id(bos or "")]
+    return in_front or bos in (None, SPECIAL_TOKENS["bos"])
 
 
 def _as_json(value: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +270,27 @@ def test_a_format_may_use_any_control_token(llama3):
     ]  # fmt: skip
     assert FormatConfig.from_jinja(OWN.jinja) == OWN
     assert OWN.end_token(tokenizer.control_ids) == "</s>"
+
+
+def test_the_format_of_llama3_in_the_readme_has_the_ids_of_its_template(tmp_path):
+    """Which trims contents: these have no white space around."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^\[data\.conversations\.format\] +# Llama 3's.*?(?=^```)", text, re.MULTILINE | re.DOTALL)
+    chat = FormatConfig(**tomllib.loads(block[0])["data"]["conversations"]["format"])
+    controls = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    folder = write_folder(tmp_path, LLAMA3, controls, bos_token=controls[0], eos_token=controls[1])
+    head = "<|start_header_id|>{{ %s }}<|end_header_id|>{{ '\\n\\n' }}"
+    turn = head % "message.role" + "{{ message.content | trim }}<|eot_id|>"
+    turns = "{% for message in messages %}" + turn + "{% endfor %}"
+    asking = "{% if add_generation_prompt %}" + head % "'assistant'" + "{% endif %}"
+    theirs = theirs_of(folder, "{{ bos_token }}" + turns + asking)
+    ours = ChatFormat(chat, Tokenizer.load(folder))
+    for messages in conversations(20):
+        stripped = [(role, content.strip()) for role, content in messages]
+        assert joined(ours.segments(stripped)) == theirs.apply_chat_template(rendered(stripped), return_dict=False)
+        asked = theirs.apply_chat_template(rendered(stripped[:-1]), add_generation_prompt=True, return_dict=False)
+        assert ours.prompt(stripped[:-1]) == asked
+    assert FormatConfig.from_jinja(chat.jinja) == chat
 
 
 @pytest.mark.parametrize("chat", [OWN, CHATML, replace(OWN, after=""), replace(OWN, end="\n<|EOT|>", bos=True)])

@@ -96,10 +96,11 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     spare = config.model.vocab_size - tokenizer.vocab_size
     if spare < 0 or (spare > 0 and config.init_from is None):
-        further = " (a new run enlarges the weights that it starts from)" if config.init_from else ""
+        or_more = ", or what the weights of init_from have, if that is more (a new run enlarges them)"
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} ids; set model.vocab_size = {tokenizer.vocab_size}{further}"
+            f"{tokenizer.vocab_size} ids; set model.vocab_size = {tokenizer.vocab_size}"
+            f"{or_more if config.init_from else ''}"
         )
     return tokenizer
 

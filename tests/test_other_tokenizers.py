@@ -92,11 +92,30 @@ def test_a_copy_is_the_same_and_other_ends_are_another_tokenizer(llama3, tmp_pat
     tokenizer.save(tmp_path)
     for other in (copied, Tokenizer.load(tmp_path)):
         assert (other.bos_id, other.eos_id, other.digest) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.digest)
-    named = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"}
+    named = {"bos": "<|begin_of_text|>", "eos": "<|begin_of_text|>"}
     assert Tokenizer(tokenizer.definition, named).digest != tokenizer.digest
     deepseeks = small_tokenizer()
     assert Tokenizer(deepseeks.definition, {"eos": "<|EOT|>"}).digest == deepseeks.digest
     assert Tokenizer(deepseeks.definition, {"eos": "<|EOT|>"}).eos_id == deepseeks.eos_id
+
+
+@pytest.mark.parametrize(
+    ("controls", "turn", "text"),
+    [
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>", "<|end_of_text|>"),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|endoftext|>"),
+        (["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_end|>"),
+    ],
+)
+def test_documents_of_a_tuned_model_end_as_in_its_pretraining(controls, turn, text, tmp_path):
+    """Its folder names what ends a turn, which ends what it generates, too; datasets serve the base model and it."""
+    folder = write_folder(tmp_path, LLAMA3, controls, eos_token=turn)
+    tokenizer = Tokenizer.load(folder)
+    ids = {tokenizer.control_ids[turn], tokenizer.control_ids[text]}
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (tokenizer.control_ids[text], ids)
+    assert tokenizer.digest == Tokenizer(tokenizer.definition, {"eos": text}).digest
+    exported = read_tokenizer_files(folder, max_length=8).ids["eos_token_id"]
+    assert {*(exported if isinstance(exported, list) else [exported])} == ids
 
 
 def test_without_a_token_that_ends_a_text_nothing_can_be_trained(llama3, tmp_path):

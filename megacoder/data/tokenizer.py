@@ -33,7 +33,8 @@ from megacoder.core.files import write_json, write_text
 
 __all__ = [
     "ADDED_NAMES", "CHAT_TEMPLATE_FILE", "CONTROL", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS",
-    "Tokenizer", "infill_text", "puts_bos_in_front", "say_if_changed", "sentinels_among", "token_text",
+    "Tokenizer", "infill_text", "puts_bos_in_front", "say_if_changed", "sentinels_among",
+    "text_end", "token_text",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -63,6 +64,8 @@ after what follows them, and stand in the same places."""
 ADDED_NAMES = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
 """What `megacoder tokenizer extend` adds: what fill-in-the-middle and chat formats use. Begin, end and padding stay the
 model's own, which it has learned."""
+_TEXT_ENDS = {"<|im_end|>": "<|endoftext|>", "<|eot_id|>": "<|end_of_text|>"}
+"""What ends texts, by what ends turns, which the folders of tuned models name instead."""
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
 CONTROL = "<[|｜][^<>|｜]+[|｜]>"
 """A regular expression for how control tokens are spelled. What else a tokenizer adds may be part of a text, such as
@@ -99,7 +102,8 @@ class Tokenizer:
     `control_ids` are the ids of all control tokens by their strings, `added_texts` are other added tokens, which texts
     may hold.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
-    string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, and what a model's folder adds.
+    string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, which ends documents, what
+    the settings name instead, such as the end of a turn, and what a model's folder adds.
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
     """
 
@@ -124,6 +128,7 @@ class Tokenizer:
         front = self._backend.encode("").tokens
         in_front = {"bos": front[0]} if front else {}
         chosen = in_front | self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
+        chosen["eos"] = text_end(self._named.get("eos", ""), ids)
         self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
         self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
         if "eos" not in self._controls:
@@ -132,7 +137,7 @@ class Tokenizer:
         self.bos_id, self.pad_id = (ids[self._controls.get(name, self._controls["eos"])] for name in ("bos", "pad"))
         self.has_bos = "bos" in self._controls
         self.beginning = [self.bos_id] if self.has_bos else []
-        self.end_ids = {self.eos_id}
+        self.end_ids = {self.eos_id, ids.get(self._named.get("eos", ""), self.eos_id)}
         self.token_bytes = self._byte_table()
         self.vocab_size = len(self.token_bytes)
         self._missing = self._missing_bytes()
@@ -329,6 +334,12 @@ def token_text(value: Any) -> str | None:
     """A token as a tokenizer_config.json names it: a string, or an object around one."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
+
+
+def text_end(named: str, tokens: Container[str]) -> str:
+    """What ends the documents of a tokenizer that has `tokens`, where its settings name `named`."""
+    ends = (SPECIAL_TOKENS["eos"], _TEXT_ENDS.get(named, named))
+    return next((text for text in ends if text in tokens), named)
 
 
 def puts_bos_in_front(settings: Mapping[str, Any], folder: Path) -> bool:

@@ -21,6 +21,7 @@ from megacoder.data.tokenizer import (
     HUGGING_FACE_CONFIG,
     SPECIAL_TOKENS,
     puts_bos_in_front,
+    text_end,
     token_text,
 )
 
@@ -128,7 +129,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
         settings |= {"chat_template": chat.jinja, "eos_token": end}
     named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
-    more_ends = end_ids_in(folder) if chat is None else []
+    more_ends = [*end_ids_in(folder), *_document_ends(named["eos_token"], backend)] if chat is None else []
     ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *more_ends]))
     bos = named["bos_token"]
     if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
@@ -151,6 +152,13 @@ def _begins_texts(settings: dict[str, Any], backend: tokenizers.Tokenizer, folde
     bos = token_text(settings.get("bos_token"))
     in_front = puts_bos_in_front(settings, folder) or backend.encode("").ids[:1] == [backend.token_to_id(bos or "")]
     return in_front or bos in (None, SPECIAL_TOKENS["bos"])
+
+
+def _document_ends(named: str | None, backend: tokenizers.Tokenizer) -> list[int]:
+    """The id that ends documents where settings name `named`, as far as there is one."""
+    ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    end = ids.get(text_end(named or "", ids))
+    return [] if end is None else [end]
 
 
 def _as_json(value: dict[str, Any]) -> str:

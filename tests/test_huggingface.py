@@ -42,6 +42,7 @@ SHAPES = {
     "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "biases": {"qkv_bias": True, "rope_theta": 1e6},
     "biases, tied, linear rope": {"qkv_bias": True, "tie_word_embeddings": True, "rope_factor": 4.0},
+    "biases, head_dim of its own": {"qkv_bias": True, "head_dim": 24},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }
 
@@ -156,6 +157,16 @@ def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
         import_model(tmp_path / "hf")
 
 
+def test_a_bias_that_our_models_lack_is_refused_unless_it_is_zero(tmp_path):
+    export_model(make_model(qkv_bias=True, head_dim=24), tmp_path / "hf")
+    tensors, name = load_file(tmp_path / "hf" / "model.safetensors"), "model.layers.1.self_attn.o_proj.bias"
+    assert not tensors[name].any()
+    tensors[name][-1] = 1e-3
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero; only biases of queries"):
+        import_model(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
@@ -252,7 +263,8 @@ def edit_config(folder, **changes):
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel'"),
         ({"architectures": None}, "architecture 'none named'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
+        ({"attention_bias": True}, r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is missing"),
+        ({"attention_bias": "yes"}, "attention_bias = 'yes': expected true or false"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'; only 'default', 'linear'"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"RoPE of type \"\['yarn'\]\"; only 'default'"),
@@ -439,8 +451,6 @@ def test_faulty_shards_are_named(tmp_path, monkeypatch):
 def test_exports_that_transformers_would_refuse_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_attention_heads 3"):
         export_model(make_model(num_attention_heads=3, num_key_value_heads=1), tmp_path / "hf")
-    with pytest.raises(ConfigError, match="head_dim 24 is not hidden_size / num_attention_heads = 16; with biases"):
-        export_model(make_model(qkv_bias=True, head_dim=24), tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"dtype torch\.float16"):
         export_model(make_model(), tmp_path / "hf", dtype=torch.float16)
     assert os.listdir(tmp_path) == []

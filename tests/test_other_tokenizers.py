@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from command_line import run_command
 from data_samples import NASTY_TEXTS, small_tokenizer, source_texts, write_jsonl
+from tiny_models import make_model, tiny_config
 from tokenizer_folders import LLAMA3, O200K, number_added, remove_bytes, with_controls, write_folder
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -30,7 +31,7 @@ from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_fil
 from megacoder.evaluate import infill
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.model.config import ModelConfig
-from megacoder.model.huggingface import export_model
+from megacoder.model.huggingface import export_model, import_model
 from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.world import World
@@ -347,6 +348,31 @@ def test_an_imported_model_is_trained_on_and_exported(llama3, tmp_path, capsys):
             dataclasses.replace(config, output=tmp_path / "other", data=dataclasses.replace(config.data, stream=fim)),
             World(0, 1, 0, torch.device("cpu"), None),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("qwen", "Qwen2ForCausalLM"), ("llama3", "LlamaForCausalLM"), ("deepseeks", "LlamaForCausalLM")],
+)
+def test_a_model_with_biases_has_its_own_tokenizer_in_transformers(name, architecture, request, tmp_path):
+    """To every Qwen2, transformers 5 gives Qwen's splits."""
+    transformers = pytest.importorskip("transformers")
+    small_tokenizer().save(tmp_path / "deepseeks")
+    folder = tmp_path / name if name == "deepseeks" else request.getfixturevalue(name)
+    tokenizer = Tokenizer.load(folder)
+    model = make_model(tiny_config(vocab_size=tokenizer.vocab_size, qkv_bias=True, head_dim=8))
+    export_model(model, tmp_path / "hf", tokenizer_folder=folder)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [architecture]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (*source_texts(2), *NASTY_TEXTS[1:7], *NASTY_TEXTS[8:]):
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    assert len(theirs) == tokenizer.vocab_size
+    computed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), computed(tokens).logits, rtol=0, atol=1e-4)
+    again = import_model(tmp_path / "hf")
+    assert again.config == dataclasses.replace(model.config, vocab_multiple=again.config.vocab_multiple)
 
 
 def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):

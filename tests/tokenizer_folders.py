@@ -83,7 +83,7 @@ def write_folder(
 ) -> Path:
     """Trains a tokenizer with this split and the control tokens `controls`, which its file does not mark special; with
     `puts_bos` its file puts a BOS of the settings in front of texts."""
-    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=split == LLAMA3))
     if normalizer is not None:
         backend.normalizer = normalizer
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

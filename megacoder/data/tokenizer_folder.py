@@ -2,7 +2,8 @@
 
 transformers chooses a class by `tokenizer_class` and lets it change what tokenizer.json says: `LlamaTokenizerFast`,
 which DeepSeek's folders name, puts BOS in front by itself, and transformers 5 doubts that it is meant. So what leaves
-here names the one class that changes nothing, and tokenizer.json itself says that BOS comes first.
+here names the one class that changes nothing, and tokenizer.json itself says that BOS comes first. Beside a Qwen2 that
+name is not heeded (`TokenizerFiles.is_qwens`).
 """
 
 import json
@@ -38,6 +39,10 @@ _ADDED = "added_tokens.json"
 _BESIDE = ("special_tokens_map.json", _ADDED, CHAT_TEMPLATE_FILE)
 """Further files of some folders; copied unchanged."""
 _NAMED = ("bos_token", "eos_token", "pad_token")
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,9 @@ class TokenizerFiles:
     """bos_token_id, eos_token_id (a list where several ids end a text), pad_token_id"""
     vocab_size: int
     """ids, control tokens included"""
+    is_qwens: bool
+    """whether it normalizes and splits text as Qwen2's and has its end token: transformers 5 gives these to the
+    tokenizer of every Qwen2"""
 
 
 def chat_template_in(folder: Path) -> str | None:
@@ -144,7 +152,7 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     files |= {_DEFINITION: definition, _SETTINGS: _as_json(settings)}
     eos_ids = ends[0] if len(ends) == 1 else ends or None
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
-    return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend))
+    return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend), is_qwens=_is_qwens(backend))
 
 
 def _begins_texts(settings: dict[str, Any], backend: tokenizers.Tokenizer, folder: Path) -> bool:
@@ -170,6 +178,18 @@ def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exceptions
         raise FormatError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _is_qwens(backend: tokenizers.Tokenizer) -> bool:
+    definition = json.loads(backend.to_str())
+    steps = (definition["pre_tokenizer"] or {}).get("pretokenizers", [])
+    splits = [(step["type"], step.get("pattern")) for step in steps]
+    return (
+        (definition["normalizer"] or {}).get("type") == "NFC"
+        and splits == [("Split", {"Regex": _QWEN_SPLIT}), ("ByteLevel", None)]
+        and not definition["model"].get("ignore_merges")
+        and backend.token_to_id(_QWEN_END) is not None
+    )
 
 
 def _num_ids(backend: tokenizers.Tokenizer) -> int:

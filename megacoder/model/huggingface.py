@@ -5,6 +5,10 @@ keys and values `Qwen2ForCausalLM`.
 `import_model` reads what they and DeepSeek publish.
 Names are already Hugging Face's (`weight_pieces`). Two things differ: the vocabulary's padding is not exported, and
 RoPE has several spellings (`megacoder.model.huggingface_rope`).
+
+A Qwen2 gets Qwen's own tokenizer class in transformers 5, thus also in vLLM, which splits text its own way whatever
+tokenizer.json says. So a model with biases and another tokenizer leaves as a Llama with biases, and with one of the
+attention's output, which a Llama then has too: it is zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -42,11 +46,10 @@ __all__ = [
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
 _FIXED: dict[str, dict[str, Any]] = {
-    _LLAMA: {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    _LLAMA: {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False},
     _QWEN2: {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
 }
-"""By architecture, settings that all our models share; a folder with different ones is refused. Llama's attention_bias
-is one of the output, too."""
+"""By architecture, settings that all our models share; a folder with different ones is refused."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes for which transformers has no default, or a default that nobody means."""
 _POSITIONS = {_LLAMA: 2048, _QWEN2: 32768}
@@ -59,11 +62,13 @@ def export_model(
     *,
     dtype: torch.dtype | None = None,
     tokenizer_folder: Path | None = None,
+    chat: FormatConfig | None = None,
 ) -> None:
     """Writes `folder`, replacing an older one only when complete; memory beyond the model is a few rows.
 
     `dtype` is float32 or bfloat16, the model's own unless given. With `tokenizer_folder` its files are copied, and the
-    ids of BOS, EOS and padding are put in the configuration. Raises ConfigError for what transformers would refuse.
+    ids of BOS, EOS and padding are put in the configuration. `chat` is the format of a model that was tuned with one.
+    Raises ConfigError for what transformers would refuse.
     """
     if model.tp.size > 1:
         raise ConfigError(f"a model sharded with tp = {model.tp.size} cannot be exported; export its checkpoint")
@@ -72,7 +77,7 @@ def export_model(
         folder, model.config,
         lambda name: (rows.flatten() for rows in views[name].split(max(1, CHUNK_ELEMENTS // views[name][0].numel()))),
         dtype=model.lm_head.weight.dtype if dtype is None else dtype,
-        tokenizer_folder=tokenizer_folder,
+        tokenizer_folder=tokenizer_folder, chat=chat,
     )  # fmt: skip
 
 
@@ -85,10 +90,7 @@ def write_folder(
     tokenizer_folder: Path | None,
     chat: FormatConfig | None = None,
 ) -> None:
-    """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,).
-
-    `chat` is the format of a model that was tuned with one.
-    """
+    """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,)."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
     if config.hidden_size % config.num_attention_heads:
@@ -96,24 +98,27 @@ def write_folder(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
             "transformers refuses to load such a model"
         )
-    if config.qkv_bias and config.head_dim != config.hidden_size // config.num_attention_heads:
-        raise ConfigError(
-            f"head_dim {config.head_dim} is not hidden_size / num_attention_heads = "
-            f"{config.hidden_size // config.num_attention_heads}; with biases a model is exported as {_QWEN2}, which "
-            "has no other"
-        )
     ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
+    as_qwen2 = config.head_dim == config.hidden_size // config.num_attention_heads  # Qwen2 has no other
     if tokenizer_folder is not None:
         tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings, chat=chat)
         check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
         ids, files = tokenizer.ids, tokenizer.files
+        as_qwen2 &= tokenizer.is_qwens
+    table = config_to_huggingface(config, dtype, as_qwen2=as_qwen2)
+    zeros = _zero_shapes(config, table)
+    shapes = weight_shapes(config) | zeros
+
+    def chunks(name: str) -> Iterable[Tensor]:
+        return [torch.zeros(zeros[name])] if name in zeros else stream(name)
+
     write_model_folder(
         folder,
-        config=config_to_huggingface(config, dtype) | ids,
+        config=table | ids,
         generation_config={"do_sample": False} | ids,
-        tensors=[StoredTensor(name, dtype_name(dtype), shape) for name, shape in weight_shapes(config).items()],
-        data=lambda name: (bytes_of(chunk.to("cpu", dtype)) for chunk in stream(name)),
+        tensors=[StoredTensor(name, dtype_name(dtype), shape) for name, shape in shapes.items()],
+        data=lambda name: (bytes_of(chunk.to("cpu", dtype)) for chunk in chunks(name)),
         files=files,
     )
 
@@ -122,6 +127,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every weight, in the order in which a forward reads them; takes no memory."""
     with torch.device("meta"):
         return {piece.hf_name: piece.shard.shape for piece in weight_pieces(Transformer(config))}
+
+
+def _zero_shapes(config: ModelConfig, table: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the biases that a folder with this config.json has and our models lack."""
+    if not table.get("attention_bias"):
+        return {}
+    layers = range(config.num_hidden_layers)
+    return {f"model.layers.{layer}.self_attn.o_proj.bias": (config.hidden_size,) for layer in layers}
 
 
 def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder | DcpFolder]:
@@ -136,7 +149,11 @@ def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any], TensorFolder
     ignored = ["rotary_emb.inv_freq"]  # older folders hold this table, which config.json implies
     if config.tie_word_embeddings:
         ignored.append("lm_head.weight")
-    tensors.check(weight_shapes(config), ignored=ignored)
+    zeros = _zero_shapes(config, table)
+    tensors.check(weight_shapes(config) | zeros, ignored=ignored)
+    for name in zeros:
+        if tensors.read(name).any():
+            raise FormatError(f"{folder}: {name} is not zero; only biases of queries, keys and values can be loaded")
     return config, table, tensors
 
 
@@ -182,10 +199,11 @@ def import_with_tokenizer(
     return model, tokenizer
 
 
-def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of `config`, without the tokenizer's ids."""
-    architecture = _QWEN2 if config.qkv_bias else _LLAMA
+def config_to_huggingface(config: ModelConfig, dtype: torch.dtype, *, as_qwen2: bool = True) -> dict[str, Any]:
+    """config.json of `config`, without the tokenizer's ids; a model with biases is a Qwen2 if it may be one."""
+    architecture = _QWEN2 if config.qkv_bias and as_qwen2 else _LLAMA
     fixed = _FIXED[architecture]
+    biases = {"attention_bias": config.qkv_bias} if architecture == _LLAMA else {}
     return {
         "architectures": [architecture],
         "model_type": fixed["model_type"],
@@ -205,6 +223,7 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         **fixed,
+        **biases,
     }
 
 
@@ -228,6 +247,9 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
     for key, value in fixed.items():
         if table.get(key, value) != value:
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
+    biased = table.get("attention_bias") if architecture == _LLAMA else True
+    if biased not in (None, False, True):
+        raise FormatError(f"{where}: attention_bias = {biased!r}: expected true or false")
     if table.get("quantization_config") is not None:
         raise FormatError(f"{where}: the weights are quantized; only plain float weights can be loaded")
     rope = rope_from_huggingface(table, where)
@@ -249,7 +271,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             rope_scaling=rope["scaling"],
             max_position_embeddings=_read(table, "max_position_embeddings", where, default=_POSITIONS[architecture]),
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
-            qkv_bias=architecture == _QWEN2,
+            qkv_bias=bool(biased),
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:

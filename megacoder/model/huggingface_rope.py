@@ -31,7 +31,7 @@ def rope_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling.kind != "linear" or config.rope_factor != 1.0:
         own = {name: value for name, value in to_dict(scaling).items() if name in READ_BY[scaling.kind]}
-        if "attention_factor" in own:  # under vLLM's name, too
+        if "attention_factor" in own:  # under older vLLM's name, too
             own["attn_factor"] = own["attention_factor"] / default_attention_factor(config.rope_factor)
         if own.get("truncate"):  # the default, and a key that older readers do not know
             del own["truncate"]
@@ -102,8 +102,8 @@ def _understood(given: dict[str, Any], known: tuple[str, ...], key: str, where: 
 def _resolve_attention_factor(given: dict[str, Any], said: str) -> None:
     """Puts `attention_factor` in the place of its other spellings, and nothing where these mean the default.
 
-    DeepSeek's `mscale` and `mscale_all_dim` count where it is absent, as in transformers. vLLM reads `attn_factor`
-    instead, as a share of the default, which must then mean the same.
+    DeepSeek's `mscale` and `mscale_all_dim` count where it is absent, as in transformers. Older vLLM reads
+    `attn_factor` instead, as a share of the default, which must then mean the same.
     """
     pair = [given.pop(name, 0) for name in ("mscale", "mscale_all_dim")]
     factor, share = given["factor"], given.pop("attn_factor", None)

@@ -4,7 +4,12 @@
 
 The converter finds out how text is split from a hash of the ids that a sample text gets, so that it knows published
 vocabularies alone, and refuses others. llama.cpp itself has our splits, as "deepseek-coder": this script gives the
-converter that name where tokenizer.json has them, and hands all further options on.
+converter that name where tokenizer.json has them, and hands all further options on. The converter reads one token that
+ends a text; where generation_config.json names another, it is written, too.
+
+Of YaRN, the converter writes an attention factor where llama.cpp does not read it: here it is written as the share of
+the default that llama.cpp multiplies by. Other settings of YaRN than the usual are refused (exit code 2), since
+llama.cpp does not read them, and would compute something else.
 """
 
 import argparse
@@ -12,9 +17,12 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megacoder.data.tokenizer import MIN_VOCAB_SIZE
+from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.data.tokenizer_training import train_tokenizer
+from megacoder.ops.rope_scaling import RopeScaling
 
 
 def main() -> None:
@@ -24,11 +32,19 @@ def main() -> None:
     args, others = parser.parse_known_args()
     if not (args.llama_cpp / "convert_hf_to_gguf.py").is_file():
         parser.error(f"--llama-cpp {args.llama_cpp}: no convert_hf_to_gguf.py in it; name a checkout of llama.cpp")
+    rope = rope_of(args.model)
+    for name in ("beta_fast", "beta_slow", "truncate"):
+        if rope.get(name, usual := getattr(RopeScaling(), name)) != usual:
+            parser.error(f"{args.model}: YaRN with {name} = {rope[name]}; llama.cpp computes with {usual} in any case")
     sys.path.insert(0, str(args.llama_cpp))
     converter = importlib.import_module("convert_hf_to_gguf")
+    text_model = sys.modules.get("conversion.base", converter).TextModel  # older versions are one module
     if has_our_splits(args.model):
-        text_model = sys.modules.get("conversion.base", converter).TextModel  # older versions are one module
         text_model.get_vocab_base_pre = lambda self, tokenizer: "deepseek-coder"
+        for name, index in zip(("eot", "eom"), further_ends(args.model), strict=False):
+            write_also(text_model, f"add_{name}_token_id", index)
+    if "attn_factor" in rope:
+        write_also(text_model, "add_rope_scaling_attn_factors", rope["attn_factor"])
     sys.argv = ["convert_hf_to_gguf.py", str(args.model), *others]
     converter.main()
 
@@ -37,6 +53,29 @@ def has_our_splits(model: Path) -> bool:
     ours = json.loads(train_tokenizer([], vocab_size=MIN_VOCAB_SIZE).definition)
     theirs = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     return bool(theirs.get("pre_tokenizer") == ours["pre_tokenizer"])
+
+
+def rope_of(model: Path) -> dict[str, Any]:
+    """What config.json says about RoPE, as `megacoder checkpoint export` writes it."""
+    found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("rope_parameters")
+    return found if isinstance(found, dict) else {}
+
+
+def further_ends(model: Path) -> list[int]:
+    """Ids that end a text beside the tokenizer's own."""
+    ends = read_tokenizer_files(model, max_length=None).ids["eos_token_id"]
+    return ends[1:] if isinstance(ends, list) else []
+
+
+def write_also(text_model: type[Any], method: str, value: float) -> None:
+    """Has the converter call this method of its writer, too."""
+    set_parameters = text_model.set_gguf_parameters
+
+    def set_all_parameters(self: Any) -> None:
+        set_parameters(self)
+        getattr(self.gguf_writer, method)(value)
+
+    text_model.set_gguf_parameters = set_all_parameters
 
 
 if __name__ == "__main__":

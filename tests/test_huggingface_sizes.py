@@ -139,7 +139,7 @@ def test_auto_config_reads_rope_and_ids(exported):
     assert config.max_position_embeddings == 16384
     generation = transformers.GenerationConfig.from_pretrained(folder)
     for found in (config, generation):
-        assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_id, tokenizer.eot_id)
+        assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_id, [tokenizer.eot_id, tokenizer.eos_id])
         assert found.pad_token_id == tokenizer.eos_id
 
 

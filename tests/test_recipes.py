@@ -108,7 +108,7 @@ def test_the_instructed_model_ends_its_answers(recipes):
     checkpoint_convert.export_main([str(recipes / "instruct"), str(recipes / "chat-model"), "--dtype", "fp32"])
     model, tokenizer = import_with_tokenizer(recipes / "chat-model", dtype=torch.float32)
     settings = json.loads((recipes / "chat-model" / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == tokenizer.eot_id
+    assert settings["eos_token_id"] == [tokenizer.eot_id, tokenizer.eos_id]
     chat = ChatFormat(SHORT, tokenizer)
     prompts = [chat.segments([("user", f"say {word}"), ("assistant", "")])[0].ids for word in WORDS]
     answers = generate(model, prompts, max_new_tokens=24, stop_ids=[tokenizer.eot_id])

@@ -565,7 +565,7 @@ def test_an_instructed_model_answers_and_stops(toy, monkeypatch):
     checkpoint_convert.export_main([str(folder / "run"), str(folder / "exported"), "--dtype", "fp32"])
     model, tokenizer = import_with_tokenizer(folder / "exported", dtype=torch.float32)
     settings = json.loads((folder / "exported" / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == tokenizer.eot_id, "what serves the model must stop there"
+    assert settings["eos_token_id"] == [tokenizer.eot_id, tokenizer.eos_id], "what serves the model must stop there"
     chat = ChatFormat(SHORT, tokenizer)
     prompts = [
         joined(chat.segments([("user", row["instruction"]), ("assistant", "")])[:-2]) for row in rows

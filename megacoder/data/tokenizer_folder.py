@@ -120,8 +120,9 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     there is no model.
 
     Settings are added where there are none. The chat template is that of `chat`, the format that a model was tuned
-    with, whose end marker then ends a text. Without `chat` it is the folder's own or, where its control tokens are
-    there, DeepSeek-Coder's. Raises FormatError naming the file that is missing or wrong.
+    with, whose end marker then ends a text, beside what ends documents, such as what a tuned model fills in. Without
+    `chat` it is the folder's own or, where its control tokens are there, DeepSeek-Coder's. Raises FormatError naming
+    the file that is missing or wrong.
     """
     beside = _BESIDE if chat is None else ()  # they say how the folder's own model ends a text and is asked
     files = {name: _read(folder / name) for name in beside if (folder / name).is_file()}
@@ -137,8 +138,9 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
         settings |= {"chat_template": chat.jinja, "eos_token": end}
     named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
-    more_ends = [*end_ids_in(folder), *_document_ends(named["eos_token"], backend)] if chat is None else []
-    ends = list(dict.fromkeys([*([] if eos_id is None else [eos_id]), *more_ends]))
+    own_ends = end_ids_in(folder) if chat is None else []
+    all_ends = [*([] if eos_id is None else [eos_id]), *own_ends, *_document_ends(named["eos_token"], backend)]
+    ends = list(dict.fromkeys(all_ends))
     bos = named["bos_token"]
     if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
         backend.post_processor = processors.TemplateProcessing(

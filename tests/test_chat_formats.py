@@ -124,6 +124,11 @@ def test_a_qwen2_with_a_template_of_another_form_is_asked_by_transformers(tmp_pa
         assert _why_transformers(folder, instruct=False) is None
 
 
+def test_a_mistral_is_asked_by_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"], "model_type": "mistral"}')
+    assert _why_transformers(tmp_path, instruct=False) == "the architecture MistralForCausalLM"
+
+
 @pytest.mark.parametrize("option", ["--tp 2", "--dtype float32", "--tokenizer {folder}"])
 def test_what_transformers_would_ignore_is_refused(tmp_path, capsys, option):
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')

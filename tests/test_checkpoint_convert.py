@@ -366,8 +366,8 @@ def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, 
     ("changes", "message"),
     [
         (
-            {"architectures": ["Qwen3ForCausalLM"]},
-            "architecture 'Qwen3ForCausalLM'; only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded",
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM' and 'Qwen2ForCausalLM' can be loaded",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'"),
     ],

@@ -146,13 +146,53 @@ def test_a_qwen2_is_read(tmp_path, tied, published):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention' in every layer"),
         ({"model_type": "llama"}, "model_type 'llama' beside architecture 'Qwen2ForCausalLM'; expected 'qwen2'"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "k_proj.bias has no place"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', .* can be load"),
     ],
 )
 def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
     export_model(make_model(qkv_bias=True), tmp_path / "hf")
     edit_config(tmp_path / "hf", **changes)
     with pytest.raises(FormatError, match=message):
+        import_model(tmp_path / "hf")
+
+
+def write_mistral(folder, **changes):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "rope_theta": 1e6,
+    }  # fmt: skip
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**(sizes | changes)))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": None}, {"sliding_window": 64}, {}, {"head_dim": 16}], ids=str)
+def test_a_mistral_is_read_and_exported_as_a_llama(tmp_path, changes):
+    theirs = write_mistral(tmp_path / "hf", **changes)
+    model = import_model(tmp_path / "hf")
+    export_model(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({"sliding_window": 63}, "63"), ({"sliding_window": "64"}, "'64'"), ({"max_position_embeddings": 4097}, "4096")],
+)
+def test_a_mistral_with_a_sliding_window_is_refused(tmp_path, changes, window):
+    """Also where the key is missing, which transformers takes for 4,096."""
+    write_mistral(tmp_path / "hf", sliding_window=None)
+    path = tmp_path / "hf" / "config.json"
+    table = json.loads(path.read_text())
+    del table["sliding_window"]
+    path.write_text(json.dumps(table | changes))
+    with pytest.raises(FormatError, match=rf"sliding_window = {window}, below max_position_embeddings = \d+; only"):
         import_model(tmp_path / "hf")
 
 

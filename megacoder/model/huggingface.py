@@ -1,5 +1,5 @@
 """The transformer to and from a Hugging Face folder, without a changed bit: `LlamaForCausalLM`, with biases of queries,
-keys and values `Qwen2ForCausalLM`.
+keys and values `Qwen2ForCausalLM`. A `MistralForCausalLM` without a sliding window is read as the Llama that it is.
 
 `transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
 `import_model` reads what they and DeepSeek publish.
@@ -40,17 +40,20 @@ __all__ = [
 ]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+_LLAMA, _MISTRAL, _QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
 _FIXED: dict[str, dict[str, Any]] = {
     _LLAMA: {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    _MISTRAL: {"model_type": "mistral", "hidden_act": "silu"},
     _QWEN2: {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
 }
 """By architecture, settings that all our models share; a folder with different ones is refused. Llama's attention_bias
 is one of the output, too."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes for which transformers has no default, or a default that nobody means."""
-_POSITIONS = {_LLAMA: 2048, _QWEN2: 32768}
+_POSITIONS = {_LLAMA: 2048, _MISTRAL: 131072, _QWEN2: 32768}
 """What transformers takes for max_position_embeddings where it is not given."""
+_MISTRAL_WINDOW = 4096
+"""And for a Mistral's sliding_window; null means none."""
 
 
 def export_model(
@@ -217,8 +220,8 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
     """The ModelConfig of a config.json; FormatError, beginning with `where`, for anything unsupported."""
     architecture = (table.get("architectures") or ["none named"])[0]
     if not can_load(table):
-        known = " and ".join(map(repr, _FIXED))
-        raise FormatError(f"{where}: architecture {architecture!r}; only {known} can be loaded")
+        *others, last = map(repr, _FIXED)
+        raise FormatError(f"{where}: architecture {architecture!r}; only {', '.join(others)} and {last} can be loaded")
     fixed = _FIXED[architecture]
     if table.get("model_type", fixed["model_type"]) != fixed["model_type"]:
         raise FormatError(
@@ -238,6 +241,9 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             f"{where}: layer_types = {table['layer_types']!r}; only 'full_attention' in every layer can be loaded"
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    positions = _read(table, "max_position_embeddings", where, default=_POSITIONS[architecture])
+    if architecture == _MISTRAL:
+        _check_window(table, positions, where)
     try:
         return ModelConfig(
             **sizes,
@@ -247,13 +253,23 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
             rope_factor=_read(rope, "factor", where, default=1.0),
             rope_scaling=rope["scaling"],
-            max_position_embeddings=_read(table, "max_position_embeddings", where, default=_POSITIONS[architecture]),
+            max_position_embeddings=positions,
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
             qkv_bias=architecture == _QWEN2,
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def _check_window(table: dict[str, Any], positions: int, where: str) -> None:
+    """FormatError where a Mistral's tokens do not see all of the `positions` before them."""
+    window = table.get("sliding_window", _MISTRAL_WINDOW)
+    if window is not None and not (isinstance(window, int) and window >= positions):
+        raise FormatError(
+            f"{where}: sliding_window = {window!r}, below max_position_embeddings = {positions}; only models whose "
+            "tokens see all positions before them can be loaded"
+        )
 
 
 def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:

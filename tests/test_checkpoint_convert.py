@@ -197,8 +197,9 @@ def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_a_qwen2_through_another_layout_changes_no_byte(case, tmp_path, capsys, kv_heads):
-    config = dataclasses.replace(config_of(case, "x").model, qkv_bias=True, num_key_value_heads=kv_heads)
+@pytest.mark.parametrize("more", ["qkv_bias", "qk_norm"])
+def test_a_qwen_through_another_layout_changes_no_byte(case, tmp_path, capsys, more, kv_heads):
+    config = dataclasses.replace(config_of(case, "x").model, num_key_value_heads=kv_heads, **{more: True})
     export_model(make_model(config), tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer")
     assert run(capsys, "import", tmp_path / "hf", tmp_path / "start")[0] == 0
     assert run(capsys, "reshard", tmp_path / "start", tmp_path / "two", "--tp", 2)[0] == 0
@@ -367,7 +368,7 @@ def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, 
     [
         (
             {"architectures": ["Qwen2MoeForCausalLM"]},
-            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM' and 'Qwen2ForCausalLM' can be loaded",
+            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM' and "
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'"),
     ],

@@ -42,6 +42,9 @@ SHAPES = {
     "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "biases": {"qkv_bias": True, "rope_theta": 1e6},
     "biases, tied, linear rope": {"qkv_bias": True, "tie_word_embeddings": True, "rope_factor": 4.0},
+    "normed heads": {"qk_norm": True, "rope_theta": 1e6, "head_dim": 24},
+    "normed heads, tied, yarn": {"qk_norm": True, "tie_word_embeddings": True, "rope_factor": 4.0, "rope_scaling": YARN},
+    "normed heads, no multiple": {"qk_norm": True, "num_attention_heads": 6, "rms_norm_eps": 1e-2},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }
 
@@ -151,6 +154,58 @@ def test_a_qwen2_is_read(tmp_path, tied, published):
 )
 def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
     export_model(make_model(qkv_bias=True), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **changes)
+    with pytest.raises(FormatError, match=message):
+        import_model(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("published", [False, True], ids=["as transformers writes it", "as Qwen published it"])
+def test_a_qwen3_is_read(tmp_path, tied, published):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=64, initializer_range=0.2,
+        tie_word_embeddings=tied, rope_theta=1e6,
+    )  # fmt: skip
+    theirs = transformers.Qwen3ForCausalLM(config)
+    for name, param in theirs.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(param, 1.0, 0.5)
+    theirs.save_pretrained(tmp_path / "hf")
+    if published:
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+                "initializer_range")  # fmt: skip
+        table = {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rope_theta": 1000000,
+            "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0, "max_window_layers": 36,
+            "sliding_window": None, "use_sliding_window": False, "use_cache": True, "tie_word_embeddings": tied,
+            "torch_dtype": "float32", **{key: getattr(config, key) for key in keys},
+        }  # fmt: skip
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
+    model = import_model(tmp_path / "hf")
+    assert (model.config.qk_norm, model.config.head_dim, model.config.tie_word_embeddings) == (True, 24, tied)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+    export_model(model, tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias = True; only False can be loaded"),
+        ({"use_sliding_window": True}, "use_sliding_window = True; only False can be loaded"),
+        ({"head_dim": None}, r"q_proj.weight .* implies \[512, 64\]"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "k_norm.weight has no place"),
+    ],
+)
+def test_a_qwen3_of_another_kind_is_refused(tmp_path, changes, message):
+    export_model(make_model(qk_norm=True), tmp_path / "hf")
     edit_config(tmp_path / "hf", **changes)
     with pytest.raises(FormatError, match=message):
         import_model(tmp_path / "hf")
@@ -481,6 +536,8 @@ def test_exports_that_transformers_would_refuse_are_refused(tmp_path):
         export_model(make_model(num_attention_heads=3, num_key_value_heads=1), tmp_path / "hf")
     with pytest.raises(ConfigError, match="head_dim 24 is not hidden_size / num_attention_heads = 16; with biases"):
         export_model(make_model(qkv_bias=True, head_dim=24), tmp_path / "hf")
+    with pytest.raises(ConfigError, match="qkv_bias = true: with qk_norm a model is exported as Qwen3ForCausalLM"):
+        export_model(make_model(qkv_bias=True, qk_norm=True), tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"dtype torch\.float16"):
         export_model(make_model(), tmp_path / "hf", dtype=torch.float16)
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """The transformer to and from a Hugging Face folder, without a changed bit: `LlamaForCausalLM`, with biases of queries,
-keys and values `Qwen2ForCausalLM`. A `MistralForCausalLM` without a sliding window is read as the Llama that it is.
+keys and values `Qwen2ForCausalLM`, with norms of queries and keys `Qwen3ForCausalLM`. A `MistralForCausalLM` without a
+sliding window is read as the Llama that it is.
 
 `transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
 `import_model` reads what they and DeepSeek publish.
@@ -40,20 +41,22 @@ __all__ = [
 ]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LLAMA, _MISTRAL, _QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+_LLAMA, _MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+_QWEN2, _QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 _FIXED: dict[str, dict[str, Any]] = {
     _LLAMA: {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     _MISTRAL: {"model_type": "mistral", "hidden_act": "silu"},
     _QWEN2: {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
+    _QWEN3: {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
 }
-"""By architecture, settings that all our models share; a folder with different ones is refused. Llama's attention_bias
-is one of the output, too."""
+"""By architecture, settings that all our models share; a folder with different ones is refused. Llama's and Qwen3's
+attention_bias is one of the output, too."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes for which transformers has no default, or a default that nobody means."""
-_POSITIONS = {_LLAMA: 2048, _MISTRAL: 131072, _QWEN2: 32768}
+_POSITIONS = {_LLAMA: 2048, _MISTRAL: 131072, _QWEN2: 32768, _QWEN3: 32768}
 """What transformers takes for max_position_embeddings where it is not given."""
-_MISTRAL_WINDOW = 4096
-"""And for a Mistral's sliding_window; null means none."""
+_MISTRAL_WINDOW, _QWEN3_HEAD_DIM = 4096, 128
+"""And for a Mistral's sliding_window, where null means none, and a Qwen3's head_dim."""
 
 
 def export_model(
@@ -94,12 +97,18 @@ def write_folder(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
-    if config.hidden_size % config.num_attention_heads:
+    architecture = _architecture_of(config)
+    if architecture == _LLAMA and config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
             "transformers refuses to load such a model"
         )
-    if config.qkv_bias and config.head_dim != config.hidden_size // config.num_attention_heads:
+    if architecture == _QWEN3 and config.qkv_bias:
+        raise ConfigError(
+            f"qkv_bias = true: with qk_norm a model is exported as {_QWEN3}, which has no biases of queries, keys and "
+            "values alone"
+        )
+    if architecture == _QWEN2 and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise ConfigError(
             f"head_dim {config.head_dim} is not hidden_size / num_attention_heads = "
             f"{config.hidden_size // config.num_attention_heads}; with biases a model is exported as {_QWEN2}, which "
@@ -187,7 +196,7 @@ def import_with_tokenizer(
 
 def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of `config`, without the tokenizer's ids."""
-    architecture = _QWEN2 if config.qkv_bias else _LLAMA
+    architecture = _architecture_of(config)
     fixed = _FIXED[architecture]
     return {
         "architectures": [architecture],
@@ -209,6 +218,13 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
         "use_cache": True,
         **fixed,
     }
+
+
+def _architecture_of(config: ModelConfig) -> str:
+    """What `config` is exported as."""
+    if config.qk_norm:
+        return _QWEN3
+    return _QWEN2 if config.qkv_bias else _LLAMA
 
 
 def can_load(table: dict[str, Any]) -> bool:
@@ -240,7 +256,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
         raise FormatError(
             f"{where}: layer_types = {table['layer_types']!r}; only 'full_attention' in every layer can be loaded"
         )
-    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    hidden, heads, is_qwen3 = sizes["hidden_size"], sizes["num_attention_heads"], architecture == _QWEN3
     positions = _read(table, "max_position_embeddings", where, default=_POSITIONS[architecture])
     if architecture == _MISTRAL:
         _check_window(table, positions, where)
@@ -248,7 +264,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
         return ModelConfig(
             **sizes,
             num_key_value_heads=_read(table, "num_key_value_heads", where, default=heads),
-            head_dim=_read(table, "head_dim", where, default=hidden // max(heads, 1)),
+            head_dim=_read(table, "head_dim", where, default=_QWEN3_HEAD_DIM if is_qwen3 else hidden // max(heads, 1)),
             rms_norm_eps=_read(table, "rms_norm_eps", where, default=1e-6),
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
             rope_factor=_read(rope, "factor", where, default=1.0),
@@ -256,6 +272,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             max_position_embeddings=positions,
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
             qkv_bias=architecture == _QWEN2,
+            qk_norm=is_qwen3,
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:

@@ -368,7 +368,7 @@ def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, 
     [
         (
             {"architectures": ["Qwen2MoeForCausalLM"]},
-            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM' and "
+            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM' and ",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'"),
     ],

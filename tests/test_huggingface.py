@@ -43,7 +43,8 @@ SHAPES = {
     "biases": {"qkv_bias": True, "rope_theta": 1e6},
     "biases, tied, linear rope": {"qkv_bias": True, "tie_word_embeddings": True, "rope_factor": 4.0},
     "normed heads": {"qk_norm": True, "rope_theta": 1e6, "head_dim": 24},
-    "normed heads, tied, yarn": {"qk_norm": True, "tie_word_embeddings": True, "rope_factor": 4.0, "rope_scaling": YARN},
+    "normed heads, tied": {"qk_norm": True, "tie_word_embeddings": True},
+    "normed heads, yarn": {"qk_norm": True, "rope_factor": 4.0, "rope_scaling": YARN},
     "normed heads, no multiple": {"qk_norm": True, "num_attention_heads": 6, "rms_norm_eps": 1e-2},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }

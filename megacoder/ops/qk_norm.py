@@ -93,25 +93,23 @@ def norm_rope_backward(
             *grads, qkv_TC, *norms, cos_PK2, sin_PK2, positions_T,
             grad_query_K=grad_query_K, grad_key_K=grad_key_K, amax=amax,
         )  # fmt: skip
-    sizes = grad_q_BHSK.shape[1], grad_k_BGSK.shape[1], grad_q_BHSK.shape[3]
+    sizes = heads, kv_heads, dim = grad_q_BHSK.shape[1], grad_k_BGSK.shape[1], grad_q_BHSK.shape[3]
     if name == "torch":
         grad_TC = gather_unrotate(*grads, cos_PK2, sin_PK2, positions_T)
-        targets = grad_TC.split([sizes[0] * sizes[2], sizes[1] * sizes[2], sizes[1] * sizes[2]], dim=1)
-        for target, grad_NK, x_NK, weight_K, grad_weight_K in zip(
-            targets, _heads(grad_TC, *sizes), _heads(qkv_TC, *sizes), norms[:2], (grad_query_K, grad_key_K), strict=False
-        ):
+        grads_NK, xs_NK, sums_K = _heads(grad_TC, *sizes), _heads(qkv_TC, *sizes), (grad_query_K, grad_key_K)
+        targets = grad_TC.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)[:2]
+        for target, grad_NK, x_NK, weight_K, sum_K in zip(targets, grads_NK, xs_NK, norms[:2], sums_K, strict=True):
             rstd_N = torch.rsqrt(x_NK.float().pow(2).mean(-1) + norms.eps)
-            grad_x_NK = rms_norm_backward(grad_NK, x_NK, weight_K, rstd_N, grad_weight_D=grad_weight_K)
-            target.copy_(grad_x_NK.view_as(target))
+            target.copy_(rms_norm_backward(grad_NK, x_NK, weight_K, rstd_N, grad_weight_D=sum_K).view_as(target))
     else:
         grad_TC = gather_heads(*grads)
-        (tokens, columns), dtype, table = grad_TC.shape, grad_TC.dtype, (len(cos_PK2), sizes[2] // 2)
+        (tokens, columns), dtype, table = grad_TC.shape, grad_TC.dtype, (len(cos_PK2), dim // 2)
         kernels().norm_rope_backward(
             dtype == torch.bfloat16, address(grad_TC, dtype), address(qkv_TC, dtype, tokens, columns),
-            address(norms.query_K, dtype, sizes[2]), address(norms.key_K, dtype, sizes[2]),
+            address(norms.query_K, dtype, dim), address(norms.key_K, dtype, dim),
             address(cos_PK2, torch.float32, *table), address(sin_PK2, torch.float32, *table),
-            address(positions_T, torch.int64, tokens), address(grad_query_K, torch.float32, sizes[2]),
-            address(grad_key_K, torch.float32, sizes[2]), tokens, columns, *sizes, norms.eps,
+            address(positions_T, torch.int64, tokens), address(grad_query_K, torch.float32, dim),
+            address(grad_key_K, torch.float32, dim), tokens, columns, *sizes, norms.eps,
         )  # fmt: skip
     note_magnitude(grad_TC, amax)
     return grad_TC

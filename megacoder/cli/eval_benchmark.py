@@ -277,7 +277,7 @@ def _why_transformers(model: Path, *, instruct: bool) -> str | None:
         return None
     table = read_config(model)
     template = chat_template_in(model) if instruct and table.get("model_type") in ("qwen2", "qwen3") else None
-    if not can_load(table) or table.get("model_type") == "mistral":  # whose published tokenizers cannot be used here
+    if not can_load(table) or table.get("model_type") == "mistral":  # mostly with SentencePiece
         return f"the architecture {(table.get('architectures') or ['none named'])[0]}"
     return "another chat template" if template is not None and FormatConfig.from_jinja(template) is None else None
 

@@ -82,7 +82,7 @@ megacoder::amx::AttentionShape sized(const Shape& of, float scale) {
 
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "Fused CPU kernels; addresses in, nothing out (csrc/cpp/kernels.inc). Counts over strings (text_counts.h).";
-  m.attr("interface") = 2;  // raised with that of megacoder/core/native.py
+  m.attr("interface") = 3;  // raised with that of megacoder/core/native.py
   m.def("isa", [] { return table->isa; });
   m.attr("num_tables") = tables.size();
   m.def("use_table", [](size_t number) { table = tables.at(number); }, "For tests, while no kernel runs: 0 is what is chosen at import.");

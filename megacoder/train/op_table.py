@@ -168,24 +168,31 @@ def _rope(case: _Case) -> Iterator[OpRow]:
     positions_T = case.cp.places(case.whole_sequence, case.device).repeat(case.batch)
     rotation, tables = (cos, sin, positions_T), 8 * case.tokens + 4 * case.sequence * dim
     queries_and_keys = case.tokens * rotated * dim * qkv_TC.itemsize
-    grads = [case.random(case.batch, number, case.sequence, dim) for number in (heads, kv_heads, kv_heads)]
+    grad_q, grad_k, grad_v = (
+        case.random(case.batch, number, case.sequence, dim) for number in (heads, kv_heads, kv_heads)
+    )
     moved = 2 * queries_and_keys + tables, 2 * qkv_TC.numel() * qkv_TC.itemsize + tables
     shapes = (case.tokens, rotated * dim), (case.tokens, qkv_TC.shape[1])
     if not case.model.qk_norm:
         yield case.row(
             "rope", shapes[0], lambda: apply_rope_(qkv_TC, *rotation, num_rotated=rotated, head_dim=dim), moved=moved[0]
         )
-        yield case.row("rope backward", shapes[1], lambda: gather_unrotate(*grads, *rotation), moved=moved[1])
+        yield case.row(
+            "rope backward", shapes[1], lambda: gather_unrotate(grad_q, grad_k, grad_v, *rotation), moved=moved[1]
+        )
         return
     norms = HeadNorms(case.random(dim), case.random(dim), case.model.rms_norm_eps)
-    sums = {name: case.random(dim, dtype=torch.float32) for name in ("grad_query_K", "grad_key_K")}
+    sums = case.random(2, dim, dtype=torch.float32)
     yield case.row(
         "norm and rope", shapes[0],
         lambda: norm_rope_forward(qkv_TC, norms, *rotation, num_heads=heads, num_kv_heads=kv_heads), moved=moved[0],
     )  # fmt: skip
     yield case.row(
         "norm and rope backward", shapes[1],
-        lambda: norm_rope_backward(*grads, qkv_TC, norms, *rotation, **sums), moved=moved[1] + queries_and_keys,
+        lambda: norm_rope_backward(
+            grad_q, grad_k, grad_v, qkv_TC, norms, *rotation, grad_query_K=sums[0], grad_key_K=sums[1]
+        ),
+        moved=moved[1] + queries_and_keys,
     )  # fmt: skip
 
 

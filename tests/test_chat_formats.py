@@ -113,15 +113,22 @@ def test_a_template_of_another_form_is_named_and_one_of_the_tokenizers_folder_co
     )  # fmt: skip
 
 
-def test_a_qwen2_with_a_template_of_another_form_is_asked_by_transformers(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_qwen_with_a_template_of_another_form_is_asked_by_transformers(tmp_path, kind):
     for name, template, asks in (("qwen", "{{ 1 }}", True), ("ours", OWN.jinja, False), ("base", None, False)):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}')
+        table = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
+        (folder / "config.json").write_text(json.dumps(table))
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
         assert _why_transformers(folder, instruct=True) == ("another chat template" if asks else None)
         assert _why_transformers(folder, instruct=False) is None
+
+
+def test_a_mistral_is_asked_by_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"], "model_type": "mistral"}')
+    assert _why_transformers(tmp_path, instruct=False) == "the architecture MistralForCausalLM"
 
 
 @pytest.mark.parametrize("option", ["--tp 2", "--dtype float32", "--tokenizer {folder}"])

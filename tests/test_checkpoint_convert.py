@@ -12,7 +12,7 @@ import torch
 from checkpoint_cases import flip_a_byte, no_flush, no_space, state_of  # noqa: F401
 from command_line import refusal, run_command
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import init_with_biases, make_model
 from train_cases import ALONE, changed, leave, make_case
 
 from megacoder.checkpoint import folders
@@ -24,7 +24,6 @@ from megacoder.cli.model_folder import load_model
 from megacoder.core.config import load_toml
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.model.huggingface import export_model, import_model
-from megacoder.model.init import init_weights
 from megacoder.model.transformer import Transformer
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.ops.rope_scaling import RopeScaling
@@ -162,11 +161,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(case, capsys, tmp_path, monk
 
 
 @pytest.fixture
-def folder(case, tmp_path):
-    """A Hugging Face folder in bf16 and two shards, as others publish them."""
-    config = config_of(case, "x").model
-    model = Transformer(dataclasses.replace(config, rope_theta=100000.0, rope_factor=4.0)).to(torch.bfloat16)
-    init_weights(model, seed=5)
+def folder(case, tmp_path, request):
+    """A Hugging Face folder in bf16 and two shards, as others publish them; a test's parameter changes the model."""
+    changes = {"rope_theta": 100000.0, "rope_factor": 4.0} | getattr(request, "param", {})
+    model = Transformer(dataclasses.replace(config_of(case, "x").model, **changes)).to(torch.bfloat16)
+    init_with_biases(model, seed=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megacoder.checkpoint.huggingface._MAX_SHARD_BYTES", 60_000)
         export_model(model, tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer")
@@ -197,8 +196,9 @@ def test_import_then_export_changes_no_byte(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_a_qwen2_through_another_layout_changes_no_byte(case, tmp_path, capsys, kv_heads):
-    config = dataclasses.replace(config_of(case, "x").model, qkv_bias=True, num_key_value_heads=kv_heads)
+@pytest.mark.parametrize("more", ["qkv_bias", "qk_norm"])
+def test_a_qwen_through_another_layout_changes_no_byte(case, tmp_path, capsys, more, kv_heads):
+    config = dataclasses.replace(config_of(case, "x").model, num_key_value_heads=kv_heads, **{more: True})
     export_model(make_model(config), tmp_path / "hf", tokenizer_folder=case.folder / "tokenizer")
     assert run(capsys, "import", tmp_path / "hf", tmp_path / "start")[0] == 0
     assert run(capsys, "reshard", tmp_path / "start", tmp_path / "two", "--tp", 2)[0] == 0
@@ -217,6 +217,7 @@ def test_all_files_of_a_tokenizer_are_imported(folder, tmp_path, capsys):
     assert {name: (tmp_path / "start" / "tokenizer" / name).read_text() for name in beside} == beside
 
 
+@pytest.mark.parametrize("folder", [{}, {"qk_norm": True}], indirect=True, ids=["a Llama", "a Qwen3"])
 def test_an_imported_model_is_trained_on(folder, case, tmp_path, capsys, monkeypatch):
     assert run(capsys, "import", folder, tmp_path / "start")[0] == 0
     config = load_toml(RunConfig, tmp_path / "start" / "train.toml")
@@ -366,8 +367,8 @@ def test_conversions_overwrite_nothing(case, folder, tmp_path, capsys, command, 
     ("changes", "message"),
     [
         (
-            {"architectures": ["Qwen3ForCausalLM"]},
-            "architecture 'Qwen3ForCausalLM'; only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded",
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM' and ",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' beside architecture 'LlamaForCausalLM'; expected 'llama'"),
     ],

@@ -18,6 +18,7 @@ SHAPES = {
     "all heads": {},
     "grouped queries, yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "biases": {"num_key_value_heads": 2, "qkv_bias": True},
+    "normed heads": {"num_key_value_heads": 2, "qk_norm": True, "rms_norm_eps": 1e-2},
     "one kv head, odd sizes": {
         "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "hidden_size": 37, "intermediate_size": 51,
     },

@@ -24,6 +24,7 @@ SHAPES = {
     "grouped queries, linear rope": {"num_key_value_heads": 2, "rope_factor": 4.0},
     "grouped queries, yarn": {"num_key_value_heads": 2, "rope_factor": 4.0, "rope_scaling": YARN},
     "biases": {"num_key_value_heads": 2, "qkv_bias": True},
+    "normed heads": {"num_key_value_heads": 2, "head_dim": 8, "qk_norm": True},
     "one kv head, odd vocabulary": {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 131},
 }
 

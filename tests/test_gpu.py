@@ -46,6 +46,7 @@ SHAPES = {
     "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "head_dim 64": {"head_dim": 64},
     "biases": {"num_key_value_heads": 2, "qkv_bias": True},
+    "normed heads": {"num_key_value_heads": 2, "qk_norm": True},
 }
 
 

@@ -89,11 +89,11 @@ def play(monkeypatch, grad):
 
 
 @pytest.mark.parametrize("recompute", ["none", "norms", "selective", "full"])
-@pytest.mark.parametrize(("tied", "bias"), [(False, False), (True, False), (False, True)])
-def test_replays_equal_the_stages_own_steps(recompute, tied, bias, torch_alone, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
+def test_replays_equal_the_stages_own_steps(recompute, changes, torch_alone, monkeypatch):
     results = []
     for graphed in (False, True):
-        model, flat = built(tiny(tied=tied, qkv_bias=bias))
+        model, flat = built(tiny(**changes))
         stage = Stage.whole(model, recompute=recompute)
         recorders = play(monkeypatch, flat.grad)
         runs = GraphedStage(stage=stage) if graphed else stage

@@ -43,6 +43,11 @@ SHAPES = {
     "biases": {"qkv_bias": True, "rope_theta": 1e6},
     "biases, tied, linear rope": {"qkv_bias": True, "tie_word_embeddings": True, "rope_factor": 4.0},
     "biases, head_dim of its own": {"qkv_bias": True, "head_dim": 24},
+    "normed heads": {"qk_norm": True, "rope_theta": 1e6, "head_dim": 24},
+    "normed heads, tied": {"qk_norm": True, "tie_word_embeddings": True},
+    "normed heads, yarn": {"qk_norm": True, "rope_factor": 4.0, "rope_scaling": YARN},
+    "normed heads, no multiple": {"qk_norm": True, "num_attention_heads": 6, "rms_norm_eps": 1e-2},
+    "normed heads, biases": {"qk_norm": True, "qkv_bias": True},
     "grouped, linear rope, head_dim": {"num_key_value_heads": 2, "rope_factor": 4.0, "head_dim": 8, "vocab_size": 131},
 }
 
@@ -147,7 +152,7 @@ def test_a_qwen2_is_read(tmp_path, tied, published):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention' in every layer"),
         ({"model_type": "llama"}, "model_type 'llama' beside architecture 'Qwen2ForCausalLM'; expected 'qwen2'"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "k_proj.bias has no place"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "only 'LlamaForCausalLM' and 'Qwen2ForCausalLM' can be loaded"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM'; only 'LlamaForCausalLM', .* can be load"),
     ],
 )
 def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
@@ -157,13 +162,106 @@ def test_a_qwen2_of_another_kind_is_refused(tmp_path, changes, message):
         import_model(tmp_path / "hf")
 
 
-def test_a_bias_that_our_models_lack_is_refused_unless_it_is_zero(tmp_path):
-    export_model(make_model(qkv_bias=True, head_dim=24), tmp_path / "hf")
+@pytest.mark.parametrize("changes", [{"head_dim": 24}, {"qk_norm": True}], ids=["llama", "qwen3"])
+def test_a_bias_that_our_models_lack_is_refused_unless_it_is_zero(tmp_path, changes):
+    export_model(make_model(qkv_bias=True, **changes), tmp_path / "hf")
     tensors, name = load_file(tmp_path / "hf" / "model.safetensors"), "model.layers.1.self_attn.o_proj.bias"
     assert not tensors[name].any()
     tensors[name][-1] = 1e-3
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero; only biases of queries"):
+        import_model(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("published", [False, True], ids=["as transformers writes it", "as Qwen published it"])
+def test_a_qwen3_is_read(tmp_path, tied, published):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=64, initializer_range=0.2,
+        tie_word_embeddings=tied, rope_theta=1e6,
+    )  # fmt: skip
+    theirs = transformers.Qwen3ForCausalLM(config)
+    for name, param in theirs.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(param, 1.0, 0.5)
+    theirs.save_pretrained(tmp_path / "hf")
+    if published:
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+                "initializer_range")  # fmt: skip
+        table = {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rope_theta": 1000000,
+            "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0, "max_window_layers": 36,
+            "sliding_window": None, "use_sliding_window": False, "use_cache": True, "tie_word_embeddings": tied,
+            "torch_dtype": "float32", **{key: getattr(config, key) for key in keys},
+        }  # fmt: skip
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
+    model = import_model(tmp_path / "hf")
+    assert (model.config.qk_norm, model.config.head_dim, model.config.tie_word_embeddings) == (True, 24, tied)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+    export_model(model, tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "o_proj.bias is missing|q_proj.bias is missing"),
+        ({"use_sliding_window": True}, "use_sliding_window = True; only False can be loaded"),
+        ({"head_dim": None}, r"q_proj.weight .* implies \[512, 64\]"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "k_norm.weight has no place"),
+    ],
+)
+def test_a_qwen3_of_another_kind_is_refused(tmp_path, changes, message):
+    export_model(make_model(qk_norm=True), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **changes)
+    with pytest.raises(FormatError, match=message):
+        import_model(tmp_path / "hf")
+
+
+def write_mistral(folder, **changes):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "rope_theta": 1e6,
+    }  # fmt: skip
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**(sizes | changes)))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": None}, {"sliding_window": 64}, {}, {"head_dim": 16}], ids=str)
+def test_a_mistral_is_read_and_exported_as_a_llama(tmp_path, changes):
+    theirs = write_mistral(tmp_path / "hf", **changes)
+    model = import_model(tmp_path / "hf")
+    export_model(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({"sliding_window": 63}, "63"), ({"sliding_window": "64"}, "'64'"), ({"max_position_embeddings": 4097}, "4096")],
+)
+def test_a_mistral_with_a_sliding_window_is_refused(tmp_path, changes, window):
+    """Also where the key is missing, which transformers takes for 4,096."""
+    write_mistral(tmp_path / "hf", sliding_window=None)
+    path = tmp_path / "hf" / "config.json"
+    table = json.loads(path.read_text())
+    del table["sliding_window"]
+    path.write_text(json.dumps(table | changes))
+    with pytest.raises(FormatError, match=rf"sliding_window = {window}, below max_position_embeddings = \d+; only"):
         import_model(tmp_path / "hf")
 
 

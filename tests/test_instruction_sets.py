@@ -12,6 +12,7 @@ from test_ops import (
     test_attention_of_part_of_a_sequence_and_within_documents,
     test_few_rows_linear,
     test_linear_cross_entropy,
+    test_norm_and_rotation_of_heads,
     test_rms_norm,
     test_rope_rotates_in_place_and_back,
     test_sum_of_squares_does_not_depend_on_threads,
@@ -24,7 +25,7 @@ from megacoder.ops import backends, cpp
 __all__ = [
     "built", "test_a_sequence_does_not_depend_on_the_rest_of_the_batch", "test_adamw_on_split_master_weights_is_adamw",
     "test_attention_of_part_of_a_sequence_and_within_documents", "test_few_rows_linear", "test_linear_cross_entropy",
-    "test_rms_norm", "test_rope_rotates_in_place_and_back",
+    "test_norm_and_rotation_of_heads", "test_rms_norm", "test_rope_rotates_in_place_and_back",
     "test_steps_after_a_prompt_give_the_hidden_states_of_one_pass", "test_sum_of_squares_does_not_depend_on_threads",
     "test_swiglu", "test_the_kernel_equals_the_definition_on_edge_cases",
 ]  # fmt: skip

@@ -25,7 +25,16 @@ def test_a_layout_equals_one_process(ranks, case):
 
 @pytest.mark.parametrize(
     "text",
-    ["tp=2", "tp=4,kv-heads=2", "pp=2,schedule=zbv", "cp=2,packed=on", "dp=2", "tp=2,cp=2,pp=2", "dp=1,block=plain"],
+    [
+        "tp=2",
+        "tp=4,kv-heads=2",
+        "pp=2,schedule=zbv",
+        "cp=2,packed=on",
+        "dp=2",
+        "tp=2,cp=2,pp=2",
+        "dp=1,block=plain",
+        "tp=2,kv-heads=1,qk-norm=on",
+    ],
 )
 def test_bf16_errs_at_most_twice_as_much_as_one_process_in_bf16(ranks, text):
     case = Case.parse(text)

@@ -26,6 +26,9 @@ SHAPES = {
     "free head_dim, tied": {"head_dim": 10, "tie_word_embeddings": True},
     "biases, grouped": {"qkv_bias": True, "num_key_value_heads": 2},
     "biases, tied": {"qkv_bias": True, "tie_word_embeddings": True},
+    "normed heads, grouped": {"qk_norm": True, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-2},
+    "normed heads, yarn": {"qk_norm": True, "rope_factor": 4.0, "rope_scaling": YARN},
+    "normed heads, tied": {"qk_norm": True, "tie_word_embeddings": True},
 }
 
 

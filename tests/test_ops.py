@@ -27,8 +27,10 @@ from megacoder.ops.cross_entropy import (
 )
 from megacoder.ops.few_rows import FEW, few_rows_linear
 from megacoder.ops.linear import accumulate_bias_grad, accumulate_weight_grad
+from megacoder.ops.qk_norm import HeadNorms, norm_rope_backward, norm_rope_forward
 from megacoder.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope, apply_rope_, rope_tables
+from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.ops.split_master import join_master, split_master_
 from megacoder.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
 
@@ -114,6 +116,52 @@ def test_a_rotation_in_bf16_rounds_its_result_alone():
     x, table, positions = randn(9, 3, 16, dtype=torch.bfloat16), rope_tables(40, 16, theta=10000.0), torch.arange(9) * 4
     unrounded = apply_rope(x.float(), *table, positions)
     assert torch.equal(apply_rope(x, *table, positions), unrounded.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "dim"), [(1, 1, 1, 1, 2), (2, 5, 3, 1, 6),
+                                                                           (2, 70, 4, 2, 64)])  # fmt: skip
+def test_norm_and_rotation_of_heads(batch, length, heads, kv_heads, dim, dtype):
+    """By a scaled rotation, whose transpose is not its inverse."""
+    yarn = RopeScaling(kind="yarn", original_max_position_embeddings=16)
+    cos, sin = rope_tables(90, dim, theta=10000.0, factor=4.0, scaling=yarn)
+    tokens, sizes = batch * length, [heads, kv_heads, kv_heads]
+    positions = torch.randperm(90, device="cpu").repeat(2)[:tokens].to(DEVICE)
+    qkv = randn(tokens, sum(sizes) * dim, dtype=dtype)
+    norms = HeadNorms(randn(dim, dtype=dtype, seed=1), randn(dim, dtype=dtype, seed=2), 1e-2)
+    grads = [randn(batch, own, length, dim, dtype=dtype, seed=3 + at) for at, own in enumerate(sizes)]
+    grads[0] = grads[0].transpose(1, 2).contiguous().transpose(1, 2)
+
+    wide, weights = qkv.double().requires_grad_(), [weight.double().requires_grad_() for weight in norms[:2]]
+    q, k, v = wide.unflatten(1, (-1, dim)).split(sizes, dim=1)
+    normed = [rms_norm(part, weight, norms.eps) for part, weight in zip((q, k), weights, strict=True)]
+    expected = [apply_rope(part, cos.double(), sin.double(), positions) for part in normed] + [v]
+    torch.autograd.backward(
+        [part.unflatten(0, (batch, length)).transpose(1, 2) for part in expected], [grad.double() for grad in grads]
+    )
+    before = qkv.clone()
+    qk = norm_rope_forward(qkv, norms, cos, sin, positions, num_heads=heads, num_kv_heads=kv_heads)
+    assert_near(qk, torch.cat(expected[:2], dim=1).detach().flatten(1), dtype)
+    grad_weights, amax = [torch.ones(dim), torch.ones(dim)], torch.zeros(())
+    grad = norm_rope_backward(
+        *grads, qkv, norms, cos, sin, positions, grad_query_K=grad_weights[0], grad_key_K=grad_weights[1], amax=amax
+    )
+    assert_near(grad, wide.grad, dtype)
+    assert amax == grad.abs().max()
+    for ours, weight in zip(grad_weights, weights, strict=True):  # added to what is there
+        assert_near(ours, 1 + weight.grad, dtype)
+    assert torch.equal(qkv, before)
+
+
+def test_norm_and_rotation_of_no_tokens():
+    norms, (cos, sin) = HeadNorms(torch.ones(4), torch.ones(4), 1e-6), rope_tables(3, 4, theta=1e4)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert norm_rope_forward(torch.zeros(0, 16), norms, cos, sin, none, num_heads=2, num_kv_heads=1).shape == (0, 12)
+    grads, sums = [torch.zeros(1, own, 0, 4) for own in (2, 1, 1)], torch.ones(2, 4)
+    assert norm_rope_backward(
+        *grads, torch.zeros(0, 16), norms, cos, sin, none, grad_query_K=sums[0], grad_key_K=sums[1]
+    ).shape == (0, 16)
+    assert torch.equal(sums, torch.ones(2, 4))
 
 
 def test_angles_of_late_positions_keep_their_phase():

@@ -44,7 +44,7 @@ def group_of(rank, dims, axis):
     return next(group for members, group in groups if rank in members)
 
 
-def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recompute="none", bias=False):
+def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recompute="none", more=()):
     dims = ParallelDims(tp=2, pp=2)
     place, pp_group = dims.coordinates(world.rank), group_of(world.rank, dims, "pp")
     tp = TensorParallel(
@@ -53,7 +53,7 @@ def step_on_rank(world, name, tied, sequence_parallel, block="scheduled", recomp
     schedule = build_schedule(name, num_ranks=dims.pp, num_microbatches=NUM_MICROBATCHES)
     num_stages = schedule.stage_map.num_stages
     stages = build_stages(
-        config_of(num_stages, tied, qkv_bias=bias), tp, cp=UNCUT,
+        config_of(num_stages, tied, **dict.fromkeys(more, True)), tp, cp=UNCUT,
         placement=place_evenly(num_stages, num_stages), held=schedule.stage_map.stages[place.pp],
         execution=ExecutionConfig(block=block, recompute=recompute),
     )  # fmt: skip
@@ -88,13 +88,14 @@ def test_either_block_equals_one_process_whatever_is_recomputed(ranks, block, re
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize(("block", "recompute"), [("scheduled", "none"), ("scheduled", "full"), ("plain", "none")])
-def test_biases_of_a_key_value_head_that_ranks_share(ranks, block, recompute, sequence_parallel):
-    results = ranks.run(4, step_on_rank, "zbv", True, sequence_parallel, block, recompute, True)
-    check_against_one_process(results, True, bias=True)
+@pytest.mark.parametrize("more", [("qkv_bias",), ("qk_norm",)], ids=["biases", "normed heads"])
+def test_more_weights_of_a_key_value_head_that_ranks_share(ranks, more, block, recompute, sequence_parallel):
+    results = ranks.run(4, step_on_rank, "zbv", True, sequence_parallel, block, recompute, more)
+    check_against_one_process(results, True, more=more)
 
 
-def check_against_one_process(results, tied, *, bias=False):
-    expected_losses, expected = one_process(config_of(results[0][0], tied, qkv_bias=bias))
+def check_against_one_process(results, tied, *, more=()):
+    expected_losses, expected = one_process(config_of(results[0][0], tied, **dict.fromkeys(more, True)))
     found = set()
     for _, losses, grads in results:
         assert losses in ([], pytest.approx(expected_losses, rel=1e-6))

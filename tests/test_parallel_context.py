@@ -220,9 +220,13 @@ def step_with_tensor_parallelism(world, config, path, packed):
 
 @pytest.mark.parametrize("path", STEPS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize(("kv_heads", "bias"), [(1, False), (4, False), (1, True)])
-def test_with_tensor_and_sequence_parallelism(ranks, kv_heads, bias, packed, path):
-    config = tiny_config(num_key_value_heads=kv_heads, qkv_bias=bias)
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_key_value_heads": 1}, {}, *({"num_key_value_heads": 1, more: True} for more in ("qkv_bias", "qk_norm"))],
+    ids=str,
+)
+def test_with_tensor_and_sequence_parallelism(ranks, changes, packed, path):
+    config = tiny_config(**changes)
     expected_loss, expected = one_process(config, packed)
     results = ranks.run(4, step_with_tensor_parallelism, config, path, packed)
     assert sum(loss for tp_rank, loss, _ in results if tp_rank == 0) == pytest.approx(expected_loss, rel=1e-6)

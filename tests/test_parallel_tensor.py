@@ -124,8 +124,9 @@ def test_a_step_equals_one_process(ranks, size, kv_heads, tied, sequence_paralle
 @pytest.mark.parametrize("path", STEPS)
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["all tokens", "sequence parallel"])
 @pytest.mark.parametrize(("size", "kv_heads"), [(2, 1), (2, 4), (4, 2)])
-def test_a_step_with_biases_equals_one_process(ranks, size, kv_heads, sequence_parallel, path):
-    config = tiny_config(num_key_value_heads=kv_heads, qkv_bias=True)
+@pytest.mark.parametrize("more", ["qkv_bias", "qk_norm"])
+def test_a_step_with_more_weights_equals_one_process(ranks, more, size, kv_heads, sequence_parallel, path):
+    config = tiny_config(num_key_value_heads=kv_heads, **{more: True})
     expected_loss, expected = one_process(config)
     results = ranks.run(size, step_on_rank, config, path, sequence_parallel, torch.float32)
     assert [loss for loss, _, _ in results] == pytest.approx([expected_loss] * size, rel=1e-6)
@@ -148,15 +149,14 @@ class AttentionWithNormedQueries(Attention):
 
     def __init__(self, config, tp, *, cp):
         super().__init__(config, tp, cp=cp)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.q_norm.sees_own_heads = True
+        self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.query_norm.sees_own_heads = True
         self.qkv_proj.register_forward_hook(self._norm_queries)
 
     def _norm_queries(self, _, args, qkv):
         heads = qkv.unflatten(-1, (-1, self.head_dim))
-        return torch.cat([self.q_norm(heads[..., : self.num_heads, :]), heads[..., self.num_heads :, :]], -2).flatten(
-            -2
-        )
+        queries, others = heads.split([self.num_heads, 2 * self.num_kv_heads], dim=-2)
+        return torch.cat([self.query_norm(queries), others], -2).flatten(-2)
 
 
 def changed_step_on_rank(world, config, sequence_parallel):
@@ -166,7 +166,7 @@ def changed_step_on_rank(world, config, sequence_parallel):
         model, _ = build(config, tp)
         loss = staged(PlainStage, "none", model, *batch_of(config))
         sum_copied_gradients(model)
-        with pytest.raises(ConfigError, match=r"does not know, or lack some: self_attn\.q_norm\.weight; set exec"):
+        with pytest.raises(ConfigError, match=r"does not know, or lack some: self_attn\.query_norm\.weight; set"):
             Stage.whole(model)
         return loss, grads_of(model)
 

@@ -50,6 +50,7 @@ def test_presets_have_the_published_sizes():
     published = {
         "1.3b": 1_346_471_936, "5.7b": 5_700_325_376, "6.7b": 6_740_512_768, "33b": 33_342_991_360,
         "v1.5-7b": 6_910_365_696, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512,
+        "qwen3-1.7b": 1_720_574_976, "qwen3-8b": 8_190_735_360,
     }  # fmt: skip
     assert {name: PRESETS[name].model.num_params for name in published} == published
     with pytest.raises(ConfigError, match=r"unknown model '33B' .did you mean '33b'\?"):
@@ -126,8 +127,11 @@ def test_predicted_memory_is_what_ranks_allocate(ranks, index):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_predicted_memory_of_biases_is_what_a_process_allocates(ranks, dtype):
-    case = Case(ranks=1, parallel=ParallelConfig(), dtype=dtype, bias=True, kv_heads=2)
+@pytest.mark.parametrize(
+    "changes", [{"bias": True}, *({"qk_norm": True, "recompute": mode} for mode in ("none", "norms", "full"))], ids=str
+)
+def test_predicted_memory_of_more_weights_is_what_a_process_allocates(ranks, changes, dtype):
+    case = Case(ranks=1, parallel=ParallelConfig(), dtype=dtype, kv_heads=2, **changes)
     [(_, counted)] = ranks.run(1, measure, case)
     with without_tiles():
         said = rank_memory(case.job, case.variant, variant_pipeline(case.job, case.variant), 0, device_type="cpu")
@@ -654,13 +658,14 @@ def test_master_weights_are_counted_where_they_are_held(itemsize, dp, device_typ
 
 @pytest.mark.parametrize(("embedding", "head"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(
-    ("tied", "kv_heads", "tp", "bias"),
-    [(True, 4, 1, False), (True, 2, 4, False), (False, 4, 2, False), (True, 2, 4, True)],
-)
-def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads, tp, bias):
+    ("tied", "kv_heads", "tp", "more"),
+    [(True, 4, 1, {}), (True, 2, 4, {}), (False, 4, 2, {}), (True, 2, 4, {"qkv_bias": True}),
+     (True, 2, 4, {"qk_norm": True})],
+)  # fmt: skip
+def test_elements_are_those_of_the_flat_buffers(embedding, head, tied, kv_heads, tp, more):
     model = ModelConfig(vocab_size=500, hidden_size=40, intermediate_size=72, num_hidden_layers=4, head_dim=6,
                         num_attention_heads=4, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-                        qkv_bias=bias)  # fmt: skip
+                        **more)  # fmt: skip
     variant = Variant(dims=ParallelDims(tp=tp, dp=3), bucket_elements=5000)
     part = TransformerPart(model, variant.tp, cp=UNCUT, layers=range(3), embedding=embedding, head=head)
     flat = FlatParameters(

@@ -205,9 +205,9 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def rows_of(dtype=torch.bfloat16, **places):
+def rows_of(dtype=torch.bfloat16, *, model=TINY, **places):
     rows = op_table(
-        TINY, batch=3, sequence=16, dtype=dtype, device=torch.device("cpu"), num_updated=500, budget_seconds=0.0,
+        model, batch=3, sequence=16, dtype=dtype, device=torch.device("cpu"), num_updated=500, budget_seconds=0.0,
         **places,
     )  # fmt: skip
     assert all(row.seconds > 0 and row.rate > 0 for row in rows)
@@ -229,6 +229,10 @@ def test_bytes_and_flops_of_ops_by_hand():
         "adamw": 500 * (5 * 4 + 2 * (2 + 2)),  # of master weights the lower halves, and the bf16 weights
         "gradient norm": 500 * 4,
     }
+    of_heads = rows_of(model=replace(TINY, qk_norm=True))
+    assert of_heads.keys() - rows.keys() == {"norm and rope", "norm and rope backward"}
+    assert of_heads["norm and rope"].moved_bytes == moved["rope"]
+    assert of_heads["norm and rope backward"].moved_bytes == moved["rope backward"] + tokens * 6 * 8 * 2
     flops = {name: row.flops for name, row in rows.items() if row.flops is not None}
     pairs = 3 * 4 * 16 * 17 // 2  # of a query and a key that it sees
     weights = 24 * 8 * (4 + 2 * 2) + 4 * 8 * 24 + 2 * 40 * 24 + 40 * 24

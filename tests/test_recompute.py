@@ -24,10 +24,10 @@ BYTES_PER_TOKEN = {  # of a layer, e bytes per element
 }
 
 
-def build(dtype, bias=False):
+def build(dtype, **changes):
     config = pipeline_config(
         LAYERS, hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=G, head_dim=K,
-        qkv_bias=bias,
+        **changes,
     )  # fmt: skip
     model = make_model(config, seed=1)
     return model, FlatParameters(model.named_parameters(), dtype=dtype, device=torch.device("cpu"))
@@ -56,11 +56,13 @@ def num_bytes(tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recompute", MODES[Stage])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["", "normed heads"])
 @pytest.mark.usefixtures("backend")
-def test_a_layer_keeps_the_bytes_that_are_documented(recompute, dtype):
-    model, _ = build(dtype)
+def test_a_layer_keeps_the_bytes_that_are_documented(recompute, qk_norm, dtype):
+    model, _ = build(dtype, qk_norm=qk_norm)
     _, saved = Stage.whole(model, recompute=recompute).forward(None, microbatch())
-    expected = BYTES_PER_TOKEN[recompute](dtype.itemsize) * BATCH * LENGTH
+    both = dtype.itemsize * (H + G) * K if qk_norm and recompute == "none" else 0  # as projected, and as rotated
+    expected = (BYTES_PER_TOKEN[recompute](dtype.itemsize) + both) * BATCH * LENGTH
     assert [num_bytes(tensors_in(layer)) for layer in saved.layers] == [expected] * LAYERS
     together = [tensor for layer in saved.layers for tensor in tensors_in(layer)]
     assert num_bytes(together) == expected * LAYERS  # nothing twice
@@ -85,8 +87,8 @@ def test_the_plain_stage_keeps_less_the_more_is_recomputed():
     assert selective - full >= LAYERS * BATCH * LENGTH * 4 * (C + H * K)
 
 
-def gradients(kind, recompute, dtype, *, postponed, bias=False):
-    model, flat = build(dtype, bias)
+def gradients(kind, recompute, dtype, *, postponed, **changes):
+    model, flat = build(dtype, **changes)
     stage = kind.whole(model, recompute=recompute)
     for _ in range(2):  # microbatches
         loss, saved = stage.forward(None, microbatch())
@@ -101,15 +103,15 @@ def gradients(kind, recompute, dtype, *, postponed, bias=False):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=["", "biases", "normed heads"])
 @pytest.mark.parametrize("kind", [Stage, PlainStage])
 @pytest.mark.usefixtures("backend")
-def test_recomputing_and_postponed_weight_gradients_change_no_bit(kind, bias, dtype):
-    loss, grad = gradients(kind, "none", dtype, postponed=False, bias=bias)
+def test_recomputing_and_postponed_weight_gradients_change_no_bit(kind, changes, dtype):
+    loss, grad = gradients(kind, "none", dtype, postponed=False, **changes)
     assert grad.abs().sum() > 0
     for recompute in MODES[kind]:
         for postponed in (False, True):
-            other_loss, other_grad = gradients(kind, recompute, dtype, postponed=postponed, bias=bias)
+            other_loss, other_grad = gradients(kind, recompute, dtype, postponed=postponed, **changes)
             assert torch.equal(other_loss, loss)
             assert torch.equal(other_grad, grad), (recompute, postponed)
 

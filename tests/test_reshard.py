@@ -79,7 +79,7 @@ def test_one_layout_reads_another_ones_checkpoint_bit_for_bit(tmp_path, pair):
     "text",
     [
         "tp=2,pp=2,dp=2,kv-heads=1,sequences=24 > pp=4,schedule=zbv,cp=2",
-        "tp=4,tied=on,bias=on,kv-heads=2,vocab=40,sequences=24 > dp=3,pp=2,schedule=interleaved",
+        "tp=4,tied=on,bias=on,qk-norm=on,kv-heads=2,vocab=40,sequences=24 > dp=3,pp=2,schedule=interleaved",
     ],
 )
 def test_a_run_that_changes_its_layout_continues_unchanged(ranks, text):

@@ -18,8 +18,10 @@ from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.rope_scaling import RopeScaling
 from megacoder.ops.swiglu import swiglu
 from megacoder.ops.triton_kernels import cross_entropy
+from megacoder.ops.triton_kernels import qk_norm as qk_norm_kernels
 from megacoder.ops.triton_kernels import rms_norm as rms_norm_kernels
 from megacoder.ops.triton_kernels.cross_entropy import cross_entropy_, rescale_subtract_, softmax_
+from megacoder.ops.triton_kernels.qk_norm import norm_rope_backward, norm_rope_forward
 from megacoder.ops.triton_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.triton_kernels.rope import gather_unrotate, rope_
 from megacoder.ops.triton_kernels.swiglu import swiglu_backward_, swiglu_forward
@@ -164,6 +166,19 @@ def test_rope_of_no_tokens():
     assert gather_unrotate(*grads, cos, sin, none).shape == (0, 24)
 
 
+def gradients_of_heads(batch, length, heads, kv_heads, dim, layout, dtype):
+    """What attention returns, in one of its memory orders."""
+    if layout == "fused":
+        fused = randn(batch, length, heads + 2 * kv_heads, dim, dtype=dtype)
+        return [grad.transpose(1, 2) for grad in fused.split([heads, kv_heads, kv_heads], dim=2)]
+    order = {"heads first": "hhh", "steps first": "sss", "mixed": "shs"}[layout]
+    return [
+        randn(batch, own, length, dim, dtype=dtype, seed=seed) if first == "h"
+        else randn(batch, length, own, dim, dtype=dtype, seed=seed).transpose(1, 2)
+        for seed, (own, first) in enumerate(zip((heads, kv_heads, kv_heads), order, strict=True))
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["heads first", "steps first", "fused", "mixed"])
 @pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "dim"), [(1, 1, 1, 1, 2), (2, 7, 3, 1, 6),
@@ -171,17 +186,7 @@ def test_rope_of_no_tokens():
 def test_gather_unrotate(batch, length, heads, kv_heads, dim, layout, dtype):
     cos, sin = tables(dim)
     positions = torch.randint(50, (batch * length,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    if layout == "fused":
-        fused = randn(batch, length, heads + 2 * kv_heads, dim, dtype=dtype)
-        grads = [grad.transpose(1, 2) for grad in fused.split([heads, kv_heads, kv_heads], dim=2)]
-    else:
-        order = {"heads first": "hhh", "steps first": "sss", "mixed": "shs"}[layout]
-        grads = [
-            randn(batch, own, length, dim, dtype=dtype, seed=seed) if first == "h"
-            else randn(batch, length, own, dim, dtype=dtype, seed=seed).transpose(1, 2)
-            for seed, (own, first) in enumerate(zip((heads, kv_heads, kv_heads), order, strict=True))
-        ]  # fmt: skip
-
+    grads = gradients_of_heads(batch, length, heads, kv_heads, dim, layout, dtype)
     wide = torch.zeros(
         batch * length, heads + 2 * kv_heads, dim, dtype=torch.float64, device=DEVICE, requires_grad=True
     )
@@ -194,6 +199,80 @@ def test_gather_unrotate(batch, length, heads, kv_heads, dim, layout, dtype):
     assert_near(grad_qkv, wide.grad.flatten(1), dtype)
     values = grad_qkv[:, (heads + kv_heads) * dim :].view(batch, length, kv_heads, dim).transpose(1, 2)
     assert torch.equal(values, grads[2])
+
+
+def normed_and_rotated(qkv, weights, eps, cos, sin, positions, sizes):
+    """The reference: (queries and keys, values) of fused rows, in fp64."""
+    q, k, v = qkv.unflatten(1, (-1, len(weights[0]))).split(sizes, dim=1)
+    normed = torch.cat([rms_norm(part, weight, eps) for part, weight in zip((q, k), weights, strict=True)], dim=1)
+    return apply_rope(normed, cos.double(), sin.double(), positions), v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layout", "batch", "length", "heads", "kv_heads", "dim"), [
+    ("heads first", 1, 1, 1, 1, 2), ("mixed", 2, 7, 3, 1, 6), ("fused", 2, 9, 4, 2, 128),
+    ("steps first", 1, 20, 5, 5, 64),
+])  # fmt: skip
+def test_norm_and_rope(batch, length, heads, kv_heads, dim, layout, dtype, monkeypatch):
+    monkeypatch.setattr(qk_norm_kernels, "BACKWARD_TILE", 256)
+    monkeypatch.setattr(qk_norm_kernels, "RESIDENT_WARPS", 2)  # so that programs walk several tiles
+    monkeypatch.setattr(qk_norm_kernels, "multiprocessors", lambda device: 2)
+    (cos, sin), sizes, tokens = tables(dim), [heads, kv_heads, kv_heads], batch * length
+    positions = torch.randint(50, (tokens,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    qkv = randn(tokens, sum(sizes) * dim, dtype=dtype, seed=9)
+    norms = randn(dim, dtype=dtype, seed=7), randn(dim, dtype=dtype, seed=8), 1e-2
+    grads = gradients_of_heads(batch, length, heads, kv_heads, dim, layout, dtype)
+
+    wide, weights = qkv.double().requires_grad_(), [weight.double().requires_grad_() for weight in norms[:2]]
+    expected, values = normed_and_rotated(wide, weights, norms[2], cos, sin, positions, sizes)
+    wide_grads = [grad.double().transpose(1, 2).flatten(0, 1) for grad in grads]
+    torch.autograd.backward([expected, values], [torch.cat(wide_grads[:2], dim=1), wide_grads[2]])
+
+    def forward():
+        return (norm_rope_forward(qkv, *norms, cos, sin, positions, num_heads=heads, num_kv_heads=kv_heads),)
+
+    def backward(**more):
+        sums = torch.ones(2, dim, device=DEVICE)  # gradients are added to what is there
+        grad = norm_rope_backward(
+            *grads, qkv, *norms, cos, sin, positions, grad_query_K=sums[0], grad_key_K=sums[1], **more
+        )
+        return grad, sums
+
+    (qk,), before = repeated(forward), qkv.clone()
+    grad, sums = repeated(backward)
+    assert torch.equal(qkv, before)
+    assert_near(qk, expected.detach().flatten(1), dtype)
+    scale = torch.cat(wide_grads, dim=1).norm()  # of two columns a head keeps only the direction across it
+    assert_near(grad, wide.grad, dtype, scale=scale)
+    assert torch.equal(grad[:, (heads + kv_heads) * dim :], wide_grads[2].flatten(1).to(dtype))
+    for ours, weight in zip(sums, weights, strict=True):
+        assert_near(ours, 1 + weight.grad, torch.float32)
+    amax = torch.zeros((), device=DEVICE)
+    assert torch.equal(backward(amax=amax)[0], grad)
+    assert amax == amax_of(grad)
+
+
+def test_norm_and_rope_of_huge_heads_and_of_none():
+    cos, sin = tables(6)
+    qkv, ones, positions = randn(5, 24, dtype=torch.float32, scale=1e17), torch.ones(6, device=DEVICE), torch.arange(5)
+    positions = positions.to(DEVICE)
+    sums = torch.zeros(2, 6, device=DEVICE)
+    grads = [randn(1, own, 5, 6, dtype=torch.float32, seed=own) for own in (2, 1, 1)]
+    wide = qkv.double().requires_grad_()
+    expected, _ = normed_and_rotated(wide, [ones.double()] * 2, 1e-6, cos, sin, positions, [2, 1, 1])
+    expected.backward(torch.cat(grads[:2], dim=1)[0].transpose(0, 1).double())
+    norms = ones, ones, 1e-6
+    qk = norm_rope_forward(qkv, *norms, cos, sin, positions, num_heads=2, num_kv_heads=1)
+    assert_near(qk, expected.detach().flatten(1), torch.float32)
+    grad = norm_rope_backward(*grads, qkv, *norms, cos, sin, positions, grad_query_K=sums[0], grad_key_K=sums[1])
+    assert_near(grad[:, :18] * 1e17, wide.grad[:, :18] * 1e17, torch.float32)
+
+    before, none = sums.clone(), positions[:0]
+    assert norm_rope_forward(qkv[:0], *norms, cos, sin, none, num_heads=2, num_kv_heads=1).shape == (0, 18)
+    nothing = [grad[:, :, :0] for grad in grads]
+    grad = norm_rope_backward(*nothing, qkv[:0], *norms, cos, sin, none, grad_query_K=sums[0], grad_key_K=sums[1])
+    assert grad.shape == (0, 24)
+    assert torch.equal(sums, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -410,6 +489,18 @@ def test_ignored_labels_are_those_of_the_op():
         (
             lambda x: rope_(x, *rope_tables(4, 8, theta=1e4), torch.arange(4), num_rotated=2, head_dim=4),
             r"cos_PK2 must be contiguous torch.float32 \[4, 2\]; got torch.float32 \[4, 4\]",
+        ),
+        (
+            lambda x: norm_rope_forward(
+                x, x[0, :4], x[0, :4], 1e-6, *rope_tables(4, 4, theta=1e4), torch.arange(4), num_heads=2, num_kv_heads=1
+            ),
+            r"qkv_TC must be .* \[4, 16\]; got .* \[4, 8\]",
+        ),
+        (
+            lambda x: norm_rope_forward(
+                x, x[0, :2], x[0], 1e-6, *rope_tables(4, 2, theta=1e4), torch.arange(4), num_heads=2, num_kv_heads=1
+            ),
+            r"key_K must be .* \[2\]; got .* \[8\]",
         ),
         (
             lambda x: gather_unrotate(

@@ -36,12 +36,14 @@ def make_model(config: ModelConfig, *, seed: int = 0, tp=ALONE, cp=UNCUT) -> Tra
 
 @torch.no_grad()
 def init_with_biases(model: TransformerPart, *, seed: int) -> None:
-    """As `init_weights`, but no bias is zero, since zeros would hide one that is left out or misplaced."""
+    """As `init_weights`, but no bias is zero and no weight of a norm of heads one, which would hide one that is left
+    out or misplaced."""
     init_weights(model, seed=seed)
     for piece in weight_pieces(model):
-        if piece.hf_name.endswith(".bias"):
+        is_bias, is_head_norm = piece.hf_name.endswith(".bias"), "_norm." in piece.hf_name
+        if is_bias or is_head_norm:
             whole = 0.3 * torch.randn(piece.shard.shape, generator=keyed_generator(seed, piece.hf_name))
-            piece.view.copy_(piece.shard.part(whole))
+            piece.view.copy_(piece.shard.part(whole + 1 if is_head_norm else whole))
 
 
 def grads_of(model) -> list[tuple]:
@@ -56,11 +58,13 @@ def named_grads(model) -> dict[str, torch.Tensor]:
 
 
 def peer_of(model):
-    """transformers' Llama or, with biases, Qwen2 of the same weights, its attention written out."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    """transformers' Llama, with biases Qwen2 or with norms of heads Qwen3, of the same weights, its attention written
+    out."""
+    import transformers
 
     config = model.config
-    peer_config, peer_model = (Qwen2Config, Qwen2ForCausalLM) if config.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    name = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+    peer_config, peer_model = (getattr(transformers, name + kind) for kind in ("Config", "ForCausalLM"))
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",

@@ -48,6 +48,7 @@ def tensor(*shape, dtype=torch.bfloat16):
 def launches():
     """(label, what launches it) for all launchers."""
     from megacoder.ops.triton_kernels.cross_entropy import cross_entropy_, rescale_subtract_, softmax_
+    from megacoder.ops.triton_kernels.qk_norm import norm_rope_backward, norm_rope_forward
     from megacoder.ops.triton_kernels.rms_norm import rms_norm_backward, rms_norm_forward
     from megacoder.ops.triton_kernels.rope import gather_unrotate, rope_
     from megacoder.ops.triton_kernels.swiglu import swiglu_backward_, swiglu_forward
@@ -67,6 +68,16 @@ def launches():
     )
     yield "rope", lambda: rope_(tensor(T, 3 * H * K), *tables, positions, num_rotated=2 * H, head_dim=K)
     yield "gather", lambda: gather_unrotate(heads, heads, heads, *tables, positions)
+    norms = tensor(K), tensor(K), 1e-6
+    yield (
+        "norm and rope",
+        lambda: norm_rope_forward(tensor(T, 3 * H * K), *norms, *tables, positions, num_heads=H, num_kv_heads=H),
+    )
+    sums = {name: tensor(K, dtype=torch.float32) for name in ("grad_query_K", "grad_key_K")}
+    yield (
+        "norm and rope backward",
+        lambda: norm_rope_backward(heads, heads, heads, tensor(T, 3 * H * K), *norms, *tables, positions, **sums),
+    )
     yield "swiglu", lambda: swiglu_forward(gate_up)
     yield "swiglu backward", lambda: swiglu_backward_(tensor(T, F), gate_up)
     amax = tensor(dtype=torch.float32)
@@ -78,6 +89,12 @@ def launches():
         ),
     )
     yield "gather for fp8", lambda: gather_unrotate(heads, heads, heads, *tables, positions, amax=amax)
+    yield (
+        "norm and rope backward for fp8",
+        lambda: norm_rope_backward(
+            heads, heads, heads, tensor(T, 3 * H * K), *norms, *tables, positions, **sums, amax=amax
+        ),
+    )
     yield "swiglu for fp8", lambda: swiglu_forward(gate_up, amax=amax)
     yield (
         "swiglu backward for fp8",

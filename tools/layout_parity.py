@@ -6,9 +6,9 @@
 
 A layout is written as `key=value` pairs, on and off for switches; the keys, each with a default:
 tp cp pp dp, schedule, chunks, sequence-parallel, block (scheduled, plain), recompute (none, norms, selective, full),
-and of the model kv-heads (1, 2, 4), tied, bias (of queries, keys and values), layers, vocab; packed (documents within
-a sequence do not see each other) and sequences (of an update, two of them a microbatch); shared-memory=off sends
-layers', stages' and gradients' tensors through sockets, as between hosts.
+and of the model kv-heads (1, 2, 4), tied, bias (of queries, keys and values), qk-norm, layers, vocab; packed
+(documents within a sequence do not see each other) and sequences (of an update, two of them a microbatch);
+shared-memory=off sends layers', stages' and gradients' tensors through sockets, as between hosts.
 
 Every rank starts from the seed's weights and takes its share of the same batches, on gloo. After each step its slices
 of the gradients, and at the end its slices of the weights, are compared with those of one process. A difference is
@@ -75,6 +75,7 @@ class Case:
     kv_heads: int = 4
     tied: bool = False
     bias: bool = False
+    qk_norm: bool = False
     layers: int = 8
     vocab: int = 93
     packed: bool = False
@@ -90,8 +91,8 @@ class Case:
     def alone(self) -> "Case":
         """The same model on one process, in the plainest way: the layers' own forward under autograd."""
         return Case(
-            block="plain", kv_heads=self.kv_heads, tied=self.tied, bias=self.bias, layers=self.layers,
-            vocab=self.vocab, packed=self.packed, sequences=self.sequences,
+            block="plain", kv_heads=self.kv_heads, tied=self.tied, bias=self.bias, qk_norm=self.qk_norm,
+            layers=self.layers, vocab=self.vocab, packed=self.packed, sequences=self.sequences,
         )  # fmt: skip
 
     def request(self) -> LayoutRequest:
@@ -102,7 +103,8 @@ class Case:
             model=ModelConfig(
                 vocab_size=self.vocab, vocab_multiple=32, hidden_size=32, intermediate_size=48, num_attention_heads=4,
                 num_hidden_layers=self.layers, num_key_value_heads=self.kv_heads, head_dim=8, init_std=0.1,
-                tie_word_embeddings=self.tied, qkv_bias=self.bias, max_position_embeddings=SEQ_LENGTH,
+                tie_word_embeddings=self.tied, qkv_bias=self.bias, qk_norm=self.qk_norm,
+                max_position_embeddings=SEQ_LENGTH,
             ),
             parallel=from_dict(ParallelConfig, table, where=str(self)),
             seq_length=SEQ_LENGTH, global_batch_size=self.sequences, micro_batch_size=MICRO_BATCH,
@@ -360,6 +362,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "kv_heads": (1, 2, 4),
     "tied": (False, True),
     "bias": (False, True),
+    "qk_norm": (False, True),
     "layers": (8, 7),
     "vocab": (93, 40),
     "packed": (False, True),

@@ -56,6 +56,7 @@ class Case:
     kv_heads: int = 4
     tied: bool = False
     bias: bool = False
+    qk_norm: bool = False
     microbatches: int = 5
     seq_length: int = 64
 
@@ -66,7 +67,7 @@ class Case:
             model=ModelConfig(
                 vocab_size=500, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=8,
                 num_key_value_heads=self.kv_heads, head_dim=16, max_position_embeddings=256,
-                tie_word_embeddings=self.tied, qkv_bias=self.bias,
+                tie_word_embeddings=self.tied, qkv_bias=self.bias, qk_norm=self.qk_norm,
             ),
             seq_length=self.seq_length, global_batch_size=self.microbatches * self.micro_batch_size * dp,
             itemsize=self.dtype.itemsize,

@@ -53,7 +53,7 @@ __all__ = ["Pair", "Report", "measure", "random_pairs"]
 
 STEPS = 2
 """Updates before the change, and as many after it."""
-MODEL = ("kv_heads", "tied", "bias", "layers", "vocab", "packed", "sequences")
+MODEL = ("kv_heads", "tied", "bias", "qk_norm", "layers", "vocab", "packed", "sequences")
 """What both layouts of a pair have in common."""
 CHOICES = {key: values for key, values in layout_parity.CHOICES.items() if key != "shared_memory"} | {
     "pipeline": pipelines(range(2, 9)), "dp": (1, 2, 3, 4, 6), "sequences": (24,),

@@ -42,6 +42,13 @@ struct TypedKernels {
                             T* grad_x, float* grad_weight, int64_t rows, int64_t dim);
   void (*rope)(T* qkv, const float* cosine, const float* sine, const int64_t* positions, int64_t rows,
                int64_t row_stride, int64_t heads, int64_t head_dim, float sign);
+  void (*norm_rope_forward)(const T* qkv, const T* query_weight, const T* key_weight, const float* cosine,
+                            const float* sine, const int64_t* positions, T* out, int64_t rows, int64_t row_stride,
+                            int64_t heads, int64_t kv_heads, int64_t head_dim, float eps);
+  void (*norm_rope_backward)(T* grad, const T* qkv, const T* query_weight, const T* key_weight, const float* cosine,
+                             const float* sine, const int64_t* positions, float* grad_query, float* grad_key,
+                             int64_t rows, int64_t row_stride, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                             float eps);
   void (*swiglu_forward)(const T* gate_up, T* out, int64_t rows, int64_t dim);
   void (*swiglu_backward)(const T* grad_out, T* gate_up, T* activation, int64_t rows, int64_t dim);
   void (*cross_entropy)(T* logits, const int64_t* labels, float* loss, int64_t rows, int64_t width, int64_t vocab);
@@ -55,10 +62,11 @@ struct TypedKernels {
                 double correction2);
   void (*accumulate)(float* total, const T* addend, int64_t count);
   void (*few_rows_linear)(const T* x, const T* weight, T* out, int64_t rows, int64_t dim, int64_t width);
-  void (*decode_attention)(const T* x, const T* residual, const T* norm, const T* qkv_weight, const T* out_weight,
-                           const float* cosine, const float* sine, const int64_t* padding, T* keys, T* values, T* out,
-                           int64_t rows, int64_t dim, int64_t heads, int64_t groups, int64_t head_dim,
-                           int64_t capacity, int64_t column, float eps);
+  void (*decode_attention)(const T* x, const T* residual, const T* norm, const T* qkv_weight, const T* query_norm,
+                           const T* key_norm, const T* out_weight, const float* cosine, const float* sine,
+                           const int64_t* padding, T* keys, T* values, T* out, int64_t rows, int64_t dim,
+                           int64_t heads, int64_t groups, int64_t head_dim, int64_t capacity, int64_t column,
+                           float eps);
   void (*decode_feed_forward)(const T* x, const T* residual, const T* norm, const T* gate_up_weight,
                               const T* down_weight, T* out, int64_t rows, int64_t dim, int64_t inner_dim, float eps);
 };

@@ -82,7 +82,7 @@ megacoder::amx::AttentionShape sized(const Shape& of, float scale) {
 
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "Fused CPU kernels; addresses in, nothing out (csrc/cpp/kernels.inc). Counts over strings (text_counts.h).";
-  m.attr("interface") = 2;  // raised with that of megacoder/core/native.py
+  m.attr("interface") = 3;  // raised with that of megacoder/core/native.py
   m.def("isa", [] { return table->isa; });
   m.attr("num_tables") = tables.size();
   m.def("use_table", [](size_t number) { table = tables.at(number); }, "For tests, while no kernel runs: 0 is what is chosen at import.");
@@ -133,6 +133,26 @@ PYBIND11_MODULE(_cpp, m) {
       using T = std::remove_pointer_t<decltype(t)>;
       k.rope(at<T>(qkv), at<float>(cosine), at<float>(sine), at<int64_t>(positions), rows, row_stride, heads, head_dim,
              sign);
+    });
+  }, nogil);
+  m.def("norm_rope_forward", [](bool b, Address qkv, Address query_weight, Address key_weight, Address cosine,
+                                Address sine, Address positions, Address out, int64_t rows, int64_t row_stride,
+                                int64_t heads, int64_t kv_heads, int64_t head_dim, float eps) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.norm_rope_forward(at<T>(qkv), at<T>(query_weight), at<T>(key_weight), at<float>(cosine), at<float>(sine),
+                          at<int64_t>(positions), at<T>(out), rows, row_stride, heads, kv_heads, head_dim, eps);
+    });
+  }, nogil);
+  m.def("norm_rope_backward", [](bool b, Address grad, Address qkv, Address query_weight, Address key_weight,
+                                 Address cosine, Address sine, Address positions, Address grad_query, Address grad_key,
+                                 int64_t rows, int64_t row_stride, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                 float eps) {
+    typed(b, [&](auto& k, auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      k.norm_rope_backward(at<T>(grad), at<T>(qkv), at<T>(query_weight), at<T>(key_weight), at<float>(cosine),
+                           at<float>(sine), at<int64_t>(positions), at<float>(grad_query), at<float>(grad_key), rows,
+                           row_stride, heads, kv_heads, head_dim, eps);
     });
   }, nogil);
   m.def("swiglu_forward", [](bool b, Address gate_up, Address out, int64_t rows, int64_t dim) {
@@ -199,14 +219,15 @@ PYBIND11_MODULE(_cpp, m) {
     });
   }, nogil);
   m.def("decode_attention", [](bool b, Address x, Address residual, Address norm, Address qkv_weight,
-                               Address out_weight, Address cosine, Address sine, Address padding, Address keys,
-                               Address values, Address out, int64_t rows, int64_t dim, int64_t heads, int64_t groups,
-                               int64_t head_dim, int64_t capacity, int64_t column, float eps) {
+                               Address query_norm, Address key_norm, Address out_weight, Address cosine, Address sine,
+                               Address padding, Address keys, Address values, Address out, int64_t rows, int64_t dim,
+                               int64_t heads, int64_t groups, int64_t head_dim, int64_t capacity, int64_t column,
+                               float eps) {
     typed(b, [&](auto& k, auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      k.decode_attention(at<T>(x), at<T>(residual), at<T>(norm), at<T>(qkv_weight), at<T>(out_weight),
-                         at<float>(cosine), at<float>(sine), at<int64_t>(padding), at<T>(keys), at<T>(values), at<T>(out),
-                         rows, dim, heads, groups, head_dim, capacity, column, eps);
+      k.decode_attention(at<T>(x), at<T>(residual), at<T>(norm), at<T>(qkv_weight), at<T>(query_norm), at<T>(key_norm),
+                         at<T>(out_weight), at<float>(cosine), at<float>(sine), at<int64_t>(padding), at<T>(keys),
+                         at<T>(values), at<T>(out), rows, dim, heads, groups, head_dim, capacity, column, eps);
     });
   }, nogil);
   m.def("decode_feed_forward", [](bool b, Address x, Address residual, Address norm, Address gate_up_weight,

@@ -25,7 +25,7 @@ from megacoder.ops.triton_kernels.launch import (
     warps,
 )
 
-__all__ = ["gather_unrotate", "rope_"]
+__all__ = ["check_gradients", "check_tables", "gather_heads", "gather_unrotate", "rope_", "rotation", "tile"]
 
 TILE = 2048
 """Elements of each half. With 8 of them per thread, each thread has two 16-byte loads in flight, and a multiprocessor
@@ -33,7 +33,7 @@ has registers for 40 warps."""
 
 
 @triton.jit
-def _rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF: tl.constexpr):
+def rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF: tl.constexpr):
     """(cos, sin) at each pair's position."""
     positions_R = tl.load(positions_ptr + tokens_R, mask=real_R, other=0)
     places_RB = positions_R[:, None] * HALF + cols_B[None, :]
@@ -63,7 +63,7 @@ def rope_kernel(
     low_ptr = qkv_ptr + (tokens_R.to(tl.int64) * C + heads_R * (2 * HALF))[:, None] + cols_B[None, :]
     low_RB = tl.load(low_ptr, mask=inside_RB, other=0.0).to(tl.float32)
     high_RB = tl.load(low_ptr + HALF, mask=inside_RB, other=0.0).to(tl.float32)
-    cos_RB, sin_RB = _rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
+    cos_RB, sin_RB = rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
     if INVERSE:
         sin_RB = -sin_RB
     rotated_low_RB = tl.fma(-high_RB, sin_RB, low_RB * cos_RB)
@@ -73,7 +73,7 @@ def rope_kernel(
 
 
 @triton.jit
-def _gather_heads(
+def gather_heads(
     grad_ptr,
     stride_b,
     stride_h,
@@ -106,7 +106,7 @@ def _gather_heads(
     low_RB = tl.load(from_ptr, mask=inside_RB, other=0.0)
     high_RB = tl.load(from_ptr + HALF, mask=inside_RB, other=0.0)
     if ROTATED:
-        cos_RB, sin_RB = _rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
+        cos_RB, sin_RB = rotation(cos_ptr, sin_ptr, positions_ptr, tokens_R, real_R, cols_B, inside_RB, HALF)
         wide_low_RB, wide_high_RB = low_RB.to(tl.float32), high_RB.to(tl.float32)
         low_RB = tl.fma(wide_high_RB, sin_RB, wide_low_RB * cos_RB).to(out_ptr.dtype.element_ty)
         high_RB = tl.fma(-wide_low_RB, sin_RB, wide_high_RB * cos_RB).to(out_ptr.dtype.element_ty)
@@ -150,17 +150,17 @@ def gather_unrotate_kernel(
     block = tl.program_id(0)
     q_blocks, kv_blocks = tl.cdiv(num_tokens * H, ROWS), tl.cdiv(num_tokens * G, ROWS)
     if block < q_blocks:
-        _gather_heads(
+        gather_heads(
             grad_q_ptr, q_stride_b, q_stride_h, q_stride_s, out_ptr, cos_ptr, sin_ptr, positions_ptr,
             amax_ptr, block, num_tokens, length, True, H, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
-        _gather_heads(
+        gather_heads(
             grad_k_ptr, k_stride_b, k_stride_h, k_stride_s, out_ptr + K_COLUMN, cos_ptr, sin_ptr, positions_ptr,
             amax_ptr, block - q_blocks, num_tokens, length, True, G, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
     else:
-        _gather_heads(
+        gather_heads(
             grad_v_ptr, v_stride_b, v_stride_h, v_stride_s, out_ptr + V_COLUMN, cos_ptr, sin_ptr, positions_ptr,
             amax_ptr, block - q_blocks - kv_blocks, num_tokens, length, False, G, C, HALF, ROWS, BLOCK,
         )  # fmt: skip
@@ -182,11 +182,11 @@ def rope_(
     """
     num_tokens, columns = qkv_TC.shape
     check("qkv_TC", qkv_TC, storage("qkv_TC", qkv_TC), num_tokens, columns)
-    _check_tables(cos_PK2, sin_PK2, positions_T, num_tokens, head_dim)
+    check_tables(cos_PK2, sin_PK2, positions_T, num_tokens, head_dim)
     if num_rotated * head_dim > columns:
         raise ValueError(f"{num_rotated} heads of {head_dim} do not fit in rows of {columns} columns")
     if num_tokens and num_rotated:
-        rows, block, num_warps = _tile(head_dim // 2)
+        rows, block, num_warps = tile(head_dim // 2)
         rope_kernel[(ceil_div(num_tokens * num_rotated, rows),)](
             qkv_TC, cos_PK2, sin_PK2, positions_T, num_tokens,
             INVERSE=inverse, HEADS=num_rotated, C=columns, HALF=head_dim // 2, ROWS=rows, BLOCK=block,
@@ -209,6 +209,25 @@ def gather_unrotate(
     Raises `amax` to the result's largest magnitude. The gradients may have any memory order of batch, head and step;
     each head's K elements must be contiguous.
     """
+    check_gradients(grad_q_BHSK, grad_k_BGSK, grad_v_BGSK)
+    (batch, heads, length, dim), kv_heads = grad_q_BHSK.shape, grad_k_BGSK.shape[1]
+    num_tokens = batch * length
+    check_tables(cos_PK2, sin_PK2, positions_T, num_tokens, dim)
+    grad_qkv_TC = grad_q_BHSK.new_empty(num_tokens, (heads + 2 * kv_heads) * dim)
+    if num_tokens:
+        rows, block, num_warps = tile(dim // 2)
+        num_programs = ceil_div(num_tokens * heads, rows) + 2 * ceil_div(num_tokens * kv_heads, rows)
+        gather_unrotate_kernel[(num_programs,)](
+            grad_q_BHSK, grad_k_BGSK, grad_v_BGSK,
+            *grad_q_BHSK.stride()[:3], *grad_k_BGSK.stride()[:3], *grad_v_BGSK.stride()[:3],
+            grad_qkv_TC, cos_PK2, sin_PK2, positions_T, amax_bits(amax), num_tokens, length,
+            H=heads, G=kv_heads, HALF=dim // 2, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return grad_qkv_TC
+
+
+def check_gradients(grad_q_BHSK: Tensor, grad_k_BGSK: Tensor, grad_v_BGSK: Tensor) -> None:
+    """ValueError unless these are gradients of queries, keys and values, each head's elements contiguous."""
     batch, heads, length, dim = grad_q_BHSK.shape
     kv_heads, dtype = grad_k_BGSK.shape[1], storage("grad_q_BHSK", grad_q_BHSK)
     for name, grad, own_heads in (
@@ -221,22 +240,10 @@ def gather_unrotate(
                 f"{name} must be {dtype} {[batch, own_heads, length, dim]} with contiguous heads; got {grad.dtype} "
                 f"{list(grad.shape)} with strides {list(grad.stride())}"
             )
-    num_tokens = batch * length
-    _check_tables(cos_PK2, sin_PK2, positions_T, num_tokens, dim)
-    grad_qkv_TC = grad_q_BHSK.new_empty(num_tokens, (heads + 2 * kv_heads) * dim)
-    if num_tokens:
-        rows, block, num_warps = _tile(dim // 2)
-        num_programs = ceil_div(num_tokens * heads, rows) + 2 * ceil_div(num_tokens * kv_heads, rows)
-        gather_unrotate_kernel[(num_programs,)](
-            grad_q_BHSK, grad_k_BGSK, grad_v_BGSK,
-            *grad_q_BHSK.stride()[:3], *grad_k_BGSK.stride()[:3], *grad_v_BGSK.stride()[:3],
-            grad_qkv_TC, cos_PK2, sin_PK2, positions_T, amax_bits(amax), num_tokens, length,
-            H=heads, G=kv_heads, HALF=dim // 2, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return grad_qkv_TC
 
 
-def _check_tables(cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor, num_tokens: int, head_dim: int) -> None:
+def check_tables(cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor, num_tokens: int, head_dim: int) -> None:
+    """ValueError unless there is a table of both for such heads, and a position for every token."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}: must be even and positive, to have two halves to rotate")
     table = len(cos_PK2), head_dim // 2
@@ -245,7 +252,7 @@ def _check_tables(cos_PK2: Tensor, sin_PK2: Tensor, positions_T: Tensor, num_tok
     check("positions_T", positions_T, torch.int64, num_tokens)
 
 
-def _tile(half: int) -> tuple[int, int, int]:
+def tile(half: int) -> tuple[int, int, int]:
     """(pairs, columns, warps) of a program's tile."""
     block = power_of_two(half)
     rows = max(1, TILE // block)

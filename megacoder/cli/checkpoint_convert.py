@@ -73,7 +73,7 @@ class ExportArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArgs:
-    """Makes a checkpoint from a Hugging Face folder, such as DeepSeek-Coder's or Qwen2.5-Coder's."""
+    """Makes a checkpoint from a Hugging Face folder, such as DeepSeek-Coder's, Qwen2.5-Coder's or Qwen3's."""
 
     src: Positional[Path]
     """folder with config.json and safetensors"""

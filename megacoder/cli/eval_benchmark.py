@@ -265,7 +265,7 @@ def _check_loading(args: EvalArgs, model: Path) -> None:
 
 
 def _why_transformers(model: Path, *, instruct: bool) -> str | None:
-    """What a Hugging Face folder has that only transformers can run: another architecture or, where a Qwen2 is asked to
+    """What a Hugging Face folder has that only transformers can run: another architecture or, where a Qwen is asked to
     `instruct`, another chat template; None for what runs here."""
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
@@ -276,8 +276,8 @@ def _why_transformers(model: Path, *, instruct: bool) -> str | None:
     if is_checkpoint(model) or not (model / "config.json").is_file():
         return None
     table = read_config(model)
-    template = chat_template_in(model) if instruct and table.get("model_type") == "qwen2" else None
-    if not can_load(table):
+    template = chat_template_in(model) if instruct and table.get("model_type") in ("qwen2", "qwen3") else None
+    if not can_load(table) or table.get("model_type") == "mistral":  # mostly with SentencePiece
         return f"the architecture {(table.get('architectures') or ['none named'])[0]}"
     return "another chat template" if template is not None and FormatConfig.from_jinja(template) is None else None
 

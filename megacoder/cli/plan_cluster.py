@@ -38,8 +38,8 @@ class ClusterArgs:
     """Layouts of a model on a cluster, which need not be at hand: memory, time, and why others are rejected."""
 
     model: str | None = None
-    """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, qwen2.5-1.5b, qwen2.5-7b, tiny, tiny-gqa, or the TOML file of a run, whose own
-    layout is shown, too"""
+    """1.3b, 5.7b, 6.7b, 33b, v1.5-7b, qwen2.5-1.5b, qwen2.5-7b, qwen3-1.7b, qwen3-8b, tiny, tiny-gqa, or the TOML file
+    of a run, whose own layout is shown, too"""
     device: str = "h800"
     """h800, h100, h200, a100, cpu, or a TOML file that describes one"""
     devices: int = 8

@@ -9,7 +9,7 @@ from types import ModuleType
 
 __all__ = ["INTERFACE", "native", "native_state"]
 
-INTERFACE = 2
+INTERFACE = 3
 """Raised together with that of csrc/cpp/module.cpp when a function is added or takes other arguments: an editable
 install keeps what was compiled from older sources, which would be called wrongly."""
 

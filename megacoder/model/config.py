@@ -1,5 +1,5 @@
-"""The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly, and
-Qwen2.5-Coder with biases)."""
+"""The shape of a Llama-architecture model, in Hugging Face's names (DeepSeek-Coder is this architecture exactly,
+Qwen2.5-Coder with biases, and Qwen3 with norms of queries and keys)."""
 
 import math
 from dataclasses import dataclass, field
@@ -61,6 +61,8 @@ class ModelConfig:
     """share the embedding's weights with the head"""
     qkv_bias: bool = False
     """add a bias to queries, keys and values, as Qwen2 does (arXiv:2407.10671, 2.2)"""
+    qk_norm: bool = False
+    """norm every query and key head by RMSNorm before it is rotated, as Qwen3 does (arXiv:2505.09388, 2)"""
     init_std: float = 0.006
     """standard deviation of every matrix at initialization (arXiv:2401.02954, 2.2)"""
     vocab_multiple: int = 128
@@ -130,8 +132,10 @@ class ModelConfig:
     def num_params(self) -> int:
         """All weights as exported, padding not counted."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        biases = self.num_hidden_layers * self.local_sizes(1).qkv if self.qkv_bias else 0
-        return self.num_matmul_params + embedding + biases + (2 * self.num_hidden_layers + 1) * self.hidden_size
+        vectors = 2 * self.hidden_size  # of a layer
+        vectors += self.local_sizes(1).qkv if self.qkv_bias else 0
+        vectors += 2 * self.head_dim if self.qk_norm else 0
+        return self.num_matmul_params + embedding + self.num_hidden_layers * vectors + self.hidden_size
 
     def attention_flops_per_token(self, seq_length: int, *, causal: bool) -> float:
         """Training FLOPs per token of the score and value products.
@@ -149,6 +153,10 @@ class ModelConfig:
     def local_heads(self, tp: int) -> tuple[int, int]:
         """(H, G) of one of `tp` tensor-parallel ranks."""
         return self.num_attention_heads // tp, max(1, self.num_key_value_heads // tp)
+
+    def normed_columns(self, tp: int) -> int:
+        """Columns of the queries and keys that `qk_norm` norms on one of `tp` tensor-parallel ranks; 0 without it."""
+        return sum(self.local_heads(tp)) * self.head_dim if self.qk_norm else 0
 
     def local_sizes(self, tp: int) -> LocalSizes:
         """Of one of `tp` tensor-parallel ranks."""

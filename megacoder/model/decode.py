@@ -17,6 +17,7 @@ from megacoder.model.kv_cache import KVCache, LayerCache
 from megacoder.model.transformer import DecoderLayer, Transformer
 from megacoder.ops.decode import FusedLayer, LayerCacheView, LayerWeights, can_fuse
 from megacoder.ops.few_rows import few_rows_linear
+from megacoder.ops.qk_norm import norm_rope_forward
 from megacoder.ops.rms_norm import rms_norm_forward
 from megacoder.ops.rope import apply_rope_
 from megacoder.ops.swiglu import swiglu_forward
@@ -69,11 +70,16 @@ class Decoder:
             heads, groups, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
             norm, qkv = layer.input_layernorm, attn.qkv_proj
             qkv_BC = few_rows_linear(rms_norm_forward(x_BD, norm.weight, norm.eps)[0], qkv.weight, qkv.bias)
-            apply_rope_(qkv_BC, rope.cos, rope.sin, positions_B, num_rotated=heads + groups, head_dim=dim)
-            rows = qkv_BC.view(batch, -1, dim)
-            k_BGPK, v_BGPK, _ = kept.append(rows[:, heads : heads + groups, None], rows[:, heads + groups :, None])
+            rows = rotated = qkv_BC.view(batch, -1, dim)
+            rotation, norms = (rope.cos, rope.sin, positions_B), attn.head_norms
+            if norms is None:
+                apply_rope_(qkv_BC, *rotation, num_rotated=heads + groups, head_dim=dim)
+            else:
+                normed_BR = norm_rope_forward(qkv_BC, norms, *rotation, num_heads=heads, num_kv_heads=groups)
+                rotated = normed_BR.view(batch, -1, dim)
+            k_BGPK, v_BGPK, _ = kept.append(rotated[:, heads : heads + groups, None], rows[:, heads + groups :, None])
             # the heads of a group go into the query dim: no key is read twice
-            q_BGRK = rows[:, :heads].view(batch, groups, heads // groups, dim)
+            q_BGRK = rotated[:, :heads].view(batch, groups, heads // groups, dim)
             out = F.scaled_dot_product_attention(q_BGRK, k_BGPK, v_BGPK, attn_mask=mask)
             x_BD = _add(x_BD, out.reshape(batch, heads * dim), attn.o_proj.weight, model.tp)
             norm = layer.post_attention_layernorm
@@ -89,9 +95,10 @@ class Decoder:
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights:
-    attn, mlp = layer.self_attn, layer.mlp
+    attn, mlp, norms = layer.self_attn, layer.mlp, layer.self_attn.head_norms
     return LayerWeights(
         input_norm_D=layer.input_layernorm.weight, qkv_CD=attn.qkv_proj.weight, out_DI=attn.o_proj.weight,
+        query_norm_K=norms and norms.query_K, key_norm_K=norms and norms.key_K,
         post_norm_D=layer.post_attention_layernorm.weight, gate_up_EF=mlp.gate_up_proj.weight,
         down_DF=mlp.down_proj.weight, eps=layer.input_layernorm.eps,
     )  # fmt: skip

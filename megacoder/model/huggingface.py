@@ -1,5 +1,6 @@
 """The transformer to and from a Hugging Face folder, without a changed bit: `LlamaForCausalLM`, with biases of queries,
-keys and values `Qwen2ForCausalLM`.
+keys and values `Qwen2ForCausalLM`, with norms of queries and keys `Qwen3ForCausalLM`. A `MistralForCausalLM` without a
+sliding window is read as the Llama that it is.
 
 `transformers` and vLLM load what `export_model` writes, llama.cpp's converter too (`tools/convert_gguf.py` says how);
 `import_model` reads what they and DeepSeek publish.
@@ -7,8 +8,8 @@ Names are already Hugging Face's (`weight_pieces`). Two things differ: the vocab
 RoPE has several spellings (`megacoder.model.huggingface_rope`).
 
 A Qwen2 gets Qwen's own tokenizer class in transformers 5, thus also in vLLM, which splits text its own way whatever
-tokenizer.json says. So a model with biases and another tokenizer leaves as a Llama with biases, and with one of the
-attention's output, which a Llama then has too: it is zero.
+tokenizer.json says. So a model with biases and another tokenizer leaves as a Llama. A Llama or Qwen3 with biases has
+one of the attention's output, too, which is zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -44,16 +45,23 @@ __all__ = [
 ]  # fmt: skip
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+_LLAMA, _MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+_QWEN2, _QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 _FIXED: dict[str, dict[str, Any]] = {
     _LLAMA: {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False},
+    _MISTRAL: {"model_type": "mistral", "hidden_act": "silu"},
     _QWEN2: {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
+    _QWEN3: {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False},
 }
 """By architecture, settings that all our models share; a folder with different ones is refused."""
+_WITH_OUTPUT_BIAS = (_LLAMA, _QWEN3)
+"""Whose biases are a setting, `attention_bias`, which is one of the output, too."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes for which transformers has no default, or a default that nobody means."""
-_POSITIONS = {_LLAMA: 2048, _QWEN2: 32768}
+_POSITIONS = {_LLAMA: 2048, _MISTRAL: 131072, _QWEN2: 32768, _QWEN3: 32768}
 """What transformers takes for max_position_embeddings where it is not given."""
+_MISTRAL_WINDOW, _QWEN3_HEAD_DIM = 4096, 128
+"""And for a Mistral's sliding_window, where null means none, and a Qwen3's head_dim."""
 
 
 def export_model(
@@ -93,20 +101,20 @@ def write_folder(
     """As `export_model`; `stream(name)` yields the elements of a weight in order, in chunks of shape (n,)."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"dtype {dtype}: models are exported in float32 or bfloat16")
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
-            "transformers refuses to load such a model"
-        )
     ids: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     files: dict[str, str] = {}
-    as_qwen2 = config.head_dim == config.hidden_size // config.num_attention_heads  # Qwen2 has no other
+    as_qwen2 = config.head_dim * config.num_attention_heads == config.hidden_size  # Qwen2 has no other
     if tokenizer_folder is not None:
         tokenizer = read_tokenizer_files(tokenizer_folder, max_length=config.max_position_embeddings, chat=chat)
         check_vocabulary(tokenizer.vocab_size, config, tokenizer_folder)
         ids, files = tokenizer.ids, tokenizer.files
         as_qwen2 &= tokenizer.is_qwens
     table = config_to_huggingface(config, dtype, as_qwen2=as_qwen2)
+    if table["architectures"] == [_LLAMA] and config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; "
+            "transformers refuses to load such a model"
+        )
     zeros = _zero_shapes(config, table)
     shapes = weight_shapes(config) | zeros
 
@@ -201,9 +209,9 @@ def import_with_tokenizer(
 
 def config_to_huggingface(config: ModelConfig, dtype: torch.dtype, *, as_qwen2: bool = True) -> dict[str, Any]:
     """config.json of `config`, without the tokenizer's ids; a model with biases is a Qwen2 if it may be one."""
-    architecture = _QWEN2 if config.qkv_bias and as_qwen2 else _LLAMA
+    architecture = _architecture_of(config, as_qwen2=as_qwen2)
     fixed = _FIXED[architecture]
-    biases = {"attention_bias": config.qkv_bias} if architecture == _LLAMA else {}
+    biases = {"attention_bias": config.qkv_bias} if architecture in _WITH_OUTPUT_BIAS else {}
     return {
         "architectures": [architecture],
         "model_type": fixed["model_type"],
@@ -227,6 +235,13 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype, *, as_qwen2: 
     }
 
 
+def _architecture_of(config: ModelConfig, *, as_qwen2: bool) -> str:
+    """What `config` is exported as."""
+    if config.qk_norm:
+        return _QWEN3
+    return _QWEN2 if config.qkv_bias and as_qwen2 else _LLAMA
+
+
 def can_load(table: dict[str, Any]) -> bool:
     """Whether the architecture that a config.json names is one of ours."""
     return table.get("architectures") in [[architecture] for architecture in _FIXED]
@@ -236,8 +251,8 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
     """The ModelConfig of a config.json; FormatError, beginning with `where`, for anything unsupported."""
     architecture = (table.get("architectures") or ["none named"])[0]
     if not can_load(table):
-        known = " and ".join(map(repr, _FIXED))
-        raise FormatError(f"{where}: architecture {architecture!r}; only {known} can be loaded")
+        *others, last = map(repr, _FIXED)
+        raise FormatError(f"{where}: architecture {architecture!r}; only {', '.join(others)} and {last} can be loaded")
     fixed = _FIXED[architecture]
     if table.get("model_type", fixed["model_type"]) != fixed["model_type"]:
         raise FormatError(
@@ -247,7 +262,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
     for key, value in fixed.items():
         if table.get(key, value) != value:
             raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
-    biased = table.get("attention_bias") if architecture == _LLAMA else True
+    biased = table.get("attention_bias") if architecture in _WITH_OUTPUT_BIAS else architecture == _QWEN2
     if biased not in (None, False, True):
         raise FormatError(f"{where}: attention_bias = {biased!r}: expected true or false")
     if table.get("quantization_config") is not None:
@@ -259,23 +274,37 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
         raise FormatError(
             f"{where}: layer_types = {table['layer_types']!r}; only 'full_attention' in every layer can be loaded"
         )
-    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    hidden, heads, is_qwen3 = sizes["hidden_size"], sizes["num_attention_heads"], architecture == _QWEN3
+    positions = _read(table, "max_position_embeddings", where, default=_POSITIONS[architecture])
+    if architecture == _MISTRAL:
+        _check_window(table, positions, where)
     try:
         return ModelConfig(
             **sizes,
             num_key_value_heads=_read(table, "num_key_value_heads", where, default=heads),
-            head_dim=_read(table, "head_dim", where, default=hidden // max(heads, 1)),
+            head_dim=_read(table, "head_dim", where, default=_QWEN3_HEAD_DIM if is_qwen3 else hidden // max(heads, 1)),
             rms_norm_eps=_read(table, "rms_norm_eps", where, default=1e-6),
             rope_theta=_read(rope, "rope_theta", where, default=10000.0),
             rope_factor=_read(rope, "factor", where, default=1.0),
             rope_scaling=rope["scaling"],
-            max_position_embeddings=_read(table, "max_position_embeddings", where, default=_POSITIONS[architecture]),
+            max_position_embeddings=positions,
             tie_word_embeddings=bool(table.get("tie_word_embeddings")),
             qkv_bias=bool(biased),
+            qk_norm=is_qwen3,
             init_std=_read(table, "initializer_range", where, default=0.02),
         )
     except ConfigError as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def _check_window(table: dict[str, Any], positions: int, where: str) -> None:
+    """FormatError where a Mistral's tokens do not see all of the `positions` before them."""
+    window = table.get("sliding_window", _MISTRAL_WINDOW)
+    if window is not None and not (isinstance(window, int) and window >= positions):
+        raise FormatError(
+            f"{where}: sliding_window = {window!r}, below max_position_embeddings = {positions}; only models whose "
+            "tokens see all positions before them can be loaded"
+        )
 
 
 def _read(table: dict[str, Any], key: str, where: str, *, default: float | None = None) -> Any:

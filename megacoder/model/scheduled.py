@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, NamedTuple, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
@@ -40,6 +40,7 @@ from megacoder.ops.linear import (
     linear_forward,
     linear_input_grad,
 )
+from megacoder.ops.qk_norm import norm_rope_backward, norm_rope_forward
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_, gather_unrotate
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
@@ -77,6 +78,9 @@ selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up prod
 full       e * D                                 the layer's input alone; all of the forward but the last product is
                                                  rerun, under tensor parallelism with its collectives
 
+With `qk_norm` "none" keeps e * (H + G) K more: queries and keys both as projected, which the norms' backward reads, and
+as attention has read them. The others make the latter again from the former, in one pass.
+
 For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 46.7 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
 
 In fp8 "none" keeps the transposed casts of the four linears' inputs. Those of the normed inputs replace the tensors
@@ -91,12 +95,15 @@ PARAMETERS = {
     "input_layernorm.weight", "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
     "mlp.gate_up_proj.weight", "mlp.down_proj.weight",
 }  # fmt: skip
-OPTIONAL = {"self_attn.qkv_proj.bias"}
+OPTIONAL = ({"self_attn.qkv_proj.bias"}, {"self_attn.q_norm.weight", "self_attn.k_norm.weight"})
+"""Present together or not at all."""
 
 
 def check_layer(layer: DecoderLayer) -> None:
     """ConfigError for a layer that somebody has given other parameters: they would neither be applied nor trained."""
-    unknown = ({name for name, _ in layer.named_parameters()} ^ PARAMETERS) - OPTIONAL
+    unknown = {name for name, _ in layer.named_parameters()} ^ PARAMETERS
+    for names in OPTIONAL:
+        unknown -= names if names <= unknown else set()
     if unknown:
         raise ConfigError(
             f"the layers have parameters that the hand-scheduled block does not know, or lack some: "
@@ -117,7 +124,7 @@ def kept_bytes_per_token(
     kept = itemsize * (2 * d + c + hk + 2 * f) + 4 * heads
     if recompute == "norms":
         return kept + (hk + f if fp8 else 0)
-    kept += itemsize * 2 * d + 8 * stream
+    kept += itemsize * (2 * d + model.normed_columns(tp.size)) + 8 * stream
     if not fp8:
         return kept
     return kept + hk + f - (0 if tp.shares_tokens else 2 * (itemsize - 1) * d)
@@ -199,7 +206,7 @@ class SavedAttention:
     """What the attention half of a layer computes; kept unless `recompute` is "full"."""
 
     qkv: Tensor
-    """rotated queries and keys, values (T, C)"""
+    """rotated queries and keys, values (T, C); with `qk_norm` as projected"""
     out: Tensor
     """(B, S, H, K)"""
     lse: Tensor
@@ -208,6 +215,8 @@ class SavedAttention:
     """residual stream after attention (N, D)"""
     o_input: Factor | None
     """`out` as o_proj's weight gradient reads it, where it has been cast"""
+    normed_qk: Tensor | None = None
+    """with `qk_norm`: rotated queries and keys (T, (H + G) K), unless the backward makes them again"""
 
 
 @dataclass(slots=True)
@@ -265,7 +274,7 @@ class WeightGradients:
         self.waiting.clear()
 
 
-def grad_of(param: nn.Parameter) -> Tensor:
+def grad_of(param: Tensor) -> Tensor:
     """The fp32 gradient buffer of `param`; RuntimeError where none was attached."""
     if param.grad is None:
         raise RuntimeError("a parameter has no gradient buffer; wrap the model in FlatParameters first")
@@ -290,11 +299,13 @@ def layer_forward(
     stream_ND = start_reduce(linear_forward(down_input_TF, weights.down), shared.tp).wait()
     saved = SavedLayer(attn_input)
     if recompute == "selective":
-        saved.attention = replace(attention, o_input=None)
+        saved.attention = replace(attention, o_input=None, normed_qk=None)
     elif recompute != "full":
         saved.attention, saved.gate_up = attention, gate_up_T2F
         if recompute == "none":
             saved.attn_norm, saved.mlp_norm = attn_norm, mlp_norm
+        else:
+            saved.attention = replace(attention, normed_qk=None)
         if precision.fp8:
             saved.down_input = for_later(down_input_TF)
             saved.weights = LayerWeights(*map(for_later, weights))
@@ -309,16 +320,15 @@ def _attention_half(
     attn_input, attn_norm = _norm(layer.input_layernorm, stream_ND, residual_ND, shared)
     qkv_input_TD, attn_norm = _enter(attn_norm, shared)
     qkv_TC = linear_forward(qkv_input_TD, weights.qkv, attn.qkv_proj.bias)
-    rotated, positions_T = attn.num_heads + attn.num_kv_heads, places.positions_BL.flatten()
-    apply_rope_(qkv_TC, shared.rope.cos, shared.rope.sin, positions_T, num_rotated=rotated, head_dim=attn.head_dim)
-    q, k, v = _heads(layer, qkv_TC, places.batch)
+    normed_qk_TR = _rotate(layer, qkv_TC, shared)
+    q, k, v = _heads(layer, qkv_TC, normed_qk_TR, places.batch)
     whole_kv = start_gather_keys(k, v, attn.cp)()
     out_BSHK, lse = context_attention_forward(q, *whole_kv, attn.cp, documents=places.documents)
     o_input_TI = precision.input(out_BSHK.view(qkv_TC.shape[0], -1))
     stream_ND = start_reduce(linear_forward(o_input_TI, weights.o), shared.tp).wait()
     mlp_input, mlp_norm = _norm(layer.post_attention_layernorm, stream_ND, attn_input, shared)
     kept = for_later(o_input_TI) if precision.fp8 else None
-    return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input, kept), mlp_norm
+    return attn_input, attn_norm, SavedAttention(qkv_TC, out_BSHK, lse, mlp_input, kept, normed_qk_TR), mlp_norm
 
 
 def layer_backward(
@@ -374,7 +384,10 @@ def _attention_backward(
         _, attn_norm = _norm(norm, saved.attn_input, None, shared)
     grad_TD = precision.grad(start_gather(grad.values_ND, tp).wait(), grad.amax)
     qkv_input = _start_entering(attn_norm, shared)
-    q, k, v = _heads(layer, attention.qkv, places.batch)
+    norms, normed_qk_TR = attn.head_norms, attention.normed_qk
+    if norms is not None and normed_qk_TR is None:
+        normed_qk_TR = _rotate(layer, attention.qkv, shared)
+    q, k, v = _heads(layer, attention.qkv, normed_qk_TR, places.batch)
     wait_for_kv = start_gather_keys(k, v, attn.cp)
     grad_attn_BSHK = linear_input_grad(grad_TD, weights.o).view(attention.out.shape)
     grad_q, wait_for_grad_kv = context_attention_backward(
@@ -385,9 +398,14 @@ def _attention_backward(
         o_input_TI = precision.input(attention.out.view(len(attention.qkv), -1))
     weight_grads.add(attn.o_proj, grad_TD, o_input_TI)
     positions_T, amax = places.positions_BL.flatten(), precision.new_amax(grad.values_ND)
-    uncast_TC = gather_unrotate(
-        grad_q, *wait_for_grad_kv(), shared.rope.cos, shared.rope.sin, positions_T, amax=amax
-    )  # fmt: skip
+    rotation = shared.rope.cos, shared.rope.sin, positions_T
+    if norms is None:
+        uncast_TC = gather_unrotate(grad_q, *wait_for_grad_kv(), *rotation, amax=amax)
+    else:
+        uncast_TC = norm_rope_backward(
+            grad_q, *wait_for_grad_kv(), attention.qkv, norms, *rotation,
+            grad_query_K=grad_of(norms.query_K), grad_key_K=grad_of(norms.key_K), amax=amax,
+        )  # fmt: skip
     if attn.qkv_proj.bias is not None:  # not postponed: one pass over what has just been written, and not yet rounded
         accumulate_bias_grad(grad_of(attn.qkv_proj.bias), uncast_TC)
     grad_qkv_TC = precision.grad(uncast_TC, amax)
@@ -438,9 +456,26 @@ def _amax_of_stream(stream_ND: Tensor, shared: Shared) -> Tensor | None:
     return None if shared.tp.shares_tokens else shared.precision.new_amax(stream_ND)
 
 
-def _heads(layer: DecoderLayer, qkv_TC: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, S, K), (B, G, S, K), (B, G, S, K) views of fused rows."""
+def _rotate(layer: DecoderLayer, qkv_TC: Tensor, shared: Shared) -> Tensor | None:
+    """Rotates the queries and keys of fused rows in place; with `qk_norm` it leaves them as they are and returns them
+    normed and rotated (T, (H + G) K)."""
+    attn, norms = layer.self_attn, layer.self_attn.head_norms
+    rotation = shared.rope.cos, shared.rope.sin, shared.places.positions_BL.flatten()
+    if norms is None:
+        rotated = attn.num_heads + attn.num_kv_heads
+        apply_rope_(qkv_TC, *rotation, num_rotated=rotated, head_dim=attn.head_dim)
+        return None
+    return norm_rope_forward(qkv_TC, norms, *rotation, num_heads=attn.num_heads, num_kv_heads=attn.num_kv_heads)
+
+
+def _heads(
+    layer: DecoderLayer, qkv_TC: Tensor, normed_qk_TR: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, S, K), (B, G, S, K), (B, G, S, K) views of fused rows, or of `normed_qk_TR` for queries and keys."""
     attn = layer.self_attn
-    split = qkv_TC.view(batch, -1, attn.num_heads + 2 * attn.num_kv_heads, attn.head_dim).transpose(1, 2)
-    q, k, v = split.split([attn.num_heads, attn.num_kv_heads, attn.num_kv_heads], dim=1)
+    heads, kv_heads = attn.num_heads, attn.num_kv_heads
+    split = qkv_TC.view(batch, -1, heads + 2 * kv_heads, attn.head_dim).transpose(1, 2)
+    q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
+    if normed_qk_TR is not None:
+        q, k = normed_qk_TR.view(batch, -1, heads + kv_heads, attn.head_dim).transpose(1, 2).split([heads, kv_heads], 1)
     return q, k, v

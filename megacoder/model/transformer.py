@@ -25,6 +25,7 @@ from megacoder.model.kv_cache import KVCache, LayerCache
 from megacoder.model.places import Places
 from megacoder.ops.attention import attention
 from megacoder.ops.few_rows import few_rows_linear
+from megacoder.ops.qk_norm import HeadNorms
 from megacoder.ops.rms_norm import rms_norm
 from megacoder.ops.rope import apply_rope, rope_tables
 from megacoder.ops.swiglu import swiglu
@@ -72,6 +73,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
+    q_norm: RMSNorm | None
+    """of each query head, before it is rotated; None without `qk_norm`"""
+    k_norm: RMSNorm | None
+
     def __init__(self, config: ModelConfig, tp: TensorParallel, *, cp: ContextParallel) -> None:
         super().__init__()
         self.cp = cp
@@ -88,13 +93,18 @@ class Attention(nn.Module):
             tp,
             bias=config.qkv_bias,
         )
+        self.q_norm = self._head_norm(config)
+        self.k_norm = self._head_norm(config)
         self.o_proj = RowParallelLinear([Shard.of("o_proj", (dim, heads * config.head_dim), tp, dim=1)], tp)
 
     def forward(self, x_BSD: Tensor, rope: RopeTables, places: Places, cache: LayerCache | None = None) -> Tensor:
         batch, length = places.positions_BL.shape
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x_BSD).view(batch * length, -1, self.head_dim)
-        qk = apply_rope(qkv[:, :rotated], rope.cos, rope.sin, places.positions_BL.flatten())
+        qk = qkv[:, :rotated]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])), dim=1)
+        qk = apply_rope(qk, rope.cos, rope.sin, places.positions_BL.flatten())
         q, k = qk.view(batch, length, rotated, -1).transpose(1, 2).split([self.num_heads, self.num_kv_heads], dim=1)
         v = qkv[:, rotated:].view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
         if cache is not None:
@@ -103,6 +113,21 @@ class Attention(nn.Module):
             (k, v), mask = gather_keys(k, v, self.cp), places.mask(self.cp)
         out_BHSK = attention(q, k, v, mask=mask)
         return self.o_proj(out_BHSK.transpose(1, 2).flatten(2))
+
+    @property
+    def head_norms(self) -> HeadNorms | None:
+        """The norms of queries and keys as ops take them; None without `qk_norm`."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+    @staticmethod
+    def _head_norm(config: ModelConfig) -> RMSNorm | None:
+        if not config.qk_norm:
+            return None
+        norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        norm.sees_own_heads = True
+        return norm
 
 
 class MLP(nn.Module):

@@ -27,6 +27,9 @@ class LayerWeights:
     input_norm_D: Tensor
     qkv_CD: Tensor
     """rows [q | k | v], C = (H + 2 G) K"""
+    query_norm_K: Tensor | None
+    """with `key_norm_K` norms each head before it is rotated"""
+    key_norm_K: Tensor | None
     out_DI: Tensor
     """I = H K"""
     post_norm_D: Tensor
@@ -69,6 +72,7 @@ class FusedLayer:
         self._attention = (
             address(weights.input_norm_D, dtype, dim),
             address(weights.qkv_CD, dtype, (heads + 2 * groups) * head_dim, dim),
+            address(weights.query_norm_K, dtype, head_dim), address(weights.key_norm_K, dtype, head_dim),
             address(weights.out_DI, dtype, dim, heads * head_dim),
             address(cache.cos, torch.float32, *table), address(cache.sin, torch.float32, *table),
             address(cache.padding_B, torch.int64, rows),

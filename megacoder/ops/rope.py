@@ -17,7 +17,7 @@ from megacoder.ops.cpp import address, kernels
 from megacoder.ops.fp8 import note_magnitude
 from megacoder.ops.rope_scaling import RopeScaling
 
-__all__ = ["apply_rope", "apply_rope_", "gather_unrotate", "rope_frequencies", "rope_tables"]
+__all__ = ["apply_rope", "apply_rope_", "gather_heads", "gather_unrotate", "rope_frequencies", "rope_tables"]
 
 LINEAR = RopeScaling()
 
@@ -109,13 +109,18 @@ def gather_unrotate(
         return triton_module("rope").gather_unrotate(
             grad_q_BHSK, grad_k_BGSK, grad_v_BGSK, cos_PK2, sin_PK2, positions_T, amax=amax
         )
-    (batch, heads, length, dim), kv_heads = grad_q_BHSK.shape, grad_k_BGSK.shape[1]
-    merged = grad_q_BHSK.new_empty(batch, length, heads + 2 * kv_heads, dim)
-    targets = merged.split([heads, kv_heads, kv_heads], dim=2)
-    for target, grad in zip(targets, (grad_q_BHSK, grad_k_BGSK, grad_v_BGSK), strict=True):
-        target.copy_(grad.transpose(1, 2))
-    merged_TC = merged.view(batch * length, -1)
-    rotated = heads + kv_heads
+    merged_TC = gather_heads(grad_q_BHSK, grad_k_BGSK, grad_v_BGSK)
+    rotated, dim = grad_q_BHSK.shape[1] + grad_k_BGSK.shape[1], grad_q_BHSK.shape[3]
     apply_rope_(merged_TC, cos_PK2, sin_PK2, positions_T, num_rotated=rotated, head_dim=dim, inverse=True)
     note_magnitude(merged_TC, amax)
     return merged_TC
+
+
+def gather_heads(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
+    """(B S, (H + 2 G) K): rows [q | k | v]."""
+    (batch, heads, length, dim), kv_heads = q_BHSK.shape, k_BGSK.shape[1]
+    merged = q_BHSK.new_empty(batch, length, heads + 2 * kv_heads, dim)
+    targets = merged.split([heads, kv_heads, kv_heads], dim=2)
+    for target, part in zip(targets, (q_BHSK, k_BGSK, v_BGSK), strict=True):
+        target.copy_(part.transpose(1, 2))
+    return merged.flatten(2).flatten(0, 1)

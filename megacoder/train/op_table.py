@@ -29,6 +29,7 @@ from megacoder.ops.adamw import (
 from megacoder.ops.attention import attention_backward, attention_forward
 from megacoder.ops.cross_entropy import chunk_tokens, cross_entropy_
 from megacoder.ops.linear import accumulate_weight_grad
+from megacoder.ops.qk_norm import HeadNorms, norm_rope_backward, norm_rope_forward
 from megacoder.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from megacoder.ops.rope import apply_rope_, gather_unrotate, rope_tables
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
@@ -158,25 +159,40 @@ def _norm(case: _Case) -> Iterator[OpRow]:
 
 
 def _rope(case: _Case) -> Iterator[OpRow]:
-    """Forward: queries and keys in place. Backward: also gathers attention's gradients into fused rows, values too."""
+    """Forward: queries and keys in place, or with `qk_norm` into new rows. Backward: also gathers attention's gradients
+    into fused rows, values too."""
     heads, kv_heads = case.heads
     rotated, dim = heads + kv_heads, case.model.head_dim
     qkv_TC = case.random(case.tokens, (rotated + kv_heads) * dim)
     cos, sin = (table.to(case.device) for table in rope_tables(case.whole_sequence, dim, theta=case.model.rope_theta))
     positions_T = case.cp.places(case.whole_sequence, case.device).repeat(case.batch)
-    tables = 8 * case.tokens + 4 * case.sequence * dim
-    yield case.row(
-        "rope", (case.tokens, rotated * dim),
-        lambda: apply_rope_(qkv_TC, cos, sin, positions_T, num_rotated=rotated, head_dim=dim),
-        moved=2 * case.tokens * rotated * dim * qkv_TC.itemsize + tables,
-    )  # fmt: skip
+    rotation, tables = (cos, sin, positions_T), 8 * case.tokens + 4 * case.sequence * dim
+    queries_and_keys = case.tokens * rotated * dim * qkv_TC.itemsize
     grad_q, grad_k, grad_v = (
         case.random(case.batch, number, case.sequence, dim) for number in (heads, kv_heads, kv_heads)
     )
+    moved = 2 * queries_and_keys + tables, 2 * qkv_TC.numel() * qkv_TC.itemsize + tables
+    shapes = (case.tokens, rotated * dim), (case.tokens, qkv_TC.shape[1])
+    if not case.model.qk_norm:
+        yield case.row(
+            "rope", shapes[0], lambda: apply_rope_(qkv_TC, *rotation, num_rotated=rotated, head_dim=dim), moved=moved[0]
+        )
+        yield case.row(
+            "rope backward", shapes[1], lambda: gather_unrotate(grad_q, grad_k, grad_v, *rotation), moved=moved[1]
+        )
+        return
+    norms = HeadNorms(case.random(dim), case.random(dim), case.model.rms_norm_eps)
+    sums = case.random(2, dim, dtype=torch.float32)
     yield case.row(
-        "rope backward", (case.tokens, qkv_TC.shape[1]),
-        lambda: gather_unrotate(grad_q, grad_k, grad_v, cos, sin, positions_T),
-        moved=2 * qkv_TC.numel() * qkv_TC.itemsize + tables,
+        "norm and rope", shapes[0],
+        lambda: norm_rope_forward(qkv_TC, norms, *rotation, num_heads=heads, num_kv_heads=kv_heads), moved=moved[0],
+    )  # fmt: skip
+    yield case.row(
+        "norm and rope backward", shapes[1],
+        lambda: norm_rope_backward(
+            grad_q, grad_k, grad_v, qkv_TC, norms, *rotation, grad_query_K=sums[0], grad_key_K=sums[1]
+        ),
+        moved=moved[1] + queries_and_keys,
     )  # fmt: skip
 
 

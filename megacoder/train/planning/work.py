@@ -74,19 +74,20 @@ def layer_times(job: Job, variant: Variant, device: Device, shares: Shares) -> P
     attention = 2.0 * tokens * job.seq_length * hk / (device.matrix_tflops * 1e12 * shares.attention)  # causal
     norms = 8 * rows * dim * e / _copy(device, shares)
     rope = 2 * tokens * (c - kv_heads * model.head_dim) * e / _copy(device, shares)
+    head_norms = tokens * model.normed_columns(tp) * e / _copy(device, shares)  # one pass; the rest is rope's
     swiglu = 3 * tokens * ffn * e / _copy(device, shares)
     exchange = _exchange(job, variant, device, shares)
     keys = _key_exchange(job, variant, device, shares)
     exposed = exchange * (1 - shares.hidden_exchange if variant.overlaps_exchange else 1.0)
     forward = products + attention + norms + rope + swiglu + 4 * exposed + keys
     # two gathers of gradients are waited for; sums and re-gathered inputs travel during the weight gradients
-    input_grad = products + 2.5 * attention + norms + rope + 2 * swiglu + 2 * exposed + keys
+    input_grad = products + 2.5 * attention + norms + rope + head_norms + 2 * swiglu + 2 * exposed + keys
     if variant.recompute == "full":
         input_grad += forward - down - exposed
     elif variant.recompute == "selective":
-        input_grad += gate_up + norms
+        input_grad += gate_up + norms + 2 * head_norms
     elif variant.recompute == "norms":
-        input_grad += norms
+        input_grad += norms + 2 * head_norms
     behind = max(0.0, 4 * exchange - products) if tp > 1 else 0.0
     return PartTimes(forward, input_grad + behind, products)
 

@@ -160,7 +160,7 @@ class Workspace:
     def _attention_half_backward(self, tape: _Tape, *, postponed: bool) -> None:
         dim, local = self.job.model.hidden_size, self._local
         if self.variant.recompute in ("norms", "selective"):
-            tape.take(self._normed)
+            tape.take(self._normed, self._normed_qk)
         tape.take(self._gathered, self._gathered)  # the gradient of the stream, the normed input
         tape.take(self._whole_keys)  # as they arrive
         tape.take(self._per_head(self._queries))  # the gradient of attention's output
@@ -188,7 +188,7 @@ class Workspace:
 
     def _attention_half(self, tape: _Tape, *, adds_residual: bool) -> None:
         tape.take(self.stream if adds_residual else 0, self._normed)
-        tape.take(self._gathered, self._qkv)
+        tape.take(self._gathered, self._qkv, self._normed_qk)
         tape.take(2 * self._whole_keys)  # as they arrive, then in order
         tape.give(self._whole_keys)
         self._attention_forward(tape)
@@ -354,6 +354,11 @@ class Workspace:
     @property
     def _qkv(self) -> int:
         return self.job.itemsize * self.variant.tokens(self.job) * self._local.qkv
+
+    @property
+    def _normed_qk(self) -> int:
+        """Queries and keys, normed and rotated, where the fused rows hold them as projected."""
+        return self.job.itemsize * self.variant.tokens(self.job) * self.job.model.normed_columns(self.variant.dims.tp)
 
     @property
     def _ffn(self) -> int:

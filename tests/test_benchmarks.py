@@ -30,7 +30,7 @@ from megacoder.evaluate.benchmarks.crosscode import first_statement
 from megacoder.evaluate.benchmarks.pal import question_and_answer, set_of
 from megacoder.evaluate.benchmarks.published import published_scores
 from megacoder.evaluate.benchmarks.python_tests import asserts, leaves_check_uncalled
-from megacoder.evaluate.benchmarks.scoring import Notes, pass_at_k, summarize
+from megacoder.evaluate.benchmarks.scoring import Notes, keep_settings, pass_at_k, summarize
 from megacoder.evaluate.sandbox.host import Sandbox, SandboxError
 from megacoder.evaluate.sandbox.languages import LANGUAGES, Library, find_toolchain
 from megacoder.evaluate.similarity import edit_similarity
@@ -479,9 +479,8 @@ def test_scores_made_before_an_option_existed_are_reused_until_it_is_set(tmp_pat
     path.write_text(json.dumps(settings))
     words = ["--data", tmp_path / "infill.jsonl", "--completions", tmp_path / "answers.jsonl"]
     assert run(capsys, "eval", "infill", *words, "--out", tmp_path / "out")[0] == 0
-    code, _, err = run(capsys, "eval", "infill", *words, "--out", tmp_path / "out", "--spm")
-    assert code == 2
-    assert "made with spm = None, now 'True'" in err
+    with pytest.raises(ConfigError, match=r"made with spm = None, now 'True'; choose another --out"):
+        keep_settings(tmp_path / "out", settings | {"spm": "True"}, has_lines=lambda: True)
 
 
 def exported_model(tmp_path, *, seed: int = 0) -> Path:
@@ -703,6 +702,8 @@ def test_right_and_wrong_answers_in_each_language(language):
         ("humaneval --data d.jsonl --completions unknown.jsonl", "task_id 'x' is not in the data"),
         ("humaneval --data d.jsonl", "exactly one of --model, --endpoint, --completions"),
         ("humaneval --data d.jsonl --completions a.jsonl --language cobol", "language 'cobol': not one of python"),
+        ("humaneval --data d.jsonl --endpoint http://localhost:1/v1 --spm", "--spm: only for eval infill, where a"),
+        ("infill --data i.jsonl --completions a.jsonl --spm", "--spm: only for eval infill, where a --model or"),
         ("humaneval --data d.jsonl --endpoint nowhere", "--endpoint nowhere: expected an address"),
         ("humaneval --data d.jsonl --model x --samples 3", "--samples 3: greedy answers are all the same"),
         ("humaneval --data d.jsonl --completions a.jsonl --workers 0", "--workers 0: must be at least 1"),

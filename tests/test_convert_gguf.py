@@ -103,6 +103,15 @@ def test_settings_of_yarn_that_llama_cpp_does_not_read_are_refused(tmp_path, mod
     assert f"{model}: YaRN with {name} = {value}; llama.cpp computes with {usual} in any case" in done.stderr
 
 
+def test_biases_beside_norms_of_heads_are_refused(tmp_path, model):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "qwen3", "attention_bias": True}))
+    done = convert(tmp_path, model)
+    assert done.returncode == 2
+    assert f"{model}: qkv_bias beside qk_norm; llama.cpp's Qwen3 has no biases" in done.stderr
+
+
 def test_a_folder_without_the_converter_is_named(tmp_path):
     done = convert(tmp_path, tmp_path)
     assert done.returncode == 2

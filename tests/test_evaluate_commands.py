@@ -105,6 +105,9 @@ def test_eval_infill(home, capsys):
         "repo": TASK.repo, "path": TASK.path, "line": TASK.line, "truth": TASK.truth, "completion": TASK.truth,
         "exact_match": True, "edit_similarity": 1.0,
     }  # fmt: skip
+    code, _, _ = run(capsys, *words, "--spm", "--out", home / "turned.jsonl")
+    assert code == 0
+    assert json.loads((home / "turned.jsonl").read_text().splitlines()[0])["completion"] == SUFFIX_FIRST
     code, out, _ = run(capsys, *words)
     assert code == 0
     assert "3 lines of 3 held-out files" in out
@@ -143,7 +146,13 @@ def test_eval_infill_recognizes_a_published_set_by_its_data_option(home, capsys)
     for given in (["--data", home / "set.jsonl"], [f"--data={home / 'set.jsonl'}"], ["--data", home / "set.jsonl.gz"]):
         code, out, err = run(capsys, "eval", "infill", "--model", home / "model", *given, "--json")
         assert code == 0, err
-        assert "exact_match" in json.loads(out)["scores"][""]
+        assert json.loads(out)["scores"][""]["exact_match"] == 1
+    for order, answer in (([], TASK.truth), (["--spm"], SUFFIX_FIRST)):
+        row |= {"canonical_solution": answer}
+        (home / "set.jsonl").write_text(json.dumps(row) + "\n")
+        given = ["--model", home / "model", "--data", home / "set.jsonl", "--json", *order]
+        _, out, _ = run(capsys, "eval", "infill", *given)
+        assert json.loads(out)["scores"][""]["exact_match"] == 1
     code, out, _ = run(capsys, "eval", "infill", "--help")
     assert code == 0
     assert "--data FILE.jsonl a published infilling set" in " ".join(out.replace("│", " ").split())

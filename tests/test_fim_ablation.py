@@ -12,6 +12,7 @@ from train_cases import make_case
 
 from megacoder.core.config import to_dict
 from megacoder.core.errors import ConfigError
+from megacoder.evaluate import infill
 from megacoder.train.loop import train
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "fim_ablation" / "run.py"
@@ -50,9 +51,15 @@ def test_two_variants_are_trained_measured_and_drawn(ablation, tmp_path, monkeyp
     held_out = tmp_path / "heldout.parquet"
     write_shard(held_out, source_files())
     options = ablation.Options(
-        out=tmp_path / "out", steps=4, points=2, num_tasks=3, held_out=held_out, variants=("0%", "50% MSP")
+        out=tmp_path / "out", steps=4, points=2, num_tasks=3, held_out=held_out, variants=("0%", "50% SPM")
     )
-    results = {}
+    results, asked = {}, []
+
+    def fill_lines(*args, spm, **options):
+        asked.append(spm)
+        return infill.fill_lines(*args, spm=spm, **options)
+
+    monkeypatch.setattr(ablation, "fill_lines", fill_lines)
     for name in options.variants:
         config = ablation.variant_config(base, name, options)
         train(config)
@@ -61,10 +68,11 @@ def test_two_variants_are_trained_measured_and_drawn(ablation, tmp_path, monkeyp
         assert [step for step, *_ in row["infill"]] == [2, 4]
         assert [step for step, _ in row["loss"]][-1] == 4
         assert all(math.isfinite(loss) for _, loss in row["loss"])
-    assert results["0%"]["loss"] != results["50% MSP"]["loss"]
+    assert asked == [False, False, True, True]
+    assert results["0%"]["loss"] != results["50% SPM"]["loss"]
     page = ablation.report(results, options)
     assert page.count("<polyline") == 4
-    assert "50% MSP" in page
+    assert "50% SPM" in page
 
 
 def test_an_unknown_variant_is_refused(ablation):

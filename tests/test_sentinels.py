@@ -10,7 +10,7 @@ from data_samples import source_texts
 from evaluation_samples import make_model
 from tokenizer_folders import LLAMA3, SENTINELS, write_folder, write_llama3
 
-from megacoder.core.errors import FormatError
+from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data import encoders
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
@@ -64,16 +64,18 @@ def test_sentinels_that_are_there_are_not_added(with_sentinels, tmp_path, capsys
     assert Tokenizer.load(tmp_path / "new").control_id("fim_hole") == Tokenizer.load(folder).control_id("fim_hole")
 
 
-def test_transformers_is_asked_with_its_models_sentinels(with_sentinels, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spm", [False, True])
+def test_transformers_is_asked_with_its_models_sentinels(with_sentinels, tmp_path, monkeypatch, spm):
     pytest.importorskip("transformers")
     folder, names = with_sentinels
     tokenizer = Tokenizer.load(folder)
     export_model(make_model(tokenizer), tmp_path / "model", tokenizer_folder=folder)
-    source, seen = TransformersSource(tmp_path / "model", Decoding(), device="cpu"), []
+    source, seen = TransformersSource(tmp_path / "model", Decoding(spm=spm), device="cpu"), []
     monkeypatch.setattr(source.model, "generate", lambda ids, **options: seen.append(ids[0].tolist()) or ids)
     list(source.complete([Request(task=Task(id="0", prompt="x = ", suffix="\n"), sample=0, stops=())]))
     begin, hole, end = (tokenizer.token_bytes.index(name.encode()) for name in names)
-    assert seen == [[begin, *tokenizer.encode("x = "), hole, *tokenizer.encode("\n"), end]]
+    before, after = tokenizer.encode("x = "), tokenizer.encode("\n")
+    assert seen == [[begin, hole, *after, end, *before] if spm else [begin, *before, hole, *after, end]]
 
 
 def test_the_check_of_an_encoder_spells_out_a_models_own_sentinels(with_sentinels):
@@ -118,6 +120,14 @@ def test_sentinels_are_of_one_model(tmp_path):
         else:
             ids = [tokenizer.control_id(name) for name in ("fim_begin", "fim_hole", "fim_end")]
             assert [tokenizer.token_bytes[index].decode() for index in ids] == found
+
+
+def test_a_server_whose_tokenizer_has_no_sentinels_is_not_asked(tmp_path):
+    folder = write_llama3(tmp_path)
+    source = EndpointSource("http://localhost:1/v1", Decoding(), model="m", tokenizer=folder)
+    request = Request(task=Task(id="0", prompt="x = ", suffix="\n"), sample=0, stops=())
+    with pytest.raises(ConfigError, match="the tokenizer of --tokenizer has no <｜fim▁begin｜>, nor marks of other"):
+        list(source.complete([request]))
 
 
 def test_a_server_is_asked_with_its_models_sentinels(with_sentinels, monkeypatch, capsys):

@@ -9,7 +9,7 @@ ends a text; where generation_config.json names another, it is written, too.
 
 Of YaRN, the converter writes an attention factor where llama.cpp does not read it: here it is written as the share of
 the default that llama.cpp multiplies by. Other settings of YaRN than the usual are refused (exit code 2), since
-llama.cpp does not read them, and would compute something else.
+llama.cpp does not read them, and would compute something else; so are biases beside norms of heads, which it lacks.
 """
 
 import argparse
@@ -32,7 +32,10 @@ def main() -> None:
     args, others = parser.parse_known_args()
     if not (args.llama_cpp / "convert_hf_to_gguf.py").is_file():
         parser.error(f"--llama-cpp {args.llama_cpp}: no convert_hf_to_gguf.py in it; name a checkout of llama.cpp")
-    rope = rope_of(args.model)
+    config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "qwen3" and config.get("attention_bias"):
+        parser.error(f"{args.model}: qkv_bias beside qk_norm; llama.cpp's Qwen3 has no biases")
+    rope = rope_of(config)
     for name in ("beta_fast", "beta_slow", "truncate"):
         if rope.get(name, usual := getattr(RopeScaling(), name)) != usual:
             parser.error(f"{args.model}: YaRN with {name} = {rope[name]}; llama.cpp computes with {usual} in any case")
@@ -55,9 +58,9 @@ def has_our_splits(model: Path) -> bool:
     return bool(theirs.get("pre_tokenizer") == ours["pre_tokenizer"])
 
 
-def rope_of(model: Path) -> dict[str, Any]:
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
     """What config.json says about RoPE, as `megacoder checkpoint export` writes it."""
-    found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("rope_parameters")
+    found = config.get("rope_parameters")
     return found if isinstance(found, dict) else {}
 
 

@@ -33,6 +33,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "yarn-sharp": {"rope_factor": 4.0, "rope_scaling": replace(_YARN, attention_factor=1.4)},
     "yarn-betas": {"rope_factor": 4.0, "rope_scaling": replace(_YARN, beta_fast=16.0, beta_slow=0.5, truncate=False)},
     "biases-tied": {"qkv_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 2, "rope_theta": 1e6},
+    "normed-heads": {"qk_norm": True, "num_key_value_heads": 2, "head_dim": 128, "rope_theta": 1e6},
+    "normed-biases": {"qk_norm": True, "qkv_bias": True, "tie_word_embeddings": True},
     "wide-heads": {"num_key_value_heads": 1, "head_dim": 128},
     "bf16": {"rope_factor": 4.0, "rope_theta": 100000.0},
     "tuned": {"num_key_value_heads": 2},
@@ -53,8 +55,10 @@ def make_models(folder: Path) -> list[Path]:
         if chat is not None:
             _learn_by_heart(model, ChatFormat(chat, tokenizer))
         for piece in weight_pieces(model):
-            if piece.hf_name.endswith(".bias"):
-                piece.view.detach().normal_(0.0, 0.3, generator=keyed_generator(0, piece.hf_name))
+            if piece.hf_name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+                piece.view.detach().add_(
+                    torch.empty_like(piece.view).normal_(0.0, 0.3, generator=keyed_generator(0, piece.hf_name))
+                )
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         export_model(model, folder / name, dtype=dtype, tokenizer_folder=folder / "tokenizer", chat=chat)
     return [folder / name for name in _KINDS]

@@ -113,12 +113,12 @@ def measure(config: RunConfig, options: Options) -> dict[str, list[list[float]]]
     rows = read_metrics(config.output / "metrics.jsonl")
     tokenizer = Tokenizer.load(config.data.tokenizer)
     tasks = choose_tasks(read_source_files([options.held_out]), num_tasks=options.num_tasks)
-    infill = []
+    fim, infill = config.data.stream.fim, []
     for step, folder in step_folders(config.output / CHECKPOINTS):
         model = Transformer(config.model).to(probe().device_type, torch.float32)
         load_weights(model, CheckpointReader(folder))
         scores = summarize(
-            fill_lines(model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens)
+            fill_lines(model, tokenizer, tasks, max_prompt_tokens=fim.context_tokens, spm=fim.suffix_first)
         ).model  # fmt: skip
         infill.append([step, scores.exact_match, scores.edit_similarity])
     return {

@@ -116,6 +116,8 @@ def _started_ahead(kind: type[Benchmark], argv: Sequence[str]) -> AbstractContex
 
 def _run(name: str, argv: Sequence[str], ahead: Launcher | None) -> None:
     args = parse_args(EvalArgs, argv, prog=f"megacoder eval {name}", flat=True)
+    if args.spm and (name != "infill" or args.completions is not None):
+        raise ConfigError("--spm: only for eval infill, where a --model or an --endpoint is asked")
     benchmark, tasks = _load(name, args)
     finished = None if args.completions is None else FileSource(args.completions)
     if finished is not None:

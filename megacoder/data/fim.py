@@ -79,6 +79,11 @@ class FimConfig:
             raise ConfigError(f"data.stream.fim.msp_span = {self.msp_span}: must be finite and at least 1 character")
         check_at_least(self, 1, "context_tokens", prefix="data.stream.fim.")
 
+    @property
+    def suffix_first(self) -> bool:
+        """Whether a model has seen files to fill in only with their suffix first, and is to be asked so."""
+        return self.spm_rate == 1.0
+
 
 class FillInTheMiddle:
     """Transforms files of token ids; holds no state that changes."""

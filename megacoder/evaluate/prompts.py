@@ -6,16 +6,16 @@ kept is encoded as a whole, as in training; it is rarely longer than its lines t
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megacoder.core.console import counted
-from megacoder.core.errors import DataError
-from megacoder.data.tokenizer import Tokenizer
+from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.tokenizer import Tokenizer, sentinels_among
 
 __all__ = [
     "SHORTEST_COMPLETION", "SHORTEST_INFILL", "CountTokens", "Prompt", "completion_prompt", "count_with",
-    "infill_prompt", "last_lines", "num_that_fit",
+    "infill_prompt", "last_lines", "num_that_fit", "sentinels_in",
 ]  # fmt: skip
 
 SHORTEST_COMPLETION = 2
@@ -90,6 +90,14 @@ def infill_prompt(
         tokens=[*tokenizer.beginning, *sides],
         num_dropped_lines=len(before) + len(after) - num_before - num_after,
     )
+
+
+def sentinels_in(vocabulary: Container[str], *, whose: str) -> Mapping[str, str]:
+    """The marks of fill-in-the-middle that `vocabulary` has; ConfigError where it has none: they would be text."""
+    sentinels = sentinels_among(vocabulary)
+    if missing := [text for text in sentinels.values() if text not in vocabulary]:
+        raise ConfigError(f"{whose} has no {missing[0]}, nor marks of other models: it cannot be asked to fill in")
+    return sentinels
 
 
 def _lines(text: str) -> list[str]:

@@ -102,7 +102,7 @@ def _infills(evaluation: dict[str, Any]) -> str:
 
 def _training(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     model = config.model
-    order = ", suffix first" if config.data.stream.fim.spm_rate == 1.0 else ""
+    order = ", suffix first" if config.data.stream.fim.suffix_first else ""
     shape = (
         f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, feed-forward {model.intermediate_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} key-value) of {model.head_dim}, vocabulary "

@@ -190,9 +190,8 @@ def make_evaluation(paths: Paths, config: RunConfig) -> dict[str, Any]:
         token_counts=training_token_counts(IndexedDataset(paths.train_data), tokenizer),
     )  # fmt: skip
     tasks = choose_tasks(held_out, num_tasks=NUM_INFILL_TASKS, seed=config.seed)
-    results = fill_lines(
-        model, tokenizer, tasks, max_prompt_tokens=config.data.stream.fim.context_tokens, spm=_suffix_first(config)
-    )
+    fim = config.data.stream.fim  # of a folder that an earlier version began, in the paper's order
+    results = fill_lines(model, tokenizer, tasks, max_prompt_tokens=fim.context_tokens, spm=fim.suffix_first)
     frequent_line = most_frequent_line(read_source_files([paths.corpus / "train"]))
     summary = summarize(results, frequent_line=frequent_line)
     write_text(paths.infills, "".join(json.dumps(result.row(), ensure_ascii=False) + "\n" for result in results))
@@ -209,11 +208,6 @@ def make_evaluation(paths: Paths, config: RunConfig) -> dict[str, Any]:
     }
     write_json(paths.evaluation, evaluation)
     return evaluation
-
-
-def _suffix_first(config: RunConfig) -> bool:
-    """The order in which the model was shown files to fill in; folders begun by an earlier version have the paper's."""
-    return config.data.stream.fim.spm_rate == 1.0
 
 
 def _trained_steps(paths: Paths) -> int:
@@ -242,7 +236,7 @@ def _show(evaluation: dict[str, Any], paths: Paths, config: RunConfig) -> None:
     checked = (
         "not checked, transformers is not installed" if difference is None else f"logits differ by {difference:.1e}"
     )
-    order = " --spm" if _suffix_first(config) else ""
+    order = " --spm" if config.data.stream.fim.suffix_first else ""
     print(f"model:  {paths.model}, for transformers ({checked}); megacoder infill --model {paths.model}{order} FILE")
     print(f"report: {paths.report}")
 

@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megacoder.core.errors import ConfigError, MegacoderError
 from megacoder.data.tokenizer import infill_text, sentinels_among
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
-from megacoder.evaluate.prompts import CountTokens
+from megacoder.evaluate.prompts import CountTokens, sentinels_in
 
 __all__ = ["EndpointError", "EndpointSource"]
 
@@ -58,18 +58,16 @@ class EndpointSource:
         if not self.url.endswith("/v1"):
             self.url += "/v1"
         self.decoding, self.workers = decoding, workers
+        self._sentinels: Mapping[str, str] = {}
         backend = None if tokenizer is None else _read_tokenizer(tokenizer)
         self._count = None if backend is None else _count_with(backend)
-        self._sentinels = sentinels_among(() if backend is None else backend.get_vocab())
+        self._vocabulary = None if backend is None else backend.get_vocab()
         self.model = model if model is not None else self._only_model()
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
         texts = self._texts(requests)
-        if self._count is None and any(request.task.suffix is not None for request in requests):
-            say_once(
-                f"{self.url}: asked to fill in with {' '.join(self._sentinels.values())}; give the folder of the "
-                "model's tokenizer.json (--tokenizer) if it has others"
-            )
+        if any(request.task.suffix is not None for request in requests):
+            self._sentinels = self._known_sentinels()
         with ThreadPoolExecutor(self.workers) as pool:
             asked = {
                 pool.submit(self._ask, request, text): request for request, text in zip(requests, texts, strict=True)
@@ -80,6 +78,16 @@ class EndpointSource:
             finally:
                 for future in asked:
                     future.cancel()
+
+    def _known_sentinels(self) -> Mapping[str, str]:
+        if self._vocabulary is not None:
+            return sentinels_in(self._vocabulary, whose="the tokenizer of --tokenizer")
+        usual = sentinels_among(())
+        say_once(
+            f"{self.url}: asked to fill in with {' '.join(usual.values())}; give the folder of the model's "
+            "tokenizer.json (--tokenizer) if it has others"
+        )
+        return usual
 
     def _texts(self, requests: Sequence[Request]) -> list[str]:
         """Prompts within their limits; ConfigError where that takes a tokenizer and there is none."""

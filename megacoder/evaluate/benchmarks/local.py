@@ -9,11 +9,11 @@ import torch
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
-from megacoder.data.tokenizer import Tokenizer, infill_text, sentinels_among
+from megacoder.data.tokenizer import Tokenizer, infill_text
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.generate import generate
-from megacoder.evaluate.prompts import count_with, infill_prompt
+from megacoder.evaluate.prompts import count_with, infill_prompt, sentinels_in
 from megacoder.evaluate.stops import StopStrings
 from megacoder.model.transformer import Transformer
 
@@ -114,7 +114,8 @@ class TransformersSource:
     def _one(self, request: Request, text: str) -> str:
         chosen, task = self.decoding.sampling, request.task
         if task.suffix is not None:
-            text = infill_text(text, task.suffix, sentinels_among(self.tokenizer.get_vocab()), spm=self.decoding.spm)
+            sentinels = sentinels_in(self.tokenizer.get_vocab(), whose="the model's tokenizer")
+            text = infill_text(text, task.suffix, sentinels, spm=self.decoding.spm)
         ids = torch.tensor([self._tokens(text)], device=self.device)
         drawing: dict[str, Any] = {"do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:

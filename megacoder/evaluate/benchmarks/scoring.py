@@ -130,6 +130,10 @@ def _settings_of(path: Path, option: str) -> dict[str, Any]:
     return found
 
 
+_ADDED = {"spm"}
+"""Options that scores of an earlier version were made without."""
+
+
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], option: str) -> None:
     """ConfigError that names the first setting of `new` that differs from `old`, the settings in `path`."""
     if "contents" not in old:
@@ -140,7 +144,7 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], opti
     before, after = old["contents"], new["contents"]
     for name in [name for name in new if name != "contents"]:
         was, now = old.get(name), new[name]
-        if was is None and now == str(False):  # an option that an earlier version did not have
+        if name in _ADDED and was is None and now == str(False):
             continue
         if name in before or name in after:
             same = before.get(name) == after.get(name)

@@ -126,9 +126,13 @@ def test_a_qwen_with_a_template_of_another_form_is_asked_by_transformers(tmp_pat
         assert _why_transformers(folder, instruct=False) is None
 
 
-def test_a_mistral_is_asked_by_transformers(tmp_path):
+def test_a_mistral_is_asked_by_transformers_unless_its_tokenizer_can_be_used(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"], "model_type": "mistral"}')
-    assert _why_transformers(tmp_path, instruct=False) == "the architecture MistralForCausalLM"
+    assert _why_transformers(tmp_path, instruct=False) == "a tokenizer that is not byte-level BPE"
+    small_tokenizer().save(tmp_path)
+    assert _why_transformers(tmp_path, instruct=False) is None
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]")
+    assert _why_transformers(tmp_path, instruct=True) == "another chat template"
 
 
 @pytest.mark.parametrize("option", ["--tp 2", "--dtype float32", "--tokenizer {folder}"])

@@ -207,6 +207,10 @@ def test_a_qwen_through_another_layout_changes_no_byte(case, tmp_path, capsys, m
     assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / "hf"))
     for path in (tmp_path / "hf").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+    code, _, said = run(capsys, "export", tmp_path / "two", tmp_path / "bare")
+    assert (code, "no tokenizer: give one with --tokenizer" in said) == (0, True)
+    is_qwen2 = json.loads((tmp_path / "bare" / "config.json").read_text())["model_type"] == "qwen2"
+    assert ("transformers gives any that is put there later Qwen's splits" in said) == is_qwen2 == (more == "qkv_bias")
 
 
 def test_all_files_of_a_tokenizer_are_imported(folder, tmp_path, capsys):

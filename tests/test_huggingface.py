@@ -225,6 +225,25 @@ def test_a_qwen3_of_another_kind_is_refused(tmp_path, changes, message):
         import_model(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("given", [True, False, None])
+def test_what_an_architecture_does_not_read_is_not_heeded(tmp_path, given):
+    write_mistral(tmp_path / "mistral", sliding_window=None)
+    export_model(make_model(qkv_bias=True), tmp_path / "qwen2")
+    for name in ("mistral", "qwen2"):
+        edit_config(tmp_path / name, attention_bias=given)
+        assert import_model(tmp_path / name).config.qkv_bias == (name == "qwen2")
+    edit_config(tmp_path / "qwen2", use_sliding_window=None)
+    import_model(tmp_path / "qwen2")
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "true"])
+def test_a_bias_setting_that_is_neither_true_nor_false_is_refused(tmp_path, given):
+    export_model(make_model(), tmp_path / "hf")
+    edit_config(tmp_path / "hf", attention_bias=given)
+    with pytest.raises(FormatError, match=f"attention_bias = {given!r}: expected true or false"):
+        import_model(tmp_path / "hf")
+
+
 def write_mistral(folder, **changes):
     transformers = pytest.importorskip("transformers")
     sizes = {

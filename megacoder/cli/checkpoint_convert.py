@@ -102,6 +102,8 @@ def export_main(argv: Sequence[str]) -> None:
         reader, args.dst, dtype=dtype, tokenizer_folder=tokenizer, chat=tuned_format_of(reader)
     )  # fmt: skip
     without = "" if tokenizer is not None else "; no tokenizer: give one with --tokenizer"
+    if tokenizer is None and config.qkv_bias and not config.qk_norm:
+        without += " (beside a Qwen2, which this is, transformers gives any that is put there later Qwen's splits)"
     say(f"{args.dst}: step {reader.step}, {config.num_params:,} parameters in {args.dtype}{without}")
 
 

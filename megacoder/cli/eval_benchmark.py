@@ -13,7 +13,7 @@ from megacoder.cli.eval_inputs import answers_of, file_content, model_content, s
 from megacoder.cli.loading import Following, Loading
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
-from megacoder.core.errors import ConfigError
+from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json
 from megacoder.core.processes import num_cores
 from megacoder.evaluate.benchmarks.base import Benchmark, ProgramBenchmark, Settings, Task
@@ -266,9 +266,13 @@ def _check_loading(args: EvalArgs, model: Path) -> None:
         )
 
 
+_TEMPLATED = ("qwen2", "qwen3", "mistral")
+"""Models of makers whose chat templates are not DeepSeek-Coder's."""
+
+
 def _why_transformers(model: Path, *, instruct: bool) -> str | None:
-    """What a Hugging Face folder has that only transformers can run: another architecture or, where a Qwen is asked to
-    `instruct`, another chat template; None for what runs here."""
+    """What a Hugging Face folder has that only transformers can run: another architecture, a Mistral's tokenizer or,
+    where one of `_TEMPLATED` is asked to `instruct`, another chat template; None for what runs here."""
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
     from megacoder.data.chat_format import FormatConfig
@@ -278,10 +282,23 @@ def _why_transformers(model: Path, *, instruct: bool) -> str | None:
     if is_checkpoint(model) or not (model / "config.json").is_file():
         return None
     table = read_config(model)
-    template = chat_template_in(model) if instruct and table.get("model_type") in ("qwen2", "qwen3") else None
-    if not can_load(table) or table.get("model_type") == "mistral":  # mostly with SentencePiece
+    template = chat_template_in(model) if instruct and table.get("model_type") in _TEMPLATED else None
+    if table.get("model_type") == "mistral" and not _can_use_tokenizer(model):
+        return "a tokenizer that is not byte-level BPE"
+    if not can_load(table):
         return f"the architecture {(table.get('architectures') or ['none named'])[0]}"
     return "another chat template" if template is not None and FormatConfig.from_jinja(template) is None else None
+
+
+def _can_use_tokenizer(model: Path) -> bool:
+    """Whether the tokenizer of a folder is one of those that can be used here; most of Mistral's are SentencePiece."""
+    from megacoder.data.tokenizer import Tokenizer
+
+    try:
+        Tokenizer.load(model)
+    except FormatError:
+        return False
+    return True
 
 
 def _start_sandbox(args: EvalArgs, benchmark: Benchmark, ahead: Launcher | None) -> Sandbox:

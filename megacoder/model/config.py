@@ -130,7 +130,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """All weights as exported, padding not counted."""
+        """All weights that are trained, padding not counted."""
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         vectors = 2 * self.hidden_size  # of a layer
         vectors += self.local_sizes(1).qkv if self.qkv_bias else 0

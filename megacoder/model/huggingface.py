@@ -139,7 +139,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _zero_shapes(config: ModelConfig, table: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the biases that a folder with this config.json has and our models lack."""
-    if not table.get("attention_bias"):
+    if table["architectures"][0] not in _WITH_OUTPUT_BIAS or not table.get("attention_bias"):
         return {}
     layers = range(config.num_hidden_layers)
     return {f"model.layers.{layer}.self_attn.o_proj.bias": (config.hidden_size,) for layer in layers}
@@ -260,10 +260,10 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
             f"{fixed['model_type']!r}"
         )
     for key, value in fixed.items():
-        if table.get(key, value) != value:
-            raise FormatError(f"{where}: {key} = {table[key]!r}; only {value!r} can be loaded")
+        if (found := table.get(key, value)) != value and not (found is None and value is False):
+            raise FormatError(f"{where}: {key} = {found!r}; only {value!r} can be loaded")
     biased = table.get("attention_bias") if architecture in _WITH_OUTPUT_BIAS else architecture == _QWEN2
-    if biased not in (None, False, True):
+    if biased is not None and not isinstance(biased, bool):
         raise FormatError(f"{where}: attention_bias = {biased!r}: expected true or false")
     if table.get("quantization_config") is not None:
         raise FormatError(f"{where}: the weights are quantized; only plain float weights can be loaded")
@@ -300,7 +300,7 @@ def config_from_huggingface(table: dict[str, Any], *, where: str) -> ModelConfig
 def _check_window(table: dict[str, Any], positions: int, where: str) -> None:
     """FormatError where a Mistral's tokens do not see all of the `positions` before them."""
     window = table.get("sliding_window", _MISTRAL_WINDOW)
-    if window is not None and not (isinstance(window, int) and window >= positions):
+    if window is not None and not (type(window) is int and window >= positions):
         raise FormatError(
             f"{where}: sliding_window = {window!r}, below max_position_embeddings = {positions}; only models whose "
             "tokens see all positions before them can be loaded"

@@ -114,7 +114,7 @@ class Tokenizer:
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
         self._named, self._folder = dict(named or {}), folder
-        self.definition = definition = _with_literal_controls(definition, self._named.values())
+        self.definition = definition = _for_literal_text(definition, self._named.values())
         try:
             self._backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exceptions
@@ -125,8 +125,10 @@ class Tokenizer:
         ids = {token.content: index for index, token in added}
         self.control_ids = {token.content: index for index, token in added if token.special}
         self.added_texts = [token.content for _, token in added if not token.special]
-        front = self._backend.encode("").tokens
-        in_front = {"bos": front[0]} if front else {}
+        for _, token in added:
+            _check_takes_only_itself(token)
+        front = token_in_front(self._backend)
+        in_front = {} if front is None else {"bos": front}
         chosen = in_front | self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
         chosen["eos"] = text_end(self._named.get("eos", ""), ids)
         self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
@@ -209,11 +211,13 @@ class Tokenizer:
     def splits_lines(self) -> bool:
         """Whether each line break is a token of its own, so that lines tokenize independently of each other."""
         pieces = self.splits("x \n\n  y\r\nz")
+        if any(set(text) & {*"\r\n"} for text in self.added_texts):  # these are found before a text is split
+            return False
         return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
 
     def changed_text(self) -> tuple[str, str] | None:
-        """A text that does not come back, as with Qwen's NFC, and what does; None if none is known."""
-        texts = (*_NORMALIZED, *map(_first_with, self._missing))
+        """A text that does not come back, as with Qwen's NFC, and what does; None if none is known. A lost one first."""
+        texts = (*map(_first_with, self._missing), *_NORMALIZED)
         pairs = ((text, self.decode(self.encode(text))) for text in texts)
         return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
@@ -291,26 +295,34 @@ class Tokenizer:
         return table
 
     def _missing_bytes(self) -> list[int]:
-        """Bytes of UTF-8 without a token, of which text has next to none; FormatError where it has others."""
-        alphabet = {*self.token_bytes}
+        """Bytes of UTF-8 without a token, of which text has next to none; FormatError where it has others, or where
+        a control token would stand for them."""
+        added = self._backend.get_added_tokens_decoder()
+        alphabet = {token for index, token in enumerate(self.token_bytes) if index not in added}
         missing = [byte for byte in _UTF8_BYTES if bytes([byte]) not in alphabet]
         if needed := [byte for byte in missing if byte not in _SELDOM]:
             raise FormatError(
                 f"no token for {len(needed)} of the bytes of UTF-8, such as {needed[0]:#04x}: characters with them "
                 "would be lost"
             )
+        if missing and (unknown := getattr(self._backend.model, "unk_token", None)) is not None:
+            raise FormatError(
+                f"no token for the byte {missing[0]:#04x}, for which its model gives {unknown!r} (unk_token); remove "
+                "that from the model in tokenizer.json, so that it gives none"
+            )
         return missing
 
     def _check_keeps_text(self) -> None:
-        if (found := self.decode(self.encode(_PLAIN))) != _PLAIN:
-            raise FormatError(f"text does not come back from its ids: {_PLAIN!r} as {found!r}")
+        for text in (_PLAIN, _PLAIN.strip()):  # a tokenizer may put a space in front of what has none
+            if (found := self.decode(self.encode(text))) != text:
+                raise FormatError(f"text does not come back from its ids: {text!r} as {found!r}")
 
 
 def say_if_changed(tokenizer: Tokenizer, path: Path) -> None:
-    """Says which texts the tokenizer in `path` does not take literally, if any."""
+    """Says which texts the tokenizer in `path` changes, if any."""
     if (changed := tokenizer.changed_text()) is not None:
         before, after = map(ascii, changed)
-        say(f"{path}: the tokenizer normalizes text, so that {before} becomes {after}")
+        say(f"{path}: the tokenizer changes text: {before} comes back as {after}")
 
 
 HUGGING_FACE_CONFIG = {
@@ -334,6 +346,12 @@ def token_text(value: Any) -> str | None:
     """A token as a tokenizer_config.json names it: a string, or an object around one."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
+
+
+def token_in_front(backend: tokenizers.Tokenizer) -> str | None:
+    """What a tokenizer.json itself puts in front of a text, if anything."""
+    text = backend.encode("a")
+    return next((token for token, added in zip(text.tokens[:1], text.special_tokens_mask, strict=False) if added), None)
 
 
 def text_end(named: str, tokens: Container[str]) -> str:
@@ -365,8 +383,17 @@ def _named_controls(path: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
-    """Marks the control tokens special: `encode_special_tokens` shields text only from those that are.
+def _check_takes_only_itself(token: tokenizers.AddedToken) -> None:
+    if not token.special and (token.lstrip or token.rstrip or token.single_word):
+        raise FormatError(
+            f"the added token {token.content!r} is lstrip, rstrip or single_word: white space around it would be lost, "
+            "or its ids depend on what is around; only control tokens can be so"
+        )
+
+
+def _for_literal_text(definition: str, named: Iterable[str]) -> str:
+    """Without the padding and truncation that a tokenizer.json may ask for, and with its control tokens marked special:
+    `encode_special_tokens` shields text only from those that are.
 
     DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
     Qwen's none of its sentinels.
@@ -382,7 +409,8 @@ def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
         raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
     for token in unmarked:
         token["special"] = True
-    return json.dumps(parsed, ensure_ascii=False) if unmarked else definition
+    limits = {key: None for key in ("padding", "truncation") if parsed.get(key) is not None}
+    return json.dumps(parsed | limits, ensure_ascii=False) if unmarked or limits else definition
 
 
 def _digest(parsed: dict[str, Any], ends: dict[str, str | None]) -> str:

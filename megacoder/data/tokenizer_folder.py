@@ -128,6 +128,10 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     files = {name: _read(folder / name) for name in beside if (folder / name).is_file()}
     definition = _read(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
+    if backend.padding is not None or backend.truncation is not None:
+        backend.no_padding()
+        backend.no_truncation()
+        definition = backend.to_str(pretty=True)
     settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
     if not _begins_texts(settings, backend, folder):
         settings["bos_token"] = None

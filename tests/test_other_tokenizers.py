@@ -23,11 +23,12 @@ from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.cutting_places import CuttingPlaces
 from megacoder.data.fim import FillInTheMiddle, FimConfig
+from megacoder.data.folder_settings import chat_template_in
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.stream import StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
+from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.evaluate import infill
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.model.config import ModelConfig
@@ -126,7 +127,7 @@ def test_without_a_token_that_ends_a_text_nothing_can_be_trained(llama3, tmp_pat
             Tokenizer(definition, named)
     (tmp_path / "tokenizer.json").write_text(definition)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as a JSON object"):
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as JSON"):
         Tokenizer.load(tmp_path)
 
 
@@ -223,16 +224,18 @@ def test_ids_are_counted_up_to_the_highest(tmp_path):
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_bos_comes_first_only_where_the_settings_say_so(tmp_path, adds):
+def test_bos_comes_first_in_an_export_as_in_training(tmp_path, adds):
+    """DeepSeek-V4's settings leave it to whoever asks, but DeepSeek's BOS begins all texts here."""
     tokenizer = small_tokenizer()
     tokenizer.save(tmp_path)
     definition = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": adds}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    exported = read_tokenizer_files(tmp_path, max_length=64).files["tokenizer.json"]
-    ids = tokenizers.Tokenizer.from_str(exported).encode("x").ids
-    assert ids == [*([tokenizer.bos_id] if adds else []), *tokenizer.encode("x")]
+    exported = read_tokenizer_files(tmp_path, max_length=64).files
+    assert json.loads(exported["tokenizer_config.json"])["add_bos_token"]
+    ids = tokenizers.Tokenizer.from_str(exported["tokenizer.json"]).encode("x").ids
+    assert ids == [*Tokenizer.load(tmp_path).beginning, *tokenizer.encode("x")] == [tokenizer.bos_id, *ids[1:]]
 
 
 def test_white_space_that_does_not_come_back_is_refused():

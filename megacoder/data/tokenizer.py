@@ -30,11 +30,11 @@ import tokenizers
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
+from megacoder.data.folder_settings import SETTINGS, chat_template_in, read_object, token_text
 
 __all__ = [
-    "ADDED_NAMES", "CHAT_TEMPLATE_FILE", "CONTROL", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS",
-    "Tokenizer", "infill_text", "puts_bos_in_front", "say_if_changed", "sentinels_among",
-    "text_end", "token_text",
+    "ADDED_NAMES", "CONTROL", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS", "Tokenizer", "infill_text",
+    "named_bos", "say_if_changed", "sentinels_among", "text_begin", "text_end", "token_in_front",
 ]  # fmt: skip
 
 MIN_VOCAB_SIZE = 256
@@ -64,8 +64,13 @@ after what follows them, and stand in the same places."""
 ADDED_NAMES = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
 """What `megacoder tokenizer extend` adds: what fill-in-the-middle and chat formats use. Begin, end and padding stay the
 model's own, which it has learned."""
-_TEXT_ENDS = {"<|im_end|>": "<|endoftext|>", "<|eot_id|>": "<|end_of_text|>"}
-"""What ends texts, by what ends turns, which the folders of tuned models name instead."""
+_TURN_ENDS = {"<|im_end|>", "<|eot_id|>", SPECIAL_TOKENS["eot"], "<|return|>", "<|end|>"}
+"""What ends turns, which the folders of tuned models name instead of what ends texts."""
+_TEXT_ENDS = (SPECIAL_TOKENS["eos"], "<|endoftext|>", "<|end_of_text|>")
+"""What ends texts beside these; DeepSeek's wherever it is there."""
+_PRINTS_BOS = re.compile(r"\{\{[-+]? *\(?bos_token\b|(?<![=!<>])= *bos_token\b|\bbos_token *[+~]")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+"""Of a chat template in Jinja: where it prints BOS, and what it does not run."""
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
 CONTROL = "<[|｜][^<>|｜]+[|｜]>"
 """A regular expression for how control tokens are spelled. What else a tokenizer adds may be part of a text, such as
@@ -109,7 +114,7 @@ class Tokenizer:
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
         """`definition` is the text of a tokenizer.json, `named` are its eos and pad where it lacks DeepSeek's, and its
-        bos where texts begin with it and only settings say so; `folder` is where it lies, for messages.
+        bos where texts begin with it (`named_bos`); `folder` is where it lies, for messages.
 
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
@@ -127,11 +132,11 @@ class Tokenizer:
         self.added_texts = [token.content for _, token in added if not token.special]
         for _, token in added:
             _check_takes_only_itself(token)
-        front = token_in_front(self._backend)
-        in_front = {} if front is None else {"bos": front}
-        chosen = in_front | self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
-        chosen["eos"] = text_end(self._named.get("eos", ""), ids)
-        self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
+        bos = text_begin(self._named.get("bos"), token_in_front(self._backend), ids)
+        eos = text_end(self._named.get("eos", ""), ids)
+        pad = SPECIAL_TOKENS["pad"] if SPECIAL_TOKENS["pad"] in ids else self._named.get("pad")
+        chosen = {"bos": bos, "eos": eos, "pad": pad}
+        self._controls = {name: text for name, text in chosen.items() if text is not None and text in ids}
         self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
         if "eos" not in self._controls:
             raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
@@ -157,7 +162,7 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
-        named = _named_controls(file.parent / "tokenizer_config.json")
+        named = _named_controls(file.parent)
         try:
             return cls(definition, named, file.parent)
         except FormatError as error:
@@ -216,7 +221,7 @@ class Tokenizer:
         return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
 
     def changed_text(self) -> tuple[str, str] | None:
-        """A text that does not come back, as with Qwen's NFC, and what does; None if none is known. A lost one first."""
+        """A text that does not come back, and what does: a lost one, else as with Qwen's NFC; None if none is known."""
         texts = (*map(_first_with, self._missing), *_NORMALIZED)
         pairs = ((text, self.decode(self.encode(text))) for text in texts)
         return next((pair for pair in pairs if pair[0] != pair[1]), None)
@@ -338,48 +343,44 @@ HUGGING_FACE_CONFIG = {
 """tokenizer_config.json of a tokenizer with these control tokens."""
 
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers finds a chat template, unless it is in tokenizer_config.json."""
-
-
-def token_text(value: Any) -> str | None:
-    """A token as a tokenizer_config.json names it: a string, or an object around one."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
-
-
 def token_in_front(backend: tokenizers.Tokenizer) -> str | None:
     """What a tokenizer.json itself puts in front of a text, if anything."""
     text = backend.encode("a")
     return next((token for token, added in zip(text.tokens[:1], text.special_tokens_mask, strict=False) if added), None)
 
 
-def text_end(named: str, tokens: Container[str]) -> str:
-    """What ends the documents of a tokenizer that has `tokens`, where its settings name `named`."""
-    ends = (SPECIAL_TOKENS["eos"], _TEXT_ENDS.get(named, named))
-    return next((text for text in ends if text in tokens), named)
+def text_begin(named: str | None, in_front: str | None, tokens: Container[str]) -> str | None:
+    """The BOS that the texts of a tokenizer that has `tokens` begin with, if any: DeepSeek's, what its tokenizer.json
+    puts `in_front`, or the one `named` by `named_bos`."""
+    return next(
+        (text for text in (SPECIAL_TOKENS["bos"], in_front, named) if text is not None and text in tokens), None
+    )
 
 
-def puts_bos_in_front(settings: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the `settings` of a tokenizer_config.json or the chat template of `folder` begin texts with BOS.
+def named_bos(settings: Mapping[str, Any], template: str | None) -> str | None:
+    """The BOS that the `settings` of a tokenizer_config.json put in front of texts, or else a chat `template`.
 
     Others name one that begins no text: GPT-2's and StarCoder's ends each, SmolLM2's begins the turns of a chat.
     """
-    beside = folder / CHAT_TEMPLATE_FILE
-    template = beside.read_text(encoding="utf-8") if beside.is_file() else str(settings.get("chat_template"))
-    return bool(settings.get("add_bos_token")) or "bos_token" in template
+    bos, eos = (token_text(settings.get(name)) for name in ("bos_token", "eos_token"))
+    adds = settings.get("add_bos_token")
+    if adds is None:
+        printed = _PRINTS_BOS.search(_COMMENT.sub("", template or "")) is not None
+        adds = printed and bos not in (eos, *_TEXT_ENDS)
+    return bos if adds else None
 
 
-def _named_controls(path: Path) -> dict[str, str]:
-    """bos, eos and pad as a tokenizer_config.json names them, if it is there, but no bos that begins no text;
-    FormatError where it is damaged."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        texts = {name: token_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
-        if not puts_bos_in_front(settings, path.parent):
-            del texts["bos"]
-    except (OSError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: not readable as a JSON object: {error}") from None
+def text_end(named: str, tokens: Container[str]) -> str:
+    """What ends the documents of a tokenizer that has `tokens`, where its settings name `named`."""
+    ends = _TEXT_ENDS if named in _TURN_ENDS else _TEXT_ENDS[:1]
+    return next((text for text in ends if text in tokens), named)
+
+
+def _named_controls(folder: Path) -> dict[str, str]:
+    """bos, eos and pad as `folder` names them, but no bos that begins no text; FormatError where a file is damaged."""
+    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    texts = {name: token_text(settings.get(f"{name}_token")) for name in ("eos", "pad")}
+    texts["bos"] = named_bos(settings, chat_template_in(folder))
     return {name: text for name, text in texts.items() if text is not None}
 
 

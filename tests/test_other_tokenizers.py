@@ -26,6 +26,7 @@ from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.folder_settings import chat_template_in
 from megacoder.data.indexed import IndexedDataset
 from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.sidecar import open_dataset
 from megacoder.data.stream import StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import read_tokenizer_files
@@ -384,6 +385,20 @@ def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):
         preprocess(PreprocessConfig(input=(rows,), tokenizer=folder, output=tmp_path / folder.name, workers=1))
         line = f"{folder}: the tokenizer changes text: 'e\\u0301' comes back as '\\xe9'\n"
         assert (line in capsys.readouterr().err) == said
+
+
+def test_output_of_before_control_tokens_were_known_by_spelling_is_read_but_not_up_to_date(qwen, tmp_path):
+    """Its ids stand for the same, but a text that spells one of them was not literal."""
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": "a <|im_start|> b"}])
+    config = PreprocessConfig(input=(rows,), tokenizer=qwen, output=tmp_path / "out", workers=1)
+    assert preprocess(config).controls == ("<|im_start|>",)
+    assert preprocess(config).controls == Tokenizer.load(qwen).by_spelling
+    described = json.loads((tmp_path / "out.json").read_text())
+    del described["controls"]
+    (tmp_path / "out.json").write_text(json.dumps(described))
+    open_dataset(tmp_path / "out", Tokenizer.load(qwen))
+    with pytest.raises(ConfigError, match=r"a text that spells '<\|im_start\|>' became that control token; remove it"):
+        preprocess(config)
 
 
 def test_nothing_is_put_in_front_where_there_is_no_bos(qwen, llama3, tmp_path):

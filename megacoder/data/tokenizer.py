@@ -105,7 +105,7 @@ class Tokenizer:
     nothing where there is none, or none that is put in front (`has_bos`; `bos_id` then is EOS, for a model that must be
     given a first token).
     `control_ids` are the ids of all control tokens by their strings, `added_texts` are other added tokens, which texts
-    may hold.
+    may hold; `by_spelling` are control tokens that the file does not mark and only their spelling shows.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, which ends documents, what
     the settings name instead, such as the end of a turn, and what a model's folder adds.
@@ -119,9 +119,9 @@ class Tokenizer:
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
         self._named, self._folder = dict(named or {}), folder
-        self.definition = definition = _for_literal_text(definition, self._named.values())
+        self.definition, self.by_spelling = _for_literal_text(definition, self._named.values())
         try:
-            self._backend = tokenizers.Tokenizer.from_str(definition)
+            self._backend = tokenizers.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises bare Exceptions
             raise FormatError(f"not a tokenizer: {error}") from None
         self._backend.encode_special_tokens = True
@@ -392,8 +392,10 @@ def _check_takes_only_itself(token: tokenizers.AddedToken) -> None:
         )
 
 
-def _for_literal_text(definition: str, named: Iterable[str]) -> str:
-    """Without the padding and truncation that a tokenizer.json may ask for, and with its control tokens marked special:
+def _for_literal_text(definition: str, named: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """(`definition` as it is used here, the control tokens that it does not mark and only their spelling shows).
+
+    Padding and truncation, which it may ask for, are left out, and its control tokens are marked special:
     `encode_special_tokens` shields text only from those that are.
 
     DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
@@ -411,7 +413,8 @@ def _for_literal_text(definition: str, named: Iterable[str]) -> str:
     for token in unmarked:
         token["special"] = True
     limits = {key: None for key in ("padding", "truncation") if parsed.get(key) is not None}
-    return json.dumps(parsed | limits, ensure_ascii=False) if unmarked or limits else definition
+    by_spelling = tuple(token["content"] for token in unmarked if token["content"] not in known)
+    return json.dumps(parsed | limits, ensure_ascii=False) if unmarked or limits else definition, by_spelling
 
 
 def _digest(parsed: dict[str, Any], ends: dict[str, str | None]) -> str:

@@ -1,6 +1,7 @@
 """Tokenizers of other models: control tokens from their folder, no text lost, what they lack refused where needed."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import pickle
@@ -22,6 +23,7 @@ from megacoder.data import cutting_places
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.cutting_places import CuttingPlaces
+from megacoder.data.encoders import fast_encoder
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.folder_settings import chat_template_in
 from megacoder.data.indexed import IndexedDataset
@@ -80,6 +82,7 @@ def test_no_text_is_cut_inside_of_a_contraction_or_an_added_token(split, tmp_pat
     text = "it's <tool_call>{we'll}</tool_call> Don'T ab'x_y<k9> " * 2
     ids = np.array(tokenizer.encode(text))
     assert tokenizer.encode("<tool_call>") == [tokenizer.token_id("<tool_call>")]
+    assert [bool(places.pattern.search(f"it{mark}")) for mark in "' ."] == [split == LLAMA3, True, True]
     for size in range(1, 20):
         monkeypatch.setattr(cutting_places, "_PART_CHARACTERS", size)
         assert [index for part in places.cut(text) for index in tokenizer.encode(part)] == ids.tolist()
@@ -169,6 +172,22 @@ def test_characters_that_next_to_no_text_has_may_be_lost_and_preprocess_says_so(
         transform = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=0)
         for file in range(20):
             assert tokenizer.decode_bytes(transform(ids, epoch=0, file=file).tolist()).decode("utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fastokens") is None, reason="fastokens is not installed")
+def test_fastokens_keeps_no_part_of_a_character_that_has_no_token(tmp_path):
+    """With StarCoder's splits it keeps the character's other bytes; with others it raises, and the reference serves."""
+    folder = write_folder(tmp_path, LLAMA3, ["<|endoftext|>"], eos_token="<|endoftext|>")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    remove_bytes(definition, 0xF1)
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer, text = Tokenizer.load(folder), "a\U00040000b\U0007ffff"
+    ids, counts = fast_encoder("fastokens", tokenizer, threads=1)([text, "x"])
+    assert (ids.tolist(), counts.tolist()) == ([*tokenizer.encode(text), *tokenizer.encode("x")], [len(ids) - 1, 1])
+    assert tokenizer.decode(ids.tolist()) == "a\ufffdb\ufffdx"
 
 
 def test_a_bos_that_begins_no_text_is_put_in_front_of_none(starcoder, llama3, tmp_path):

@@ -17,6 +17,14 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.chat_template import CHAT_TEMPLATE
+from megacoder.data.control_tokens import (
+    HUGGING_FACE_CONFIG,
+    SPECIAL_TOKENS,
+    named_bos,
+    text_begin,
+    text_end,
+    token_in_front,
+)
 from megacoder.data.folder_settings import (
     CHAT_TEMPLATE_FILE,
     SETTINGS,
@@ -27,14 +35,6 @@ from megacoder.data.folder_settings import (
     read_object,
     read_text,
     token_text,
-)
-from megacoder.data.tokenizer import (
-    HUGGING_FACE_CONFIG,
-    SPECIAL_TOKENS,
-    named_bos,
-    text_begin,
-    text_end,
-    token_in_front,
 )
 
 __all__ = ["TokenizerFiles", "extended_files", "read_tokenizer_files"]

@@ -27,8 +27,9 @@ from megacoder.data.encoders import fast_encoder
 from megacoder.data.fim import FillInTheMiddle, FimConfig
 from megacoder.data.folder_settings import chat_template_in
 from megacoder.data.indexed import IndexedDataset
+from megacoder.data.merging import MergeConfig, merge
 from megacoder.data.preprocess import PreprocessConfig, preprocess
-from megacoder.data.sidecar import open_dataset
+from megacoder.data.sidecar import Sidecar, open_dataset
 from megacoder.data.stream import StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_folder import read_tokenizer_files
@@ -412,10 +413,15 @@ def test_output_of_before_control_tokens_were_known_by_spelling_is_read_but_not_
     config = PreprocessConfig(input=(rows,), tokenizer=qwen, output=tmp_path / "out", workers=1)
     assert preprocess(config).controls == ("<|im_start|>",)
     assert preprocess(config).controls == Tokenizer.load(qwen).by_spelling
+    preprocess(dataclasses.replace(config, output=tmp_path / "new"))
     described = json.loads((tmp_path / "out.json").read_text())
     del described["controls"]
     (tmp_path / "out.json").write_text(json.dumps(described))
     open_dataset(tmp_path / "out", Tokenizer.load(qwen))
+    for parts, controls in ((("new", "new"), ("<|im_start|>",)), (("new", "out"), ())):
+        both = tmp_path / f"{'-'.join(parts)}-merged"
+        merge(MergeConfig(prefixes=tuple(tmp_path / name for name in parts), output=both))
+        assert Sidecar.read(both).controls == controls
     with pytest.raises(ConfigError, match=r"a text that spells '<\|im_start\|>' became that control token; remove it"):
         preprocess(config)
 

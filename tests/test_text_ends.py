@@ -37,6 +37,7 @@ def exported(folder, output, chat=None):
         ({"chat_template": PRINTED}, True),
         ({"chat_template": "{{- bos_token }}"}, True),
         ({"chat_template": "{{-bos_token + 'x' }}"}, True),
+        ({"chat_template": "{{\n  (bos_token if first else '') + text }}"}, True),
         ({"chat_template": "{% set content = bos_token + content %}"}, True),
         ({"chat_template": "{% if first %}{% set content = bos_token %}{% endif %}"}, True),
         ({"chat_template": "{# {{ bos_token }} is\nfor others #}x"}, False),

@@ -50,7 +50,7 @@ _TURN_ENDS = {"<|im_end|>", "<|eot_id|>", SPECIAL_TOKENS["eot"], "<|return|>", "
 """What ends turns, which the folders of tuned models name instead of what ends texts."""
 _TEXT_ENDS = (SPECIAL_TOKENS["eos"], "<|endoftext|>", "<|end_of_text|>")
 """What ends texts beside these; DeepSeek's wherever it is there."""
-_PRINTS_BOS = re.compile(r"\{\{[-+]? *\(?bos_token\b|(?<![=!<>])= *bos_token\b|\bbos_token *[+~]")
+_PRINTS_BOS = re.compile(r"\{\{[-+]?\s*\(?\s*bos_token\b|(?<![=!<>])=\s*bos_token\b|\bbos_token\s*[+~]")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 """Of a chat template in Jinja: where it prints BOS, and what it does not run."""
 HUGGING_FACE_CONFIG = {

@@ -17,8 +17,8 @@ from megacoder.cli.main import main
 from megacoder.cli.model_folder import chat_format_of, load_model
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.chat_template import SYSTEM
-from megacoder.data.tokenizer import SPECIAL_TOKENS
-from megacoder.data.tokenizer_folder import chat_template_in
+from megacoder.data.control_tokens import SPECIAL_TOKENS
+from megacoder.data.folder_settings import chat_template_in
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
 from megacoder.parallel.tensor import ALONE

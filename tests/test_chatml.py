@@ -24,8 +24,10 @@ from megacoder.cli.model_folder import chat_format_of
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.chatml import QWEN_SYSTEM
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, extended_files
+from megacoder.data.control_tokens import SPECIAL_TOKENS
+from megacoder.data.folder_settings import chat_template_in
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_folder import extended_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
 from megacoder.model.init import init_weights

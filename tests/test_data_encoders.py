@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError
 from megacoder.data import cutting_places, encoders
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 from megacoder.data.encoders import fast_encoder, reference_encoder
-from megacoder.data.tokenizer import SPECIAL_TOKENS
 
 has_fastokens = pytest.mark.skipif(importlib.util.find_spec("fastokens") is None, reason="fastokens is not installed")
 

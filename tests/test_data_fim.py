@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, DataError
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig, masked_spans
 from megacoder.data.permutation import draw_bits, draw_many_bits, key_of
-from megacoder.data.tokenizer import SPECIAL_TOKENS
 
 ALWAYS = FimConfig(rate=1.0)
 CUTTER = CharacterCutter(small_tokenizer())

@@ -1,6 +1,7 @@
 """Tokenizers of other models: control tokens from their folder, no text lost, what they lack refused where needed."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import pickle
@@ -22,12 +23,16 @@ from megacoder.data import cutting_places
 from megacoder.data.chat_format import ChatFormat, FormatConfig
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.cutting_places import CuttingPlaces
+from megacoder.data.encoders import fast_encoder
 from megacoder.data.fim import FillInTheMiddle, FimConfig
+from megacoder.data.folder_settings import chat_template_in
 from megacoder.data.indexed import IndexedDataset
+from megacoder.data.merging import MergeConfig, merge
 from megacoder.data.preprocess import PreprocessConfig, preprocess
+from megacoder.data.sidecar import Sidecar, open_dataset
 from megacoder.data.stream import StreamConfig, TokenStream
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, read_tokenizer_files
+from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.evaluate import infill
 from megacoder.evaluate.prompts import completion_prompt, infill_prompt
 from megacoder.model.config import ModelConfig
@@ -78,6 +83,7 @@ def test_no_text_is_cut_inside_of_a_contraction_or_an_added_token(split, tmp_pat
     text = "it's <tool_call>{we'll}</tool_call> Don'T ab'x_y<k9> " * 2
     ids = np.array(tokenizer.encode(text))
     assert tokenizer.encode("<tool_call>") == [tokenizer.token_id("<tool_call>")]
+    assert [bool(places.pattern.search(f"it{mark}")) for mark in "' ."] == [split == LLAMA3, True, True]
     for size in range(1, 20):
         monkeypatch.setattr(cutting_places, "_PART_CHARACTERS", size)
         assert [index for part in places.cut(text) for index in tokenizer.encode(part)] == ids.tolist()
@@ -126,7 +132,7 @@ def test_without_a_token_that_ends_a_text_nothing_can_be_trained(llama3, tmp_pat
             Tokenizer(definition, named)
     (tmp_path / "tokenizer.json").write_text(definition)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as a JSON object"):
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not readable as JSON"):
         Tokenizer.load(tmp_path)
 
 
@@ -161,12 +167,28 @@ def test_characters_that_next_to_no_text_has_may_be_lost_and_preprocess_says_so(
     for encoder in ("tokenizers", "auto"):
         output = tmp_path / encoder
         preprocess(PreprocessConfig(input=(rows,), tokenizer=starcoder, output=output, workers=1, encoder=encoder))
-        assert "the tokenizer normalizes text, so that '\\x04' becomes ''" in capsys.readouterr().err
+        assert "the tokenizer changes text: '\\x04' comes back as ''" in capsys.readouterr().err
         ids = IndexedDataset(output).document(0)
         assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
         transform = FillInTheMiddle(FimConfig(rate=1.0), CharacterCutter(tokenizer), seed=0)
         for file in range(20):
             assert tokenizer.decode_bytes(transform(ids, epoch=0, file=file).tolist()).decode("utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fastokens") is None, reason="fastokens is not installed")
+def test_fastokens_keeps_no_part_of_a_character_that_has_no_token(tmp_path):
+    """With StarCoder's splits it keeps the character's other bytes; with others it raises, and the reference serves."""
+    folder = write_folder(tmp_path, LLAMA3, ["<|endoftext|>"], eos_token="<|endoftext|>")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    remove_bytes(definition, 0xF1)
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer, text = Tokenizer.load(folder), "a\U00040000b\U0007ffff"
+    ids, counts = fast_encoder("fastokens", tokenizer, threads=1)([text, "x"])
+    assert (ids.tolist(), counts.tolist()) == ([*tokenizer.encode(text), *tokenizer.encode("x")], [len(ids) - 1, 1])
+    assert tokenizer.decode(ids.tolist()) == "a\ufffdb\ufffdx"
 
 
 def test_a_bos_that_begins_no_text_is_put_in_front_of_none(starcoder, llama3, tmp_path):
@@ -223,16 +245,18 @@ def test_ids_are_counted_up_to_the_highest(tmp_path):
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_bos_comes_first_only_where_the_settings_say_so(tmp_path, adds):
+def test_bos_comes_first_in_an_export_as_in_training(tmp_path, adds):
+    """DeepSeek-V4's settings leave it to whoever asks, but DeepSeek's BOS begins all texts here."""
     tokenizer = small_tokenizer()
     tokenizer.save(tmp_path)
     definition = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": adds}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    exported = read_tokenizer_files(tmp_path, max_length=64).files["tokenizer.json"]
-    ids = tokenizers.Tokenizer.from_str(exported).encode("x").ids
-    assert ids == [*([tokenizer.bos_id] if adds else []), *tokenizer.encode("x")]
+    exported = read_tokenizer_files(tmp_path, max_length=64).files
+    assert json.loads(exported["tokenizer_config.json"])["add_bos_token"]
+    ids = tokenizers.Tokenizer.from_str(exported["tokenizer.json"]).encode("x").ids
+    assert ids == [*Tokenizer.load(tmp_path).beginning, *tokenizer.encode("x")] == [tokenizer.bos_id, *ids[1:]]
 
 
 def test_white_space_that_does_not_come_back_is_refused():
@@ -379,8 +403,27 @@ def test_a_tokenizer_that_normalizes_says_so(qwen, llama3, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "in.jsonl", [{"content": "e\u0301\n"}])
     for folder, said in ((qwen, True), (llama3, False)):
         preprocess(PreprocessConfig(input=(rows,), tokenizer=folder, output=tmp_path / folder.name, workers=1))
-        line = f"{folder}: the tokenizer normalizes text, so that 'e\\u0301' becomes '\\xe9'\n"
+        line = f"{folder}: the tokenizer changes text: 'e\\u0301' comes back as '\\xe9'\n"
         assert (line in capsys.readouterr().err) == said
+
+
+def test_output_of_before_control_tokens_were_known_by_spelling_is_read_but_not_up_to_date(qwen, tmp_path):
+    """Its ids stand for the same, but a text that spells one of them was not literal."""
+    rows = write_jsonl(tmp_path / "in.jsonl", [{"content": "a <|im_start|> b"}])
+    config = PreprocessConfig(input=(rows,), tokenizer=qwen, output=tmp_path / "out", workers=1)
+    assert preprocess(config).controls == ("<|im_start|>",)
+    assert preprocess(config).controls == Tokenizer.load(qwen).by_spelling
+    preprocess(dataclasses.replace(config, output=tmp_path / "new"))
+    described = json.loads((tmp_path / "out.json").read_text())
+    del described["controls"]
+    (tmp_path / "out.json").write_text(json.dumps(described))
+    open_dataset(tmp_path / "out", Tokenizer.load(qwen))
+    for parts, controls in ((("new", "new"), ("<|im_start|>",)), (("new", "out"), ())):
+        both = tmp_path / f"{'-'.join(parts)}-merged"
+        merge(MergeConfig(prefixes=tuple(tmp_path / name for name in parts), output=both))
+        assert Sidecar.read(both).controls == controls
+    with pytest.raises(ConfigError, match=r"a text that spells '<\|im_start\|>' became that control token; remove it"):
+        preprocess(config)
 
 
 def test_nothing_is_put_in_front_where_there_is_no_bos(qwen, llama3, tmp_path):

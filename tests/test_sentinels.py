@@ -12,9 +12,10 @@ from tokenizer_folders import LLAMA3, SENTINELS, write_folder, write_llama3
 
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data import encoders
+from megacoder.data.control_tokens import SPECIAL_TOKENS, infill_text
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.fim import FillInTheMiddle, FimConfig
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, infill_text
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.evaluate.benchmarks.base import Task
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.endpoint import EndpointSource

@@ -22,12 +22,12 @@ from megacoder.core.config import load_toml, to_toml
 from megacoder.core.errors import AlikeOnAllRanks, ConfigError, DataError, FormatError, MegacoderError
 from megacoder.core.files import exclusive
 from megacoder.data.chat_format import ChatFormat, FormatConfig
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 from megacoder.data.conversation_rows import ColumnsConfig, read_conversation
 from megacoder.data.conversation_stream import ConversationStream
 from megacoder.data.conversations import ConversationConfig, prepare_conversations
 from megacoder.data.indexed import IndexedDataset, bin_path
 from megacoder.data.packing import best_fit
-from megacoder.data.tokenizer import SPECIAL_TOKENS
 from megacoder.evaluate.generate import generate
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import import_with_tokenizer

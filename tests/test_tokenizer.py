@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacoder.core.errors import ConfigError, FormatError
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.control_tokens import SPECIAL_TOKENS
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.data.tokenizer_training import _pre_tokenizer, train_tokenizer
 
 

@@ -20,9 +20,10 @@ from megacoder.core.config import load_toml
 from megacoder.data import tokenizer_extending
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.fim import FimConfig
+from megacoder.data.folder_settings import chat_template_in, end_ids_in
 from megacoder.data.preprocess import PreprocessConfig, preprocess
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in, extended_files, read_tokenizer_files
+from megacoder.data.tokenizer_folder import extended_files, read_tokenizer_files
 from megacoder.evaluate.transformers_check import largest_logit_difference
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import export_model
@@ -262,7 +263,8 @@ def test_a_base_without_control_tokens_becomes_one_that_fills_in_and_chats(llama
     assert capsys.readouterr().err.count(f"vocabulary enlarged from {size} to {size + 6} rows") == 1
     run_command(capsys, "checkpoint", "export", tuned.output, tmp_path / "out", "--dtype", "fp32")
     exported, tokens = Tokenizer.load(tmp_path / "out"), Tokenizer.load(tokenizer)
-    assert exported.eos_id == tokens.eot_id == size + 5
+    assert exported.end_ids == {tokens.eos_id, size + 5}
+    assert exported.digest == tokens.digest, "the datasets of the base serve the tuned model, too"
     assert chat_template_in(tmp_path / "out") == chat.jinja
     text = [tokens.bos_id, tokens.fim_begin_id, *tokens.encode("x = 1\n"), tokens.fim_hole_id, tokens.eot_id]
     ours, _ = load_model(tuned.output, Loading(dtype="float32"), tp=TP_ALONE)

@@ -7,7 +7,8 @@ import tokenizers
 from data_samples import source_texts
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_characters
+from megacoder.data.control_tokens import SPECIAL_TOKENS
+from megacoder.data.tokenizer import Tokenizer, _byte_characters
 from megacoder.data.tokenizer_folder import extended_files
 
 __all__ = [

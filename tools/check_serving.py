@@ -32,8 +32,9 @@ from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
 from megacoder.core.errors import ConfigError
 from megacoder.data.chat_format import ChatFormat
-from megacoder.data.tokenizer import Tokenizer, infill_text
-from megacoder.data.tokenizer_folder import chat_template_in
+from megacoder.data.control_tokens import infill_text
+from megacoder.data.folder_settings import chat_template_in
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.transformer import Transformer
 from megacoder.parallel.tensor import ALONE
 

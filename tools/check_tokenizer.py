@@ -2,10 +2,14 @@
 
     python tools/check_tokenizer.py FOLDER --input corpus/heldout
 
-For every text its ids must be those of `tokenizers` for the same file, and those of fastokens, if `preprocess` would
-use it; and each part of it, cut at random characters as for fill-in-the-middle, must have the ids that it has by
-itself. A text that spells out a control token is not compared with `tokenizers`: it is one there, and text here. Texts
-that do not come back from their ids, since the tokenizer normalizes them, are counted; what comes back is cut.
+For every text its ids must be those of `tokenizers` for the same file, whose padding and truncation do not count, and
+those that it has in a batch, and of fastokens, if `preprocess` would use it; and each part of it, cut at random
+characters as for fill-in-the-middle, must have the ids that it has by itself. A text that spells out a control token is
+not compared with `tokenizers`: it is one there, and text here. Texts that do not come back from their ids, such as
+those that the tokenizer normalizes, are counted; what comes back is cut.
+
+So it finds faults of what is done here on top of `tokenizers`, on texts like yours. It cannot find a fault of
+`tokenizers` or of the file, such as one that was converted wrongly: that takes ids of the model's own program.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from tyro.conf import Positional
 
 from megacoder.core.config import parse_args
 from megacoder.core.console import say, table
+from megacoder.core.errors import ConfigError
 from megacoder.data.cuts import CharacterCutter
 from megacoder.data.documents import DocumentReader, find_inputs
 from megacoder.data.encoders import BatchEncoder, fast_encoder
@@ -27,6 +32,7 @@ from megacoder.data.tokenizer import Tokenizer
 
 _CUTS = (2, 2, 8)  # of a text, anew each time
 _MOST_SHOWN = 5
+_SHORT = "x"  # beside a text in a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +46,13 @@ class Options:
     text_key: str = "content"
     """column or JSON key of the text"""
     tokens: int = 1_000_000
-    """stop after the text with which there are this many tokens"""
+    """stop after the text with which there are this many tokens; at least 1"""
     seed: int = 0
     """of the cuts"""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"--tokens {self.tokens}: must be at least 1")
 
 
 @dataclass
@@ -63,6 +73,8 @@ class Found:
 def main() -> None:
     options = parse_args(Options, None, prog="tools/check_tokenizer.py")
     found = compare(options.folder, _texts(options), tokens=options.tokens, seed=options.seed)
+    if not found.texts:
+        raise ConfigError(f"--input {' '.join(map(str, options.input))}: no text in {options.text_key!r} to compare")
     names = ("texts", "tokens", "with_controls", "changed", "parts")
     rows = [[name.replace("_", " "), f"{getattr(found, name):,}"] for name in names]
     table("Published ids and ours", ["", "number"], [*rows, ["differences", f"{len(found.differences):,}"]])
@@ -75,7 +87,10 @@ def main() -> None:
 def compare(folder: Path, texts: Iterator[str], *, tokens: int, seed: int) -> Found:
     """FormatError where `folder` holds no tokenizer that can be used."""
     tokenizer, found, draw = Tokenizer.load(folder), Found(), np.random.default_rng(seed)
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json" if folder.is_dir() else folder))
+    theirs.no_padding()
+    theirs.no_truncation()
+    short = tokenizer.encode(_SHORT)
     fast, cutter = fast_encoder("auto", tokenizer, threads=1), CharacterCutter(tokenizer)
     for text in texts:
         ids = tokenizer.encode(text)
@@ -84,6 +99,8 @@ def compare(folder: Path, texts: Iterator[str], *, tokens: int, seed: int) -> Fo
             found.with_controls += 1
         elif theirs.encode(tokenizer.spelled(text), add_special_tokens=False).ids != ids:
             found.differences.append(f"ids of {text[:40]!r}")
+        if tokenizer.encode_batch([text, _SHORT]) != [ids, short]:
+            found.differences.append(f"ids in a batch of {text[:40]!r}")
         if fast is not None and _ids_of(fast, text) != ids:
             found.differences.append(f"ids by fastokens of {text[:40]!r}")
         found.changed += tokenizer.decode(ids) != text

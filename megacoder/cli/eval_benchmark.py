@@ -276,7 +276,7 @@ def _why_transformers(model: Path, *, instruct: bool) -> str | None:
     from megacoder.checkpoint.huggingface import read_config
     from megacoder.cli.model_folder import is_checkpoint  # imports torch
     from megacoder.data.chat_format import FormatConfig
-    from megacoder.data.tokenizer_folder import chat_template_in
+    from megacoder.data.folder_settings import chat_template_in
     from megacoder.model.huggingface import can_load
 
     if is_checkpoint(model) or not (model / "config.json").is_file():

@@ -18,8 +18,8 @@ from megacoder.core.console import say_once
 from megacoder.core.device import probe
 from megacoder.core.errors import ConfigError, alike_on_all_ranks
 from megacoder.data.chat_format import FormatConfig
+from megacoder.data.folder_settings import chat_template_in, end_ids_in
 from megacoder.data.tokenizer import Tokenizer
-from megacoder.data.tokenizer_folder import chat_template_in, end_ids_in
 from megacoder.evaluate.generate import generate
 from megacoder.evaluate.prompts import SHORTEST_COMPLETION
 from megacoder.evaluate.sampling import Sampling

@@ -30,7 +30,8 @@ from typing import Literal
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.data.chat_template import CHAT_TEMPLATE, SYSTEM, holds_texts, read_template, write_template
 from megacoder.data.chatml import QWEN_SYSTEM, chatml_texts, read_chatml
-from megacoder.data.tokenizer import ADDED_NAMES, CONTROL, SPECIAL_TOKENS, Tokenizer
+from megacoder.data.control_tokens import ADDED_NAMES, CONTROL, SPECIAL_TOKENS
+from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["ChatFormat", "FormatConfig", "Message", "Segment"]
 

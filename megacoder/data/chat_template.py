@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from megacoder.data.tokenizer import SPECIAL_TOKENS
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 
 __all__ = ["CHAT_TEMPLATE", "STRING", "SYSTEM", "holds_texts", "read_template", "unquoted", "write_template"]
 

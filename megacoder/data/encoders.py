@@ -17,8 +17,9 @@ import numpy as np
 
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 from megacoder.data.cutting_places import CuttingPlaces
-from megacoder.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import Tokenizer
 
 __all__ = ["BatchEncoder", "EncoderName", "fast_encoder", "reference_encoder"]
 

@@ -78,6 +78,7 @@ def _describe(output: Path, sidecars: list[Sidecar], *, complete: bool) -> None:
         tokenizer=sidecars[0].tokenizer,
         text_key=text_key,
         document_key=document_key,
+        controls=tuple(sorted(set[str].intersection(*({*sidecar.controls} for sidecar in sidecars)))),
         inputs=tuple(name for sidecar in sidecars for name in sidecar.inputs),
         checksum=checksum(output),
     ).write(output)

@@ -115,7 +115,8 @@ def _describe(path: Path) -> str:
 
 def _part_name(config: PreprocessConfig, tokenizer: Tokenizer, description: str) -> str:
     """Names everything that decides a part's content, so that only a part of the same run is ever reused."""
-    key = repr((_PARTS_VERSION, description, tokenizer.digest, config.text_key, config.document_key))
+    ids = tokenizer.digest, tokenizer.by_spelling
+    key = repr((_PARTS_VERSION, description, ids, config.text_key, config.document_key))
     return sha256(key.encode()).hexdigest()[:32]
 
 
@@ -138,6 +139,11 @@ def _finished(config: PreprocessConfig, tokenizer: Tokenizer, described: tuple[s
                 f"{Sidecar.path(config.output)}: made with different options ({name}); remove it, or choose another "
                 "--output"
             )
+    if earlier := {*tokenizer.by_spelling} - {*sidecar.controls}:
+        raise ConfigError(
+            f"{Sidecar.path(config.output)}: made when a text that spells {min(earlier)!r} became that control token; "
+            "remove it, or choose another --output"
+        )
     return sidecar if idx_path(config.output).exists() else None
 
 
@@ -191,7 +197,8 @@ def _write(
     sidecar = Sidecar(
         documents=output.num_documents, sequences=output.num_sequences, tokens=output.num_tokens,
         bytes=found_bytes + encoded_bytes, tokenizer=tokenizer.digest, text_key=config.text_key,
-        document_key=config.document_key, inputs=described, checksum=checksum(config.output),
+        document_key=config.document_key, inputs=described, controls=tokenizer.by_spelling,
+        checksum=checksum(config.output),
     )  # fmt: skip
     sidecar.write(config.output)
     return sidecar, empty

@@ -41,6 +41,8 @@ class Sidecar:
     """column or key that rows of one document share"""
     inputs: tuple[str, ...]
     """path, size and modification time of each input file, in order"""
+    controls: tuple[str, ...] = ()
+    """the tokenizer's `by_spelling`, which text did not become; one written before they were known has none"""
     checksum: str | None = None
     """`checksum` of the pair; None in a description written before there was one"""
 

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +30,24 @@ import tokenizers
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import write_json, write_text
+from megacoder.data.control_tokens import (
+    HUGGING_FACE_CONFIG,
+    SPECIAL_TOKENS,
+    for_literal_text,
+    named_bos,
+    sentinels_among,
+    text_begin,
+    text_end,
+    token_in_front,
+)
+from megacoder.data.folder_settings import SETTINGS, chat_template_in, read_object, token_text
 
-__all__ = [
-    "ADDED_NAMES", "CHAT_TEMPLATE_FILE", "CONTROL", "HUGGING_FACE_CONFIG", "MIN_VOCAB_SIZE", "SPECIAL_TOKENS",
-    "Tokenizer", "infill_text", "puts_bos_in_front", "say_if_changed", "sentinels_among",
-    "text_end", "token_text",
-]  # fmt: skip
+__all__ = ["MIN_VOCAB_SIZE", "Tokenizer", "say_if_changed"]
 
 MIN_VOCAB_SIZE = 256
 """One token for each byte."""
 
-SPECIAL_TOKENS = {
-    "bos": "<｜begin▁of▁sentence｜>",
-    "eos": "<｜end▁of▁sentence｜>",
-    "fim_hole": "<｜fim▁hole｜>",
-    "fim_begin": "<｜fim▁begin｜>",
-    "fim_end": "<｜fim▁end｜>",
-    "pad": "<pad>",
-    "user": "<|User|>",
-    "assistant": "<|Assistant|>",
-    "eot": "<|EOT|>",
-}
-"""Control tokens by name, in the order of their ids. Bars are U+FF5C and gaps U+2581, except in the ASCII four."""
-
-_SENTINELS = (
-    {name: SPECIAL_TOKENS[name] for name in ("fim_begin", "fim_hole", "fim_end")},
-    {"fim_begin": "<|fim_prefix|>", "fim_hole": "<|fim_suffix|>", "fim_end": "<|fim_middle|>"},
-    {"fim_begin": "<fim_prefix>", "fim_hole": "<fim_suffix>", "fim_end": "<fim_middle>"},
-)
-"""What models call the sentinels of fill-in-the-middle: DeepSeek-Coder, Qwen2.5-Coder, StarCoder. The others' are named
-after what follows them, and stand in the same places."""
-
-ADDED_NAMES = tuple(name for name in SPECIAL_TOKENS if name not in ("bos", "eos", "pad"))
-"""What `megacoder tokenizer extend` adds: what fill-in-the-middle and chat formats use. Begin, end and padding stay the
-model's own, which it has learned."""
-_TEXT_ENDS = {"<|im_end|>": "<|endoftext|>", "<|eot_id|>": "<|end_of_text|>"}
-"""What ends texts, by what ends turns, which the folders of tuned models name instead."""
 _DEEPSEEKS = {SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]}
-CONTROL = "<[|｜][^<>|｜]+[|｜]>"
-"""A regular expression for how control tokens are spelled. What else a tokenizer adds may be part of a text, such as
-Qwen's <think> and other models' runs of spaces."""
 _UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
 _SELDOM = {0x7F, 0xF1, 0xF2, *range(0x20)} - {*b"\t\n\v\f\r"}
 """Bytes that an alphabet may lack, as StarCoder's and SmolLM2's do: control characters, and what begins the characters
@@ -81,18 +59,6 @@ _NORMALIZED = ("e\u0301", "\u00e9", "\u212b", "\ufb01", "\u2460", "\u00a0")
 """Texts that some normal form of Unicode changes."""
 
 
-def sentinels_among(texts: Container[str]) -> dict[str, str]:
-    """fim_begin, fim_hole and fim_end as a tokenizer with the tokens `texts` has them; else DeepSeek-Coder's."""
-    return next((names for names in _SENTINELS if all(text in texts for text in names.values())), _SENTINELS[0])
-
-
-def infill_text(prefix: str, suffix: str, sentinels: Mapping[str, str], *, spm: bool = False) -> str:
-    """The two sides of a hole between `sentinels`, prefix first or (`spm`) last, for a tokenizer that recognizes these
-    in text."""
-    begin, hole, end = (sentinels[name] for name in ("fim_begin", "fim_hole", "fim_end"))
-    return f"{begin}{hole}{suffix}{end}{prefix}" if spm else f"{begin}{prefix}{hole}{suffix}{end}"
-
-
 class Tokenizer:
     """Text to ids and back.
 
@@ -100,7 +66,7 @@ class Tokenizer:
     nothing where there is none, or none that is put in front (`has_bos`; `bos_id` then is EOS, for a model that must be
     given a first token).
     `control_ids` are the ids of all control tokens by their strings, `added_texts` are other added tokens, which texts
-    may hold.
+    may hold; `by_spelling` are control tokens that the file does not mark and only their spelling shows.
     `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
     string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, which ends documents, what
     the settings name instead, such as the end of a turn, and what a model's folder adds.
@@ -109,14 +75,14 @@ class Tokenizer:
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
         """`definition` is the text of a tokenizer.json, `named` are its eos and pad where it lacks DeepSeek's, and its
-        bos where texts begin with it and only settings say so; `folder` is where it lies, for messages.
+        bos where texts begin with it (`named_bos`); `folder` is where it lies, for messages.
 
         Raises FormatError where it is not such a tokenizer, or loses text.
         """
         self._named, self._folder = dict(named or {}), folder
-        self.definition = definition = _with_literal_controls(definition, self._named.values())
+        self.definition, self.by_spelling = for_literal_text(definition, self._named.values())
         try:
-            self._backend = tokenizers.Tokenizer.from_str(definition)
+            self._backend = tokenizers.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises bare Exceptions
             raise FormatError(f"not a tokenizer: {error}") from None
         self._backend.encode_special_tokens = True
@@ -125,11 +91,13 @@ class Tokenizer:
         ids = {token.content: index for index, token in added}
         self.control_ids = {token.content: index for index, token in added if token.special}
         self.added_texts = [token.content for _, token in added if not token.special]
-        front = self._backend.encode("").tokens
-        in_front = {"bos": front[0]} if front else {}
-        chosen = in_front | self._named | {name: text for name, text in SPECIAL_TOKENS.items() if text in ids}
-        chosen["eos"] = text_end(self._named.get("eos", ""), ids)
-        self._controls = {name: chosen[name] for name in ("bos", "eos", "pad") if chosen.get(name) in ids}
+        for _, token in added:
+            _check_takes_only_itself(token)
+        bos = text_begin(self._named.get("bos"), token_in_front(self._backend), ids)
+        eos = text_end(self._named.get("eos", ""), ids)
+        pad = SPECIAL_TOKENS["pad"] if SPECIAL_TOKENS["pad"] in ids else self._named.get("pad")
+        chosen = {"bos": bos, "eos": eos, "pad": pad}
+        self._controls = {name: text for name, text in chosen.items() if text is not None and text in ids}
         self.control_texts = SPECIAL_TOKENS | sentinels_among(ids)
         if "eos" not in self._controls:
             raise FormatError(f"no control token {SPECIAL_TOKENS['eos']!r}, nor an eos_token of tokenizer_config.json")
@@ -155,7 +123,7 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
-        named = _named_controls(file.parent / "tokenizer_config.json")
+        named = _named_controls(file.parent)
         try:
             return cls(definition, named, file.parent)
         except FormatError as error:
@@ -209,11 +177,13 @@ class Tokenizer:
     def splits_lines(self) -> bool:
         """Whether each line break is a token of its own, so that lines tokenize independently of each other."""
         pieces = self.splits("x \n\n  y\r\nz")
+        if any(set(text) & {*"\r\n"} for text in self.added_texts):  # these are found before a text is split
+            return False
         return [piece for piece in pieces if "\n" in piece or "\r" in piece] == ["\n", "\n", "\r", "\n"]
 
     def changed_text(self) -> tuple[str, str] | None:
-        """A text that does not come back, as with Qwen's NFC, and what does; None if none is known."""
-        texts = (*_NORMALIZED, *map(_first_with, self._missing))
+        """A text that does not come back, and what does: a lost one, else as with Qwen's NFC; None if none is known."""
+        texts = (*map(_first_with, self._missing), *_NORMALIZED)
         pairs = ((text, self.decode(self.encode(text))) for text in texts)
         return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
@@ -291,98 +261,50 @@ class Tokenizer:
         return table
 
     def _missing_bytes(self) -> list[int]:
-        """Bytes of UTF-8 without a token, of which text has next to none; FormatError where it has others."""
-        alphabet = {*self.token_bytes}
+        """Bytes of UTF-8 without a token, of which text has next to none; FormatError where it has others, or where
+        a control token would stand for them."""
+        added = self._backend.get_added_tokens_decoder()
+        alphabet = {token for index, token in enumerate(self.token_bytes) if index not in added}
         missing = [byte for byte in _UTF8_BYTES if bytes([byte]) not in alphabet]
         if needed := [byte for byte in missing if byte not in _SELDOM]:
             raise FormatError(
                 f"no token for {len(needed)} of the bytes of UTF-8, such as {needed[0]:#04x}: characters with them "
                 "would be lost"
             )
+        if missing and (unknown := getattr(self._backend.model, "unk_token", None)) is not None:
+            raise FormatError(
+                f"no token for the byte {missing[0]:#04x}, for which its model gives {unknown!r} (unk_token); remove "
+                "that from the model in tokenizer.json, so that it gives none"
+            )
         return missing
 
     def _check_keeps_text(self) -> None:
-        if (found := self.decode(self.encode(_PLAIN))) != _PLAIN:
-            raise FormatError(f"text does not come back from its ids: {_PLAIN!r} as {found!r}")
+        for text in (_PLAIN, _PLAIN.strip()):  # a tokenizer may put a space in front of what has none
+            if (found := self.decode(self.encode(text))) != text:
+                raise FormatError(f"text does not come back from its ids: {text!r} as {found!r}")
 
 
 def say_if_changed(tokenizer: Tokenizer, path: Path) -> None:
-    """Says which texts the tokenizer in `path` does not take literally, if any."""
+    """Says which texts the tokenizer in `path` changes, if any."""
     if (changed := tokenizer.changed_text()) is not None:
         before, after = map(ascii, changed)
-        say(f"{path}: the tokenizer normalizes text, so that {before} becomes {after}")
+        say(f"{path}: the tokenizer changes text: {before} comes back as {after}")
 
 
-HUGGING_FACE_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "bos_token": SPECIAL_TOKENS["bos"],
-    "eos_token": SPECIAL_TOKENS["eos"],
-    "pad_token": SPECIAL_TOKENS["pad"],
-    "clean_up_tokenization_spaces": False,
-    "model_max_length": 16384,
-}
-"""tokenizer_config.json of a tokenizer with these control tokens."""
-
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers finds a chat template, unless it is in tokenizer_config.json."""
-
-
-def token_text(value: Any) -> str | None:
-    """A token as a tokenizer_config.json names it: a string, or an object around one."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
-
-
-def text_end(named: str, tokens: Container[str]) -> str:
-    """What ends the documents of a tokenizer that has `tokens`, where its settings name `named`."""
-    ends = (SPECIAL_TOKENS["eos"], _TEXT_ENDS.get(named, named))
-    return next((text for text in ends if text in tokens), named)
-
-
-def puts_bos_in_front(settings: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the `settings` of a tokenizer_config.json or the chat template of `folder` begin texts with BOS.
-
-    Others name one that begins no text: GPT-2's and StarCoder's ends each, SmolLM2's begins the turns of a chat.
-    """
-    beside = folder / CHAT_TEMPLATE_FILE
-    template = beside.read_text(encoding="utf-8") if beside.is_file() else str(settings.get("chat_template"))
-    return bool(settings.get("add_bos_token")) or "bos_token" in template
-
-
-def _named_controls(path: Path) -> dict[str, str]:
-    """bos, eos and pad as a tokenizer_config.json names them, if it is there, but no bos that begins no text;
-    FormatError where it is damaged."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        texts = {name: token_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
-        if not puts_bos_in_front(settings, path.parent):
-            del texts["bos"]
-    except (OSError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: not readable as a JSON object: {error}") from None
+def _named_controls(folder: Path) -> dict[str, str]:
+    """bos, eos and pad as `folder` names them, but no bos that begins no text; FormatError where a file is damaged."""
+    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    texts = {name: token_text(settings.get(f"{name}_token")) for name in ("eos", "pad")}
+    texts["bos"] = named_bos(settings, chat_template_in(folder))
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _with_literal_controls(definition: str, named: Iterable[str]) -> str:
-    """Marks the control tokens special: `encode_special_tokens` shields text only from those that are.
-
-    DeepSeek's own file marks three of the nine, so that a file holding "<｜fim▁hole｜>" would become a control id, and
-    Qwen's none of its sentinels.
-    """
-    known = {*SPECIAL_TOKENS.values(), *(text for names in _SENTINELS for text in names.values()), *named}
-    try:
-        parsed = json.loads(definition)
-        unmarked = [
-            token for token in parsed["added_tokens"]
-            if not token["special"] and (token["content"] in known or re.fullmatch(CONTROL, token["content"]))
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError):
-        raise FormatError("not a tokenizer: expected the JSON that the tokenizers library writes") from None
-    for token in unmarked:
-        token["special"] = True
-    return json.dumps(parsed, ensure_ascii=False) if unmarked else definition
+def _check_takes_only_itself(token: tokenizers.AddedToken) -> None:
+    if not token.special and (token.lstrip or token.rstrip or token.single_word):
+        raise FormatError(
+            f"the added token {token.content!r} is lstrip, rstrip or single_word: white space around it would be lost, "
+            "or its ids depend on what is around; only control tokens can be so"
+        )
 
 
 def _digest(parsed: dict[str, Any], ends: dict[str, str | None]) -> str:

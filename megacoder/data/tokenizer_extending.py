@@ -12,8 +12,10 @@ from pathlib import Path
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError, FormatError
 from megacoder.core.files import replacing_dir
-from megacoder.data.tokenizer import ADDED_NAMES, Tokenizer
-from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, extended_files, num_rows_in, read_tokenizer_files
+from megacoder.data.control_tokens import ADDED_NAMES
+from megacoder.data.folder_settings import GENERATION, end_ids_in, num_rows_in
+from megacoder.data.tokenizer import Tokenizer
+from megacoder.data.tokenizer_folder import extended_files, read_tokenizer_files
 
 __all__ = ["extend_tokenizer", "missing_controls"]
 

@@ -17,27 +17,32 @@ from tokenizers import processors
 from megacoder.core.errors import FormatError
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.chat_template import CHAT_TEMPLATE
-from megacoder.data.tokenizer import (
-    CHAT_TEMPLATE_FILE,
+from megacoder.data.control_tokens import (
     HUGGING_FACE_CONFIG,
     SPECIAL_TOKENS,
-    puts_bos_in_front,
+    named_bos,
+    text_begin,
     text_end,
+    token_in_front,
+)
+from megacoder.data.folder_settings import (
+    CHAT_TEMPLATE_FILE,
+    SETTINGS,
+    chat_template_in,
+    checked_object,
+    end_ids_in,
+    object_in,
+    read_object,
+    read_text,
     token_text,
 )
 
-__all__ = [
-    "GENERATION", "TokenizerFiles", "chat_template_in", "end_ids_in", "extended_files", "num_rows_in",
-    "read_tokenizer_files",
-]  # fmt: skip
+__all__ = ["TokenizerFiles", "extended_files", "read_tokenizer_files"]
 
-_DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_MODEL = "config.json"
-GENERATION = "generation_config.json"
-"""Names the ids that end a text, as config.json may."""
-_ADDED = "added_tokens.json"
-_BESIDE = ("special_tokens_map.json", _ADDED, CHAT_TEMPLATE_FILE)
-"""Further files of some folders; copied unchanged."""
+_DEFINITION = "tokenizer.json"
+_ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
+_BESIDE = (_SPECIAL, _ADDED, CHAT_TEMPLATE_FILE)
+"""Further files of some folders; copied unchanged, but for a BOS that begins no text."""
 _NAMED = ("bos_token", "eos_token", "pad_token")
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,59 +65,24 @@ class TokenizerFiles:
     tokenizer of every Qwen2"""
 
 
-def chat_template_in(folder: Path) -> str | None:
-    """The chat template that transformers finds in `folder`, if any; FormatError where a file is damaged."""
-    if (folder / CHAT_TEMPLATE_FILE).is_file():
-        return _read(folder / CHAT_TEMPLATE_FILE)
-    found = _settings(folder / _SETTINGS).get("chat_template") if (folder / _SETTINGS).is_file() else None
-    if isinstance(found, list):  # several, by name
-        found = next((one["template"] for one in found if one["name"] == "default"), None)
-    return found
-
-
-def end_ids_in(folder: Path) -> list[int]:
-    """The ids that end a text according to a model folder's configuration; FormatError where that is damaged.
-
-    A model may end on others than its tokenizer names, as instruction-tuned ones do. As in transformers, what
-    config.json says counts where generation_config.json says nothing.
-    """
-    for path in (folder / GENERATION, folder / _MODEL):
-        named = _settings(path).get("eos_token_id") if path.is_file() else None
-        if named is not None:
-            listed = named if isinstance(named, list) else [named]
-            if not all(type(index) is int for index in listed):
-                raise FormatError(f"{path}: eos_token_id = {named!r}: expected a number or a list of numbers")
-            return listed
-    return []
-
-
-def num_rows_in(folder: Path) -> int | None:
-    """The ids that the model in `folder` knows, None where there is no model; FormatError where its file is damaged."""
-    path = folder / _MODEL
-    rows = _settings(path).get("vocab_size") if path.is_file() else None
-    if rows is not None and type(rows) is not int:
-        raise FormatError(f"{path}: vocab_size = {rows!r}: expected a number")
-    return rows
-
-
 def extended_files(files: dict[str, str], ids: dict[str, int], folder: Path) -> dict[str, str]:
     """`TokenizerFiles.files` of `folder` with further control tokens, whose ids follow the others.
 
     <|EOT|> must be there or among them: where the folder has no chat template, it gets DeepSeek-Coder's. FormatError
     where one of the files that list added tokens is damaged.
     """
-    definition, settings = json.loads(files[_DEFINITION]), json.loads(files[_SETTINGS])
+    definition, settings = json.loads(files[_DEFINITION]), json.loads(files[SETTINGS])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokens = {index: {"content": text, **flags} for text, index in ids.items()}
     definition["added_tokens"] += [{"id": index, **token} for index, token in tokens.items()]
     if "added_tokens_decoder" in settings:  # lists of the same, which other programs may read
-        listed = _checked_object(settings["added_tokens_decoder"], f"{folder / _SETTINGS}: added_tokens_decoder")
+        listed = checked_object(settings["added_tokens_decoder"], f"{folder / SETTINGS}: added_tokens_decoder")
         settings["added_tokens_decoder"] = listed | {str(index): token for index, token in tokens.items()}
     if _ADDED in files:
-        files = files | {_ADDED: _as_json(_object_in(files[_ADDED], folder / _ADDED) | ids)}
+        files = files | {_ADDED: _as_json(object_in(files[_ADDED], folder / _ADDED) | ids)}
     if CHAT_TEMPLATE_FILE not in files:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
-    return files | {_DEFINITION: _as_json(definition), _SETTINGS: _as_json(settings)}
+    return files | {_DEFINITION: _as_json(definition), SETTINGS: _as_json(settings)}
 
 
 def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatConfig | None = None) -> TokenizerFiles:
@@ -125,50 +95,50 @@ def read_tokenizer_files(folder: Path, *, max_length: int | None, chat: FormatCo
     the file that is missing or wrong.
     """
     beside = _BESIDE if chat is None else ()  # they say how the folder's own model ends a text and is asked
-    files = {name: _read(folder / name) for name in beside if (folder / name).is_file()}
-    definition = _read(folder / _DEFINITION)
+    files = {name: read_text(folder / name) for name in beside if (folder / name).is_file()}
+    definition = read_text(folder / _DEFINITION)
     backend = _parsed(definition, folder / _DEFINITION)
-    settings = _settings(folder / _SETTINGS) if (folder / _SETTINGS).exists() else _usual_settings(backend)
-    if not _begins_texts(settings, backend, folder):
-        settings["bos_token"] = None
+    if backend.padding is not None or backend.truncation is not None:
+        backend.no_padding()
+        backend.no_truncation()
+        definition = backend.to_str(pretty=True)
+    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).exists() else _usual_settings(backend)
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    in_front = token_in_front(backend)
+    bos = text_begin(named_bos(settings, chat_template_in(folder)), in_front, added)
+    settings = _with_bos(settings, bos)
+    if _SPECIAL in files and (named := object_in(files[_SPECIAL], folder / _SPECIAL)) != _with_bos(named, bos):
+        files[_SPECIAL] = _as_json(_with_bos(named, bos))
     if chat is not None:
-        end = chat.end_token(token.content for token in backend.get_added_tokens_decoder().values())
+        end = chat.end_token(added)
         if end is None:
             raise FormatError(f"{folder / _DEFINITION}: no token that ends {chat.texts['end']!r}, as answers do")
         settings |= {"chat_template": chat.jinja, "eos_token": end}
-    named = {key: token_text(settings.get(key)) for key in _NAMED}
-    bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in named.values())
+    eos, pad = (token_text(settings.get(f"{name}_token")) for name in ("eos", "pad"))
+    bos_id, eos_id, pad_id = (None if text is None else backend.token_to_id(text) for text in (bos, eos, pad))
     own_ends = end_ids_in(folder) if chat is None else []
-    all_ends = [*([] if eos_id is None else [eos_id]), *own_ends, *_document_ends(named["eos_token"], backend)]
-    ends = list(dict.fromkeys(all_ends))
-    bos = named["bos_token"]
-    if settings.get("add_bos_token") and bos_id is not None and backend.encode("").ids != [bos_id]:
+    document_end = added.get(text_end(eos or "", added))
+    ends = list(dict.fromkeys(end for end in (eos_id, *own_ends, document_end) if end is not None))
+    if bos is not None and in_front != bos:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, added[bos])]
         )
         definition = backend.to_str(pretty=True)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {} if max_length is None else {"model_max_length": max_length}
     if CHAT_TEMPLATE_FILE not in files and backend.token_to_id(SPECIAL_TOKENS["eot"]) is not None:
         settings.setdefault("chat_template", CHAT_TEMPLATE)
-    files |= {_DEFINITION: definition, _SETTINGS: _as_json(settings)}
+    files |= {_DEFINITION: definition, SETTINGS: _as_json(settings)}
     eos_ids = ends[0] if len(ends) == 1 else ends or None
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     return TokenizerFiles(files=files, ids=ids, vocab_size=_num_ids(backend), is_qwens=_is_qwens(backend))
 
 
-def _begins_texts(settings: dict[str, Any], backend: tokenizers.Tokenizer, folder: Path) -> bool:
-    """Whether texts begin with the BOS of `settings`, if they name one: chat templates here then print it."""
-    bos = token_text(settings.get("bos_token"))
-    in_front = puts_bos_in_front(settings, folder) or backend.encode("").ids[:1] == [backend.token_to_id(bos or "")]
-    return in_front or bos in (None, SPECIAL_TOKENS["bos"])
-
-
-def _document_ends(named: str | None, backend: tokenizers.Tokenizer) -> list[int]:
-    """The id that ends documents where settings name `named`, as far as there is one."""
-    ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-    end = ids.get(text_end(named or "", ids))
-    return [] if end is None else [end]
+def _with_bos(settings: dict[str, Any], bos: str | None) -> dict[str, Any]:
+    """`settings` that name and add the BOS that texts begin with, or none."""
+    named = {} if token_text(settings.get("bos_token")) == bos else {"bos_token": bos}
+    adds = {"add_bos_token": bos is not None} if "add_bos_token" in settings else {}
+    return settings | named | adds
 
 
 def _as_json(value: dict[str, Any]) -> str:
@@ -197,31 +167,6 @@ def _is_qwens(backend: tokenizers.Tokenizer) -> bool:
 def _num_ids(backend: tokenizers.Tokenizer) -> int:
     """Ids from 0 to the highest, of which some may have no token."""
     return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise FormatError(f"{path}: {reason}; expected a tokenizer folder") from None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    return _object_in(_read(path), path)
-
-
-def _object_in(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return _checked_object(json.loads(text), str(path))
-    except ValueError as error:
-        raise FormatError(f"{path}: not readable as JSON: {error}") from None
-
-
-def _checked_object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _usual_settings(backend: tokenizers.Tokenizer) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from megacoder.core.console import progress, say
 from megacoder.core.errors import ConfigError, DataError, FormatError
 from megacoder.core.files import why_not_writable, write_json
 from megacoder.core.processes import interruptible
+from megacoder.data.control_tokens import SPECIAL_TOKENS
 from megacoder.data.documents import DocumentReader, find_inputs
-from megacoder.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
+from megacoder.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
 __all__ = ["TrainTokenizerConfig", "sample_texts", "train_from_files", "train_tokenizer"]
 

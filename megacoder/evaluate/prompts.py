@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError, DataError
-from megacoder.data.tokenizer import Tokenizer, sentinels_among
+from megacoder.data.control_tokens import sentinels_among
+from megacoder.data.tokenizer import Tokenizer
 
 __all__ = [
     "SHORTEST_COMPLETION", "SHORTEST_INFILL", "CountTokens", "Prompt", "completion_prompt", "count_with",

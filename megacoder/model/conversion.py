@@ -25,7 +25,8 @@ from megacoder.core.config import from_dict, to_dict
 from megacoder.core.errors import CheckpointError, ConfigError
 from megacoder.core.files import replacing_dir
 from megacoder.data.chat_format import FormatConfig
-from megacoder.data.tokenizer_folder import GENERATION, end_ids_in, read_tokenizer_files
+from megacoder.data.folder_settings import GENERATION, end_ids_in
+from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.model.config import ModelConfig
 from megacoder.model.huggingface import check_vocabulary, open_folder, weight_shapes, write_folder
 

@@ -16,9 +16,9 @@ from megacoder.core.errors import ConfigError
 from megacoder.core.files import exclusive, making_dir, replacing, write_json
 from megacoder.data.chat_format import FormatConfig
 from megacoder.data.conversations import Prepared, prepare_conversations
+from megacoder.data.folder_settings import GENERATION
 from megacoder.data.indexed import idx_path
 from megacoder.data.tokenizer import Tokenizer, say_if_changed
-from megacoder.data.tokenizer_folder import GENERATION
 from megacoder.parallel.watch import Watch
 from megacoder.parallel.world import from_torchrun, launched_ranks
 from megacoder.train.config import RunConfig

@@ -16,7 +16,7 @@ import tokenizers
 
 from megacoder.core.console import say_once
 from megacoder.core.errors import ConfigError, MegacoderError
-from megacoder.data.tokenizer import infill_text, sentinels_among
+from megacoder.data.control_tokens import infill_text, sentinels_among
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import certainly_fits, limited_texts, num_bytes
 from megacoder.evaluate.prompts import CountTokens, sentinels_in

@@ -9,7 +9,8 @@ import torch
 
 from megacoder.core.errors import ConfigError
 from megacoder.data.chat_format import ChatFormat, FormatConfig
-from megacoder.data.tokenizer import Tokenizer, infill_text
+from megacoder.data.control_tokens import infill_text
+from megacoder.data.tokenizer import Tokenizer
 from megacoder.evaluate.benchmarks.completions import Decoding, Request
 from megacoder.evaluate.benchmarks.limits import limited_texts
 from megacoder.evaluate.generate import generate

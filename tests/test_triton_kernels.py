@@ -252,6 +252,20 @@ def test_norm_and_rope(batch, length, heads, kv_heads, dim, layout, dtype, monke
     assert amax == amax_of(grad)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 78, 108, 114, 132, 144, 160])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (40, 8), (32, 8), (16, 16), (12, 2), (7, 1), (2, 1)])
+def test_persistent_programs_all_run_at_once(multiprocessors, heads, kv_heads):
+    resident = 5 * multiprocessors
+    queries, keys = qk_norm_kernels.shares(resident, heads, kv_heads)
+    assert queries + keys == resident
+    assert abs(queries * kv_heads - keys * heads) < heads + kv_heads, "a program of one kind has more to do"
+
+
+def test_either_kind_of_head_has_a_program():
+    assert qk_norm_kernels.shares(1, 64, 8) == (1, 1)
+    assert qk_norm_kernels.shares(2, 64, 8) == (1, 1)
+
+
 def test_norm_and_rope_of_huge_heads_and_of_none():
     cos, sin = tables(6)
     qkv, ones, positions = randn(5, 24, dtype=torch.float32, scale=1e17), torch.ones(6, device=DEVICE), torch.arange(5)

@@ -1,4 +1,5 @@
-"""Compiles every kernel for sm_90, on any machine, as its launcher would at the 1.3B model's shapes.
+"""Compiles every kernel for sm_90, on any machine, as its launcher would at the 1.3B model's shapes; QK-norm with the
+heads of Qwen3-8B.
 
 Run as a program it prints, as JSON, the names of all kernels and what the compiler made of each launch. The launchers
 themselves run, on tensors without memory, so that a kernel is specialised as in training; only the last step, from the
@@ -24,6 +25,7 @@ from megacoder.ops import triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 T, D, F, H, K, W = 32768, 2048, 5504, 16, 128, 32256
+QUERIES, KEYS = 32, 8  # of Qwen3-8B; H and H would hide that the forward divides by their sum, here no power of two
 C = 1040  # tokens of a chunk of logits
 POSITIONS = 4096
 
@@ -68,15 +70,16 @@ def launches():
     )
     yield "rope", lambda: rope_(tensor(T, 3 * H * K), *tables, positions, num_rotated=2 * H, head_dim=K)
     yield "gather", lambda: gather_unrotate(heads, heads, heads, *tables, positions)
-    norms = tensor(K), tensor(K), 1e-6
+    norms, fused = (tensor(K), tensor(K), 1e-6), tensor(T, (QUERIES + 2 * KEYS) * K)
+    queries, keys = (tensor(T // POSITIONS, POSITIONS, count, K).transpose(1, 2) for count in (QUERIES, KEYS))
     yield (
         "norm and rope",
-        lambda: norm_rope_forward(tensor(T, 3 * H * K), *norms, *tables, positions, num_heads=H, num_kv_heads=H),
+        lambda: norm_rope_forward(fused, *norms, *tables, positions, num_heads=QUERIES, num_kv_heads=KEYS),
     )
     sums = {name: tensor(K, dtype=torch.float32) for name in ("grad_query_K", "grad_key_K")}
     yield (
         "norm and rope backward",
-        lambda: norm_rope_backward(heads, heads, heads, tensor(T, 3 * H * K), *norms, *tables, positions, **sums),
+        lambda: norm_rope_backward(queries, keys, keys, fused, *norms, *tables, positions, **sums),
     )
     yield "swiglu", lambda: swiglu_forward(gate_up)
     yield "swiglu backward", lambda: swiglu_backward_(tensor(T, F), gate_up)
@@ -91,9 +94,7 @@ def launches():
     yield "gather for fp8", lambda: gather_unrotate(heads, heads, heads, *tables, positions, amax=amax)
     yield (
         "norm and rope backward for fp8",
-        lambda: norm_rope_backward(
-            heads, heads, heads, tensor(T, 3 * H * K), *norms, *tables, positions, **sums, amax=amax
-        ),
+        lambda: norm_rope_backward(queries, keys, keys, fused, *norms, *tables, positions, **sums, amax=amax),
     )
     yield "swiglu for fp8", lambda: swiglu_forward(gate_up, amax=amax)
     yield (

@@ -238,6 +238,15 @@ def norm_rope_forward(
     return qk_TR
 
 
+def shares(resident: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Of the programs that run at once, those of the queries and of the keys.
+
+    One more in all would start when the others have ended, and take as long again.
+    """
+    queries = max(1, resident * heads // (heads + kv_heads))
+    return queries, max(1, resident - queries)
+
+
 def norm_rope_backward(
     grad_q_BHSK: Tensor,
     grad_k_BGSK: Tensor,
@@ -273,8 +282,8 @@ def norm_rope_backward(
         num_warps = warps(rows * block, per_thread=8)
         resident = multiprocessors(qkv_TC.device) * max(1, RESIDENT_WARPS // num_warps)
         q_programs, k_programs = (
-            min(ceil_div(resident * own, heads + kv_heads), ceil_div(num_tokens * own, rows))
-            for own in (heads, kv_heads)
+            min(share, ceil_div(num_tokens * own, rows))
+            for share, own in zip(shares(resident, heads, kv_heads), (heads, kv_heads), strict=True)
         )
         sums_PK = qkv_TC.new_empty(q_programs + k_programs, dim, dtype=torch.float32)
         norm_rope_backward_kernel[(q_programs + k_programs + ceil_div(num_tokens * kv_heads, rows),)](

@@ -1,6 +1,7 @@
 """`check_serving.py` finds nothing in what transformers answers, and every fault that is planted in its answers."""
 
 import dataclasses
+import json
 
 import check_serving
 import pytest
@@ -64,3 +65,19 @@ def test_other_control_tokens_are_found(answered):
 def test_an_engine_that_cannot_be_asked_is_refused():
     with pytest.raises(check_serving.ConfigError, match="--engines sglang: only transformers, vllm, llama_cpp"):
         check_serving.Options(engines=("vllm", "sglang"))
+
+
+def test_what_llama_cpp_cannot_compute_is_left_out_and_a_converter_that_fails_is_not(tmp_path):
+    checkout, folder = tmp_path / "llama.cpp", tmp_path / "model"
+    with pytest.raises(check_serving.ConfigError, match=f"--llama-cpp {checkout}: no convert_hf_to_gguf.py in it"):
+        check_serving.Options(llama_cpp=checkout)
+    for path in (checkout, folder):
+        path.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "attention_bias": True}))
+    with pytest.raises(check_serving.ConfigError, match="name a checkout of llama"):
+        check_serving.converted(folder, checkout, tmp_path)
+    (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit(2)")
+    assert check_serving.converted(folder, checkout, tmp_path) is None
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(check_serving.ConfigError):
+        check_serving.converted(folder, checkout, tmp_path)

@@ -99,7 +99,7 @@ def test_settings_of_yarn_that_llama_cpp_does_not_read_are_refused(tmp_path, mod
     (tmp_path / "convert_hf_to_gguf.py").write_text("")
     write_rope(model, dataclasses.replace(YARN, **{name: value}))
     done = convert(tmp_path, model)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert f"{model}: YaRN with {name} = {value}; llama.cpp computes with {usual} in any case" in done.stderr
 
 
@@ -108,7 +108,7 @@ def test_biases_beside_norms_of_heads_are_refused(tmp_path, model):
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "qwen3", "attention_bias": True}))
     done = convert(tmp_path, model)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert f"{model}: qkv_bias beside qk_norm; llama.cpp's Qwen3 has no biases" in done.stderr
 
 

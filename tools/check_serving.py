@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from bench_common import run_tool
+from convert_gguf import CONVERTER, REFUSED
 from serving_engines import ENGINES, Answers, Questions
 from serving_models import QUESTION, make_models
 from tyro.conf import Positional
@@ -41,8 +42,6 @@ from megacoder.parallel.tensor import ALONE
 SHORT = 200
 """Ids of a prompt; a second one goes beyond the positions that scaled RoPE is stretched from."""
 NEW = 32
-REFUSED = 2
-"""Exit code of `convert_gguf.py` for what llama.cpp cannot compute."""
 TEXTS = (
     "def f(x, *args, **kwargs) -> int:\n    return x[1:-1] != 0x1F and x**2 <= 10_000.5e-3  # ok?\n",
     "\tif (a) {\r\n\t\treturn b;\r\n\t}\n\n\n   \n",
@@ -72,6 +71,8 @@ class Options:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.engines if name not in ENGINES]:
             raise ConfigError(f"--engines {' '.join(unknown)}: only {', '.join(ENGINES)} can be asked")
+        if self.llama_cpp is not None and not (self.llama_cpp / CONVERTER).is_file():
+            raise ConfigError(f"--llama-cpp {self.llama_cpp}: no {CONVERTER} in it; name a checkout of llama.cpp")
 
 
 def main() -> int:

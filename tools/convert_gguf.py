@@ -8,7 +8,7 @@ converter that name where tokenizer.json has them, and hands all further options
 ends a text; where generation_config.json names another, it is written, too.
 
 Of YaRN, the converter writes an attention factor where llama.cpp does not read it: here it is written as the share of
-the default that llama.cpp multiplies by. Other settings of YaRN than the usual are refused (exit code 2), since
+the default that llama.cpp multiplies by. Other settings of YaRN than the usual are refused (exit code 3), since
 llama.cpp does not read them, and would compute something else; so are biases beside norms of heads, which it lacks.
 """
 
@@ -24,21 +24,24 @@ from megacoder.data.tokenizer_folder import read_tokenizer_files
 from megacoder.data.tokenizer_training import train_tokenizer
 from megacoder.ops.rope_scaling import RopeScaling
 
+__all__ = ["CONVERTER", "REFUSED", "main"]
+
+CONVERTER = "convert_hf_to_gguf.py"
+REFUSED = 3
+"""Exit code for what llama.cpp cannot compute; argparse has 2 for wrong options."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="checkout of llama.cpp")
     parser.add_argument("model", type=Path, help="folder that megacoder checkpoint export wrote")
     args, others = parser.parse_known_args()
-    if not (args.llama_cpp / "convert_hf_to_gguf.py").is_file():
-        parser.error(f"--llama-cpp {args.llama_cpp}: no convert_hf_to_gguf.py in it; name a checkout of llama.cpp")
+    if not (args.llama_cpp / CONVERTER).is_file():
+        parser.error(f"--llama-cpp {args.llama_cpp}: no {CONVERTER} in it; name a checkout of llama.cpp")
     config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") == "qwen3" and config.get("attention_bias"):
-        parser.error(f"{args.model}: qkv_bias beside qk_norm; llama.cpp's Qwen3 has no biases")
     rope = rope_of(config)
-    for name in ("beta_fast", "beta_slow", "truncate"):
-        if rope.get(name, usual := getattr(RopeScaling(), name)) != usual:
-            parser.error(f"{args.model}: YaRN with {name} = {rope[name]}; llama.cpp computes with {usual} in any case")
+    if reason := why_not_computed(config, rope):
+        parser.exit(REFUSED, f"{parser.prog}: {args.model}: {reason}\n")
     sys.path.insert(0, str(args.llama_cpp))
     converter = importlib.import_module("convert_hf_to_gguf")
     text_model = sys.modules.get("conversion.base", converter).TextModel  # older versions are one module
@@ -48,8 +51,18 @@ def main() -> None:
             write_also(text_model, f"add_{name}_token_id", index)
     if "attn_factor" in rope:
         write_also(text_model, "add_rope_scaling_attn_factors", rope["attn_factor"])
-    sys.argv = ["convert_hf_to_gguf.py", str(args.model), *others]
+    sys.argv = [CONVERTER, str(args.model), *others]
     converter.main()
+
+
+def why_not_computed(config: dict[str, Any], rope: dict[str, Any]) -> str | None:
+    """What llama.cpp would compute otherwise."""
+    if config.get("model_type") == "qwen3" and config.get("attention_bias"):
+        return "qkv_bias beside qk_norm; llama.cpp's Qwen3 has no biases"
+    for name in ("beta_fast", "beta_slow", "truncate"):
+        if rope.get(name, usual := getattr(RopeScaling(), name)) != usual:
+            return f"YaRN with {name} = {rope[name]}; llama.cpp computes with {usual} in any case"
+    return None
 
 
 def has_our_splits(model: Path) -> bool:

@@ -23,6 +23,7 @@ def answered(tmp_path_factory):
     export_model(model, folder / "hf", tokenizer_folder=folder / "tokenizer")
     questions, expected = check_serving.ask(model, tokenizer, ChatFormat(FormatConfig(), tokenizer))
     assert [len(prompt) for prompt in questions.prompts[:2]] == [200, 400]
+    assert questions.num_positions == 400 + check_serving.NEW + 1
     return model, tokenizer, expected, serving_engines.ask_transformers(folder / "hf", questions)
 
 
@@ -52,6 +53,38 @@ def test_a_planted_fault_is_found(answered, field, change, said):
     model, tokenizer, expected, found = answered
     faulty = dataclasses.replace(found, **{field: changed_first(getattr(found, field), change)})
     assert said in check_serving.compared(model, tokenizer, expected, faulty, 1e-3)[-1]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("continuations", lambda lists: [[], *lists[1:]], "continuation 0 has 0 ids, not 1 to 32"),
+        ("continuations", lambda lists: [lists[0] * 2, *lists[1:]], "continuation 0 has 64 ids, not 1 to 32"),
+        ("continuations", lambda lists: [*lists[1:], [-1, 9999]], "2 has ids beyond the vocabulary of 329: [-1, 9999]"),
+        ("continuations", lambda lists: lists[1:], "2 continuations of 3"),
+        ("scores", lambda lists: [lists[0][1:], *lists[1:]], "198 log-probabilities of 199 for prompt 0"),
+        ("scores", lambda lists: lists[1:], "2 prompts have scores of 3"),
+        ("texts", lambda lists: lists[1:], "8 texts of 9"),
+    ],
+)
+def test_what_is_no_answer_is_a_row(answered, field, change, said):
+    model, tokenizer, expected, found = answered
+    faulty = dataclasses.replace(found, **{field: change(getattr(found, field))})
+    *cells, reason = check_serving.compared(model, tokenizer, expected, faulty, 1e-3)
+    assert cells == [""] * 4
+    assert reason.startswith("fails: ")
+    assert said in reason
+
+
+def test_a_model_needs_positions_for_a_prompt_and_its_continuation():
+    tokenizer = make_tokenizer()
+    for positions in (8, check_serving.NEW, check_serving.NEW + 1):
+        model = make_model(tokenizer, max_position_embeddings=positions)
+        with pytest.raises(check_serving.ConfigError, match=f"max_position_embeddings = {positions}: a prompt of two"):
+            check_serving.ask(model, tokenizer, None)
+    model = make_model(tokenizer, max_position_embeddings=check_serving.NEW + 2)
+    questions, _ = check_serving.ask(model, tokenizer, None)
+    assert ([len(prompt) for prompt in questions.prompts], questions.num_positions) == ([2], check_serving.NEW + 2)
 
 
 def test_other_control_tokens_are_found(answered):

@@ -105,7 +105,7 @@ def check(folder: Path, options: Options, scratch: Path) -> Iterator[list[str]]:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 answers = process.submit(ENGINES[name], asked, questions).result()
         except Exception as error:  # an engine's, of any type
-            cells = ["", "", "", "", f"fails: {str(error).strip()[-300:]}"]
+            cells = failed(str(error).strip()[-300:])
         else:
             cells = compared(model, tokenizer, expected, answers, options.tolerance)
         yield [folder.name, f"{name} {_version(name)}", *cells]
@@ -113,19 +113,21 @@ def check(folder: Path, options: Options, scratch: Path) -> Iterator[list[str]]:
 
 def ask(model: Transformer, tokenizer: Tokenizer, chat: ChatFormat | None) -> tuple[Questions, Answers]:
     """What to ask about a model, and the right answers but for the continuations."""
-    config = model.config
+    config, positions = model.config, model.config.max_position_embeddings
+    if positions < NEW + 2:
+        raise ConfigError(f"max_position_embeddings = {positions}: a prompt of two tokens and {NEW} more do not fit")
     ids = [*tokenizer.beginning, *tokenizer.encode(Path(__file__).read_text(encoding="utf-8") * 9)]
     reached = config.rope_scaling.original_max_position_embeddings or SHORT
-    lengths = {min(length, config.max_position_embeddings - NEW) for length in (SHORT, 2 * reached)}
+    lengths = {min(length, positions - NEW) for length in (SHORT, 2 * reached)}
     prompts = [ids[:length] for length in sorted(lengths)]
     messages, conversation = None, None if chat is None else chat.prompt([("user", QUESTION)])
     if conversation is not None:
         messages = [{"role": "user", "content": QUESTION}]
         prompts.append(conversation)
-        if len(conversation) > config.max_position_embeddings - NEW:
+        if len(conversation) > positions - NEW:
             raise ConfigError(
-                f"a conversation of {len(conversation)} tokens and {NEW} more do not fit the model's "
-                f"{config.max_position_embeddings} positions"
+                f"a conversation of {len(conversation)} tokens and {NEW} more do not fit "
+                f"the model's {positions} positions"
             )
     texts, expected = [*TEXTS], [[*tokenizer.beginning, *tokenizer.encode(text)] for text in TEXTS]
     sentinels = [tokenizer.token_id(tokenizer.control_texts[name]) for name in ("fim_begin", "fim_hole", "fim_end")]
@@ -137,7 +139,7 @@ def ask(model: Transformer, tokenizer: Tokenizer, chat: ChatFormat | None) -> tu
         expected.append([*tokenizer.beginning, begin, *sides[0], hole, *sides[1], end])
     questions = Questions(
         texts=texts, prompts=prompts, messages=messages, max_new_tokens=NEW,
-        max_positions=config.max_position_embeddings,
+        num_positions=min(positions, max(map(len, prompts + expected)) + NEW + 1),
     )  # fmt: skip
     return questions, Answers(
         texts=expected, scores=[_log_probs(model, prompt)[1] for prompt in prompts], continuations=prompts,
@@ -149,6 +151,8 @@ def compared(
     model: Transformer, tokenizer: Tokenizer, expected: Answers, found: Answers, tolerance: float
 ) -> list[str]:
     """The cells of a row from the third on."""
+    if reasons := incomparable(expected, found, model.config.vocab_size):
+        return failed("; ".join(reasons))
     ours, theirs = (torch.tensor([score for scores in one.scores for score in scores]) for one in (expected, found))
     score = float((ours - theirs).abs().max())
     lost, early = 0.0, False
@@ -171,6 +175,32 @@ def compared(
         "differs" if faults["the conversation has other ids"] else asked,
         "; ".join(fault for fault, holds in faults.items() if holds),
     ]  # fmt: skip
+
+
+def incomparable(expected: Answers, found: Answers, vocab_size: int) -> list[str]:
+    """Why these are no answers to what was asked."""
+    reasons = [
+        f"{len(theirs)} {name} of {len(ours)}"
+        for name, ours, theirs in (
+            ("texts", expected.texts, found.texts), ("prompts have scores", expected.scores, found.scores),
+            ("continuations", expected.continuations, found.continuations),
+        )
+        if len(theirs) != len(ours)
+    ]  # fmt: skip
+    for number, (ours, theirs) in enumerate(zip(expected.scores, found.scores, strict=False)):
+        if len(ours) != len(theirs):
+            reasons.append(f"{len(theirs)} log-probabilities of {len(ours)} for prompt {number}")
+    for number, new in enumerate(found.continuations):
+        if not 0 < len(new) <= NEW:
+            reasons.append(f"continuation {number} has {len(new)} ids, not 1 to {NEW}")
+        if beyond := [index for index in new if not 0 <= index < vocab_size]:
+            reasons.append(f"continuation {number} has ids beyond the vocabulary of {vocab_size:,}: {beyond}")
+    return reasons
+
+
+def failed(reason: str) -> list[str]:
+    """The cells of a row from the third on, where nothing is compared."""
+    return ["", "", "", "", f"fails: {reason}"]
 
 
 @torch.inference_mode()

@@ -27,8 +27,8 @@ class Questions:
     """a conversation to be continued; None where there is no chat template"""
     max_new_tokens: int
     """most ids of a continuation"""
-    max_positions: int
-    """the model's"""
+    num_positions: int
+    """that these need: engines reserve memory for all that they are told of, llama.cpp a row of logits each"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def ask_vllm(folder: Path, questions: Questions) -> Answers:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(folder), dtype="float32", max_model_len=questions.max_positions, enforce_eager=True)
+    engine = LLM(str(folder), dtype="float32", max_model_len=questions.num_positions, enforce_eager=True)
     one = SamplingParams(temperature=0.0, max_tokens=1)
     scored = SamplingParams(temperature=0.0, max_tokens=questions.max_new_tokens, prompt_logprobs=0)  # of its own ids
     answered = engine.generate([{"prompt_token_ids": ids} for ids in questions.prompts], scored, use_tqdm=False)
@@ -102,7 +102,7 @@ def ask_llama_cpp(file: Path, questions: Questions) -> Answers:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     engine = llama_cpp.Llama(
-        str(file), n_ctx=questions.max_positions, logits_all=True, verbose=False,
+        str(file), n_ctx=questions.num_positions, logits_all=True, verbose=False,
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
         yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0,  # the file's; the binding has its own defaults
     )  # fmt: skip

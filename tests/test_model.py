@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import make_model, named_grads, peer_of, tiny_config
 
+from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
-from megacoder.model.stage import forward_backward, forward_loss
+from megacoder.model.stage import Stage, forward_backward, forward_loss
 from megacoder.model.transformer import weight_pieces
 from megacoder.ops.cross_entropy import IGNORE_INDEX
 from megacoder.ops.rope_scaling import RopeScaling
@@ -65,6 +66,14 @@ def test_hand_scheduled_step_equals_autograd(shape):
     forward_backward(model, *batch)  # gradients accumulate
     for name, param in model.named_parameters():
         assert (param.grad.cpu().double() - 2 * expected[name]).norm() <= 2e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("lacking", "left"), [("q_norm", "k_norm"), ("k_norm", "q_norm")])
+def test_a_layer_that_norms_only_queries_or_only_keys_is_not_run_by_hand(lacking, left):
+    model = make_model(tiny(qk_norm=True))
+    setattr(model.decoder_layers()[1].self_attn, lacking, None)
+    with pytest.raises(ConfigError, match=rf"does not know, or lack some: self_attn\.{left}\.weight; set"):
+        Stage.whole(model)
 
 
 @pytest.mark.usefixtures("backend")

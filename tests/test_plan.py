@@ -114,9 +114,11 @@ def test_layers_and_weight_gradients_are_placed_as_the_run_places_them(execution
     assert (planned.placement, planned.schedule) == (layout.placement, layout.schedule)
 
 
-@pytest.mark.parametrize("index", [1, 4, 6, 12, 16, 18, 20, 22, 25, 26, 27], ids=lambda index: str(CASES[index]))
+@pytest.mark.parametrize(
+    "index", [1, 4, 6, 12, 16, 18, 20, 22, 25, 26, 27, 28, 29], ids=lambda index: str(CASES[index])
+)
 def test_predicted_memory_is_what_ranks_allocate(ranks, index):
-    """Eleven of the 28 layouts of tools/check_plan.py."""
+    """Thirteen of the 30 layouts of tools/check_plan.py."""
     case = CASES[index]
     pipe = variant_pipeline(case.job, case.variant)
     for (rank, cp_rank), counted in ranks.run(case.ranks, measure, case):
@@ -240,6 +242,24 @@ def test_a_layer_takes_the_time_of_its_flops():
         assert times.weight_grad == pytest.approx(weight_grad * unit, rel=1e-5, abs=1e-9)
     head = head_seconds(JOB_33B, Variant(dims=ParallelDims()), device, Shares(copies=fast, products=0.5))
     assert head == pytest.approx(4096 * 6 * MODEL_33B.padded_vocab_size * 7168 / (989.4e12 * 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 1), ("norms", 3), ("selective", 3), ("full", 1)])
+@pytest.mark.parametrize(("kv_heads", "tp", "columns"), [(8, 1, 64 * 128), (8, 2, 32 * 128), (1, 2, 29 * 128)])
+def test_norms_of_heads_are_read_once_more_and_made_again_where_they_are_not_kept(
+    recompute, passes, kv_heads, tp, columns
+):
+    """Queries and keys: once behind the rotation in the backward; made again, read and written."""
+    plain, normed = (
+        layer_times(
+            replace(JOB_33B, model=replace(MODEL_33B, num_key_value_heads=kv_heads, qk_norm=qk_norm)),
+            Variant(dims=ParallelDims(tp=tp), recompute=recompute), DEVICES["h100"], Shares(copies=0.5),
+        )
+        for qk_norm in (False, True)
+    )  # fmt: skip
+    seconds = passes * 4096 * columns * 2 / (3350e9 * 0.5)
+    assert normed.input_grad - plain.input_grad == pytest.approx(seconds, rel=1e-6)
+    assert (normed.forward, normed.weight_grad) == (plain.forward, plain.weight_grad)
 
 
 def test_fp8_products_count_only_where_a_layer_runs_in_fp8():

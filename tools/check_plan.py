@@ -1,6 +1,6 @@
 """Validates `megacoder plan`: its memory against real allocations, its time against published throughput.
 
-    python tools/check_plan.py                # memory, 28 layouts on this machine
+    python tools/check_plan.py                # memory, 30 layouts on this machine
     python tools/check_plan.py --published    # throughput, 21 published rows
 
 `--published` predicts each row with shares (`megacoder.train.planning.devices.Shares`) fitted to all the other rows but

@@ -1,4 +1,4 @@
-"""Measured against planned memory, per rank and kind, in 28 layouts.
+"""Measured against planned memory, per rank and kind, in 30 layouts.
 
 Standing memory is the flat buffers' and the optimizer's tensors. Activations are counted as they are kept: after every
 action of the pipeline all tensors that its microbatches' backwards can still reach are added up, each storage once.
@@ -87,8 +87,10 @@ class Case:
         return Variant.of(self.request, self.request.check(self.ranks))
 
     def __str__(self) -> str:
-        name = f"{self.variant}, {str(self.dtype).removeprefix('torch.')}"
-        return name + (f", {self.kv_heads} kv heads" if self.kv_heads != 4 else "") + (", tied" if self.tied else "")
+        of_model = {f"{self.kv_heads} kv heads": self.kv_heads != 4, "tied": self.tied, "biases": self.bias,
+                    "normed heads": self.qk_norm}  # fmt: skip
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ", ".join([str(self.variant), dtype, *(name for name, holds in of_model.items() if holds)])
 
 
 def _case(ranks: int, parallel: dict[str, Any], **more: Any) -> Case:
@@ -125,6 +127,8 @@ CASES = [
     _case(4, {"pp": 4, "schedule": "zb-h1"}, recompute="norms"),
     _case(2, {"pp": 2, "schedule": "gpipe", "layers_per_stage": (3, 1)}, recompute="norms", microbatches=9),
     _case(4, {"cp": 2, "tp": 2}, recompute="norms", seq_length=128),
+    _case(2, {"tp": 2}, kv_heads=1, qk_norm=True),
+    _case(2, {"tp": 2}, recompute="selective", qk_norm=True),
 ]
 
 

@@ -3,17 +3,22 @@
 import dataclasses
 import json
 
+import bench_ops
 import pytest
+import torch
 from bench_common import append_record, write_record
 from bench_gpu import largest_batch
 from bench_parallel import Record, summary
 from bench_ranks import Answer, ContenderFailed, Ranks
 from bench_schedules import Options, published_idle, rows_of
 from contenders.entries import CONTENDERS
+from contenders.one_gpu import build
 
 from megacoder.core.errors import ConfigError
+from megacoder.model.partition import ExecutionConfig
 from megacoder.parallel.schedules.generators import SCHEDULES, build_schedule
 from megacoder.parallel.schedules.simulate import Costs, simulate
+from megacoder.train.op_table import op_table
 
 TINY = {
     "batch": 2, "sequence": 16, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 6,
@@ -74,6 +79,26 @@ def test_the_largest_batch_is_the_last_that_fits(fits, bend):
     assert largest == fits == max(found)
     assert len(found) >= 2
     assert len(tried) < 25
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen3"])
+def test_every_compiled_op_stands_beside_one_of_ours(shape, monkeypatch):
+    monkeypatch.setattr(bench_ops.torch, "compile", lambda formula, **_: formula)
+    monkeypatch.setattr(bench_ops, "median_seconds", lambda call, device: (call(), 1.0)[1])
+    options, cpu = bench_ops.Options(shape=shape, batch=1, sequence=16), torch.device("cpu")
+    rows = op_table(
+        bench_ops.SHAPES[shape], batch=1, sequence=16, dtype=torch.bfloat16, device=cpu, num_updated=100,
+        budget_seconds=0.0,
+    )  # fmt: skip
+    alone = {"rope backward", "gradient norm"}
+    of_memory = {row.name for row in rows if row.moved_bytes is not None}
+    assert bench_ops.compiled_peers(options, cpu).keys() == of_memory - alone
+
+
+@pytest.mark.parametrize("name", ["liger", "plain"])
+def test_peers_have_no_norms_of_heads(name):
+    with pytest.raises(ConfigError, match=f"{name} has no norms of heads here"):
+        build(name, bench_ops.SHAPES["tiny-qwen3"], 16, 1, ExecutionConfig())
 
 
 def test_too_little_memory_for_two_sequences_is_an_error():

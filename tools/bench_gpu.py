@@ -24,7 +24,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,13 @@ from megacoder.model.config import ModelConfig
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.presets import PRESETS
 
+_TINY = ModelConfig(
+    vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64,
+)  # fmt: skip
 SHAPES = {
-    "1.3b": PRESETS["1.3b"].model,
-    "tiny": ModelConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    ),
+    "1.3b": PRESETS["1.3b"].model, "qwen3-1.7b": PRESETS["qwen3-1.7b"].model,
+    "tiny": _TINY, "tiny-qwen3": replace(_TINY, qk_norm=True),
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ class Options:
     contender: Contender = "megacoder"
     """see the module"""
     shape: str = "1.3b"
-    """1.3b, or tiny to try the script"""
+    """1.3b or qwen3-1.7b (without peers); tiny or tiny-qwen3 to try the script"""
     batch: int = 8
     """sequences of a microbatch"""
     sequence: int = 4096

@@ -34,7 +34,7 @@ class Options:
     """Ops alone."""
 
     shape: str = "1.3b"
-    """1.3b, or tiny to try the script"""
+    """1.3b or qwen3-1.7b; tiny or tiny-qwen3 to try the script"""
     batch: int = 8
     """sequences"""
     sequence: int = 4096
@@ -81,10 +81,24 @@ def compiled_peers(options: Options, device: torch.device) -> dict[str, float]:
 
     both("rms_norm", norm, *(random(*s).requires_grad_() for s in ((tokens, dim), (tokens, dim), (dim,))))
     both("swiglu", swiglu, random(tokens, 2 * inner).requires_grad_())
-    heads = model.num_attention_heads + model.num_key_value_heads
-    cos, sin = (t.to(device) for t in rope_tables(options.sequence, model.head_dim, theta=model.rope_theta))
+    heads, kv_heads, head_dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    cos, sin = (t.to(device) for t in rope_tables(options.sequence, head_dim, theta=model.rope_theta))
     positions = torch.arange(options.sequence, device=device).repeat(options.batch)
-    both("rope", lambda x: apply_rope(x, cos, sin, positions), random(tokens, heads, model.head_dim))
+
+    def norm_and_rope(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of the values, which are not read, is zeros."""
+        queries_and_keys = qkv.split([heads, kv_heads, kv_heads], dim=1)[:2]
+        return tuple(
+            apply_rope(F.rms_norm(x, (head_dim,), weight, model.rms_norm_eps), cos, sin, positions)
+            for x, weight in zip(queries_and_keys, weights, strict=True)
+        )
+
+    if model.qk_norm:
+        sizes = (tokens, heads + 2 * kv_heads, head_dim), (head_dim,), (head_dim,)
+        both("norm and rope", norm_and_rope, *(random(*s).requires_grad_() for s in sizes))
+        seconds["norm and rope"] = seconds.pop("norm and rope forward")
+    else:
+        both("rope", lambda x: apply_rope(x, cos, sin, positions), random(tokens, heads + kv_heads, head_dim))
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -6,7 +6,8 @@ R = (H + G) K of queries and keys alone. The reference is `rms_norm`, then `appl
 
 The forward leaves the fused rows as they are, since they are all that the backward reads: the normed heads could not be
 had back from the rotated ones (a weight may be zero, and bf16 has rounded them), and the statistics of a head are found
-again where its K elements are read for the gradient. Kernels do each half in one pass.
+again where its K elements are read for the gradient. Kernels do each half in one pass; the backend is that of "rope" in
+`MEGACODER_OPS`, so that `rope=torch` switches these kernels off, too.
 """
 
 from typing import NamedTuple

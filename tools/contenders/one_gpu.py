@@ -45,7 +45,8 @@ def build(
     if name == "megacoder":
         return _ours(config, sequence, accumulate, execution, document)
     for what, is_asked in (
-        ("graph", execution.cuda_graph), ("documents", document), ("fp8", execution.fp8 and name != "gemm")
+        ("graph", execution.cuda_graph), ("documents", document), ("fp8", execution.fp8 and name != "gemm"),
+        ("norms of heads", config.qk_norm and name != "gemm"),
     ):  # fmt: skip
         if is_asked:
             raise ConfigError(f"{name} has no {what} here")

@@ -15,8 +15,8 @@ from tiny_models import grads_of, make_model, named_grads, tiny_config
 from train_cases import changed, make_case
 
 from megacoder.core.errors import ConfigError
+from megacoder.model.kept import kept_bytes_per_token, kept_weight_bytes
 from megacoder.model.partition import ExecutionConfig
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.ops import linear, rms_norm, rope, swiglu
 from megacoder.ops.adamw import AdamWConfig

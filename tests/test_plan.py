@@ -16,9 +16,9 @@ from megacoder.core.config import load_toml
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
 from megacoder.model.copies import late_parameters
+from megacoder.model.kept import kept_weight_bytes, waiting_share
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.presets import PRESETS, find_preset
-from megacoder.model.scheduled import kept_weight_bytes, waiting_share
 from megacoder.model.transformer import TransformerPart
 from megacoder.ops import cpp
 from megacoder.parallel.config import ParallelConfig

@@ -5,9 +5,9 @@ import torch
 from tiny_models import make_model, pipeline_config
 
 from megacoder.core.errors import ConfigError
+from megacoder.model.kept import kept_bytes_per_token
 from megacoder.model.partition import ExecutionConfig
 from megacoder.model.plain_stage import PlainStage
-from megacoder.model.scheduled import kept_bytes_per_token
 from megacoder.model.stage import Microbatch, Stage
 from megacoder.parallel.flat import FlatParameters
 

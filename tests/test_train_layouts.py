@@ -16,8 +16,8 @@ from megacoder.core.errors import ConfigError
 from megacoder.data.fim import FimConfig
 from megacoder.data.tokenizer import Tokenizer
 from megacoder.model.config import ModelConfig
+from megacoder.model.kept import waiting_share
 from megacoder.model.partition import ExecutionConfig
-from megacoder.model.scheduled import waiting_share
 from megacoder.model.transformer import Transformer, weight_pieces
 from megacoder.ops.adamw import AdamWConfig
 from megacoder.parallel.config import ParallelConfig

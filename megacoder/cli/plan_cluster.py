@@ -15,8 +15,8 @@ from megacoder.cli.plan_tables import show_advice, show_layouts
 from megacoder.core.config import load_toml, parse_args
 from megacoder.core.console import say
 from megacoder.core.errors import ConfigError
+from megacoder.model.kept import Recompute
 from megacoder.model.presets import PRESETS, find_preset
-from megacoder.model.scheduled import Recompute
 from megacoder.parallel.schedules.draw import draw
 from megacoder.parallel.schedules.simulate import simulate
 from megacoder.train.config import RunConfig

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
+from megacoder.model.kept import Recompute
 from megacoder.model.plain_stage import PlainStage
-from megacoder.model.scheduled import Recompute, grad_of
+from megacoder.model.scheduled import grad_of
 from megacoder.model.stage import ModelStage, Stage
 from megacoder.model.transformer import TransformerPart
 from megacoder.ops.fp8 import MULTIPLE, check_fp8_machine

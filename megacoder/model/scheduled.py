@@ -3,10 +3,10 @@
 Legend: B sequences, S tokens, T = B * S, D model dim, C fused QKV dim, F feed-forward dim. The parameters are those of
 `megacoder.model.transformer.DecoderLayer`, which is the reference; `megacoder.model.stage` puts layers together.
 
-What this buys over autograd: it chooses what is saved (`Recompute`; nothing twice), fuses residual adds into the norms,
-overwrites buffers in place, and adds every weight gradient straight into `param.grad`, which is a view of the flat fp32
-buffer. Weight gradients go through `WeightGradients`, so that a pipeline schedule can postpone them behind the input
-gradients of other microbatches.
+What this buys over autograd: it chooses what is saved (`megacoder.model.kept`; nothing twice), fuses residual adds into
+the norms, overwrites buffers in place, and adds every weight gradient straight into `param.grad`, which is a view of
+the flat fp32 buffer. Weight gradients go through `WeightGradients`, so that a pipeline schedule can postpone them
+behind the input gradients of other microbatches.
 
 All matrix products take factors, which `Precision` makes from tensors: the tensors themselves, or their fp8 casts. In
 fp8 a tensor kept only for a weight gradient is kept as its cast, one byte per element; weights are cast once per
@@ -22,12 +22,12 @@ keys and values are gathered during one product, and the gradients of keys and v
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
 from megacoder.core.errors import ConfigError
-from megacoder.model.config import ModelConfig
+from megacoder.model.kept import Recompute
 from megacoder.model.places import Places
 from megacoder.model.transformer import DecoderLayer, RMSNorm, RopeTables
 from megacoder.ops.linear import (
@@ -46,50 +46,18 @@ from megacoder.ops.rope import apply_rope_, gather_unrotate
 from megacoder.ops.swiglu import swiglu_backward_, swiglu_forward
 from megacoder.parallel.context import context_attention_backward, context_attention_forward, start_gather_keys
 from megacoder.parallel.layers import Linear
-from megacoder.parallel.tensor import ALONE, TensorParallel, start_gather, start_reduce
+from megacoder.parallel.tensor import TensorParallel, start_gather, start_reduce
 
 __all__ = [
-    "Recompute",
     "SavedLayer",
     "Shared",
     "StreamGrad",
     "WeightGradients",
     "check_layer",
     "grad_of",
-    "kept_bytes_per_token",
-    "kept_weight_bytes",
     "layer_backward",
     "layer_forward",
-    "waiting_bytes_per_token",
-    "waiting_share",
 ]
-
-Recompute = Literal["none", "norms", "selective", "full"]
-"""What a layer recomputes in its backward instead of keeping. Every result has the same bits.
-
-Kept per token and layer, H * K being the query heads' columns (D in most models) and e the bytes of the weights' dtype;
-D is scaled by N / T under sequence parallelism:
-
-none       e * (4 D + C + H K + 2 F) + 4 H + 8   everything that the backward reads
-norms      e * (2 D + C + H K + 2 F) + 4 H       both norms are recomputed, each in one pass over its input
-selective  e * (2 D + C + H K) + 4 H             both norms and the gate-up product are recomputed: the widest tensors
-                                                 for one product of 2 D F multiply-adds. Attention is not, unlike in
-                                                 arXiv:2205.05198, where scores would be kept: here there are none
-full       e * D                                 the layer's input alone; all of the forward but the last product is
-                                                 rerun, under tensor parallelism with its collectives
-
-With `qk_norm` "none" keeps e * (H + G) K more: queries and keys both as projected, which the norms' backward reads, and
-as attention has read them. The others make the latter again from the former, in one pass.
-
-For D = 2048, F = 5504, C = 3 D in bf16: 54.9 kB, 46.7 kB, 24.6 kB and 4.1 kB. `kept_bytes_per_token` computes it.
-
-In fp8 "none" keeps the transposed casts of the four linears' inputs. Those of the normed inputs replace the tensors
-that they are cast from (except under sequence parallelism, where the N uncast tokens are kept instead of a cast of T).
-Those of the attention output and of the activation, H K + F bytes, are kept in addition, since recomputing them would
-move 4 H K + 6 F bytes. "none" also keeps the transposed weights, one byte each (`kept_weight_bytes`). "norms" keeps all
-of that except the casts of the normed inputs. The others keep the same as in bf16, and cast again.
-"""
-
 
 PARAMETERS = {
     "input_layernorm.weight", "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
@@ -109,51 +77,6 @@ def check_layer(layer: DecoderLayer) -> None:
             f"the layers have parameters that the hand-scheduled block does not know, or lack some: "
             f'{", ".join(sorted(unknown))}; set execution.block = "plain", which runs the layers\' own forward'
         )
-
-
-def kept_bytes_per_token(
-    model: ModelConfig, recompute: Recompute, *, itemsize: int, tp: TensorParallel = ALONE, fp8: bool = False
-) -> float:
-    """What one layer keeps of each of this rank's T tokens, by the formula above."""
-    stream = 1 / tp.size if tp.sequence_parallel else 1.0
-    d, (heads, _, c, hk, f) = model.hidden_size * stream, model.local_sizes(tp.size)
-    if recompute == "full":
-        return itemsize * d
-    if recompute == "selective":
-        return itemsize * (2 * d + c + hk) + 4 * heads
-    kept = itemsize * (2 * d + c + hk + 2 * f) + 4 * heads
-    if recompute == "norms":
-        return kept + (hk + f if fp8 else 0)
-    kept += itemsize * (2 * d + model.normed_columns(tp.size)) + 8 * stream
-    if not fp8:
-        return kept
-    return kept + hk + f - (0 if tp.shares_tokens else 2 * (itemsize - 1) * d)
-
-
-def kept_weight_bytes(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool) -> int:
-    """Bytes of weight casts that one layer keeps for every microbatch that waits for its backward."""
-    return model.local_matmul_params(tp.size) if fp8 and recompute in ("none", "norms") else 0
-
-
-def waiting_bytes_per_token(
-    model: ModelConfig, *, itemsize: int, tp: TensorParallel = ALONE, fp8: bool = False
-) -> float:
-    """What one layer's postponed weight gradients keep of each of this rank's T tokens, whatever `Recompute` is.
-
-    The inputs and output gradients of its four linears, of all tokens (gathered under sequence parallelism); in fp8
-    their casts.
-    """
-    d, (_, _, c, hk, f) = model.hidden_size, model.local_sizes(tp.size)
-    return (1 if fp8 else itemsize) * (4 * d + c + hk + 3 * f)
-
-
-def waiting_share(model: ModelConfig, recompute: Recompute, *, tp: TensorParallel = ALONE, fp8: bool = False) -> float:
-    """The same as a share of what the layer keeps between forward and backward, in bf16.
-
-    For D = 2048, F = 5504, C = 3 D: 1.2, 1.4, 2.7 and 16.1 from "none" to "full".
-    """
-    kept = kept_bytes_per_token(model, recompute, itemsize=2, tp=tp, fp8=fp8)
-    return waiting_bytes_per_token(model, itemsize=2, tp=tp, fp8=fp8) / kept
 
 
 class Shared(NamedTuple):
@@ -243,10 +166,11 @@ class SavedLayer:
 class WeightGradients:
     """Runs weight-gradient products at once, or keeps them for `run` when `postponed` (the W of zero bubble).
 
-    The tensors that wait are the same for every `Recompute`: what a backward has recomputed is kept from then on (see
-    `waiting_bytes_per_token`). Recomputing the normed inputs once more would need the residual stream instead, which is
-    as large; and the feed-forward part once more takes as long as its weight gradients. So layers that recompute run by
-    a schedule that postpones only what there is room for (`megacoder.parallel.schedules.waiting`).
+    The tensors that wait are the same for every `Recompute`: what a backward has recomputed is kept from then on
+    (`megacoder.model.kept.waiting_bytes_per_token`). Recomputing the normed inputs once more would need the residual
+    stream instead, which is as large; and the feed-forward part once more takes as long as its weight gradients. So
+    layers that recompute run by a schedule that postpones only what there is room for
+    (`megacoder.parallel.schedules.waiting`).
     """
 
     postponed: bool = False

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from megacoder.model.config import ModelConfig
+from megacoder.model.kept import Recompute
 from megacoder.model.places import Places
 from megacoder.model.scheduled import (
-    Recompute,
     SavedLayer,
     Shared,
     StreamGrad,

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 from megacoder.core.console import counted
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
+from megacoder.model.kept import Recompute, waiting_share
 from megacoder.model.partition import ExecutionConfig
-from megacoder.model.scheduled import Recompute, waiting_share
 from megacoder.parallel.config import ParallelConfig
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import ParallelDims

@@ -5,7 +5,7 @@ from typing import Self
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
-from megacoder.model.scheduled import Recompute
+from megacoder.model.kept import Recompute
 from megacoder.parallel.dims import ParallelDims
 from megacoder.parallel.flat import BUCKET_ELEMENTS
 from megacoder.parallel.schedules.generators import build_schedule

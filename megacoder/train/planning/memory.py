@@ -1,7 +1,7 @@
 """Bytes that each rank of a pipeline needs, by kind.
 
 Weights, gradients and optimizer state are exact: the model's own parameters, made without memory, cut into buckets as
-the flat buffers are. Activations are what layers keep under `megacoder.model.scheduled.Recompute`, times the most
+the flat buffers are. Activations are what layers keep under `megacoder.model.kept.Recompute`, times the most
 microbatches that the schedule holds on this rank. Buffers are the temporaries of one layer's backward or a chunk of
 logits, and what travels between stages: the peak of everything together less the peak of the activations, which may be
 at another moment.
@@ -17,7 +17,7 @@ import torch
 
 from megacoder.model.config import ModelConfig
 from megacoder.model.copies import late_parameters
-from megacoder.model.scheduled import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
+from megacoder.model.kept import kept_bytes_per_token, kept_weight_bytes, waiting_bytes_per_token
 from megacoder.model.stage import kept_head_bytes_per_row
 from megacoder.model.transformer import TransformerPart
 from megacoder.parallel.context import UNCUT

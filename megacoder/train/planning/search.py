@@ -16,7 +16,7 @@ from typing import get_args
 
 from megacoder.core.errors import ConfigError
 from megacoder.model.config import ModelConfig
-from megacoder.model.scheduled import Recompute
+from megacoder.model.kept import Recompute
 from megacoder.parallel.context import ContextParallel
 from megacoder.parallel.dims import Axis, ParallelDims
 from megacoder.parallel.schedules.generators import SCHEDULES

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from megacoder.model.config import LocalSizes
-from megacoder.model.scheduled import waiting_bytes_per_token
+from megacoder.model.kept import waiting_bytes_per_token
 from megacoder.ops.attention import block_shape
 from megacoder.ops.backends import candidates
 from megacoder.ops.cross_entropy import chunk_tokens

@@ -56,9 +56,8 @@ def make_models(folder: Path) -> list[Path]:
             _learn_by_heart(model, ChatFormat(chat, tokenizer))
         for piece in weight_pieces(model):
             if piece.hf_name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
-                piece.view.detach().add_(
-                    torch.empty_like(piece.view).normal_(0.0, 0.3, generator=keyed_generator(0, piece.hf_name))
-                )
+                generator = keyed_generator(0, piece.hf_name)
+                piece.view.detach().add_(0.3 * torch.randn(piece.view.shape, generator=generator))
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         export_model(model, folder / name, dtype=dtype, tokenizer_folder=folder / "tokenizer", chat=chat)
     return [folder / name for name in _KINDS]

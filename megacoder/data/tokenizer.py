@@ -40,7 +40,7 @@ from megacoder.data.control_tokens import (
     text_end,
     token_in_front,
 )
-from megacoder.data.folder_settings import SETTINGS, chat_template_in, read_object, token_text
+from megacoder.data.folder_settings import SETTINGS, chat_template_in, read_object, read_text, token_text
 
 __all__ = ["MIN_VOCAB_SIZE", "Tokenizer", "say_if_changed"]
 
@@ -64,13 +64,15 @@ class Tokenizer:
 
     EOS must be there, other control tokens only where they are used. `beginning` is what a text begins with: BOS,
     nothing where there is none, or none that is put in front (`has_bos`; `bos_id` then is EOS, for a model that must be
-    given a first token).
+    given a first token). `end_ids` end a generated text: EOS, which ends documents, what the settings name instead,
+    such as the end of a turn, and what a model's folder adds.
+
     `control_ids` are the ids of all control tokens by their strings, `added_texts` are other added tokens, which texts
     may hold; `by_spelling` are control tokens that the file does not mark and only their spelling shows.
-    `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
-    string's), `definition` is its tokenizer.json. `end_ids` end a generated text: EOS, which ends documents, what
-    the settings name instead, such as the end of a turn, and what a model's folder adds.
     `control_texts` are the strings of the control tokens in `SPECIAL_TOKENS` that it has or would have.
+
+    `vocab_size` counts all ids, `token_bytes[i]` are the bytes that id i stands for (a control token's are its
+    string's), `definition` is its tokenizer.json.
     """
 
     def __init__(self, definition: str, named: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
@@ -118,12 +120,7 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Reads a tokenizer folder, or the tokenizer.json in it; FormatError names what is wrong with the file."""
         file = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            definition = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise FormatError(f"{file}: {reason}; expected a tokenizer folder or its tokenizer.json") from None
-        named = _named_controls(file.parent)
+        definition, named = read_text(file), _named_controls(file.parent)
         try:
             return cls(definition, named, file.parent)
         except FormatError as error:
@@ -189,7 +186,7 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the ids, in hexadecimal; takes a sixth of a second, the first time."""
+        """SHA-256 over what decides the ids, all but `by_spelling`; takes a sixth of a second, the first time."""
         ends = {name: self._controls.get(name) for name in ("bos", "eos")}
         return _digest(json.loads(self._backend.to_str()), {} if set(ends.values()) <= _DEEPSEEKS else ends)
 

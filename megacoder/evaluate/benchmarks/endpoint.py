@@ -58,7 +58,6 @@ class EndpointSource:
         if not self.url.endswith("/v1"):
             self.url += "/v1"
         self.decoding, self.workers = decoding, workers
-        self._sentinels: Mapping[str, str] = {}
         backend = None if tokenizer is None else _read_tokenizer(tokenizer)
         self._count = None if backend is None else _count_with(backend)
         self._vocabulary = None if backend is None else backend.get_vocab()
@@ -67,7 +66,7 @@ class EndpointSource:
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
         texts = self._texts(requests)
         if any(request.task.suffix is not None for request in requests):
-            self._sentinels = self._known_sentinels()
+            texts = self._around_holes(requests, texts)
         with ThreadPoolExecutor(self.workers) as pool:
             asked = {
                 pool.submit(self._ask, request, text): request for request, text in zip(requests, texts, strict=True)
@@ -78,6 +77,15 @@ class EndpointSource:
             finally:
                 for future in asked:
                     future.cancel()
+
+    def _around_holes(self, requests: Sequence[Request], texts: Sequence[str]) -> list[str]:
+        """`texts`, with the marks of fill-in-the-middle where a request has a suffix."""
+        sentinels, spm = self._known_sentinels(), self.decoding.spm
+        suffixes = [request.task.suffix for request in requests]
+        return [
+            text if suffix is None else infill_text(text, suffix, sentinels, spm=spm)
+            for text, suffix in zip(texts, suffixes, strict=True)
+        ]
 
     def _known_sentinels(self) -> Mapping[str, str]:
         if self._vocabulary is not None:
@@ -102,15 +110,13 @@ class EndpointSource:
         return limited_texts(requests, count=self._count or num_bytes, frame=_BOS)
 
     def _ask(self, request: Request, prompt: str) -> str:
-        decoding, sampling, task = self.decoding, self.decoding.sampling, request.task
+        decoding, sampling = self.decoding, self.decoding.sampling
         body: dict[str, Any] = {
             "model": self.model, "max_tokens": decoding.max_new_tokens, "temperature": sampling.temperature,
             "top_p": sampling.top_p, "seed": sampling.seed + request.sample,
         }  # fmt: skip
         if request.stops:
             body["stop"] = list(request.stops[:_OPENAI_STOPS])
-        if task.suffix is not None:
-            prompt = infill_text(prompt, task.suffix, self._sentinels, spm=decoding.spm)
         if decoding.chat:
             answer = self._call("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
         else:
